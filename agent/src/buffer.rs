@@ -1,0 +1,200 @@
+//! The agent's one kind of buffer: memory aligned for direct I/O, taken from a pool and given back by itself.
+//!
+//! A [`Buffer`] is filled once, by the front end or the network, then frozen into [`Bytes`] that the local write and
+//! every send share without a copy; the memory returns to its pool when the last of them is dropped, on whatever
+//! thread that happens. A buffer's content is not cleared between uses: whoever takes one fills all that it hands on.
+
+use bytes::Bytes;
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
+
+/// The alignment of every buffer's start, in bytes: enough for direct I/O on any disk.
+pub const ALIGNMENT: usize = 4096;
+
+/// Capacities are powers of two from this one on, so that freed memory fits the next request.
+const SMALLEST: usize = 4096;
+const CLASSES: usize = 16;
+
+/// A shared pool of aligned memory. Clones are handles to the same pool.
+#[derive(Clone)]
+pub struct BufferPool {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// How many free bytes the pool keeps; more goes back to the allocator.
+    keep_bytes: usize,
+    free: Mutex<Free>,
+}
+
+#[derive(Default)]
+struct Free {
+    bytes: usize,
+    by_class: [Vec<Memory>; CLASSES],
+}
+
+impl BufferPool {
+    /// A pool that keeps at most `keep_bytes` of free memory for reuse.
+    #[must_use]
+    pub fn new(keep_bytes: usize) -> Self {
+        Self { shared: Arc::new(Shared { keep_bytes, free: Mutex::default() }) }
+    }
+
+    /// A buffer of `length` bytes whose content is unspecified (but initialised).
+    #[must_use]
+    pub fn take(&self, length: usize) -> Buffer {
+        let capacity = length.max(SMALLEST).next_power_of_two();
+        let class = class_of(capacity);
+        let reused = (class < CLASSES).then(|| self.shared.lock().take(class)).flatten();
+        let memory = reused.unwrap_or_else(|| Memory::new(capacity));
+        Buffer { memory: Some(memory), length, pool: self.shared.clone() }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Free> {
+        self.free.lock().expect("no holder of the pool's lock panics")
+    }
+}
+
+impl Free {
+    fn take(&mut self, class: usize) -> Option<Memory> {
+        let memory = self.by_class[class].pop()?;
+        self.bytes -= memory.capacity;
+        Some(memory)
+    }
+}
+
+fn class_of(capacity: usize) -> usize {
+    (capacity / SMALLEST).trailing_zeros() as usize
+}
+
+/// One allocation.
+struct Memory {
+    start: NonNull<u8>,
+    capacity: usize,
+}
+
+// SAFETY: the memory is owned by this value alone and freed by the global allocator, which any thread may call.
+unsafe impl Send for Memory {}
+// SAFETY: shared references give no access to the memory.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn layout(capacity: usize) -> Layout {
+        Layout::from_size_align(capacity, ALIGNMENT).expect("a capacity is a power of two below isize::MAX")
+    }
+
+    fn new(capacity: usize) -> Self {
+        let layout = Self::layout(capacity);
+        // SAFETY: the layout's size is not zero.
+        let start = unsafe { alloc(layout) };
+        let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
+        // SAFETY: the allocation is `capacity` bytes long; from here on all of it is initialised.
+        unsafe { start.as_ptr().write_bytes(0, capacity) };
+        Self { start, capacity }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this very layout.
+        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.capacity)) };
+    }
+}
+
+/// Aligned memory with one owner.
+pub struct Buffer {
+    memory: Option<Memory>,
+    length: usize,
+    pool: Arc<Shared>,
+}
+
+impl Buffer {
+    /// Makes the content immutable and shareable; the memory returns to the pool with the last clone.
+    #[must_use]
+    pub fn freeze(self) -> Bytes {
+        Bytes::from_owner(self)
+    }
+
+    /// Shortens the buffer to its first `length` bytes.
+    ///
+    /// # Panics
+    /// When it is shorter than that.
+    pub fn truncate(&mut self, length: usize) {
+        assert!(length <= self.length, "a buffer is only ever shortened");
+        self.length = length;
+    }
+
+    fn start(&self) -> NonNull<u8> {
+        self.memory.as_ref().expect("a buffer has its memory until it is dropped").start
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `length` is at most the capacity, all of which is initialised and owned by this buffer.
+        unsafe { std::slice::from_raw_parts(self.start().as_ptr(), self.length) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `deref`, and the buffer is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start().as_ptr(), self.length) }
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} bytes)", self.length)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let memory = self.memory.take().expect("a buffer is dropped once");
+        let class = class_of(memory.capacity);
+        let mut free = self.pool.lock();
+        if class < CLASSES && free.bytes + memory.capacity <= self.pool.keep_bytes {
+            free.bytes += memory.capacity;
+            free.by_class[class].push(memory);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_and_comes_back_with_the_last_clone() {
+        let pool = BufferPool::new(1 << 20);
+        let mut buffer = pool.take(5000);
+        assert_eq!((buffer.len(), buffer.as_ptr() as usize % ALIGNMENT), (5000, 0));
+        buffer.fill(7);
+        let start = buffer.as_ptr();
+        let bytes = buffer.freeze();
+        let slice = bytes.slice(4096..5000);
+        drop(bytes);
+        assert!(slice.iter().all(|byte| *byte == 7));
+        drop(slice);
+        assert_eq!(pool.take(8192).as_ptr(), start, "the same memory serves the next request of its class");
+    }
+
+    #[test]
+    fn a_pool_keeps_no_more_than_it_was_told() {
+        let pool = BufferPool::new(8192);
+        drop([pool.take(4096), pool.take(4096), pool.take(4096), pool.take(1 << 31)]);
+        assert_eq!(pool.shared.lock().bytes, 8192);
+    }
+}

@@ -1,0 +1,5 @@
+//! The hands of Blockmirror: opens things, waits, moves bytes, reports. The rules are in `blockmirror_protocol`.
+
+pub mod buffer;
+pub mod device;
+pub mod storage;

@@ -1,0 +1,5 @@
+//! An open backing or metadata file.
+
+/// An open file or block device.
+#[derive(Debug)]
+pub struct File {}

@@ -1,0 +1,5 @@
+//! The rules of Blockmirror: everything that can be stated without a file descriptor.
+
+pub mod nbd;
+pub mod ranges;
+pub mod units;
