@@ -3,3 +3,4 @@
 pub mod nbd;
 pub mod ranges;
 pub mod units;
+pub mod wire;

@@ -4,7 +4,7 @@ use crate::units::{Block, BlockSize, EXTENT_BYTES, Extent};
 use std::ops::Range;
 
 /// A byte interval of a volume. Never longer than `u64::MAX - offset`.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, bincode::Encode, bincode::Decode)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, bincode::Encode)]
 pub struct ByteRange {
     /// The first byte.
     pub offset: u64,
@@ -111,6 +111,18 @@ impl ByteRange {
         let last = if self.is_empty() { 0 } else { self.end().div_ceil(EXTENT_BYTES) };
         let first = if self.is_empty() { 0 } else { self.offset / EXTENT_BYTES };
         (first..last).map(|index| Extent(u32::try_from(index).expect("a volume has at most 2^32 extents")))
+    }
+}
+
+bincode::impl_borrow_decode!(ByteRange);
+
+impl<Context> bincode::Decode<Context> for ByteRange {
+    fn decode<D: bincode::de::Decoder>(decoder: &mut D) -> Result<Self, bincode::error::DecodeError> {
+        let (offset, length) = (u64::decode(decoder)?, u64::decode(decoder)?);
+        match offset.checked_add(length) {
+            Some(_) => Ok(Self { offset, length }),
+            None => Err(bincode::error::DecodeError::Other("a range that ends past 64 bits")),
+        }
     }
 }
 

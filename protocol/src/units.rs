@@ -147,7 +147,7 @@ pub struct Position {
 }
 
 /// The size of a block: a power of two from 4 KiB to 1 MiB.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BlockSize {
     shift: u8,
 }
@@ -197,6 +197,20 @@ impl BlockSize {
     #[must_use]
     pub fn blocks_in(self, bytes: u64) -> u64 {
         bytes.div_ceil(self.bytes())
+    }
+}
+
+impl bincode::Encode for BlockSize {
+    fn encode<E: bincode::enc::Encoder>(&self, encoder: &mut E) -> Result<(), bincode::error::EncodeError> {
+        self.bytes().encode(encoder)
+    }
+}
+
+bincode::impl_borrow_decode!(BlockSize);
+
+impl<Context> bincode::Decode<Context> for BlockSize {
+    fn decode<D: bincode::de::Decoder>(decoder: &mut D) -> Result<Self, bincode::error::DecodeError> {
+        Self::new(u64::decode(decoder)?).map_err(|_| bincode::error::DecodeError::Other("not a block size"))
     }
 }
 

@@ -1,0 +1,493 @@
+//! Control messages: handshake, acknowledgements, state, pairing, and the reads of the operator's tool.
+//!
+//! A message is sent as its length (u32), its tag (u16) and its body in bincode's fixed little-endian configuration.
+//! Tags are given here by hand and never reused, so that the order of the variants means nothing. The receiver limits
+//! the length to [`LIMIT_BYTES`] before it reads a body.
+
+use crate::ranges::ByteRange;
+use crate::units::{
+    BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, Stream, VolumeId,
+};
+use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
+
+/// No message is longer than this, tag included, in bytes.
+pub const LIMIT_BYTES: usize = 256 << 10;
+
+/// The size of a message's length field, in bytes.
+pub const LENGTH_BYTES: usize = 4;
+
+/// How many ranges one [`Union`] carries at most; more are sent as several.
+pub const RANGES_PER_UNION: usize = 8192;
+
+const CONFIGURATION: Configuration<LittleEndian, Fixint, Limit<LIMIT_BYTES>> =
+    bincode::config::standard().with_fixed_int_encoding().with_limit::<LIMIT_BYTES>();
+
+/// Bytes that are no message: the peer misbehaved or speaks a version that it did not announce.
+#[derive(Debug, thiserror::Error)]
+pub enum MessageError {
+    /// The length field promises more than any message has.
+    #[error("the peer announced a message of {0} bytes, more than the limit")]
+    TooLong(usize),
+    /// The tag is unknown in this version.
+    #[error("the peer sent a message with the unknown tag {0}")]
+    UnknownTag(u16),
+    /// The body does not fit its tag.
+    #[error("the peer sent a damaged message with the tag {tag}")]
+    Damaged {
+        /// The message's tag.
+        tag: u16,
+        /// What the decoder met; nothing where bytes were left over.
+        source: Option<bincode::error::DecodeError>,
+    },
+}
+
+/// What a copy holds, as its host knows durably.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+pub enum DataState {
+    /// Nothing yet: no full sync ever ended or began.
+    #[default]
+    Empty,
+    /// A mixture: a resync is under way or was interrupted.
+    Inconsistent,
+    /// A legal crash image of the volume.
+    Consistent,
+}
+
+/// A host of a volume, as the primary introduces it to the others.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Member {
+    /// The name that the operator sees.
+    pub name: String,
+    /// The fingerprint of its key.
+    pub host: HostId,
+    /// Where its agent listens, `address:port`.
+    pub addresses: Vec<String>,
+}
+
+/// Who may write: raised by each promotion (L5).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, bincode::Encode, bincode::Decode)]
+pub struct Fence {
+    /// The promotions so far.
+    pub counter: u64,
+    /// Who was promoted last.
+    pub holder: HostId,
+}
+
+/// A primary opens a session with a replica. Its first message.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Hello {
+    /// The oldest and newest version that the primary speaks.
+    pub versions: (u16, u16),
+    /// Optional features that it offers, a bit each; none so far.
+    pub features: u64,
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Its tracking block.
+    pub block_size: BlockSize,
+    /// The primary's larger physical sector, in bytes (W1).
+    pub sector_bytes: u32,
+    /// The primary's copy.
+    pub copy: CopyId,
+    /// The number of the session that begins.
+    pub session: Session,
+    /// The live stream that begins with it.
+    pub stream: Stream,
+    /// The primary's fence.
+    pub fence: Fence,
+    /// The primary's generations, newest first.
+    pub lineage: Vec<GenerationId>,
+    /// The mode that the operator chose: 0 async, 1 semi-sync, 2 sync.
+    pub mode: u8,
+    /// Every host of the volume, the primary first.
+    pub members: Vec<Member>,
+}
+
+/// The replica accepts the session. It has drained every older one, and writes nothing of it any more (R1).
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Welcome {
+    /// The version that both speak from here on.
+    pub version: u16,
+    /// The features that both have.
+    pub features: u64,
+    /// The session that this answers.
+    pub session: Session,
+    /// The replica's copy.
+    pub copy: CopyId,
+    /// What the copy holds.
+    pub data: DataState,
+    /// The last epoch durable on the replica (P3).
+    pub marker: Position,
+    /// The replica's fence.
+    pub fence: Fence,
+    /// The replica's generations, newest first.
+    pub lineage: Vec<GenerationId>,
+    /// The replica's physical sector, in bytes (W1).
+    pub sector_bytes: u32,
+    /// How many bytes of live frames the replica buffers at most.
+    pub window_bytes: u64,
+}
+
+/// Blocks that the replica knows may differ: its own map for the primary and its activity log (D3). Sent after
+/// [`Welcome`] in as many parts as needed.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Union {
+    /// Ranges that may differ.
+    pub ranges: Vec<ByteRange>,
+    /// Whether these were the last.
+    pub last: bool,
+}
+
+/// Why a host says no.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub enum Refusal {
+    /// The volume is unknown here.
+    UnknownVolume,
+    /// The key is not one of the volume's members.
+    UnknownKey,
+    /// No common version.
+    Version,
+    /// Another volume, size or block size than ours.
+    Unrelated,
+    /// The role does not fit: both are primaries.
+    Role,
+    /// Busy for a while: being recovered from, or still draining.
+    Busy,
+    /// The token is wrong, used or expired.
+    Token,
+    /// The backing failed or its content is not fit to be used.
+    Backing,
+    /// Anything else that the text explains.
+    Other,
+}
+
+/// A host says no, and why.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Refused {
+    /// Why, for the program.
+    pub refusal: Refusal,
+    /// Why, and what to do, for the operator.
+    pub text: String,
+}
+
+/// The primary is about to send copies: the replica's data counts as inconsistent from now on.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct ResyncBegin {
+    /// The session.
+    pub session: Session,
+    /// How many bytes are dirty.
+    pub dirty_bytes: u64,
+}
+
+/// The replica has recorded [`ResyncBegin`] durably.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct ResyncReady {
+    /// The session.
+    pub session: Session,
+}
+
+/// The map is empty and everything up to `position` is durable on the replica: its data is consistent again.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Commit {
+    /// The session.
+    pub session: Session,
+    /// The end of the epoch after the last copy's read.
+    pub position: Position,
+    /// The primary's generations, newest first, which the replica adopts.
+    pub lineage: Vec<GenerationId>,
+}
+
+/// The replica has recorded a [`Commit`] durably.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Committed {
+    /// The session.
+    pub session: Session,
+    /// The position of the commit.
+    pub position: Position,
+}
+
+/// What the replica has by now. Cumulative: an acknowledgement covers all before it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+pub struct Acknowledgement {
+    /// The session.
+    pub session: Session,
+    /// The last live write received.
+    pub received: Sequence,
+    /// The last epoch that is durable.
+    pub durable: Epoch,
+    /// The last copy up to which all are durable.
+    pub copies: u64,
+}
+
+/// The digest of a range, asked for by a frame.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Digest {
+    /// The session.
+    pub session: Session,
+    /// The request's number.
+    pub number: u64,
+    /// BLAKE3 of the range's bytes.
+    pub digest: [u8; 32],
+}
+
+/// The hosts of the volume changed.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Members {
+    /// Every host of the volume, the primary first.
+    pub members: Vec<Member>,
+}
+
+/// A new host asks to become a replica, with the secret of an invitation.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Join {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The invitation's secret.
+    pub secret: [u8; 32],
+    /// The name that the new host goes by.
+    pub name: String,
+    /// Where its agent listens; an unspecified address stands for the one that the connection comes from.
+    pub listen: Vec<String>,
+    /// Whether the host only asks whether it could join; the secret is not used up.
+    pub ask_only: bool,
+}
+
+/// The new host is a replica from now on; the primary will connect to it.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Joined {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Its tracking block.
+    pub block_size: BlockSize,
+    /// Every host of the volume, the primary first, the new one included.
+    pub members: Vec<Member>,
+}
+
+/// The operator's tool asks for a volume's content, by its key or with an invitation's secret.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Recover {
+    /// The volume's name.
+    pub name: String,
+    /// The secret of an invitation, where the key is unknown here.
+    pub secret: Option<[u8; 32]>,
+    /// Whether content that is no legal image of the volume is wanted all the same.
+    pub accept_inconsistent: bool,
+}
+
+/// The content that a recovery will read; it does not change while the connection lasts.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Recovering {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The copy that is read.
+    pub copy: CopyId,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Its tracking block.
+    pub block_size: BlockSize,
+    /// What the copy holds.
+    pub data: DataState,
+    /// The position that the content is at.
+    pub position: Position,
+}
+
+/// One read of a recovery. Answered by frames of content for the whole range, in order.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct ReadContent {
+    /// The volume.
+    pub volume: VolumeId,
+    /// What to read.
+    pub range: ByteRange,
+}
+
+/// A recovery asks for the BLAKE3 digest of the whole content.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct AskDigest {
+    /// The volume.
+    pub volume: VolumeId,
+}
+
+/// How far the digest of the whole content is; complete when the digest is there.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct WholeDigest {
+    /// How many bytes were read so far.
+    pub done_bytes: u64,
+    /// BLAKE3 of the whole content.
+    pub digest: Option<[u8; 32]>,
+}
+
+macro_rules! messages {
+    ($($tag:literal => $name:ident),* $(,)?) => {
+        /// Any control message.
+        #[derive(Clone, PartialEq, Eq, Debug)]
+        pub enum Message {
+            $(#[doc = concat!("See [`", stringify!($name), "`].")] $name($name),)*
+        }
+
+        $(impl From<$name> for Message {
+            fn from(body: $name) -> Self {
+                Self::$name(body)
+            }
+        })*
+
+        impl Message {
+            /// The message's bytes: length, tag, body.
+            ///
+            /// # Panics
+            /// When the message is longer than [`LIMIT_BYTES`]: our own mistake.
+            #[must_use]
+            pub fn encode(&self) -> Vec<u8> {
+                let mut bytes = vec![0; LENGTH_BYTES];
+                match self {
+                    $(Self::$name(body) => {
+                        bytes.extend_from_slice(&u16::to_le_bytes($tag));
+                        encode_body(body, &mut bytes);
+                    })*
+                }
+                let length = bytes.len() - LENGTH_BYTES;
+                assert!(length <= LIMIT_BYTES, "a message is within its limit");
+                bytes[..LENGTH_BYTES].copy_from_slice(&(length as u32).to_le_bytes());
+                bytes
+            }
+
+            /// Reads tag and body: what followed the length.
+            ///
+            /// # Errors
+            /// [`MessageError`] for bytes that no sender of this version could have made.
+            pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
+                let Some((tag, body)) = bytes.split_first_chunk() else {
+                    return Err(MessageError::Damaged { tag: 0, source: None });
+                };
+                match u16::from_le_bytes(*tag) {
+                    $($tag => decode_body($tag, body).map(Self::$name),)*
+                    tag => Err(MessageError::UnknownTag(tag)),
+                }
+            }
+        }
+    };
+}
+
+messages! {
+    1 => Hello,
+    2 => Welcome,
+    3 => Union,
+    4 => Refused,
+    5 => ResyncBegin,
+    6 => ResyncReady,
+    7 => Commit,
+    8 => Committed,
+    9 => Acknowledgement,
+    10 => Digest,
+    11 => Members,
+    12 => Join,
+    13 => Joined,
+    14 => Recover,
+    15 => Recovering,
+    16 => ReadContent,
+    17 => AskDigest,
+    18 => WholeDigest,
+}
+
+/// The length of a message from its length field.
+///
+/// # Errors
+/// [`MessageError::TooLong`] when it is over the limit.
+pub fn decode_length(bytes: [u8; LENGTH_BYTES]) -> Result<usize, MessageError> {
+    let length = u32::from_le_bytes(bytes) as usize;
+    if length > LIMIT_BYTES { Err(MessageError::TooLong(length)) } else { Ok(length) }
+}
+
+fn encode_body(body: &impl bincode::Encode, into: &mut Vec<u8>) {
+    bincode::encode_into_std_write(body, into, CONFIGURATION).expect("a vector takes all bytes");
+}
+
+fn decode_body<Body: bincode::Decode<()>>(tag: u16, bytes: &[u8]) -> Result<Body, MessageError> {
+    match bincode::decode_from_slice(bytes, CONFIGURATION) {
+        Ok((body, used)) if used == bytes.len() => Ok(body),
+        Ok(_) => Err(MessageError::Damaged { tag, source: None }),
+        Err(source) => Err(MessageError::Damaged { tag, source: Some(source) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn messages_have_these_golden_bytes() {
+        let acknowledgement =
+            Acknowledgement { session: Session(1), received: Sequence(0x0203), durable: Epoch(4), copies: 5 };
+        let refused = Refused { refusal: Refusal::Busy, text: "no".into() };
+        let rows: [(Message, &str); 3] = [
+            (
+                acknowledgement.into(),
+                "220000000900010000000000000003020000000000000400000000000000\
+                 0500000000000000",
+            ),
+            (
+                refused.into(),
+                "100000000400050000000200000000000000\
+                 6e6f",
+            ),
+            (
+                ReadContent { volume: VolumeId([9; 16]), range: ByteRange::new(512, 1024) }.into(),
+                "220000001000090909090909090909090909090909090002000000000000\
+                 0004000000000000",
+            ),
+        ];
+        for (message, bytes) in rows {
+            assert_eq!(hex(&message.encode()), bytes, "{message:?}");
+            assert_eq!(Message::decode(&message.encode()[LENGTH_BYTES..]).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn the_handshake_reads_back() {
+        let member =
+            Member { name: "a".into(), host: HostId([1; 32]), addresses: vec!["10.0.0.1:7447".into()] };
+        let hello = Hello {
+            versions: (1, 1),
+            features: 0,
+            volume: VolumeId([2; 16]),
+            size_bytes: 1 << 40,
+            block_size: BlockSize::default(),
+            sector_bytes: 512,
+            copy: CopyId([3; 16]),
+            session: Session(4),
+            stream: Stream(1),
+            fence: Fence { counter: 1, holder: HostId([1; 32]) },
+            lineage: vec![GenerationId([5; 16])],
+            mode: 0,
+            members: vec![member],
+        };
+        let message = Message::from(hello);
+        assert_eq!(Message::decode(&message.encode()[LENGTH_BYTES..]).unwrap(), message);
+    }
+
+    #[test]
+    fn damaged_messages_are_refused() {
+        let good = Message::from(ResyncReady { session: Session(1) }).encode();
+        let body = &good[LENGTH_BYTES..];
+        assert!(matches!(Message::decode(&[]), Err(MessageError::Damaged { .. })));
+        assert!(matches!(Message::decode(&[0xff, 0xff]), Err(MessageError::UnknownTag(0xffff))));
+        assert!(matches!(
+            Message::decode(&body[..body.len() - 1]),
+            Err(MessageError::Damaged { tag: 6, .. })
+        ));
+        assert!(matches!(Message::decode(&[body, &[0]].concat()), Err(MessageError::Damaged { tag: 6, .. })));
+        assert!(matches!(decode_length([0, 0, 0, 1]), Err(MessageError::TooLong(_))));
+        // A vector that claims more elements than the message has bytes allocates nothing of that size.
+        let mut bomb = vec![3, 0];
+        bomb.extend_from_slice(&u64::MAX.to_le_bytes());
+        assert!(matches!(Message::decode(&bomb), Err(MessageError::Damaged { tag: 3, .. })));
+    }
+}
