@@ -1,5 +1,7 @@
 //! The rules of Blockmirror: everything that can be stated without a file descriptor.
 
+pub mod dirty_map;
+pub mod disk;
 pub mod nbd;
 pub mod ranges;
 pub mod units;

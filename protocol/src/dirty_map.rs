@@ -1,0 +1,492 @@
+//! The dirty map of one peer in memory: which blocks may differ there (D1-D4), and what of that is not on disk yet.
+//!
+//! Only pages with a dirty block take memory (4 KiB for 127 MiB of volume at the default block size), and a map that
+//! begins full takes none: see `full_from` in [`crate::disk::dirty_map`], whose layout this writes and reads.
+//!
+//! The map decides nothing. Who may set bits, and above all who may clear them (D2, D3), is the session's business.
+
+use crate::disk::MetadataError;
+use crate::disk::dirty_map::{
+    BLOCKS_PER_PAGE, Bits, Header, WORDS_PER_PAGE, decode_bits, encode_bits, page_count, page_offset,
+};
+use crate::disk::{PAGE_BYTES, Page, slot_offset};
+use crate::units::{BlockSize, CopyId, HostId, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+/// See the module.
+#[derive(Debug)]
+pub struct DirtyMap {
+    header: Header,
+    serial: u64,
+    header_changed: bool,
+    pages: BTreeMap<u64, MapPage>,
+    /// Pages that differ from what was last handed out for writing.
+    changed: BTreeSet<u64>,
+    /// The sum of the pages' counts.
+    dirty_in_pages: u64,
+}
+
+#[derive(Debug)]
+struct MapPage {
+    bits: Box<Bits>,
+    dirty: u64,
+}
+
+/// Writes that bring the file up to date. Pages and holes first, in any order; when they are durable, the header.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct MapChanges {
+    /// Pages to write, by their offset in bytes.
+    pub pages: Vec<(u64, Box<Page>)>,
+    /// Offsets of pages to make zero.
+    pub holes: Vec<u64>,
+    /// The header and its offset, to be written last.
+    pub header: Option<(u64, Box<Page>)>,
+}
+
+impl MapChanges {
+    /// Whether there is nothing to write.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.pages.is_empty() && self.holes.is_empty() && self.header.is_none()
+    }
+}
+
+impl DirtyMap {
+    /// The map for a peer of which nothing is known: every block is dirty, relative to no copy.
+    #[must_use]
+    pub fn full(volume: VolumeId, peer: HostId, size_bytes: u64, block_size: BlockSize) -> Self {
+        let header = Header {
+            volume,
+            peer,
+            base: CopyId::default(),
+            blocks: block_size.blocks_in(size_bytes),
+            block_size,
+            full_from: 0,
+        };
+        Self {
+            header,
+            serial: 0,
+            header_changed: true,
+            pages: BTreeMap::new(),
+            changed: BTreeSet::new(),
+            dirty_in_pages: 0,
+        }
+    }
+
+    /// The map as its file says. `pages` are all pages of the file that hold data, by their page number; pages that
+    /// are missing are clean.
+    ///
+    /// # Errors
+    /// [`MetadataError`] when the header is damaged, newer than ours, or not this volume's and peer's. The caller
+    /// begins anew with [`DirtyMap::full`].
+    pub fn recover(
+        expected: &Self,
+        header: &[u8],
+        pages: impl IntoIterator<Item = (u64, Box<Page>)>,
+    ) -> Result<Self, MetadataError> {
+        let (serial, header) = Header::recover(header)?;
+        let ours = &expected.header;
+        if (header.volume, header.peer, header.blocks, header.block_size)
+            != (ours.volume, ours.peer, ours.blocks, ours.block_size)
+        {
+            return Err(MetadataError::Foreign { what: "dirty map" });
+        }
+        let mut map = Self {
+            header,
+            serial,
+            header_changed: false,
+            pages: BTreeMap::new(),
+            changed: BTreeSet::new(),
+            dirty_in_pages: 0,
+        };
+        for (page, bytes) in pages {
+            let Some(bits) = decode_bits(page, &bytes) else { continue };
+            if page < map.header.full_from.min(page_count(map.header.blocks)) {
+                map.insert(page, Box::new(bits));
+            }
+        }
+        Ok(map)
+    }
+
+    /// The copy of the peer that the map is relative to.
+    #[must_use]
+    pub fn base(&self) -> CopyId {
+        self.header.base
+    }
+
+    /// How many blocks may differ.
+    #[must_use]
+    pub fn dirty_blocks(&self) -> u64 {
+        self.dirty_in_pages + self.header.blocks - self.full_from_block()
+    }
+
+    /// Whether no block may differ.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.dirty_blocks() == 0
+    }
+
+    /// Makes every block dirty, relative to this copy of the peer.
+    pub fn begin_anew(&mut self, base: CopyId) {
+        self.header.base = base;
+        self.header.full_from = 0;
+        self.header_changed = true;
+        self.pages.clear();
+        self.changed.clear();
+        self.dirty_in_pages = 0;
+    }
+
+    /// Makes blocks dirty.
+    pub fn mark(&mut self, blocks: Range<u64>) {
+        for (page, part) in parts(blocks.start..blocks.end.min(self.full_from_block())) {
+            let entry = self.pages.entry(page).or_insert_with(MapPage::clean);
+            let added = entry.set(part);
+            if added > 0 {
+                self.dirty_in_pages += added;
+                self.changed.insert(page);
+            }
+        }
+    }
+
+    /// Makes blocks clean: the caller has a durable acknowledgement of newer content (D2).
+    pub fn clear(&mut self, blocks: Range<u64>) {
+        let blocks = blocks.start..blocks.end.min(self.header.blocks);
+        if blocks.end > self.full_from_block() {
+            self.spell_out((blocks.end - 1) / BLOCKS_PER_PAGE + 1);
+        }
+        for (page, part) in parts(blocks) {
+            let Some(entry) = self.pages.get_mut(&page) else { continue };
+            let removed = entry.unset(part);
+            if removed > 0 {
+                self.dirty_in_pages -= removed;
+                self.changed.insert(page);
+            }
+            if entry.dirty == 0 {
+                self.pages.remove(&page);
+            }
+        }
+    }
+
+    /// The first run of blocks at or after `from` that are all dirty, at most `limit` long.
+    #[must_use]
+    pub fn next_dirty(&self, from: u64, limit: u64) -> Option<Range<u64>> {
+        self.next_run(from, limit, true)
+    }
+
+    /// The parts of `blocks` in order, each all dirty or all clean.
+    pub fn split(&self, blocks: Range<u64>) -> impl Iterator<Item = (bool, Range<u64>)> + '_ {
+        let mut at = blocks.start;
+        std::iter::from_fn(move || {
+            if at >= blocks.end {
+                return None;
+            }
+            let dirty = self.is_dirty(at);
+            let end = self.next_run(at, blocks.end - at, !dirty).map_or(blocks.end, |run| run.start);
+            let part = at..end.min(blocks.end);
+            at = part.end;
+            Some((dirty, part))
+        })
+    }
+
+    /// Whether this block may differ.
+    #[must_use]
+    pub fn is_dirty(&self, block: u64) -> bool {
+        if block >= self.full_from_block() {
+            return block < self.header.blocks;
+        }
+        let (page, bit) = (block / BLOCKS_PER_PAGE, (block % BLOCKS_PER_PAGE) as usize);
+        self.pages.get(&page).is_some_and(|page| page.bits[bit / 64] >> (bit % 64) & 1 == 1)
+    }
+
+    /// Whether the file lacks anything of what memory holds.
+    #[must_use]
+    pub fn has_changes(&self) -> bool {
+        self.header_changed || !self.changed.is_empty()
+    }
+
+    /// What to write so that the file says what memory says now.
+    pub fn take_changes(&mut self) -> MapChanges {
+        let mut changes = MapChanges::default();
+        for page in std::mem::take(&mut self.changed) {
+            match self.pages.get(&page) {
+                Some(entry) => {
+                    changes.pages.push((page_offset(page), Box::new(encode_bits(page, &entry.bits))));
+                }
+                None => changes.holes.push(page_offset(page)),
+            }
+        }
+        if std::mem::take(&mut self.header_changed) {
+            self.serial += 1;
+            changes.header = Some((slot_offset(self.serial), Box::new(self.header.encode(self.serial))));
+        }
+        changes
+    }
+
+    fn full_from_block(&self) -> u64 {
+        self.header.full_from.saturating_mul(BLOCKS_PER_PAGE).min(self.header.blocks)
+    }
+
+    /// Raises `full_from` to `page`, with pages that say so for what lies between.
+    fn spell_out(&mut self, page: u64) {
+        for between in self.header.full_from..page {
+            let first = between * BLOCKS_PER_PAGE;
+            let mut entry = MapPage::clean();
+            self.dirty_in_pages += entry.set(0..(self.header.blocks - first).min(BLOCKS_PER_PAGE) as usize);
+            self.pages.insert(between, entry);
+            self.changed.insert(between);
+        }
+        self.header.full_from = page;
+        self.header_changed = true;
+    }
+
+    fn insert(&mut self, page: u64, mut bits: Box<Bits>) {
+        let valid = (self.header.blocks - page * BLOCKS_PER_PAGE).min(BLOCKS_PER_PAGE) as usize;
+        for (word, bits) in bits.iter_mut().enumerate() {
+            *bits &= mask(word, &(0..valid));
+        }
+        let dirty = bits.iter().map(|word| u64::from(word.count_ones())).sum();
+        if dirty > 0 {
+            self.dirty_in_pages += dirty;
+            self.pages.insert(page, MapPage { bits, dirty });
+        }
+    }
+
+    /// The first run of blocks at or after `from` whose state is `dirty`, at most `limit` long.
+    fn next_run(&self, from: u64, limit: u64, dirty: bool) -> Option<Range<u64>> {
+        let start = self.find(from, dirty)?;
+        let wanted_end = start.saturating_add(limit).min(self.header.blocks);
+        let end = self.find(start, !dirty).map_or(wanted_end, |end| end.min(wanted_end));
+        (start < end).then_some(start..end)
+    }
+
+    /// The first block at or after `from` whose state is `dirty`.
+    fn find(&self, from: u64, dirty: bool) -> Option<u64> {
+        let full_from = self.full_from_block();
+        let mut at = from;
+        while at < full_from {
+            let page = at / BLOCKS_PER_PAGE;
+            let Some(entry) = self.pages.get(&page) else {
+                if !dirty {
+                    return Some(at);
+                }
+                let next =
+                    self.pages.range(page + 1..).next().map_or(full_from, |(page, _)| page * BLOCKS_PER_PAGE);
+                at = next.min(full_from);
+                continue;
+            };
+            if let Some(bit) = entry.find((at % BLOCKS_PER_PAGE) as usize, dirty) {
+                let found = page * BLOCKS_PER_PAGE + bit as u64;
+                return (found < self.header.blocks).then_some(found);
+            }
+            at = (page + 1) * BLOCKS_PER_PAGE;
+        }
+        let at = at.max(full_from);
+        (dirty && at < self.header.blocks).then_some(at)
+    }
+}
+
+impl MapPage {
+    fn clean() -> Self {
+        Self { bits: Box::new([0; WORDS_PER_PAGE]), dirty: 0 }
+    }
+
+    /// Sets bits and says how many were not set.
+    fn set(&mut self, bits: Range<usize>) -> u64 {
+        let mut added = 0;
+        for word in bits.start / 64..bits.end.div_ceil(64) {
+            let new = mask(word, &bits) & !self.bits[word];
+            self.bits[word] |= new;
+            added += u64::from(new.count_ones());
+        }
+        self.dirty += added;
+        added
+    }
+
+    /// Clears bits and says how many were set.
+    fn unset(&mut self, bits: Range<usize>) -> u64 {
+        let mut removed = 0;
+        for word in bits.start / 64..bits.end.div_ceil(64) {
+            let gone = mask(word, &bits) & self.bits[word];
+            self.bits[word] &= !gone;
+            removed += u64::from(gone.count_ones());
+        }
+        self.dirty -= removed;
+        removed
+    }
+
+    fn find(&self, from: usize, set: bool) -> Option<usize> {
+        let looked_for = |word: usize| if set { self.bits[word] } else { !self.bits[word] };
+        let first = looked_for(from / 64) & (u64::MAX << (from % 64));
+        if first != 0 {
+            return Some(from / 64 * 64 + first.trailing_zeros() as usize);
+        }
+        (from / 64 + 1..WORDS_PER_PAGE)
+            .find(|word| looked_for(*word) != 0)
+            .map(|word| word * 64 + looked_for(word).trailing_zeros() as usize)
+    }
+}
+
+/// The bits of `word` that lie in `bits`.
+fn mask(word: usize, bits: &Range<usize>) -> u64 {
+    let low = bits.start.clamp(word * 64, word * 64 + 64) - word * 64;
+    let high = bits.end.clamp(word * 64, word * 64 + 64) - word * 64;
+    if low >= high { 0 } else { (u64::MAX << low) & (u64::MAX >> (64 - high)) }
+}
+
+/// The pages that blocks lie in, with the bits of each.
+fn parts(blocks: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let mut at = blocks.start;
+    std::iter::from_fn(move || {
+        (at < blocks.end).then(|| {
+            let page = at / BLOCKS_PER_PAGE;
+            let end = blocks.end.min((page + 1) * BLOCKS_PER_PAGE);
+            let first = page * BLOCKS_PER_PAGE;
+            let bits = (at - first) as usize..(end - first) as usize;
+            at = end;
+            (page, bits)
+        })
+    })
+}
+
+const _: () = assert!(WORDS_PER_PAGE * 8 + 32 == PAGE_BYTES);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const BLOCKS: u64 = 3 * BLOCKS_PER_PAGE + 777;
+
+    fn fresh() -> DirtyMap {
+        DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), BLOCKS * 4096, BlockSize::default())
+    }
+
+    /// The file, as a map's changes leave it.
+    #[derive(Default)]
+    struct Disk {
+        header: Vec<u8>,
+        pages: BTreeMap<u64, Box<Page>>,
+    }
+
+    impl Disk {
+        fn apply(&mut self, changes: MapChanges) {
+            let number = |offset: u64| offset / PAGE_BYTES as u64 - 2;
+            for (offset, page) in changes.pages {
+                self.pages.insert(number(offset), page);
+            }
+            for offset in changes.holes {
+                self.pages.remove(&number(offset));
+            }
+            if let Some((offset, page)) = changes.header {
+                self.header.resize(2 * PAGE_BYTES, 0);
+                self.header[offset as usize..][..PAGE_BYTES].copy_from_slice(&page[..]);
+            }
+        }
+
+        fn recover(&self) -> DirtyMap {
+            let pages = self.pages.iter().map(|(number, page)| (*number, page.clone()));
+            DirtyMap::recover(&fresh(), &self.header, pages).unwrap()
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Mark(u64, u64),
+        Clear(u64, u64),
+        BeginAnew,
+        Persist,
+    }
+
+    fn any_step() -> impl Strategy<Value = Step> {
+        let place = || prop_oneof![0..BLOCKS, (0..4u64).prop_map(|page| (page * BLOCKS_PER_PAGE).max(2) - 2)];
+        let length = || prop_oneof![1..200u64, 1..BLOCKS];
+        prop_oneof![
+            8 => (place(), length()).prop_map(|(at, length)| Step::Mark(at, length)),
+            8 => (place(), length()).prop_map(|(at, length)| Step::Clear(at, length)),
+            1 => Just(Step::BeginAnew),
+            4 => Just(Step::Persist),
+        ]
+    }
+
+    fn assert_same(map: &DirtyMap, model: &[bool]) {
+        assert_eq!(map.dirty_blocks(), model.iter().filter(|dirty| **dirty).count() as u64);
+        let mut at = 0;
+        let mut covered = 0;
+        while let Some(run) = map.next_dirty(at, 5000) {
+            assert!(run.end - run.start <= 5000);
+            assert!(run.clone().all(|block| model[block as usize]));
+            covered += run.end - run.start;
+            at = run.end;
+        }
+        assert_eq!(covered, map.dirty_blocks());
+        let mut at = 0;
+        for (dirty, part) in map.split(0..BLOCKS) {
+            assert_eq!(part.start, at);
+            assert!(part.clone().all(|block| model[block as usize] == dirty));
+            at = part.end;
+        }
+        assert_eq!(at, BLOCKS);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn the_map_agrees_with_one_flag_per_block(steps in proptest::collection::vec(any_step(), 1..25)) {
+            let (mut map, mut disk) = (fresh(), Disk::default());
+            let mut model = vec![true; BLOCKS as usize];
+            for step in steps {
+                match step {
+                    Step::Mark(at, length) => {
+                        let end = (at + length).min(BLOCKS);
+                        map.mark(at..end);
+                        model[at as usize..end as usize].fill(true);
+                    }
+                    Step::Clear(at, length) => {
+                        let end = (at + length).min(BLOCKS);
+                        map.clear(at..end);
+                        model[at as usize..end as usize].fill(false);
+                    }
+                    Step::BeginAnew => {
+                        map.begin_anew(CopyId([7; 16]));
+                        model.fill(true);
+                    }
+                    Step::Persist => {
+                        disk.apply(map.take_changes());
+                        prop_assert!(!map.has_changes());
+                        map = disk.recover();
+                    }
+                }
+                assert_same(&map, &model);
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_map_of_a_huge_volume_takes_no_memory() {
+        let mut map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), 16 << 40, BlockSize::default());
+        assert_eq!(map.dirty_blocks(), (16 << 40) / 4096);
+        map.mark(0..1 << 32);
+        map.clear(0..10);
+        assert_eq!((map.pages.len(), map.take_changes().pages.len()), (1, 1));
+        assert_eq!(map.next_dirty(0, u64::MAX), Some(10..1 << 32));
+    }
+
+    #[test]
+    fn a_map_of_another_volume_peer_or_size_is_refused() {
+        let changes = fresh().take_changes();
+        let (offset, page) = changes.header.unwrap();
+        let mut header = vec![0; 2 * PAGE_BYTES];
+        header[offset as usize..][..PAGE_BYTES].copy_from_slice(&page[..]);
+        let other = DirtyMap::full(VolumeId([9; 16]), HostId([2; 32]), BLOCKS * 4096, BlockSize::default());
+        assert_eq!(
+            DirtyMap::recover(&other, &header, []).unwrap_err(),
+            MetadataError::Foreign { what: "dirty map" }
+        );
+        header[offset as usize + 50] ^= 1;
+        assert_eq!(
+            DirtyMap::recover(&fresh(), &header, []).unwrap_err(),
+            MetadataError::Corrupted { what: "dirty map" }
+        );
+    }
+}

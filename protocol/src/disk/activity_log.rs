@@ -1,0 +1,194 @@
+//! `activity-log`: the extents that may hold unfinished, unsynced or unreplicated writes (W2, D1).
+//!
+//! A ring of records. Each holds the *whole* active set, so the newest whole record says everything. Record n goes to
+//! place n mod [`RECORDS`]; one is written at a time, durably, before any write that needs it begins.
+//!
+//! ```text
+//!  0 magic "BMACTLOG"   8 version (4)   12 CRC-32 of the rest (4)
+//! 16 serial (8)        24 extents (4)   28 zero (4)
+//! 32 extent numbers (4 each), ascending; then zero up to the record's end
+//! ```
+//!
+//! # What a crash leaves
+//!
+//! A write of record n that was lost leaves record n-1: no write relied on n yet. A torn write leaves the same, but
+//! cannot be told from a record n that was durable and went bad later. So a place that should hold n, is not whole
+//! and is not empty makes the set *unsure*: every block counts as dirty. That costs time, never data.
+
+use super::{MetadataError, PAGE_BYTES, is_sealed, seal};
+use crate::units::Extent;
+use std::collections::BTreeSet;
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The file's name in the volume's state folder.
+pub const FILE_NAME: &str = "activity-log";
+/// How many records the ring has.
+pub const RECORDS: u64 = 8;
+/// The size of one record, in bytes.
+pub const RECORD_BYTES: usize = PAGE_BYTES;
+/// The file's size in bytes.
+pub const FILE_BYTES: u64 = RECORDS * RECORD_BYTES as u64;
+/// How many extents can be active at once: 3.9 GiB of hot data.
+pub const CAPACITY: usize = (RECORD_BYTES - HEADER_BYTES) / 4;
+/// The newest layout that this release reads, and the one that it writes.
+pub const VERSION: u32 = 1;
+
+const WHAT: &str = "activity log";
+const HEADER_BYTES: usize = 32;
+const MAGIC: [u8; 8] = *b"BMACTLOG";
+const CRC_AT: usize = 12;
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Raw {
+    magic: [u8; 8],
+    version: U32,
+    crc: U32,
+    serial: U64,
+    count: U32,
+    zero: U32,
+    extents: [U32; CAPACITY],
+}
+
+const _: () = assert!(size_of::<Raw>() == RECORD_BYTES);
+
+/// One record's bytes.
+pub type Record = [u8; RECORD_BYTES];
+
+/// What the log says after a restart.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Recovered {
+    /// Blocks of these extents may differ; the newest record has this serial number.
+    Active {
+        /// The newest record's serial number; 0 when none was ever written.
+        serial: u64,
+        /// The extents.
+        extents: BTreeSet<Extent>,
+    },
+    /// The newest record is not whole: any block may differ.
+    Unsure {
+        /// The serial number after which the next record goes.
+        serial: u64,
+    },
+}
+
+/// The place of a record in the file, in bytes.
+#[must_use]
+pub fn record_offset(serial: u64) -> u64 {
+    serial % RECORDS * RECORD_BYTES as u64
+}
+
+/// The record to write at [`record_offset`] of `serial`, which counts from 1.
+///
+/// # Panics
+/// When there are more than [`CAPACITY`] extents.
+#[must_use]
+pub fn encode(extents: impl IntoIterator<Item = Extent>, serial: u64) -> Record {
+    let mut raw = Raw {
+        magic: MAGIC,
+        version: U32::new(VERSION),
+        crc: U32::ZERO,
+        serial: U64::new(serial),
+        count: U32::ZERO,
+        zero: U32::ZERO,
+        extents: [U32::ZERO; CAPACITY],
+    };
+    let mut count = 0;
+    for extent in extents {
+        assert!(count < CAPACITY, "the active set fits into a record");
+        raw.extents[count] = U32::new(extent.0);
+        count += 1;
+    }
+    raw.count = U32::new(count as u32);
+    let mut record: Record = zerocopy::transmute!(raw);
+    seal(&mut record, CRC_AT);
+    record
+}
+
+/// Reads the ring.
+///
+/// # Errors
+/// [`MetadataError::TooNew`] for a newer layout. Damage is no error here: see [`Recovered::Unsure`].
+pub fn recover(file: &[u8]) -> Result<Recovered, MetadataError> {
+    let mut newest: Option<(u64, BTreeSet<Extent>)> = None;
+    for record in file.chunks_exact(RECORD_BYTES).take(RECORDS as usize) {
+        let Some((serial, extents)) = decode(record)? else { continue };
+        if newest.as_ref().is_none_or(|(best, _)| *best < serial) {
+            newest = Some((serial, extents));
+        }
+    }
+    let (serial, extents) = newest.unwrap_or_default();
+    let next = record_offset(serial + 1) as usize;
+    let Some(after) = file.get(next..next + RECORD_BYTES) else {
+        return Ok(Recovered::Unsure { serial });
+    };
+    let is_empty = after.iter().all(|byte| *byte == 0);
+    if file.len() < FILE_BYTES as usize || !(is_empty || decode(after)?.is_some()) {
+        return Ok(Recovered::Unsure { serial: serial + 1 });
+    }
+    Ok(Recovered::Active { serial, extents })
+}
+
+fn decode(record: &[u8]) -> Result<Option<(u64, BTreeSet<Extent>)>, MetadataError> {
+    let Ok(raw) = Raw::ref_from_bytes(record) else { return Ok(None) };
+    if raw.magic != MAGIC || !is_sealed(record, CRC_AT) {
+        return Ok(None);
+    }
+    if raw.version.get() > VERSION {
+        return Err(MetadataError::TooNew { what: WHAT, found: raw.version.get(), known: VERSION });
+    }
+    let extents = raw.extents.get(..raw.count.get() as usize);
+    Ok(extents.map(|extents| (raw.serial.get(), extents.iter().map(|extent| Extent(extent.get())).collect())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(extents: &[u32]) -> BTreeSet<Extent> {
+        extents.iter().copied().map(Extent).collect()
+    }
+
+    fn ring(records: &[(u64, &[u32])]) -> Vec<u8> {
+        let mut file = vec![0; FILE_BYTES as usize];
+        for (serial, extents) in records {
+            let at = record_offset(*serial) as usize;
+            file[at..at + RECORD_BYTES].copy_from_slice(&encode(set(extents), *serial));
+        }
+        file
+    }
+
+    #[test]
+    fn a_record_has_these_golden_bytes() {
+        let record = encode(set(&[1, 0x0203_0405]), 6);
+        let text: String = record[..44].iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(
+            text,
+            "424d4143544c4f470100000066e332a90600000000000000020000000000000001000000050403020\
+             0000000"
+        );
+    }
+
+    #[test]
+    fn the_newest_record_says_everything() {
+        let none = Recovered::Active { serial: 0, extents: set(&[]) };
+        assert_eq!(recover(&ring(&[])), Ok(none));
+        let newest = Recovered::Active { serial: 12, extents: set(&[7]) };
+        assert_eq!(recover(&ring(&[(10, &[1]), (11, &[2, 3]), (12, &[7])])), Ok(newest));
+        let full: Vec<u32> = (0..CAPACITY as u32).collect();
+        assert_eq!(recover(&ring(&[(9, &full)])), Ok(Recovered::Active { serial: 9, extents: set(&full) }));
+    }
+
+    #[test]
+    fn a_newest_record_that_is_not_whole_makes_everything_dirty() {
+        let mut file = ring(&[(3, &[1]), (4, &[1, 2])]);
+        file[record_offset(4) as usize + 40] ^= 1;
+        assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: 4 }));
+        let mut only = ring(&[(1, &[1])]);
+        only[record_offset(1) as usize] ^= 1;
+        assert_eq!(recover(&only), Ok(Recovered::Unsure { serial: 1 }));
+        assert!(matches!(recover(&ring(&[(3, &[1])])[..4 * RECORD_BYTES]), Ok(Recovered::Unsure { .. })));
+        assert!(matches!(recover(&[]), Ok(Recovered::Unsure { .. })));
+    }
+}

@@ -1,0 +1,241 @@
+//! `map-PEER`: the blocks that may differ on one peer.
+//!
+//! Two header slots of one page that take turns, then pages of bits. A page of bits that is all zero is clean, and
+//! stays a hole in the file. A page that is neither zero nor whole counts as dirty throughout, so torn and damaged
+//! pages cost time, never data; the activity log covers bits that were not written yet (D1).
+//!
+//! From `full_from` on, every block is dirty and the pages are not looked at: so a map of a volume of any size begins
+//! as one header. Raising `full_from` is written only after the pages below it.
+//!
+//! ```text
+//! header   0 magic "BMDIRTY\0"   8 version (4)   12 CRC-32 of the rest (4)   16 serial (8)
+//!         24 volume (16)        40 peer (32)     72 copy of the peer that the map is relative to (16)
+//!         88 blocks (8)         96 block bytes (4) 100 zero (4)   104 full_from, a page number (8)   112 zero
+//! bits     0 magic "BITS"        4 CRC-32 of the rest (4)   8 page number (8)   16 zero (16)
+//!         32 bits, the lowest of the first byte first
+//! ```
+
+use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
+use crate::units::{BlockSize, CopyId, HostId, VolumeId};
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The newest layout that this release reads, and the one that it writes.
+pub const VERSION: u32 = 1;
+/// How many 64-bit words of bits a page holds.
+pub const WORDS_PER_PAGE: usize = (PAGE_BYTES - BITS_HEADER_BYTES) / 8;
+/// How many blocks a page stands for.
+pub const BLOCKS_PER_PAGE: u64 = WORDS_PER_PAGE as u64 * 64;
+
+const WHAT: &str = "dirty map";
+const MAGIC: [u8; 8] = *b"BMDIRTY\0";
+const CRC_AT: usize = 12;
+const BITS_MAGIC: [u8; 4] = *b"BITS";
+const BITS_CRC_AT: usize = 4;
+const BITS_HEADER_BYTES: usize = 32;
+const HEADER_PAGES: u64 = 2;
+
+/// The bits of one page.
+pub type Bits = [u64; WORDS_PER_PAGE];
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawHeader {
+    magic: [u8; 8],
+    version: U32,
+    crc: U32,
+    serial: U64,
+    volume: [u8; 16],
+    peer: [u8; 32],
+    base: [u8; 16],
+    blocks: U64,
+    block_bytes: U32,
+    zero: U32,
+    full_from: U64,
+    rest: [u8; PAGE_BYTES - 112],
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawBits {
+    magic: [u8; 4],
+    crc: U32,
+    page: U64,
+    zero: [u8; 16],
+    words: [U64; WORDS_PER_PAGE],
+}
+
+const _: () = assert!(size_of::<RawHeader>() == PAGE_BYTES && size_of::<RawBits>() == PAGE_BYTES);
+
+/// What the header says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The peer.
+    pub peer: HostId,
+    /// The copy of the peer that the map is relative to; none while no session ever began.
+    pub base: CopyId,
+    /// The volume's size in blocks.
+    pub blocks: u64,
+    /// The tracking block.
+    pub block_size: BlockSize,
+    /// From this page on every block is dirty.
+    pub full_from: u64,
+}
+
+/// The file's name in the volume's state folder.
+#[must_use]
+pub fn file_name(peer: HostId) -> String {
+    format!("map-{}", &peer.to_string()[..16])
+}
+
+/// How many pages of bits a volume of so many blocks has.
+#[must_use]
+pub fn page_count(blocks: u64) -> u64 {
+    blocks.div_ceil(BLOCKS_PER_PAGE)
+}
+
+/// The size of the file in bytes, most of it holes.
+#[must_use]
+pub fn file_bytes(blocks: u64) -> u64 {
+    (HEADER_PAGES + page_count(blocks)) * PAGE_BYTES as u64
+}
+
+/// The place of a page of bits in the file, in bytes.
+#[must_use]
+pub fn page_offset(page: u64) -> u64 {
+    (HEADER_PAGES + page) * PAGE_BYTES as u64
+}
+
+impl Header {
+    /// The page to write at [`super::slot_offset`] of `serial`.
+    #[must_use]
+    pub fn encode(&self, serial: u64) -> Page {
+        let raw = RawHeader {
+            magic: MAGIC,
+            version: U32::new(VERSION),
+            crc: U32::ZERO,
+            serial: U64::new(serial),
+            volume: self.volume.0,
+            peer: self.peer.0,
+            base: self.base.0,
+            blocks: U64::new(self.blocks),
+            block_bytes: U32::new(self.block_size.bytes() as u32),
+            zero: U32::ZERO,
+            full_from: U64::new(self.full_from),
+            rest: [0; PAGE_BYTES - 112],
+        };
+        let mut page: Page = zerocopy::transmute!(raw);
+        seal(&mut page, CRC_AT);
+        page
+    }
+
+    /// Reads the first two pages of the file: the newest whole header and its serial number.
+    ///
+    /// # Errors
+    /// [`MetadataError`] when neither slot is whole, or a newer release wrote one.
+    pub fn recover(file: &[u8]) -> Result<(u64, Self), MetadataError> {
+        newest_of_two(WHAT, file, |slot| Self::decode(slot).transpose())
+    }
+
+    fn decode(slot: &[u8]) -> Result<Option<(u64, Self)>, MetadataError> {
+        let Ok(raw) = RawHeader::ref_from_bytes(slot) else { return Ok(None) };
+        if raw.magic != MAGIC || !is_sealed(slot, CRC_AT) {
+            return Ok(None);
+        }
+        if raw.version.get() > VERSION {
+            return Err(MetadataError::TooNew { what: WHAT, found: raw.version.get(), known: VERSION });
+        }
+        let block_size = BlockSize::new(raw.block_bytes.get().into())
+            .map_err(|_| MetadataError::Corrupted { what: WHAT })?;
+        let header = Self {
+            volume: VolumeId(raw.volume),
+            peer: HostId(raw.peer),
+            base: CopyId(raw.base),
+            blocks: raw.blocks.get(),
+            block_size,
+            full_from: raw.full_from.get(),
+        };
+        Ok(Some((raw.serial.get(), header)))
+    }
+}
+
+/// The bytes of a page of bits.
+#[must_use]
+pub fn encode_bits(page: u64, bits: &Bits) -> Page {
+    let raw = RawBits {
+        magic: BITS_MAGIC,
+        crc: U32::ZERO,
+        page: U64::new(page),
+        zero: [0; 16],
+        words: bits.map(U64::new),
+    };
+    let mut bytes: Page = zerocopy::transmute!(raw);
+    seal(&mut bytes, BITS_CRC_AT);
+    bytes
+}
+
+/// Reads a page of bits: none when it is clean, all set when it is not whole or is another page's.
+#[must_use]
+pub fn decode_bits(page: u64, bytes: &Page) -> Option<Bits> {
+    if bytes.iter().all(|byte| *byte == 0) {
+        return None;
+    }
+    let raw: RawBits = zerocopy::transmute!(*bytes);
+    if raw.magic != BITS_MAGIC || raw.page.get() != page || !is_sealed(bytes, BITS_CRC_AT) {
+        return Some([u64::MAX; WORDS_PER_PAGE]);
+    }
+    Some(raw.words.map(U64::get))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn header_and_bits_have_these_golden_bytes() {
+        let header = Header {
+            volume: VolumeId([1; 16]),
+            peer: HostId([2; 32]),
+            base: CopyId([3; 16]),
+            blocks: 0x1_0000,
+            block_size: BlockSize::default(),
+            full_from: 2,
+        };
+        let page = header.encode(9);
+        assert_eq!(Header::recover(&page), Ok((9, header)));
+        assert_eq!(
+            hex(&page[..112]),
+            "424d44495254590001000000cadb6df709000000000000000101010101010101010101010101010102020202\
+             02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
+             03000001000000000000100000000000000200000000000000"
+        );
+        let mut bits = [0; WORDS_PER_PAGE];
+        (bits[0], bits[507]) = (0b101, 1 << 63);
+        let page = encode_bits(7, &bits);
+        assert_eq!(decode_bits(7, &page), Some(bits));
+        assert_eq!(
+            hex(&page[..40]),
+            "424954539dcbc3e30700000000000000000000000000000000000000000000000500000000000000"
+        );
+        assert_eq!(page[PAGE_BYTES - 1], 0x80);
+    }
+
+    #[test]
+    fn a_page_that_is_not_whole_is_dirty_throughout() {
+        assert_eq!(decode_bits(0, &[0; PAGE_BYTES]), None);
+        let whole = encode_bits(1, &[1; WORDS_PER_PAGE]);
+        let all = Some([u64::MAX; WORDS_PER_PAGE]);
+        assert_eq!(decode_bits(2, &whole), all, "another page's bits");
+        for sector in 0..8 {
+            let mut torn = whole;
+            torn[sector * 512..(sector + 1) * 512].fill(0);
+            assert_eq!(decode_bits(1, &torn), all, "sector {sector} was not written");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! `superblock`: who this copy is, what it holds, and whose history it follows.
+//!
+//! Two slots of one page each; the copy with serial number n goes to slot n mod 2, so a torn write leaves the one
+//! before. Losing the newest copy is safe for the data state because "inconsistent" is durable before the first copy
+//! is written, and "consistent" is recorded only after everything is durable.
+//!
+//! ```text
+//!    0 magic "BMSUPER\0"      8 version (4)      12 CRC-32 of the rest (4)
+//!   16 serial (8)            24 size in bytes (8)
+//!   32 volume (16)           48 copy (16)
+//!   64 block bytes (4)       68 role (1)  69 data state (1)  70 zero (2)
+//!   72 session (8)           80 fence counter (8)   88 fence holder (32)
+//!  120 position: generation (16), epoch (8), sequence (8)
+//!  152 source host (32)     184 lineage length (4)  188 zero (4)
+//!  192 lineage: up to 64 generations of 16 bytes, newest first
+//! 1216 zero
+//! ```
+
+use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
+use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
+use crate::wire::message::{DataState, Fence};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The file's name in the volume's state folder.
+pub const FILE_NAME: &str = "superblock";
+/// The file's size in bytes.
+pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
+/// The newest layout that this release reads, and the one that it writes.
+pub const VERSION: u32 = 1;
+/// How many generations a lineage holds at most.
+pub const LINEAGE_LIMIT: usize = 64;
+
+const WHAT: &str = "superblock";
+const MAGIC: [u8; 8] = *b"BMSUPER\0";
+const CRC_AT: usize = 12;
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Raw {
+    magic: [u8; 8],
+    version: U32,
+    crc: U32,
+    serial: U64,
+    size_bytes: U64,
+    volume: [u8; 16],
+    copy: [u8; 16],
+    block_bytes: U32,
+    role: u8,
+    data: u8,
+    zero: U16,
+    session: U64,
+    fence_counter: U64,
+    fence_holder: [u8; 32],
+    generation: [u8; 16],
+    epoch: U64,
+    sequence: U64,
+    source: [u8; 32],
+    lineage_length: U32,
+    zero_too: U32,
+    lineage: [[u8; 16]; LINEAGE_LIMIT],
+    rest: [u8; PAGE_BYTES - 1216],
+}
+
+const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
+
+/// The role of a host for a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// The one that takes writes.
+    Primary,
+    /// One that follows.
+    Replica,
+}
+
+/// What a host knows durably about its copy of a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Superblock {
+    /// The volume.
+    pub volume: VolumeId,
+    /// This copy.
+    pub copy: CopyId,
+    /// The volume's size in bytes.
+    pub size_bytes: u64,
+    /// The tracking block.
+    pub block_size: BlockSize,
+    /// The host's role.
+    pub role: Role,
+    /// What the backing holds.
+    pub data: DataState,
+    /// The last session that this host opened as primary.
+    pub session: Session,
+    /// Who may write.
+    pub fence: Fence,
+    /// Where the data state was last recorded.
+    pub position: Position,
+    /// On a replica, the primary that it follows.
+    pub source: HostId,
+    /// The generations, newest first; at most [`LINEAGE_LIMIT`].
+    pub lineage: Vec<GenerationId>,
+}
+
+impl Superblock {
+    /// The page to write at [`super::slot_offset`] of `serial`.
+    ///
+    /// # Panics
+    /// When the lineage is longer than its limit.
+    #[must_use]
+    pub fn encode(&self, serial: u64) -> Page {
+        assert!(self.lineage.len() <= LINEAGE_LIMIT, "a lineage is pruned before it is recorded");
+        let mut lineage = [[0; 16]; LINEAGE_LIMIT];
+        for (slot, generation) in lineage.iter_mut().zip(&self.lineage) {
+            *slot = generation.0;
+        }
+        let raw = Raw {
+            magic: MAGIC,
+            version: U32::new(VERSION),
+            crc: U32::ZERO,
+            serial: U64::new(serial),
+            size_bytes: U64::new(self.size_bytes),
+            volume: self.volume.0,
+            copy: self.copy.0,
+            block_bytes: U32::new(self.block_size.bytes() as u32),
+            role: match self.role {
+                Role::Primary => 1,
+                Role::Replica => 2,
+            },
+            data: match self.data {
+                DataState::Empty => 0,
+                DataState::Inconsistent => 1,
+                DataState::Consistent => 2,
+            },
+            zero: U16::ZERO,
+            session: U64::new(self.session.0),
+            fence_counter: U64::new(self.fence.counter),
+            fence_holder: self.fence.holder.0,
+            generation: self.position.generation.0,
+            epoch: U64::new(self.position.epoch.0),
+            sequence: U64::new(self.position.sequence.0),
+            source: self.source.0,
+            lineage_length: U32::new(self.lineage.len() as u32),
+            zero_too: U32::ZERO,
+            lineage,
+            rest: [0; PAGE_BYTES - 1216],
+        };
+        let mut page: Page = zerocopy::transmute!(raw);
+        seal(&mut page, CRC_AT);
+        page
+    }
+
+    /// Reads the file: the newest whole copy and its serial number.
+    ///
+    /// # Errors
+    /// [`MetadataError`] when neither slot is whole, or a newer release wrote one.
+    pub fn recover(file: &[u8]) -> Result<(u64, Self), MetadataError> {
+        newest_of_two(WHAT, file, |slot| Self::decode(slot).transpose())
+    }
+
+    fn decode(slot: &[u8]) -> Result<Option<(u64, Self)>, MetadataError> {
+        let Ok(raw) = Raw::ref_from_bytes(slot) else { return Ok(None) };
+        if raw.magic != MAGIC || !is_sealed(slot, CRC_AT) {
+            return Ok(None);
+        }
+        if raw.version.get() > VERSION {
+            return Err(MetadataError::TooNew { what: WHAT, found: raw.version.get(), known: VERSION });
+        }
+        let corrupted = MetadataError::Corrupted { what: WHAT };
+        let block_size = BlockSize::new(raw.block_bytes.get().into()).map_err(|_| corrupted.clone())?;
+        let length = raw.lineage_length.get() as usize;
+        let lineage = raw.lineage.get(..length).ok_or_else(|| corrupted.clone())?;
+        let superblock = Self {
+            volume: VolumeId(raw.volume),
+            copy: CopyId(raw.copy),
+            size_bytes: raw.size_bytes.get(),
+            block_size,
+            role: match raw.role {
+                1 => Role::Primary,
+                2 => Role::Replica,
+                _ => return Err(corrupted),
+            },
+            data: match raw.data {
+                0 => DataState::Empty,
+                1 => DataState::Inconsistent,
+                2 => DataState::Consistent,
+                _ => return Err(corrupted),
+            },
+            session: Session(raw.session.get()),
+            fence: Fence { counter: raw.fence_counter.get(), holder: HostId(raw.fence_holder) },
+            position: Position {
+                generation: GenerationId(raw.generation),
+                epoch: Epoch(raw.epoch.get()),
+                sequence: Sequence(raw.sequence.get()),
+            },
+            source: HostId(raw.source),
+            lineage: lineage.iter().map(|generation| GenerationId(*generation)).collect(),
+        };
+        Ok(Some((raw.serial.get(), superblock)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Superblock {
+        Superblock {
+            volume: VolumeId([1; 16]),
+            copy: CopyId([2; 16]),
+            size_bytes: 1 << 30,
+            block_size: BlockSize::default(),
+            role: Role::Replica,
+            data: DataState::Inconsistent,
+            session: Session(3),
+            fence: Fence { counter: 4, holder: HostId([5; 32]) },
+            position: Position { generation: GenerationId([6; 16]), epoch: Epoch(7), sequence: Sequence(8) },
+            source: HostId([9; 32]),
+            lineage: vec![GenerationId([6; 16]), GenerationId([10; 16])],
+        }
+    }
+
+    #[test]
+    fn the_page_has_these_golden_bytes() {
+        let text: String = sample().encode(11)[..256].iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(text, include_str!("golden/superblock-1.hex").split_whitespace().collect::<String>());
+        assert!(sample().encode(11)[256..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn the_newest_whole_slot_wins_whatever_a_crash_tore() {
+        let (old, new) = (sample(), Superblock { data: DataState::Consistent, ..sample() });
+        let file = [old.encode(4), new.encode(5)].concat();
+        assert_eq!(Superblock::recover(&file), Ok((5, new)));
+        for torn_at in (0..PAGE_BYTES).step_by(512) {
+            let mut torn = file.clone();
+            torn[PAGE_BYTES + torn_at] ^= 1;
+            assert_eq!(Superblock::recover(&torn), Ok((4, old.clone())), "{torn_at}");
+        }
+    }
+
+    #[test]
+    fn damage_and_newer_versions_are_refused() {
+        let corrupted = Err(MetadataError::Corrupted { what: WHAT });
+        for bytes in [vec![], vec![0; 8192], vec![0xff; 8192], sample().encode(1)[..4095].to_vec()] {
+            assert_eq!(Superblock::recover(&bytes), corrupted);
+        }
+        let mut newer = sample().encode(6);
+        newer[8] = 2;
+        seal(&mut newer, CRC_AT);
+        let file = [newer, sample().encode(5)].concat();
+        assert_eq!(
+            Superblock::recover(&file),
+            Err(MetadataError::TooNew { what: WHAT, found: 2, known: VERSION })
+        );
+    }
+}
