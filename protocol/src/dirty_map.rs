@@ -223,6 +223,12 @@ impl DirtyMap {
         changes
     }
 
+    /// What was last handed out may not be in the file: everything is handed out again.
+    pub fn forget_written(&mut self) {
+        self.header_changed = true;
+        self.changed.extend(0..self.header.full_from.min(page_count(self.header.blocks)));
+    }
+
     fn full_from_block(&self) -> u64 {
         self.header.full_from.saturating_mul(BLOCKS_PER_PAGE).min(self.header.blocks)
     }

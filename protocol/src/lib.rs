@@ -3,6 +3,10 @@
 pub mod dirty_map;
 pub mod disk;
 pub mod nbd;
+pub mod order;
 pub mod ranges;
+pub mod replica;
+pub mod session;
+pub mod tracker;
 pub mod units;
 pub mod wire;

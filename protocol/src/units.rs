@@ -4,6 +4,7 @@
 //! number or an epoch for a sequence number. Byte quantities stay plain `u64`, named with the unit last.
 
 use std::fmt;
+use std::time::Duration;
 
 /// The smallest unit of addressing anywhere in Blockmirror, in bytes.
 pub const SECTOR_BYTES: u64 = 512;
@@ -134,6 +135,24 @@ number!(
     /// An extent, the unit of the activity log.
     Extent(u32)
 );
+
+/// A moment, as time since a start that the shell or the simulation chose. The machines know no clock.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Time(pub Duration);
+
+impl Time {
+    /// This moment and so much later.
+    #[must_use]
+    pub fn after(self, duration: Duration) -> Self {
+        Self(self.0 + duration)
+    }
+
+    /// How long ago `earlier` was; nothing if it lies ahead.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
 
 /// The place of a write, or of an epoch's end, in a volume's history.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]

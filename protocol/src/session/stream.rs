@@ -1,0 +1,74 @@
+//! The live stream's window: frames that were sent and that the replica has not acknowledged as durable (W7).
+//!
+//! The window holds no payload, only what is needed to put its blocks into the dirty map when the link drops. Its
+//! limit counts the payload all the same, because the transport and the replica hold that.
+
+use crate::ranges::ByteRange;
+use crate::units::{Epoch, Sequence, Time};
+use std::collections::VecDeque;
+
+/// Live frames that were sent and not acknowledged as durable: bounded memory (W7).
+#[derive(Debug, Default)]
+pub(super) struct Window {
+    frames: VecDeque<WindowFrame>,
+    cost_bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct WindowFrame {
+    sequence: Sequence,
+    epoch: Epoch,
+    range: ByteRange,
+    cost_bytes: u64,
+    sent: Time,
+}
+
+/// What a frame takes besides its payload: its header and our own records of it.
+pub(crate) const FRAME_COST_BYTES: u64 = 128;
+
+impl Window {
+    /// Whether a frame with so much payload fits into `limit_bytes`.
+    pub(super) fn has_room(&self, payload_bytes: u64, limit_bytes: u64) -> bool {
+        self.cost_bytes + payload_bytes + FRAME_COST_BYTES <= limit_bytes
+    }
+
+    pub(super) fn push(
+        &mut self,
+        sequence: Sequence,
+        epoch: Epoch,
+        range: ByteRange,
+        payload_bytes: u64,
+        sent: Time,
+    ) {
+        let cost_bytes = payload_bytes + FRAME_COST_BYTES;
+        self.cost_bytes += cost_bytes;
+        self.frames.push_back(WindowFrame { sequence, epoch, range, cost_bytes, sent });
+    }
+
+    /// Everything up to this epoch is durable on the replica.
+    pub(super) fn durable(&mut self, epoch: Epoch) {
+        while let Some(frame) = self.frames.front().filter(|frame| frame.epoch <= epoch) {
+            self.cost_bytes -= frame.cost_bytes;
+            self.frames.pop_front();
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    /// The oldest write that the replica may not have durably.
+    pub(super) fn oldest(&self) -> Option<(Sequence, Time)> {
+        self.frames.front().map(|frame| (frame.sequence, frame.sent))
+    }
+
+    /// Bytes of volume in the window.
+    pub(super) fn bytes(&self) -> u64 {
+        self.frames.iter().map(|frame| frame.range.length).sum()
+    }
+
+    /// All ranges in the window, oldest first.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = ByteRange> + '_ {
+        self.frames.iter().map(|frame| frame.range)
+    }
+}

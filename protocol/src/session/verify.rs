@@ -1,0 +1,167 @@
+//! Comparing the volume with one replica while both are in use.
+//!
+//! The volume is compared extent by extent. For each, writes to it are held here for as long as one local read takes,
+//! and a digest request is put into the live stream: the replica reads the extent after every frame before the
+//! request and before every frame after it. So both digests are of the same position, and a difference is one: there
+//! are no false alarms. An extent that differs is marked dirty at once (D1) and copied again.
+
+use super::{Action, Link, Phase, Session, State};
+use crate::ranges::ByteRange;
+use crate::units::{EXTENT_BYTES, Sequence};
+use crate::wire::{Body, FrameHeader};
+use std::collections::BTreeMap;
+
+/// How many extents are compared at the same time.
+const STEPS: usize = 2;
+
+/// How a compare ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CompareResult {
+    /// How many bytes were compared.
+    pub compared_bytes: u64,
+    /// Extents whose digests differ; they were marked and are copied again.
+    pub different: Vec<ByteRange>,
+    /// The digests in the order of the extents: here, and on the replica.
+    pub digests: Vec<([u8; 32], [u8; 32])>,
+    /// The last write before the compare began, and before it ended.
+    pub sequences: (Sequence, Sequence),
+}
+
+#[derive(Debug)]
+pub(super) struct Verify {
+    size_bytes: u64,
+    next: u64,
+    steps: BTreeMap<u64, Step>,
+    digests: BTreeMap<u64, ([u8; 32], [u8; 32])>,
+    began: Sequence,
+}
+
+#[derive(Debug, Default)]
+struct Step {
+    held: bool,
+    local: Option<[u8; 32]>,
+    remote: Option<[u8; 32]>,
+}
+
+impl Verify {
+    fn range(&self, number: u64) -> ByteRange {
+        ByteRange::between(number * EXTENT_BYTES, ((number + 1) * EXTENT_BYTES).min(self.size_bytes))
+    }
+
+    pub(super) fn progress(&self) -> (u64, u64) {
+        ((self.digests.len() as u64 * EXTENT_BYTES).min(self.size_bytes), self.size_bytes)
+    }
+}
+
+impl Session {
+    /// Begins a compare. Says whether it did: not unless the replica is in sync and no other compare runs.
+    #[must_use]
+    pub(crate) fn begin_compare(&mut self, last: Sequence) -> bool {
+        let size_bytes = self.size_bytes;
+        let State::Linked(link) = &mut self.state else { return false };
+        if link.phase != Phase::InSync || link.verify.is_some() {
+            return false;
+        }
+        link.verify = Some(Verify {
+            size_bytes,
+            next: 0,
+            steps: BTreeMap::new(),
+            digests: BTreeMap::new(),
+            began: last,
+        });
+        true
+    }
+
+    /// The tracker holds the range of a step: ask the replica, and let the shell read here.
+    pub(crate) fn handle_held(&mut self, number: u64) -> Option<ByteRange> {
+        let State::Linked(link) = &mut self.state else { return None };
+        let Link { session, stream, verify: Some(verify), .. } = &mut **link else { return None };
+        verify.steps.get_mut(&number)?.held = true;
+        let range = verify.range(number);
+        let header = FrameHeader { session: *session, stream: *stream, body: Body::Digest { range, number } };
+        self.actions.push_back(Action::SendFrame { header, request: None });
+        Some(range)
+    }
+
+    /// The digest of a held range here. One that an earlier compare asked for is not taken.
+    pub(crate) fn handle_local_digest(&mut self, number: u64, digest: [u8; 32]) {
+        if let Some(step) = self.step(number).filter(|step| step.held) {
+            step.local = Some(digest);
+            self.settle(number);
+        }
+    }
+
+    pub(super) fn handle_peer_digest(&mut self, number: u64, digest: [u8; 32]) {
+        if let Some(step) = self.step(number).filter(|step| step.held) {
+            step.remote = Some(digest);
+            self.settle(number);
+        }
+    }
+
+    /// A range could not be read here: the compare ends without a result.
+    pub(crate) fn abandon_compare(&mut self) {
+        if let State::Linked(link) = &mut self.state {
+            link.verify = None;
+        }
+    }
+
+    /// The compare's result, once it has ended and what it marked is durable. Nothing is left of it afterwards.
+    pub(crate) fn take_compared(&mut self, last: Sequence) -> Option<CompareResult> {
+        let is_written = self.is_written();
+        let State::Linked(link) = &mut self.state else { return None };
+        let verify = link.verify.as_ref()?;
+        if verify.next * EXTENT_BYTES < verify.size_bytes || !verify.steps.is_empty() {
+            return None;
+        }
+        if !is_written {
+            self.write_map();
+            return None;
+        }
+        let verify = link.verify.take()?;
+        let different = verify.digests.iter().filter(|(_, (here, there))| here != there);
+        Some(CompareResult {
+            compared_bytes: verify.size_bytes,
+            different: different.map(|(number, _)| verify.range(*number)).collect(),
+            sequences: (verify.began, last),
+            digests: verify.digests.into_values().collect(),
+        })
+    }
+
+    /// Whether a compare is under way.
+    pub(crate) fn is_comparing(&self) -> bool {
+        matches!(&self.state, State::Linked(link) if link.verify.is_some())
+    }
+
+    pub(super) fn drive_compare(&mut self) {
+        let State::Linked(link) = &mut self.state else { return };
+        let Some(verify) = &mut link.verify else { return };
+        while verify.steps.len() < STEPS && verify.next * EXTENT_BYTES < verify.size_bytes {
+            let number = verify.next;
+            verify.next += 1;
+            verify.steps.insert(number, Step::default());
+            let range = verify.range(number);
+            self.actions.push_back(Action::Hold { number, range });
+        }
+    }
+
+    fn step(&mut self, number: u64) -> Option<&mut Step> {
+        let State::Linked(link) = &mut self.state else { return None };
+        link.verify.as_mut()?.steps.get_mut(&number)
+    }
+
+    fn settle(&mut self, number: u64) {
+        let State::Linked(link) = &mut self.state else { return };
+        let Some(verify) = &mut link.verify else { return };
+        let Some(Step { local: Some(here), remote: Some(there), .. }) = verify.steps.get(&number) else {
+            return;
+        };
+        let digests = (*here, *there);
+        verify.steps.remove(&number);
+        verify.digests.insert(number, digests);
+        if digests.0 != digests.1 {
+            let range = verify.range(number);
+            // No write is to blame, so nothing is safe until the mark is durable.
+            self.handle_failed_write(range, Sequence(1));
+        }
+    }
+}

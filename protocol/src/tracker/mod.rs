@@ -1,0 +1,766 @@
+//! The primary of one volume: when a write may proceed, what must be durable first, and when its reply may go out.
+//!
+//! A request is cut into pieces. A piece waits until its extents are in a durable record of the activity log (W2), then
+//! gets its sequence number and epoch (W1, W3); at that moment every replica's session streams or marks it, and it goes
+//! to the local backing as soon as nothing overlapping is under way. A request is answered when all its pieces have
+//! ended and what its mode demands is durable (W4; this release has the asynchronous mode).
+//!
+//! # The contract
+//!
+//! `handle_*` takes an event and the time; [`Tracker::poll_action`] then hands out what the shell must do, until it is
+//! empty; [`Tracker::poll_timeout`] says when to call [`Tracker::handle_timeout`]. The shell answers
+//!
+//! | action | with |
+//! |---|---|
+//! | [`Action::WriteLog`] | [`Tracker::handle_log_written`] |
+//! | [`Action::WriteLocal`] | [`Tracker::handle_local_written`] |
+//! | [`Action::SyncLocal`] | [`Tracker::handle_synced`] |
+//! | [`Action::ReadDigest`] | [`Tracker::handle_digest`] |
+//! | [`session::Action::WriteMap`] | [`Tracker::handle_map_written`] |
+//! | [`session::Action::ReadCopy`] | [`Tracker::handle_copy_read`] |
+//!
+//! exactly once each. Payload never passes through: the shell keeps a request's data until its reply.
+//!
+//! # Bounds
+//!
+//! Requests and their pieces are bounded by the front ends; the active set by the record's size; the window of each
+//! session by its limit; copies under way by [`session::resync`]; a dirty map by what is dirty.
+
+mod activity;
+
+use crate::disk::activity_log::{Record, Recovered};
+use crate::order::Order;
+use crate::ranges::ByteRange;
+use crate::session::resync::{CopyContent, CopyRead};
+use crate::session::{self, CompareResult, FRAME_COST_BYTES, Handled, Identity, PeerError, Report, Session};
+use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
+use crate::wire::message::Message;
+use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
+use activity::{ActiveSet, Claim};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::Duration;
+
+/// How long writes may stay in an open epoch, unsynced here and unacknowledged there, at most.
+const EPOCH_TIME: Duration = Duration::from_millis(250);
+/// How long an extent stays active without a write.
+const IDLE_TIME: Duration = Duration::from_secs(5);
+/// How long writes wait for replicas to acknowledge what fills the activity log.
+const FULL_TIME: Duration = Duration::from_millis(100);
+/// An epoch holds at most this much, in bytes (W3).
+const EPOCH_BYTES: u64 = 16 << 20;
+/// How many pieces of one request may be under way, so that a request of 4 GiB doesn't starve others (W6).
+const PIECES: u32 = 16;
+
+/// Names a request of a front end.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RequestId(pub u64);
+
+/// What an application asks for. Reads change nothing and don't come here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Work {
+    /// Write a range; with `fua` durably before the reply.
+    Write {
+        /// Where.
+        range: ByteRange,
+        /// Whether it must be durable.
+        fua: bool,
+    },
+    /// Make a range read as zeroes.
+    Zero {
+        /// Where.
+        range: ByteRange,
+        /// Whether its space may be given back.
+        may_unmap: bool,
+        /// Whether it must be durable.
+        fua: bool,
+    },
+    /// Make everything durable that was answered before.
+    Flush,
+}
+
+/// What the shell must do.
+#[derive(Debug)]
+pub enum Action {
+    /// Write a record to the activity log, durably.
+    WriteLog {
+        /// Where in the log, in bytes.
+        offset: u64,
+        /// What.
+        record: Box<Record>,
+    },
+    /// Write to the backing.
+    WriteLocal {
+        /// Names the write.
+        sequence: Sequence,
+        /// The request whose data it is part of.
+        request: RequestId,
+        /// Where.
+        range: ByteRange,
+        /// For a write of zeroes, whether the space may be given back.
+        zero: Option<bool>,
+        /// Whether it must be durable when it ends.
+        durable: bool,
+    },
+    /// Make all ended writes durable on the backing.
+    SyncLocal,
+    /// Answer a request. Its data is not needed any more.
+    Reply {
+        /// The request.
+        request: RequestId,
+        /// How it ended.
+        result: Result<(), WriteFailed>,
+    },
+    /// Read and digest (BLAKE3) a range that is held for a compare.
+    ReadDigest {
+        /// Names the hold.
+        hold: u64,
+        /// What to read.
+        range: ByteRange,
+    },
+    /// Something for one replica's session.
+    Peer {
+        /// The replica.
+        peer: HostId,
+        /// What.
+        action: session::Action,
+    },
+}
+
+/// The backing failed a write or a sync, or has failed before and was not reopened (W5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the backing failed")]
+pub struct WriteFailed;
+
+/// A volume on its primary. See the module.
+#[derive(Debug)]
+pub struct Tracker {
+    size_bytes: u64,
+    lineage: Vec<GenerationId>,
+    order: Order<Admitted>,
+    activity: ActiveSet,
+    /// Records may be written once the maps durably hold what the log of before the restart said.
+    log_is_free: bool,
+    log_failed: bool,
+    requests: HashMap<RequestId, Request>,
+    /// Pieces for whose extents the active set has no room yet, in order.
+    arrivals: VecDeque<Piece>,
+    /// Pieces whose extents wait for a record.
+    claimed: Vec<Piece>,
+    under_way: BTreeMap<Sequence, Piece>,
+    last: Sequence,
+    epoch: OpenEpoch,
+    local: Local,
+    /// Failed requests whose error waits for the maps (W5).
+    failed_replies: Vec<RequestId>,
+    sessions: BTreeMap<HostId, Session>,
+    holds: HashMap<u64, (HostId, u64, ByteRange)>,
+    next_hold: u64,
+    idle: Option<(Time, u64)>,
+    /// Since when writes wait because the active set is full.
+    full_since: Option<Time>,
+    closing: bool,
+    actions: VecDeque<Action>,
+}
+
+#[derive(Debug)]
+struct Request {
+    work: Work,
+    /// What no piece was made of yet.
+    rest: ByteRange,
+    pieces: u32,
+    failed: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    request: RequestId,
+    range: ByteRange,
+    zero: Option<bool>,
+    fua: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Admitted {
+    Write(Sequence),
+    Hold(u64),
+}
+
+#[derive(Debug)]
+struct OpenEpoch {
+    number: Epoch,
+    bytes: u64,
+    /// When its first write was sequenced.
+    since: Option<Time>,
+}
+
+/// What is durable on the local backing.
+#[derive(Debug, Default)]
+struct Local {
+    durable: Sequence,
+    /// What the running sync covers, and the flushes that it answers.
+    running: Option<(Sequence, Vec<RequestId>)>,
+    wanted: bool,
+    flushes: Vec<RequestId>,
+    failed: bool,
+}
+
+impl Tracker {
+    /// A volume that is opened as primary, at the start of a generation: the first of `lineage`, which is durable.
+    /// `log` is what the activity log says; `sessions` are the replicas, with their maps as recovered.
+    #[must_use]
+    pub fn new(
+        size_bytes: u64,
+        sector_bytes: u64,
+        lineage: Vec<GenerationId>,
+        log: &Recovered,
+        sessions: Vec<Session>,
+    ) -> Self {
+        let serial = match log {
+            Recovered::Active { serial, .. } | Recovered::Unsure { serial } => *serial,
+        };
+        let mut tracker = Self {
+            size_bytes,
+            lineage,
+            order: Order::new(sector_bytes),
+            activity: ActiveSet::new(serial),
+            log_is_free: false,
+            log_failed: false,
+            requests: HashMap::new(),
+            arrivals: VecDeque::new(),
+            claimed: Vec::new(),
+            under_way: BTreeMap::new(),
+            last: Sequence(0),
+            epoch: OpenEpoch { number: Epoch(1), bytes: 0, since: None },
+            local: Local::default(),
+            failed_replies: Vec::new(),
+            sessions: sessions.into_iter().map(|session| (session.peer(), session)).collect(),
+            holds: HashMap::new(),
+            next_hold: 0,
+            idle: None,
+            full_since: None,
+            closing: false,
+            actions: VecDeque::new(),
+        };
+        for session in tracker.sessions.values_mut() {
+            match log {
+                Recovered::Active { extents, .. } => {
+                    for extent in extents {
+                        let start = (u64::from(extent.0) * EXTENT_BYTES).min(size_bytes);
+                        let end = (start + EXTENT_BYTES).min(size_bytes);
+                        session.mark_suspect(ByteRange::between(start, end), Sequence(0));
+                    }
+                }
+                Recovered::Unsure { .. } => session.mark_suspect(ByteRange::new(0, size_bytes), Sequence(0)),
+            }
+            session.write_map();
+        }
+        tracker.free_log();
+        tracker.collect();
+        tracker
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Tracker::handle_timeout`] has something to do.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        let epoch = self.epoch.since.map(|since| since.after(EPOCH_TIME));
+        let idle = self.idle.map(|(since, _)| since.after(IDLE_TIME));
+        let sessions = self.sessions.values().filter_map(Session::poll_timeout);
+        let full = self.full_since.map(|since| since.after(FULL_TIME));
+        sessions.chain(epoch).chain(idle).chain(full).min()
+    }
+
+    /// An application asks for something. Ranges lie inside the volume and are 512-aligned.
+    pub fn handle_request(&mut self, id: RequestId, work: Work, now: Time) {
+        let rest = match work {
+            Work::Write { range, .. } | Work::Zero { range, .. } => range,
+            Work::Flush => ByteRange::default(),
+        };
+        assert!(rest.end() <= self.size_bytes, "front ends check ranges");
+        let known = self.requests.insert(id, Request { work, rest, pieces: 0, failed: false });
+        assert!(known.is_none(), "a request has a name of its own");
+        if self.local.failed {
+            self.fail(id);
+        } else if work == Work::Flush {
+            self.flush(id);
+        } else if rest.is_empty() {
+            self.answer(id, Ok(()));
+        } else {
+            self.cut(id);
+            self.begin_arrivals(now);
+        }
+        self.drive(now);
+    }
+
+    /// A record of the activity log is durable, or could not be written.
+    pub fn handle_log_written(&mut self, written: bool, now: Time) {
+        if written {
+            self.activity.record_written();
+            let claimed = std::mem::take(&mut self.claimed);
+            for piece in claimed {
+                self.begin_if_active(piece, now);
+            }
+        } else {
+            // Without its log the volume can't take writes: nothing would remember them (W2).
+            self.log_failed = true;
+            self.fail_backing();
+        }
+        self.drive(now);
+    }
+
+    /// A write to the backing has ended.
+    pub fn handle_local_written(&mut self, sequence: Sequence, written: bool, now: Time) {
+        let piece = self.under_way.remove(&sequence).expect("a write ends once");
+        self.activity.give_back(piece.range.extents(), Some(sequence));
+        if !written {
+            for session in self.sessions.values_mut() {
+                session.handle_failed_write(piece.range, sequence);
+            }
+        }
+        let freed = self.order.finish(Admitted::Write(sequence), piece.range);
+        self.run(freed);
+        self.piece_ended(piece.request, written);
+        self.begin_arrivals(now);
+        self.drive(now);
+    }
+
+    /// A sync of the backing has ended.
+    pub fn handle_synced(&mut self, synced: bool, now: Time) {
+        let (covers, flushes) = self.local.running.take().expect("a sync ends once");
+        if synced && !self.local.failed {
+            self.local.durable = covers;
+            for flush in flushes {
+                self.answer(flush, Ok(()));
+            }
+        } else {
+            for flush in flushes {
+                self.fail(flush);
+            }
+            self.fail_backing();
+        }
+        self.begin_arrivals(now);
+        self.drive(now);
+    }
+
+    /// A replica's map was written, or could not be.
+    pub fn handle_map_written(&mut self, peer: HostId, written: bool, now: Time) {
+        if let Some(session) = self.sessions.get_mut(&peer) {
+            session.handle_map_written(written, now);
+        }
+        self.free_log();
+        self.begin_arrivals(now);
+        self.drive(now);
+    }
+
+    /// The read of a copy has ended.
+    pub fn handle_copy_read(&mut self, peer: HostId, read: CopyRead, content: CopyContent, now: Time) {
+        if let Some(session) = self.sessions.get_mut(&peer) {
+            session.handle_copy_read(read, content, now);
+        }
+        self.drive(now);
+    }
+
+    /// A held range was read, or could not be: its writers go on.
+    pub fn handle_digest(&mut self, hold: u64, digest: Option<[u8; 32]>, now: Time) {
+        let (peer, number, range) = self.holds.remove(&hold).expect("a held range is read once");
+        let freed = self.order.finish(Admitted::Hold(hold), range);
+        self.run(freed);
+        if let Some(session) = self.sessions.get_mut(&peer) {
+            match digest {
+                Some(digest) => session.handle_local_digest(number, digest),
+                None => session.abandon_compare(),
+            }
+        }
+        self.drive(now);
+    }
+
+    /// A connection to a replica is up. `session` is higher than any before, durably.
+    pub fn handle_connected(&mut self, peer: HostId, session: SessionNumber, identity: &Identity, now: Time) {
+        if let Some(link) = self.sessions.get_mut(&peer) {
+            link.handle_connected(session, identity, now);
+        }
+        self.drive(now);
+    }
+
+    /// The connection to a replica is gone.
+    pub fn handle_disconnected(&mut self, peer: HostId, now: Time) {
+        if let Some(session) = self.sessions.get_mut(&peer) {
+            session.handle_disconnected(now);
+        }
+        self.drive(now);
+    }
+
+    /// A replica sent a control message.
+    ///
+    /// # Errors
+    /// [`PeerError`] when the session must end; then [`Tracker::handle_disconnected`].
+    pub fn handle_message(&mut self, peer: HostId, message: Message, now: Time) -> Result<(), PeerError> {
+        let Some(session) = self.sessions.get_mut(&peer) else { return Ok(()) };
+        if let Handled::Sector(bytes) = session.handle_message(message, self.last, now)? {
+            self.order.widen_sector(bytes.into());
+        }
+        self.begin_arrivals(now);
+        self.drive(now);
+        Ok(())
+    }
+
+    /// A time-out of [`Tracker::poll_timeout`] has passed.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if self.epoch.since.is_some_and(|since| now >= since.after(EPOCH_TIME)) {
+            self.close_epoch();
+            self.local.wanted = true;
+            self.write_maps();
+        }
+        if self.full_since.is_some_and(|since| now >= since.after(FULL_TIME)) {
+            self.full_since = Some(now);
+            self.sessions.values_mut().for_each(Session::spill);
+            self.begin_arrivals(now);
+        }
+        if let Some((since, before)) = self.idle
+            && now >= since.after(IDLE_TIME)
+        {
+            self.activity.let_idle_go(before, self.safe());
+            self.write_maps();
+            self.idle = (self.activity.len() > 0).then(|| (now, self.activity.clock()));
+            self.write_log(true);
+        }
+        self.drive(now);
+    }
+
+    /// A replica joined.
+    pub fn add_session(&mut self, session: Session, now: Time) {
+        let peer = session.peer();
+        assert!(self.sessions.insert(peer, session).is_none(), "a replica joins once");
+        self.write_maps();
+        self.drive(now);
+    }
+
+    /// Compares the volume with a replica; [`Tracker::take_compared`] gives the result. Says whether it began.
+    #[must_use]
+    pub fn begin_compare(&mut self, peer: HostId, now: Time) -> bool {
+        let last = self.last;
+        let began = self.sessions.get_mut(&peer).is_some_and(|session| session.begin_compare(last));
+        self.drive(now);
+        began
+    }
+
+    /// The result of a compare that has ended.
+    pub fn take_compared(&mut self, peer: HostId) -> Option<CompareResult> {
+        let last = self.last;
+        let result = self.sessions.get_mut(&peer)?.take_compared(last);
+        self.collect();
+        result
+    }
+
+    /// Whether a compare with this replica is under way.
+    #[must_use]
+    pub fn is_comparing(&self, peer: HostId) -> bool {
+        self.sessions.get(&peer).is_some_and(Session::is_comparing)
+    }
+
+    /// No request will come any more: make everything durable and leave an empty log where that is possible.
+    /// Done when [`Tracker::is_closed`].
+    pub fn close(&mut self, now: Time) {
+        self.closing = true;
+        self.close_epoch();
+        self.local.wanted = true;
+        self.write_maps();
+        self.drive(now);
+    }
+
+    /// Whether everything that [`Tracker::close`] began has ended.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        let is_idle = self.requests.is_empty() && self.local.running.is_none() && self.under_way.is_empty();
+        let is_saved = self.sessions.values().all(Session::is_saved) && self.activity.is_recorded();
+        self.closing && is_idle && (is_saved || self.local.failed)
+    }
+
+    /// The numbers of each replica, for status.
+    pub fn reports(&self, now: Time) -> impl Iterator<Item = (HostId, Report)> + '_ {
+        self.sessions.iter().map(move |(peer, session)| (*peer, session.report(now)))
+    }
+
+    /// Whether the backing counts as failed until it is reopened (W5).
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.local.failed
+    }
+
+    /// The open epoch and the last write.
+    #[must_use]
+    pub fn position(&self) -> (Epoch, Sequence) {
+        (self.epoch.number, self.last)
+    }
+
+    /// How many extents are active.
+    #[must_use]
+    pub fn active_extents(&self) -> usize {
+        self.activity.len()
+    }
+
+    /// Makes pieces of a request, as many as may be under way.
+    fn cut(&mut self, id: RequestId) {
+        let request = self.requests.get_mut(&id).expect("the request is known");
+        let (zero, fua, limit) = match request.work {
+            Work::Write { fua, .. } => (None, fua, u64::from(PAYLOAD_LIMIT_BYTES)),
+            Work::Zero { may_unmap, fua, .. } => (Some(may_unmap), fua, ZERO_LIMIT_BYTES),
+            Work::Flush => return,
+        };
+        while !request.rest.is_empty() && request.pieces < PIECES {
+            let range = request.rest.split_at_multiples(limit).next().expect("the rest is not empty");
+            request.rest = ByteRange::between(range.end(), request.rest.end());
+            request.pieces += 1;
+            self.arrivals.push_back(Piece { request: id, range, zero, fua });
+        }
+    }
+
+    /// Claims extents for the pieces that arrived, in order, as far as the active set has room.
+    fn begin_arrivals(&mut self, now: Time) {
+        while let Some(piece) = self.arrivals.front().copied() {
+            if self.local.failed {
+                self.arrivals.pop_front();
+                self.piece_ended(piece.request, false);
+                continue;
+            }
+            match self.activity.claim(piece.range.extents(), self.safe()) {
+                Claim::Active => self.begin(piece, now),
+                Claim::Wait => self.claimed.push(piece),
+                Claim::Full => {
+                    // Room comes when the oldest extents' writes are durable here and there (D1).
+                    self.close_epoch();
+                    self.local.wanted = true;
+                    self.write_maps();
+                    self.full_since.get_or_insert(now);
+                    break;
+                }
+            }
+            self.full_since = None;
+            self.arrivals.pop_front();
+        }
+        self.write_log(false);
+    }
+
+    fn begin_if_active(&mut self, piece: Piece, now: Time) {
+        if self.local.failed {
+            self.activity.give_back(piece.range.extents(), None);
+            self.piece_ended(piece.request, false);
+        } else if self.activity.are_active(piece.range.extents()) {
+            self.begin(piece, now);
+        } else {
+            self.claimed.push(piece);
+        }
+    }
+
+    /// The piece gets its place in the one order (W1), goes to every session, and to the backing when it may.
+    fn begin(&mut self, piece: Piece, now: Time) {
+        let sequence = self.last.next();
+        self.last = sequence;
+        self.under_way.insert(sequence, piece);
+        let Piece { request, range, zero, fua } = piece;
+        let write = session::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
+        for session in self.sessions.values_mut() {
+            session.handle_write(write, now);
+        }
+        self.epoch.since.get_or_insert(now);
+        self.epoch.bytes += if zero.is_some() { 0 } else { range.length } + FRAME_COST_BYTES;
+        self.idle.get_or_insert((now, self.activity.clock()));
+        self.collect();
+        if self.order.admit(Admitted::Write(sequence), range) {
+            self.run(vec![Admitted::Write(sequence)]);
+        }
+        if fua || self.epoch.bytes >= self.epoch_limit_bytes() {
+            self.close_epoch();
+        }
+    }
+
+    /// An epoch is acknowledged as a whole, so the window must hold several.
+    fn epoch_limit_bytes(&self) -> u64 {
+        let windows = self.sessions.values().filter_map(Session::window_limit_bytes);
+        windows.map(|limit| limit / 4).chain([EPOCH_BYTES]).min().expect("the chain is not empty")
+    }
+
+    /// These may run now.
+    fn run(&mut self, admitted: Vec<Admitted>) {
+        let mut admitted = VecDeque::from(admitted);
+        while let Some(next) = admitted.pop_front() {
+            match next {
+                Admitted::Write(sequence) => {
+                    let Piece { request, range, zero, fua } = self.under_way[&sequence];
+                    self.actions.push_back(Action::WriteLocal {
+                        sequence,
+                        request,
+                        range,
+                        zero,
+                        durable: fua,
+                    });
+                }
+                Admitted::Hold(hold) => {
+                    let (peer, number, range) = self.holds[&hold];
+                    let held = self.sessions.get_mut(&peer).and_then(|session| session.handle_held(number));
+                    if held.is_some() {
+                        self.actions.push_back(Action::ReadDigest { hold, range });
+                    } else {
+                        self.holds.remove(&hold);
+                        admitted.extend(self.order.finish(Admitted::Hold(hold), range));
+                    }
+                }
+            }
+        }
+    }
+
+    fn piece_ended(&mut self, id: RequestId, written: bool) {
+        let request = self.requests.get_mut(&id).expect("a request outlives its pieces");
+        request.pieces -= 1;
+        request.failed |= !written;
+        if request.failed {
+            request.rest = ByteRange::default();
+        }
+        if !request.rest.is_empty() {
+            self.cut(id);
+        } else if request.pieces == 0 {
+            if request.failed { self.fail(id) } else { self.answer(id, Ok(())) }
+        }
+    }
+
+    fn flush(&mut self, id: RequestId) {
+        self.close_epoch();
+        if self.local.durable == self.last && self.local.running.is_none() {
+            return self.answer(id, Ok(()));
+        }
+        self.local.flushes.push(id);
+        self.local.wanted = true;
+    }
+
+    fn close_epoch(&mut self) {
+        if self.epoch.since.is_some() {
+            self.end_epoch();
+        }
+    }
+
+    fn end_epoch(&mut self) {
+        let (epoch, sequence) = (self.epoch.number, self.last);
+        for session in self.sessions.values_mut() {
+            session.handle_epoch_end(epoch, sequence);
+        }
+        self.epoch = OpenEpoch { number: epoch.next(), bytes: 0, since: None };
+    }
+
+    /// Everything up to this write is durable here and, for each replica, there or in its map (D1).
+    fn safe(&self) -> Sequence {
+        let sessions = self.sessions.values().map(|session| session.safe_up_to(self.last));
+        sessions.chain([self.local.durable]).min().expect("the chain is not empty")
+    }
+
+    fn write_maps(&mut self) {
+        for session in self.sessions.values_mut() {
+            session.write_map();
+        }
+    }
+
+    fn write_log(&mut self, tidy: bool) {
+        if !self.log_is_free || self.log_failed {
+            return;
+        }
+        if let Some((offset, record)) = self.activity.next_record(tidy) {
+            self.actions.push_back(Action::WriteLog { offset, record });
+        }
+    }
+
+    /// The log may be overwritten once every map durably holds what it said.
+    fn free_log(&mut self) {
+        if !self.log_is_free {
+            self.log_is_free = self.sessions.values().all(Session::is_written);
+            self.write_maps();
+        }
+    }
+
+    fn start_sync(&mut self) {
+        if !self.local.wanted || self.local.running.is_some() || self.local.failed {
+            return;
+        }
+        self.local.wanted = false;
+        let complete = self.under_way.keys().next().map_or(self.last, |first| Sequence(first.0 - 1));
+        if self.local.flushes.is_empty() && complete == self.local.durable {
+            return;
+        }
+        self.local.running = Some((complete, std::mem::take(&mut self.local.flushes)));
+        self.actions.push_back(Action::SyncLocal);
+    }
+
+    /// What came after the last good sync is not durable, and nothing is taken any more (W5).
+    fn fail_backing(&mut self) {
+        self.local.failed = true;
+        self.local.wanted = false;
+        for flush in std::mem::take(&mut self.local.flushes) {
+            self.fail(flush);
+        }
+        for piece in std::mem::take(&mut self.claimed) {
+            self.activity.give_back(piece.range.extents(), None);
+            self.piece_ended(piece.request, false);
+        }
+        for piece in std::mem::take(&mut self.arrivals) {
+            self.piece_ended(piece.request, false);
+        }
+    }
+
+    /// A request failed: its error goes out when every map durably holds its blocks (W5).
+    fn fail(&mut self, id: RequestId) {
+        self.failed_replies.push(id);
+        self.write_maps();
+    }
+
+    fn answer(&mut self, id: RequestId, result: Result<(), WriteFailed>) {
+        self.requests.remove(&id).expect("a request is answered once");
+        self.actions.push_back(Action::Reply { request: id, result });
+    }
+
+    /// Whatever can go on goes on.
+    fn drive(&mut self, now: Time) {
+        self.start_sync();
+        if !self.failed_replies.is_empty() && self.sessions.values().all(Session::is_written) {
+            for id in std::mem::take(&mut self.failed_replies) {
+                self.answer(id, Err(WriteFailed));
+            }
+        }
+        let application_waits = !self.under_way.is_empty();
+        let mut epoch_end_wanted = false;
+        for session in self.sessions.values_mut() {
+            epoch_end_wanted |= session.drive(&self.order, application_waits, &self.lineage, now);
+        }
+        if epoch_end_wanted {
+            self.end_epoch();
+        }
+        if self.closing {
+            self.activity.let_idle_go(u64::MAX, self.safe());
+            self.write_log(true);
+        }
+        self.collect();
+    }
+
+    /// Moves the sessions' actions to the tracker's, in order.
+    fn collect(&mut self) {
+        let mut wanted = Vec::new();
+        for (peer, session) in &mut self.sessions {
+            while let Some(action) = session.poll_action() {
+                match action {
+                    session::Action::Hold { number, range } => wanted.push((*peer, number, range)),
+                    action => self.actions.push_back(Action::Peer { peer: *peer, action }),
+                }
+            }
+        }
+        for (peer, number, range) in wanted {
+            let hold = self.next_hold;
+            self.next_hold += 1;
+            self.holds.insert(hold, (peer, number, range));
+            if self.order.admit(Admitted::Hold(hold), range) {
+                self.run(vec![Admitted::Hold(hold)]);
+                self.collect();
+            }
+        }
+    }
+}
