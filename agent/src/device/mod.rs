@@ -4,6 +4,8 @@
 //! once through the request's [`Reply`], in any order. Everything runs on the volume's own thread: no front end waits
 //! for another core between a socket and the disk.
 
+pub mod nbd;
+
 use crate::buffer::Buffer;
 use blockmirror_protocol::ranges::ByteRange;
 use bytes::Bytes;
@@ -37,11 +39,24 @@ pub struct Geometry {
 pub enum Command {
     /// Read the bytes of a range.
     Read(ByteRange),
-    /// Write `data` from `offset` on; with `fua` durably before the reply. `data` starts at an address that is a
-    /// multiple of 512, as direct I/O wants.
-    Write { offset: u64, data: Bytes, fua: bool },
-    /// Make a range read as zeroes; `may_unmap` allows to give its space back.
-    Zero { range: ByteRange, may_unmap: bool, fua: bool },
+    /// Write bytes.
+    Write {
+        /// Where they go, in bytes.
+        offset: u64,
+        /// The bytes. They start at an address that is a multiple of 512, as direct I/O wants.
+        data: Bytes,
+        /// They are durable before the reply.
+        fua: bool,
+    },
+    /// Make a range read as zeroes. It can be as long as the whole volume.
+    Zero {
+        /// The bytes concerned.
+        range: ByteRange,
+        /// Their space may be given back.
+        may_unmap: bool,
+        /// It is durable before the reply.
+        fua: bool,
+    },
     /// Make everything durable whose reply was given before.
     Flush,
     /// Tell which parts of a range are allocated.
@@ -55,7 +70,8 @@ pub enum Answer {
     Done,
     /// A read's bytes, as many as were asked for.
     Data(Buffer),
-    /// The parts of the range in order, without gaps, together as long as the range or shorter; neighbours differ.
+    /// The parts of the range from its start on, at least one, without gaps, together as long as the range or
+    /// shorter; neighbours differ.
     Allocation(Vec<Part>),
 }
 

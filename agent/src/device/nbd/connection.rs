@@ -1,0 +1,329 @@
+//! A connection with the export open: requests in, replies out, in any order.
+//!
+//! The connection is one future. Whenever the socket or the volume wakes it, it writes the replies that are there,
+//! takes as many requests as one read brings, and submits each as soon as its last byte is here. There is no task and
+//! no allocation per request, except the buffers that carry data.
+//!
+//! Bounds: while [`REQUEST_LIMIT`] requests, or [`BYTE_LIMIT`] bytes of payload and read data, are under way (from a
+//! request's header to the last byte of its reply), no further request is begun, and the kernel's socket buffer fills
+//! up instead. One request begun below the limit may exceed it, by at most 64 MiB.
+//!
+//! When the connection ends early, the requests that the volume has keep their [`Replies`] alive until they are
+//! answered; the answers go nowhere.
+
+use super::input::{Input, poll_read};
+use super::negotiate::Agreed;
+use super::outgoing::{Frame, Outgoing};
+use super::request::{Judged, judge};
+use crate::buffer::{Buffer, BufferPool};
+use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
+use blockmirror_protocol::nbd::Malformed;
+use blockmirror_protocol::nbd::transmission::{CommandKind, Failure, REQUEST_BYTES, RequestHeader};
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker, ready};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// How many requests of one connection may be under way.
+const REQUEST_LIMIT: usize = 128;
+
+/// How many bytes of payload and read data of one connection may be under way before the next request must wait.
+const BYTE_LIMIT: u64 = 64 << 20;
+
+/// From this length on a payload is read straight into its buffer. A shorter one is cheaper to copy than to fetch
+/// with a system call of its own, which would bring no further request along.
+const DIRECT_BYTES: usize = 32 << 10;
+
+/// Why a connection ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Ended {
+    /// The client sent what the protocol does not allow.
+    #[error("the client does not keep to the protocol")]
+    Misbehaved(#[from] Malformed),
+    /// The connection ended within a message.
+    #[error("the client went away in the middle of a message")]
+    Vanished,
+    /// The client took too long to open the export.
+    #[error("the client did not open the export in time")]
+    TooSlow,
+    /// The socket failed.
+    #[error("the socket failed")]
+    Io(#[from] io::Error),
+}
+
+/// Drives a connection; see the module's documentation.
+pub(super) struct Connection<S> {
+    socket: S,
+    volume: Rc<dyn Volume>,
+    geometry: Geometry,
+    pool: BufferPool,
+    agreed: Agreed,
+    input: Input,
+    receiving: Receiving,
+    /// The last request brought a payload that was long enough to be read by itself; the next one likely will, so
+    /// its header is fetched alone.
+    expects_long_payload: bool,
+    submitted: Submitted,
+    replies: Rc<Replies>,
+    answers: Vec<(u64, Result<Answer, Errno>)>,
+    outgoing: Outgoing,
+}
+
+/// What the next bytes from the client are.
+enum Receiving {
+    /// A request's header.
+    Header,
+    /// The payload of a write, of which `filled` bytes are here.
+    Payload { request: RequestHeader, fua: bool, buffer: Buffer, filled: usize },
+    /// The payload of a write that fails; so many bytes are still to come.
+    Discarded { cookie: u64, failure: Failure, remaining: u64 },
+    /// Nothing: the client said that it leaves, or closed its half of the connection.
+    Ended,
+}
+
+/// Why no further request can be taken right now.
+#[derive(PartialEq, Eq)]
+enum Stuck {
+    /// The next message is not whole yet.
+    WantsInput,
+    /// Others must be finished first.
+    AtLimit,
+    /// There will be none.
+    Ended,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    pub(super) fn new(socket: S, volume: Rc<dyn Volume>, pool: BufferPool, agreed: Agreed) -> Self {
+        Self {
+            socket,
+            geometry: volume.geometry(),
+            volume,
+            pool,
+            agreed,
+            input: Input::new(),
+            receiving: Receiving::Header,
+            expects_long_payload: false,
+            submitted: Submitted::default(),
+            replies: Rc::default(),
+            answers: Vec::new(),
+            outgoing: Outgoing::default(),
+        }
+    }
+
+    /// Turns the volume's new answers into replies to be written.
+    fn collect_answers(&mut self) {
+        std::mem::swap(&mut self.answers, &mut self.replies.answers.borrow_mut());
+        for (key, answer) in self.answers.drain(..) {
+            let request = self.submitted.remove(key);
+            self.outgoing.push(Frame::answering(&request, self.agreed, answer));
+        }
+    }
+
+    /// Takes from the input as many requests as it has and the limits allow.
+    fn take_requests(&mut self) -> Result<Stuck, Malformed> {
+        loop {
+            match &mut self.receiving {
+                Receiving::Ended => return Ok(Stuck::Ended),
+                Receiving::Header => {
+                    if self.is_at_limit() {
+                        return Ok(Stuck::AtLimit);
+                    }
+                    let Some(header) = self.input.take_array::<REQUEST_BYTES>() else {
+                        return Ok(Stuck::WantsInput);
+                    };
+                    self.begin(RequestHeader::parse(&header)?);
+                }
+                Receiving::Payload { buffer, filled, .. } => {
+                    let here = self.input.take(buffer.len() - *filled);
+                    buffer[*filled..*filled + here.len()].copy_from_slice(here);
+                    *filled += here.len();
+                    if *filled < buffer.len() {
+                        return Ok(Stuck::WantsInput);
+                    }
+                    self.end_payload();
+                }
+                Receiving::Discarded { cookie, failure, remaining } => {
+                    let limit = usize::try_from(*remaining).unwrap_or(usize::MAX);
+                    *remaining -= self.input.take(limit).len() as u64;
+                    if *remaining > 0 {
+                        return Ok(Stuck::WantsInput);
+                    }
+                    self.outgoing.push(Frame::failed(*cookie, self.agreed, *failure));
+                    self.receiving = Receiving::Header;
+                }
+            }
+        }
+    }
+
+    fn is_at_limit(&self) -> bool {
+        self.submitted.count + self.outgoing.len() >= REQUEST_LIMIT
+            || self.submitted.bytes + self.outgoing.data_bytes() >= BYTE_LIMIT
+    }
+
+    /// Acts on a request's header.
+    fn begin(&mut self, request: RequestHeader) {
+        let brings_payload = request.kind == CommandKind::Write;
+        self.expects_long_payload = brings_payload && request.length as usize >= DIRECT_BYTES;
+        match judge(&request, &self.geometry, self.agreed) {
+            Judged::Submit(command) => self.submit(request, command),
+            Judged::Receive { range, fua } => {
+                let buffer = self.pool.take(range.length as usize);
+                self.receiving = Receiving::Payload { request, fua, buffer, filled: 0 };
+            }
+            Judged::Nothing => self.outgoing.push(Frame::succeeded(request.cookie)),
+            Judged::Disconnect => self.receiving = Receiving::Ended,
+            Judged::Refuse(failure) if brings_payload => {
+                let remaining = u64::from(request.length);
+                self.receiving = Receiving::Discarded { cookie: request.cookie, failure, remaining };
+            }
+            Judged::Refuse(failure) => {
+                self.outgoing.push(Frame::failed(request.cookie, self.agreed, failure));
+            }
+        }
+    }
+
+    /// Submits the write whose payload is complete.
+    fn end_payload(&mut self) {
+        let received = std::mem::replace(&mut self.receiving, Receiving::Header);
+        let Receiving::Payload { request, fua, buffer, .. } = received else {
+            unreachable!("a payload ends only where one was received")
+        };
+        self.submit(request, Command::Write { offset: request.offset, data: buffer.freeze(), fua });
+    }
+
+    fn submit(&mut self, request: RequestHeader, command: Command) {
+        let cookie = self.submitted.insert(request);
+        self.volume.submit(Request { command, reply: self.replies.clone(), cookie });
+    }
+
+    /// Reads once from the socket. Called when the input holds no whole message.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Ended>> {
+        let count = match &mut self.receiving {
+            Receiving::Payload { buffer, filled, .. } if buffer.len() - *filled >= DIRECT_BYTES => {
+                let count = ready!(poll_read(&mut self.socket, cx, &mut buffer[*filled..]))?;
+                *filled += count;
+                count
+            }
+            Receiving::Header if self.expects_long_payload => {
+                let missing = REQUEST_BYTES - self.input.len();
+                ready!(self.input.poll_fill(&mut self.socket, cx, missing))?
+            }
+            _ => ready!(self.input.poll_fill(&mut self.socket, cx, usize::MAX))?,
+        };
+        if count == 0 {
+            let between_requests = matches!(self.receiving, Receiving::Header) && self.input.is_empty();
+            if !between_requests {
+                return Poll::Ready(Err(Ended::Vanished));
+            }
+            self.receiving = Receiving::Ended;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
+    type Output = Result<(), Ended>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let connection = self.get_mut();
+        connection.replies.wake_by(cx.waker());
+        loop {
+            connection.collect_answers();
+            let sent = connection.outgoing.poll_send(&mut connection.socket, cx)?.is_ready();
+            let stuck = connection.take_requests()?;
+            if sent && !connection.outgoing.is_empty() {
+                continue;
+            }
+            match stuck {
+                Stuck::WantsInput => ready!(connection.poll_receive(cx))?,
+                Stuck::Ended if sent && connection.submitted.count == 0 => return Poll::Ready(Ok(())),
+                Stuck::Ended | Stuck::AtLimit => return Poll::Pending,
+            }
+        }
+    }
+}
+
+impl<S> Drop for Connection<S> {
+    fn drop(&mut self) {
+        self.replies.close();
+    }
+}
+
+/// The requests that the volume has, each under the key that the volume knows it by.
+#[derive(Default)]
+struct Submitted {
+    slots: Vec<Option<RequestHeader>>,
+    free: Vec<usize>,
+    count: usize,
+    bytes: u64,
+}
+
+impl Submitted {
+    fn insert(&mut self, request: RequestHeader) -> u64 {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[slot] = Some(request);
+        self.count += 1;
+        self.bytes += data_bytes(&request);
+        slot as u64
+    }
+
+    fn remove(&mut self, key: u64) -> RequestHeader {
+        let slot = key as usize;
+        let request = self.slots[slot].take().expect("the volume answers each request once");
+        self.free.push(slot);
+        self.count -= 1;
+        self.bytes -= data_bytes(&request);
+        request
+    }
+}
+
+/// How much memory a request's data needs.
+fn data_bytes(request: &RequestHeader) -> u64 {
+    let moves_data = matches!(request.kind, CommandKind::Read | CommandKind::Write);
+    if moves_data { u64::from(request.length) } else { 0 }
+}
+
+/// Where the volume leaves its answers for the connection.
+#[derive(Default)]
+struct Replies {
+    answers: RefCell<Vec<(u64, Result<Answer, Errno>)>>,
+    waker: RefCell<Option<Waker>>,
+    closed: Cell<bool>,
+}
+
+impl Replies {
+    fn wake_by(&self, waker: &Waker) {
+        let mut kept = self.waker.borrow_mut();
+        if !kept.as_ref().is_some_and(|kept| kept.will_wake(waker)) {
+            *kept = Some(waker.clone());
+        }
+    }
+
+    /// Nobody is left to read the answers.
+    fn close(&self) {
+        self.closed.set(true);
+        self.waker.take();
+        self.answers.take();
+    }
+}
+
+impl Reply for Replies {
+    fn complete(&self, cookie: u64, answer: Result<Answer, Errno>) {
+        if self.closed.get() {
+            return;
+        }
+        let mut answers = self.answers.borrow_mut();
+        answers.push((cookie, answer));
+        if answers.len() == 1
+            && let Some(waker) = self.waker.borrow().as_ref()
+        {
+            waker.wake_by_ref();
+        }
+    }
+}

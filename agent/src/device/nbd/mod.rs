@@ -1,0 +1,339 @@
+//! The NBD front end: serves a volume to NBD clients on a Unix socket or over TCP.
+//!
+//! Everything runs on the volume's thread: one task listens, and each connection is one task that negotiates
+//! (`negotiate`) and then drives its requests (`connection`). Clients may open several connections; since they all
+//! end in the one volume, a flush on one covers the replies given on all of them.
+//!
+//! What a client does can end its own connection only. A client that goes away leaves its requests to the volume,
+//! which finishes them; their answers are dropped. Retained per connection: a read buffer, and the requests within
+//! the bounds of `connection`; connections are bounded by [`CONNECTION_LIMIT`].
+//!
+//! NBD over TCP neither encrypts nor asks who is there. Whoever can reach the address can read and write the volume.
+
+mod connection;
+mod input;
+mod negotiate;
+mod outgoing;
+mod request;
+mod unix_socket;
+
+use super::Volume;
+use crate::buffer::BufferPool;
+use connection::{Connection, Ended};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::oneshot;
+use tokio::task::{JoinHandle, JoinSet};
+use unix_socket::SocketFile;
+
+/// How many connections a server keeps at a time; more wait in the kernel's queue.
+pub const CONNECTION_LIMIT: usize = 64;
+
+/// How long a client may take until it has opened the export.
+const NEGOTIATION_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long to wait after an accept that failed, for lack of descriptors say, before the next.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How much of its answers a connection may have in its Unix socket, in bytes. The kernel's default of 208 KiB costs
+/// large reads a wait for the client in the middle of each answer.
+const UNIX_SEND_BUFFER_BYTES: usize = 1 << 20;
+
+/// A server that could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another process accepts connections on the socket.
+    #[error("{} is served by another process; stop that first", path.display())]
+    AlreadyServed {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something that is not a socket has the socket's name.
+    #[error("{} is not a socket; move it away or choose another path", path.display())]
+    NotASocket {
+        /// The file in the way.
+        path: PathBuf,
+    },
+    /// The kernel refused.
+    #[error("cannot {operation} {place}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// The path or address.
+        place: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A client with the export open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    /// A process of this host, on the Unix socket. The kernel's own client appears as the process that attached it;
+    /// a process of another pid namespace has no id here.
+    Process(Option<i32>),
+    /// A client on TCP.
+    Address(SocketAddr),
+}
+
+impl fmt::Display for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(Some(id)) => write!(f, "process {id}"),
+            Self::Process(None) => f.write_str("a process"),
+            Self::Address(address) => write!(f, "{address}"),
+        }
+    }
+}
+
+/// A listening socket and its connections.
+///
+/// [`stop`](Self::stop) ends them; so does dropping the server, as soon as the thread's tasks run again. Either way
+/// the connections are closed at once: requests that the volume has are finished there, but not answered. Whoever
+/// wants applications to see an orderly end lets them close the device first ([`clients`](Self::clients)).
+pub struct Server {
+    shared: Rc<Shared>,
+    address: Option<SocketAddr>,
+    task: JoinHandle<()>,
+    /// Dropping it stops the task.
+    stop: oneshot::Sender<()>,
+    /// Dropping it removes the file.
+    _file: Option<SocketFile>,
+}
+
+impl Server {
+    /// Serves `volume` under `name` on a Unix socket that only this process's user can open. A socket that nobody
+    /// accepts on is replaced.
+    ///
+    /// # Errors
+    /// [`ListenError`].
+    ///
+    /// # Panics
+    /// Outside of a `LocalSet` on a runtime with I/O and time.
+    pub fn unix(
+        path: &Path,
+        name: &str,
+        volume: Rc<dyn Volume>,
+        pool: BufferPool,
+    ) -> Result<Self, ListenError> {
+        let (listener, file) = unix_socket::listen(path)?;
+        Ok(Self::start(Listener::Unix(listener), Some(file), None, Shared::new(name, volume, pool)))
+    }
+
+    /// Serves `volume` under `name` on a TCP address.
+    ///
+    /// # Errors
+    /// [`ListenError::Io`].
+    ///
+    /// # Panics
+    /// As [`unix`](Self::unix).
+    pub fn tcp(
+        address: SocketAddr,
+        name: &str,
+        volume: Rc<dyn Volume>,
+        pool: BufferPool,
+    ) -> Result<Self, ListenError> {
+        let (listener, address) = listen_tcp(address).map_err(|source| ListenError::Io {
+            operation: "listen on",
+            place: address.to_string(),
+            source,
+        })?;
+        Ok(Self::start(Listener::Tcp(listener), None, Some(address), Shared::new(name, volume, pool)))
+    }
+
+    fn start(
+        listener: Listener,
+        file: Option<SocketFile>,
+        address: Option<SocketAddr>,
+        shared: Rc<Shared>,
+    ) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::task::spawn_local(serve(listener, shared.clone(), stopped));
+        Self { shared, address, task, stop, _file: file }
+    }
+
+    /// The address that a TCP server listens on, with the port that the kernel chose where none was given.
+    #[must_use]
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    /// How many connections have the export open.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.clients.borrow().len()
+    }
+
+    /// Who has the export open, one entry per connection, oldest first.
+    #[must_use]
+    pub fn clients(&self) -> Vec<Client> {
+        self.shared.clients.borrow().values().copied().collect()
+    }
+
+    /// Stops listening, removes the socket and closes the connections; when this returns all of it is done.
+    pub async fn stop(self) {
+        let Self { task, stop, _file, .. } = self;
+        drop(_file);
+        drop(stop);
+        if let Err(error) = task.await {
+            tracing::error!(error = &error as &dyn std::error::Error, "an nbd server ended by itself");
+        }
+    }
+}
+
+fn listen_tcp(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    Ok((TcpListener::from_std(listener)?, address))
+}
+
+/// What all connections of a server share.
+struct Shared {
+    name: String,
+    volume: Rc<dyn Volume>,
+    pool: BufferPool,
+    clients: RefCell<BTreeMap<u64, Client>>,
+    next_client: Cell<u64>,
+}
+
+impl Shared {
+    fn new(name: &str, volume: Rc<dyn Volume>, pool: BufferPool) -> Rc<Self> {
+        Rc::new(Self {
+            name: name.to_owned(),
+            volume,
+            pool,
+            clients: RefCell::default(),
+            next_client: Cell::new(0),
+        })
+    }
+
+    /// Counts a client until the result is dropped.
+    fn register(self: &Rc<Self>, client: Client) -> Registered {
+        let key = self.next_client.get();
+        self.next_client.set(key + 1);
+        self.clients.borrow_mut().insert(key, client);
+        Registered { shared: self.clone(), key }
+    }
+}
+
+struct Registered {
+    shared: Rc<Shared>,
+    key: u64,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.shared.clients.borrow_mut().remove(&self.key);
+    }
+}
+
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+enum Accepted {
+    Unix(UnixStream, Client),
+    Tcp(TcpStream, Client),
+}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<Accepted> {
+        match self {
+            Self::Unix(listener) => {
+                let (socket, _) = listener.accept().await?;
+                let process = socket.peer_cred()?.pid().filter(|id| *id > 0);
+                enlarge_send_buffer(&socket);
+                Ok(Accepted::Unix(socket, Client::Process(process)))
+            }
+            Self::Tcp(listener) => {
+                let (socket, address) = listener.accept().await?;
+                socket.set_nodelay(true)?;
+                Ok(Accepted::Tcp(socket, Client::Address(address)))
+            }
+        }
+    }
+}
+
+/// Allows for more unread answers, as far as the kernel lets this process: without it large reads are merely slower.
+fn enlarge_send_buffer(socket: &UnixStream) {
+    use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
+    let forced = set_socket_send_buffer_size_force(socket, UNIX_SEND_BUFFER_BYTES);
+    if let Err(error) = forced.or_else(|_| set_socket_send_buffer_size(socket, UNIX_SEND_BUFFER_BYTES)) {
+        tracing::debug!(%error, "an nbd client keeps the default send buffer");
+    }
+}
+
+/// Accepts connections until the server is stopped, then closes them.
+async fn serve(listener: Listener, shared: Rc<Shared>, mut stopped: oneshot::Receiver<()>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let full = connections.len() >= CONNECTION_LIMIT;
+        tokio::select! {
+            biased;
+            _ = &mut stopped => break,
+            Some(ended) = connections.join_next(), if !connections.is_empty() => report_panic(ended),
+            accepted = listener.accept(), if !full => match accepted {
+                Ok(Accepted::Unix(socket, client)) => {
+                    connections.spawn_local(attend(socket, client, shared.clone()));
+                }
+                Ok(Accepted::Tcp(socket, client)) => {
+                    connections.spawn_local(attend(socket, client, shared.clone()));
+                }
+                Err(error) => {
+                    tracing::warn!(volume = shared.name, %error, "cannot accept an nbd client");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    connections.shutdown().await;
+}
+
+fn report_panic(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "an nbd connection ended by a defect of ours"
+        );
+    }
+}
+
+/// One connection from its first byte to its last.
+async fn attend<S: AsyncRead + AsyncWrite + Unpin>(socket: S, client: Client, shared: Rc<Shared>) {
+    let volume = shared.name.as_str();
+    match converse(socket, client, &shared).await {
+        Ok(()) => tracing::debug!(volume, %client, "nbd client left"),
+        Err(ended @ Ended::Misbehaved(_)) => {
+            let error = &ended as &dyn std::error::Error;
+            tracing::warn!(volume, %client, error, "nbd connection closed");
+        }
+        Err(ended) => {
+            tracing::info!(volume, %client, error = &ended as &dyn std::error::Error, "nbd connection lost");
+        }
+    }
+}
+
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+    mut socket: S,
+    client: Client,
+    shared: &Rc<Shared>,
+) -> Result<(), Ended> {
+    let geometry = shared.volume.geometry();
+    let negotiated =
+        tokio::time::timeout(NEGOTIATION_LIMIT, negotiate::negotiate(&mut socket, &shared.name, geometry));
+    let Some(agreed) = negotiated.await.map_err(|_| Ended::TooSlow)?? else { return Ok(()) };
+    let _registered = shared.register(client);
+    tracing::debug!(volume = shared.name, %client, "nbd client opened the volume");
+    Connection::new(socket, shared.volume.clone(), shared.pool.clone(), agreed).await
+}
