@@ -15,6 +15,8 @@ mod input;
 mod negotiate;
 mod outgoing;
 mod request;
+#[cfg(test)]
+mod tests;
 mod unix_socket;
 
 use super::Volume;
