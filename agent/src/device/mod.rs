@@ -4,6 +4,9 @@
 //! once through the request's [`Reply`], in any order. Everything runs on the volume's own thread: no front end waits
 //! for another core between a socket and the disk.
 
+pub mod loopback;
+#[cfg(test)]
+pub mod memory;
 pub mod nbd;
 
 use crate::buffer::Buffer;

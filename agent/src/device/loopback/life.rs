@@ -1,0 +1,273 @@
+//! Making and taking away what a loop device consists of: the blocking half of its life.
+//!
+//! All of this runs on a thread for blocking calls; most of it waits for the server in the course of a system call.
+
+use super::loop_device::{AttachError, LoopDevice};
+use super::{Options, mounts, users};
+use crate::device::loopback::kernel::MAX_TRANSFER_BYTES;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long users who open a device only briefly, such as udev's probes, are waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
+
+/// Why a device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The name is no file name.
+    #[error("{0:?} cannot be a device's name; use letters, digits, dots and dashes")]
+    Name(String),
+    /// The device is served already.
+    #[error("{} is being served; stop the agent that does it first", .0.display())]
+    Served(PathBuf),
+    /// There is no FUSE.
+    #[error("cannot open /dev/fuse; load the kernel's fuse module (modprobe fuse)")]
+    NoFuse(#[source] io::Error),
+    /// No loop device could be attached.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// Something else that the kernel refused.
+    #[error("cannot {operation} {}", .path.display())]
+    Io {
+        /// What was to be done.
+        operation: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl StartError {
+    pub(super) fn io(operation: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io { operation, path: path.to_owned(), source }
+    }
+}
+
+/// What could not be taken away.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// The loop device is open. It detaches when it is closed for the last time; until then it gives I/O errors.
+    #[error("{} is still {user}; it fails all access now and goes away when nobody has it open", .path.display())]
+    InUse {
+        /// The loop device.
+        path: PathBuf,
+        /// Who has it, in words.
+        user: String,
+    },
+    /// The kernel refused to detach the loop device.
+    #[error("cannot detach {}", .path.display())]
+    Detach {
+        /// The loop device.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// The names of all that belongs to a device.
+#[derive(Clone)]
+pub(super) struct Place {
+    pub name: String,
+    /// The file that the FUSE session is mounted on.
+    pub mount_point: PathBuf,
+    pub link: PathBuf,
+}
+
+impl Place {
+    /// The names, and the folders that they are in. The mount point is written as the kernel writes it.
+    fn new(name: &str, run_folder: &Path, device_folder: &Path) -> Result<Self, StartError> {
+        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\0', '\n']) {
+            return Err(StartError::Name(name.to_owned()));
+        }
+        for folder in [run_folder, device_folder] {
+            fs::create_dir_all(folder).map_err(|source| StartError::io("make the folder", folder, source))?;
+        }
+        let run_folder = fs::canonicalize(run_folder)
+            .map_err(|source| StartError::io("look up the folder", run_folder, source))?;
+        let mount_point = run_folder.join(format!("{name}.fuse"));
+        Ok(Self { name: name.to_owned(), mount_point, link: device_folder.join(name) })
+    }
+
+    fn label(&self) -> String {
+        format!("blockmirror:{}", self.name)
+    }
+}
+
+/// Cleans up, makes the mount point and mounts. From here on the returned `/dev/fuse` must be served.
+pub(super) fn mount(options: &Options, read_only: bool) -> Result<(Place, File), StartError> {
+    let place = Place::new(&options.name, &options.run_folder, &options.device_folder)?;
+    clean_up(&place)?;
+    let point = &place.mount_point;
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(point);
+    made.map_err(|source| StartError::io("make the file", point, source))?;
+    let fuse = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/fuse");
+    let mounted = fuse.map_err(StartError::NoFuse).and_then(|fuse| {
+        mounts::mount_file(&fuse, &place.label(), point, read_only, MAX_TRANSFER_BYTES)
+            .map_err(|source| StartError::io("mount the volume's file on", point, source))?;
+        Ok(fuse)
+    });
+    match mounted {
+        Ok(fuse) => Ok((place, fuse)),
+        Err(error) => {
+            remove(point);
+            Err(error)
+        }
+    }
+}
+
+/// Attaches a loop device to the served file and links to it. Undoes the first if the second fails.
+pub(super) fn attach(place: &Place, read_only: bool) -> Result<LoopDevice, StartError> {
+    let point = &place.mount_point;
+    let file = OpenOptions::new().read(true).write(!read_only).open(point);
+    let file = file.map_err(|source| StartError::io("open the volume's file", point, source))?;
+    let device = LoopDevice::attach(&file, &place.label(), read_only)?;
+    // The device holds the file from here on.
+    drop(file);
+    if let Err(source) = symlink(device.path(), &place.link) {
+        if let Err(error) = device.detach() {
+            tracing::warn!(device = %device.path().display(), %error, "cannot detach the loop device");
+        }
+        wait_until(|| device.attached_to().is_none());
+        return Err(StartError::io("make the link", &place.link, source));
+    }
+    Ok(device)
+}
+
+/// Takes a device away, gently where that is possible. The server still serves.
+pub(super) fn detach(place: &Place, device: LoopDevice) -> Result<(), StopError> {
+    if fs::read_link(&place.link).is_ok_and(|target| target == device.path()) {
+        remove(&place.link);
+    }
+    let result = release(place, device);
+    if result.is_ok() {
+        unmount_gently(place);
+    }
+    take_away(place);
+    result
+}
+
+/// Detaches the loop device from the file, if it is still attached to it.
+fn release(place: &Place, device: LoopDevice) -> Result<(), StopError> {
+    let path = device.path();
+    let attached = || device.attached_to().is_some_and(|file| file == place.mount_point);
+    if !attached() {
+        return Ok(());
+    }
+    device.detach().map_err(|source| StopError::Detach { path: path.clone(), source })?;
+    if wait_until(|| !attached()) {
+        return Ok(());
+    }
+    let user = users::find(&path, &device.system_folder());
+    Err(StopError::InUse { path, user: user.unwrap_or_else(|| "open somewhere".to_owned()) })
+}
+
+/// Unmounts the file once the kernel has let go of it, which it does a moment after it has detached the device.
+fn unmount_gently(place: &Place) {
+    let point = &place.mount_point;
+    let busy = || matches!(mounts::unmount(point), Err(error) if error.raw_os_error() == Some(libc::EBUSY));
+    if !wait_until(|| !busy()) {
+        tracing::warn!(file = %point.display(), "the volume's file is in use; ending its session by force");
+    }
+}
+
+/// Takes the mount and its file away, whoever uses them.
+pub(super) fn take_away(place: &Place) {
+    unmount_all(place);
+    remove(&place.mount_point);
+}
+
+/// Ends by force what is still mounted.
+fn unmount_all(place: &Place) {
+    while mounts::count_ours(&place.mount_point).is_ok_and(|count| count > 0) {
+        if let Err(error) = mounts::unmount_by_force(&place.mount_point) {
+            tracing::warn!(file = %place.mount_point.display(), %error, "cannot unmount the volume's file");
+            return;
+        }
+    }
+}
+
+/// Takes away what an agent that crashed left of a device. Does nothing where nothing is left.
+///
+/// A loop device that somebody still has open is told to detach when that ends, which is logged. Blocks: must not be
+/// called on a volume's thread.
+///
+/// # Errors
+/// [`StartError::Served`] when the device is no left-over, [`StartError::Name`], or [`StartError::Io`].
+pub fn clean_up_stale(name: &str, run_folder: &Path, device_folder: &Path) -> Result<(), StartError> {
+    clean_up(&Place::new(name, run_folder, device_folder)?)
+}
+
+fn clean_up(place: &Place) -> Result<(), StartError> {
+    let point = &place.mount_point;
+    let mounted = mounts::count_ours(point)
+        .map_err(|source| StartError::io("read", Path::new("/proc/self/mountinfo"), source))?;
+    // A dead session answers "not connected", and nothing at all to whoever asks only for cached attributes.
+    if mounted > 0 && File::open(point).is_ok() {
+        return Err(StartError::Served(point.clone()));
+    }
+    let devices = LoopDevice::all_attached_to(point)
+        .map_err(|source| StartError::io("list the loop devices in", Path::new("/sys/block"), source))?;
+    for device in devices {
+        detach_stale(place, device);
+    }
+    // Only a link to a loop device is one of ours.
+    let target = fs::read_link(&place.link).unwrap_or_default();
+    if target.to_str().is_some_and(|target| target.starts_with("/dev/loop")) {
+        remove(&place.link);
+    }
+    take_away(place);
+    Ok(())
+}
+
+fn detach_stale(place: &Place, device: LoopDevice) {
+    let path = device.path();
+    let volume = &place.name;
+    if let Err(error) = device.detach() {
+        tracing::warn!(volume, device = %path.display(), %error, "cannot detach the old loop device");
+        return;
+    }
+    // Whoever has it open for a moment is waited for; those who stay are not.
+    let (node, folder) = (device.path(), device.system_folder());
+    let attached = || device.attached_to().is_some_and(|file| file == place.mount_point);
+    wait_until(|| !attached() || users::find_lasting(&node, &folder).is_some());
+    let user = attached().then(|| users::find(&node, &folder).unwrap_or_else(|| "open somewhere".to_owned()));
+    match user {
+        None => {
+            tracing::info!(volume, device = %path.display(), "detached the loop device of an earlier run")
+        }
+        Some(user) => tracing::warn!(
+            volume,
+            device = %path.display(),
+            "the loop device of an earlier run is still {user}; it gives I/O errors until it is closed there, \
+             and the volume gets a new one"
+        ),
+    }
+}
+
+/// Whether a condition comes true while there is patience left.
+fn wait_until(mut condition: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::sleep(BETWEEN_LOOKS);
+    }
+}
+
+fn remove(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "cannot remove the file");
+        }
+        _ => {}
+    }
+}

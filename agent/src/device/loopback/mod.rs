@@ -1,0 +1,155 @@
+//! A volume as a loop device, for hosts without the nbd module: `/dev/blockmirror/NAME -> /dev/loopN`.
+//!
+//! The volume is served as the one file of a FUSE mount ([`fuse`]), and a loop device is attached to that file with
+//! direct I/O, so that the page cache above the loop device is the only one. Four things make up a device, made in this
+//! order and undone in the reverse one: the mount and the file that it is mounted on, the serving task, the loop
+//! device, the link.
+//!
+//! **Who waits for whom.** The kernel asks our server in the middle of many system calls: opening and closing the
+//! file, attaching (size, rights, geometry, the partition table), detaching (dirty pages are written), unmounting. Each
+//! is made on a thread for blocking calls while the volume's thread serves, and none on the volume's thread. The one
+//! thing that the volume's thread does itself is to answer.
+//!
+//! **After a crash** the kernel fails all requests of the dead session, and the loop device stays attached to a dead
+//! file. The next start takes all of that away ([`clean_up_stale`]) before it begins. A loop device that still has a
+//! file system mounted can't be taken away; it detaches itself when that is unmounted, and a new one is used.
+
+pub mod fuse;
+pub mod kernel;
+mod life;
+pub mod loop_device;
+mod mounts;
+mod users;
+
+#[cfg(test)]
+mod tests;
+
+pub use life::{StartError, StopError, clean_up_stale};
+
+use super::Volume;
+use crate::buffer::BufferPool;
+use life::Place;
+use loop_device::LoopDevice;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+/// Where a device is to appear.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The volume's name, usable as a file name.
+    pub name: String,
+    /// The folder for `NAME.fuse`, the file that the FUSE session is mounted on; made where it is missing.
+    pub run_folder: PathBuf,
+    /// The folder for the link `NAME`; made where it is missing.
+    pub device_folder: PathBuf,
+}
+
+/// A volume that is served as a loop device. [`stop`](Self::stop) it: dropped without, it is as after a crash, and the
+/// next start cleans up.
+pub struct Loopback {
+    place: Place,
+    device: LoopDevice,
+    serving: Serving,
+}
+
+/// The serving task, ended when this is dropped.
+struct Serving(JoinHandle<()>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Loopback {
+    /// Serves a volume from now on, after cleaning up what a crash may have left of it.
+    ///
+    /// Runs on the volume's thread, in a `LocalSet` that goes on running, on a runtime with I/O enabled. When the
+    /// future is dropped before it has ended, what it made so far is left as after a crash.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing is left then.
+    pub async fn start(
+        options: &Options,
+        volume: Rc<dyn Volume>,
+        pool: BufferPool,
+    ) -> Result<Self, StartError> {
+        let read_only = volume.geometry().read_only;
+        let options = options.clone();
+        let (place, fuse) = blocking(move || life::mount(&options, read_only)).await?;
+        let attached = match fuse::Server::new(fuse, None, volume, pool) {
+            Ok(server) => {
+                let serving = Serving(tokio::task::spawn_local(serve(server, place.name.clone())));
+                let place = place.clone();
+                let device = blocking(move || life::attach(&place, read_only)).await;
+                device.map(|device| (device, serving))
+            }
+            Err(source) => Err(StartError::io("watch", Path::new("/dev/fuse"), source)),
+        };
+        match attached {
+            Ok((device, serving)) => {
+                tracing::info!(volume = place.name, device = %device.path().display(), "loop device is up");
+                Ok(Self { place, device, serving })
+            }
+            Err(error) => {
+                blocking(move || life::take_away(&place)).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The loop device, `/dev/loopN`.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        self.device.path()
+    }
+
+    /// The link to it, `DEVICE_FOLDER/NAME`.
+    #[must_use]
+    pub fn link(&self) -> &Path {
+        &self.place.link
+    }
+
+    /// Whether requests are still answered. They are not once somebody has aborted the FUSE connection by hand.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        !self.serving.0.is_finished()
+    }
+
+    /// Someone who uses the loop device, in words, if anybody does.
+    pub async fn in_use(&self) -> Option<String> {
+        let device = self.device;
+        blocking(move || users::find(&device.path(), &device.system_folder())).await
+    }
+
+    /// Takes the device away. Whoever means to leave its users alone asks [`in_use`](Self::in_use) before.
+    ///
+    /// The volume must answer its requests until this has ended: the kernel writes what it holds back.
+    ///
+    /// # Errors
+    /// [`StopError`] when something is left. Nothing is served any more even then: users of the device get I/O errors.
+    pub async fn stop(self) -> Result<(), StopError> {
+        let Self { place, device, mut serving } = self;
+        let result = blocking(move || life::detach(&place, device)).await;
+        serving.0.abort();
+        // Waited for, so that the descriptor is closed when this returns.
+        let _ = (&mut serving.0).await;
+        result
+    }
+}
+
+async fn serve(server: Rc<fuse::Server>, name: String) {
+    if let Err(error) = server.serve().await {
+        let error: &dyn std::error::Error = &error;
+        tracing::error!(volume = name, error, "the loop device is no longer served");
+    }
+}
+
+/// Runs what may wait for our own server on a thread of its own.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
