@@ -33,7 +33,7 @@ const BATCH: usize = 64;
 
 /// A write of up to so many bytes is copied out of the memory that it was read into, which is large enough for any
 /// request. So it does not pin that memory while it is on its way to disks and replicas: what a write holds is at most
-/// eight times its size.
+/// eight times its size. Up to here the copy was measured to cost no throughput.
 const COPIED_BYTES: usize = 128 << 10;
 
 /// Why a session ended before its mount did.
@@ -92,25 +92,31 @@ impl Server {
         Ok(Rc::new(Self { fuse, volume, geometry, pool, session, waiting: RefCell::default() }))
     }
 
+    /// What was agreed on with the kernel, once that has happened: what another server of the same descriptor needs.
+    #[must_use]
+    pub fn session(&self) -> Option<Session> {
+        self.session.get()
+    }
+
     /// Serves until the mount is gone.
     ///
     /// # Errors
     /// [`ServeError`] when the session cannot go on; the file answers "not connected" once the server is dropped.
     pub async fn serve(self: &Rc<Self>) -> Result<(), ServeError> {
         let mut inbox = Inbox { head: [0; size_of::<Head>()], rest: self.pool.take(MAX_TRANSFER_BYTES) };
-        loop {
+        'woken: loop {
             let mut ready = self.fuse.ready(EVENTS).await.map_err(ServeError::Read)?;
             for _ in 0..BATCH {
                 match self.receive(&mut inbox).map_err(ServeError::Read)? {
                     Arrival::Request(received) => self.dispatch(&mut inbox, received)?,
                     Arrival::Nothing => {
                         ready.clear_ready();
-                        break;
+                        continue 'woken;
                     }
                     Arrival::End => return Ok(()),
                 }
             }
-            drop(ready);
+            // Only after a full batch: yielding makes the runtime look for events once more, which is a system call.
             tokio::task::yield_now().await;
         }
     }

@@ -1,14 +1,18 @@
 //! The bytes of `/dev/fuse` as values, both ways (`include/uapi/linux/fuse.h`).
 //!
-//! This is the part of the interface that a mount with one regular file as its root needs, in the layouts that kernels
-//! have used since version 7.34 of it (Linux 5.15). Integers are in the host's byte order.
+//! This is the part of the interface that a mount with one regular file as its root needs, from version 7.34 of it
+//! (Linux 5.15) on; the structures are in [`layout`](super::layout).
 //!
 //! A request is a 40-byte header and a body. All that is ever looked at in a body lies in its first 40 bytes, and
 //! exactly 40 bytes of a write's body come before its payload. So a request is read into two pieces of memory, a
 //! [`Head`] of 80 bytes and a buffer for what comes after: parsing needs the head alone, and a payload starts where
 //! the buffer starts, aligned for direct I/O.
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use super::layout::{
+    AllocateIn, AttributesOut, InHeader, InitIn, InitOut, OpenIn, OpenOut, OutHeader, SetAttributesIn,
+    StatisticsOut, TransferIn, WriteOut,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// The request's header and the part of its body that is parsed.
 pub type Head = [u8; HEADER_BYTES + BODY_BYTES];
@@ -287,156 +291,9 @@ pub fn statistics(size_bytes: u64) -> impl Body {
     }
 }
 
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct InHeader {
-    length: u32,
-    opcode: u32,
-    unique: u64,
-    node: u64,
-    uid: u32,
-    gid: u32,
-    pid: u32,
-    extension_words: u16,
-    padding: u16,
-}
-
-/// The start of `fuse_init_in`.
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct InitIn {
-    major: u32,
-    minor: u32,
-    max_readahead: u32,
-    features: u32,
-}
-
-/// The start of `fuse_setattr_in`.
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct SetAttributesIn {
-    valid: u32,
-    padding: u32,
-    handle: u64,
-    size: u64,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct OpenIn {
-    flags: u32,
-    open_flags: u32,
-}
-
-/// `fuse_read_in` and `fuse_write_in`, which agree in all that matters here.
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct TransferIn {
-    handle: u64,
-    offset: u64,
-    size: u32,
-    transfer_flags: u32,
-    lock_owner: u64,
-    flags: u32,
-    padding: u32,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct AllocateIn {
-    handle: u64,
-    offset: u64,
-    length: u64,
-    mode: u32,
-    padding: u32,
-}
-
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct OutHeader {
-    length: u32,
-    error: i32,
-    unique: u64,
-}
-
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct InitOut {
-    major: u32,
-    minor: u32,
-    max_readahead: u32,
-    flags: u32,
-    max_background: u16,
-    congestion_threshold: u16,
-    max_write: u32,
-    time_granularity: u32,
-    max_pages: u16,
-    /// `map_alignment`, `flags2` and what later versions took from the reserve; all off.
-    unused: [u16; 17],
-}
-
-/// `fuse_attr_out`.
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct AttributesOut {
-    valid_seconds: u64,
-    valid_nanoseconds: u32,
-    padding: u32,
-    inode: u64,
-    size: u64,
-    sectors: u64,
-    times: [u64; 3],
-    nanoseconds: [u32; 3],
-    mode: u32,
-    links: u32,
-    uid: u32,
-    gid: u32,
-    device: u32,
-    preferred_bytes: u32,
-    flags: u32,
-}
-
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct OpenOut {
-    handle: u64,
-    flags: u32,
-    unused: u32,
-}
-
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct WriteOut {
-    length: u32,
-    padding: u32,
-}
-
-/// `fuse_statfs_out`.
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct StatisticsOut {
-    blocks: u64,
-    free_blocks: u64,
-    available_blocks: u64,
-    files: u64,
-    free_files: u64,
-    block_bytes: u32,
-    name_bytes: u32,
-    fragment_bytes: u32,
-    padding: [u32; 7],
-}
-
 const _: () = {
     assert!(size_of::<InHeader>() == HEADER_BYTES);
     assert!(size_of::<TransferIn>() == BODY_BYTES);
-    assert!(size_of::<AllocateIn>() == 32);
-    assert!(size_of::<OpenIn>() == 8);
-    assert!(size_of::<OutHeader>() == 16);
-    assert!(size_of::<InitOut>() == 64);
-    assert!(size_of::<AttributesOut>() == 104);
-    assert!(size_of::<OpenOut>() == 16);
-    assert!(size_of::<WriteOut>() == 8);
-    assert!(size_of::<StatisticsOut>() == 80);
     assert!(MAX_PAGES as usize * 4096 == MAX_TRANSFER_BYTES);
 };
 

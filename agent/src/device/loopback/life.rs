@@ -2,9 +2,9 @@
 //!
 //! All of this runs on a thread for blocking calls; most of it waits for the server in the course of a system call.
 
+use super::kernel::MAX_TRANSFER_BYTES;
 use super::loop_device::{AttachError, LoopDevice};
 use super::{Options, mounts, users};
-use crate::device::loopback::kernel::MAX_TRANSFER_BYTES;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
@@ -154,7 +154,7 @@ pub(super) fn detach(place: &Place, device: LoopDevice) -> Result<(), StopError>
 /// Detaches the loop device from the file, if it is still attached to it.
 fn release(place: &Place, device: LoopDevice) -> Result<(), StopError> {
     let path = device.path();
-    let attached = || device.attached_to().is_some_and(|file| file == place.mount_point);
+    let attached = || holds(device, place);
     if !attached() {
         return Ok(());
     }
@@ -164,6 +164,12 @@ fn release(place: &Place, device: LoopDevice) -> Result<(), StopError> {
     }
     let user = users::find(&path, &device.system_folder());
     Err(StopError::InUse { path, user: user.unwrap_or_else(|| "open somewhere".to_owned()) })
+}
+
+/// Whether a device that was ours still holds our file. Once the mount was taken out of the tree of files, by hand or
+/// because the tree was the crashed agent's own, the kernel gives the file's path as that of a root.
+fn holds(device: LoopDevice, place: &Place) -> bool {
+    device.attached_to().is_some_and(|file| file == place.mount_point || file == Path::new("/"))
 }
 
 /// Unmounts the file once the kernel has let go of it, which it does a moment after it has detached the device.
@@ -210,15 +216,17 @@ fn clean_up(place: &Place) -> Result<(), StartError> {
     if mounted > 0 && File::open(point).is_ok() {
         return Err(StartError::Served(point.clone()));
     }
-    let devices = LoopDevice::all_attached_to(point)
+    let mut devices = LoopDevice::all_attached_to(point)
         .map_err(|source| StartError::io("list the loop devices in", Path::new("/sys/block"), source))?;
+    // Only a link to a loop device is one of ours. It still leads to the device when its file's path is gone.
+    if let Some(linked) = fs::read_link(&place.link).ok().and_then(|target| LoopDevice::at(&target)) {
+        if holds(linked, place) && !devices.contains(&linked) {
+            devices.push(linked);
+        }
+        remove(&place.link);
+    }
     for device in devices {
         detach_stale(place, device);
-    }
-    // Only a link to a loop device is one of ours.
-    let target = fs::read_link(&place.link).unwrap_or_default();
-    if target.to_str().is_some_and(|target| target.starts_with("/dev/loop")) {
-        remove(&place.link);
     }
     take_away(place);
     Ok(())
@@ -233,7 +241,7 @@ fn detach_stale(place: &Place, device: LoopDevice) {
     }
     // Whoever has it open for a moment is waited for; those who stay are not.
     let (node, folder) = (device.path(), device.system_folder());
-    let attached = || device.attached_to().is_some_and(|file| file == place.mount_point);
+    let attached = || holds(device, place);
     wait_until(|| !attached() || users::find_lasting(&node, &folder).is_some());
     let user = attached().then(|| users::find(&node, &folder).unwrap_or_else(|| "open somewhere".to_owned()));
     match user {

@@ -165,6 +165,13 @@ impl LoopDevice {
         }
     }
 
+    /// The device of a path, if it is a loop device's.
+    #[must_use]
+    pub fn at(path: &Path) -> Option<Self> {
+        let number = path.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
+        Some(Self { number })
+    }
+
     /// The device's path.
     #[must_use]
     pub fn path(self) -> PathBuf {
@@ -204,9 +211,7 @@ impl LoopDevice {
     pub fn all_attached_to(file: &Path) -> io::Result<Vec<Self>> {
         let mut found = Vec::new();
         for entry in std::fs::read_dir("/sys/block")? {
-            let name = entry?.file_name();
-            let number = name.to_str().and_then(|name| name.strip_prefix("loop")?.parse().ok());
-            let device = number.map(|number| Self { number });
+            let device = Self::at(&Path::new("/dev").join(entry?.file_name()));
             found.extend(device.filter(|device| device.attached_to().is_some_and(|path| path == file)));
         }
         Ok(found)

@@ -16,6 +16,7 @@
 
 pub mod fuse;
 pub mod kernel;
+mod layout;
 mod life;
 pub mod loop_device;
 mod mounts;
@@ -32,7 +33,8 @@ use life::Place;
 use loop_device::LoopDevice;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, spawn_blocking, spawn_local};
 
 /// Where a device is to appear.
 #[derive(Clone, Debug)]
@@ -54,11 +56,38 @@ pub struct Loopback {
 }
 
 /// The serving task, ended when this is dropped.
-struct Serving(JoinHandle<()>);
+struct Serving {
+    task: JoinHandle<()>,
+    /// Closed when the task has ended.
+    ended: watch::Receiver<()>,
+}
+
+impl Serving {
+    fn start(server: Rc<fuse::Server>, name: String) -> Self {
+        let (alive, ended) = watch::channel(());
+        let task = spawn_local(async move {
+            serve(server, &name).await;
+            drop(alive);
+        });
+        Self { task, ended }
+    }
+
+    async fn ended(&self) {
+        // Nothing is ever sent: what this waits for is that the task drops its side.
+        while self.ended.clone().changed().await.is_ok() {}
+    }
+}
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
+    }
+}
+
+async fn serve(server: Rc<fuse::Server>, name: &str) {
+    if let Err(error) = server.serve().await {
+        let error: &dyn std::error::Error = &error;
+        tracing::error!(volume = name, error, "the loop device is no longer served");
     }
 }
 
@@ -80,7 +109,7 @@ impl Loopback {
         let (place, fuse) = blocking(move || life::mount(&options, read_only)).await?;
         let attached = match fuse::Server::new(fuse, None, volume, pool) {
             Ok(server) => {
-                let serving = Serving(tokio::task::spawn_local(serve(server, place.name.clone())));
+                let serving = Serving::start(server, place.name.clone());
                 let place = place.clone();
                 let device = blocking(move || life::attach(&place, read_only)).await;
                 device.map(|device| (device, serving))
@@ -111,10 +140,10 @@ impl Loopback {
         &self.place.link
     }
 
-    /// Whether requests are still answered. They are not once somebody has aborted the FUSE connection by hand.
-    #[must_use]
-    pub fn is_serving(&self) -> bool {
-        !self.serving.0.is_finished()
+    /// Waits until requests are no longer answered, because somebody has aborted the FUSE connection by hand or the
+    /// kernel's requests make no sense. Then nothing is left to do but to [`stop`](Self::stop) it.
+    pub async fn ended(&self) {
+        self.serving.ended().await;
     }
 
     /// Someone who uses the loop device, in words, if anybody does.
@@ -130,19 +159,12 @@ impl Loopback {
     /// # Errors
     /// [`StopError`] when something is left. Nothing is served any more even then: users of the device get I/O errors.
     pub async fn stop(self) -> Result<(), StopError> {
-        let Self { place, device, mut serving } = self;
+        let Self { place, device, serving } = self;
         let result = blocking(move || life::detach(&place, device)).await;
-        serving.0.abort();
+        serving.task.abort();
         // Waited for, so that the descriptor is closed when this returns.
-        let _ = (&mut serving.0).await;
+        serving.ended().await;
         result
-    }
-}
-
-async fn serve(server: Rc<fuse::Server>, name: String) {
-    if let Err(error) = server.serve().await {
-        let error: &dyn std::error::Error = &error;
-        tracing::error!(volume = name, error, "the loop device is no longer served");
     }
 }
 

@@ -1,0 +1,245 @@
+//! The loop front end on the real kernel: file systems, discards, flushes, crashes.
+//!
+//! Everything that a test mounts or attaches has an owner whose `Drop` takes it away, so a test that fails leaves
+//! nothing either. Tests skip themselves, with the reason, without root, FUSE, loop devices or a program they need.
+
+mod crashes;
+mod devices;
+mod life;
+
+use super::{Loopback, Options, StartError, StopError, clean_up_stale, mounts};
+use crate::buffer::BufferPool;
+use crate::device::memory::Memory;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::rc::Rc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+
+const SIZE_BYTES: u64 = 512 << 20;
+const MIB: u64 = 1 << 20;
+
+/// Why a test can't run here, if it can't.
+fn obstacle(programs: &[&str]) -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("needs root".to_owned());
+    }
+    let missing_device =
+        ["/dev/fuse", "/dev/loop-control"].into_iter().find(|path| !Path::new(path).exists());
+    let missing_program = programs.iter().find(|name| {
+        let found = Command::new("sh").args(["-c", "command -v \"$0\"", name]).output();
+        !found.expect("a shell").status.success()
+    });
+    missing_device.or(missing_program.copied()).map(|missing| format!("needs {missing}"))
+}
+
+/// Ends a test that can't run here.
+macro_rules! require {
+    ($($program:literal),*) => {
+        if let Some(obstacle) = obstacle(&[$($program),*]) {
+            eprintln!("skipped: {obstacle}");
+            return;
+        }
+    };
+}
+
+use require;
+
+/// Runs a program to its end and gives back what it said; it must succeed.
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().expect(program);
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {said}");
+    said
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are text")
+}
+
+/// Folders of a test's own.
+struct Folders {
+    folder: TempDir,
+}
+
+impl Folders {
+    fn new() -> Self {
+        Self { folder: tempfile::tempdir().expect("a temporary folder") }
+    }
+
+    fn options(&self) -> Options {
+        let folder = self.folder.path();
+        Options { name: "data".to_owned(), run_folder: folder.join("run"), device_folder: folder.join("dev") }
+    }
+
+    fn mount_point(&self) -> PathBuf {
+        self.folder.path().join("run/data.fuse")
+    }
+
+    fn clean_up(&self) -> Result<(), StartError> {
+        let Options { name, run_folder, device_folder } = self.options();
+        clean_up_stale(&name, &run_folder, &device_folder)
+    }
+
+    /// What is left on the host of devices in these folders.
+    fn leftovers(&self) -> Vec<String> {
+        let point = self.mount_point();
+        let mut left = Vec::new();
+        left.extend(
+            (mounts::count_ours(&point).expect("a table of mounts") > 0).then(|| "a mount".to_owned()),
+        );
+        let devices = super::LoopDevice::all_attached_to(&point).expect("/sys/block");
+        left.extend(devices.iter().map(|device| device.path().display().to_string()));
+        for path in [point, self.options().device_folder.join("data")] {
+            // A file under a dead mount is there, but says nothing about itself.
+            let missing = fs::symlink_metadata(&path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+            left.extend((!missing).then(|| path.display().to_string()));
+        }
+        left
+    }
+}
+
+type Stopped = Result<(), StopError>;
+
+/// A volume that is being served on a thread of its own, as the agent does it.
+struct Served {
+    device: PathBuf,
+    link: PathBuf,
+    ended: mpsc::Receiver<()>,
+    questions: tokio::sync::mpsc::UnboundedSender<oneshot::Sender<Option<String>>>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<Stopped>>,
+}
+
+impl Served {
+    fn start(folders: &Folders, memory: &Memory) -> Result<Self, StartError> {
+        let (options, memory) = (folders.options(), memory.clone());
+        let (started, wait) = mpsc::channel();
+        let (stop, stopped) = oneshot::channel();
+        let (report_end, ended) = mpsc::channel();
+        let (questions, asked) = tokio::sync::mpsc::unbounded_channel();
+        let orders = Orders { stopped, asked, report_end };
+        let thread = std::thread::spawn(move || serve(options, memory, &started, orders));
+        let (device, link) = wait.recv().expect("the serving thread starts or says why not")?;
+        Ok(Self { device, link, ended, questions, stop: Some(stop), thread: Some(thread) })
+    }
+
+    fn in_use(&self) -> Option<String> {
+        let (answer, wait) = oneshot::channel();
+        self.questions.send(answer).expect("the serving thread runs");
+        wait.blocking_recv().expect("the serving thread answers")
+    }
+
+    fn stop(mut self) -> Stopped {
+        self.end().expect("it was not stopped before")
+    }
+
+    fn end(&mut self) -> Option<Stopped> {
+        let _ = self.stop.take()?.send(());
+        Some(self.thread.take()?.join().expect("the serving thread does not panic"))
+    }
+
+    fn path(&self) -> &str {
+        text(&self.device)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.end() {
+            eprintln!("{error}");
+        }
+    }
+}
+
+type Started = mpsc::Sender<Result<(PathBuf, PathBuf), StartError>>;
+
+/// What passes between a test and the thread that serves for it.
+struct Orders {
+    stopped: oneshot::Receiver<()>,
+    asked: tokio::sync::mpsc::UnboundedReceiver<oneshot::Sender<Option<String>>>,
+    report_end: mpsc::Sender<()>,
+}
+
+fn serve(options: Options, memory: Memory, started: &Started, orders: Orders) -> Stopped {
+    let Orders { stopped, mut asked, report_end } = orders;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
+    let pool = BufferPool::new(64 << 20);
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let loopback = match Loopback::start(&options, Rc::new(memory), pool).await {
+            Ok(loopback) => loopback,
+            Err(error) => {
+                started.send(Err(error)).expect("the test waits");
+                return Ok(());
+            }
+        };
+        let paths = (loopback.path(), loopback.link().to_owned());
+        started.send(Ok(paths)).expect("the test waits");
+        let answer_questions = async {
+            while let Some(question) = asked.recv().await {
+                let _ = question.send(loopback.in_use().await);
+            }
+        };
+        let watch_the_end = async {
+            loopback.ended().await;
+            let _ = report_end.send(());
+            std::future::pending().await
+        };
+        tokio::select! {
+            _ = stopped => {}
+            () = answer_questions => {}
+            () = watch_the_end => {}
+        }
+        loopback.stop().await
+    })
+}
+
+fn memory() -> Memory {
+    Memory::new(SIZE_BYTES, false, BufferPool::new(64 << 20))
+}
+
+/// A mounted file system, unmounted when dropped.
+struct Mounted {
+    folder: TempDir,
+}
+
+impl Mounted {
+    fn new(device: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        run("mount", &[device, text(folder.path())]);
+        Self { folder }
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.path()).status();
+    }
+}
+
+/// Makes files, reads them back after the file system was unmounted, and has them checked.
+fn exercise_file_system(device: &str) {
+    let content: Vec<u8> = (0..3_000_000u32).flat_map(u32::to_le_bytes).collect();
+    {
+        let mounted = Mounted::new(device);
+        for number in 0..50 {
+            fs::write(mounted.path().join(format!("small {number}")), number.to_string())
+                .expect("a small file");
+        }
+        let mut large = File::create(mounted.path().join("large")).expect("a file");
+        large.write_all(&content).expect("a large file");
+        large.sync_all().expect("a sync");
+    }
+    let mounted = Mounted::new(device);
+    assert_eq!(fs::read(mounted.path().join("small 49")).expect("a small file"), b"49");
+    assert!(fs::read(mounted.path().join("large")).expect("a large file") == content);
+}
