@@ -1,0 +1,233 @@
+//! What the operator configures: the agent itself, and one file per volume.
+//!
+//! The types here are the files: a value that was read has passed every check that one file allows. [`ConfigFolder`]
+//! reads and writes the files; [`Mistake`] says where one is wrong and what was probably meant. Nothing here looks at
+//! backings or the network: a configuration that fits no longer is found when the volume starts.
+
+mod folder;
+mod mistake;
+mod name;
+
+pub use folder::{ConfigFolder, Volumes};
+pub use mistake::{Contradiction, Mistake};
+pub use name::{Address, NAME_LIMIT_BYTES, Name, NotAName, NotAnAddress};
+
+use crate::quantity::Size;
+use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, HostId, SECTOR_BYTES, VolumeId};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// No volume is larger than this, in bytes: its extents are numbered in 32 bits.
+pub const VOLUME_LIMIT_BYTES: u64 = EXTENT_BYTES << 32;
+
+/// How much of the live stream the agent keeps unacknowledged in memory, where the volume's file names no `window`.
+pub const DEFAULT_WINDOW: Size = Size(64 << 20);
+
+/// The agent's own settings: `agent.toml`. All of them have defaults.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    /// What this host is called by its peers; by default [`AgentConfig::host_name`].
+    pub name: Option<Name>,
+    /// Where the agent listens for peers; an argument of the daemon overrides it.
+    pub listen: Option<SocketAddr>,
+    /// Where peers reach this host: what tokens and introductions carry. Empty: the addresses of its interfaces.
+    #[serde(default)]
+    pub advertise: Vec<Address>,
+}
+
+impl AgentConfig {
+    /// The configured name, or the nearest one to the kernel's host name.
+    #[must_use]
+    pub fn host_name(&self) -> Name {
+        self.name
+            .clone()
+            .unwrap_or_else(|| Name::nearest(&rustix::system::uname().nodename().to_string_lossy()))
+    }
+}
+
+/// What a host is for a volume. Exactly one is the primary.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Its device is served and written to.
+    Primary,
+    /// It follows the primary.
+    Replica,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Primary => "primary",
+            Self::Replica => "replica",
+        })
+    }
+}
+
+/// A kind of device that applications open.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceKind {
+    /// An NBD export on a Unix socket, and on `nbd_listen` where that is set.
+    Nbd,
+    /// A loop device of the kernel, linked from `/dev/blockmirror/NAME`.
+    Loop,
+}
+
+impl DeviceKind {
+    /// What a volume gets when nothing was said.
+    #[must_use]
+    pub fn defaults() -> Vec<Self> {
+        vec![Self::Nbd, Self::Loop]
+    }
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Nbd => "nbd",
+            Self::Loop => "loop",
+        })
+    }
+}
+
+/// One volume on this host: `volumes/NAME.toml`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeConfig {
+    /// The volume's name, the same as the file's.
+    pub name: Name,
+    /// The volume's identity, the same on all its hosts.
+    #[serde(serialize_with = "show", deserialize_with = "volume_id")]
+    pub id: VolumeId,
+    /// What this host is for the volume.
+    pub role: Role,
+    /// What holds the bytes on this host: an image file or a block device, as an absolute path.
+    #[serde(deserialize_with = "absolute_path")]
+    pub backing: PathBuf,
+    /// The volume's size in bytes, a multiple of 512.
+    #[serde(deserialize_with = "size_bytes")]
+    pub size_bytes: u64,
+    /// The unit of tracking.
+    #[serde(
+        rename = "block_size_bytes",
+        serialize_with = "block_size_bytes",
+        deserialize_with = "block_size"
+    )]
+    pub block_size: BlockSize,
+    /// What applications can open while this host is the primary.
+    #[serde(default = "DeviceKind::defaults")]
+    pub devices: Vec<DeviceKind>,
+    /// Where the NBD export is also served over TCP, unencrypted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nbd_listen: Option<SocketAddr>,
+    /// How much of the live stream is kept unacknowledged in memory (W7).
+    #[serde(default = "default_window", deserialize_with = "window")]
+    pub window: Size,
+    /// The volume's other hosts.
+    #[serde(default, rename = "peer", skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<PeerConfig>,
+}
+
+/// Another host of a volume: `[[peer]]`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerConfig {
+    /// What the host is called.
+    pub name: Name,
+    /// What it is for the volume.
+    pub role: Role,
+    /// The fingerprint of its key.
+    #[serde(serialize_with = "show", deserialize_with = "host_id")]
+    pub host: HostId,
+    /// Where its agent is reached; the first that answers is used.
+    #[serde(default)]
+    pub addresses: Vec<Address>,
+    /// Whether the operator has paused the mirroring between the two.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+impl VolumeConfig {
+    /// Looks for statements that contradict each other.
+    ///
+    /// # Errors
+    /// The first [`Contradiction`].
+    pub fn check(&self) -> Result<(), Contradiction> {
+        for (index, peer) in self.peers.iter().enumerate() {
+            let others = &self.peers[..index];
+            if others.iter().any(|other| other.name == peer.name) {
+                return Err(Contradiction::PeerTwice(peer.name.clone()));
+            }
+            if let Some(other) = others.iter().find(|other| other.host == peer.host) {
+                return Err(Contradiction::SameKey(other.name.clone(), peer.name.clone()));
+            }
+        }
+        let primaries = self.peers.iter().map(|peer| peer.role).chain([self.role]);
+        if primaries.filter(|role| *role == Role::Primary).count() > 1 {
+            return Err(Contradiction::TwoPrimaries);
+        }
+        Ok(())
+    }
+
+    /// The peer of that name.
+    #[must_use]
+    pub fn peer(&self, name: &Name) -> Option<&PeerConfig> {
+        self.peers.iter().find(|peer| peer.name == *name)
+    }
+}
+
+fn default_window() -> Size {
+    DEFAULT_WINDOW
+}
+
+fn show<T: fmt::Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn block_size_bytes<S: Serializer>(size: &BlockSize, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(size.bytes())
+}
+
+fn volume_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<VolumeId, D::Error> {
+    VolumeId::from_hex(&String::deserialize(deserializer)?)
+        .map_err(|_| serde::de::Error::custom("the id of a volume is 32 hexadecimal digits"))
+}
+
+fn host_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HostId, D::Error> {
+    HostId::from_hex(&String::deserialize(deserializer)?)
+        .map_err(|_| serde::de::Error::custom("the fingerprint of a host's key is 64 hexadecimal digits"))
+}
+
+fn absolute_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    match path.is_absolute() {
+        true => Ok(path),
+        false => Err(serde::de::Error::custom("the path of a backing begins with \"/\"")),
+    }
+}
+
+fn size_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    let bytes = u64::deserialize(deserializer)?;
+    match bytes {
+        1..=VOLUME_LIMIT_BYTES if bytes.is_multiple_of(SECTOR_BYTES) => Ok(bytes),
+        _ => Err(serde::de::Error::custom("a volume's size is a multiple of 512 bytes, up to 16384T")),
+    }
+}
+
+fn block_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BlockSize, D::Error> {
+    BlockSize::new(u64::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+fn window<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
+    match Size::deserialize(deserializer)? {
+        Size(..0x10_0000) => Err(serde::de::Error::custom("the window is at least 1M")),
+        window => Ok(window),
+    }
+}
+
+#[cfg(test)]
+mod tests;

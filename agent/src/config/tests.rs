@@ -1,0 +1,224 @@
+//! The configuration's files: what they look like, what is found wrong with them.
+
+use super::*;
+use std::fs;
+
+const GOLDEN: &str = r#"# A volume of Blockmirror, kept by the agent. To change it, stop the agent, edit it,
+# run `blockmirror config check` and start the agent. Comments are lost when the agent saves it.
+name = "data"
+id = "000102030405060708090a0b0c0d0e0f"
+role = "primary"
+backing = "/srv/data.img"
+size_bytes = 107374182400
+block_size_bytes = 4096
+devices = ["nbd", "loop"]
+nbd_listen = "127.0.0.1:10809"
+window = "64M"
+
+[[peer]]
+name = "b"
+role = "replica"
+host = "0707070707070707070707070707070707070707070707070707070707070707"
+addresses = ["192.0.2.2:7447", "b.example.org:7447"]
+paused = false
+"#;
+
+fn example() -> VolumeConfig {
+    VolumeConfig {
+        name: "data".parse().unwrap(),
+        id: VolumeId(std::array::from_fn(|index| index as u8)),
+        role: Role::Primary,
+        backing: "/srv/data.img".into(),
+        size_bytes: 100 << 30,
+        block_size: BlockSize::default(),
+        devices: DeviceKind::defaults(),
+        nbd_listen: Some("127.0.0.1:10809".parse().unwrap()),
+        window: DEFAULT_WINDOW,
+        peers: vec![PeerConfig {
+            name: "b".parse().unwrap(),
+            role: Role::Replica,
+            host: HostId([7; 32]),
+            addresses: vec!["192.0.2.2:7447".parse().unwrap(), "b.example.org:7447".parse().unwrap()],
+            paused: false,
+        }],
+    }
+}
+
+fn folder() -> (tempfile::TempDir, ConfigFolder) {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = ConfigFolder::new(temporary.path().join("etc/blockmirror"));
+    (temporary, folder)
+}
+
+/// What loading finds wrong with a volume file of this text, without the folder's path.
+fn mistake_in(text: &str) -> String {
+    let (_temporary, folder) = folder();
+    fs::create_dir_all(folder.path().join("volumes")).unwrap();
+    fs::write(folder.volume_path(&"data".parse().unwrap()), text).unwrap();
+    let mut found = folder.load_volumes().unwrap();
+    assert_eq!((found.volumes.len(), found.mistakes.len()), (0, 1), "{text}");
+    let message = found.mistakes.remove(0).to_string();
+    message.strip_prefix(&format!("{}/volumes/", folder.path().display())).unwrap().to_owned()
+}
+
+#[test]
+fn a_saved_volume_is_readable_text_and_reads_back() {
+    let (_temporary, folder) = folder();
+    folder.save_volume(&example()).unwrap();
+    assert_eq!(fs::read_to_string(folder.volume_path(&example().name)).unwrap(), GOLDEN);
+    assert_eq!(folder.load_volume(&example().name).unwrap(), example());
+    let again = VolumeConfig { peers: Vec::new(), nbd_listen: None, devices: Vec::new(), ..example() };
+    folder.save_volume(&again).unwrap();
+    let found = folder.load_volumes().unwrap();
+    assert!(found.mistakes.is_empty());
+    assert_eq!(found.volumes, [again]);
+    let names: Vec<_> = fs::read_dir(folder.path().join("volumes")).unwrap().collect();
+    assert_eq!(names.len(), 1, "nothing is left beside the volume's file");
+}
+
+#[test]
+fn what_is_left_out_has_its_default() {
+    let (_temporary, folder) = folder();
+    let kept =
+        |line: &&str| !["devices", "nbd_listen", "window", "paused"].iter().any(|key| line.starts_with(key));
+    let text: Vec<&str> = GOLDEN.lines().filter(kept).collect();
+    fs::create_dir_all(folder.path().join("volumes")).unwrap();
+    fs::write(folder.volume_path(&example().name), text.join("\n")).unwrap();
+    assert_eq!(folder.load_volume(&example().name).unwrap(), VolumeConfig { nbd_listen: None, ..example() });
+    assert_eq!(folder.load_agent().unwrap(), AgentConfig::default());
+    assert!(!AgentConfig::default().host_name().as_str().is_empty());
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line_and_the_nearest_one() {
+    for (from, to, message) in [
+        ("backing", "bakcing", r#"data.toml:6: unknown key "bakcing"; did you mean "backing"?"#),
+        ("window", "windows", r#"data.toml:11: unknown key "windows"; did you mean "window"?"#),
+        ("paused", "pause", r#"data.toml:18: unknown key "pause"; did you mean "paused"?"#),
+        ("[[peer]]", "[[peers]]", r#"data.toml:13: unknown key "peers"; did you mean "peer"?"#),
+        ("window", "quux", r#"data.toml:11: unknown key "quux"; remove it"#),
+    ] {
+        assert_eq!(mistake_in(&GOLDEN.replacen(from, to, 1)), message);
+    }
+}
+
+#[test]
+fn a_wrong_value_is_told_with_its_line() {
+    for (from, to, message) in [
+        (
+            "\"primary\"",
+            "\"boss\"",
+            r#"data.toml:5: unknown variant "boss", expected "primary" or "replica""#,
+        ),
+        ("107374182400", "\"100G\"", r#"data.toml:7: invalid type: string "100G", expected u64"#),
+        ("107374182400", "513", "data.toml:7: a volume's size is a multiple of 512 bytes, up to 16384T"),
+        ("107374182400", "0", "data.toml:7: a volume's size is a multiple of 512 bytes, up to 16384T"),
+        ("4096", "5000", "data.toml:8: 5000 is not a block size; use a power of two from 4K to 1M"),
+        (
+            "\"64M\"",
+            "\"64Q\"",
+            r#"data.toml:11: "64Q" is not a size; write a whole number of bytes, or a number with K, M, G or T (powers of 1024)"#,
+        ),
+        ("\"64M\"", "\"64K\"", "data.toml:11: the window is at least 1M"),
+        ("/srv", "srv", r#"data.toml:6: the path of a backing begins with "/""#),
+        ("000102", "00010", "data.toml:4: the id of a volume is 32 hexadecimal digits"),
+        ("\"0707", "\"xx07", "data.toml:16: the fingerprint of a host's key is 64 hexadecimal digits"),
+        (
+            "org:7447",
+            "org",
+            r#"data.toml:17: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
+        ),
+        ("127.0.0.1:10809", "x", "data.toml:10: invalid socket address syntax"),
+        ("role = \"primary\"\n", "", r#"data.toml:1: missing field "role""#),
+        ("window = \"64M\"", "window = ", "data.toml:11: "),
+    ] {
+        let found = mistake_in(&GOLDEN.replacen(from, to, 1));
+        assert!(
+            found == message || message.ends_with(": ") && found.starts_with(message),
+            "{found}\n{message}"
+        );
+        assert!(!found.contains('\n'), "{found}");
+    }
+    assert!(
+        mistake_in(&GOLDEN.replacen("\"data\"", "\"Data\"", 1))
+            .starts_with("data.toml:3: \"Data\" is not a name")
+    );
+}
+
+#[test]
+fn statements_that_contradict_each_other_are_found() {
+    let second_peer = GOLDEN[GOLDEN.find("\n[[peer]]").unwrap()..].to_owned();
+    for (text, message) in [
+        (format!("{GOLDEN}{second_peer}"), r#"data.toml: the peer "b" is listed twice; remove one"#),
+        (
+            format!("{GOLDEN}{}", second_peer.replace("\"b\"", "\"c\"")),
+            r#"data.toml: the peers "b" and "c" have the same host key; remove one"#,
+        ),
+        (
+            GOLDEN.replace("replica", "primary"),
+            "data.toml: more than one host is the primary; make all but one a replica",
+        ),
+        (
+            GOLDEN.replacen("\"data\"", "\"other\"", 1),
+            r#"data.toml: the file of the volume "other" is called "other.toml"; rename the file or the volume"#,
+        ),
+    ] {
+        assert_eq!(mistake_in(&text), message);
+    }
+}
+
+#[test]
+fn a_volume_that_contradicts_itself_is_not_saved() {
+    let (_temporary, folder) = folder();
+    let mut volume = example();
+    volume.peers[0].role = Role::Primary;
+    assert!(matches!(
+        folder.save_volume(&volume),
+        Err(Mistake::Contradictory { what: Contradiction::TwoPrimaries, .. })
+    ));
+    assert!(!folder.path().exists());
+}
+
+#[test]
+fn two_volumes_share_neither_id_nor_backing_and_a_bad_file_hides_no_good_one() {
+    let (_temporary, folder) = folder();
+    let named = |name: &str, id: u8, backing: &str| VolumeConfig {
+        name: name.parse().unwrap(),
+        id: VolumeId([id; 16]),
+        backing: backing.into(),
+        ..example()
+    };
+    for volume in
+        [named("a", 1, "/srv/a"), named("b", 1, "/srv/b"), named("c", 3, "/srv/a"), named("d", 4, "/srv/d")]
+    {
+        folder.save_volume(&volume).unwrap();
+    }
+    fs::write(folder.path().join("volumes/.e.toml"), "hidden").unwrap();
+    fs::write(folder.path().join("volumes/e.toml.old"), "not ours").unwrap();
+    fs::write(folder.path().join("volumes/e.toml"), [0xff]).unwrap();
+    let found = folder.load_volumes().unwrap();
+    let names: Vec<&str> = found.volumes.iter().map(|volume| volume.name.as_str()).collect();
+    assert_eq!(names, ["a", "d"]);
+    let ends = ["same id as the volume \"a\"", "same backing as the volume \"a\"", "e.toml: cannot read it"];
+    assert_eq!(found.mistakes.len(), ends.len());
+    for (mistake, end) in found.mistakes.iter().zip(ends) {
+        assert!(mistake.to_string().contains(end), "{mistake}");
+    }
+}
+
+#[test]
+fn the_agents_own_file_is_read() {
+    let (_temporary, folder) = folder();
+    fs::create_dir_all(folder.path()).unwrap();
+    let path = folder.path().join("agent.toml");
+    fs::write(&path, "name = \"a\"\nlisten = \"[::]:7447\"\nadvertise = [\"a:7447\"]\n").unwrap();
+    let agent = folder.load_agent().unwrap();
+    assert_eq!((agent.host_name().as_str(), agent.listen), ("a", Some("[::]:7447".parse().unwrap())));
+    assert_eq!(agent.advertise, ["a:7447".parse().unwrap()]);
+    fs::write(&path, "\n\nadvertize = []\n").unwrap();
+    let mistake = folder.load_agent().unwrap_err().to_string();
+    assert!(
+        mistake.ends_with("agent.toml:3: unknown key \"advertize\"; did you mean \"advertise\"?"),
+        "{mistake}"
+    );
+}
