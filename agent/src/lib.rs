@@ -2,6 +2,8 @@
 
 pub mod buffer;
 pub mod config;
+pub mod control;
 pub mod device;
 pub mod quantity;
 pub mod storage;
+pub mod verdict;

@@ -1,0 +1,419 @@
+//! What the agent and the operator's tool say to each other, as JSON.
+//!
+//! Every answer that scripts may read carries the name and version of its schema; a field is added within a version,
+//! never renamed or given another meaning. What a host doesn't know is null, never zero: a replica cannot tell how
+//! much it lacks, and a stopped agent cannot tell how far its peers are.
+
+use crate::config::{Address, DeviceKind, Name, Role};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// The schema of [`StatusReply`].
+pub const STATUS_SCHEMA: &str = "blockmirror/status/v1";
+/// The schema of [`PeersReply`].
+pub const PEERS_SCHEMA: &str = "blockmirror/peers/v1";
+/// The schema of [`Invitation`].
+pub const INVITATION_SCHEMA: &str = "blockmirror/invitation/v1";
+/// The schema of [`Comparison`].
+pub const COMPARISON_SCHEMA: &str = "blockmirror/comparison/v1";
+
+/// Why a request failed, for the program: it decides the tool's exit code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// It was tried and went wrong.
+    Failed,
+    /// The request makes no sense.
+    Usage,
+    /// No agent answers.
+    AgentNotRunning,
+    /// This host has no such volume or peer.
+    NoSuchVolume,
+    /// It could destroy data, and was not asked for explicitly.
+    Refused,
+    /// It did not happen in time.
+    Timeout,
+}
+
+impl FailureKind {
+    /// The exit code of the tool.
+    #[must_use]
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::AgentNotRunning => 3,
+            Self::NoSuchVolume => 4,
+            Self::Refused => 5,
+            Self::Timeout => 6,
+        }
+    }
+}
+
+/// Why a request failed: one lower-case clause that says what to do.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// For the program.
+    pub kind: FailureKind,
+    /// For the operator.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure of some kind.
+    #[must_use]
+    pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+
+    /// The failure that an error and its sources tell: their messages in one clause.
+    #[must_use]
+    pub fn from_error(kind: FailureKind, error: &dyn std::error::Error) -> Self {
+        let mut message = error.to_string();
+        let mut source = error.source();
+        while let Some(error) = source {
+            message = format!("{message}: {error}");
+            source = error.source();
+        }
+        Self { kind, message }
+    }
+
+    /// This host has no volume of that name.
+    #[must_use]
+    pub fn no_such_volume(name: &Name) -> Self {
+        let message = format!("no volume \"{name}\" on this host; blockmirror status lists them");
+        Self::new(FailureKind::NoSuchVolume, message)
+    }
+
+    /// The volume has no peer of that name.
+    #[must_use]
+    pub fn no_such_peer(volume: &Name, peer: &Name) -> Self {
+        let message = format!("no peer \"{peer}\" of {volume}; blockmirror peers {volume} lists them");
+        Self::new(FailureKind::NoSuchVolume, message)
+    }
+}
+
+/// `RUN/agent.json`: where a running or stopped agent keeps what the tool can read without it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AgentRecord {
+    /// The agent's process.
+    pub pid: u32,
+    /// The folder of its configuration.
+    pub config: PathBuf,
+    /// The folder of its metadata.
+    pub state: PathBuf,
+    /// Where it listens for peers.
+    pub listen: SocketAddr,
+}
+
+/// Makes a volume with this host as its primary. Answered by [`StatusReply`] with that volume alone.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateRequest {
+    /// The new volume's name.
+    pub name: Name,
+    /// An image file, made where it is missing, or a block device; as an absolute path.
+    pub backing: PathBuf,
+    /// The volume's size in bytes; by default all of the backing.
+    pub size_bytes: Option<u64>,
+    /// What applications can open.
+    pub devices: Vec<DeviceKind>,
+    /// The unit of tracking in bytes; by default 4096.
+    pub block_size_bytes: Option<u64>,
+}
+
+/// Asks the primary for a one-time token.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InviteRequest {
+    /// How long the token is good for.
+    pub expires_seconds: u64,
+    /// Where the new host reaches this one; by default what the agent advertises.
+    pub addresses: Vec<Address>,
+}
+
+/// A one-time token.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Invitation {
+    /// [`INVITATION_SCHEMA`].
+    pub schema: String,
+    /// The volume that it is for.
+    pub volume: Name,
+    /// What to paste on the new host.
+    pub token: String,
+    /// How long it is good for.
+    pub expires_seconds: u64,
+    /// The addresses that it carries.
+    pub addresses: Vec<Address>,
+}
+
+/// Makes this host a replica. Answered by [`StatusReply`] with that volume alone.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JoinRequest {
+    /// What the primary's operator was given.
+    pub token: String,
+    /// An image file, made where it is missing, or a block device; as an absolute path.
+    pub backing: PathBuf,
+    /// Whether a backing that holds data may be used all the same.
+    pub overwrite: bool,
+}
+
+/// The other hosts of a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeersReply {
+    /// [`PEERS_SCHEMA`].
+    pub schema: String,
+    /// The volume.
+    pub volume: Name,
+    /// Its other hosts.
+    pub peers: Vec<PeerStatus>,
+}
+
+/// What a comparison of all digests found.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Comparison {
+    /// [`COMPARISON_SCHEMA`].
+    pub schema: String,
+    /// The volume.
+    pub volume: Name,
+    /// The peer whose copy was compared with this host's.
+    pub peer: Name,
+    /// How much was compared.
+    pub compared_bytes: u64,
+    /// How much differs.
+    pub different_bytes: u64,
+    /// Where; the first of them, where they are many.
+    pub ranges: Vec<Difference>,
+    /// How long it took.
+    pub seconds: u64,
+    /// What that means.
+    pub verdict: String,
+    /// The command to run, or `none`.
+    pub action: String,
+}
+
+/// A range that differs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Difference {
+    /// Its first byte.
+    pub offset: u64,
+    /// How many bytes.
+    pub length: u64,
+}
+
+/// How things stand.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StatusReply {
+    /// [`STATUS_SCHEMA`].
+    pub schema: String,
+    /// This host.
+    pub host: HostStatus,
+    /// The volumes that were asked for, in the order of their names.
+    pub volumes: Vec<VolumeStatus>,
+}
+
+/// This host and its agent.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// What peers call it.
+    pub name: Name,
+    /// The fingerprint of its key; null when the agent is not running.
+    pub fingerprint: Option<String>,
+    /// The agent's version; null when it is not running.
+    pub version: Option<String>,
+    /// Where the agent listens for peers; null when it is not running.
+    pub listen: Option<SocketAddr>,
+}
+
+/// One volume in one word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumeState {
+    /// Primary: every replica is in sync.
+    Healthy,
+    /// Primary: a replica is missing, paused, behind or failed, or there is none.
+    Degraded,
+    /// Primary: what a replica lacks is being copied.
+    Syncing,
+    /// This host's backing failed.
+    Failed,
+    /// Replica: consistent, and connected to the primary.
+    Following,
+    /// Replica: being copied to, and not usable.
+    Resyncing,
+    /// Replica: not connected to the primary.
+    Waiting,
+    /// The agent is not running.
+    Stopped,
+}
+
+/// A volume, and what its facts mean. Made by [`crate::verdict::running`] or [`crate::verdict::stopped`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// What is known.
+    #[serde(flatten)]
+    pub facts: VolumeFacts,
+    /// In one word.
+    pub state: VolumeState,
+    /// In one sentence.
+    pub verdict: String,
+    /// The command to run, or `none`.
+    pub action: String,
+}
+
+/// What is known about a volume on this host.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeFacts {
+    /// The volume's name.
+    pub name: Name,
+    /// Its identity, in hexadecimal.
+    pub id: String,
+    /// What this host is for it.
+    pub role: Role,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// The unit of tracking in bytes.
+    pub block_size_bytes: u64,
+    /// What holds the bytes on this host.
+    pub backing: PathBuf,
+    /// How the backing failed, if it did.
+    pub backing_error: Option<String>,
+    /// What carries out I/O, `io_uring` or `threads`; null when the agent is not running.
+    pub storage: Option<String>,
+    /// What applications can open.
+    pub devices: Vec<DeviceStatus>,
+    /// What this host's copy holds.
+    pub data: Option<CopyState>,
+    /// The last epoch that is durable here.
+    pub epoch: Option<u64>,
+    /// The other hosts.
+    pub peers: Vec<PeerStatus>,
+}
+
+/// What a copy holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyState {
+    /// Nothing yet.
+    Empty,
+    /// A mixture that is not usable: a resync is under way or was interrupted.
+    Inconsistent,
+    /// A legal crash image of the volume.
+    Consistent,
+}
+
+impl From<blockmirror_protocol::wire::message::DataState> for CopyState {
+    fn from(state: blockmirror_protocol::wire::message::DataState) -> Self {
+        use blockmirror_protocol::wire::message::DataState;
+        match state {
+            DataState::Empty => Self::Empty,
+            DataState::Inconsistent => Self::Inconsistent,
+            DataState::Consistent => Self::Consistent,
+        }
+    }
+}
+
+/// Something that applications can open.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// How to connect to it, for what is served by a protocol.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uri: Option<String>,
+    /// Where it is, for what has a place among the files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Why it is not served, if it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// The link to a peer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Connection {
+    /// A session is open.
+    Connected,
+    /// One is being opened.
+    Connecting,
+    /// The last attempt failed, or the link was lost.
+    Disconnected,
+    /// The operator paused it.
+    Paused,
+}
+
+/// A replica, as the primary sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PeerState {
+    /// It has everything but what is on its way (D4).
+    InSync,
+    /// What it lacks is being copied.
+    Resyncing,
+    /// It is connected and gets less than is written.
+    Behind,
+    /// It lacks something that is not being copied now.
+    OutOfSync,
+    /// Its backing failed.
+    Failed,
+}
+
+/// Another host of a volume, as this one sees it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// What it is called.
+    pub name: Name,
+    /// The fingerprint of its key.
+    pub fingerprint: String,
+    /// What it is for the volume.
+    pub role: Role,
+    /// Where its agent is reached.
+    pub addresses: Vec<Address>,
+    /// The link to it.
+    pub connection: Connection,
+    /// How long the link has been so.
+    pub connection_seconds: Option<u64>,
+    /// What went wrong last, if the link or the peer is not well.
+    pub error: Option<String>,
+    /// How far it is; null where this host doesn't know.
+    pub state: Option<PeerState>,
+    /// What its copy held when it last told.
+    pub data: Option<CopyState>,
+    /// What is marked as different there.
+    pub out_of_sync_bytes: Option<u64>,
+    /// What is on its way and not acknowledged as durable.
+    pub lag_bytes: Option<u64>,
+    /// The age of the oldest of that.
+    pub lag_seconds: Option<u64>,
+    /// The copying of what it lacks, while that is under way.
+    pub resync: Option<Progress>,
+    /// A comparison of digests, while that is under way.
+    pub compare: Option<Progress>,
+}
+
+/// How far a long job is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Progress {
+    /// How much is done.
+    pub done_bytes: u64,
+    /// How much there is to do in all.
+    pub total_bytes: u64,
+    /// Bytes per second.
+    pub rate: u64,
+    /// How long the rest will take at this rate; null while nothing moves.
+    pub eta_seconds: Option<u64>,
+}
+
+impl Progress {
+    /// A job's progress at a rate in bytes per second; the time left follows from the two.
+    #[must_use]
+    pub fn new(done_bytes: u64, total_bytes: u64, rate: u64) -> Self {
+        let left = total_bytes.saturating_sub(done_bytes);
+        let eta_seconds = (rate > 0).then(|| left.div_ceil(rate));
+        Self { done_bytes, total_bytes, rate, eta_seconds }
+    }
+}

@@ -1,0 +1,139 @@
+//! What a volume's facts mean to its operator: which copy is good, how much is at risk, what to run.
+//!
+//! Pure functions from facts to words, the same words for people and for `--json`. A verdict is never better than its
+//! facts: a replica counts as in sync only while its map is known to be empty (D4), and a copy as usable only while
+//! it is known to be consistent.
+
+mod primary;
+mod replica;
+#[cfg(test)]
+mod tests;
+
+use crate::config::{Name, Role};
+use crate::control::api::Connection;
+use crate::control::api::{
+    CopyState, PeerState, PeerStatus, Progress, VolumeFacts, VolumeState, VolumeStatus,
+};
+use crate::quantity::{Seconds, Size, per_cent};
+
+/// The action where there is nothing to do.
+pub const NO_ACTION: &str = "none";
+
+/// What facts mean.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Judgement {
+    state: VolumeState,
+    verdict: String,
+    action: String,
+}
+
+impl Judgement {
+    fn new(state: VolumeState, verdict: impl Into<String>, action: impl Into<String>) -> Self {
+        Self { state, verdict: verdict.into(), action: action.into() }
+    }
+
+    fn of(self, facts: VolumeFacts) -> VolumeStatus {
+        VolumeStatus { facts, state: self.state, verdict: self.verdict, action: self.action }
+    }
+}
+
+/// Judges a volume whose agent runs.
+#[must_use]
+pub fn running(facts: VolumeFacts) -> VolumeStatus {
+    let judgement = match facts.role {
+        Role::Primary => primary::judge(&facts),
+        Role::Replica => replica::judge(&facts),
+    };
+    judgement.of(facts)
+}
+
+/// Judges a volume whose agent does not run, from what is stored.
+#[must_use]
+pub fn stopped(facts: VolumeFacts) -> VolumeStatus {
+    let consequence = match facts.role {
+        Role::Primary => "the device is not served and nothing is mirrored",
+        Role::Replica => "this copy is not updated",
+    };
+    let copy = match (facts.role, facts.data) {
+        (Role::Replica, Some(_)) => format!("; {}", replica::copy(&facts)),
+        _ => String::new(),
+    };
+    let verdict = format!("agent not running; {consequence}{copy}");
+    Judgement::new(VolumeState::Stopped, verdict, "systemctl start blockmirror-agent").of(facts)
+}
+
+/// What a comparison's result means, and the command to run. `queued` tells whether the differences were marked, so
+/// that they are copied again.
+#[must_use]
+pub fn comparison(
+    volume: &Name,
+    peer: &Name,
+    compared_bytes: u64,
+    different_bytes: u64,
+    queued: bool,
+) -> (String, String) {
+    let (compared, different) = (Size(compared_bytes), Size(different_bytes));
+    if different_bytes == 0 {
+        return (format!("identical: {compared} compared with {peer}, no difference"), NO_ACTION.to_owned());
+    }
+    let found = format!("different: {different} of {compared} differ on {peer}");
+    match queued {
+        true => (format!("{found} and are copied again"), format!("blockmirror wait {volume} --for in-sync")),
+        false => (format!("{found} and were not repaired"), format!("blockmirror compare {volume} {peer}")),
+    }
+}
+
+/// Whether a replica verifiably has everything but what is on its way.
+#[must_use]
+pub fn is_in_sync(peer: &PeerStatus) -> bool {
+    peer.connection == Connection::Connected
+        && peer.state == Some(PeerState::InSync)
+        && peer.out_of_sync_bytes == Some(0)
+}
+
+/// A job's progress in words: `43 % (43G of 100G, 120M/s, 8m 6s left)`.
+#[must_use]
+pub fn progress(progress: &Progress) -> String {
+    let Progress { done_bytes, total_bytes, rate, eta_seconds } = *progress;
+    let left = match eta_seconds {
+        Some(seconds) => format!("{}/s, {} left", Size(rate), Seconds(seconds)),
+        None => "not moving".to_owned(),
+    };
+    let share = per_cent(done_bytes, total_bytes);
+    format!("{share} % ({} of {}, {left})", Size(done_bytes), Size(total_bytes))
+}
+
+/// `is disconnected since 3m`, with the reason where one is known.
+fn link(peer: &PeerStatus) -> String {
+    let word = match peer.connection {
+        Connection::Connected => "connected",
+        Connection::Connecting | Connection::Disconnected => "disconnected",
+        Connection::Paused => "paused",
+    };
+    let since = match peer.connection_seconds {
+        Some(seconds) => format!(" since {}", Seconds(seconds)),
+        None => String::new(),
+    };
+    format!("is {word}{since}{}", reason(peer))
+}
+
+/// What went wrong last, in brackets.
+fn reason(peer: &PeerStatus) -> String {
+    match &peer.error {
+        Some(error) => format!(" ({error})"),
+        None => String::new(),
+    }
+}
+
+fn is_usable(data: Option<CopyState>) -> bool {
+    data == Some(CopyState::Consistent)
+}
+
+/// `b`, `b and c`, `b, c and d`.
+fn listed(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        [only] => only.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}

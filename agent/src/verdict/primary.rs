@@ -1,0 +1,119 @@
+//! The primary's view: how well its replicas cover it.
+
+use super::{Judgement, NO_ACTION, is_in_sync, is_usable, link, listed, progress, reason};
+use crate::config::Role;
+use crate::control::api::{Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState};
+use crate::quantity::{Seconds, Size};
+
+pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
+    let (covering, lacking): (Vec<&PeerStatus>, Vec<&PeerStatus>) =
+        facts.peers.iter().filter(|peer| peer.role == Role::Replica).partition(|peer| is_in_sync(peer));
+    if let Some(error) = &facts.backing_error {
+        return failed(facts, error, &covering, &lacking);
+    }
+    if covering.is_empty() && lacking.is_empty() {
+        let verdict = "at risk: no replica has joined; this host has the only copy";
+        return Judgement::new(VolumeState::Degraded, verdict, format!("blockmirror invite {}", facts.name));
+    }
+    let clauses: Vec<String> =
+        covered_by(&covering).into_iter().chain(lacking.iter().map(|peer| lack(peer))).collect();
+    let (state, word) = match (lacking.is_empty(), lacking.iter().all(|peer| is_being_copied_to(peer))) {
+        (true, _) => (VolumeState::Healthy, "healthy"),
+        (false, true) => (VolumeState::Syncing, "syncing"),
+        (false, false) if covering.is_empty() => (VolumeState::Degraded, "at risk"),
+        (false, false) => (VolumeState::Degraded, "degraded"),
+    };
+    let action = lacking.iter().find_map(|peer| remedy(facts, peer));
+    let verdict = format!("{word}: {}", clauses.join("; "));
+    Judgement::new(state, verdict, action.unwrap_or_else(|| NO_ACTION.to_owned()))
+}
+
+/// `b holds an identical copy`, where there is one.
+fn covered_by(covering: &[&PeerStatus]) -> Option<String> {
+    let names: Vec<String> = covering.iter().map(|peer| peer.name.to_string()).collect();
+    match names.as_slice() {
+        [] => None,
+        [only] => Some(format!("{only} holds an identical copy")),
+        several => Some(format!("{} hold identical copies", listed(several))),
+    }
+}
+
+fn is_being_copied_to(peer: &PeerStatus) -> bool {
+    // Nothing known yet counts as being worked on: the handshake is under way.
+    peer.connection == Connection::Connected
+        && !matches!(peer.state, Some(PeerState::Behind | PeerState::Failed))
+}
+
+/// What is wrong with a replica that is not in sync, and what it is good for.
+fn lack(peer: &PeerStatus) -> String {
+    let name = &peer.name;
+    match (peer.connection, peer.state) {
+        (_, Some(PeerState::Failed)) => format!("{name} has failed{}; {}", reason(peer), worth(peer)),
+        (Connection::Connected, Some(PeerState::Resyncing)) => {
+            let far = peer.resync.as_ref().map_or_else(|| "a part".to_owned(), progress);
+            let until = if is_usable(peer.data) { "" } else { " and is not usable until it has all" };
+            format!("{name} has {far}{until}")
+        }
+        (Connection::Connected, Some(PeerState::Behind)) => {
+            let age = peer.lag_seconds.map(|seconds| format!(" for {}", Seconds(seconds)));
+            format!("{name} is behind{}; {}", age.unwrap_or_default(), worth(peer))
+        }
+        (Connection::Connected, None) => format!("{name} is connected and tells what it has"),
+        (Connection::Connected, Some(PeerState::InSync | PeerState::OutOfSync)) => {
+            format!("{name} waits to be copied to; {}", worth(peer))
+        }
+        (Connection::Connecting | Connection::Disconnected | Connection::Paused, _) => {
+            format!("{name} {}; {}", link(peer), worth(peer))
+        }
+    }
+}
+
+/// How much a replica lacks, and whether what it has can be used.
+fn worth(peer: &PeerStatus) -> String {
+    let missing = match (peer.out_of_sync_bytes, peer.lag_bytes) {
+        (None, None) => None,
+        (marked, lag) => Some(marked.unwrap_or(0).saturating_add(lag.unwrap_or(0))),
+    };
+    let missing = match missing {
+        // Bytes that are on their way are known while the marked ones may not be.
+        Some(0) if peer.out_of_sync_bytes.is_some() => "nothing was written since".to_owned(),
+        None | Some(0) => "it is not known what it lacks".to_owned(),
+        Some(bytes) => format!("{} not copied yet", Size(bytes)),
+    };
+    match peer.data {
+        Some(CopyState::Empty) => format!("{missing}; it holds no copy"),
+        Some(CopyState::Inconsistent) => format!("{missing}; its copy is not usable until it has all"),
+        Some(CopyState::Consistent) | None => missing,
+    }
+}
+
+/// The command that helps a replica; none where it is being helped.
+fn remedy(facts: &VolumeFacts, peer: &PeerStatus) -> Option<String> {
+    let (volume, name) = (&facts.name, &peer.name);
+    match (peer.connection, peer.state) {
+        (Connection::Paused, _) => Some(format!("blockmirror resume {volume} {name}")),
+        (Connection::Connected, state) if state != Some(PeerState::Failed) => None,
+        _ => Some(format!("on {name}: blockmirror status {volume}")),
+    }
+}
+
+/// The backing failed: where the data still is.
+fn failed(facts: &VolumeFacts, error: &str, covering: &[&PeerStatus], lacking: &[&PeerStatus]) -> Judgement {
+    let usable = || lacking.iter().copied().filter(|peer| is_usable(peer.data));
+    let fullest = usable().min_by_key(|peer| peer.out_of_sync_bytes.unwrap_or(u64::MAX));
+    let (source, clause) = match (covered_by(covering), fullest) {
+        (Some(clause), _) => (Some(covering[0]), clause),
+        (None, Some(peer)) => (Some(peer), format!("{} has a usable copy; {}", peer.name, worth(peer))),
+        (None, None) => (None, "no replica is known to hold a usable copy".to_owned()),
+    };
+    let action = match source {
+        Some(peer) => {
+            let address = peer.addresses.first().map_or_else(|| peer.name.to_string(), ToString::to_string);
+            format!("blockmirror recover {} --from {address} --to PATH", facts.name)
+        }
+        None => "check the disk, then: systemctl restart blockmirror-agent".to_owned(),
+    };
+    let backing = facts.backing.display();
+    let verdict = format!("failed: the backing {backing} has failed ({error}); {clause}");
+    Judgement::new(VolumeState::Failed, verdict, action)
+}

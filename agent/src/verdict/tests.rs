@@ -1,0 +1,378 @@
+//! Facts and the words for them.
+
+use super::*;
+use crate::control::api::{FailureKind, StatusReply};
+
+fn peer(name: &str, role: Role) -> PeerStatus {
+    PeerStatus {
+        name: name.parse().unwrap(),
+        fingerprint: "07".repeat(32),
+        role,
+        addresses: vec![format!("{name}:7447").parse().unwrap()],
+        connection: Connection::Connected,
+        connection_seconds: Some(180),
+        error: None,
+        state: Some(PeerState::InSync),
+        data: Some(CopyState::Consistent),
+        out_of_sync_bytes: Some(0),
+        lag_bytes: Some(0),
+        lag_seconds: Some(0),
+        resync: None,
+        compare: None,
+    }
+}
+
+fn replica(name: &str) -> PeerStatus {
+    peer(name, Role::Replica)
+}
+
+/// A replica whose link is not there, with some bytes marked.
+fn away(name: &str, connection: Connection, out_of_sync_bytes: u64) -> PeerStatus {
+    let state = Some(PeerState::OutOfSync);
+    PeerStatus { connection, state, out_of_sync_bytes: Some(out_of_sync_bytes), ..replica(name) }
+}
+
+fn resyncing(name: &str) -> PeerStatus {
+    PeerStatus {
+        state: Some(PeerState::Resyncing),
+        data: Some(CopyState::Inconsistent),
+        out_of_sync_bytes: Some(57 << 30),
+        resync: Some(Progress::new(43 << 30, 100 << 30, 120 << 20)),
+        ..replica(name)
+    }
+}
+
+fn facts(role: Role, peers: Vec<PeerStatus>) -> VolumeFacts {
+    VolumeFacts {
+        name: "data".parse().unwrap(),
+        id: "00".repeat(16),
+        role,
+        size_bytes: 100 << 30,
+        block_size_bytes: 4096,
+        backing: "/dev/vdb".into(),
+        backing_error: None,
+        storage: Some("io_uring".to_owned()),
+        devices: Vec::new(),
+        data: Some(CopyState::Consistent),
+        epoch: Some(12),
+        peers,
+    }
+}
+
+fn check(facts: VolumeFacts, state: VolumeState, verdict: &str, action: &str) {
+    let status = running(facts);
+    assert_eq!((status.verdict.as_str(), status.state, status.action.as_str()), (verdict, state, action));
+}
+
+#[test]
+fn a_primary_says_how_well_it_is_covered() {
+    let gone = away("b", Connection::Disconnected, 12 << 20);
+    let refused = PeerStatus {
+        error: Some("connection refused".into()),
+        connection: Connection::Connecting,
+        ..gone.clone()
+    };
+    let look = "on b: blockmirror status data";
+    let table = [
+        (vec![replica("b")], VolumeState::Healthy, "healthy: b holds an identical copy", "none"),
+        (
+            vec![replica("b"), replica("c")],
+            VolumeState::Healthy,
+            "healthy: b and c hold identical copies",
+            "none",
+        ),
+        (
+            vec![],
+            VolumeState::Degraded,
+            "at risk: no replica has joined; this host has the only copy",
+            "blockmirror invite data",
+        ),
+        (
+            vec![gone.clone()],
+            VolumeState::Degraded,
+            "at risk: b is disconnected since 3m; 12M not copied yet",
+            look,
+        ),
+        (
+            vec![refused],
+            VolumeState::Degraded,
+            "at risk: b is disconnected since 3m (connection refused); 12M not copied yet",
+            look,
+        ),
+        (
+            vec![gone, replica("c")],
+            VolumeState::Degraded,
+            "degraded: c holds an identical copy; b is disconnected since 3m; 12M not copied yet",
+            look,
+        ),
+        (
+            vec![away("b", Connection::Disconnected, 0)],
+            VolumeState::Degraded,
+            "at risk: b is disconnected since 3m; nothing was written since",
+            look,
+        ),
+        (
+            vec![away("b", Connection::Paused, 4096)],
+            VolumeState::Degraded,
+            "at risk: b is paused since 3m; 4K not copied yet",
+            "blockmirror resume data b",
+        ),
+        (
+            vec![resyncing("b")],
+            VolumeState::Syncing,
+            "syncing: b has 43 % (43G of 100G, 120M/s, 8m 7s left) and is not usable until it has all",
+            "none",
+        ),
+        (
+            vec![
+                PeerStatus { data: Some(CopyState::Consistent), resync: None, ..resyncing("b") },
+                replica("c"),
+            ],
+            VolumeState::Syncing,
+            "syncing: c holds an identical copy; b has a part",
+            "none",
+        ),
+        (
+            vec![PeerStatus { connection: Connection::Disconnected, ..resyncing("b") }],
+            VolumeState::Degraded,
+            "at risk: b is disconnected since 3m; 57G not copied yet; its copy is not usable until it has all",
+            look,
+        ),
+        (
+            vec![PeerStatus {
+                state: Some(PeerState::Behind),
+                out_of_sync_bytes: Some(8 << 20),
+                lag_bytes: Some(4 << 20),
+                lag_seconds: Some(7),
+                ..replica("b")
+            }],
+            VolumeState::Degraded,
+            "at risk: b is behind for 7s; 12M not copied yet",
+            "none",
+        ),
+        (
+            vec![PeerStatus {
+                state: Some(PeerState::Failed),
+                error: Some("input/output error".into()),
+                out_of_sync_bytes: Some(4096),
+                ..replica("b")
+            }],
+            VolumeState::Degraded,
+            "at risk: b has failed (input/output error); 4K not copied yet",
+            look,
+        ),
+        (
+            vec![PeerStatus { state: None, out_of_sync_bytes: None, ..replica("b") }],
+            VolumeState::Syncing,
+            "syncing: b is connected and tells what it has",
+            "none",
+        ),
+    ];
+    for (peers, state, verdict, action) in table {
+        check(facts(Role::Primary, peers), state, verdict, action);
+    }
+}
+
+/// Other mirrors have said "UpToDate" over a map that was not empty.
+#[test]
+fn a_replica_is_never_called_in_sync_over_a_map_that_is_not_empty_or_not_known() {
+    for out_of_sync_bytes in [Some(4096), None] {
+        let status = running(facts(Role::Primary, vec![PeerStatus { out_of_sync_bytes, ..replica("b") }]));
+        assert_eq!(status.state, VolumeState::Syncing);
+        assert!(status.verdict.starts_with("syncing: b waits to be copied to; "), "{}", status.verdict);
+        assert!(!status.verdict.contains("nothing was written"), "{}", status.verdict);
+    }
+}
+
+#[test]
+fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
+    let failed = |peers| VolumeFacts {
+        backing_error: Some("input/output error".into()),
+        ..facts(Role::Primary, peers)
+    };
+    let unusable = PeerStatus { connection: Connection::Disconnected, ..resyncing("b") };
+    for (peers, verdict, action) in [
+        (
+            vec![unusable.clone(), replica("c")],
+            "failed: the backing /dev/vdb has failed (input/output error); c holds an identical copy",
+            "blockmirror recover data --from c:7447 --to PATH",
+        ),
+        (
+            vec![
+                unusable.clone(),
+                away("c", Connection::Disconnected, 8192),
+                away("d", Connection::Paused, 4096),
+            ],
+            "failed: the backing /dev/vdb has failed (input/output error); d has a usable copy; 4K not copied yet",
+            "blockmirror recover data --from d:7447 --to PATH",
+        ),
+        (
+            vec![unusable],
+            "failed: the backing /dev/vdb has failed (input/output error); no replica is known to hold a usable copy",
+            "check the disk, then: systemctl restart blockmirror-agent",
+        ),
+    ] {
+        check(failed(peers), VolumeState::Failed, verdict, action);
+    }
+}
+
+#[test]
+fn a_replica_says_what_its_copy_is_good_for() {
+    let primary = peer("a", Role::Primary);
+    let gone =
+        PeerStatus { connection: Connection::Disconnected, connection_seconds: Some(300), ..primary.clone() };
+    let look = "on a: blockmirror status data";
+    let table = [
+        (CopyState::Consistent, primary.clone(), VolumeState::Following, "following a; consistent", "none"),
+        (
+            CopyState::Inconsistent,
+            primary.clone(),
+            VolumeState::Resyncing,
+            "resyncing from a: not usable until complete",
+            "none",
+        ),
+        (
+            CopyState::Inconsistent,
+            PeerStatus { resync: Some(Progress::new(1 << 30, 4 << 30, 0)), ..primary.clone() },
+            VolumeState::Resyncing,
+            "resyncing from a, 25 % (1G of 4G, not moving): not usable until complete",
+            "none",
+        ),
+        (
+            CopyState::Consistent,
+            gone.clone(),
+            VolumeState::Waiting,
+            "primary a is not connected since 5m; this copy is consistent as of epoch 12",
+            look,
+        ),
+        (
+            CopyState::Inconsistent,
+            gone.clone(),
+            VolumeState::Waiting,
+            "primary a is not connected since 5m; this copy is not usable: its resync is not complete",
+            look,
+        ),
+        (
+            CopyState::Empty,
+            gone,
+            VolumeState::Waiting,
+            "primary a is not connected since 5m; this copy is not usable: nothing was copied yet",
+            look,
+        ),
+        (
+            CopyState::Consistent,
+            PeerStatus { connection: Connection::Paused, ..primary },
+            VolumeState::Waiting,
+            "primary a is paused since 3m; this copy is consistent as of epoch 12",
+            "blockmirror resume data a",
+        ),
+    ];
+    for (data, peer, state, verdict, action) in table {
+        check(
+            VolumeFacts { data: Some(data), ..facts(Role::Replica, vec![replica("c"), peer]) },
+            state,
+            verdict,
+            action,
+        );
+    }
+    check(
+        facts(Role::Replica, vec![]),
+        VolumeState::Waiting,
+        "no primary is known; this copy is consistent as of epoch 12",
+        "none",
+    );
+    check(
+        VolumeFacts { backing_error: Some("no space left on device".into()), ..facts(Role::Replica, vec![]) },
+        VolumeState::Failed,
+        "failed: the backing /dev/vdb has failed (no space left on device); this copy is no longer updated",
+        "check the disk, then: systemctl restart blockmirror-agent",
+    );
+}
+
+#[test]
+fn a_stopped_agent_is_told_first() {
+    for (role, data, verdict) in [
+        (Role::Primary, None, "agent not running; the device is not served and nothing is mirrored"),
+        (Role::Replica, None, "agent not running; this copy is not updated"),
+        (
+            Role::Replica,
+            Some(CopyState::Consistent),
+            "agent not running; this copy is not updated; this copy is consistent as of epoch 12",
+        ),
+    ] {
+        let status = stopped(VolumeFacts { data, ..facts(role, vec![]) });
+        assert_eq!((status.verdict.as_str(), status.state), (verdict, VolumeState::Stopped));
+        assert_eq!(status.action, "systemctl start blockmirror-agent");
+    }
+}
+
+#[test]
+fn a_comparison_says_what_was_found_and_what_to_do() {
+    let (volume, peer) = ("data".parse().unwrap(), "b".parse().unwrap());
+    for (different, queued, verdict, action) in [
+        (0, false, "identical: 100G compared with b, no difference", "none"),
+        (
+            4096,
+            true,
+            "different: 4K of 100G differ on b and are copied again",
+            "blockmirror wait data --for in-sync",
+        ),
+        (
+            4096,
+            false,
+            "different: 4K of 100G differ on b and were not repaired",
+            "blockmirror compare data b",
+        ),
+    ] {
+        let words = comparison(&volume, &peer, 100 << 30, different, queued);
+        assert_eq!((words.0.as_str(), words.1.as_str()), (verdict, action));
+    }
+}
+
+#[test]
+fn a_status_has_its_golden_form_in_json() {
+    let reply = StatusReply {
+        schema: crate::control::api::STATUS_SCHEMA.to_owned(),
+        host: crate::control::api::HostStatus {
+            name: "a".parse().unwrap(),
+            fingerprint: Some("01".repeat(32)),
+            version: Some("0.1.0".to_owned()),
+            listen: Some("0.0.0.0:7447".parse().unwrap()),
+        },
+        volumes: vec![running(VolumeFacts {
+            devices: vec![
+                crate::control::api::DeviceStatus {
+                    kind: crate::config::DeviceKind::Nbd,
+                    uri: Some("nbd+unix:///data?socket=/run/blockmirror/data.nbd".to_owned()),
+                    path: None,
+                    error: None,
+                },
+                crate::control::api::DeviceStatus {
+                    kind: crate::config::DeviceKind::Loop,
+                    uri: None,
+                    path: Some("/dev/blockmirror/data".into()),
+                    error: None,
+                },
+            ],
+            ..facts(Role::Primary, vec![resyncing("b")])
+        })],
+    };
+    let text = serde_json::to_string_pretty(&reply).unwrap();
+    assert_eq!(text, include_str!("status.json").trim_end());
+    assert_eq!(serde_json::from_str::<StatusReply>(&text).unwrap(), reply);
+}
+
+#[test]
+fn each_kind_of_failure_has_its_exit_code() {
+    let kinds = [
+        FailureKind::Failed,
+        FailureKind::Usage,
+        FailureKind::AgentNotRunning,
+        FailureKind::NoSuchVolume,
+        FailureKind::Refused,
+        FailureKind::Timeout,
+    ];
+    assert_eq!(kinds.map(FailureKind::exit_code), [1, 2, 3, 4, 5, 6]);
+    let names = serde_json::to_string(&kinds).unwrap();
+    assert_eq!(names, r#"["failed","usage","agent-not-running","no-such-volume","refused","timeout"]"#);
+}
