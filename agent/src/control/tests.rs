@@ -4,9 +4,22 @@ use super::api::{FailureKind, HostStatus, STATUS_SCHEMA};
 use super::*;
 use std::os::unix::fs::PermissionsExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Notify;
 
-/// Knows one volume, "data", and nothing else.
-struct Fake;
+/// Knows one volume, "data", and nothing else. A comparison with "endless" begins and is never done.
+#[derive(Default)]
+struct Fake {
+    comparison_began: Notify,
+    comparison_was_dropped: Arc<Notify>,
+}
+
+struct OnDrop(Arc<Notify>);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
+}
 
 impl Operations for Fake {
     async fn status(&self, volume: Option<Name>) -> Result<StatusReply, Failure> {
@@ -42,6 +55,11 @@ impl Operations for Fake {
     }
 
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
+        if peer.as_str() == "endless" {
+            let _guard = OnDrop(self.comparison_was_dropped.clone());
+            self.comparison_began.notify_one();
+            std::future::pending::<()>().await;
+        }
         Err(Failure::no_such_peer(&volume, &peer))
     }
 }
@@ -144,8 +162,27 @@ async fn requests_are_checked_before_they_reach_an_operation() {
         }
     };
     tokio::select! {
-        ended = socket.serve(Arc::new(Fake)) => panic!("the server ended: {ended:?}"),
+        ended = socket.serve(Arc::new(Fake::default())) => panic!("the server ended: {ended:?}"),
         () = questions => {}
+    }
+}
+
+#[tokio::test]
+async fn an_operation_is_dropped_when_the_tool_goes_away() {
+    let temporary = tempfile::tempdir().unwrap();
+    let run = temporary.path();
+    let socket = ControlSocket::claim(run, &record()).unwrap();
+    let fake = Arc::new(Fake::default());
+    let interrupted = async {
+        tokio::select! {
+            answer = ask(run, "POST", "/v1/volumes/data/peers/endless/compare", "") => panic!("{answer:?}"),
+            () = fake.comparison_began.notified() => {}
+        }
+        fake.comparison_was_dropped.notified().await;
+    };
+    tokio::select! {
+        ended = socket.serve(fake.clone()) => panic!("the server ended: {ended:?}"),
+        () = interrupted => {}
     }
 }
 

@@ -10,9 +10,8 @@ mod replica;
 mod tests;
 
 use crate::config::{Name, Role};
-use crate::control::api::Connection;
 use crate::control::api::{
-    CopyState, PeerState, PeerStatus, Progress, VolumeFacts, VolumeState, VolumeStatus,
+    Connection, CopyState, PeerState, PeerStatus, Progress, VolumeFacts, VolumeState, VolumeStatus,
 };
 use crate::quantity::{Seconds, Size, per_cent};
 
@@ -40,10 +39,15 @@ impl Judgement {
 /// Judges a volume whose agent runs.
 #[must_use]
 pub fn running(facts: VolumeFacts) -> VolumeStatus {
-    let judgement = match facts.role {
+    let mut judgement = match facts.role {
         Role::Primary => primary::judge(&facts),
         Role::Replica => replica::judge(&facts),
     };
+    for device in &facts.devices {
+        if let Some(error) = &device.error {
+            judgement.verdict.push_str(&format!("; the {} device is not served ({error})", device.kind));
+        }
+    }
     judgement.of(facts)
 }
 

@@ -1,7 +1,8 @@
 //! Facts and the words for them.
 
 use super::*;
-use crate::control::api::{FailureKind, StatusReply};
+use crate::config::DeviceKind;
+use crate::control::api::{DeviceStatus, FailureKind, HostStatus, STATUS_SCHEMA, StatusReply};
 
 fn peer(name: &str, role: Role) -> PeerStatus {
     PeerStatus {
@@ -307,6 +308,22 @@ fn a_stopped_agent_is_told_first() {
 }
 
 #[test]
+fn a_device_that_is_not_served_is_told() {
+    let device = DeviceStatus {
+        kind: DeviceKind::Loop,
+        uri: None,
+        path: None,
+        error: Some("no loop device is free".to_owned()),
+    };
+    check(
+        VolumeFacts { devices: vec![device], ..facts(Role::Primary, vec![replica("b")]) },
+        VolumeState::Healthy,
+        "healthy: b holds an identical copy; the loop device is not served (no loop device is free)",
+        "none",
+    );
+}
+
+#[test]
 fn a_comparison_says_what_was_found_and_what_to_do() {
     let (volume, peer) = ("data".parse().unwrap(), "b".parse().unwrap());
     for (different, queued, verdict, action) in [
@@ -332,8 +349,8 @@ fn a_comparison_says_what_was_found_and_what_to_do() {
 #[test]
 fn a_status_has_its_golden_form_in_json() {
     let reply = StatusReply {
-        schema: crate::control::api::STATUS_SCHEMA.to_owned(),
-        host: crate::control::api::HostStatus {
+        schema: STATUS_SCHEMA.to_owned(),
+        host: HostStatus {
             name: "a".parse().unwrap(),
             fingerprint: Some("01".repeat(32)),
             version: Some("0.1.0".to_owned()),
@@ -341,14 +358,14 @@ fn a_status_has_its_golden_form_in_json() {
         },
         volumes: vec![running(VolumeFacts {
             devices: vec![
-                crate::control::api::DeviceStatus {
-                    kind: crate::config::DeviceKind::Nbd,
+                DeviceStatus {
+                    kind: DeviceKind::Nbd,
                     uri: Some("nbd+unix:///data?socket=/run/blockmirror/data.nbd".to_owned()),
                     path: None,
                     error: None,
                 },
-                crate::control::api::DeviceStatus {
-                    kind: crate::config::DeviceKind::Loop,
+                DeviceStatus {
+                    kind: DeviceKind::Loop,
                     uri: None,
                     path: Some("/dev/blockmirror/data".into()),
                     error: None,
