@@ -1,2 +1,103 @@
-//! The operator's command.
-fn main() {}
+//! `blockmirror`: everything the operator types.
+//!
+//! Each verb is a file of its own. Results go to standard output, everything else to standard error; the exit code
+//! tells why a command failed: 1 failed, 2 usage, 3 agent not running, 4 no such volume, 5 refused for safety,
+//! 6 timeout. A reader that goes away, such as `head`, ends the command quietly.
+
+mod client;
+mod compare;
+mod completions;
+mod config;
+mod create;
+mod invite;
+mod join;
+mod offline;
+mod output;
+mod pause;
+mod peers;
+mod status;
+mod wait;
+
+use clap::{Parser, Subcommand};
+use client::Client;
+use output::{Error, Output};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Mirrors block devices to other hosts.
+#[derive(Parser)]
+#[command(name = "blockmirror", version, propagate_version = true)]
+struct CommandLine {
+    /// The run folder of the agent to talk to
+    #[arg(long, value_name = "DIR", default_value = "/run/blockmirror", global = true)]
+    run: PathBuf,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Make a volume, with this host as its primary
+    Create(create::Arguments),
+    /// Print a one-time token with which another host joins a volume
+    Invite(invite::Arguments),
+    /// Make this host a replica
+    Join(join::Arguments),
+    /// List the other hosts of a volume
+    Peers(peers::Arguments),
+    /// Tell which copies are good, what is at risk and what to do
+    Status(status::Arguments),
+    /// Wait until the replicas of a volume have everything
+    Wait(wait::Arguments),
+    /// Stop mirroring to a peer; what it misses is marked
+    Pause(pause::Arguments),
+    /// Go on mirroring to a peer
+    Resume(pause::Arguments),
+    /// Compare this host's copy with a peer's, by digests
+    Compare(compare::Arguments),
+    /// Look after the configuration's files
+    #[command(subcommand)]
+    Config(config::Verb),
+    /// Print a shell's completion script
+    Completions(completions::Arguments),
+}
+
+fn main() -> ExitCode {
+    let CommandLine { run, verb } = CommandLine::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return Error::from(error).report(),
+    };
+    match runtime.block_on(carry_out(verb, Client::new(run), Output::default())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(),
+    }
+}
+
+async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(), Error> {
+    let output = &mut output;
+    match verb {
+        Verb::Create(arguments) => create::run(arguments, &client, output).await,
+        Verb::Invite(arguments) => invite::run(arguments, &client, output).await,
+        Verb::Join(arguments) => join::run(arguments, &client, output).await,
+        Verb::Peers(arguments) => peers::run(arguments, &client, output).await,
+        Verb::Status(arguments) => status::run(arguments, &client, output).await,
+        Verb::Wait(arguments) => wait::run(arguments, &client, output).await,
+        Verb::Pause(arguments) => pause::run(pause::Wish::Pause, arguments, &client, output).await,
+        Verb::Resume(arguments) => pause::run(pause::Wish::Resume, arguments, &client, output).await,
+        Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
+        Verb::Config(config::Verb::Check(arguments)) => config::check(arguments, &client, output),
+        Verb::Completions(arguments) => completions::run(arguments, output),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        CommandLine::command().debug_assert();
+    }
+}

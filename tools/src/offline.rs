@@ -1,0 +1,99 @@
+//! What can be told while the agent does not run: from its files alone, which are only read.
+
+use blockmirror_agent::config::{ConfigFolder, Mistake, Name, PeerConfig, VolumeConfig};
+use blockmirror_agent::control::api::{
+    AgentRecord, Connection, DeviceStatus, Failure, FailureKind, HostStatus, PeerStatus, STATUS_SCHEMA,
+    StatusReply, VolumeFacts,
+};
+use blockmirror_agent::control::record_path;
+use blockmirror_agent::verdict;
+use std::io;
+use std::path::Path;
+
+/// Where an agent keeps its configuration that left no record.
+const DEFAULT_CONFIG: &str = "/etc/blockmirror";
+
+/// The configuration's folder of the agent that has, or last had, this run folder.
+pub fn config_folder(run: &Path) -> Result<ConfigFolder, Failure> {
+    let path = record_path(run);
+    let failure = |error: &dyn std::error::Error| {
+        let message = format!("cannot read {}: {error}", path.display());
+        Failure::new(FailureKind::Failed, message)
+    };
+    match std::fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(ConfigFolder::new(DEFAULT_CONFIG)),
+        Err(error) => Err(failure(&error)),
+        Ok(text) => {
+            let record: AgentRecord = serde_json::from_slice(&text).map_err(|error| failure(&error))?;
+            Ok(ConfigFolder::new(record.config))
+        }
+    }
+}
+
+/// How things stood, and what is wrong with files that could not be used.
+pub fn status(run: &Path, asked: Option<&Name>) -> Result<(StatusReply, Vec<String>), Failure> {
+    let folder = config_folder(run)?;
+    let mistake = |mistake: Mistake| Failure::from_error(FailureKind::Failed, &mistake);
+    let (volumes, mistakes) = match asked {
+        Some(name) => (vec![one_volume(&folder, name)?], Vec::new()),
+        None => {
+            let found = folder.load_volumes().map_err(mistake)?;
+            (found.volumes, found.mistakes)
+        }
+    };
+    let name = folder.load_agent().map_err(mistake)?.host_name();
+    let host = HostStatus { name, fingerprint: None, version: None, listen: None };
+    let volumes = volumes.iter().map(|volume| verdict::stopped(facts(volume))).collect();
+    let warnings = mistakes.into_iter().map(|each| mistake(each).message).collect();
+    Ok((StatusReply { schema: STATUS_SCHEMA.to_owned(), host, volumes }, warnings))
+}
+
+fn one_volume(folder: &ConfigFolder, name: &Name) -> Result<VolumeConfig, Failure> {
+    folder.load_volume(name).map_err(|mistake| match &mistake {
+        Mistake::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+            Failure::no_such_volume(name)
+        }
+        _ => Failure::from_error(FailureKind::Failed, &mistake),
+    })
+}
+
+/// What is stored about a volume: its configuration.
+fn facts(volume: &VolumeConfig) -> VolumeFacts {
+    VolumeFacts {
+        name: volume.name.clone(),
+        id: volume.id.to_string(),
+        role: volume.role,
+        size_bytes: volume.size_bytes,
+        block_size_bytes: volume.block_size.bytes(),
+        backing: volume.backing.clone(),
+        backing_error: None,
+        storage: None,
+        devices: volume.devices.iter().map(|&kind| unserved(kind)).collect(),
+        data: None,
+        epoch: None,
+        peers: volume.peers.iter().map(peer).collect(),
+    }
+}
+
+fn unserved(kind: blockmirror_agent::config::DeviceKind) -> DeviceStatus {
+    DeviceStatus { kind, uri: None, path: None, error: Some("agent not running".to_owned()) }
+}
+
+fn peer(peer: &PeerConfig) -> PeerStatus {
+    PeerStatus {
+        name: peer.name.clone(),
+        fingerprint: peer.host.to_string(),
+        role: peer.role,
+        addresses: peer.addresses.clone(),
+        connection: if peer.paused { Connection::Paused } else { Connection::Disconnected },
+        connection_seconds: None,
+        error: None,
+        state: None,
+        data: None,
+        out_of_sync_bytes: None,
+        lag_bytes: None,
+        lag_seconds: None,
+        resync: None,
+        compare: None,
+    }
+}

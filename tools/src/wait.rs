@@ -1,0 +1,71 @@
+//! `blockmirror wait`: waits until the replicas of a volume have everything.
+
+use crate::client::Client;
+use crate::output::{Bar, Error, Output};
+use blockmirror_agent::config::{Name, Role};
+use blockmirror_agent::control::api::{Failure, FailureKind, VolumeState, VolumeStatus};
+use blockmirror_agent::quantity::Seconds;
+use clap::{Args, ValueEnum};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How often the agent is asked.
+const INTERVAL: Duration = Duration::from_millis(250);
+
+/// What to wait for.
+#[derive(Args)]
+pub struct Arguments {
+    /// The volume
+    name: Name,
+    /// What to wait for
+    #[arg(long = "for", value_name = "GOAL")]
+    goal: Goal,
+    /// Give up after this time, such as 10m; by default never
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<Seconds>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Goal {
+    /// Every replica has everything
+    InSync,
+}
+
+/// Asks until it is so.
+pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
+    let Arguments { name, goal: Goal::InSync, timeout } = arguments;
+    let started = Instant::now();
+    let bar = Bar::new(&format!("copying {name}"));
+    loop {
+        let reply = client.status(Some(&name)).await?;
+        let Some(volume) = reply.volumes.first() else { return Err(Failure::no_such_volume(&name).into()) };
+        if is_in_sync(volume)? {
+            drop(bar);
+            return Ok(output.line(&format!("{name}  {}", volume.verdict))?);
+        }
+        if timeout.is_some_and(|timeout| started.elapsed() >= Duration::from_secs(timeout.0)) {
+            let message = format!("{name} is not in sync yet; {}", volume.verdict);
+            return Err(Failure::new(FailureKind::Timeout, message).into());
+        }
+        if let Some(progress) = volume.facts.peers.iter().find_map(|peer| peer.resync) {
+            bar.show(&progress);
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+/// Whether every replica has everything; an error where waiting does not help.
+fn is_in_sync(volume: &VolumeStatus) -> Result<bool, Failure> {
+    let facts = &volume.facts;
+    if facts.role == Role::Replica {
+        let primary = facts.peers.iter().find(|peer| peer.role == Role::Primary);
+        let place = primary.map_or_else(|| "the primary".to_owned(), |peer| peer.name.to_string());
+        let message = format!("only the primary knows what its replicas lack; wait on {place}");
+        return Err(Failure::new(FailureKind::Failed, message));
+    }
+    match volume.state {
+        VolumeState::Healthy => Ok(true),
+        VolumeState::Failed => Err(Failure::new(FailureKind::Failed, volume.verdict.clone())),
+        _ => Ok(false),
+    }
+}

@@ -1,0 +1,291 @@
+//! An agent without volumes of its own: real socket and server, canned answers, and a list of what it was asked.
+
+use blockmirror_agent::config::{DeviceKind, Name, Role};
+use blockmirror_agent::control::api::*;
+use blockmirror_agent::control::{ControlSocket, Operations};
+use blockmirror_agent::verdict;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+
+/// What the agent answers: its volumes, and for how many questions the first one's replica still lacks something.
+pub struct Fake {
+    asked: Mutex<Vec<String>>,
+    resyncing_answers: Mutex<usize>,
+    volumes: Vec<VolumeStatus>,
+}
+
+/// A volume called `name`, in sync with b or following a.
+pub fn volume(name: &str, role: Role) -> VolumeFacts {
+    let (peer, other) = match role {
+        Role::Primary => ("b", Role::Replica),
+        Role::Replica => ("a", Role::Primary),
+    };
+    let path = (role == Role::Primary).then(|| format!("/dev/blockmirror/{name}").into());
+    VolumeFacts {
+        name: name.parse().unwrap(),
+        id: "01".repeat(16),
+        role,
+        size_bytes: 100 << 30,
+        block_size_bytes: 4096,
+        backing: format!("/srv/{name}.img").into(),
+        backing_error: None,
+        storage: Some("io_uring".to_owned()),
+        devices: path
+            .map(|path| DeviceStatus { kind: DeviceKind::Loop, uri: None, path: Some(path), error: None })
+            .into_iter()
+            .collect(),
+        data: Some(CopyState::Consistent),
+        epoch: Some(12),
+        peers: vec![PeerStatus {
+            name: peer.parse().unwrap(),
+            fingerprint: "07".repeat(32),
+            role: other,
+            addresses: vec![format!("{peer}:7447").parse().unwrap()],
+            connection: Connection::Connected,
+            connection_seconds: Some(180),
+            error: None,
+            state: (role == Role::Primary).then_some(PeerState::InSync),
+            data: Some(CopyState::Consistent),
+            out_of_sync_bytes: (role == Role::Primary).then_some(0),
+            lag_bytes: (role == Role::Primary).then_some(0),
+            lag_seconds: (role == Role::Primary).then_some(0),
+            resync: None,
+            compare: None,
+        }],
+    }
+}
+
+/// The same volume while its replica is being copied to.
+pub fn resyncing(mut facts: VolumeFacts) -> VolumeFacts {
+    let peer = &mut facts.peers[0];
+    peer.state = Some(PeerState::Resyncing);
+    peer.data = Some(CopyState::Inconsistent);
+    peer.out_of_sync_bytes = Some(57 << 30);
+    peer.resync = Some(Progress::new(43 << 30, 100 << 30, 120 << 20));
+    facts
+}
+
+impl Fake {
+    /// An agent with these volumes.
+    pub fn with(volumes: impl IntoIterator<Item = VolumeFacts>) -> Self {
+        let volumes = volumes.into_iter().map(verdict::running).collect();
+        Self { asked: Mutex::default(), resyncing_answers: Mutex::default(), volumes }
+    }
+
+    /// The first volume's replica is still being copied to for so many status questions.
+    pub fn resyncing_for(mut self, answers: usize) -> Self {
+        self.resyncing_answers = Mutex::new(answers);
+        self
+    }
+
+    fn note(&self, text: String) {
+        self.asked.lock().unwrap().push(text);
+    }
+
+    fn find(&self, name: &Name) -> Result<&VolumeStatus, Failure> {
+        let found = self.volumes.iter().find(|volume| volume.facts.name == *name);
+        found.ok_or_else(|| Failure::no_such_volume(name))
+    }
+
+    fn peer(&self, volume: &Name, name: &Name) -> Result<PeerStatus, Failure> {
+        let found = self.find(volume)?.facts.peers.iter().find(|peer| peer.name == *name);
+        found.cloned().ok_or_else(|| Failure::no_such_peer(volume, name))
+    }
+
+    fn reply(&self, volumes: Vec<VolumeStatus>) -> StatusReply {
+        let host = HostStatus {
+            name: "a".parse().unwrap(),
+            fingerprint: Some("01".repeat(32)),
+            version: Some("0.1.0".to_owned()),
+            listen: Some("0.0.0.0:7447".parse().unwrap()),
+        };
+        StatusReply { schema: STATUS_SCHEMA.to_owned(), host, volumes }
+    }
+}
+
+impl Operations for Fake {
+    async fn status(&self, volume: Option<Name>) -> Result<StatusReply, Failure> {
+        let mut volumes = match &volume {
+            Some(name) => vec![self.find(name)?.clone()],
+            None => self.volumes.clone(),
+        };
+        let mut left = self.resyncing_answers.lock().unwrap();
+        if let (Some(next), Some(volume)) = (left.checked_sub(1), volumes.first_mut()) {
+            *left = next;
+            *volume = verdict::running(resyncing(volume.facts.clone()));
+        }
+        Ok(self.reply(volumes))
+    }
+
+    async fn create(&self, request: CreateRequest) -> Result<StatusReply, Failure> {
+        self.note(format!("create {}", serde_json::to_string(&request).unwrap()));
+        if request.backing.ends_with("mounted") {
+            return Err(Failure::new(FailureKind::Refused, "the backing is mounted; unmount it first"));
+        }
+        let mut facts = volume(request.name.as_str(), Role::Primary);
+        facts.peers.clear();
+        Ok(self.reply(vec![verdict::running(facts)]))
+    }
+
+    async fn invite(&self, volume: Name, request: InviteRequest) -> Result<Invitation, Failure> {
+        self.note(format!("invite {volume} {}", serde_json::to_string(&request).unwrap()));
+        self.find(&volume)?;
+        let (expires_seconds, addresses) = (request.expires_seconds, request.addresses);
+        let (schema, token) = (INVITATION_SCHEMA.to_owned(), "bm1-token".to_owned());
+        Ok(Invitation { schema, volume, token, expires_seconds, addresses })
+    }
+
+    async fn join(&self, request: JoinRequest) -> Result<StatusReply, Failure> {
+        self.note(format!("join {}", serde_json::to_string(&request).unwrap()));
+        match request.token.as_str() {
+            "expired" => Err(Failure::new(FailureKind::Failed, "the token is expired; ask for a new one")),
+            "lost" => Err(Failure::new(FailureKind::Timeout, "the primary does not answer")),
+            _ => Ok(self.reply(vec![verdict::running(volume("data", Role::Replica))])),
+        }
+    }
+
+    async fn peers(&self, volume: Name) -> Result<PeersReply, Failure> {
+        let peers = self.find(&volume)?.facts.peers.clone();
+        Ok(PeersReply { schema: PEERS_SCHEMA.to_owned(), volume, peers })
+    }
+
+    async fn pause(&self, volume: Name, peer: Name) -> Result<PeerStatus, Failure> {
+        self.note(format!("pause {volume} {peer}"));
+        self.peer(&volume, &peer)
+    }
+
+    async fn resume(&self, volume: Name, peer: Name) -> Result<PeerStatus, Failure> {
+        self.note(format!("resume {volume} {peer}"));
+        self.peer(&volume, &peer)
+    }
+
+    /// The copy of "other" differs.
+    async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
+        self.note(format!("compare {volume} {peer}"));
+        self.peer(&volume, &peer)?;
+        let ranges = match volume.as_str() {
+            "other" => vec![Difference { offset: 8192, length: 4096 }],
+            _ => Vec::new(),
+        };
+        let different_bytes = ranges.iter().map(|range| range.length).sum();
+        let (verdict, action) = verdict::comparison(&volume, &peer, 100 << 30, different_bytes, true);
+        let schema = COMPARISON_SCHEMA.to_owned();
+        let (compared_bytes, seconds) = (100 << 30, 90);
+        Ok(Comparison {
+            schema,
+            volume,
+            peer,
+            compared_bytes,
+            different_bytes,
+            ranges,
+            seconds,
+            verdict,
+            action,
+        })
+    }
+}
+
+/// A run folder, a configuration folder, and an agent that serves them until this is dropped.
+pub struct Agent {
+    folder: tempfile::TempDir,
+    fake: Arc<Fake>,
+    server: Option<(tokio::sync::oneshot::Sender<()>, std::thread::JoinHandle<()>)>,
+}
+
+impl Agent {
+    /// Starts an agent that answers from `fake`.
+    pub fn start(fake: Fake) -> Self {
+        let mut agent = Self { folder: tempfile::tempdir().unwrap(), fake: Arc::new(fake), server: None };
+        let socket = ControlSocket::claim(&agent.run(), &agent.record()).unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let fake = agent.fake.clone();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                tokio::select! {
+                    ended = socket.serve(fake) => panic!("the server ended: {ended:?}"),
+                    _ = stopped => {}
+                }
+            });
+        });
+        agent.server = Some((stop, thread));
+        agent
+    }
+
+    /// Stops answering; the socket goes, the record stays.
+    pub fn stop(&mut self) {
+        if let Some((stop, thread)) = self.server.take() {
+            drop(stop);
+            thread.join().unwrap();
+        }
+    }
+
+    /// The run folder.
+    pub fn run(&self) -> PathBuf {
+        self.folder.path().join("run")
+    }
+
+    /// The configuration's folder.
+    pub fn config(&self) -> PathBuf {
+        self.folder.path().join("etc")
+    }
+
+    fn record(&self) -> AgentRecord {
+        AgentRecord {
+            pid: std::process::id(),
+            config: self.config(),
+            state: self.folder.path().join("var"),
+            listen: "0.0.0.0:7447".parse().unwrap(),
+        }
+    }
+
+    /// What it was asked to do, in order.
+    pub fn asked(&self) -> Vec<String> {
+        self.fake.asked.lock().unwrap().clone()
+    }
+
+    /// Runs the tool against this agent.
+    pub fn tool(&self, arguments: &[&str]) -> Ended {
+        run(&self.run(), arguments)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// How the tool ended.
+#[derive(Debug, PartialEq)]
+pub struct Ended {
+    /// Its exit code.
+    pub code: i32,
+    /// What it printed.
+    pub output: String,
+    /// What it complained about.
+    pub errors: String,
+}
+
+impl From<Output> for Ended {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code().expect("the tool is not killed by a signal"),
+            output: String::from_utf8(output.stdout).unwrap(),
+            errors: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+/// The tool, with its run folder, and without a terminal.
+pub fn command(run: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_blockmirror"));
+    command.arg("--run").arg(run).args(arguments).current_dir("/").stdin(Stdio::null());
+    command
+}
+
+/// Runs the tool.
+pub fn run(run: &Path, arguments: &[&str]) -> Ended {
+    command(run, arguments).output().unwrap().into()
+}
