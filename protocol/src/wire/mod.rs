@@ -1,8 +1,9 @@
 //! What is sent between hosts.
 //!
 //! A session has one control stream of [`message::Message`]s and one-way streams of frames: live frames in the order
-//! of their sequence numbers, and copies (resync). A frame is a [`FrameHeader`] and its payload; one CRC-32 covers
-//! both from the primary's buffer to the replica's write (P4). All numbers are little-endian.
+//! of their sequence numbers, and copies (resync). A one-way stream begins with a [`StreamPreamble`]. A frame is a
+//! [`FrameHeader`] and its payload; one CRC-32 covers both from the primary's buffer to the replica's write (P4). All
+//! numbers are little-endian.
 //!
 //! # Versions, newest first
 //!
@@ -11,6 +12,9 @@
 //! | 1 | first release | |
 
 pub mod message;
+pub mod preamble;
+
+pub use preamble::{StreamKind, StreamPreamble};
 
 use crate::ranges::ByteRange;
 use crate::units::{Epoch, SECTOR_BYTES, Sequence, Session, Stream};
