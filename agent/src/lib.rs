@@ -9,4 +9,5 @@ pub mod invitations;
 pub mod quantity;
 pub mod storage;
 pub mod token;
+pub mod transport;
 pub mod verdict;

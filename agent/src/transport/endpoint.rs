@@ -1,0 +1,278 @@
+//! The agent's one socket for peers, and the thread that drives it.
+//!
+//! Encryption and loss recovery of all connections happen on the transport's thread, so that they neither delay a
+//! volume's front end nor are delayed by it. Handshakes are taken in the background, a bounded number at a time: one
+//! that dawdles holds up nobody.
+
+use super::connection::{CloseReason, Connection};
+use super::dial::{self, ConnectError};
+use super::key::HostKey;
+use super::settings::Options;
+use super::socket::{self, ThreadRuntime};
+use super::tls;
+use blockmirror_protocol::units::HostId;
+use quinn::{TransportConfig, VarInt};
+use std::io;
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::{Handle, Runtime};
+use tokio::sync::{Mutex, Notify, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+/// How many handshakes are under way at a time; more are refused.
+const HANDSHAKES: usize = 128;
+
+/// How many connections wait for [`Endpoint::accept`].
+const ACCEPTED: usize = 64;
+
+/// How long peers are given to confirm that they know of the end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Dials and accepts connections. Clones are handles to the same socket and thread, which end when the last is
+/// dropped; the port is free again when the last connection is dropped, too.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dialler: Arc<Dialler>,
+    handle: Handle,
+    local_address: SocketAddr,
+    accepted: Mutex<mpsc::Receiver<Connection>>,
+    stop: Arc<Notify>,
+    stopped: watch::Receiver<bool>,
+}
+
+/// What it takes to dial.
+#[derive(Debug)]
+pub(super) struct Dialler {
+    pub(super) quic: quinn::Endpoint,
+    pub(super) key: HostKey,
+    pub(super) transport: Arc<TransportConfig>,
+    pub(super) timeout: Duration,
+}
+
+/// Why an endpoint could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Something else listens there.
+    #[error("{0} is in use: stop the other program, or choose another port to listen on")]
+    InUse(SocketAddr),
+    /// The socket could not be opened.
+    #[error("cannot listen on {address}")]
+    Io {
+        /// Where to listen.
+        address: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The thread could not be started.
+    #[error("cannot start the transport's thread")]
+    Thread(#[source] io::Error),
+}
+
+impl Endpoint {
+    /// Opens the socket and starts its thread. `[::]` listens on IPv4 as well.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind(listen: SocketAddr, key: &HostKey) -> Result<Self, BindError> {
+        Self::bind_with(listen, key, &Options::default())
+    }
+
+    /// As [`Endpoint::bind`], with other numbers than the usual ones.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind_with(listen: SocketAddr, key: &HostKey, options: &Options) -> Result<Self, BindError> {
+        let runtime = ThreadsOwn::new().map_err(BindError::Thread)?;
+        let quic = open(listen, key, options, &runtime).map_err(|source| match source.kind() {
+            io::ErrorKind::AddrInUse => BindError::InUse(listen),
+            _ => BindError::Io { address: listen, source },
+        })?;
+        let local_address = quic.local_addr().map_err(|source| BindError::Io { address: listen, source })?;
+        let handle = runtime.handle().clone();
+        let (accepted, accepted_receiver) = mpsc::channel(ACCEPTED);
+        let (stopped, stopped_receiver) = watch::channel(false);
+        let stop = Arc::new(Notify::new());
+        let thread = Thread {
+            runtime,
+            quic: quic.clone(),
+            accepted,
+            stop: stop.clone(),
+            stopped,
+            handshake_timeout: options.idle_timeout,
+        };
+        std::thread::Builder::new()
+            .name("transport".into())
+            .spawn(move || thread.run())
+            .map_err(BindError::Thread)?;
+        let dialler = Arc::new(Dialler {
+            quic,
+            key: key.clone(),
+            transport: options.transport(),
+            timeout: options.connect_timeout,
+        });
+        let accepted = Mutex::new(accepted_receiver);
+        let inner = Inner { dialler, handle, local_address, accepted, stop, stopped: stopped_receiver };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The host that this endpoint speaks for.
+    #[must_use]
+    pub fn id(&self) -> HostId {
+        self.inner.dialler.key.id()
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn local_address(&self) -> SocketAddr {
+        self.inner.local_address
+    }
+
+    /// Dials a host at its addresses (`address:port` or `name:port`), which are tried in their order, each with a
+    /// bounded time-out. A caller that stops waiting ends the dial.
+    ///
+    /// # Errors
+    /// [`ConnectError`] when no address answers with the expected key.
+    pub async fn connect(&self, addresses: &[String], expected: HostId) -> Result<Connection, ConnectError> {
+        let mut dial = JoinSet::new();
+        dial.spawn_on(self.dial(addresses, expected), &self.inner.handle);
+        match dial.join_next().await {
+            Some(Ok(outcome)) => outcome,
+            Some(Err(_)) | None => Err(ConnectError::ShuttingDown(expected)),
+        }
+    }
+
+    /// Waits for the next host that has connected. Nothing comes any more once the endpoint is closed. Cancel-safe.
+    pub async fn accept(&self) -> Option<Connection> {
+        self.inner.accepted.lock().await.recv().await
+    }
+
+    /// Closes every connection, tells the peers, and ends the thread.
+    pub async fn close(&self) {
+        self.inner.stop.notify_one();
+        let mut stopped = self.inner.stopped.clone();
+        // An error means that the thread is gone: nothing is left to wait for.
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+    }
+
+    /// The work of dialling, to be run on the transport's thread.
+    pub(super) fn dial(
+        &self,
+        addresses: &[String],
+        expected: HostId,
+    ) -> impl Future<Output = Result<Connection, ConnectError>> + Send + use<> {
+        dial::dial(self.inner.dialler.clone(), addresses.to_vec(), expected)
+    }
+
+    /// The transport's thread.
+    pub(super) fn handle(&self) -> &Handle {
+        &self.inner.handle
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop.notify_one();
+    }
+}
+
+/// Opens the socket and sets its tasks going on the thread's runtime.
+fn open(
+    listen: SocketAddr,
+    key: &HostKey,
+    options: &Options,
+    runtime: &ThreadsOwn,
+) -> io::Result<quinn::Endpoint> {
+    let socket = socket::open(listen, options.socket_buffer_bytes)?;
+    let server = options.server(tls::server(key));
+    let runtime = ThreadRuntime::new(runtime.handle().clone(), options.packet_limit_bytes);
+    quinn::Endpoint::new(options.endpoint(), Some(server), socket, Arc::new(runtime))
+}
+
+/// The thread's runtime. A runtime must not be dropped where another one runs, as in a caller of
+/// [`Endpoint::bind`]; this one leaves what cannot be interrupted, the resolving of a name, to itself instead.
+struct ThreadsOwn(Option<Runtime>);
+
+impl ThreadsOwn {
+    fn new() -> io::Result<Self> {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map(|runtime| Self(Some(runtime)))
+    }
+}
+
+impl Deref for ThreadsOwn {
+    type Target = Runtime;
+    fn deref(&self) -> &Runtime {
+        self.0.as_ref().expect("a runtime is there until it is dropped")
+    }
+}
+
+impl Drop for ThreadsOwn {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// What the thread owns.
+struct Thread {
+    runtime: ThreadsOwn,
+    quic: quinn::Endpoint,
+    accepted: mpsc::Sender<Connection>,
+    stop: Arc<Notify>,
+    stopped: watch::Sender<bool>,
+    handshake_timeout: Duration,
+}
+
+impl Thread {
+    fn run(self) {
+        let Self { runtime, quic, accepted, stop, stopped, handshake_timeout } = self;
+        runtime.block_on(async {
+            tokio::select! {
+                () = accept_all(&quic, accepted, handshake_timeout) => {}
+                () = stop.notified() => {}
+            }
+            quic.close(VarInt::from_u32(CloseReason::ShuttingDown as u32), b"the agent is shutting down");
+            // A peer that does not answer is not waited for: it will notice the silence.
+            let _ = timeout(CLOSE_TIMEOUT, quic.wait_idle()).await;
+        });
+        drop((quic, runtime));
+        stopped.send_replace(true);
+    }
+}
+
+async fn accept_all(quic: &quinn::Endpoint, accepted: mpsc::Sender<Connection>, limit: Duration) {
+    let mut handshakes = JoinSet::new();
+    loop {
+        tokio::select! {
+            incoming = quic.accept() => match incoming {
+                None => return,
+                Some(incoming) if handshakes.len() >= HANDSHAKES => incoming.refuse(),
+                Some(incoming) => drop(handshakes.spawn(shake_hands(incoming, accepted.clone(), limit))),
+            },
+            Some(_) = handshakes.join_next() => {}
+        }
+    }
+}
+
+/// A handshake that fails concerns only the one who dialled, who is told by TLS what is wrong.
+async fn shake_hands(incoming: quinn::Incoming, accepted: mpsc::Sender<Connection>, limit: Duration) {
+    let address = incoming.remote_address();
+    match timeout(limit, incoming).await {
+        Ok(Ok(quic)) => {
+            if let Some(connection) = Connection::new(quic) {
+                // Where the endpoint is closing, the connection is dropped and thereby closed.
+                let _ = accepted.send(connection).await;
+            }
+        }
+        Ok(Err(error)) => tracing::info!(%address, %error, "a handshake failed"),
+        Err(_) => tracing::info!(%address, "a handshake took too long"),
+    }
+}

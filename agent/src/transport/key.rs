@@ -1,0 +1,216 @@
+//! A host's key: what its peers know it by.
+//!
+//! A host has one Ed25519 key, made when its agent first starts and kept in its state folder. Its peers know it by the
+//! SHA-256 of the public part ([`HostId`]). Whoever can read the file can pose as the host, so one that others may
+//! read is refused, as SSH does.
+
+use crate::durable;
+use blockmirror_protocol::units::HostId;
+use rcgen::{KeyPair, PKCS_ED25519, PublicKeyData};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::sign::CertifiedKey;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The name of the key's file in the state folder.
+pub const FILE_NAME: &str = "host.key";
+
+/// The key of this host. Clones share it.
+#[derive(Clone)]
+pub struct HostKey {
+    id: HostId,
+    certified: Arc<CertifiedKey>,
+}
+
+/// A key that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// The file or its folder could not be read or written.
+    #[error("cannot {operation} the host's key {path}")]
+    Io {
+        /// `read` or `create`.
+        operation: &'static str,
+        /// The key's file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Others than the owner may read the file.
+    #[error(
+        "the host's key {path} can be read by others (mode {mode:03o}): run chmod 600 on it, or renew it"
+    )]
+    Exposed {
+        /// The key's file.
+        path: PathBuf,
+        /// The file's permissions.
+        mode: u32,
+    },
+    /// The file holds no key.
+    #[error("the file {path} holds no private key in PEM form: restore it, or remove it to get a new one")]
+    NotAKey {
+        /// The key's file.
+        path: PathBuf,
+        /// What the parser met.
+        source: rcgen::Error,
+    },
+    /// The key is of a kind that cannot sign a handshake, or none could be made.
+    #[error("cannot make use of the host's key")]
+    Cryptography(#[source] rustls::Error),
+    /// No key could be generated.
+    #[error("cannot generate a key for this host")]
+    Generation(#[source] rcgen::Error),
+}
+
+impl HostKey {
+    /// Loads the host's key from its state folder, after creating folder and key where there are none.
+    ///
+    /// # Errors
+    /// [`KeyError`]; a key that exists is never replaced.
+    pub fn load_or_create(state_folder: &Path) -> Result<Self, KeyError> {
+        let path = state_folder.join(FILE_NAME);
+        match path.try_exists() {
+            Ok(true) => return Self::load(&path),
+            Ok(false) => {}
+            Err(source) => return Err(KeyError::Io { operation: "read", path, source }),
+        }
+        let key = KeyPair::generate_for(&PKCS_ED25519).map_err(KeyError::Generation)?;
+        let created = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(state_folder)
+            .and_then(|()| durable::create(&path, key.serialize_pem().as_bytes()));
+        match created {
+            Ok(()) => Self::from_pair(&key),
+            Err(source) if source.kind() == io::ErrorKind::AlreadyExists => Self::load(&path),
+            Err(source) => Err(KeyError::Io { operation: "create", path, source }),
+        }
+    }
+
+    /// Loads a key from its file.
+    ///
+    /// # Errors
+    /// [`KeyError`] when the file cannot be read, may be read by others, or holds no key.
+    pub fn load(path: &Path) -> Result<Self, KeyError> {
+        let unreadable = |source| KeyError::Io { operation: "read", path: path.to_owned(), source };
+        let mode = std::fs::metadata(path).map_err(unreadable)?.permissions().mode() & 0o777;
+        if mode & 0o077 != 0 {
+            return Err(KeyError::Exposed { path: path.to_owned(), mode });
+        }
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        let pair =
+            KeyPair::from_pem(&text).map_err(|source| KeyError::NotAKey { path: path.to_owned(), source })?;
+        Self::from_pair(&pair)
+    }
+
+    /// A key that is kept nowhere: for one run of the operator's tool.
+    ///
+    /// # Errors
+    /// [`KeyError::Generation`] where the system gives no randomness.
+    pub fn ephemeral() -> Result<Self, KeyError> {
+        Self::from_pair(&KeyPair::generate_for(&PKCS_ED25519).map_err(KeyError::Generation)?)
+    }
+
+    fn from_pair(pair: &KeyPair) -> Result<Self, KeyError> {
+        let public = pair.subject_public_key_info();
+        let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(pair.serialize_der()));
+        let signer = aws_lc_rs::sign::any_supported_type(&private).map_err(KeyError::Cryptography)?;
+        let id = fingerprint(&public);
+        let certified = CertifiedKey::new(vec![CertificateDer::from(public)], signer);
+        Ok(Self { id, certified: Arc::new(certified) })
+    }
+
+    /// What the host's peers know it by.
+    #[must_use]
+    pub fn id(&self) -> HostId {
+        self.id
+    }
+
+    pub(super) fn certified(&self) -> Arc<CertifiedKey> {
+        self.certified.clone()
+    }
+}
+
+impl std::fmt::Debug for HostKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostKey({})", self.id)
+    }
+}
+
+/// The fingerprint of a public key: SHA-256 over its SubjectPublicKeyInfo in DER.
+pub(super) fn fingerprint(public_key: &[u8]) -> HostId {
+    let suite = aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().expect("a suite of TLS 1.3");
+    let hash = suite.common.hash_provider.hash(public_key);
+    HostId(hash.as_ref().try_into().expect("SHA-256 gives 32 bytes"))
+}
+
+/// So many random bytes, fit for secrets and identities.
+///
+/// # Panics
+/// When the system gives no randomness: nothing safe can be done without.
+#[must_use]
+pub fn random<const BYTES: usize>() -> [u8; BYTES] {
+    let mut bytes = [0; BYTES];
+    provider().secure_random.fill(&mut bytes).expect("the system gives random bytes");
+    bytes
+}
+
+/// The one source of cryptography. AES-128 comes first: it is the cheapest that TLS 1.3 has, and long safe enough for
+/// the life of a connection.
+pub(super) fn provider() -> CryptoProvider {
+    use aws_lc_rs::cipher_suite as suites;
+    CryptoProvider {
+        cipher_suites: vec![
+            suites::TLS13_AES_128_GCM_SHA256,
+            suites::TLS13_AES_256_GCM_SHA384,
+            suites::TLS13_CHACHA20_POLY1305_SHA256,
+        ],
+        ..aws_lc_rs::default_provider()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_created_once_and_loaded_ever_after() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("not/there/yet");
+        let first = HostKey::load_or_create(&state).unwrap();
+        assert_eq!(HostKey::load_or_create(&state).unwrap().id(), first.id());
+        assert_eq!(HostKey::load(&state.join(FILE_NAME)).unwrap().id(), first.id());
+        assert_ne!(HostKey::ephemeral().unwrap().id(), first.id());
+        let mode = std::fs::metadata(state.join(FILE_NAME)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_key_that_others_may_read_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        HostKey::load_or_create(folder.path()).unwrap();
+        let path = folder.path().join(FILE_NAME);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let error = HostKey::load_or_create(folder.path()).unwrap_err();
+        assert!(matches!(error, KeyError::Exposed { mode: 0o640, .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_file_without_a_key_is_refused_and_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        durable::create(&path, b"-----BEGIN NOTHING-----\n").unwrap();
+        assert!(matches!(HostKey::load_or_create(folder.path()), Err(KeyError::NotAKey { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"-----BEGIN NOTHING-----\n");
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_sha_256_of_the_public_key() {
+        assert_eq!(
+            fingerprint(b"abc").to_string(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+    }
+}

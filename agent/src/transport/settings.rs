@@ -1,0 +1,91 @@
+//! The numbers of the transport, each with its reason.
+
+use quinn::congestion::CubicConfig;
+use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What may be set differently than by default, for tests and unusual links.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How often an idle connection says that it lives.
+    pub keep_alive: Duration,
+    /// After how much silence a connection counts as lost.
+    pub idle_timeout: Duration,
+    /// How long one address may take to answer a dial.
+    pub connect_timeout: Duration,
+    /// The largest packet that path MTU discovery tries, in bytes of UDP payload.
+    pub packet_limit_bytes: u16,
+    /// The size of the socket's two buffers in the kernel, in bytes.
+    pub socket_buffer_bytes: usize,
+    /// How many bytes of one stream may be under way or unread, in bytes. It bounds a stream's speed to this much per
+    /// round trip.
+    pub stream_window_bytes: u32,
+    /// The same for all streams of a connection together. It is many times a stream's, so that some volumes whose
+    /// disks are stuck leave room for the others on the same connection.
+    pub connection_window_bytes: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            keep_alive: Duration::from_secs(2),
+            // Four tries: a cut link is noticed within some seconds, a few lost packets are not taken for one.
+            idle_timeout: Duration::from_secs(8),
+            connect_timeout: Duration::from_secs(4),
+            // Jumbo frames with room above; larger packets gain little more.
+            packet_limit_bytes: 16_000,
+            socket_buffer_bytes: 4 << 20,
+            // 10 Gb/s over 13 ms, 1 Gb/s over 130 ms.
+            stream_window_bytes: 16 << 20,
+            connection_window_bytes: 256 << 20,
+        }
+    }
+}
+
+/// How many streams of each direction a peer may have open at a time: some per volume, for hundreds of volumes.
+const STREAMS: u32 = 1024;
+
+/// How many handshakes wait to be begun, and how many bytes each may have sent by then.
+const WAITING_HANDSHAKES: usize = 256;
+const WAITING_BYTES: u64 = 64 << 10;
+
+impl Options {
+    pub(super) fn transport(&self) -> Arc<TransportConfig> {
+        let mut discovery = MtuDiscoveryConfig::default();
+        discovery.upper_bound(self.packet_limit_bytes);
+        let idle_timeout = IdleTimeout::try_from(self.idle_timeout)
+            .expect("an idle time-out is shorter than QUIC's longest");
+        let mut config = TransportConfig::default();
+        config
+            .keep_alive_interval(Some(self.keep_alive))
+            .max_idle_timeout(Some(idle_timeout))
+            .mtu_discovery_config(Some(discovery))
+            .stream_receive_window(VarInt::from_u32(self.stream_window_bytes))
+            .receive_window(VarInt::from_u32(self.connection_window_bytes))
+            .send_window(u64::from(self.connection_window_bytes))
+            .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS))
+            .max_concurrent_uni_streams(VarInt::from_u32(STREAMS))
+            .congestion_controller_factory(Arc::new(CubicConfig::default()))
+            .datagram_receive_buffer_size(None);
+        Arc::new(config)
+    }
+
+    pub(super) fn endpoint(&self) -> EndpointConfig {
+        let mut config = EndpointConfig::default();
+        config
+            .max_udp_payload_size(self.packet_limit_bytes)
+            .expect("a packet's limit is at least 1200 bytes");
+        config
+    }
+
+    pub(super) fn server(&self, crypto: Arc<dyn quinn::crypto::ServerConfig>) -> ServerConfig {
+        let mut config = ServerConfig::with_crypto(crypto);
+        config
+            .transport_config(self.transport())
+            .max_incoming(WAITING_HANDSHAKES)
+            .incoming_buffer_size(WAITING_BYTES)
+            .incoming_buffer_size_total(WAITING_BYTES * WAITING_HANDSHAKES as u64);
+        config
+    }
+}

@@ -1,0 +1,110 @@
+//! Who is reached, and how.
+
+use super::*;
+
+#[tokio::test]
+async fn both_hosts_know_whom_they_talk_to() {
+    let pair = pair().await;
+    assert_eq!(pair.dialled.peer(), pair.acceptor.id());
+    assert_eq!(pair.accepted.peer(), pair.dialler.id());
+    assert_eq!(pair.dialled.remote_address(), pair.acceptor.local_address());
+    assert_eq!(pair.accepted.remote_address(), pair.dialler.local_address());
+    assert!(pair.dialled.is_live() && pair.accepted.is_live());
+}
+
+#[tokio::test]
+async fn a_host_with_another_key_is_refused_by_name() {
+    let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
+    let expected = HostId([1; 32]);
+    let error = dialler.connect(&[address_of(&acceptor)], expected).await.unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains(&expected.to_string()) && text.contains(&acceptor.id().to_string()), "{text}");
+    let ConnectError::WrongKey { address, found, .. } = error else { panic!("{error:?}") };
+    assert_eq!((address, found), (acceptor.local_address(), acceptor.id()));
+}
+
+#[tokio::test]
+async fn a_host_is_reached_over_whichever_address_answers() {
+    let silent = UdpSocket::bind(LOOPBACK).unwrap();
+    let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
+    let stranger = endpoint(&Options::default());
+    let addresses = [
+        silent.local_addr().unwrap().to_string(),
+        "no.such.host.invalid:1".into(),
+        address_of(&stranger),
+        address_of(&acceptor),
+    ];
+    let connection = dialler.connect(&addresses, acceptor.id()).await.unwrap();
+    assert_eq!(connection.peer(), acceptor.id());
+}
+
+#[tokio::test]
+async fn a_host_that_cannot_be_reached_is_reported_with_each_address() {
+    let silent = UdpSocket::bind(LOOPBACK).unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let dialler = endpoint(&Options { connect_timeout: Duration::from_millis(300), ..Options::default() });
+    let host = HostId([1; 32]);
+    assert!(matches!(dialler.connect(&[], host).await, Err(ConnectError::NoAddress(_))));
+    let error = dialler.connect(&[address.clone(), "no address".into()], host).await.unwrap_err();
+    let text = error.to_string();
+    let ConnectError::Unreachable { attempts, .. } = error else { panic!("{error:?}") };
+    assert_eq!(attempts.len(), 2, "{attempts:?}");
+    assert!(text.contains(&address) && text.contains("no address"), "{text}");
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_named() {
+    let first = endpoint(&Options::default());
+    let error = Endpoint::bind(first.local_address(), &HostKey::ephemeral().unwrap()).unwrap_err();
+    assert!(matches!(error, BindError::InUse(address) if address == first.local_address()), "{error:?}");
+}
+
+#[tokio::test]
+async fn one_endpoint_on_the_unspecified_address_serves_both_families() {
+    let key = HostKey::ephemeral().unwrap();
+    let acceptor = Endpoint::bind("[::]:0".parse().unwrap(), &key).unwrap();
+    if acceptor.local_address().is_ipv4() {
+        eprintln!("skipped: this host has no IPv6");
+        return;
+    }
+    let port = acceptor.local_address().port();
+    for (from, to) in [("127.0.0.1:0", format!("127.0.0.1:{port}")), ("[::]:0", format!("[::1]:{port}"))] {
+        let dialler = Endpoint::bind(from.parse().unwrap(), &HostKey::ephemeral().unwrap()).unwrap();
+        let connection = dialler.connect(std::slice::from_ref(&to), key.id()).await.unwrap();
+        assert_eq!(connection.remote_address(), to.parse::<SocketAddr>().unwrap());
+        let accepted = acceptor.accept().await.unwrap();
+        assert_eq!(accepted.remote_address().is_ipv4(), to.starts_with("127"));
+    }
+}
+
+#[tokio::test]
+async fn volumes_that_want_the_same_host_share_one_dial_and_its_successor() {
+    let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
+    let peers = Peers::new(dialler);
+    let (host, addresses) = (acceptor.id(), [address_of(&acceptor)]);
+    let (first, second) =
+        tokio::join!(peers.connection_to(host, &addresses), peers.connection_to(host, &addresses));
+    let (first, second) = (first.unwrap(), second.unwrap());
+    assert_eq!(first.quic.stable_id(), second.quic.stable_id());
+    let accepted = acceptor.accept().await.unwrap();
+    accepted.close(CloseReason::Refused, "not now");
+    first.closed().await;
+    let third = peers.connection_to(host, &addresses).await.unwrap();
+    assert!(third.is_live());
+    acceptor.accept().await.unwrap();
+    peers.disconnect(host);
+    assert!(!third.is_live());
+}
+
+#[tokio::test]
+async fn a_failed_dial_is_shared_and_tried_again_when_asked() {
+    let silent = UdpSocket::bind(LOOPBACK).unwrap();
+    let dialler = endpoint(&Options { connect_timeout: Duration::from_millis(300), ..Options::default() });
+    let peers = Peers::new(dialler);
+    let acceptor = endpoint(&Options::default());
+    let dead = [silent.local_addr().unwrap().to_string()];
+    let (first, second) =
+        tokio::join!(peers.connection_to(acceptor.id(), &dead), peers.connection_to(acceptor.id(), &dead));
+    assert!(Arc::ptr_eq(&first.unwrap_err(), &second.unwrap_err()));
+    peers.connection_to(acceptor.id(), &[address_of(&acceptor)]).await.unwrap();
+}
