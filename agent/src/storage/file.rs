@@ -1,5 +1,365 @@
-//! An open backing or metadata file.
+//! An open backing or metadata file: its descriptor, and what the descriptor can do.
+//!
+//! A backing is opened by one agent for writing, or by several for reading only: the claim on it (an exclusive open
+//! of a device, locks on an image file) lasts as long as any operation on it. It has neither header nor trailer of
+//! ours, and its size never changes. Metadata files grow; whoever has the state folder guards them.
+//!
+//! Direct I/O is used where the file takes it, so that no write waits in a cache that could need this very device to
+//! make room. Where it doesn't, [`File::is_direct`] says so: everything else works, and syncs are as good.
+
+use super::users::{self, User};
+use super::zeroing::can_punch_beyond;
+use super::{claim, direct};
+use crate::device::Part;
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::units::SECTOR_BYTES;
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read and write it, alone.
+    ReadWrite,
+    /// To read it, with others who only read it.
+    ReadOnly,
+}
+
+/// What a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A backing in a regular file.
+    Image,
+    /// A backing on a block device.
+    BlockDevice,
+    /// A metadata file of ours.
+    Metadata,
+}
 
 /// An open file or block device.
 #[derive(Debug)]
-pub struct File {}
+pub struct File {
+    descriptor: Arc<Descriptor>,
+}
+
+/// What an operation under way needs of its file, on whatever thread it is carried out. The descriptor, and the claim
+/// on the backing with it, lasts until the last operation ended.
+#[derive(Debug)]
+pub(super) struct Descriptor {
+    pub(super) fd: OwnedFd,
+    pub(super) path: PathBuf,
+    pub(super) kind: Kind,
+    pub(super) size_bytes: u64,
+    /// Offsets and lengths of calls are multiples of this.
+    pub(super) alignment: u64,
+    /// Memory of calls starts at a multiple of this.
+    pub(super) memory_alignment: usize,
+    pub(super) direct: bool,
+    /// Whether holes can be punched; cleared when the file refuses.
+    pub(super) punches: AtomicBool,
+    /// Whether ranges can be zeroed in place; cleared when the file refuses.
+    pub(super) zeroes_ranges: AtomicBool,
+}
+
+impl Descriptor {
+    /// Whether a call can transfer this range to or from this memory.
+    pub(super) fn takes(&self, range: ByteRange, memory: &[u8]) -> bool {
+        range.is_aligned(self.alignment) && memory.as_ptr().addr().is_multiple_of(self.memory_alignment)
+    }
+}
+
+/// Why a file can't be opened or created.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is nothing at the path.
+    #[error("{} does not exist; create it or correct the path", path.display())]
+    NotFound {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is a file already where one was to be created.
+    #[error("{} exists already; choose another path or remove it", path.display())]
+    Exists {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The folder of a file to be created does not exist.
+    #[error("the folder {} does not exist; create it first", path.display())]
+    NoFolder {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A folder, a socket, or the like.
+    #[error("{} is neither a regular file nor a block device", path.display())]
+    WrongType {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The size is zero, or not a multiple of 512.
+    #[error("{} has a size of {size_bytes} bytes; use one that is a multiple of 512 and not zero", path.display())]
+    UnusableSize {
+        /// The path.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// Somebody else uses it.
+    #[error("{} is in use: {user}", path.display())]
+    InUse {
+        /// The path.
+        path: PathBuf,
+        /// Who, as far as can be told.
+        user: User,
+    },
+    /// The kernel refused.
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Turns the kernel's errors about one path into [`OpenError`]s.
+struct About<'a>(&'a Path);
+
+impl About<'_> {
+    fn cannot(&self, operation: &'static str) -> impl FnOnce(io::Error) -> OpenError {
+        let path = self.0.to_path_buf();
+        move |source| match source.kind() {
+            io::ErrorKind::NotFound => OpenError::NotFound { path },
+            _ => OpenError::Io { operation, path, source },
+        }
+    }
+
+    fn used_by(&self, user: User) -> OpenError {
+        OpenError::InUse { path: self.0.to_path_buf(), user }
+    }
+}
+
+impl File {
+    /// Opens an image file or block device as a backing, and claims it as long as the file or an operation on it
+    /// lasts.
+    ///
+    /// # Errors
+    /// [`OpenError`]: it doesn't exist, is of another type, has an unusable size, or is in use.
+    pub fn open_backing(path: impl AsRef<Path>, access: Access) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let about = About(path);
+        let status = fs::metadata(path).map_err(about.cannot("look at"))?;
+        let kind = match status.file_type() {
+            file_type if file_type.is_file() => Kind::Image,
+            file_type if file_type.is_block_device() => Kind::BlockDevice,
+            _ => return Err(OpenError::WrongType { path: path.to_path_buf() }),
+        };
+        let users = match kind {
+            Kind::BlockDevice => users::of_device(status.rdev()),
+            _ => users::of_image(path, &status),
+        };
+        if let Some(user) = users.map_err(about.cannot("find out who uses"))? {
+            return Err(about.used_by(user));
+        }
+        let claimed = claim::open(path, kind, access).map_err(about.cannot("open"))?;
+        let (fd, direct) = claimed.map_err(|user| about.used_by(user))?;
+        let size_bytes =
+            seek(&fd, SeekFrom::End(0)).map_err(|error| about.cannot("measure")(error.into()))?;
+        if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(OpenError::UnusableSize { path: path.to_path_buf(), size_bytes });
+        }
+        Self::with(fd, path, kind, size_bytes, direct).map_err(about.cannot("examine"))
+    }
+
+    /// Makes an image file of `size_bytes` that reads as zeroes and takes no space yet. It is durable when this
+    /// returns.
+    ///
+    /// # Errors
+    /// [`OpenError`]: the file exists, its folder doesn't, the size is unusable, or the kernel refuses.
+    pub fn create_image(path: impl AsRef<Path>, size_bytes: u64) -> Result<(), OpenError> {
+        let path = path.as_ref();
+        if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(OpenError::UnusableSize { path: path.to_path_buf(), size_bytes });
+        }
+        create(path, |file| file.set_len(size_bytes))
+    }
+
+    /// Opens a metadata file.
+    ///
+    /// # Errors
+    /// [`OpenError`]: it doesn't exist, or is no regular file.
+    pub fn open_metadata(path: impl AsRef<Path>) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let about = About(path);
+        let status = fs::metadata(path).map_err(about.cannot("look at"))?;
+        if !status.is_file() {
+            return Err(OpenError::WrongType { path: path.to_path_buf() });
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let (fd, direct) = direct::open(path, &options, 0).map_err(about.cannot("open"))?;
+        Self::with(fd, path, Kind::Metadata, status.len(), direct).map_err(about.cannot("examine"))
+    }
+
+    /// Makes a metadata file whose first `initial_size_bytes` are written as zeroes, so that overwriting them later
+    /// allocates nothing. It is durable when this returns.
+    ///
+    /// # Errors
+    /// [`OpenError`]: the file exists, its folder doesn't, or the kernel refuses.
+    pub fn create_metadata(path: impl AsRef<Path>, initial_size_bytes: u64) -> Result<Self, OpenError> {
+        create(path.as_ref(), |file| write_zeroes(file, initial_size_bytes))?;
+        Self::open_metadata(path)
+    }
+
+    fn with(fd: OwnedFd, path: &Path, kind: Kind, size_bytes: u64, direct: bool) -> io::Result<Self> {
+        let alignment = direct::settle(&fd, kind, size_bytes, direct)?;
+        let punches = match kind {
+            Kind::BlockDevice => direct::device_clears_itself(&fd)?,
+            Kind::Image | Kind::Metadata => can_punch_beyond(&fd, size_bytes),
+        };
+        let descriptor = Descriptor {
+            fd,
+            path: path.to_path_buf(),
+            kind,
+            size_bytes,
+            alignment: alignment.map_or(SECTOR_BYTES, |alignment| alignment.offset_bytes),
+            memory_alignment: alignment.map_or(1, |alignment| alignment.memory_bytes),
+            direct: alignment.is_some(),
+            punches: AtomicBool::new(punches),
+            zeroes_ranges: AtomicBool::new(true),
+        };
+        Ok(Self { descriptor: Arc::new(descriptor) })
+    }
+
+    pub(super) fn descriptor(&self) -> &Arc<Descriptor> {
+        &self.descriptor
+    }
+
+    /// The path that the file was opened by.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.descriptor.path
+    }
+
+    /// What the file is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.descriptor.kind
+    }
+
+    /// The file's size when it was opened, in bytes. A backing keeps it; a metadata file can grow.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.descriptor.size_bytes
+    }
+
+    /// The unit, in bytes, that is read, modified and written when an operation covers a part of it. At least 512.
+    #[must_use]
+    pub fn alignment(&self) -> u64 {
+        self.descriptor.alignment
+    }
+
+    /// Whether direct I/O is in use. Without it writes pass through the kernel's cache, which is worth a warning.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.descriptor.direct
+    }
+
+    /// Whether space can be given back so that it reads as zeroes; else zeroes are written.
+    #[must_use]
+    pub fn can_unmap(&self) -> bool {
+        self.descriptor.punches.load(Ordering::Relaxed)
+    }
+
+    /// Which parts of a range are allocated, in order and without gaps; neighbours differ. Where that can't be told,
+    /// as on a block device, everything is. A hole reads as zeroes.
+    ///
+    /// Each step asks the kernel, synchronously. After an error there is nothing more.
+    pub fn allocation(&self, range: ByteRange) -> impl Iterator<Item = io::Result<Part>> + '_ {
+        let mut rest = range;
+        std::iter::from_fn(move || {
+            if rest.is_empty() {
+                return None;
+            }
+            let part = self.part_at(rest);
+            let length = part.as_ref().map_or(rest.length, |part| part.length);
+            rest = ByteRange::between(rest.offset + length, rest.end());
+            Some(part)
+        })
+    }
+
+    /// The part that the range starts with.
+    fn part_at(&self, range: ByteRange) -> io::Result<Part> {
+        let whole = |hole| Ok(Part { length: range.length, hole });
+        if self.kind() == Kind::BlockDevice {
+            return whole(false);
+        }
+        let data_at = match seek(self, SeekFrom::Data(range.offset)) {
+            Ok(data_at) => data_at,
+            Err(rustix::io::Errno::NXIO) => return whole(true),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => return whole(false),
+            Err(error) => return Err(error.into()),
+        };
+        let hole = data_at > range.offset;
+        let end = if hole { data_at } else { seek(self, SeekFrom::Hole(range.offset))? };
+        if end <= range.offset {
+            // Somebody changed the file between the two questions; data is the safe answer.
+            return whole(false);
+        }
+        Ok(Part { length: end.min(range.end()) - range.offset, hole })
+    }
+}
+
+impl AsFd for File {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.fd.as_fd()
+    }
+}
+
+/// Makes a file, fills it, and makes both it and its name durable. Nothing is left of it after an error.
+fn create(path: &Path, fill: impl FnOnce(&mut fs::File) -> io::Result<()>) -> Result<(), OpenError> {
+    let about = About(path);
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        return Err(OpenError::NoFolder { path: folder.to_path_buf() });
+    }
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    let mut file = options.open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => OpenError::Exists { path: path.to_path_buf() },
+        _ => about.cannot("create")(error),
+    })?;
+    let made =
+        fill(&mut file).and_then(|()| file.sync_all()).and_then(|()| fs::File::open(folder)?.sync_all());
+    if made.is_err() {
+        // What went wrong first is what matters; the file that couldn't be made may also refuse to be removed.
+        let _ = fs::remove_file(path);
+    }
+    made.map_err(about.cannot("create"))
+}
+
+fn write_zeroes(file: &mut fs::File, size_bytes: u64) -> io::Result<()> {
+    if size_bytes == 0 {
+        return Ok(());
+    }
+    match fallocate(&*file, FallocateFlags::empty(), 0, size_bytes) {
+        // It only keeps the file in one piece; writing allocates as well.
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let zeroes = vec![0; 1 << 20];
+    for piece in ByteRange::new(0, size_bytes).split_at_multiples(zeroes.len() as u64) {
+        file.write_all(&zeroes[..piece.length as usize])?;
+    }
+    Ok(())
+}

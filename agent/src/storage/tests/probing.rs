@@ -1,0 +1,104 @@
+//! What real programs put on a backing, and what is said of it.
+
+use super::{command, text};
+use crate::storage::file::{Access, File};
+use crate::storage::probe::what_is_on;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
+use tempfile::TempDir;
+
+const SIZE_BYTES: u64 = 320 << 20;
+
+fn image() -> (TempDir, std::path::PathBuf) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("image");
+    File::create_image(&path, SIZE_BYTES).expect("an image can be made");
+    (folder, path)
+}
+
+fn found(path: &std::path::Path) -> Option<String> {
+    let file = File::open_backing(path, Access::ReadOnly).expect("it can be opened");
+    what_is_on(&file).expect("it can be read").map(|content| content.to_string())
+}
+
+#[test]
+fn what_programs_make_is_named_with_its_label() {
+    let made: [(&[&str], &str); 9] = [
+        (&["mkfs.ext2", "-q", "-L", "two"], "an ext2 file system labelled \"two\""),
+        (&["mkfs.ext3", "-q"], "an ext3 file system"),
+        (&["mkfs.ext4", "-q", "-L", "root"], "an ext4 file system labelled \"root\""),
+        (&["mkfs.xfs", "-q", "-L", "data"], "an xfs file system labelled \"data\""),
+        (&["mkfs.btrfs", "-q", "-L", "with a blank"], "a btrfs file system labelled \"with a blank\""),
+        (&["mkswap", "-L", "spare"], "swap space labelled \"spare\""),
+        (&["mkfs.vfat", "-n", "BOOT"], "a FAT file system labelled \"BOOT\""),
+        (&["pvcreate", "-q"], "an LVM2 physical volume"),
+        (&["qemu-img", "create", "-q", "-f", "qcow2", "-o", "size=1M"], "a qcow2 image"),
+    ];
+    for (program, expected) in made {
+        let (_folder, path) = image();
+        let mut arguments = program[1..].to_vec();
+        arguments.push(text(&path));
+        match command(program[0], &arguments) {
+            Ok(_) => {
+                let length = std::fs::metadata(&path).expect("it is there").len();
+                let file = OpenOptions::new().write(true).open(&path).expect("it can be opened");
+                file.set_len(length.next_multiple_of(512)).expect("it can be made longer");
+                drop(file);
+                let found = found(&path).expect("there is something");
+                assert!(found.starts_with(expected), "{found}");
+            }
+            Err(reason) => eprintln!("skipped: {reason}"),
+        }
+    }
+}
+
+#[test]
+fn partition_tables_are_named() {
+    for (label, expected) in [("gpt", "a GPT partition table"), ("dos", "an MBR partition table")] {
+        let (_folder, path) = image();
+        let started = Command::new("sfdisk")
+            .args(["--quiet", "--label", label, text(&path)])
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .stdin(Stdio::piped())
+            .spawn();
+        let mut program = match started {
+            Ok(program) => program,
+            Err(error) => return eprintln!("skipped: sfdisk: {error}"),
+        };
+        let mut input = program.stdin.take().expect("it was asked for");
+        std::io::Write::write_all(&mut input, b",,L\n").expect("it listens");
+        drop(input);
+        assert!(program.wait().expect("it ends").success());
+        assert_eq!(found(&path).as_deref(), Some(expected));
+    }
+}
+
+#[test]
+fn any_byte_counts_where_it_is_looked_at_and_zeroes_do_not() {
+    let somewhere = [None, Some(0), Some(700_000), Some(SIZE_BYTES / 2), Some(SIZE_BYTES - 1)];
+    for (zeroes_at, byte_at) in [(None, None), (Some(SIZE_BYTES / 4), None)]
+        .into_iter()
+        .chain(somewhere.map(|byte_at| (None, byte_at)))
+    {
+        let (_folder, path) = image();
+        let file = OpenOptions::new().write(true).open(&path).expect("it can be opened");
+        if let Some(at) = zeroes_at {
+            file.write_all_at(&[0; 65536], at).expect("it can be written");
+        }
+        if let Some(at) = byte_at {
+            file.write_all_at(b"x", at).expect("it can be written");
+        }
+        drop(file);
+        let expected = byte_at.map(|_| "data that is not zero");
+        assert_eq!(found(&path).as_deref(), expected, "{byte_at:?}");
+    }
+}
+
+#[test]
+fn a_backing_of_one_sector_can_be_looked_at() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("image");
+    File::create_image(&path, 512).expect("it can be made");
+    assert_eq!(found(&path), None);
+}
