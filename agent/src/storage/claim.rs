@@ -15,6 +15,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 /// Where our readers lock.
 const READERS: ByteRange = ByteRange { offset: 0, length: 100 };
@@ -25,14 +26,17 @@ const OTHERS_MUST_NOT_WRITE: ByteRange = ByteRange { offset: 201, length: 1 };
 /// What our writers lock: all there is and will be, which the kernel calls a length of zero.
 const EVERYTHING: ByteRange = ByteRange { offset: 0, length: 0 };
 
+/// How often, and how long apart, a busy device is tried.
+const BUSY_ATTEMPTS: u32 = 5;
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
+
 /// Opens a backing and claims it. Says whether it is open for direct I/O, or who has claimed it already.
 pub(super) fn open(path: &Path, kind: Kind, access: Access) -> io::Result<Result<(OwnedFd, bool), User>> {
     let mut options = OpenOptions::new();
     options.read(true).write(access == Access::ReadWrite);
     let exclusive = if kind == Kind::BlockDevice { libc::O_EXCL } else { 0 };
-    let opened = match direct::open(path, &options, exclusive) {
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(Err(User::Exclusive)),
-        opened => opened?,
+    let Some(opened) = open_unless_busy(path, &options, exclusive)? else {
+        return Ok(Err(User::Exclusive));
     };
     let (fd, direct) = match access {
         Access::ReadWrite => opened,
@@ -43,6 +47,25 @@ pub(super) fn open(path: &Path, kind: Kind, access: Access) -> io::Result<Result
         }
     };
     Ok(if lock(&fd, kind, access)? { Ok((fd, direct)) } else { Err(User::Lock) })
+}
+
+/// Opens a file; not when it is busy and stays so for a moment. A program that another thread is just starting has
+/// our descriptors until it runs, also one that was closed here meanwhile.
+fn open_unless_busy(path: &Path, options: &OpenOptions, flags: i32) -> io::Result<Option<(OwnedFd, bool)>> {
+    for _ in 0..BUSY_ATTEMPTS {
+        match direct::open(path, options, flags) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(BUSY_PAUSE),
+            opened => return opened.map(Some),
+        }
+    }
+    Ok(None)
+}
+
+/// Ends the locks, also where a program that is just being started has a copy of the descriptor.
+pub(super) fn release(fd: &OwnedFd) {
+    // Closing the descriptor is all that is left to do when this fails.
+    let _ = set_lock(fd, libc::F_UNLCK, EVERYTHING);
+    let _ = flock(fd, FlockOperation::NonBlockingUnlock);
 }
 
 /// Locks the file; not when somebody else's lock is in the way.

@@ -74,6 +74,12 @@ impl Descriptor {
     }
 }
 
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        claim::release(&self.fd);
+    }
+}
+
 /// Why a file can't be opened or created.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {

@@ -6,6 +6,7 @@ use crate::storage::file::{Access, File, OpenError};
 use crate::storage::users::User;
 use blockmirror_protocol::ranges::ByteRange;
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use tempfile::TempDir;
@@ -85,6 +86,17 @@ fn one_writer_or_several_readers_have_an_image() {
     let readers = [(); 2].map(|()| File::open_backing(&path, Access::ReadOnly).expect("readers share"));
     assert_eq!(user(&path, Access::ReadWrite), User::Lock);
     drop(readers);
+    File::open_backing(&path, Access::ReadWrite).expect("nobody has it any more");
+}
+
+/// A program that was being started by another thread had a copy of the descriptor for a moment, and with it the lock
+/// of a file that was closed and opened again.
+#[test]
+fn a_claim_ends_with_the_file_though_a_copy_of_its_descriptor_is_left() {
+    let (_folder, path) = image(MEBIBYTE);
+    let writer = File::open_backing(&path, Access::ReadWrite).expect("nobody has it");
+    let _copy = writer.as_fd().try_clone_to_owned().expect("a descriptor can be copied");
+    drop(writer);
     File::open_backing(&path, Access::ReadWrite).expect("nobody has it any more");
 }
 

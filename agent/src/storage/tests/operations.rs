@@ -292,16 +292,16 @@ fn what_was_submitted_together_enters_the_kernel_together() {
         let Some(ring) = Ring::of_every_kind().into_iter().next() else { return };
         let place = some_image();
         for batch in [1, 64] {
-            let before = ring.entries();
+            let before = ring.batches();
             let done = Rc::new(Cell::new(0));
             for index in 0..batch {
                 let (done, data) = (Rc::clone(&done), Bytes::from(vec![1; 4096]));
                 let operation = Operation::Write { offset: index * 4096, data, durable: false };
                 ring.submit(&place.file, operation, Box::new(move |_| done.set(done.get() + 1)));
             }
-            assert_eq!(ring.entries(), before, "submitting alone does not enter the kernel");
+            assert_eq!(ring.batches(), before, "submitting alone does not enter the kernel");
             tokio::task::yield_now().await;
-            assert_eq!(ring.entries(), before + 1, "{batch} operations are one entry");
+            assert_eq!(ring.batches(), before + 1, "{batch} operations are one batch");
             drain(&*ring).await;
             assert_eq!(done.get(), batch);
         }

@@ -24,7 +24,7 @@ fn found(path: &std::path::Path) -> Option<String> {
 
 #[test]
 fn what_programs_make_is_named_with_its_label() {
-    let made: [(&[&str], &str); 9] = [
+    let made: [(&[&str], &str); 8] = [
         (&["mkfs.ext2", "-q", "-L", "two"], "an ext2 file system labelled \"two\""),
         (&["mkfs.ext3", "-q"], "an ext3 file system"),
         (&["mkfs.ext4", "-q", "-L", "root"], "an ext4 file system labelled \"root\""),
@@ -32,7 +32,6 @@ fn what_programs_make_is_named_with_its_label() {
         (&["mkfs.btrfs", "-q", "-L", "with a blank"], "a btrfs file system labelled \"with a blank\""),
         (&["mkswap", "-L", "spare"], "swap space labelled \"spare\""),
         (&["mkfs.vfat", "-n", "BOOT"], "a FAT file system labelled \"BOOT\""),
-        (&["pvcreate", "-q"], "an LVM2 physical volume"),
         (&["qemu-img", "create", "-q", "-f", "qcow2", "-o", "size=1M"], "a qcow2 image"),
     ];
     for (program, expected) in made {
@@ -71,6 +70,29 @@ fn partition_tables_are_named() {
         drop(input);
         assert!(program.wait().expect("it ends").success());
         assert_eq!(found(&path).as_deref(), Some(expected));
+    }
+}
+
+/// What needs a kernel driver to be made is put down byte by byte.
+#[test]
+fn parts_of_something_larger_are_named() {
+    let md = b"\xfc\x4e\x2b\xa9";
+    let signatures: [(u64, &[u8], &str); 8] = [
+        (0, b"LUKS\xba\xbe\x00\x02", "a LUKS encrypted volume"),
+        (512, b"LABELONE", "an LVM2 physical volume"),
+        (4096, md, "a member of an md RAID array"),
+        (SIZE_BYTES - (64 << 10), md, "a member of an md RAID array"),
+        (SIZE_BYTES - (8 << 10), md, "a member of an md RAID array"),
+        (128 << 10, b"\x0c\xb1\xba\x00\x00\x00\x00\x00", "a member of a ZFS pool"),
+        (3, b"NTFS    ", "an NTFS file system"),
+        (510, b"\x55\xaa", "data that is not zero"),
+    ];
+    for (at, magic, expected) in signatures {
+        let (_folder, path) = image();
+        let file = OpenOptions::new().write(true).open(&path).expect("it can be opened");
+        file.write_all_at(magic, at).expect("it can be written");
+        drop(file);
+        assert_eq!(found(&path).as_deref(), Some(expected), "at {at}");
     }
 }
 
