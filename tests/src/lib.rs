@@ -1,1 +1,3 @@
-//! Harness.
+//! The evidence: a harness that runs the protocol's machines in virtual time.
+
+pub mod harness;

@@ -1,0 +1,334 @@
+//! A disk that may lose, keep or tear what no sync covered.
+//!
+//! Content is a sparse map from sector (512 bytes) to a value, the number of the write that put it there; 0 stands for
+//! zeroes. Beside the newest value the disk remembers all older ones that a power loss may bring back. A disk with
+//! larger physical sectors reads, modifies and writes: what it read of the neighbours when the write began, it writes
+//! back when the write ends.
+//!
+//! The disk insists on W1: writes that share a physical sector never run at the same time.
+
+use super::random::Random;
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::units::SECTOR_BYTES;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+/// What a sector holds: the number of the write that put it there, or 0 for zeroes.
+pub type Value = u64;
+
+/// Content of a range.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Data {
+    /// Every sector holds this.
+    Fill(Value),
+    /// These sectors hold these values, all others of the range zeroes. Ascending.
+    Sparse(Vec<(u64, Value)>),
+}
+
+/// The sectors of a range.
+#[must_use]
+pub fn sectors(range: ByteRange) -> Range<u64> {
+    range.offset / SECTOR_BYTES..range.end() / SECTOR_BYTES
+}
+
+impl Data {
+    /// What a sector of the range holds.
+    #[must_use]
+    pub fn at(&self, sector: u64) -> Value {
+        match self {
+            Self::Fill(value) => *value,
+            Self::Sparse(values) => {
+                values.binary_search_by_key(&sector, |(at, _)| *at).map_or(0, |index| values[index].1)
+            }
+        }
+    }
+
+    /// The sectors of `range` that are not zero.
+    #[must_use]
+    pub fn not_zero(&self, range: ByteRange) -> Vec<(u64, Value)> {
+        match self {
+            Self::Fill(0) => Vec::new(),
+            Self::Fill(value) => sectors(range).map(|sector| (sector, *value)).collect(),
+            Self::Sparse(values) => {
+                let range = sectors(range);
+                values.iter().copied().filter(|(at, _)| range.contains(at)).collect()
+            }
+        }
+    }
+}
+
+/// Puts data into sparse content.
+pub fn put(content: &mut BTreeMap<u64, Value>, range: ByteRange, data: &Data) {
+    let old: Vec<u64> = content.range(sectors(range)).map(|(sector, _)| *sector).collect();
+    for sector in old {
+        content.remove(&sector);
+    }
+    content.extend(data.not_zero(range));
+}
+
+/// Names an operation under way.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct DiskOperation(pub u64);
+
+#[derive(Debug)]
+enum Running {
+    Write { range: ByteRange, data: Data, durable: bool },
+    Sync { until: u64 },
+    Read { range: ByteRange, before: Vec<(u64, Value)> },
+}
+
+/// How an operation ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// A write or sync, well or not.
+    Done(bool),
+    /// A read.
+    Read(Data),
+}
+
+/// What a crash does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Crash {
+    /// The agent dies: what ended stays, what was under way is done in part.
+    Process,
+    /// The host loses power: what no sync covered may also be lost, whole or in part.
+    Power,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Disk {
+    sector_bytes: u64,
+    content: BTreeMap<u64, Value>,
+    /// Of sectors that changed since the last sync: the durable value, then each later one, with when it was written.
+    versions: BTreeMap<u64, Vec<(u64, Value)>>,
+    running: BTreeMap<DiskOperation, Running>,
+    clock: u64,
+    changes: u64,
+}
+
+impl Disk {
+    /// A disk of zeroes.
+    #[must_use]
+    pub fn new(sector_bytes: u64) -> Self {
+        Self {
+            sector_bytes,
+            content: BTreeMap::new(),
+            versions: BTreeMap::new(),
+            running: BTreeMap::new(),
+            clock: 0,
+            changes: 0,
+        }
+    }
+
+    /// The physical sector in bytes.
+    #[must_use]
+    pub fn sector_bytes(&self) -> u64 {
+        self.sector_bytes
+    }
+
+    /// What reads give: the sectors that are not zero.
+    #[must_use]
+    pub fn content(&self) -> &BTreeMap<u64, Value> {
+        &self.content
+    }
+
+    /// What a read of a range gives.
+    #[must_use]
+    pub fn read(&self, range: ByteRange) -> Vec<(u64, Value)> {
+        self.content.range(sectors(range)).map(|(sector, value)| (*sector, *value)).collect()
+    }
+
+    /// Raised with each change of content.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// Whether no operation is under way.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty()
+    }
+
+    /// Whether everything is durable.
+    #[must_use]
+    pub fn is_durable(&self) -> bool {
+        self.versions.is_empty()
+    }
+
+    /// Begins a write.
+    ///
+    /// # Panics
+    /// When it shares a physical sector with a write that is under way (W1).
+    pub fn write(&mut self, id: DiskOperation, range: ByteRange, data: &Data, durable: bool) {
+        let wide = range.widened(self.sector_bytes);
+        for running in self.running.values() {
+            if let Running::Write { range: other, .. } = running {
+                assert!(!other.overlaps(wide), "W1: {range:?} is written while {other:?} is");
+            }
+        }
+        let data = if wide == range { data.clone() } else { self.modify(wide, range, data) };
+        self.running.insert(id, Running::Write { range: wide, data, durable });
+    }
+
+    /// Begins a sync.
+    pub fn sync(&mut self, id: DiskOperation) {
+        self.running.insert(id, Running::Sync { until: self.clock });
+    }
+
+    /// Begins a read. A write that runs beside it may be seen in part.
+    pub fn begin_read(&mut self, id: DiskOperation, range: ByteRange) {
+        let before = self.read(range);
+        self.running.insert(id, Running::Read { range, before });
+    }
+
+    /// Ends an operation, unless a crash ended it before. One that fails is done in part.
+    pub fn end(&mut self, id: DiskOperation, fails: bool, random: &mut Random) -> Option<Ended> {
+        Some(match self.running.remove(&id)? {
+            Running::Write { range, data, durable } => {
+                if fails {
+                    self.apply_in_part(range, &data, random);
+                } else {
+                    self.apply(range, &data, durable);
+                }
+                Ended::Done(!fails)
+            }
+            Running::Sync { until } => {
+                if !fails {
+                    self.make_durable(until);
+                }
+                Ended::Done(!fails)
+            }
+            Running::Read { range, before } => {
+                let (before, after) = (Data::Sparse(before), Data::Sparse(self.read(range)));
+                let touched: BTreeSet<u64> = [&before, &after]
+                    .into_iter()
+                    .flat_map(|data| data.not_zero(range))
+                    .map(|(at, _)| at)
+                    .collect();
+                let seen = touched.into_iter().map(|sector| {
+                    let data = if random.once_in(2) { &before } else { &after };
+                    (sector, data.at(sector))
+                });
+                Ended::Read(Data::Sparse(seen.filter(|(_, value)| *value != 0).collect()))
+            }
+        })
+    }
+
+    /// Crashes the host or its agent.
+    pub fn crash(&mut self, crash: Crash, random: &mut Random) {
+        for running in std::mem::take(&mut self.running).into_values() {
+            if let Running::Write { range, data, .. } = running {
+                self.apply_in_part(range, &data, random);
+            }
+        }
+        if crash == Crash::Process {
+            return;
+        }
+        // Some disks lose nothing, some everything, some any of it.
+        let manner = random.below(3);
+        for (sector, versions) in std::mem::take(&mut self.versions) {
+            let survivor = match manner {
+                0 => 0,
+                1 => versions.len() - 1,
+                _ => random.below(versions.len() as u64) as usize,
+            };
+            self.set(sector, versions[survivor].1);
+        }
+    }
+
+    /// Every value that a sector may turn out to hold after a power loss now, what is under way included.
+    #[must_use]
+    pub fn possible(&self, sector: u64) -> BTreeSet<Value> {
+        let mut values: BTreeSet<Value> = match self.versions.get(&sector) {
+            Some(versions) => versions.iter().map(|(_, value)| *value).collect(),
+            None => BTreeSet::from([self.content.get(&sector).copied().unwrap_or_default()]),
+        };
+        for running in self.running.values() {
+            if let Running::Write { range, data, .. } = running
+                && sectors(*range).contains(&sector)
+            {
+                values.insert(data.at(sector));
+            }
+        }
+        values
+    }
+
+    /// Sectors for which [`Disk::possible`] may give anything but zero.
+    #[must_use]
+    pub fn touched(&self) -> BTreeSet<u64> {
+        let mut touched: BTreeSet<u64> = self.content.keys().chain(self.versions.keys()).copied().collect();
+        for running in self.running.values() {
+            if let Running::Write { range, data, .. } = running {
+                touched.extend(data.not_zero(*range).into_iter().map(|(sector, _)| sector));
+            }
+        }
+        touched
+    }
+
+    fn modify(&self, wide: ByteRange, range: ByteRange, data: &Data) -> Data {
+        let mut values: BTreeMap<u64, Value> = self.read(wide).into_iter().collect();
+        put(&mut values, range, data);
+        Data::Sparse(values.into_iter().collect())
+    }
+
+    fn apply(&mut self, range: ByteRange, data: &Data, durable: bool) {
+        self.clock += 1;
+        for sector in self.affected(range, data) {
+            self.store(sector, data.at(sector), durable);
+        }
+    }
+
+    fn apply_in_part(&mut self, range: ByteRange, data: &Data, random: &mut Random) {
+        self.clock += 1;
+        let (begin, length) = (range.offset / SECTOR_BYTES, range.length / SECTOR_BYTES);
+        let manner = random.below(4);
+        let cut = begin + random.below(length + 1);
+        for sector in self.affected(range, data) {
+            let done = match manner {
+                0 => false,
+                1 => sector < cut,
+                2 => random.once_in(2),
+                _ => true,
+            };
+            if done {
+                self.store(sector, data.at(sector), false);
+            }
+        }
+    }
+
+    /// The sectors of a range that hold anything, or will.
+    fn affected(&self, range: ByteRange, data: &Data) -> BTreeSet<u64> {
+        let held = self.content.range(sectors(range)).map(|(sector, _)| *sector);
+        let older = self.versions.range(sectors(range)).map(|(sector, _)| *sector);
+        held.chain(older).chain(data.not_zero(range).into_iter().map(|(sector, _)| sector)).collect()
+    }
+
+    fn store(&mut self, sector: u64, value: Value, durable: bool) {
+        let old = self.content.get(&sector).copied().unwrap_or_default();
+        if durable {
+            self.versions.remove(&sector);
+        } else if old != value {
+            self.versions.entry(sector).or_insert_with(|| vec![(0, old)]).push((self.clock, value));
+        }
+        self.set(sector, value);
+    }
+
+    fn set(&mut self, sector: u64, value: Value) {
+        self.changes += 1;
+        if value == 0 {
+            self.content.remove(&sector);
+        } else {
+            self.content.insert(sector, value);
+        }
+    }
+
+    fn make_durable(&mut self, until: u64) {
+        self.versions.retain(|_, versions| {
+            let newest = versions.iter().rposition(|(written, _)| *written <= until).unwrap_or(0);
+            versions.drain(..newest);
+            versions.len() > 1
+        });
+    }
+}

@@ -1,0 +1,85 @@
+//! What a seed decides before anything happens.
+
+use super::random::Random;
+use blockmirror_protocol::units::BlockSize;
+use std::time::Duration;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The volume's size in bytes.
+    pub size_bytes: u64,
+    /// The tracking block.
+    pub block_size: BlockSize,
+    /// The primary's physical sector, then each replica's.
+    pub sector_bytes: Vec<u64>,
+    /// How much of live frames the hosts agree on.
+    pub window_bytes: u64,
+    /// How long a disk takes at most, by host.
+    pub disk_delay: Vec<Duration>,
+    /// How long a packet takes at most.
+    pub link_delay: Duration,
+    /// One disk operation in so many fails; 0 for none.
+    pub disk_failures: u64,
+    /// How many requests an application has under way.
+    pub concurrency: usize,
+    /// How long the application waits between requests at most.
+    pub think_time: Duration,
+    /// The longest write, in bytes.
+    pub write_bytes: u64,
+    /// Places that most requests go to, in bytes.
+    pub hot_spots: Vec<u64>,
+    /// One request in so many is zeroes, a flush, durable.
+    pub zeroes: u64,
+    /// See `zeroes`.
+    pub flushes: u64,
+    /// See `zeroes`.
+    pub durable_writes: u64,
+    /// How long mishaps and requests go on.
+    pub duration: Duration,
+    /// How long until the next mishap at most; none for no mishaps at all.
+    pub mishaps: Option<Duration>,
+}
+
+impl Settings {
+    /// What this seed decides.
+    #[must_use]
+    pub fn random(random: &mut Random, seconds: u64) -> Self {
+        let size_bytes = match random.below(16) {
+            0..=7 => (256 << 10) + 512 * random.below(3584),
+            8..=11 => (8 << 20) + 4096 * random.below(4096),
+            12..=14 => (64 << 20) + 512 * random.below(131_072),
+            _ => 6 << 30,
+        };
+        let hosts = 2 + random.below(3) as usize;
+        let milliseconds = [1, 5, 20, 100].map(Duration::from_millis);
+        let hot_spots = (0..1 + random.below(12)).map(|_| random.below(size_bytes / 512) * 512).collect();
+        Self {
+            size_bytes,
+            block_size: BlockSize::new(if size_bytes < 1 << 30 {
+                random.pick(&[4096, 65536])
+            } else {
+                65536
+            })
+            .expect("both are block sizes"),
+            sector_bytes: (0..hosts).map(|_| random.pick(&[512, 4096])).collect(),
+            window_bytes: random.pick(&[64 << 10, 256 << 10, 1 << 20, 16 << 20]),
+            disk_delay: (0..hosts).map(|_| random.pick(&milliseconds)).collect(),
+            link_delay: random.pick(&milliseconds),
+            disk_failures: random.pick(&[0, 0, 0, 1000]),
+            concurrency: 1 + random.below(16) as usize,
+            think_time: random.pick(&[
+                Duration::from_millis(4),
+                Duration::from_millis(40),
+                Duration::from_millis(400),
+            ]),
+            write_bytes: random.pick(&[2048, 8192, 100 << 10]),
+            hot_spots,
+            zeroes: random.pick(&[0, 8, 40]),
+            flushes: random.pick(&[3, 10, 200]),
+            durable_writes: random.pick(&[4, 30, 0]),
+            duration: Duration::from_secs(seconds),
+            mishaps: random.pick(&[Some(500), Some(3000), Some(3000), None]).map(Duration::from_millis),
+        }
+    }
+}
