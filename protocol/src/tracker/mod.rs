@@ -138,7 +138,8 @@ pub struct Tracker {
     lineage: Vec<GenerationId>,
     order: Order<Admitted>,
     activity: ActiveSet,
-    /// Records may be written once the maps durably hold what the log of before the restart said.
+    /// Records may be written once the maps durably hold what the log of before the restart said, and the backing
+    /// what was written before it.
     log_is_free: bool,
     log_failed: bool,
     requests: HashMap<RequestId, Request>,
@@ -197,6 +198,8 @@ struct OpenEpoch {
 #[derive(Debug, Default)]
 struct Local {
     durable: Sequence,
+    /// Whether a sync has covered what was written before the volume was opened.
+    opened: bool,
     /// What the running sync covers, and the flushes that it answers.
     running: Option<(Sequence, Vec<RequestId>)>,
     wanted: bool,
@@ -254,7 +257,10 @@ impl Tracker {
             }
             session.write_map();
         }
-        tracker.free_log();
+        // What an earlier run of the agent wrote and answered may still be in the disk's cache: a flush must cover it
+        // (W4), and the log must remember it until it is durable (D1).
+        tracker.local.running = Some((Sequence(0), Vec::new()));
+        tracker.actions.push_back(Action::SyncLocal);
         tracker.collect();
         tracker
     }
@@ -333,6 +339,8 @@ impl Tracker {
         let (covers, flushes) = self.local.running.take().expect("a sync ends once");
         if synced && !self.local.failed {
             self.local.durable = covers;
+            self.local.opened = true;
+            self.free_log();
             for flush in flushes {
                 self.answer(flush, Ok(()));
             }
@@ -671,10 +679,10 @@ impl Tracker {
         }
     }
 
-    /// The log may be overwritten once every map durably holds what it said.
+    /// The log may be overwritten once every map durably holds what it said, and the backing what was written then.
     fn free_log(&mut self) {
         if !self.log_is_free {
-            self.log_is_free = self.sessions.values().all(Session::is_written);
+            self.log_is_free = self.local.opened && self.sessions.values().all(Session::is_written);
             self.write_maps();
         }
     }
