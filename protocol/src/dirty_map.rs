@@ -137,8 +137,9 @@ impl DirtyMap {
         self.dirty_in_pages = 0;
     }
 
-    /// Makes blocks dirty.
-    pub fn mark(&mut self, blocks: Range<u64>) {
+    /// Makes blocks dirty. Says whether any of them was clean.
+    pub fn mark(&mut self, blocks: Range<u64>) -> bool {
+        let before = self.dirty_in_pages;
         for (page, part) in parts(blocks.start..blocks.end.min(self.full_from_block())) {
             let entry = self.pages.entry(page).or_insert_with(MapPage::clean);
             let added = entry.set(part);
@@ -147,6 +148,7 @@ impl DirtyMap {
                 self.changed.insert(page);
             }
         }
+        self.dirty_in_pages > before
     }
 
     /// Makes blocks clean: the caller has a durable acknowledgement of newer content (D2).

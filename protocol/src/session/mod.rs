@@ -568,8 +568,10 @@ impl Session {
     }
 
     fn mark(&mut self, blocks: std::ops::Range<u64>, sequence: Sequence) {
-        self.map.mark(blocks);
-        self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));
+        // A block that is dirty already is in the file, or an earlier mark waits to be.
+        if self.map.mark(blocks) {
+            self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));
+        }
     }
 }
 
