@@ -484,8 +484,9 @@ impl Tracker {
     #[must_use]
     pub fn is_closed(&self) -> bool {
         let is_idle = self.requests.is_empty() && self.local.running.is_none() && self.under_way.is_empty();
+        let is_durable = self.local.opened && self.local.durable == self.last;
         let is_saved = self.sessions.values().all(Session::is_saved) && self.activity.is_recorded();
-        self.closing && is_idle && (is_saved || self.local.failed)
+        self.closing && is_idle && (is_durable && is_saved || self.local.failed)
     }
 
     /// The numbers of each replica, for status.
@@ -691,11 +692,13 @@ impl Tracker {
         if !self.local.wanted || self.local.running.is_some() || self.local.failed {
             return;
         }
-        self.local.wanted = false;
         let complete = self.under_way.keys().next().map_or(self.last, |first| Sequence(first.0 - 1));
         if self.local.flushes.is_empty() && complete == self.local.durable {
+            // Where writes are under way, the sync is wanted when they have ended.
+            self.local.wanted = complete < self.last;
             return;
         }
+        self.local.wanted = false;
         self.local.running = Some((complete, std::mem::take(&mut self.local.flushes)));
         self.actions.push_back(Action::SyncLocal);
     }
@@ -729,6 +732,7 @@ impl Tracker {
 
     /// Whatever can go on goes on.
     fn drive(&mut self, now: Time) {
+        self.local.wanted |= self.closing && self.local.durable < self.last;
         self.start_sync();
         if !self.failed_replies.is_empty() && self.sessions.values().all(Session::is_written) {
             for id in std::mem::take(&mut self.failed_replies) {
