@@ -435,7 +435,9 @@ impl Replica {
 
     fn unlink(&mut self) {
         let Some(link) = self.link.take() else { return };
-        self.actions.extend(link.queue.into_iter().map(|(frame, _)| Action::Drop(frame)));
+        // The ends of epochs were dropped on arrival.
+        let held = link.queue.into_iter().filter(|(_, body)| !matches!(body, Body::EpochEnd { .. }));
+        self.actions.extend(held.map(|(frame, _)| Action::Drop(frame)));
         for frame in self.order.drop_waiting() {
             self.items.remove(&frame);
             self.actions.push_back(Action::Drop(frame));
