@@ -749,8 +749,8 @@ impl Tracker {
         }
         if self.closing {
             self.activity.let_idle_go(u64::MAX, self.safe());
-            self.write_log(true);
         }
+        self.write_log(self.closing);
         self.collect();
     }
 
