@@ -234,7 +234,7 @@ impl World {
             .collect();
         for (which, in_sync) in in_sync.into_iter().enumerate() {
             let changes = self.primary.disk.changes() + self.replicas[which].disk.changes();
-            if in_sync && self.links[which].compared_at != changes {
+            if in_sync && self.links[which].is_up && self.links[which].compared_at != changes {
                 self.links[which].compared_at = changes;
                 self.check_equal(which);
             }

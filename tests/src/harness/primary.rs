@@ -415,8 +415,10 @@ impl World {
         let (range, data) = self.primary.copies.remove(&(which, read)).expect("the read has ended");
         let Some(header) = header else { return };
         assert_eq!(header.body.range(), range, "a copy is of what was read");
-        self.replicas[which].copied_bytes += range.length;
-        self.check_copied(which);
+        if self.links[which].is_up {
+            self.replicas[which].copied_bytes += range.length;
+            self.check_copied(which);
+        }
         self.send_frame(which, Channel::Bulk, header, data);
     }
 

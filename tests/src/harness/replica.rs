@@ -3,7 +3,7 @@
 use super::disk::{Crash, Data, Disk, DiskOperation, Ended};
 use super::files::{FileOperation, Files, Step};
 use super::link::{Channel, Packet};
-use super::model::{Image, SentFrame};
+use super::model::{EpochKey, Image, SentFrame};
 use super::primary::{VOLUME, digest, peer_of};
 use super::settings::Settings;
 use super::world::{Event, World};
@@ -55,6 +55,7 @@ pub struct ReplicaHost {
     pending: Option<(Position, Image)>,
     sent: Vec<SentFrame>,
     session: SessionNumber,
+    last_durable: EpochKey,
     last_sent: Option<Sequence>,
     skips_are_announced: bool,
     superblock: Superblock,
@@ -99,6 +100,7 @@ impl ReplicaHost {
             pending: None,
             sent: Vec::new(),
             session: SessionNumber(0),
+            last_durable: (0, 0),
             last_sent: None,
             skips_are_announced: true,
             superblock,
@@ -164,8 +166,10 @@ impl ReplicaHost {
 
     /// The primary sends a commit.
     pub fn commit_is_sent(&mut self, position: Position, image: impl FnOnce(Vec<SentFrame>) -> Image) {
-        let later = self.sent.iter().filter(|((_, epoch), ..)| *epoch > position.epoch.0);
-        self.pending = Some((position, image(later.cloned().collect())));
+        self.sent.retain(|((_, epoch), ..)| *epoch > position.epoch.0);
+        let mut image = image(self.sent.clone());
+        image.durable(self.last_durable);
+        self.pending = Some((position, image));
         self.last_sent = None;
         self.skips_are_announced = false;
     }
@@ -173,7 +177,7 @@ impl ReplicaHost {
     fn durable(&mut self, session: SessionNumber, epoch: Epoch) {
         let images = self.image.iter_mut().chain(self.pending.iter_mut().map(|(_, image)| image));
         images.for_each(|image| image.durable((session.0, epoch.0)));
-        self.sent.retain(|((_, sent), ..)| *sent > epoch.0);
+        self.last_durable = (session.0, epoch.0);
     }
 
     fn state_is_durable(&mut self, change: &StateChange) {
