@@ -146,7 +146,7 @@ impl Session {
             window_limit_bytes: welcome.window_bytes.min(self.window_limit_bytes),
             window: Window::default(),
             spilled: false,
-            resync: Resync::new(self.block_size, self.size_bytes, now),
+            resync: Resync::new(self.block_size, self.size_bytes, self.next_read, now),
             phase,
             verify: None,
             durable: Epoch(0),

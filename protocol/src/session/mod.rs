@@ -152,6 +152,8 @@ pub struct Session {
     map_written_at: Time,
     map_failed: bool,
     state: State,
+    /// What the next link's first read will be named.
+    next_read: CopyRead,
     since: Time,
     actions: VecDeque<Action>,
 }
@@ -229,6 +231,7 @@ impl Session {
             map_written_at: Time::default(),
             map_failed: false,
             state: State::Away,
+            next_read: CopyRead(0),
             since: Time::default(),
             actions: VecDeque::new(),
         }
@@ -335,9 +338,11 @@ impl Session {
         self.actions.push_back(Action::SendFrame { header, request: None });
     }
 
-    /// The read of a copy has ended.
+    /// The read of a copy has ended. What was read for a link that was lost meanwhile is dropped.
     pub fn handle_copy_read(&mut self, read: CopyRead, content: CopyContent, now: Time) {
-        let State::Linked(link) = &mut self.state else { return };
+        let State::Linked(link) = &mut self.state else {
+            return self.actions.push_back(Action::SendCopy { read, header: None });
+        };
         let header = link.resync.read_ended(read, content, now).map(|(number, range)| FrameHeader {
             session: link.session,
             stream: link.stream,
@@ -388,8 +393,9 @@ impl Session {
     pub fn handle_disconnected(&mut self, now: Time) {
         let state = std::mem::replace(&mut self.state, State::Away);
         self.since = now;
-        self.actions.retain(|action| matches!(action, Action::WriteMap(_)));
+        self.actions.retain(|action| matches!(action, Action::WriteMap(_) | Action::SendCopy { header: None, .. }));
         let State::Linked(link) = state else { return };
+        self.next_read = link.resync.next_read();
         if let Some((oldest, _)) = link.window.oldest() {
             for range in link.window.ranges() {
                 self.mark(range.blocks(self.block_size), oldest);

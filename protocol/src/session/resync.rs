@@ -28,7 +28,7 @@ const READ_RETRY: Duration = Duration::from_secs(5);
 /// How long a stretch the rate is measured over.
 const RATE_WINDOW: Duration = Duration::from_secs(2);
 
-/// Names a read of a copy, local to a session's life.
+/// Names a read of a copy. Never used twice for one replica, so that a read of a lost link is not taken for a new one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct CopyRead(pub u64);
 
@@ -65,7 +65,7 @@ pub(super) struct Resync {
     /// In the order of their numbers; the first has number `first_number`.
     sent: VecDeque<Copy>,
     first_number: u64,
-    next_id: u64,
+    next_read: CopyRead,
     /// Blocks of copies under way, start to end; disjoint.
     under_way: BTreeMap<u64, u64>,
     under_way_bytes: u64,
@@ -81,7 +81,7 @@ struct Copy {
 }
 
 impl Resync {
-    pub(super) fn new(block_size: BlockSize, size_bytes: u64, now: Time) -> Self {
+    pub(super) fn new(block_size: BlockSize, size_bytes: u64, first_read: CopyRead, now: Time) -> Self {
         Self {
             block_size,
             size_bytes,
@@ -89,7 +89,7 @@ impl Resync {
             reading: BTreeMap::new(),
             sent: VecDeque::new(),
             first_number: 1,
-            next_id: 0,
+            next_read: first_read,
             under_way: BTreeMap::new(),
             under_way_bytes: 0,
             blocked_until: None,
@@ -124,8 +124,8 @@ impl Resync {
         self.under_way.insert(blocks.start, blocks.end);
         let range = ByteRange::of_blocks(blocks.clone(), self.block_size, self.size_bytes);
         self.under_way_bytes += range.length;
-        let id = CopyRead(self.next_id);
-        self.next_id += 1;
+        let id = self.next_read;
+        self.next_read = CopyRead(id.0 + 1);
         self.reading.insert(id, Copy { blocks, rewritten: Vec::new() });
         Some((id, range))
     }
@@ -165,14 +165,19 @@ impl Resync {
         }
     }
 
-    /// The read of a copy has ended. Gives the number and range to send, unless the read failed.
+    /// What the next read will be named.
+    pub(super) fn next_read(&self) -> CopyRead {
+        self.next_read
+    }
+
+    /// The read of a copy has ended. Gives the number and range to send, unless the read failed or was a lost link's.
     pub(super) fn read_ended(
         &mut self,
         id: CopyRead,
         content: CopyContent,
         now: Time,
     ) -> Option<(u64, ByteRange)> {
-        let copy = self.reading.remove(&id).expect("a read ends once");
+        let copy = self.reading.remove(&id)?;
         let range = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
         if content == CopyContent::Failed {
             self.forget(&copy);
