@@ -152,8 +152,10 @@ struct Link {
     stream: Stream,
     generation: GenerationId,
     received: Sequence,
-    /// The epoch that arriving frames belong to, once one has arrived.
+    /// The epoch that arriving frames belong to, until its end.
     open: Option<Epoch>,
+    /// The last epoch that has ended.
+    closed: Epoch,
     /// The epoch whose frames are all being written or written already.
     ended: Option<(Epoch, Sequence)>,
     /// Frames of later epochs, and what came after them.
@@ -459,6 +461,7 @@ impl Replica {
             generation: hello.lineage.first().copied().unwrap_or_default(),
             received: Sequence(0),
             open: None,
+            closed: Epoch(0),
             ended: None,
             queue: VecDeque::new(),
             live_under_way: 0,
@@ -515,7 +518,7 @@ impl Replica {
                 if !link.is_open(epoch) {
                     return Err(PrimaryMisbehaved("an epoch ended that was not open"));
                 }
-                link.open = Some(epoch.next());
+                (link.open, link.closed) = (None, epoch);
                 link.queue.push_back((frame, header.body));
                 Ok(false)
             }
@@ -648,9 +651,10 @@ impl Replica {
 }
 
 impl Link {
-    /// Whether a frame of this epoch may come now: epochs come one after the other, each up to its end.
+    /// Whether a frame of this epoch may come now: epochs come one after the other, each up to its end. One in which
+    /// nothing was streamed to this replica may be left out.
     fn is_open(&mut self, epoch: Epoch) -> bool {
-        *self.open.get_or_insert(epoch) == epoch
+        epoch > self.closed && *self.open.get_or_insert(epoch) == epoch
     }
 
     /// A frame of this session was written.

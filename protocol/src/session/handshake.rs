@@ -145,6 +145,7 @@ impl Session {
             stream: greeting.stream,
             window_limit_bytes: welcome.window_bytes.min(self.window_limit_bytes),
             window: Window::default(),
+            streamed: None,
             spilled: false,
             resync: Resync::new(self.block_size, self.size_bytes, self.next_read, now),
             phase,

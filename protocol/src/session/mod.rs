@@ -171,6 +171,8 @@ struct Link {
     stream: Stream,
     window_limit_bytes: u64,
     window: Window,
+    /// The last write of the open epoch that was streamed.
+    streamed: Option<Sequence>,
     /// While draining: the window's blocks are in the map too, so nothing depends on the replica's answer.
     spilled: bool,
     resync: Resync,
@@ -324,12 +326,23 @@ impl Session {
         self.mark(blocks, sequence);
     }
 
-    /// An epoch was closed (W3).
+    /// An epoch was closed (W3). The replica hears of it if it has frames of it, so that ends of epochs are as bounded
+    /// as frames are, and that it claims no position that it doesn't have.
     pub(crate) fn handle_epoch_end(&mut self, epoch: Epoch, sequence: Sequence) {
         let State::Linked(link) = &mut self.state else { return };
-        if let Phase::Committing { closed: closed @ None, .. } = &mut link.phase {
-            *closed = Some((epoch, sequence));
-        }
+        let streamed = link.streamed.take();
+        let sequence = match &mut link.phase {
+            Phase::Committing { closed: closed @ None, .. } => {
+                *closed = Some((epoch, sequence));
+                sequence
+            }
+            phase if phase.streams() && streamed.is_some() => sequence,
+            // What was left out since the stream broke off is not the replica's.
+            _ => match streamed {
+                Some(last) => last,
+                None => return,
+            },
+        };
         let header = FrameHeader {
             session: link.session,
             stream: link.stream,
@@ -568,6 +581,7 @@ impl Session {
             None => (Body::Write { range, epoch, sequence }, range.length),
         };
         link.window.push(sequence, epoch, range, payload_bytes, now);
+        link.streamed = Some(sequence);
         let header = FrameHeader { session: link.session, stream: link.stream, body };
         self.actions
             .push_back(Action::SendFrame { header, request: write.zero.is_none().then_some(write.request) });

@@ -91,11 +91,11 @@ pub enum Body {
         /// Whether the space may be given back.
         may_unmap: bool,
     },
-    /// All live frames of an epoch have been sent (W3).
+    /// All live frames of an epoch have been sent (W3). Not sent for an epoch without frames, but before a commit.
     EpochEnd {
         /// The epoch that ends.
         epoch: Epoch,
-        /// The volume's last write in it or before it.
+        /// The last write in it or before it, as far as the replica was sent them.
         sequence: Sequence,
     },
     /// Content of dirty blocks; the payload is as long as the range.
