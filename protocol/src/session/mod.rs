@@ -211,6 +211,13 @@ pub(crate) struct LiveWrite {
     pub zero: Option<bool>,
 }
 
+impl LiveWrite {
+    /// How much payload a frame for this part of the write has.
+    fn payload_bytes(&self, part: ByteRange) -> u64 {
+        if self.zero.is_some() { 0 } else { part.length }
+    }
+}
+
 impl Session {
     /// A replica that is not connected, with its map as recovered or [`DirtyMap::full`].
     #[must_use]
@@ -285,32 +292,33 @@ impl Session {
     /// A write was sequenced and is about to begin here: stream it or mark it (R1, W7).
     pub(crate) fn handle_write(&mut self, write: LiveWrite, now: Time) {
         let blocks = write.range.blocks(self.block_size);
-        let payload_bytes = if write.zero.is_some() { 0 } else { write.range.length };
         let State::Linked(link) = &mut self.state else {
             return self.mark(blocks, write.sequence);
         };
-        if link.phase.streams() && !link.window.has_room(payload_bytes, link.window_limit_bytes) {
-            link.phase = Phase::Draining;
-        }
         if !link.phase.streams() {
             link.resync.rewritten(&blocks);
             return self.mark(blocks, write.sequence);
         }
-        if self.map.is_clean() {
-            return self.stream(write, write.range, now);
+        let parts: Vec<_> = self.map.split(blocks.clone()).collect();
+        let clean: Vec<ByteRange> = parts
+            .iter()
+            .filter(|(dirty, _)| !dirty)
+            .map(|(_, part)| ByteRange::of_blocks(part.clone(), self.block_size, self.size_bytes))
+            .map(|bytes| bytes.intersection(write.range).expect("the part is the write's"))
+            .collect();
+        let payload_bytes = clean.iter().map(|range| write.payload_bytes(*range));
+        if !link.window.has_room(payload_bytes, link.window_limit_bytes) {
+            link.phase = Phase::Draining;
+            link.resync.rewritten(&blocks);
+            return self.mark(blocks, write.sequence);
         }
-        for (dirty, part) in self.map.split(blocks).collect::<Vec<_>>() {
-            if dirty {
-                let State::Linked(link) = &mut self.state else {
-                    unreachable!("the state was matched above")
-                };
-                link.resync.rewritten(&part);
-                self.mark(part, write.sequence);
-            } else {
-                let bytes = ByteRange::of_blocks(part, self.block_size, self.size_bytes);
-                let range = bytes.intersection(write.range).expect("the part is the write's");
-                self.stream(write, range, now);
-            }
+        for (_, part) in parts.into_iter().filter(|(dirty, _)| *dirty) {
+            let State::Linked(link) = &mut self.state else { unreachable!("the state was matched above") };
+            link.resync.rewritten(&part);
+            self.mark(part, write.sequence);
+        }
+        for range in clean {
+            self.stream(write, range, now);
         }
     }
 
@@ -576,11 +584,11 @@ impl Session {
     fn stream(&mut self, write: LiveWrite, range: ByteRange, now: Time) {
         let State::Linked(link) = &mut self.state else { unreachable!("only a linked session streams") };
         let LiveWrite { epoch, sequence, .. } = write;
-        let (body, payload_bytes) = match write.zero {
-            Some(may_unmap) => (Body::Zero { range, epoch, sequence, may_unmap }, 0),
-            None => (Body::Write { range, epoch, sequence }, range.length),
+        let body = match write.zero {
+            Some(may_unmap) => Body::Zero { range, epoch, sequence, may_unmap },
+            None => Body::Write { range, epoch, sequence },
         };
-        link.window.push(sequence, epoch, range, payload_bytes, now);
+        link.window.push(sequence, epoch, range, write.payload_bytes(range), now);
         link.streamed = Some(sequence);
         let header = FrameHeader { session: link.session, stream: link.stream, body };
         self.actions

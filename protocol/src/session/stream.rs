@@ -27,9 +27,10 @@ struct WindowFrame {
 pub(crate) const FRAME_COST_BYTES: u64 = 128;
 
 impl Window {
-    /// Whether a frame with so much payload fits into `limit_bytes`.
-    pub(super) fn has_room(&self, payload_bytes: u64, limit_bytes: u64) -> bool {
-        self.cost_bytes + payload_bytes + FRAME_COST_BYTES <= limit_bytes
+    /// Whether frames with so much payload each fit into `limit_bytes`; none always do.
+    pub(super) fn has_room(&self, payload_bytes: impl Iterator<Item = u64>, limit_bytes: u64) -> bool {
+        let cost_bytes: u64 = payload_bytes.map(|bytes| bytes + FRAME_COST_BYTES).sum();
+        cost_bytes == 0 || self.cost_bytes + cost_bytes <= limit_bytes
     }
 
     pub(super) fn push(
