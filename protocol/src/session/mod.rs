@@ -256,7 +256,7 @@ impl Session {
     pub fn poll_timeout(&self) -> Option<Time> {
         let map = (self.map.has_changes() && !self.writing_map).then(|| self.map_written_at.after(MAP_TIME));
         let resync = match &self.state {
-            State::Linked(link) => link.resync.timeout(),
+            State::Linked(link) if link.phase == Phase::Resyncing => link.resync.timeout(),
             _ => None,
         };
         map.into_iter().chain(resync).min()

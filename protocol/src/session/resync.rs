@@ -111,13 +111,13 @@ impl Resync {
     {
         let budget = if application_waits { BUSY_BYTES } else { IDLE_BYTES };
         let count = self.reading.len() + self.sent.len();
-        if self.under_way_bytes >= budget
-            || count >= COPIES
-            || self.blocked_until.is_some_and(|until| now < until)
-        {
+        if self.blocked_until.is_some_and(|until| now < until) {
             return None;
         }
         self.blocked_until = None;
+        if self.under_way_bytes >= budget || count >= COPIES {
+            return None;
+        }
         let blocks =
             self.find(map, order, self.cursor, u64::MAX).or_else(|| self.find(map, order, 0, self.cursor))?;
         self.cursor = blocks.end;
