@@ -154,6 +154,8 @@ pub struct Session {
     state: State,
     /// What the next link's first read will be named.
     next_read: CopyRead,
+    /// The number of the next compare's first step.
+    next_step: u64,
     since: Time,
     actions: VecDeque<Action>,
 }
@@ -241,6 +243,7 @@ impl Session {
             map_failed: false,
             state: State::Away,
             next_read: CopyRead(0),
+            next_step: 0,
             since: Time::default(),
             actions: VecDeque::new(),
         }
@@ -481,7 +484,7 @@ impl Session {
                 }
                 Ok(())
             }
-            Message::Digest(digest) if session_of(&link.verify, link.session, digest.session) => {
+            Message::Digest(digest) if digest.session == link.session => {
                 self.handle_peer_digest(digest.number, digest.digest);
                 Ok(())
             }
@@ -601,8 +604,4 @@ impl Session {
             self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));
         }
     }
-}
-
-fn session_of(verify: &Option<Verify>, ours: SessionNumber, theirs: SessionNumber) -> bool {
-    verify.is_some() && ours == theirs
 }

@@ -1,11 +1,12 @@
 //! Comparing the volume with one replica while both are in use.
 //!
-//! The volume is compared extent by extent. For each, writes to it are held here for as long as one local read takes,
-//! and a digest request is put into the live stream: the replica reads the extent after every frame before the
-//! request and before every frame after it. So both digests are of the same position, and a difference is one: there
-//! are no false alarms. An extent that differs is marked dirty at once (D1) and copied again.
+//! The volume is compared extent by extent. A hold takes its place among the writes here, and a digest request the
+//! same place in the live stream: here the extent is read after every write that was sequenced before, and before
+//! every later one, and the replica does the same with its frames. So both digests are of the same position, and a
+//! difference is one: there are no false alarms. While the replica is not in sync no step begins. An extent that
+//! differs is marked dirty at once (D1) and copied again.
 
-use super::{Action, Link, Phase, Session, State};
+use super::{Action, Phase, Session, State};
 use crate::ranges::ByteRange;
 use crate::units::{EXTENT_BYTES, Sequence};
 use crate::wire::{Body, FrameHeader};
@@ -30,6 +31,9 @@ pub struct CompareResult {
 #[derive(Debug)]
 pub(super) struct Verify {
     size_bytes: u64,
+    /// The number of the first extent's step: steps of different compares have different numbers.
+    first: u64,
+    /// How many extents were begun with.
     next: u64,
     steps: BTreeMap<u64, Step>,
     digests: BTreeMap<u64, ([u8; 32], [u8; 32])>,
@@ -38,14 +42,14 @@ pub(super) struct Verify {
 
 #[derive(Debug, Default)]
 struct Step {
-    held: bool,
     local: Option<[u8; 32]>,
     remote: Option<[u8; 32]>,
 }
 
 impl Verify {
     fn range(&self, number: u64) -> ByteRange {
-        ByteRange::between(number * EXTENT_BYTES, ((number + 1) * EXTENT_BYTES).min(self.size_bytes))
+        let index = number - self.first;
+        ByteRange::between(index * EXTENT_BYTES, ((index + 1) * EXTENT_BYTES).min(self.size_bytes))
     }
 
     pub(super) fn progress(&self) -> (u64, u64) {
@@ -57,42 +61,46 @@ impl Session {
     /// Begins a compare. Says whether it did: not unless the replica is in sync and no other compare runs.
     #[must_use]
     pub(crate) fn begin_compare(&mut self, last: Sequence) -> bool {
-        let size_bytes = self.size_bytes;
+        let (size_bytes, first) = (self.size_bytes, self.next_step);
         let State::Linked(link) = &mut self.state else { return false };
         if link.phase != Phase::InSync || link.verify.is_some() {
             return false;
         }
         link.verify = Some(Verify {
             size_bytes,
+            first,
             next: 0,
             steps: BTreeMap::new(),
             digests: BTreeMap::new(),
             began: last,
         });
+        self.next_step += size_bytes.div_ceil(EXTENT_BYTES);
         true
     }
 
-    /// The tracker holds the range of a step: ask the replica, and let the shell read here.
-    pub(crate) fn handle_held(&mut self, number: u64) -> Option<ByteRange> {
-        let State::Linked(link) = &mut self.state else { return None };
-        let Link { session, stream, verify: Some(verify), .. } = &mut **link else { return None };
-        verify.steps.get_mut(&number)?.held = true;
-        let range = verify.range(number);
-        let header = FrameHeader { session: *session, stream: *stream, body: Body::Digest { range, number } };
+    /// The hold of a step has its place among the writes: the request has the same one in the stream.
+    pub(crate) fn handle_hold(&mut self, number: u64, range: ByteRange) {
+        let State::Linked(link) = &mut self.state else { return };
+        let header =
+            FrameHeader { session: link.session, stream: link.stream, body: Body::Digest { range, number } };
         self.actions.push_back(Action::SendFrame { header, request: None });
-        Some(range)
     }
 
-    /// The digest of a held range here. One that an earlier compare asked for is not taken.
+    /// Whether a step that the tracker holds now still waits for its digest.
+    pub(crate) fn wants_digest(&mut self, number: u64) -> bool {
+        self.step(number).is_some()
+    }
+
+    /// The digest of a held range here.
     pub(crate) fn handle_local_digest(&mut self, number: u64, digest: [u8; 32]) {
-        if let Some(step) = self.step(number).filter(|step| step.held) {
+        if let Some(step) = self.step(number) {
             step.local = Some(digest);
             self.settle(number);
         }
     }
 
     pub(super) fn handle_peer_digest(&mut self, number: u64, digest: [u8; 32]) {
-        if let Some(step) = self.step(number).filter(|step| step.held) {
+        if let Some(step) = self.step(number) {
             step.remote = Some(digest);
             self.settle(number);
         }
@@ -134,9 +142,9 @@ impl Session {
 
     pub(super) fn drive_compare(&mut self) {
         let State::Linked(link) = &mut self.state else { return };
-        let Some(verify) = &mut link.verify else { return };
+        let Some(verify) = link.verify.as_mut().filter(|_| link.phase == Phase::InSync) else { return };
         while verify.steps.len() < STEPS && verify.next * EXTENT_BYTES < verify.size_bytes {
-            let number = verify.next;
+            let number = verify.first + verify.next;
             verify.next += 1;
             verify.steps.insert(number, Step::default());
             let range = verify.range(number);

@@ -610,8 +610,8 @@ impl Tracker {
                 }
                 Admitted::Hold(hold) => {
                     let (peer, number, range) = self.holds[&hold];
-                    let held = self.sessions.get_mut(&peer).and_then(|session| session.handle_held(number));
-                    if held.is_some() {
+                    let wanted = self.sessions.get_mut(&peer).is_some_and(|session| session.wants_digest(number));
+                    if wanted {
                         self.actions.push_back(Action::ReadDigest { hold, range });
                     } else {
                         self.holds.remove(&hold);
@@ -765,14 +765,19 @@ impl Tracker {
                 }
             }
         }
+        if wanted.is_empty() {
+            return;
+        }
         for (peer, number, range) in wanted {
             let hold = self.next_hold;
             self.next_hold += 1;
             self.holds.insert(hold, (peer, number, range));
+            let session = self.sessions.get_mut(&peer).expect("it asked for the hold");
+            session.handle_hold(number, range);
             if self.order.admit(Admitted::Hold(hold), range) {
                 self.run(vec![Admitted::Hold(hold)]);
-                self.collect();
             }
         }
+        self.collect();
     }
 }

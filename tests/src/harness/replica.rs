@@ -354,7 +354,11 @@ impl World {
                 if let Message::Acknowledgement(acknowledgement) = &message {
                     self.replicas[which].durable(acknowledgement.session, acknowledgement.durable);
                 }
-                self.send(which, Channel::ToPrimary, Packet::Message(message.encode()));
+                // What the machine says of a session goes back on that session's connection, or nowhere.
+                let link = &self.links[which];
+                if link.replica_side == Some(link.connection) {
+                    self.send(which, Channel::ToPrimary, Packet::Message(message.encode()));
+                }
             }
         }
     }
