@@ -7,6 +7,7 @@ pub mod device;
 pub mod durable;
 pub mod invitations;
 pub mod quantity;
+pub mod recovery;
 pub mod storage;
 pub mod token;
 pub mod transport;

@@ -1,0 +1,121 @@
+//! Reads a backing from front to back, some pieces ahead of whoever uses them, so that the disk and the user work at
+//! the same time. What the file knows to be a hole isn't read.
+
+use crate::buffer::BufferPool;
+use crate::storage::file::File;
+use crate::storage::{Error, Operation, Outcome, Storage};
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::units::SECTOR_BYTES;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::io;
+use std::rc::Rc;
+use tokio::sync::oneshot;
+
+/// How much is read at a time, in bytes.
+pub const PIECE_BYTES: u64 = 1 << 20;
+
+/// How much of a hole is told at a time, in bytes: so that nobody who splits it is busy for long.
+const HOLE_BYTES: u64 = 4 << 30;
+
+/// A part of a range that was read.
+#[derive(Debug)]
+pub enum Piece {
+    /// It reads as zeroes, and the file has no space for it.
+    Hole(ByteRange),
+    /// Its bytes; at most [`PIECE_BYTES`].
+    Data(ByteRange, Bytes),
+}
+
+/// Reads a range in order.
+pub struct ReadAhead {
+    storage: Rc<dyn Storage>,
+    file: Rc<File>,
+    pool: BufferPool,
+    /// What was not begun yet.
+    rest: ByteRange,
+    /// The end of the allocated part that `rest` begins in.
+    data_until: u64,
+    depth: usize,
+    under_way: VecDeque<UnderWay>,
+}
+
+enum UnderWay {
+    Hole(ByteRange),
+    Read(ByteRange, oneshot::Receiver<Outcome>),
+}
+
+impl ReadAhead {
+    /// Reads `range`, with `depth` pieces under way at a time. The first reads begin with the first
+    /// [`ReadAhead::next`].
+    #[must_use]
+    pub fn new(
+        storage: Rc<dyn Storage>,
+        file: Rc<File>,
+        pool: BufferPool,
+        range: ByteRange,
+        depth: usize,
+    ) -> Self {
+        let data_until = range.offset;
+        Self { storage, file, pool, rest: range, data_until, depth, under_way: VecDeque::new() }
+    }
+
+    /// The next piece; nothing after the last.
+    ///
+    /// # Errors
+    /// [`Error`] when a piece can't be read.
+    pub async fn next(&mut self) -> Result<Option<Piece>, Error> {
+        while self.under_way.len() < self.depth && !self.rest.is_empty() {
+            let begun = self.begin()?;
+            self.under_way.push_back(begun);
+        }
+        match self.under_way.pop_front() {
+            None => Ok(None),
+            Some(UnderWay::Hole(range)) => Ok(Some(Piece::Hole(range))),
+            Some(UnderWay::Read(range, outcome)) => {
+                let outcome = outcome.await.unwrap_or_else(|_| {
+                    Err(self.error(range.offset, io::Error::other("the storage was closed meanwhile")))
+                });
+                let buffer = outcome?.expect("a read gives its buffer back");
+                Ok(Some(Piece::Data(range, buffer.freeze())))
+            }
+        }
+    }
+
+    fn begin(&mut self) -> Result<UnderWay, Error> {
+        if self.data_until <= self.rest.offset
+            && let Some(hole) = self.look()?
+        {
+            self.rest = ByteRange::between(hole.end(), self.rest.end());
+            return Ok(UnderWay::Hole(hole));
+        }
+        let end =
+            self.rest.end().min(self.data_until).min((self.rest.offset / PIECE_BYTES + 1) * PIECE_BYTES);
+        let range = ByteRange::between(self.rest.offset, end);
+        self.rest = ByteRange::between(end, self.rest.end());
+        let buffer = self.pool.take(range.length as usize);
+        let (sender, outcome) = oneshot::channel();
+        let done = Box::new(move |outcome| drop(sender.send(outcome)));
+        self.storage.submit(&self.file, Operation::Read { offset: range.offset, buffer }, done);
+        Ok(UnderWay::Read(range, outcome))
+    }
+
+    /// Asks the file what `rest` begins with: a hole, or data up to a place that is noted. Holes count from sector to
+    /// sector, whatever the file system says.
+    fn look(&mut self) -> Result<Option<ByteRange>, Error> {
+        let part = self.file.allocation(self.rest).next().transpose();
+        let part = part.map_err(|source| self.error(self.rest.offset, source))?;
+        let part = part.expect("a range that is not empty has a part");
+        let end = self.rest.offset + part.length.min(HOLE_BYTES);
+        let whole_sectors = end - end % SECTOR_BYTES;
+        if part.hole && whole_sectors > self.rest.offset {
+            return Ok(Some(ByteRange::between(self.rest.offset, whole_sectors)));
+        }
+        self.data_until = end.next_multiple_of(SECTOR_BYTES).min(self.rest.end());
+        Ok(None)
+    }
+
+    fn error(&self, offset: u64, source: io::Error) -> Error {
+        Error { operation: "read", path: self.file.path().display().to_string(), offset, source }
+    }
+}
