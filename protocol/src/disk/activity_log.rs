@@ -36,7 +36,7 @@ pub const VERSION: u32 = 1;
 
 const WHAT: &str = "activity log";
 const HEADER_BYTES: usize = 32;
-const MAGIC: [u8; 8] = *b"BMACTLOG";
+pub(super) const MAGIC: [u8; 8] = *b"BMACTLOG";
 const CRC_AT: usize = 12;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -130,7 +130,11 @@ pub fn recover(file: &[u8]) -> Result<Recovered, MetadataError> {
     Ok(Recovered::Active { serial, extents })
 }
 
-fn decode(record: &[u8]) -> Result<Option<(u64, BTreeSet<Extent>)>, MetadataError> {
+/// Reads one record: its serial number and the active set; nothing when it is not whole.
+///
+/// # Errors
+/// [`MetadataError::TooNew`] for a newer layout.
+pub fn decode(record: &[u8]) -> Result<Option<(u64, BTreeSet<Extent>)>, MetadataError> {
     let Ok(raw) = Raw::ref_from_bytes(record) else { return Ok(None) };
     if raw.magic != MAGIC || !is_sealed(record, CRC_AT) {
         return Ok(None);

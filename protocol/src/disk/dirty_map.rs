@@ -28,7 +28,7 @@ pub const WORDS_PER_PAGE: usize = (PAGE_BYTES - BITS_HEADER_BYTES) / 8;
 pub const BLOCKS_PER_PAGE: u64 = WORDS_PER_PAGE as u64 * 64;
 
 const WHAT: &str = "dirty map";
-const MAGIC: [u8; 8] = *b"BMDIRTY\0";
+pub(super) const MAGIC: [u8; 8] = *b"BMDIRTY\0";
 const CRC_AT: usize = 12;
 const BITS_MAGIC: [u8; 4] = *b"BITS";
 const BITS_CRC_AT: usize = 4;

@@ -21,7 +21,7 @@ pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
 pub const VERSION: u32 = 1;
 
 const WHAT: &str = "epoch marker";
-const MAGIC: [u8; 8] = *b"BMMARKER";
+pub(super) const MAGIC: [u8; 8] = *b"BMMARKER";
 const CRC_AT: usize = 12;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

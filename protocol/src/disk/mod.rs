@@ -1,8 +1,8 @@
 //! Every persistent byte that is not the volume's own content.
 //!
-//! A replica's backing carries nothing of ours; all metadata lies in files of the volume's state folder. Each module
-//! here describes one file's layout, once, beside its constants. Numbers are little-endian. Everything is written in
-//! units of [`PAGE_BYTES`] with a CRC-32, and read back into types that cannot be wrong: a page that a crash tore is
+//! A replica's backing carries nothing of ours; all metadata lies in files of the volume's state folder, and a
+//! recovery's beside its target. Each module here describes one file's layout, once, beside its constants. Numbers are
+//! little-endian. Everything in the state folder is written in units of [`PAGE_BYTES`] with a CRC-32, and read back into types that cannot be wrong: a page that a crash tore is
 //! told from a good one, and what it means that it is gone is said where the layout is.
 //!
 //! # Upgrades
@@ -12,8 +12,12 @@
 
 pub mod activity_log;
 pub mod dirty_map;
+mod kind;
 pub mod marker;
+pub mod recovery;
 pub mod superblock;
+
+pub use kind::FileKind;
 
 /// The unit in which metadata is written, in bytes.
 pub const PAGE_BYTES: usize = 4096;

@@ -32,7 +32,7 @@ pub const VERSION: u32 = 1;
 pub const LINEAGE_LIMIT: usize = 64;
 
 const WHAT: &str = "superblock";
-const MAGIC: [u8; 8] = *b"BMSUPER\0";
+pub(super) const MAGIC: [u8; 8] = *b"BMSUPER\0";
 const CRC_AT: usize = 12;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
