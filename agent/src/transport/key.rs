@@ -100,17 +100,34 @@ impl HostKey {
             return Err(KeyError::Exposed { path: path.to_owned(), mode });
         }
         let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        Self::from_pem(&text, path)
+    }
+
+    /// The key of this text, which was kept at `path`.
+    ///
+    /// # Errors
+    /// [`KeyError`] when the text is no key.
+    pub fn from_pem(text: &str, path: &Path) -> Result<Self, KeyError> {
         let pair =
-            KeyPair::from_pem(&text).map_err(|source| KeyError::NotAKey { path: path.to_owned(), source })?;
+            KeyPair::from_pem(text).map_err(|source| KeyError::NotAKey { path: path.to_owned(), source })?;
         Self::from_pair(&pair)
     }
 
-    /// A key that is kept nowhere: for one run of the operator's tool.
+    /// A new key, and its text for whoever keeps it in a file of their own.
+    ///
+    /// # Errors
+    /// [`KeyError::Generation`] where the system gives no randomness.
+    pub fn generate() -> Result<(Self, String), KeyError> {
+        let pair = KeyPair::generate_for(&PKCS_ED25519).map_err(KeyError::Generation)?;
+        Ok((Self::from_pair(&pair)?, pair.serialize_pem()))
+    }
+
+    /// A key that is kept nowhere.
     ///
     /// # Errors
     /// [`KeyError::Generation`] where the system gives no randomness.
     pub fn ephemeral() -> Result<Self, KeyError> {
-        Self::from_pair(&KeyPair::generate_for(&PKCS_ED25519).map_err(KeyError::Generation)?)
+        Ok(Self::generate()?.0)
     }
 
     fn from_pair(pair: &KeyPair) -> Result<Self, KeyError> {
@@ -182,7 +199,9 @@ mod tests {
         let first = HostKey::load_or_create(&state).unwrap();
         assert_eq!(HostKey::load_or_create(&state).unwrap().id(), first.id());
         assert_eq!(HostKey::load(&state.join(FILE_NAME)).unwrap().id(), first.id());
-        assert_ne!(HostKey::ephemeral().unwrap().id(), first.id());
+        let (other, text) = HostKey::generate().unwrap();
+        assert_ne!(other.id(), first.id());
+        assert_eq!(HostKey::from_pem(&text, Path::new("elsewhere")).unwrap().id(), other.id());
         let mode = std::fs::metadata(state.join(FILE_NAME)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
