@@ -1,2 +1,87 @@
-//! The daemon.
-fn main() {}
+//! `blockmirror-agent`: the daemon. Reads the configuration, serves the volumes, stops in order on SIGTERM or SIGINT.
+
+use anyhow::Context;
+use blockmirror_agent::config::ConfigFolder;
+use blockmirror_agent::control::ControlSocket;
+use blockmirror_agent::control::api::AgentRecord;
+use blockmirror_agent::supervisor::{Folders, Operator, Supervisor};
+use blockmirror_agent::transport::{Endpoint, HostKey};
+use clap::Parser;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Mirrors volumes to other hosts, and serves them to this one.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The folder of the configuration
+    #[arg(long, value_name = "DIR", default_value = "/etc/blockmirror")]
+    config: PathBuf,
+    /// The folder of the volumes' metadata and this host's key
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/blockmirror")]
+    state: PathBuf,
+    /// The folder of sockets
+    #[arg(long, value_name = "DIR", default_value = "/run/blockmirror")]
+    run: PathBuf,
+    /// Where to listen for peers [default: the configuration's, or 0.0.0.0:7447]
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<SocketAddr>,
+    /// The folder of links to loop devices
+    #[arg(long, value_name = "DIR", default_value = "/dev/blockmirror", hide = true)]
+    devices: PathBuf,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BLOCKMIRROR_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    blockmirror_agent::process::prepare();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(run(arguments))
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let config = ConfigFolder::new(&arguments.config);
+    let settings = config.load_agent()?;
+    for folder in [&arguments.state, &arguments.run] {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    let state = arguments.state.canonicalize()?;
+    let run = arguments.run.canonicalize()?;
+    let listen =
+        arguments.listen.or(settings.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 7447)));
+    let record = AgentRecord {
+        pid: std::process::id(),
+        config: std::path::absolute(&arguments.config)?,
+        state: state.clone(),
+        listen,
+    };
+    let control = ControlSocket::claim(&run, &record)?;
+    let _claim = blockmirror_agent::process::claim_folder(&state)?;
+    let key = HostKey::load_or_create(&state)?;
+    let endpoint = Endpoint::bind(listen, &key)?;
+    tracing::info!(listen = %endpoint.local_address(), fingerprint = %endpoint.id(), "the agent starts");
+    let folders = Folders { config, state, run, devices: arguments.devices };
+    let (supervisor, learned) =
+        Supervisor::new(folders, settings.host_name(), endpoint, settings.advertise.clone());
+    let (mut terminated, mut interrupted) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    supervisor.start_volumes().await?;
+    tokio::spawn(supervisor.clone().keep_members(learned));
+    tokio::spawn(supervisor.clone().accept_connections());
+    // Nobody may be listening; that is no mistake.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let operations = std::sync::Arc::new(Operator(supervisor.clone()));
+    let ended = tokio::select! {
+        ended = control.serve(operations) => ended.context("the control socket failed"),
+        _ = terminated.recv() => Ok(()),
+        _ = interrupted.recv() => Ok(()),
+    };
+    tracing::info!("the agent stops");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    supervisor.stop().await;
+    ended
+}

@@ -14,6 +14,7 @@ pub use name::{Address, NAME_LIMIT_BYTES, Name, NotAName, NotAnAddress};
 
 use crate::quantity::Size;
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, HostId, SECTOR_BYTES, VolumeId};
+use blockmirror_protocol::wire::message::Member;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::net::SocketAddr;
@@ -171,6 +172,15 @@ impl VolumeConfig {
             return Err(Contradiction::TwoPrimaries);
         }
         Ok(())
+    }
+
+    /// The volume's other hosts, as third ones are told of them.
+    pub fn members(&self) -> impl Iterator<Item = Member> + '_ {
+        self.peers.iter().map(|peer| Member {
+            name: peer.name.to_string(),
+            host: peer.host,
+            addresses: peer.addresses.iter().map(|address| address.as_str().to_owned()).collect(),
+        })
     }
 
     /// The peer of that name.

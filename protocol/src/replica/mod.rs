@@ -250,6 +250,10 @@ impl Replica {
             self.greet(hello);
             return Ok(());
         }
+        if let Message::Members(_) = message {
+            // For the shell, which keeps the members' addresses.
+            return Ok(());
+        }
         let Some(link) = &mut self.link else {
             return Err(PrimaryMisbehaved("it spoke before it greeted"));
         };
@@ -276,7 +280,6 @@ impl Replica {
                 self.change_state(change, Committed { session, position }.into(), session);
                 Ok(())
             }
-            Message::Members(_) => Ok(()),
             _ => Err(PrimaryMisbehaved("it sent a message that does not fit the session")),
         }
     }
@@ -381,6 +384,12 @@ impl Replica {
     #[must_use]
     pub fn has_failed(&self) -> bool {
         self.failed
+    }
+
+    /// The session that is open, if any.
+    #[must_use]
+    pub fn session(&self) -> Option<SessionNumber> {
+        self.link.as_ref().map(|link| link.session)
     }
 
     /// Whether nothing is being written.

@@ -98,6 +98,8 @@ pub struct Report {
     pub state: ReplicaState,
     /// Bytes that may differ on the replica: the map, and what is sent but not acknowledged.
     pub out_of_sync_bytes: u64,
+    /// Bytes in the map alone.
+    pub map_bytes: u64,
     /// Bytes that are sent but not acknowledged as durable.
     pub lag_bytes: u64,
     /// How old the oldest of those is.
@@ -417,7 +419,8 @@ impl Session {
     pub fn handle_disconnected(&mut self, now: Time) {
         let state = std::mem::replace(&mut self.state, State::Away);
         self.since = now;
-        self.actions.retain(|action| matches!(action, Action::WriteMap(_) | Action::SendCopy { header: None, .. }));
+        self.actions
+            .retain(|action| matches!(action, Action::WriteMap(_) | Action::SendCopy { header: None, .. }));
         let State::Linked(link) = state else { return };
         self.next_read = link.resync.next_read();
         if let Some((oldest, _)) = link.window.oldest() {
@@ -546,6 +549,7 @@ impl Session {
             connection: Connection::Disconnected,
             state: ReplicaState::OutOfSync,
             out_of_sync_bytes: map_bytes,
+            map_bytes,
             lag_bytes: 0,
             lag: Duration::ZERO,
             since: self.since,

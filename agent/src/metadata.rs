@@ -1,0 +1,286 @@
+//! The state folder of one volume: superblock, activity log, marker and a dirty map per peer.
+//!
+//! What the bytes mean is said in [`blockmirror_protocol::disk`]; here they are read once, when the volume is opened,
+//! and written through the volume's storage. Every write is durable when its future ends, and in the order that the
+//! layouts ask for. A folder whose superblock is damaged is not opened; a damaged activity log, marker or map only
+//! costs time, because it counts as "everything may differ".
+
+use crate::buffer::BufferPool;
+use crate::storage::file::{File, OpenError};
+use crate::storage::{self, Storage};
+use blockmirror_protocol::dirty_map::{DirtyMap, MapChanges};
+use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::disk::{
+    MetadataError, PAGE_BYTES, Page, activity_log, dirty_map, marker, slot_offset, superblock,
+};
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::units::{HostId, Position};
+use bytes::Bytes;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+/// How much of a map's file is read at once, in bytes.
+const READ_BYTES: u64 = 1 << 20;
+
+/// Why a state folder can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A file can't be opened or made.
+    #[error("the volume's state can't be opened")]
+    Open(#[from] OpenError),
+    /// A file can't be read or written.
+    #[error("the volume's state can't be read or written")]
+    Storage(#[from] storage::Error),
+    /// A file's content is of no use.
+    #[error("the volume's state in {folder} can't be used")]
+    Metadata {
+        /// The folder.
+        folder: PathBuf,
+        /// What is wrong.
+        source: MetadataError,
+    },
+    /// The folder can't be made or listed.
+    #[error("the folder {folder} can't be made or read")]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+/// An open state folder. All files are written by the volume's thread alone.
+pub struct State {
+    folder: PathBuf,
+    storage: Rc<dyn Storage>,
+    pool: BufferPool,
+    superblock_file: Rc<File>,
+    log_file: Rc<File>,
+    marker_file: Rc<File>,
+    superblock: RefCell<(u64, Superblock)>,
+    marker_serial: RefCell<u64>,
+}
+
+impl State {
+    /// Makes the folder of a new volume or of a new copy of one. Nothing else may be there.
+    ///
+    /// # Errors
+    /// [`StateError`] when a file exists already or can't be written.
+    pub async fn create(
+        folder: &Path,
+        storage: Rc<dyn Storage>,
+        pool: BufferPool,
+        superblock: &Superblock,
+    ) -> Result<Self, StateError> {
+        std::fs::create_dir_all(folder).map_err(|source| folder_error(folder, source))?;
+        File::create_metadata(folder.join(activity_log::FILE_NAME), activity_log::FILE_BYTES)?;
+        let marker_file = Rc::new(File::create_metadata(folder.join(marker::FILE_NAME), marker::FILE_BYTES)?);
+        write_page(&*storage, &marker_file, slot_offset(1), &marker::encode(Position::default(), 1)).await?;
+        // The superblock comes last: a folder with one is complete.
+        let file = File::create_metadata(folder.join(superblock::FILE_NAME), superblock::FILE_BYTES)?;
+        write_page(&*storage, &Rc::new(file), slot_offset(1), &superblock.encode(1)).await?;
+        drop(marker_file);
+        Self::open(folder, storage, pool).await
+    }
+
+    /// Opens the folder and reads its superblock.
+    ///
+    /// # Errors
+    /// [`StateError`] when a file is missing or the superblock is damaged.
+    pub async fn open(folder: &Path, storage: Rc<dyn Storage>, pool: BufferPool) -> Result<Self, StateError> {
+        let superblock_file = Rc::new(File::open_metadata(folder.join(superblock::FILE_NAME))?);
+        let bytes = read(&*storage, &superblock_file, &pool, superblock::FILE_BYTES).await?;
+        let superblock = Superblock::recover(&bytes).map_err(|source| metadata_error(folder, source))?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            superblock_file,
+            log_file: Rc::new(File::open_metadata(folder.join(activity_log::FILE_NAME))?),
+            marker_file: Rc::new(File::open_metadata(folder.join(marker::FILE_NAME))?),
+            superblock: RefCell::new(superblock),
+            marker_serial: RefCell::new(0),
+            storage,
+            pool,
+        })
+    }
+
+    /// What the superblock says.
+    #[must_use]
+    pub fn superblock(&self) -> Superblock {
+        self.superblock.borrow().1.clone()
+    }
+
+    /// Changes the superblock durably. Calls must not overlap.
+    ///
+    /// # Errors
+    /// [`StateError`] when it can't be written; what [`State::superblock`] says is then unchanged.
+    pub async fn change_superblock(&self, change: impl FnOnce(&mut Superblock)) -> Result<(), StateError> {
+        let (serial, mut superblock) = self.superblock.borrow().clone();
+        change(&mut superblock);
+        let page = superblock.encode(serial + 1);
+        write_page(&*self.storage, &self.superblock_file, slot_offset(serial + 1), &page).await?;
+        *self.superblock.borrow_mut() = (serial + 1, superblock);
+        Ok(())
+    }
+
+    /// What the activity log says.
+    ///
+    /// # Errors
+    /// [`StateError`] when it can't be read or is newer than this release.
+    pub async fn recover_log(&self) -> Result<activity_log::Recovered, StateError> {
+        let bytes = read(&*self.storage, &self.log_file, &self.pool, activity_log::FILE_BYTES).await?;
+        // A file that was cut short reads as zeroes beyond its end, which an empty log does too.
+        let whole =
+            std::fs::metadata(self.log_file.path()).is_ok_and(|file| file.len() >= activity_log::FILE_BYTES);
+        let bytes = if whole { &bytes[..] } else { &[] };
+        activity_log::recover(bytes).map_err(|source| metadata_error(&self.folder, source))
+    }
+
+    /// The file of the activity log, for its records.
+    #[must_use]
+    pub fn log_file(&self) -> &Rc<File> {
+        &self.log_file
+    }
+
+    /// What the marker says; the beginning of all history when it is damaged, because it only ever lags.
+    ///
+    /// # Errors
+    /// [`StateError`] when it can't be read or is newer than this release.
+    pub async fn recover_marker(&self) -> Result<Position, StateError> {
+        let bytes = read(&*self.storage, &self.marker_file, &self.pool, marker::FILE_BYTES).await?;
+        match marker::recover(&bytes) {
+            Ok((serial, position)) => {
+                *self.marker_serial.borrow_mut() = serial;
+                Ok(position)
+            }
+            Err(MetadataError::Corrupted { .. }) => Ok(Position::default()),
+            Err(source) => Err(metadata_error(&self.folder, source)),
+        }
+    }
+
+    /// Writes the marker durably. Calls must not overlap.
+    ///
+    /// # Errors
+    /// [`StateError`] when it can't be written.
+    pub async fn write_marker(&self, position: Position) -> Result<(), StateError> {
+        let serial = *self.marker_serial.borrow() + 1;
+        *self.marker_serial.borrow_mut() = serial;
+        let page = marker::encode(position, serial);
+        write_page(&*self.storage, &self.marker_file, slot_offset(serial), &page).await?;
+        Ok(())
+    }
+
+    /// The map of one peer as its file says, or full where there is none or it is damaged, and the file.
+    ///
+    /// # Errors
+    /// [`StateError`] when the file can't be read or made, or is newer than this release.
+    pub async fn open_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
+        let superblock = self.superblock();
+        let full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
+        let path = self.folder.join(dirty_map::file_name(peer));
+        if !path.exists() {
+            return Ok((full, Rc::new(File::create_metadata(&path, 0)?)));
+        }
+        let file = Rc::new(File::open_metadata(&path)?);
+        let header = read(&*self.storage, &file, &self.pool, 2 * PAGE_BYTES as u64).await?;
+        let pages = self.read_pages(&file).await?;
+        match DirtyMap::recover(&full, &header, pages) {
+            Ok(map) => Ok((map, file)),
+            Err(MetadataError::TooNew { what, found, known }) => {
+                Err(metadata_error(&self.folder, MetadataError::TooNew { what, found, known }))
+            }
+            Err(damage) => {
+                tracing::warn!(path = %path.display(), "{damage}: all blocks count as dirty");
+                Ok((full, file))
+            }
+        }
+    }
+
+    /// Every page of bits that holds data; holes are clean.
+    async fn read_pages(&self, file: &Rc<File>) -> Result<Vec<(u64, Box<Page>)>, StateError> {
+        let page_bytes = PAGE_BYTES as u64;
+        let size = file.size_bytes().next_multiple_of(page_bytes);
+        let mut pages = Vec::new();
+        let mut at = 2 * page_bytes;
+        if size <= at {
+            return Ok(pages);
+        }
+        let parts: Vec<_> = file
+            .allocation(ByteRange::between(at, size))
+            .collect::<Result<_, _>>()
+            .map_err(|source| StateError::Folder { folder: self.folder.clone(), source })?;
+        for part in parts {
+            let data = ByteRange::new(at, part.length).widened(page_bytes);
+            at += part.length;
+            if part.hole {
+                continue;
+            }
+            for piece in data.split_at_multiples(READ_BYTES) {
+                let bytes = storage::read(&*self.storage, file, &self.pool, piece).await?;
+                for (index, page) in bytes.chunks_exact(PAGE_BYTES).enumerate() {
+                    let number = (piece.offset / page_bytes + index as u64).saturating_sub(2);
+                    pages.push((number, Box::new(Page::try_from(page).expect("a chunk is a page"))));
+                }
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Writes a map's changes: pages and holes, then, when they are durable, the header.
+    ///
+    /// # Errors
+    /// [`StateError`] when any of it can't be written; what the file holds is then unknown.
+    pub async fn write_map(&self, file: &Rc<File>, changes: MapChanges) -> Result<(), StateError> {
+        let storage = &*self.storage;
+        let has_pages = !(changes.pages.is_empty() && changes.holes.is_empty());
+        for (offset, page) in &changes.pages {
+            storage::write(storage, file, *offset, self.page(&page[..]), false).await?;
+        }
+        for offset in changes.holes {
+            storage::zero(storage, file, ByteRange::new(offset, PAGE_BYTES as u64), true).await?;
+        }
+        if has_pages {
+            storage::sync(storage, file).await?;
+        }
+        if let Some((offset, page)) = changes.header {
+            storage::write(storage, file, offset, self.page(&page[..]), true).await?;
+        }
+        Ok(())
+    }
+
+    /// The bytes in a buffer that direct I/O takes.
+    #[must_use]
+    pub fn page(&self, bytes: &[u8]) -> Bytes {
+        let mut buffer = self.pool.take(bytes.len());
+        buffer.copy_from_slice(bytes);
+        buffer.freeze()
+    }
+}
+
+async fn read(
+    storage: &dyn Storage,
+    file: &Rc<File>,
+    pool: &BufferPool,
+    length: u64,
+) -> Result<crate::buffer::Buffer, StateError> {
+    Ok(storage::read(storage, file, pool, ByteRange::new(0, length)).await?)
+}
+
+async fn write_page(
+    storage: &dyn Storage,
+    file: &Rc<File>,
+    offset: u64,
+    page: &Page,
+) -> Result<(), storage::Error> {
+    let mut buffer = BufferPool::new(0).take(PAGE_BYTES);
+    buffer.copy_from_slice(page);
+    storage::write(storage, file, offset, buffer.freeze(), true).await
+}
+
+fn metadata_error(folder: &Path, source: MetadataError) -> StateError {
+    StateError::Metadata { folder: folder.to_owned(), source }
+}
+
+fn folder_error(folder: &Path, source: std::io::Error) -> StateError {
+    StateError::Folder { folder: folder.to_owned(), source }
+}

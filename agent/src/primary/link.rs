@@ -1,0 +1,257 @@
+//! The link of a primary to one replica: dials, greets, sends and receives, and begins again when it was lost.
+//!
+//! One task per replica. While a link is up it runs four loops that share nothing but the primary: one takes the
+//! replica's messages to the tracker, three send what the tracker queued. When any of them ends, the link is over: the
+//! queues are dropped, the tracker puts what was not acknowledged into the map, and the task backs off and dials anew.
+
+use super::Primary;
+use crate::config::PeerConfig;
+use crate::transport::Connection;
+use crate::transport::FrameSender;
+use crate::transport::Peers;
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::{Member, Message};
+use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
+use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// The first pause after a lost link, and the longest.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// A link that lived so long begins its pauses anew.
+const STABLE: Duration = Duration::from_secs(10);
+/// How many frames are handed to the transport at once.
+const BATCH: usize = 64;
+
+/// A frame in bytes.
+type Frame = ([u8; HEADER_BYTES], Bytes);
+
+/// What the tracker wants sent.
+pub(super) enum Queued {
+    Message(Message),
+    Live([u8; HEADER_BYTES], Bytes),
+    Bulk([u8; HEADER_BYTES], Bytes),
+}
+
+/// Where a link's senders find what to send. Bounded by the session's window and its copies under way.
+pub(super) struct LinkQueues {
+    control: UnboundedSender<Message>,
+    live: UnboundedSender<Frame>,
+    bulk: UnboundedSender<Frame>,
+}
+
+struct LinkSources {
+    control: UnboundedReceiver<Message>,
+    live: UnboundedReceiver<Frame>,
+    bulk: UnboundedReceiver<Frame>,
+}
+
+/// How a link is, for status.
+#[derive(Clone, Debug, Default)]
+pub struct LinkState {
+    /// Whether the operator paused it.
+    pub paused: bool,
+    /// What went wrong last, in words; nothing while all is well.
+    pub error: Option<String>,
+    /// Whether the replica said that its backing failed.
+    pub replica_failed: bool,
+}
+
+/// A replica and how it is reached.
+pub struct Peer {
+    host: HostId,
+    addresses: RefCell<Vec<String>>,
+    members: RefCell<Vec<Member>>,
+    state: RefCell<LinkState>,
+    changed: Notify,
+    stopped: Cell<bool>,
+}
+
+/// Why a link ended.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error(transparent)]
+    Connect(#[from] std::sync::Arc<crate::transport::ConnectError>),
+    #[error(transparent)]
+    State(#[from] crate::metadata::StateError),
+    #[error(transparent)]
+    Lost(#[from] crate::transport::Lost),
+    #[error(transparent)]
+    Send(#[from] crate::transport::SendError),
+    #[error(transparent)]
+    Receive(#[from] crate::transport::ReceiveError),
+    #[error(transparent)]
+    Peer(#[from] blockmirror_protocol::session::PeerError),
+}
+
+impl LinkQueues {
+    fn new() -> (Self, LinkSources) {
+        let (control, control_source) = unbounded_channel();
+        let (live, live_source) = unbounded_channel();
+        let (bulk, bulk_source) = unbounded_channel();
+        let sources = LinkSources { control: control_source, live: live_source, bulk: bulk_source };
+        (Self { control, live, bulk }, sources)
+    }
+
+    /// A queue whose other end is gone belongs to a link that is just ending.
+    pub(super) fn push(&self, queued: Queued) {
+        match queued {
+            Queued::Message(message) => drop(self.control.send(message)),
+            Queued::Live(header, payload) => drop(self.live.send((header, payload))),
+            Queued::Bulk(header, payload) => drop(self.bulk.send((header, payload))),
+        }
+    }
+}
+
+impl Peer {
+    /// A replica that is dialled by [`Peer::keep_linked`].
+    #[must_use]
+    pub fn new(config: &PeerConfig) -> Rc<Self> {
+        Rc::new(Self {
+            host: config.host,
+            addresses: RefCell::new(addresses_of(config)),
+            members: RefCell::default(),
+            state: RefCell::new(LinkState { paused: config.paused, ..LinkState::default() }),
+            changed: Notify::new(),
+            stopped: Cell::new(false),
+        })
+    }
+
+    /// How the link is.
+    #[must_use]
+    pub fn state(&self) -> LinkState {
+        self.state.borrow().clone()
+    }
+
+    /// Who is told to the replica as the volume's hosts, from the next session on.
+    pub fn introduce(&self, members: Vec<Member>) {
+        *self.members.borrow_mut() = members;
+    }
+
+    /// The operator paused the link or lets it go on, or the replica is reached elsewhere.
+    pub fn configure(&self, config: &PeerConfig) {
+        *self.addresses.borrow_mut() = addresses_of(config);
+        self.state.borrow_mut().paused = config.paused;
+        self.changed.notify_one();
+    }
+
+    /// Ends [`Peer::keep_linked`].
+    pub fn stop(&self) {
+        self.stopped.set(true);
+        self.changed.notify_one();
+    }
+
+    fn may_link(&self) -> bool {
+        !self.stopped.get() && !self.state.borrow().paused
+    }
+
+    /// Keeps a session with the replica open until [`Peer::stop`].
+    pub async fn keep_linked(self: Rc<Self>, primary: Rc<Primary>, peers: Peers) {
+        let mut pause = BACK_OFF.0;
+        while !self.stopped.get() {
+            if !self.may_link() {
+                self.changed.notified().await;
+                continue;
+            }
+            let began = Instant::now();
+            let ended = tokio::select! {
+                ended = self.link(&primary, &peers) => Some(ended),
+                () = self.interrupted() => None,
+            };
+            primary.disconnected(self.host);
+            let Some(Err(error)) = ended else { continue };
+            self.note(&error);
+            pause = if began.elapsed() >= STABLE { BACK_OFF.0 } else { (pause * 2).min(BACK_OFF.1) };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.changed.notified() => {}
+            }
+        }
+    }
+
+    async fn interrupted(&self) {
+        while self.may_link() {
+            self.changed.notified().await;
+        }
+    }
+
+    /// Says once what is wrong; the same again is not news.
+    fn note(&self, error: &LinkError) {
+        let text = crate::words::with_causes(error);
+        let mut state = self.state.borrow_mut();
+        if state.error.as_ref() != Some(&text) {
+            tracing::warn!(peer = %self.host, "{text}");
+        }
+        state.error = Some(text);
+        if let LinkError::Peer(blockmirror_protocol::session::PeerError::Refused(refused)) = error {
+            state.replica_failed = refused.refusal == blockmirror_protocol::wire::message::Refusal::Backing;
+        }
+    }
+
+    /// One session, from dialling to its end.
+    async fn link(&self, primary: &Rc<Primary>, peers: &Peers) -> Result<(), LinkError> {
+        let addresses = self.addresses.borrow().clone();
+        let connection = peers.connection_to(self.host, &addresses).await?;
+        let (mut sender, mut receiver) = connection.open_control().await?;
+        let session = primary.next_session().await?;
+        let (queues, mut sources) = LinkQueues::new();
+        let identity = primary.identity(self.members.borrow().clone());
+        primary.connected(self.host, session, &identity, queues);
+        let volume = identity.volume;
+        let receive = async {
+            loop {
+                let message = receiver.receive().await?;
+                if matches!(message, Message::Welcome(_)) {
+                    let mut state = self.state.borrow_mut();
+                    (state.error, state.replica_failed) = (None, false);
+                }
+                primary.message(self.host, message)?;
+            }
+        };
+        let send_messages = async {
+            while let Some(message) = sources.control.recv().await {
+                sender.send(&message).await?;
+            }
+            Ok(())
+        };
+        let preamble = |kind| StreamPreamble { volume, session, kind };
+        let ended: Result<(), LinkError> = tokio::select! {
+            ended = receive => ended,
+            ended = send_messages => ended,
+            ended = send_frames(&connection, preamble(StreamKind::Live), &mut sources.live) => ended,
+            ended = send_frames(&connection, preamble(StreamKind::Bulk), &mut sources.bulk) => ended,
+        };
+        if let Err(LinkError::Peer(_)) = &ended {
+            tracing::debug!(peer = %self.host, session = session.0, "the session ended");
+        }
+        ended
+    }
+}
+
+fn addresses_of(config: &PeerConfig) -> Vec<String> {
+    config.addresses.iter().map(|address| address.as_str().to_owned()).collect()
+}
+
+/// Sends the frames of one queue, many at a time, until the queue or the connection ends.
+async fn send_frames(
+    connection: &Connection,
+    preamble: StreamPreamble,
+    source: &mut UnboundedReceiver<Frame>,
+) -> Result<(), LinkError> {
+    let mut frames = Vec::with_capacity(BATCH);
+    let mut stream: Option<FrameSender> = None;
+    while source.recv_many(&mut frames, BATCH).await > 0 {
+        let sender = match &mut stream {
+            Some(sender) => sender,
+            none => none.insert(connection.open_frames(&preamble).await?),
+        };
+        for (header, payload) in frames.drain(..) {
+            sender.queue(&header, payload);
+        }
+        sender.flush().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,565 @@
+//! The shell of a primary: drives the tracker, holds the requests' data, reads and writes the backing.
+//!
+//! Front ends call [`Volume::submit`] on the volume's own thread; the tracker decides, and its actions are carried out
+//! on the spot: an operation is queued with the storage, a frame with its link, a reply with its front end. Nothing
+//! here waits, and nothing decides.
+
+mod link;
+
+use crate::buffer::BufferPool;
+use crate::device::{Answer, Command, Errno, Geometry, Part, Reply, Request, Volume};
+use crate::metadata::State;
+use crate::storage::file::File;
+use crate::storage::{self, Operation, Storage};
+use blockmirror_protocol::disk::activity_log::Recovered;
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
+use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
+use blockmirror_protocol::tracker::{Action, RequestId, Tracker, Work};
+use blockmirror_protocol::units::{GenerationId, HostId, Sequence, Session as SessionNumber, Time};
+use blockmirror_protocol::wire::message::{Member, Members, Message};
+use bytes::Bytes;
+use link::{LinkQueues, Queued};
+pub use link::{LinkState, Peer};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::{Rc, Weak};
+use std::time::Instant;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::spawn_local;
+
+/// How much of a held range is read at once for a compare, in bytes.
+const DIGEST_BYTES: u64 = 1 << 20;
+
+/// A volume on its primary. Lives on the volume's thread.
+pub struct Primary {
+    me: Weak<Self>,
+    started: Instant,
+    storage: Rc<dyn Storage>,
+    backing: Rc<File>,
+    state: Rc<State>,
+    pool: BufferPool,
+    size_bytes: u64,
+    lineage: Vec<GenerationId>,
+    inner: RefCell<Inner>,
+    /// What the timer waits for, and how it is told of something earlier.
+    armed: Cell<Option<Time>>,
+    earlier: Notify,
+    /// What became of the backing, in words, once it failed.
+    error: RefCell<Option<String>>,
+    closed: Notify,
+    session_numbers: tokio::sync::Mutex<()>,
+}
+
+struct Inner {
+    tracker: Tracker,
+    next_request: u64,
+    requests: HashMap<RequestId, Pending>,
+    maps: HashMap<HostId, Rc<File>>,
+    links: HashMap<HostId, LinkQueues>,
+    copies: HashMap<(HostId, CopyRead), Bytes>,
+    compares: HashMap<HostId, oneshot::Sender<Option<CompareResult>>>,
+}
+
+struct Pending {
+    offset: u64,
+    data: Bytes,
+    reply: Rc<dyn Reply>,
+    cookie: u64,
+}
+
+impl Primary {
+    /// Opens a volume as primary: a new generation begins, durably (L1), and what the activity log of before says
+    /// goes to the maps of all replicas (D1).
+    ///
+    /// # Errors
+    /// [`crate::metadata::StateError`] when the metadata can't be read or written.
+    pub async fn open(
+        storage: Rc<dyn Storage>,
+        backing: Rc<File>,
+        state: State,
+        pool: BufferPool,
+        peers: &[HostId],
+        window_bytes: u64,
+    ) -> Result<Rc<Self>, crate::metadata::StateError> {
+        let generation = GenerationId(crate::transport::key::random());
+        state
+            .change_superblock(|superblock| {
+                superblock.lineage.insert(0, generation);
+                superblock.lineage.truncate(blockmirror_protocol::disk::superblock::LINEAGE_LIMIT);
+            })
+            .await?;
+        let superblock = state.superblock();
+        let log = state.recover_log().await?;
+        if let Recovered::Unsure { .. } = log {
+            tracing::warn!("the activity log's newest record is not whole: all blocks count as dirty");
+        }
+        let (mut sessions, mut maps) = (Vec::new(), HashMap::new());
+        for peer in peers {
+            let (map, file) = state.open_map(*peer).await?;
+            let (size, block_size) = (superblock.size_bytes, superblock.block_size);
+            sessions.push(Session::new(*peer, map, size, block_size, window_bytes));
+            maps.insert(*peer, file);
+        }
+        let lineage = superblock.lineage.clone();
+        let tracker =
+            Tracker::new(superblock.size_bytes, backing.alignment(), lineage.clone(), &log, sessions);
+        let primary = Rc::new_cyclic(|me| Self {
+            me: me.clone(),
+            started: Instant::now(),
+            storage,
+            backing,
+            state: Rc::new(state),
+            pool,
+            size_bytes: superblock.size_bytes,
+            lineage,
+            inner: RefCell::new(Inner {
+                tracker,
+                next_request: 0,
+                requests: HashMap::new(),
+                maps,
+                links: HashMap::new(),
+                copies: HashMap::new(),
+                compares: HashMap::new(),
+            }),
+            armed: Cell::new(None),
+            earlier: Notify::new(),
+            error: RefCell::new(None),
+            closed: Notify::new(),
+            session_numbers: tokio::sync::Mutex::new(()),
+        });
+        primary.drive(|_, _| ());
+        spawn_local(primary.clone().keep_time());
+        Ok(primary)
+    }
+
+    /// What the superblock says.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// A moment on the machines' clock.
+    #[must_use]
+    pub fn now(&self) -> Time {
+        Time(self.started.elapsed())
+    }
+
+    /// What became of the backing, in words, if it counts as failed (W5).
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        let has_failed = self.inner.borrow().tracker.has_failed();
+        has_failed.then(|| self.error.borrow().clone().unwrap_or_default())
+    }
+
+    /// Tells every connected replica who the volume's hosts are now.
+    pub fn tell_members(&self, members: Vec<Member>) {
+        let inner = self.inner.borrow();
+        for link in inner.links.values() {
+            link.push(Queued::Message(Members { members: members.clone() }.into()));
+        }
+    }
+
+    /// The open epoch and each replica's numbers.
+    #[must_use]
+    pub fn reports(&self) -> (u64, HashMap<HostId, session::Report>) {
+        let inner = self.inner.borrow();
+        (inner.tracker.position().0.0, inner.tracker.reports(self.now()).collect())
+    }
+
+    /// A replica joined: its blocks are all dirty.
+    ///
+    /// # Errors
+    /// [`crate::metadata::StateError`] when its map can't be made.
+    pub async fn add_peer(&self, peer: HostId, window_bytes: u64) -> Result<(), crate::metadata::StateError> {
+        let (map, file) = self.state.open_map(peer).await?;
+        let superblock = self.state.superblock();
+        let session = Session::new(peer, map, superblock.size_bytes, superblock.block_size, window_bytes);
+        self.drive(|inner, now| {
+            inner.maps.insert(peer, file);
+            inner.tracker.add_session(session, now);
+        });
+        Ok(())
+    }
+
+    /// Compares the volume with a replica. Nothing when the replica is not in sync, or falls out of it meanwhile.
+    pub async fn compare(&self, peer: HostId) -> Option<CompareResult> {
+        let (sender, result) = oneshot::channel();
+        let began = self.drive(|inner, now| {
+            let began = inner.tracker.begin_compare(peer, now);
+            if began {
+                inner.compares.insert(peer, sender);
+            }
+            began
+        });
+        if began { result.await.ok().flatten() } else { None }
+    }
+
+    /// Makes everything durable and waits for it. No request may come any more.
+    pub async fn close(&self) {
+        self.drive(|inner, now| inner.tracker.close(now));
+        while !self.inner.borrow().tracker.is_closed() {
+            self.closed.notified().await;
+        }
+        storage::drain(&*self.storage).await;
+    }
+
+    /// The number of a new session, higher than any before, durably.
+    async fn next_session(&self) -> Result<SessionNumber, crate::metadata::StateError> {
+        let _one_at_a_time = self.session_numbers.lock().await;
+        let next = self.state.superblock().session.next();
+        self.state.change_superblock(|superblock| superblock.session = next).await?;
+        Ok(next)
+    }
+
+    fn identity(&self, members: Vec<Member>) -> Identity {
+        let superblock = self.state.superblock();
+        Identity {
+            volume: superblock.volume,
+            size_bytes: superblock.size_bytes,
+            block_size: superblock.block_size,
+            sector_bytes: u32::try_from(self.backing.alignment()).expect("a sector is small"),
+            copy: superblock.copy,
+            fence: superblock.fence,
+            lineage: self.lineage.clone(),
+            members,
+        }
+    }
+
+    fn connected(&self, peer: HostId, session: SessionNumber, identity: &Identity, queues: LinkQueues) {
+        self.drive(|inner, now| {
+            inner.links.insert(peer, queues);
+            inner.tracker.handle_connected(peer, session, identity, now);
+        });
+    }
+
+    fn disconnected(&self, peer: HostId) {
+        self.drive(|inner, now| {
+            inner.links.remove(&peer);
+            inner.tracker.handle_disconnected(peer, now);
+        });
+    }
+
+    fn message(&self, peer: HostId, message: Message) -> Result<(), PeerError> {
+        self.drive(|inner, now| inner.tracker.handle_message(peer, message, now))
+    }
+
+    /// Feeds the tracker an event, then carries out what it asks for.
+    fn drive<Output>(&self, event: impl FnOnce(&mut Inner, Time) -> Output) -> Output {
+        let now = self.now();
+        let mut inner = self.inner.borrow_mut();
+        let output = event(&mut inner, now);
+        while let Some(action) = inner.tracker.poll_action() {
+            self.carry_out(&mut inner, action);
+        }
+        inner.end_compares();
+        let next = inner.tracker.poll_timeout();
+        if let Some(next) = next
+            && self.armed.get().is_none_or(|armed| next < armed)
+        {
+            self.armed.set(Some(next));
+            self.earlier.notify_one();
+        }
+        if inner.tracker.is_closed() {
+            self.closed.notify_one();
+        }
+        output
+    }
+
+    /// Calls the tracker back when it asked for that.
+    async fn keep_time(self: Rc<Self>) {
+        let me = Rc::downgrade(&self);
+        drop(self);
+        while let Some(primary) = me.upgrade() {
+            let next = primary.inner.borrow().tracker.poll_timeout();
+            primary.armed.set(next);
+            let due = next.map(|next| primary.started + next.0);
+            tokio::select! {
+                () = sleep_until(due) => primary.drive(|inner, now| inner.tracker.handle_timeout(now)),
+                () = primary.earlier.notified() => {}
+            }
+        }
+    }
+
+    fn carry_out(&self, inner: &mut Inner, action: Action) {
+        match action {
+            Action::WriteLog { offset, record } => {
+                let operation =
+                    Operation::Write { offset, data: self.state.page(&record[..]), durable: true };
+                self.submit(self.state.log_file(), operation, |primary, outcome| {
+                    let written = primary.note(outcome);
+                    primary.drive(|inner, now| inner.tracker.handle_log_written(written, now));
+                });
+            }
+            Action::WriteLocal { sequence, request, range, zero, durable } => {
+                self.write(inner, sequence, request, range, zero, durable);
+            }
+            Action::SyncLocal => self.submit(&self.backing, Operation::Sync, |primary, outcome| {
+                let synced = primary.note(outcome);
+                primary.drive(|inner, now| inner.tracker.handle_synced(synced, now));
+            }),
+            Action::Reply { request, result } => {
+                let pending = inner.requests.remove(&request).expect("a request is answered once");
+                let answer = result.map(|()| Answer::Done).map_err(|_| Errno(libc::EIO));
+                pending.reply.complete(pending.cookie, answer);
+            }
+            Action::ReadDigest { hold, range } => {
+                let primary = self.me();
+                spawn_local(async move {
+                    let digest = primary.digest(range).await;
+                    primary.drive(|inner, now| inner.tracker.handle_digest(hold, digest, now));
+                });
+            }
+            Action::Peer { peer, action } => self.carry_out_for(inner, peer, action),
+        }
+    }
+
+    fn carry_out_for(&self, inner: &mut Inner, peer: HostId, action: session::Action) {
+        match action {
+            session::Action::Send(message) => inner.queue(peer, Queued::Message(message)),
+            session::Action::SendFrame { header, request } => {
+                let payload =
+                    request.map_or_else(Bytes::new, |request| inner.data(request, header.body.range()));
+                inner.queue(peer, Queued::Live(header.encode(&payload), payload));
+            }
+            session::Action::WriteMap(changes) => {
+                let file = inner.maps[&peer].clone();
+                let primary = self.me();
+                spawn_local(async move {
+                    let written = primary.state.write_map(&file, changes).await;
+                    if let Err(error) = &written {
+                        tracing::error!("{}", crate::words::with_causes(error));
+                    }
+                    primary.drive(|inner, now| inner.tracker.handle_map_written(peer, written.is_ok(), now));
+                });
+            }
+            session::Action::ReadCopy { read, range } => {
+                let primary = self.me();
+                spawn_local(async move {
+                    let (content, data) = primary.read_copy(range).await;
+                    primary.drive(|inner, now| {
+                        inner.copies.insert((peer, read), data);
+                        inner.tracker.handle_copy_read(peer, read, content, now);
+                        // What the session did not take up, because its link is gone, is dropped with it.
+                        if !inner.links.contains_key(&peer) {
+                            inner.copies.remove(&(peer, read));
+                        }
+                    });
+                });
+            }
+            session::Action::SendCopy { read, header } => {
+                let payload = inner.copies.remove(&(peer, read)).unwrap_or_default();
+                if let Some(header) = header {
+                    inner.queue(peer, Queued::Bulk(header.encode(&payload), payload));
+                }
+            }
+            session::Action::Hold { .. } => unreachable!("the tracker carries holds out itself"),
+        }
+    }
+
+    fn write(
+        &self,
+        inner: &Inner,
+        sequence: Sequence,
+        request: RequestId,
+        range: ByteRange,
+        zero: Option<bool>,
+        durable: bool,
+    ) {
+        let operation = match zero {
+            Some(may_unmap) => Operation::Zero { range, may_unmap },
+            None => Operation::Write { offset: range.offset, data: inner.data(request, range), durable },
+        };
+        let is_zero = zero.is_some();
+        self.submit(&self.backing, operation, move |primary, outcome| {
+            let written = primary.note(outcome);
+            if written && is_zero && durable {
+                // A zeroing has no durable form of its own.
+                return primary.submit(&primary.backing, Operation::Sync, move |primary, outcome| {
+                    let synced = primary.note(outcome);
+                    primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, synced, now));
+                });
+            }
+            primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, written, now));
+        });
+    }
+
+    /// Reads a range for a copy: nothing for zeroes, and nothing where the disk failed.
+    async fn read_copy(&self, range: ByteRange) -> (CopyContent, Bytes) {
+        if self.backing.allocation(range).all(|part| part.is_ok_and(|part| part.hole)) {
+            return (CopyContent::Zero, Bytes::new());
+        }
+        match storage::read(&*self.storage, &self.backing, &self.pool, range).await {
+            Ok(buffer) if is_zero(&buffer) => (CopyContent::Zero, Bytes::new()),
+            Ok(buffer) => (CopyContent::Data, buffer.freeze()),
+            Err(error) => {
+                tracing::error!("{}", crate::words::with_causes(&error));
+                (CopyContent::Failed, Bytes::new())
+            }
+        }
+    }
+
+    async fn digest(&self, range: ByteRange) -> Option<[u8; 32]> {
+        let digest = digest(&*self.storage, &self.backing, &self.pool, range).await;
+        if let Err(error) = &digest {
+            tracing::error!("{}", crate::words::with_causes(error));
+        }
+        digest.ok()
+    }
+
+    fn submit(
+        &self,
+        file: &Rc<File>,
+        operation: Operation,
+        done: impl FnOnce(&Self, storage::Outcome) + 'static,
+    ) {
+        let me = self.me();
+        self.storage.submit(file, operation, Box::new(move |outcome| done(&me, outcome)));
+    }
+
+    /// Keeps a failure for status, and says whether there was none.
+    fn note(&self, outcome: storage::Outcome) -> bool {
+        let Err(error) = outcome else { return true };
+        let text = crate::words::with_causes(&error);
+        tracing::error!("{text}");
+        *self.error.borrow_mut() = Some(text);
+        false
+    }
+
+    fn me(&self) -> Rc<Self> {
+        self.me.upgrade().expect("whoever calls holds the volume")
+    }
+}
+
+impl Volume for Primary {
+    fn geometry(&self) -> Geometry {
+        let preferred_bytes =
+            u32::try_from(self.backing.alignment().max(4096)).expect("an alignment is small");
+        Geometry { size_bytes: self.size_bytes, read_only: false, preferred_bytes }
+    }
+
+    fn submit(&self, request: Request) {
+        let Request { command, reply, cookie } = request;
+        let (work, offset, data) = match command {
+            Command::Read(range) => return self.read(range, reply, cookie),
+            Command::Allocation(range) => return self.answer_allocation(range, reply, cookie),
+            Command::Write { offset, data, fua } => {
+                let range = ByteRange::new(offset, data.len() as u64);
+                (Work::Write { range, fua }, offset, data)
+            }
+            Command::Zero { range, may_unmap, fua } => {
+                (Work::Zero { range, may_unmap, fua }, 0, Bytes::new())
+            }
+            Command::Flush => (Work::Flush, 0, Bytes::new()),
+        };
+        // A reply must not come before this returns, and the tracker may answer at once.
+        let reply: Rc<dyn Reply> = if matches!(work, Work::Flush) { Rc::new(Later(reply)) } else { reply };
+        self.drive(|inner, now| {
+            let id = RequestId(inner.next_request);
+            inner.next_request += 1;
+            inner.requests.insert(id, Pending { offset, data, reply, cookie });
+            inner.tracker.handle_request(id, work, now);
+        });
+    }
+}
+
+impl Primary {
+    fn read(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
+        let length = usize::try_from(range.length).expect("front ends limit reads");
+        let operation = Operation::Read { offset: range.offset, buffer: self.pool.take(length) };
+        self.submit(&self.backing, operation, move |primary, outcome| {
+            let answer = match outcome {
+                Ok(buffer) => Ok(Answer::Data(buffer.expect("a read gives its buffer back"))),
+                Err(error) => {
+                    tracing::error!("{}", crate::words::with_causes(&error));
+                    let _ = primary;
+                    Err(Errno(libc::EIO))
+                }
+            };
+            reply.complete(cookie, answer);
+        });
+    }
+
+    fn answer_allocation(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
+        let backing = self.backing.clone();
+        spawn_local(async move { reply.complete(cookie, allocation(&backing, range)) });
+    }
+}
+
+impl Inner {
+    fn data(&self, request: RequestId, range: ByteRange) -> Bytes {
+        let pending = self.requests.get(&request).expect("a request's data is kept until its reply");
+        let start = usize::try_from(range.offset - pending.offset).expect("a request fits into memory");
+        pending.data.slice(start..start + usize::try_from(range.length).expect("a request fits into memory"))
+    }
+
+    /// Hands something to the sender of a link; dropped where the link is gone.
+    fn queue(&mut self, peer: HostId, queued: Queued) {
+        if let Some(link) = self.links.get(&peer) {
+            link.push(queued);
+        }
+    }
+
+    fn end_compares(&mut self) {
+        if self.compares.is_empty() {
+            return;
+        }
+        let peers: Vec<HostId> = self.compares.keys().copied().collect();
+        for peer in peers {
+            let result = self.tracker.take_compared(peer);
+            if result.is_some() || !self.tracker.is_comparing(peer) {
+                let sender = self.compares.remove(&peer).expect("it was listed");
+                // Nobody waits any more when the tool was interrupted.
+                drop(sender.send(result));
+            }
+        }
+    }
+}
+
+/// A reply that goes out after the call that caused it has returned.
+struct Later(Rc<dyn Reply>);
+
+impl Reply for Later {
+    fn complete(&self, cookie: u64, answer: Result<Answer, Errno>) {
+        let reply = self.0.clone();
+        spawn_local(async move { reply.complete(cookie, answer) });
+    }
+}
+
+/// Which parts of a range are allocated.
+pub(crate) fn allocation(backing: &File, range: ByteRange) -> Result<Answer, Errno> {
+    let parts: Result<Vec<Part>, std::io::Error> = backing.allocation(range).take(256).collect();
+    match parts {
+        Ok(parts) => Ok(Answer::Allocation(parts)),
+        Err(error) => Err(Errno(error.raw_os_error().unwrap_or(libc::EIO))),
+    }
+}
+
+/// The BLAKE3 digest of a range of a backing.
+pub(crate) async fn digest(
+    storage: &dyn Storage,
+    backing: &Rc<File>,
+    pool: &BufferPool,
+    range: ByteRange,
+) -> Result<[u8; 32], storage::Error> {
+    let mut hasher = blake3::Hasher::new();
+    for piece in range.split_at_multiples(DIGEST_BYTES) {
+        hasher.update(&storage::read(storage, backing, pool, piece).await?);
+    }
+    Ok(*hasher.finalize().as_bytes())
+}
+
+/// Whether all bytes are zero. A machine word at a time, so that it costs next to nothing beside the read.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    // SAFETY: every bit pattern is a valid u128.
+    let (head, words, tail) = unsafe { bytes.align_to::<u128>() };
+    let edges = head.iter().chain(tail).all(|byte| *byte == 0);
+    edges && words.chunks(64).all(|chunk| chunk.iter().fold(0, |any, word| any | word) == 0)
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,466 @@
+//! The shell of a replica: drives the pure replica, holds the frames' payload, writes the backing and its metadata.
+//!
+//! One session at a time. A session is a control stream, on which the primary's greeting came, and the streams of
+//! frames that carry its number. A newer greeting takes the place of an older session at once; the machine answers it
+//! only when everything of the old one has ended (R1).
+//!
+//! After a failure of the backing the machine takes nothing any more (W5). The next greeting finds
+//! [`Replica::has_failed`], and the volume's thread opens the backing anew.
+
+use crate::buffer::BufferPool;
+use crate::metadata::State;
+use crate::storage::file::File;
+use crate::storage::{self, Operation, Storage};
+use crate::transport::FrameReceiver;
+use crate::transport::{ControlReceiver, ControlSender};
+use crate::transport::{ReceiveError, SendError};
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::replica::{self, Action, FrameId, PrimaryMisbehaved, Settings, StateChange};
+use blockmirror_protocol::units::Session as SessionNumber;
+use blockmirror_protocol::wire::FrameHeader;
+use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal, Refused};
+use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::{Rc, Weak};
+use std::time::Instant;
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::task::spawn_local;
+
+/// How many frames are taken in before others get their turn.
+const BATCH: usize = 32;
+
+/// A volume on a replica. Lives on the volume's thread.
+pub struct Replica {
+    me: Weak<Self>,
+    storage: Rc<dyn Storage>,
+    backing: Rc<File>,
+    state: Rc<State>,
+    pool: BufferPool,
+    inner: RefCell<Inner>,
+    error: RefCell<Option<String>>,
+    /// The session that is being served, and how it is told to end.
+    current: Cell<u64>,
+    superseded: Notify,
+    idle: Notify,
+    /// When the connection of the primary came or went.
+    since: Cell<Instant>,
+    /// How many recoveries read the backing; no primary may write meanwhile.
+    recoveries: Cell<usize>,
+    members: RefCell<Vec<Member>>,
+}
+
+struct Inner {
+    machine: replica::Replica,
+    next_frame: u64,
+    payloads: HashMap<FrameId, Bytes>,
+    outgoing: Option<UnboundedSender<Message>>,
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The primary can't be heard.
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
+    /// The primary can't be told.
+    #[error(transparent)]
+    Send(#[from] SendError),
+    /// The primary broke the protocol.
+    #[error(transparent)]
+    Misbehaved(#[from] PrimaryMisbehaved),
+    /// A newer session took its place.
+    #[error("a newer session took this one's place")]
+    Superseded,
+}
+
+/// Keeps primaries away while a recovery reads; see [`Replica::begin_recovery`].
+pub struct Recovery(Rc<Replica>);
+
+impl Drop for Recovery {
+    fn drop(&mut self) {
+        self.0.recoveries.set(self.0.recoveries.get() - 1);
+    }
+}
+
+impl Replica {
+    /// Opens a volume as replica.
+    ///
+    /// # Errors
+    /// [`crate::metadata::StateError`] when the metadata can't be read.
+    pub async fn open(
+        storage: Rc<dyn Storage>,
+        backing: Rc<File>,
+        state: State,
+        pool: BufferPool,
+        window_bytes: u64,
+    ) -> Result<Rc<Self>, crate::metadata::StateError> {
+        let superblock = state.superblock();
+        let marker = state.recover_marker().await?;
+        let settings = Settings {
+            volume: superblock.volume,
+            copy: superblock.copy,
+            size_bytes: superblock.size_bytes,
+            block_size: superblock.block_size,
+            sector_bytes: u32::try_from(backing.alignment()).expect("a sector is small"),
+            window_bytes,
+        };
+        let machine =
+            replica::Replica::new(settings, superblock.data, marker, superblock.fence, superblock.lineage);
+        Ok(Rc::new_cyclic(|me| Self {
+            me: me.clone(),
+            storage,
+            backing,
+            state: Rc::new(state),
+            pool,
+            inner: RefCell::new(Inner { machine, next_frame: 0, payloads: HashMap::new(), outgoing: None }),
+            error: RefCell::new(None),
+            current: Cell::new(0),
+            superseded: Notify::new(),
+            idle: Notify::new(),
+            since: Cell::new(Instant::now()),
+            recoveries: Cell::new(0),
+            members: RefCell::default(),
+        }))
+    }
+
+    /// What the superblock says.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// What the backing is read and written with.
+    #[must_use]
+    pub fn storage(&self) -> &Rc<dyn Storage> {
+        &self.storage
+    }
+
+    /// The backing.
+    #[must_use]
+    pub fn backing(&self) -> &Rc<File> {
+        &self.backing
+    }
+
+    /// The replica's numbers.
+    #[must_use]
+    pub fn report(&self) -> replica::Report {
+        self.inner.borrow().machine.report()
+    }
+
+    /// When the primary's connection came or went.
+    #[must_use]
+    pub fn since(&self) -> Instant {
+        self.since.get()
+    }
+
+    /// What became of the backing, in words, if it failed.
+    #[must_use]
+    pub fn error(&self) -> Option<String> {
+        self.error.borrow().clone()
+    }
+
+    /// Whether the backing must be opened anew before the next session (W5).
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.inner.borrow().machine.has_failed()
+    }
+
+    /// The hosts of the volume, as the primary told last; empty before it did.
+    #[must_use]
+    pub fn members(&self) -> Vec<Member> {
+        self.members.borrow().clone()
+    }
+
+    /// Whether a recovery reads the backing.
+    #[must_use]
+    pub fn is_recovering(&self) -> bool {
+        self.recoveries.get() > 0
+    }
+
+    /// Keeps primaries away as long as the answer lives. Nothing while one is connected.
+    #[must_use]
+    pub fn begin_recovery(&self) -> Option<Recovery> {
+        if self.inner.borrow().outgoing.is_some() {
+            return None;
+        }
+        self.recoveries.set(self.recoveries.get() + 1);
+        Some(Recovery(self.me()))
+    }
+
+    /// Serves a session from its greeting to its end. `learned` is called when the primary tells the volume's hosts.
+    ///
+    /// # Errors
+    /// [`SessionError`]; the primary dials again by itself.
+    pub async fn serve(
+        &self,
+        hello: Hello,
+        mut sender: ControlSender,
+        mut receiver: ControlReceiver,
+        learned: impl Fn(Vec<Member>),
+    ) -> Result<(), SessionError> {
+        if self.is_recovering() {
+            let text = "a recovery reads this replica; replication goes on when it has ended".into();
+            sender.send(&Refused { refusal: Refusal::Busy, text }.into()).await?;
+            return Ok(sender.finish().await?);
+        }
+        let session = self.take_over();
+        let (outgoing, mut source) = unbounded_channel();
+        self.since.set(Instant::now());
+        let members = hello.members.clone();
+        self.drive(|inner| {
+            inner.outgoing = Some(outgoing);
+            inner.machine.handle_message(hello.into())
+        })?;
+        *self.members.borrow_mut() = members.clone();
+        learned(members);
+        let receive = async {
+            loop {
+                let message = receiver.receive().await?;
+                if let Message::Members(members) = &message {
+                    *self.members.borrow_mut() = members.members.clone();
+                    learned(members.members.clone());
+                }
+                self.drive(|inner| inner.machine.handle_message(message))?;
+            }
+        };
+        let send = async {
+            while let Some(message) = source.recv().await {
+                let is_last = matches!(message, Message::Refused(_));
+                sender.send(&message).await?;
+                if is_last {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        let ended: Result<(), SessionError> = tokio::select! {
+            ended = receive => ended,
+            ended = send => ended,
+            () = self.is_superseded(session) => Err(SessionError::Superseded),
+        };
+        if self.current.get() == session {
+            self.since.set(Instant::now());
+            self.drive(|inner| {
+                inner.outgoing = None;
+                inner.machine.handle_disconnected();
+            });
+        }
+        if ended.is_ok() {
+            // The refusal must arrive before the stream is gone.
+            sender.finish().await?;
+        }
+        ended
+    }
+
+    /// Takes in the frames of one stream until it or its session ends.
+    ///
+    /// # Errors
+    /// [`SessionError`] when the primary can't be heard or broke the protocol.
+    pub async fn take_frames(
+        &self,
+        session: SessionNumber,
+        mut frames: FrameReceiver,
+    ) -> Result<(), SessionError> {
+        let current = self.current.get();
+        let mut count = 0;
+        loop {
+            let (header, payload) = tokio::select! {
+                frame = frames.receive(&self.pool) => frame?,
+                () = self.is_superseded(current) => return Ok(()),
+            };
+            self.take_frame(session, header, payload)?;
+            while let Some((header, payload)) = frames.receive_now(&self.pool)? {
+                self.take_frame(session, header, payload)?;
+                count += 1;
+                if count % BATCH == 0 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+
+    /// Ends the session, and waits until nothing is being written.
+    pub async fn close(&self) {
+        self.disconnect();
+        while !self.inner.borrow().machine.is_idle() {
+            self.idle.notified().await;
+        }
+        storage::drain(&*self.storage).await;
+    }
+
+    /// Ends the session that is being served, if any; the primary may dial again.
+    pub fn disconnect(&self) {
+        self.take_over();
+        self.since.set(Instant::now());
+        self.drive(|inner| {
+            inner.outgoing = None;
+            inner.machine.handle_disconnected();
+        });
+    }
+
+    /// Ends the session of this number, unless a newer one took its place.
+    pub fn end_session(&self, session: SessionNumber) {
+        if self.inner.borrow().machine.session() == Some(session) {
+            self.disconnect();
+        }
+    }
+
+    /// Tells the session that is being served to end, and names the next one.
+    fn take_over(&self) -> u64 {
+        let session = self.current.get() + 1;
+        self.current.set(session);
+        self.superseded.notify_waiters();
+        session
+    }
+
+    async fn is_superseded(&self, session: u64) {
+        loop {
+            let told = self.superseded.notified();
+            if self.current.get() != session {
+                return;
+            }
+            told.await;
+        }
+    }
+
+    fn take_frame(
+        &self,
+        session: SessionNumber,
+        header: FrameHeader,
+        payload: Bytes,
+    ) -> Result<(), PrimaryMisbehaved> {
+        if header.session != session {
+            return Err(PrimaryMisbehaved("a frame carries another session than its stream"));
+        }
+        self.drive(|inner| {
+            let frame = FrameId(inner.next_frame);
+            inner.next_frame += 1;
+            inner.payloads.insert(frame, payload);
+            inner.machine.handle_frame(frame, header)
+        })
+    }
+
+    /// Feeds the machine an event, then carries out what it asks for.
+    fn drive<Output>(&self, event: impl FnOnce(&mut Inner) -> Output) -> Output {
+        let mut inner = self.inner.borrow_mut();
+        let output = event(&mut inner);
+        while let Some(action) = inner.machine.poll_action() {
+            self.carry_out(&mut inner, action);
+        }
+        if inner.machine.is_idle() {
+            self.idle.notify_one();
+        }
+        output
+    }
+
+    fn carry_out(&self, inner: &mut Inner, action: Action) {
+        match action {
+            Action::Apply { frame, range, zero } => self.apply(inner, frame, range, zero),
+            Action::Drop(frame) => drop(inner.payloads.remove(&frame)),
+            Action::Sync => self.submit(Operation::Sync, |replica, outcome| {
+                let synced = replica.note(outcome);
+                replica.drive(|inner| inner.machine.handle_synced(synced));
+            }),
+            Action::WriteMarker(position) => {
+                let me = self.me();
+                spawn_local(async move {
+                    let written = me.note_state(me.state.write_marker(position).await);
+                    me.drive(|inner| inner.machine.handle_marker_written(written));
+                });
+            }
+            Action::WriteState(change) => {
+                let me = self.me();
+                spawn_local(async move {
+                    let written = me.note_state(me.write_state(change).await);
+                    me.drive(|inner| inner.machine.handle_state_written(written));
+                });
+            }
+            Action::ReadDigest { frame, range } => {
+                let me = self.me();
+                spawn_local(async move {
+                    let digest = crate::primary::digest(&*me.storage, &me.backing, &me.pool, range).await;
+                    let digest = match digest {
+                        Ok(digest) => Some(digest),
+                        Err(error) => {
+                            me.note(Err(error));
+                            None
+                        }
+                    };
+                    me.drive(|inner| {
+                        inner.payloads.remove(&frame);
+                        inner.machine.handle_digest(frame, digest);
+                    });
+                });
+            }
+            Action::Send(message) => {
+                if let Some(outgoing) = &inner.outgoing {
+                    // A session whose sender is gone is just ending.
+                    drop(outgoing.send(message));
+                }
+            }
+        }
+    }
+
+    fn apply(&self, inner: &mut Inner, frame: FrameId, range: ByteRange, zero: Option<bool>) {
+        let data = inner.payloads.remove(&frame).expect("a frame's payload is kept until it is written");
+        let operation = match zero {
+            Some(may_unmap) => {
+                if self.backing.allocation(range).all(|part| part.is_ok_and(|part| part.hole)) {
+                    // A hole reads as zeroes already.
+                    let me = self.me();
+                    spawn_local(async move { me.drive(|inner| inner.machine.handle_applied(frame, true)) });
+                    return;
+                }
+                Operation::Zero { range, may_unmap }
+            }
+            None => Operation::Write { offset: range.offset, data, durable: false },
+        };
+        self.submit(operation, move |replica, outcome| {
+            let written = replica.note(outcome);
+            replica.drive(|inner| inner.machine.handle_applied(frame, written));
+        });
+    }
+
+    async fn write_state(&self, change: StateChange) -> Result<(), crate::metadata::StateError> {
+        self.state
+            .change_superblock(|superblock| {
+                superblock.data = change.data;
+                if let Some(position) = change.position {
+                    superblock.position = position;
+                }
+                if let Some(lineage) = change.lineage {
+                    superblock.lineage = lineage;
+                }
+            })
+            .await
+    }
+
+    fn submit(&self, operation: Operation, done: impl FnOnce(&Self, storage::Outcome) + 'static) {
+        let me = self.me();
+        self.storage.submit(&self.backing, operation, Box::new(move |outcome| done(&me, outcome)));
+    }
+
+    fn note(&self, outcome: storage::Outcome) -> bool {
+        let Err(error) = outcome else { return true };
+        self.keep_error(&error);
+        false
+    }
+
+    fn note_state(&self, outcome: Result<(), crate::metadata::StateError>) -> bool {
+        let Err(error) = outcome else { return true };
+        self.keep_error(&error);
+        false
+    }
+
+    fn keep_error(&self, error: &dyn std::error::Error) {
+        let text = crate::words::with_causes(error);
+        tracing::error!("{text}");
+        self.error.borrow_mut().get_or_insert(text);
+    }
+
+    fn me(&self) -> Rc<Self> {
+        self.me.upgrade().expect("whoever calls holds the volume")
+    }
+}

@@ -1,0 +1,180 @@
+//! What peers open: each stream's first message or preamble says what it is for; it is authorised here, by the key of
+//! its connection, and handed to the volume that it names.
+
+use super::Supervisor;
+use super::admission::unknown_volume;
+use crate::config::{Role, VolumeConfig};
+use crate::transport::{CloseReason, Connection, ControlReceiver, ControlSender, Incoming, ReceiveError};
+use crate::volume::{Ask, refuse};
+use crate::words::with_causes;
+use blockmirror_protocol::units::{HostId, VolumeId};
+use blockmirror_protocol::wire::message::{Hello, Message, Recover, Refusal, Refused};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a peer may take to say what a stream is for.
+const FIRST_MESSAGE_TIME: Duration = Duration::from_secs(10);
+
+/// A stream that is refused, and its sending side to say so on.
+type No = (Refused, ControlSender);
+
+impl Supervisor {
+    /// Accepts connections until the endpoint is closed.
+    pub async fn accept_connections(self: Arc<Self>) {
+        while let Some(connection) = self.endpoint.accept().await {
+            tokio::spawn(self.clone().serve_connection(connection));
+        }
+    }
+
+    async fn serve_connection(self: Arc<Self>, connection: Connection) {
+        loop {
+            match connection.accept().await {
+                Ok(Incoming::Control(sender, receiver)) => {
+                    tokio::spawn(self.clone().serve_control(connection.clone(), sender, receiver));
+                }
+                Ok(Incoming::Frames(preamble, frames)) => {
+                    let config = self.config_of(preamble.volume).await;
+                    let Some(config) = config.filter(|config| is_primary(config, connection.peer())) else {
+                        return connection
+                            .close(CloseReason::Refused, "frames for a volume that is not shared");
+                    };
+                    if let Ok(handle) = self.handle_of(&config.name).await {
+                        handle.ask(Ask::Frames(preamble, frames));
+                    }
+                }
+                Err(ReceiveError::Lost(_)) => return,
+                Err(error) => {
+                    tracing::warn!(peer = %connection.peer(), "{}", with_causes(&error));
+                    return connection.close(CloseReason::Misbehaved, "no stream of this protocol");
+                }
+            }
+        }
+    }
+
+    async fn serve_control(
+        self: Arc<Self>,
+        connection: Connection,
+        sender: ControlSender,
+        mut receiver: ControlReceiver,
+    ) {
+        let first = tokio::time::timeout(FIRST_MESSAGE_TIME, receiver.receive()).await;
+        let outcome = match first {
+            Ok(Ok(Message::Hello(hello))) => self.take_session(hello, &connection, sender, receiver).await,
+            Ok(Ok(Message::Join(join))) => match self.admit(join, &connection).await {
+                Ok(joined) => return answer(sender, joined.into()).await,
+                Err(no) => Err((no, sender)),
+            },
+            Ok(Ok(Message::Recover(recover))) => self.take_recovery(recover, &connection, sender).await,
+            Ok(Ok(message @ (Message::ReadContent(_) | Message::AskDigest(_)))) => {
+                self.take_read(message, &connection, sender, receiver).await
+            }
+            Ok(Ok(_)) => {
+                return connection.close(CloseReason::Misbehaved, "a stream began with the wrong message");
+            }
+            Ok(Err(error)) => return tracing::debug!(peer = %connection.peer(), "{}", with_causes(&error)),
+            Err(_) if self.knows(connection.peer()).await => return,
+            Err(_) => return connection.close(CloseReason::Refused, "nothing was asked for in time"),
+        };
+        if let Err((Refused { refusal, text }, sender)) = outcome {
+            tracing::info!(peer = %connection.peer(), "refused: {text}");
+            refuse(sender, refusal, text);
+        }
+    }
+
+    async fn take_session(
+        &self,
+        hello: Hello,
+        connection: &Connection,
+        sender: ControlSender,
+        receiver: ControlReceiver,
+    ) -> Result<(), No> {
+        let Some(config) = self.config_of(hello.volume).await else { return Err((unknown_volume(), sender)) };
+        let peer = connection.peer();
+        if !is_primary(&config, peer) {
+            let text = format!("the host with the key {peer} is not the primary that this replica follows");
+            return Err((Refused { refusal: Refusal::UnknownKey, text }, sender));
+        }
+        if config.peers.iter().any(|known| known.host == peer && known.paused) {
+            let text = "the operator of the replica paused the link".to_owned();
+            return Err((Refused { refusal: Refusal::Busy, text }, sender));
+        }
+        self.hand_on(&config, sender, |sender| Ask::Session(Box::new(hello), sender, receiver)).await
+    }
+
+    async fn take_recovery(
+        &self,
+        recover: Recover,
+        connection: &Connection,
+        sender: ControlSender,
+    ) -> Result<(), No> {
+        let config = {
+            let volumes = self.volumes.lock().await;
+            let named = volumes.values().find(|entry| entry.config.name.as_str() == recover.name);
+            named.map(|entry| entry.config.clone())
+        };
+        let Some(config) = config else { return Err((unknown_volume(), sender)) };
+        if let Err(no) = self.admit_recovery(&config, recover.secret, connection.peer()).await {
+            return Err((no, sender));
+        }
+        let connection = connection.clone();
+        self.hand_on(&config, sender, |sender| Ask::Recover(recover.accept_inconsistent, sender, connection))
+            .await
+    }
+
+    async fn take_read(
+        &self,
+        first: Message,
+        connection: &Connection,
+        sender: ControlSender,
+        receiver: ControlReceiver,
+    ) -> Result<(), No> {
+        let config = self.config_of(volume_of(&first)).await;
+        let Some(config) = config else { return Err((unknown_volume(), sender)) };
+        if !self.may_recover(&config, connection.peer()).await {
+            let text = "no recovery was begun with this key".to_owned();
+            return Err((Refused { refusal: Refusal::UnknownKey, text }, sender));
+        }
+        self.hand_on(&config, sender, |sender| Ask::Read(first, sender, receiver)).await
+    }
+
+    async fn hand_on(
+        &self,
+        config: &VolumeConfig,
+        sender: ControlSender,
+        ask: impl FnOnce(ControlSender) -> Ask,
+    ) -> Result<(), No> {
+        match self.handle_of(&config.name).await {
+            Ok(handle) => handle.ask(ask(sender)),
+            Err(_) => return Err((unknown_volume(), sender)),
+        }
+        Ok(())
+    }
+
+    /// Whether a key belongs to a host of any volume, or was let in by a token.
+    async fn knows(&self, host: HostId) -> bool {
+        let is_member = {
+            let volumes = self.volumes.lock().await;
+            volumes.values().any(|entry| entry.config.peers.iter().any(|peer| peer.host == host))
+        };
+        is_member || self.admitted.lock().await.iter().any(|(_, admitted)| *admitted == host)
+    }
+}
+
+async fn answer(mut sender: ControlSender, message: Message) {
+    if sender.send(&message).await.is_ok() {
+        // An error means that the peer has gone.
+        let _ = sender.finish().await;
+    }
+}
+
+fn is_primary(config: &VolumeConfig, host: HostId) -> bool {
+    config.peers.iter().any(|peer| peer.host == host && peer.role == Role::Primary)
+}
+
+fn volume_of(message: &Message) -> VolumeId {
+    match message {
+        Message::ReadContent(read) => read.volume,
+        Message::AskDigest(ask) => ask.volume,
+        _ => VolumeId::default(),
+    }
+}

@@ -1,0 +1,295 @@
+//! New volumes on this host: made by the operator, or joined with a token.
+//!
+//! The volume's configuration file is written last: without it nothing of the volume exists for the agent, and what an
+//! interrupted attempt left is removed by the next one.
+
+use super::{Supervisor, failed, refused};
+use crate::buffer::BufferPool;
+use crate::config::{DEFAULT_WINDOW, DeviceKind, Name, PeerConfig, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
+use crate::control::api::{CreateRequest, Failure, FailureKind, JoinRequest, StatusReply};
+use crate::metadata::State;
+use crate::storage::file::{Access, File, OpenError};
+use crate::storage::{self, probe};
+use crate::token::Token;
+use crate::transport::{Connection, key};
+use crate::words::with_causes;
+use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
+use blockmirror_protocol::units::{
+    BlockSize, CopyId, GenerationId, HostId, Position, SECTOR_BYTES, Session, VolumeId,
+};
+use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Member, Message};
+use std::path::{Path, PathBuf};
+
+/// A backing that was looked at, and made where it was missing.
+struct Prepared {
+    size_bytes: u64,
+    made: bool,
+}
+
+impl Supervisor {
+    pub(super) async fn make(&self, request: CreateRequest) -> Result<StatusReply, Failure> {
+        self.must_be_free(&request.name, &request.backing).await?;
+        let block_size = match request.block_size_bytes {
+            Some(bytes) => BlockSize::new(bytes).map_err(|error| usage(error.to_string()))?,
+            None => BlockSize::default(),
+        };
+        let prepared = prepare(&request.backing, request.size_bytes)?;
+        let config = VolumeConfig {
+            name: request.name.clone(),
+            id: VolumeId(key::random()),
+            role: Role::Primary,
+            backing: request.backing.clone(),
+            size_bytes: request.size_bytes.unwrap_or(prepared.size_bytes),
+            block_size,
+            devices: request.devices,
+            nbd_listen: None,
+            window: DEFAULT_WINDOW,
+            peers: Vec::new(),
+        };
+        let superblock = Superblock {
+            volume: config.id,
+            copy: CopyId(key::random()),
+            size_bytes: config.size_bytes,
+            block_size,
+            role: SuperblockRole::Primary,
+            data: DataState::Consistent,
+            session: Session(0),
+            fence: Fence { counter: 1, holder: self.endpoint.id() },
+            position: Position::default(),
+            source: HostId::default(),
+            lineage: vec![GenerationId(key::random())],
+        };
+        self.set_up(config, superblock, prepared.made).await
+    }
+
+    pub(super) async fn join_with(&self, request: JoinRequest) -> Result<StatusReply, Failure> {
+        let token = Token::parse(&request.token).map_err(|error| usage(error.to_string()))?;
+        let connection = self
+            .peers
+            .connection_to(token.host, &token.addresses)
+            .await
+            .map_err(|error| failed(with_causes(&error)))?;
+        let asked = self.ask_to_join(&connection, &token, true).await?;
+        let name: Name = asked.name.parse().map_err(|_| failed("the primary's volume has no usable name"))?;
+        self.must_be_free(&name, &request.backing).await?;
+        let prepared = prepare(&request.backing, Some(asked.size_bytes))?;
+        let checked = if prepared.made { Ok(()) } else { must_be_blank(&request.backing, request.overwrite) };
+        let joined = match checked {
+            Ok(()) => self.ask_to_join(&connection, &token, false).await,
+            Err(failure) => Err(failure),
+        };
+        let joined = joined.inspect_err(|_| remove_made(&request.backing, prepared.made))?;
+        let config = self.replica_config(&request, &name, &joined);
+        let superblock = Superblock {
+            volume: joined.volume,
+            copy: CopyId(key::random()),
+            size_bytes: joined.size_bytes,
+            block_size: joined.block_size,
+            role: SuperblockRole::Replica,
+            data: DataState::Empty,
+            session: Session(0),
+            fence: Fence::default(),
+            position: Position::default(),
+            source: token.host,
+            lineage: Vec::new(),
+        };
+        self.set_up(config, superblock, prepared.made).await
+    }
+
+    /// Writes state and configuration, and starts the volume.
+    async fn set_up(
+        &self,
+        config: VolumeConfig,
+        superblock: Superblock,
+        made: bool,
+    ) -> Result<StatusReply, Failure> {
+        let (name, backing) = (config.name.clone(), config.backing.clone());
+        let folder = self.state_folder(&name);
+        let written = match write_state(folder.clone(), superblock).await {
+            Ok(()) => self.folders.config.save_volume(&config).map_err(|error| failed(with_causes(&error))),
+            Err(failure) => Err(failure),
+        };
+        if let Err(failure) = written {
+            remove_made(&backing, made);
+            // What is left of the folder is removed by the next attempt.
+            let _ = std::fs::remove_dir_all(&folder);
+            return Err(failure);
+        }
+        self.start(config).await?;
+        self.status_of(vec![name]).await
+    }
+
+    async fn must_be_free(&self, name: &Name, backing: &Path) -> Result<(), Failure> {
+        let volumes = self.volumes.lock().await;
+        let path = self.folders.config.volume_path(name);
+        if volumes.contains_key(name) || path.exists() {
+            let text = format!("there is a volume {name} on this host already ({})", path.display());
+            return Err(refused(text));
+        }
+        let same = |other: &Path| match (other.canonicalize(), backing.canonicalize()) {
+            (Ok(other), Ok(backing)) => other == backing,
+            _ => other == backing,
+        };
+        if let Some(entry) = volumes.values().find(|entry| same(&entry.config.backing)) {
+            let text = format!("{} is the backing of the volume {}", backing.display(), entry.config.name);
+            return Err(refused(text));
+        }
+        drop(volumes);
+        // An attempt that was interrupted before its configuration was written never became a volume.
+        let folder = self.state_folder(name);
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let folder = folder.display();
+                Err(failed(format!("cannot remove what an earlier attempt left in {folder}: {error}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn ask_to_join(
+        &self,
+        connection: &Connection,
+        token: &Token,
+        ask_only: bool,
+    ) -> Result<Joined, Failure> {
+        let (mut sender, mut receiver) =
+            connection.open_control().await.map_err(|error| failed(with_causes(&error)))?;
+        let join = Join {
+            volume: token.volume,
+            secret: token.secret.0,
+            name: self.name.to_string(),
+            listen: self.told_addresses(),
+            ask_only,
+        };
+        sender.send(&join.into()).await.map_err(|error| failed(with_causes(&error)))?;
+        match receiver.receive().await.map_err(|error| failed(with_causes(&error)))? {
+            Message::Joined(joined) if joined.volume == token.volume => Ok(joined),
+            Message::Refused(no) => Err(refused(no.text)),
+            _ => Err(failed("the primary answered with something else; is it of another version?")),
+        }
+    }
+
+    /// Where this host listens: what the configuration says, or the address with which the primary sees it.
+    fn told_addresses(&self) -> Vec<String> {
+        if self.advertised.is_empty() {
+            return vec![self.endpoint.local_address().to_string()];
+        }
+        self.advertised.iter().map(|address| address.as_str().to_owned()).collect()
+    }
+
+    fn replica_config(&self, request: &JoinRequest, name: &Name, joined: &Joined) -> VolumeConfig {
+        let mut config = VolumeConfig {
+            name: name.clone(),
+            id: joined.volume,
+            role: Role::Replica,
+            backing: request.backing.clone(),
+            size_bytes: joined.size_bytes,
+            block_size: joined.block_size,
+            devices: DeviceKind::defaults(),
+            nbd_listen: None,
+            window: DEFAULT_WINDOW,
+            peers: Vec::new(),
+        };
+        for (index, member) in joined.members.iter().enumerate() {
+            if member.host != self.endpoint.id() {
+                let role = if index == 0 { Role::Primary } else { Role::Replica };
+                let peer = peer_of(&config, member, role);
+                config.peers.push(peer);
+            }
+        }
+        config
+    }
+}
+
+/// A member as a peer of this host, under a name that no other peer has.
+pub(super) fn peer_of(config: &VolumeConfig, member: &Member, role: Role) -> PeerConfig {
+    let nearest = Name::nearest(&member.name);
+    let mut name = nearest.clone();
+    let mut number = 2;
+    while config.peers.iter().any(|peer| peer.name == name && peer.host != member.host) {
+        name = Name::nearest(&format!("{nearest}-{number}"));
+        number += 1;
+    }
+    PeerConfig {
+        name,
+        role,
+        host: member.host,
+        addresses: member.addresses.iter().filter_map(|address| address.parse().ok()).collect(),
+        paused: false,
+    }
+}
+
+/// Looks at a backing, and makes an image file where there is none and the size is known.
+fn prepare(path: &Path, wanted: Option<u64>) -> Result<Prepared, Failure> {
+    if let Some(bytes) = wanted
+        && (bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) || bytes > VOLUME_LIMIT_BYTES)
+    {
+        return Err(usage(format!(
+            "{bytes} bytes is no size for a volume: use a multiple of 512, at most 16P"
+        )));
+    }
+    match File::open_backing(path, Access::ReadWrite) {
+        Ok(file) => {
+            let size_bytes = file.size_bytes();
+            if let Some(wanted) = wanted.filter(|wanted| *wanted > size_bytes) {
+                let text = format!("{} has {size_bytes} bytes, the volume needs {wanted}", path.display());
+                return Err(refused(text));
+            }
+            Ok(Prepared { size_bytes, made: false })
+        }
+        Err(OpenError::NotFound { .. }) => {
+            let Some(size_bytes) = wanted else {
+                return Err(usage(format!("{} does not exist; give --size to make it", path.display())));
+            };
+            File::create_image(path, size_bytes).map_err(|error| failed(with_causes(&error)))?;
+            Ok(Prepared { size_bytes, made: true })
+        }
+        Err(error @ OpenError::Io { .. }) => Err(failed(with_causes(&error))),
+        Err(error) => Err(refused(with_causes(&error))),
+    }
+}
+
+/// A replica's backing is overwritten whole, so it must hold nothing, or the operator must say so.
+fn must_be_blank(path: &Path, overwrite: bool) -> Result<(), Failure> {
+    let file = File::open_backing(path, Access::ReadWrite).map_err(|error| refused(with_causes(&error)))?;
+    let found = probe::what_is_on(&file)
+        .map_err(|error| failed(format!("cannot look at {}: {error}", path.display())))?;
+    match found {
+        Some(content) if !overwrite => {
+            let path = path.display();
+            Err(refused(format!(
+                "{path} carries {content}; use another backing, or --overwrite to destroy that"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a new volume's state folder, on a thread of its own: a storage belongs to the thread that made it.
+async fn write_state(folder: PathBuf, superblock: Superblock) -> Result<(), Failure> {
+    let write = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| format!("no runtime can be had: {error}"))?;
+        let local = tokio::task::LocalSet::new();
+        runtime.block_on(local.run_until(async {
+            let storage = storage::open().map_err(|error| format!("no storage can be had: {error}"))?;
+            let created = State::create(&folder, storage, BufferPool::new(1 << 20), &superblock).await;
+            created.map_err(|error| with_causes(&error))
+        }))?;
+        Ok(())
+    };
+    let written: Result<(), String> = tokio::task::spawn_blocking(write)
+        .await
+        .unwrap_or_else(|_| Err("the agent failed inside".to_owned()));
+    written.map_err(failed)
+}
+
+fn remove_made(path: &Path, made: bool) {
+    if made && let Err(error) = std::fs::remove_file(path) {
+        tracing::warn!(path = %path.display(), "the image that was just made can't be removed: {error}");
+    }
+}
+
+fn usage(text: impl Into<String>) -> Failure {
+    Failure::new(FailureKind::Usage, text)
+}

@@ -1,0 +1,212 @@
+//! The agent as a whole: which volumes there are, who may talk to them, and what the operator asks for.
+//!
+//! Runs on the main thread and moves no data. Each volume has its own thread ([`crate::volume`]); streams that peers
+//! open are looked at once, authorised, and handed to the volume that they name.
+
+mod addresses;
+mod admission;
+mod incoming;
+mod making;
+mod operations;
+
+use crate::config::{Address, ConfigFolder, Mistake, Name, PeerConfig, Role, VolumeConfig};
+use crate::control::api::{Failure, FailureKind};
+use crate::transport::{Endpoint, Peers};
+use crate::volume::{Ask, Handle, Surroundings};
+use crate::words::with_causes;
+use blockmirror_protocol::units::{HostId, VolumeId};
+use blockmirror_protocol::wire::message::Member;
+pub use operations::Operator;
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::Mutex;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// Where the agent keeps things.
+#[derive(Clone, Debug)]
+pub struct Folders {
+    /// The configuration.
+    pub config: ConfigFolder,
+    /// Metadata, a folder for each volume.
+    pub state: PathBuf,
+    /// Sockets and mount points.
+    pub run: PathBuf,
+    /// Links to loop devices.
+    pub devices: PathBuf,
+}
+
+/// A volume, and its hosts as its primary told them.
+pub type Learned = (Name, Vec<Member>);
+
+/// See the module.
+pub struct Supervisor {
+    folders: Folders,
+    name: Name,
+    endpoint: Endpoint,
+    peers: Peers,
+    /// What the configuration says others reach this host at; empty: its interfaces' addresses.
+    advertised: Vec<Address>,
+    volumes: Mutex<BTreeMap<Name, Entry>>,
+    /// Keys that a token let in for a recovery, while the agent runs.
+    admitted: Mutex<HashSet<(VolumeId, HostId)>>,
+    learned: UnboundedSender<Learned>,
+}
+
+struct Entry {
+    config: VolumeConfig,
+    handle: Arc<Handle>,
+}
+
+impl Supervisor {
+    /// An agent that is reached at `endpoint` and has no volumes yet, and what its volumes learn of their hosts, for
+    /// [`Supervisor::keep_members`].
+    #[must_use]
+    pub fn new(
+        folders: Folders,
+        name: Name,
+        endpoint: Endpoint,
+        advertised: Vec<Address>,
+    ) -> (Arc<Self>, UnboundedReceiver<Learned>) {
+        let (learned, source) = unbounded_channel();
+        let supervisor = Arc::new(Self {
+            folders,
+            name,
+            peers: Peers::new(endpoint.clone()),
+            endpoint,
+            advertised,
+            volumes: Mutex::default(),
+            admitted: Mutex::default(),
+            learned,
+        });
+        (supervisor, source)
+    }
+
+    /// Starts every volume of the configuration. One that is wrong doesn't keep the others from being served.
+    ///
+    /// # Errors
+    /// A [`Mistake`] when the folder can't be read.
+    pub async fn start_volumes(&self) -> Result<(), Mistake> {
+        let found = self.folders.config.load_volumes()?;
+        for mistake in &found.mistakes {
+            tracing::error!("{}", with_causes(mistake));
+        }
+        for config in found.volumes {
+            let name = config.name.clone();
+            if let Err(failure) = self.start(config).await {
+                tracing::error!(volume = %name, "{}", failure.message);
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps the members that primaries tell, so that replicas know each other when the primary is gone.
+    pub async fn keep_members(self: Arc<Self>, mut source: UnboundedReceiver<Learned>) {
+        while let Some((name, members)) = source.recv().await {
+            if let Err(failure) = self.learn(&name, &members).await {
+                tracing::warn!(volume = %name, "{}", failure.message);
+            }
+        }
+    }
+
+    /// Stops all volumes in order.
+    pub async fn stop(&self) {
+        let volumes = std::mem::take(&mut *self.volumes.lock().await);
+        for entry in volumes.into_values() {
+            entry.handle.stop().await;
+        }
+        self.endpoint.close().await;
+    }
+
+    async fn start(&self, config: VolumeConfig) -> Result<(), Failure> {
+        let surroundings = Surroundings {
+            state_folder: self.state_folder(&config.name),
+            run_folder: self.folders.run.clone(),
+            device_folder: self.folders.devices.clone(),
+            peers: self.peers.clone(),
+            learned: self.learned.clone(),
+            own: self.own_member(),
+        };
+        let name = config.name.clone();
+        let handle = Handle::start(config.clone(), surroundings)
+            .await
+            .map_err(|error| failed(format!("no thread can be had for the volume: {error}")))?;
+        self.volumes.lock().await.insert(name, Entry { config, handle: Arc::new(handle) });
+        Ok(())
+    }
+
+    fn state_folder(&self, name: &Name) -> PathBuf {
+        self.folders.state.join(name.as_str())
+    }
+
+    /// This host, as others are told of it.
+    fn own_member(&self) -> Member {
+        let addresses = self.own_addresses().iter().map(|address| address.as_str().to_owned()).collect();
+        Member { name: self.name.to_string(), host: self.endpoint.id(), addresses }
+    }
+
+    fn own_addresses(&self) -> Vec<Address> {
+        if self.advertised.is_empty() {
+            return addresses::reachable(self.endpoint.local_address());
+        }
+        self.advertised.clone()
+    }
+
+    async fn handle_of(&self, name: &Name) -> Result<Arc<Handle>, Failure> {
+        let volumes = self.volumes.lock().await;
+        volumes.get(name).map(|entry| entry.handle.clone()).ok_or_else(|| Failure::no_such_volume(name))
+    }
+
+    async fn config_of(&self, volume: VolumeId) -> Option<VolumeConfig> {
+        let volumes = self.volumes.lock().await;
+        volumes.values().find(|entry| entry.config.id == volume).map(|entry| entry.config.clone())
+    }
+
+    async fn peer_of(&self, volume: &Name, peer: &Name) -> Result<PeerConfig, Failure> {
+        let volumes = self.volumes.lock().await;
+        let entry = volumes.get(volume).ok_or_else(|| Failure::no_such_volume(volume))?;
+        entry.config.peer(peer).cloned().ok_or_else(|| Failure::no_such_peer(volume, peer))
+    }
+
+    /// Changes a volume's configuration, on disk first, and tells the volume.
+    async fn change_config(
+        &self,
+        name: &Name,
+        change: impl FnOnce(&mut VolumeConfig),
+    ) -> Result<(), Failure> {
+        let mut volumes = self.volumes.lock().await;
+        let entry = volumes.get_mut(name).ok_or_else(|| Failure::no_such_volume(name))?;
+        let mut changed = entry.config.clone();
+        change(&mut changed);
+        if changed != entry.config {
+            let saved = self.folders.config.save_volume(&changed);
+            saved.map_err(|error| failed(with_causes(&error)))?;
+            entry.config = changed.clone();
+            entry.handle.ask(Ask::Configure(Box::new(changed)));
+        }
+        Ok(())
+    }
+
+    async fn learn(&self, name: &Name, members: &[Member]) -> Result<(), Failure> {
+        let own = self.endpoint.id();
+        self.change_config(name, |config| {
+            for (index, member) in members.iter().enumerate().filter(|(_, member)| member.host != own) {
+                let role = if index == 0 { Role::Primary } else { Role::Replica };
+                let told = making::peer_of(config, member, role);
+                match config.peers.iter_mut().find(|peer| peer.host == member.host) {
+                    Some(known) => (known.addresses, known.role) = (told.addresses, role),
+                    None => config.peers.push(told),
+                }
+            }
+        })
+        .await
+    }
+}
+
+fn failed(text: impl Into<String>) -> Failure {
+    Failure::new(FailureKind::Failed, text)
+}
+
+fn refused(text: impl Into<String>) -> Failure {
+    Failure::new(FailureKind::Refused, text)
+}

@@ -1,0 +1,122 @@
+//! The front ends of one volume: started together, stopped together, each with its own fate in the status.
+
+use super::Surroundings;
+use crate::buffer::BufferPool;
+use crate::config::{DeviceKind, VolumeConfig};
+use crate::control::api::DeviceStatus;
+use crate::device::Volume;
+use crate::device::loopback::{Loopback, Options};
+use crate::device::nbd::{ListenError, Server};
+use crate::export::Export;
+use crate::words::with_causes;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+/// The front ends that are served, and those that could not be.
+#[derive(Default)]
+pub(super) struct Devices {
+    nbd: Vec<Server>,
+    loopback: Option<Loopback>,
+    statuses: Vec<DeviceStatus>,
+}
+
+impl Devices {
+    /// Serves a primary's devices.
+    pub(super) async fn start(
+        config: &VolumeConfig,
+        surroundings: &Surroundings,
+        volume: Rc<dyn Volume>,
+        pool: &BufferPool,
+    ) -> Self {
+        let mut devices = Self::default();
+        for kind in &config.devices {
+            match kind {
+                DeviceKind::Nbd => devices.start_nbd(config, surroundings, volume.clone(), pool),
+                DeviceKind::Loop => devices.start_loop(config, surroundings, volume.clone(), pool).await,
+            }
+        }
+        devices
+    }
+
+    /// Serves a replica's read-only export.
+    pub(super) fn start_export(
+        config: &VolumeConfig,
+        surroundings: &Surroundings,
+        export: Rc<Export>,
+        pool: &BufferPool,
+    ) -> Self {
+        let mut devices = Self::default();
+        devices.start_nbd(config, surroundings, export, pool);
+        devices
+    }
+
+    pub(super) fn statuses(&self) -> Vec<DeviceStatus> {
+        self.statuses.clone()
+    }
+
+    pub(super) async fn stop(self) {
+        if let Some(loopback) = self.loopback
+            && let Err(error) = loopback.stop().await
+        {
+            tracing::warn!("{}", with_causes(&error));
+        }
+        for server in self.nbd {
+            server.stop().await;
+        }
+    }
+
+    fn start_nbd(
+        &mut self,
+        config: &VolumeConfig,
+        surroundings: &Surroundings,
+        volume: Rc<dyn Volume>,
+        pool: &BufferPool,
+    ) {
+        let name = config.name.as_str();
+        let socket: PathBuf = surroundings.run_folder.join(format!("{name}.nbd"));
+        let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
+        let served = Server::unix(&socket, name, volume.clone(), pool.clone());
+        self.keep_nbd(uri, served);
+        if let Some(address) = config.nbd_listen {
+            let served = Server::tcp(address, name, volume, pool.clone());
+            self.keep_nbd(format!("nbd://{address}/{name}"), served);
+        }
+    }
+
+    fn keep_nbd(&mut self, uri: String, served: Result<Server, ListenError>) {
+        let error = served.as_ref().err().map(|error| with_causes(error));
+        self.keep(DeviceKind::Nbd, Some(uri), None, error);
+        self.nbd.extend(served);
+    }
+
+    async fn start_loop(
+        &mut self,
+        config: &VolumeConfig,
+        surroundings: &Surroundings,
+        volume: Rc<dyn Volume>,
+        pool: &BufferPool,
+    ) {
+        let options = Options {
+            name: config.name.to_string(),
+            run_folder: surroundings.run_folder.clone(),
+            device_folder: surroundings.device_folder.clone(),
+        };
+        match Loopback::start(&options, volume, pool.clone()).await {
+            Ok(loopback) => {
+                self.keep(DeviceKind::Loop, None, Some(loopback.link().to_owned()), None);
+                self.loopback = Some(loopback);
+            }
+            Err(error) => {
+                let path = surroundings.device_folder.join(config.name.as_str());
+                self.keep(DeviceKind::Loop, None, Some(path), Some(with_causes(&error)));
+            }
+        }
+    }
+
+    fn keep(&mut self, kind: DeviceKind, uri: Option<String>, path: Option<PathBuf>, error: Option<String>) {
+        if let Some(error) = &error {
+            tracing::error!("the {kind} device is not served: {error}");
+        }
+        self.statuses.push(DeviceStatus { kind, uri, path, error });
+    }
+}

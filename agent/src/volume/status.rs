@@ -1,0 +1,128 @@
+//! A volume's facts for status: the machines' numbers beside what the configuration says.
+
+use super::{OpenRole, Volume};
+use crate::config::{PeerConfig, Role};
+use crate::control::api::{Connection, PeerState, PeerStatus, Progress, VolumeFacts};
+use crate::primary::LinkState;
+use blockmirror_protocol::session::{Connection as Link, ReplicaState, Report};
+use blockmirror_protocol::units::Time;
+
+impl Volume {
+    pub(super) async fn facts(&self) -> VolumeFacts {
+        let config = self.config.borrow().clone();
+        let mut facts = VolumeFacts {
+            name: config.name,
+            id: config.id.to_string(),
+            role: config.role,
+            size_bytes: config.size_bytes,
+            block_size_bytes: config.block_size.bytes(),
+            backing: config.backing,
+            backing_error: None,
+            storage: Some(self.storage_kind.clone()).filter(|kind| !kind.is_empty()),
+            devices: self.devices.statuses(),
+            data: None,
+            epoch: None,
+            peers: Vec::new(),
+        };
+        match &self.role {
+            OpenRole::Closed(text) => {
+                facts.backing_error = Some(text.clone());
+                facts.peers = config.peers.iter().map(unknown).collect();
+            }
+            OpenRole::Primary(primary, links) => {
+                let (epoch, reports) = primary.reports();
+                facts.backing_error = primary.failure();
+                facts.data = Some(primary.state().superblock().data.into());
+                facts.epoch = Some(epoch);
+                let now = primary.now();
+                facts.peers = config
+                    .peers
+                    .iter()
+                    .map(|peer| match (reports.get(&peer.host), links.get(&peer.host)) {
+                        (Some(report), Some(link)) => replica(peer, report, &link.state(), now),
+                        _ => unknown(peer),
+                    })
+                    .collect();
+            }
+            OpenRole::Replica(shell) => {
+                let report = shell.report();
+                facts.backing_error = shell.error().filter(|_| shell.has_failed());
+                facts.data = Some(report.data.into());
+                facts.epoch = Some(report.position.epoch.0);
+                for peer in &config.peers {
+                    let mut status = unknown(peer);
+                    if peer.role == Role::Primary {
+                        if !peer.paused {
+                            let connected = report.connected;
+                            status.connection =
+                                if connected { Connection::Connected } else { Connection::Disconnected };
+                        }
+                        status.connection_seconds = Some(shell.since().elapsed().as_secs());
+                        status.resync =
+                            report.resync.map(|(done, total)| Progress::new(done, total.max(done), 0));
+                    }
+                    facts.peers.push(status);
+                }
+            }
+        }
+        facts
+    }
+}
+
+/// A peer of which this host knows nothing now.
+fn unknown(peer: &PeerConfig) -> PeerStatus {
+    PeerStatus {
+        name: peer.name.clone(),
+        fingerprint: peer.host.to_string(),
+        role: peer.role,
+        addresses: peer.addresses.clone(),
+        connection: if peer.paused { Connection::Paused } else { Connection::Disconnected },
+        connection_seconds: None,
+        error: None,
+        state: None,
+        data: None,
+        out_of_sync_bytes: None,
+        lag_bytes: None,
+        lag_seconds: None,
+        resync: None,
+        compare: None,
+    }
+}
+
+/// A replica, as its session and link report it.
+fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> PeerStatus {
+    let connection = match report.connection {
+        _ if link.paused => Connection::Paused,
+        Link::Disconnected => Connection::Disconnected,
+        Link::Connecting => Connection::Connecting,
+        Link::Connected => Connection::Connected,
+    };
+    let state = match report.state {
+        _ if link.replica_failed && report.connection != Link::Connected => PeerState::Failed,
+        ReplicaState::InSync => PeerState::InSync,
+        ReplicaState::Resyncing => PeerState::Resyncing,
+        ReplicaState::Behind => PeerState::Behind,
+        ReplicaState::OutOfSync => PeerState::OutOfSync,
+    };
+    let error = if report.local_read_failed {
+        Some("blocks can't be read here, so they can't be copied".to_owned())
+    } else {
+        link.error.clone()
+    };
+    let in_sync = state == PeerState::InSync;
+    PeerStatus {
+        connection,
+        connection_seconds: Some(now.since(report.since).as_secs()),
+        error,
+        state: Some(state),
+        // What is on its way is told as lag; it is not out of sync until its acknowledgement is late (D4).
+        out_of_sync_bytes: Some(if in_sync { report.map_bytes } else { report.out_of_sync_bytes }),
+        lag_bytes: Some(report.lag_bytes),
+        lag_seconds: Some(report.lag.as_secs()),
+        resync: report
+            .resync
+            .map(|progress| Progress::new(progress.done_bytes, progress.total_bytes, progress.rate_bytes)),
+        compare: report.compare.map(|(done, total)| Progress::new(done, total, 0)),
+        ..unknown(peer)
+    }
+}
