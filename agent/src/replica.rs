@@ -75,6 +75,17 @@ pub enum SessionError {
     Superseded,
 }
 
+impl SessionError {
+    /// Whether the connection or the stream just ended.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        matches!(
+            self,
+            Self::Receive(ReceiveError::Lost(_) | ReceiveError::Ended(_) | ReceiveError::Abandoned(_))
+        )
+    }
+}
+
 /// Keeps primaries away while a recovery reads; see [`Replica::begin_recovery`].
 pub struct Recovery(Rc<Replica>);
 

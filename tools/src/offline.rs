@@ -93,6 +93,7 @@ fn peer(peer: &PeerConfig) -> PeerStatus {
         out_of_sync_bytes: None,
         lag_bytes: None,
         lag_seconds: None,
+        durable_epoch: None,
         resync: None,
         compare: None,
     }

@@ -3,7 +3,7 @@
 use crate::client::Client;
 use crate::output::{Bar, Error, Output};
 use blockmirror_agent::config::{Name, Role};
-use blockmirror_agent::control::api::{Failure, FailureKind, VolumeState, VolumeStatus};
+use blockmirror_agent::control::api::{Failure, FailureKind, PeerStatus, VolumeState, VolumeStatus};
 use blockmirror_agent::quantity::Seconds;
 use clap::{Args, ValueEnum};
 use std::time::Duration;
@@ -36,10 +36,13 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
     let Arguments { name, goal: Goal::InSync, timeout } = arguments;
     let started = Instant::now();
     let bar = Bar::new(&format!("copying {name}"));
+    // What was written before is in this epoch or in an earlier one.
+    let mut epoch = None;
     loop {
         let reply = client.status(Some(&name)).await?;
         let Some(volume) = reply.volumes.first() else { return Err(Failure::no_such_volume(&name).into()) };
-        if is_in_sync(volume)? {
+        let epoch = *epoch.get_or_insert(volume.facts.epoch);
+        if is_in_sync(volume)? && volume.facts.peers.iter().all(|peer| has_arrived(peer, epoch)) {
             drop(bar);
             return Ok(output.line(&format!("{name}  {}", volume.verdict))?);
         }
@@ -52,6 +55,12 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
         }
         tokio::time::sleep(INTERVAL).await;
     }
+}
+
+/// Whether everything up to an epoch is durable on a peer. A replica in sync may still be owed the latest writes.
+fn has_arrived(peer: &PeerStatus, epoch: Option<u64>) -> bool {
+    peer.lag_bytes == Some(0)
+        || epoch.is_some_and(|epoch| peer.durable_epoch.is_some_and(|durable| durable >= epoch))
 }
 
 /// Whether every replica has everything; an error where waiting does not help.

@@ -389,6 +389,8 @@ pub struct PeerStatus {
     pub lag_bytes: Option<u64>,
     /// The age of the oldest of that.
     pub lag_seconds: Option<u64>,
+    /// The last epoch that is durable there; to be compared with the volume's own.
+    pub durable_epoch: Option<u64>,
     /// The copying of what it lacks, while that is under way.
     pub resync: Option<Progress>,
     /// A comparison of digests, while that is under way.

@@ -73,18 +73,15 @@ impl Supervisor {
         let name: Name = asked.name.parse().map_err(|_| failed("the primary's volume has no usable name"))?;
         self.must_be_free(&name, &request.backing).await?;
         let prepared = prepare(&request.backing, Some(asked.size_bytes))?;
-        let checked = if prepared.made { Ok(()) } else { must_be_blank(&request.backing, request.overwrite) };
-        let joined = match checked {
-            Ok(()) => self.ask_to_join(&connection, &token, false).await,
-            Err(failure) => Err(failure),
-        };
-        let joined = joined.inspect_err(|_| remove_made(&request.backing, prepared.made))?;
-        let config = self.replica_config(&request, &name, &joined);
+        if !prepared.made {
+            must_be_blank(&request.backing, request.overwrite)?;
+        }
+        let config = self.replica_config(&request, &name, &asked);
         let superblock = Superblock {
-            volume: joined.volume,
+            volume: asked.volume,
             copy: CopyId(key::random()),
-            size_bytes: joined.size_bytes,
-            block_size: joined.block_size,
+            size_bytes: asked.size_bytes,
+            block_size: asked.block_size,
             role: SuperblockRole::Replica,
             data: DataState::Empty,
             session: Session(0),
@@ -93,7 +90,35 @@ impl Supervisor {
             source: token.host,
             lineage: Vec::new(),
         };
-        self.set_up(config, superblock, prepared.made).await
+        // The volume is ready before the token is used up, because the primary dials at once.
+        let reply = self.set_up(config, superblock, prepared.made).await?;
+        if let Err(failure) = self.ask_to_join(&connection, &token, false).await {
+            self.discard(&name, &request.backing, prepared.made).await;
+            return Err(failure);
+        }
+        Ok(reply)
+    }
+
+    /// Takes back a volume that did not come to be.
+    async fn discard(&self, name: &Name, backing: &Path, made: bool) {
+        let entry = self.volumes.lock().await.remove(name);
+        if let Some(entry) = entry {
+            entry.handle.stop().await;
+        }
+        let path = self.folders.config.volume_path(name);
+        if let Err(error) = std::fs::remove_file(&path) {
+            tracing::warn!("{} can't be removed: {error}", path.display());
+        }
+        self.remove_state(name);
+        remove_made(backing, made);
+    }
+
+    /// What can't be removed is removed by the next attempt.
+    fn remove_state(&self, name: &Name) {
+        let folder = self.state_folder(name);
+        if let Err(error) = std::fs::remove_dir_all(&folder) {
+            tracing::warn!("{} can't be removed: {error}", folder.display());
+        }
     }
 
     /// Writes state and configuration, and starts the volume.
@@ -104,15 +129,13 @@ impl Supervisor {
         made: bool,
     ) -> Result<StatusReply, Failure> {
         let (name, backing) = (config.name.clone(), config.backing.clone());
-        let folder = self.state_folder(&name);
-        let written = match write_state(folder.clone(), superblock).await {
+        let written = match write_state(self.state_folder(&name), superblock).await {
             Ok(()) => self.folders.config.save_volume(&config).map_err(|error| failed(with_causes(&error))),
             Err(failure) => Err(failure),
         };
         if let Err(failure) = written {
             remove_made(&backing, made);
-            // What is left of the folder is removed by the next attempt.
-            let _ = std::fs::remove_dir_all(&folder);
+            self.remove_state(&name);
             return Err(failure);
         }
         self.start(config).await?;

@@ -193,7 +193,7 @@ fn open(
     let socket = socket::open(listen, options.socket_buffer_bytes)?;
     let server = options.server(tls::server(key));
     let runtime = ThreadRuntime::new(runtime.handle().clone(), options.packet_limit_bytes);
-    quinn::Endpoint::new(options.endpoint(), Some(server), socket, Arc::new(runtime))
+    quinn::Endpoint::new(options.endpoint(key), Some(server), socket, Arc::new(runtime))
 }
 
 /// The thread's runtime. A runtime must not be dropped where another one runs, as in a caller of

@@ -23,6 +23,7 @@ pub const FILE_NAME: &str = "host.key";
 pub struct HostKey {
     id: HostId,
     certified: Arc<CertifiedKey>,
+    reset_secret: [u8; 32],
 }
 
 /// A key that cannot be used.
@@ -136,13 +137,19 @@ impl HostKey {
         let signer = aws_lc_rs::sign::any_supported_type(&private).map_err(KeyError::Cryptography)?;
         let id = fingerprint(&public);
         let certified = CertifiedKey::new(vec![CertificateDer::from(public)], signer);
-        Ok(Self { id, certified: Arc::new(certified) })
+        let reset_secret = blake3::derive_key("blockmirror/1 stateless reset", &pair.serialize_der());
+        Ok(Self { id, certified: Arc::new(certified), reset_secret })
     }
 
     /// What the host's peers know it by.
     #[must_use]
     pub fn id(&self) -> HostId {
         self.id
+    }
+
+    /// A secret that follows from the key, for the tokens of stateless resets.
+    pub(super) fn reset_secret(&self) -> &[u8; 32] {
+        &self.reset_secret
     }
 
     pub(super) fn certified(&self) -> Arc<CertifiedKey> {

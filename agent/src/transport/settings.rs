@@ -1,7 +1,12 @@
 //! The numbers of the transport, each with its reason.
 
+use super::key::{HostKey, random};
 use quinn::congestion::CubicConfig;
-use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
+use quinn::crypto::{CryptoError, HmacKey};
+use quinn::{
+    ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
+    TransportConfig, VarInt,
+};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,6 +49,8 @@ impl Default for Options {
 }
 
 /// How many streams of each direction a peer may have open at a time: some per volume, for hundreds of volumes.
+/// Long enough that no two of a host's connections have one name.
+const CONNECTION_ID_BYTES: usize = 8;
 const STREAMS: u32 = 1024;
 
 /// How many handshakes wait to be begun, and how many bytes each may have sent by then.
@@ -71,9 +78,10 @@ impl Options {
         Arc::new(config)
     }
 
-    pub(super) fn endpoint(&self) -> EndpointConfig {
-        let mut config = EndpointConfig::default();
+    pub(super) fn endpoint(&self, key: &HostKey) -> EndpointConfig {
+        let mut config = EndpointConfig::new(Arc::new(ResetKey(*key.reset_secret())));
         config
+            .cid_generator(|| Box::new(RandomIds))
             .max_udp_payload_size(self.packet_limit_bytes)
             .expect("a packet's limit is at least 1200 bytes");
         config
@@ -87,5 +95,44 @@ impl Options {
             .incoming_buffer_size(WAITING_BYTES)
             .incoming_buffer_size_total(WAITING_BYTES * WAITING_HANDSHAKES as u64);
         config
+    }
+}
+
+/// Names connections at random. The usual generator signs its names with a key of the process and drops packets with
+/// others unanswered, so no peer would be told of a restart.
+struct RandomIds;
+
+impl ConnectionIdGenerator for RandomIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        ConnectionId::new(&random::<CONNECTION_ID_BYTES>())
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
+/// Makes the tokens by which a peer is told that a connection of before a restart is gone (RFC 9000, section 10.3).
+/// The key outlives the restart, so a peer learns at once what it would otherwise take an idle time-out to notice.
+struct ResetKey([u8; 32]);
+
+impl HmacKey for ResetKey {
+    fn sign(&self, data: &[u8], signature_out: &mut [u8]) {
+        signature_out.copy_from_slice(blake3::keyed_hash(&self.0, data).as_bytes());
+    }
+
+    fn signature_len(&self) -> usize {
+        blake3::OUT_LEN
+    }
+
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
+        let expected = blake3::keyed_hash(&self.0, data);
+        let signature = signature.try_into().map_err(|_| CryptoError)?;
+        // Hashes compare in constant time.
+        if expected == blake3::Hash::from_bytes(signature) { Ok(()) } else { Err(CryptoError) }
     }
 }

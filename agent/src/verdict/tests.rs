@@ -18,6 +18,7 @@ fn peer(name: &str, role: Role) -> PeerStatus {
         out_of_sync_bytes: Some(0),
         lag_bytes: Some(0),
         lag_seconds: Some(0),
+        durable_epoch: None,
         resync: None,
         compare: None,
     }
@@ -145,6 +146,7 @@ fn a_primary_says_how_well_it_is_covered() {
                 out_of_sync_bytes: Some(8 << 20),
                 lag_bytes: Some(4 << 20),
                 lag_seconds: Some(7),
+                durable_epoch: Some(4),
                 ..replica("b")
             }],
             VolumeState::Degraded,

@@ -334,7 +334,10 @@ impl Volume {
         let (replica, name) = (replica.clone(), self.config.borrow().name.clone());
         spawn_local(async move {
             if let Err(error) = replica.take_frames(preamble.session, frames).await {
-                tracing::info!(volume = %name, "{}", with_causes(&error));
+                // The end of the control stream is told; this is news only where the frames themselves are wrong.
+                if !error.is_lost() {
+                    tracing::warn!(volume = %name, "{}", with_causes(&error));
+                }
                 replica.end_session(preamble.session);
             }
         });

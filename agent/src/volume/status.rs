@@ -84,6 +84,7 @@ fn unknown(peer: &PeerConfig) -> PeerStatus {
         out_of_sync_bytes: None,
         lag_bytes: None,
         lag_seconds: None,
+        durable_epoch: None,
         resync: None,
         compare: None,
     }
@@ -119,6 +120,7 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
         out_of_sync_bytes: Some(if in_sync { report.map_bytes } else { report.out_of_sync_bytes }),
         lag_bytes: Some(report.lag_bytes),
         lag_seconds: Some(report.lag.as_secs()),
+        durable_epoch: Some(report.durable.0).filter(|epoch| *epoch > 0),
         resync: report
             .resync
             .map(|progress| Progress::new(progress.done_bytes, progress.total_bytes, progress.rate_bytes)),

@@ -104,6 +104,8 @@ pub struct Report {
     pub lag_bytes: u64,
     /// How old the oldest of those is.
     pub lag: Duration,
+    /// The last epoch of this session that is durable on the replica.
+    pub durable: Epoch,
     /// When the state of the connection last changed.
     pub since: Time,
     /// How far a resync is, if one is under way.
@@ -552,6 +554,7 @@ impl Session {
             map_bytes,
             lag_bytes: 0,
             lag: Duration::ZERO,
+            durable: Epoch(0),
             since: self.since,
             resync: None,
             compare: None,
@@ -562,6 +565,7 @@ impl Session {
             State::Greeting(_) => Report { connection: Connection::Connecting, ..report },
             State::Linked(link) => {
                 report.connection = Connection::Connected;
+                report.durable = link.durable;
                 report.lag_bytes = link.window.bytes();
                 report.lag = link.window.oldest().map_or(Duration::ZERO, |(_, sent)| now.since(sent));
                 report.out_of_sync_bytes = (map_bytes + report.lag_bytes).min(self.size_bytes);

@@ -50,6 +50,7 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
             out_of_sync_bytes: (role == Role::Primary).then_some(0),
             lag_bytes: (role == Role::Primary).then_some(0),
             lag_seconds: (role == Role::Primary).then_some(0),
+            durable_epoch: None,
             resync: None,
             compare: None,
         }],
