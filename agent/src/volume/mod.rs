@@ -7,6 +7,7 @@
 mod devices;
 mod status;
 
+use crate::backing;
 use crate::buffer::BufferPool;
 use crate::config::{Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::VolumeFacts;
@@ -482,11 +483,11 @@ async fn open_parts(
             "the configuration names another id, size or block size than the state in {folder}"
         ));
     }
-    let backing =
-        File::open_backing(&config.backing, Access::ReadWrite).map_err(|error| with_causes(&error))?;
-    if backing.size_bytes() < config.size_bytes {
-        let (has, wants) = (backing.size_bytes(), config.size_bytes);
+    let file = File::open_backing(&config.backing, Access::ReadWrite).map_err(|error| with_causes(&error))?;
+    if file.size_bytes() < config.size_bytes {
+        let (has, wants) = (file.size_bytes(), config.size_bytes);
         return Err(format!("{} has {has} bytes, the volume {wants}", config.backing.display()));
     }
-    Ok((Rc::new(backing), state))
+    backing::check(&surroundings.state_folder, &config.backing).map_err(|error| with_causes(&error))?;
+    Ok((Rc::new(file), state))
 }
