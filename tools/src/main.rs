@@ -15,6 +15,7 @@ mod offline;
 mod output;
 mod pause;
 mod peers;
+mod recover;
 mod status;
 mod wait;
 
@@ -55,6 +56,8 @@ enum Verb {
     Resume(pause::Arguments),
     /// Compare this host's copy with a peer's, by digests
     Compare(compare::Arguments),
+    /// Copy a volume's content from a peer into a disk or an image file
+    Recover(recover::Arguments),
     /// Look after the configuration's files
     #[command(subcommand)]
     Config(config::Verb),
@@ -86,6 +89,7 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Pause(arguments) => pause::run(pause::Wish::Pause, arguments, &client, output).await,
         Verb::Resume(arguments) => pause::run(pause::Wish::Resume, arguments, &client, output).await,
         Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
+        Verb::Recover(arguments) => recover::run(arguments, &client, output).await,
         Verb::Config(config::Verb::Check(arguments)) => config::check(arguments, &client, output),
         Verb::Completions(arguments) => completions::run(arguments, output),
     }

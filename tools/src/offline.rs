@@ -8,25 +8,35 @@ use blockmirror_agent::control::api::{
 use blockmirror_agent::control::record_path;
 use blockmirror_agent::verdict;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Where an agent keeps its configuration that left no record.
 const DEFAULT_CONFIG: &str = "/etc/blockmirror";
 
+/// Where an agent keeps its metadata that left no record.
+const DEFAULT_STATE: &str = "/var/lib/blockmirror";
+
 /// The configuration's folder of the agent that has, or last had, this run folder.
 pub fn config_folder(run: &Path) -> Result<ConfigFolder, Failure> {
+    let folder = record(run)?.map_or_else(|| DEFAULT_CONFIG.into(), |record| record.config);
+    Ok(ConfigFolder::new(folder))
+}
+
+/// The folder of its metadata.
+pub fn state_folder(run: &Path) -> Result<PathBuf, Failure> {
+    Ok(record(run)?.map_or_else(|| DEFAULT_STATE.into(), |record| record.state))
+}
+
+fn record(run: &Path) -> Result<Option<AgentRecord>, Failure> {
     let path = record_path(run);
     let failure = |error: &dyn std::error::Error| {
         let message = format!("cannot read {}: {error}", path.display());
         Failure::new(FailureKind::Failed, message)
     };
     match std::fs::read(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(ConfigFolder::new(DEFAULT_CONFIG)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(failure(&error)),
-        Ok(text) => {
-            let record: AgentRecord = serde_json::from_slice(&text).map_err(|error| failure(&error))?;
-            Ok(ConfigFolder::new(record.config))
-        }
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| failure(&error)),
     }
 }
 

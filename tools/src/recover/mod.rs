@@ -1,0 +1,451 @@
+//! `blockmirror recover`: copies a volume's content from a peer into a disk or an image file. Needs no agent on this
+//! host: it is what is left to do when this host has lost everything but a disk.
+//!
+//! The peer's copy doesn't change while the connection lasts. What is durable in the target is noted on disk, so that
+//! an interrupted recovery goes on where it was, as long as the peer's copy is still the same; a lost connection is
+//! dialled again for a while. At the end both sides' digests of everything must agree.
+
+mod copy;
+mod journal;
+mod peer;
+mod progress;
+mod target;
+mod verify;
+
+use crate::client::Client;
+use crate::offline;
+use crate::output::{Error, Output, warn};
+use blockmirror_agent::config::{Address, Mistake, Name};
+use blockmirror_agent::control::api::{CopyState, Failure, FailureKind};
+use blockmirror_agent::quantity::{Seconds, Size};
+use blockmirror_agent::storage;
+use blockmirror_agent::token::Token;
+use blockmirror_agent::transport::{CloseReason, HostKey, key};
+use blockmirror_protocol::disk::recovery::{Key, RecoveryState, Subject};
+use blockmirror_protocol::units::{HostId, VolumeId};
+use blockmirror_protocol::wire::message::Recover;
+use clap::Args;
+use journal::Journal;
+use peer::{Opened, Peer, Trouble};
+use progress::Meter;
+use serde::Serialize;
+use std::convert::Infallible;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+use target::{Found, Target};
+use tokio::time::Instant;
+use verify::Digests;
+
+/// The schema of [`Report`].
+const SCHEMA: &str = "blockmirror/recovery/v1";
+/// How long is waited before the peer is dialled again; it doubles each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+
+/// What to recover, from where and into what.
+#[derive(Args)]
+pub struct Arguments {
+    /// The volume's name on the peer
+    name: Name,
+    /// Where the peer's agent listens; with a token, by default where the token says
+    #[arg(long, value_name = "ADDR:PORT", required_unless_present = "token")]
+    from: Option<Address>,
+    /// Where the content goes: an image file, made where it is missing, or a block device
+    #[arg(long, value_name = "PATH")]
+    to: PathBuf,
+    /// What `blockmirror invite` printed, where the peer doesn't know this host's key
+    #[arg(long, conflicts_with_all = ["key", "peer_key"])]
+    token: Option<String>,
+    /// This host's key; by default the agent's
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// The fingerprint of the peer's key; by default what this host's configuration knows
+    #[arg(long, value_name = "FINGERPRINT", value_parser = fingerprint)]
+    peer_key: Option<HostId>,
+    /// Take content that is not a legal image of the volume, too
+    #[arg(long)]
+    accept_inconsistent: bool,
+    /// Use the target even if it holds data, which is lost
+    #[arg(long)]
+    overwrite: bool,
+    /// Copy everything again, whatever an interrupted recovery has copied
+    #[arg(long)]
+    from_start: bool,
+    /// Where to note how far it is; by default beside an image file, and with the agent's state for a device
+    #[arg(long, value_name = "FILE")]
+    state_file: Option<PathBuf>,
+    /// How long to try again when the connection is lost and nothing moves
+    #[arg(long, value_name = "TIME", default_value = "5m")]
+    retry: Seconds,
+    /// Print JSON when it is done
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was recovered.
+#[derive(Serialize)]
+struct Report {
+    schema: &'static str,
+    volume: Name,
+    id: String,
+    copy: String,
+    generation: String,
+    epoch: u64,
+    sequence: u64,
+    data: CopyState,
+    target: PathBuf,
+    size_bytes: u64,
+    digest: String,
+    peer: String,
+    seconds: u64,
+}
+
+/// How the tool makes itself known, and whom it expects.
+struct Identity {
+    key: HostKey,
+    /// The key, where it is kept with the recovery's state.
+    kept: Key,
+    addresses: Vec<String>,
+    known: Vec<HostId>,
+    volume: Option<VolumeId>,
+    secret: Option<[u8; 32]>,
+}
+
+/// A recovery under way.
+struct Work {
+    name: Name,
+    peer: Peer,
+    target: Rc<Target>,
+    journal: Journal,
+    /// The target's digest, once it is complete.
+    digest: Option<blake3::Hash>,
+    retry: Duration,
+    /// When something moved last.
+    moved: Instant,
+}
+
+fn fingerprint(text: &str) -> Result<HostId, String> {
+    HostId::from_hex(text).map_err(|_| "a fingerprint is 64 hexadecimal digits".to_owned())
+}
+
+/// Recovers, and tells what.
+pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
+    // The storage wants to have its thread's tasks beside it.
+    tokio::task::LocalSet::new().run_until(recover(arguments, client, output)).await
+}
+
+async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
+    let started = Instant::now();
+    let (path, overwrite, json) = (arguments.to.clone(), arguments.overwrite, arguments.json);
+    let state_path = match &arguments.state_file {
+        Some(path) => path.clone(),
+        None => journal::default_path(&path, &offline::state_folder(client.run())?),
+    };
+    let found = Found::look(&path).await?;
+    let kept = journal::load(&state_path)?;
+    let kept = ours(kept, found.identity()?);
+    if kept.is_none() && !overwrite {
+        found.refuse_data()?;
+    }
+    let identity = identify(&arguments, client, kept.as_ref())?;
+    let peer = Peer {
+        endpoint: peer::bind(&identity.key)?,
+        addresses: identity.addresses,
+        known: identity.known,
+        volume: identity.volume,
+        request: Recover {
+            name: arguments.name.to_string(),
+            secret: identity.secret,
+            accept_inconsistent: arguments.accept_inconsistent,
+        },
+    };
+    let opened = peer.open().await.map_err(Trouble::into_failure)?;
+    let ring = storage::open()?;
+    let target = Rc::new(found.prepare(opened.info.size_bytes, kept.is_some(), ring)?);
+    let state = go_on_or_begin(&opened, kept, &target, identity.kept, arguments.from_start)?;
+    let journal = Journal::begin(state_path, state)?;
+    let retry = Duration::from_secs(arguments.retry.0);
+    let name = arguments.name;
+    let mut work = Work { name, peer, target, journal, digest: None, retry, moved: started };
+    let outcome = tokio::select! {
+        outcome = work.finish(opened) => outcome.map(Some),
+        signal = tokio::signal::ctrl_c() => signal.map(|()| None).map_err(|error| Trouble::failed(&error).into_failure()),
+    };
+    match outcome {
+        Ok(Some((opened, digests))) => {
+            let report = work.report(&opened, &digests, path, started.elapsed());
+            opened.connection.close(CloseReason::Done, "the recovery is complete");
+            work.complete(&digests).await?;
+            Ok(tell(&report, json, output)?)
+        }
+        Ok(None) => Err(work.stop(Failure::new(FailureKind::Failed, "interrupted")).await.into()),
+        Err(failure) => Err(work.stop(failure).await.into()),
+    }
+}
+
+/// The state of an unfinished recovery, if it is one into this target.
+fn ours(kept: Option<RecoveryState>, target: Option<u64>) -> Option<RecoveryState> {
+    let kept = kept?;
+    if target == Some(kept.target) {
+        return Some(kept);
+    }
+    if target.is_some() {
+        warn("the interrupted recovery was into another file or disk; this one begins from the start");
+    }
+    None
+}
+
+fn identify(
+    arguments: &Arguments,
+    client: &Client,
+    kept: Option<&RecoveryState>,
+) -> Result<Identity, Failure> {
+    match &arguments.token {
+        Some(token) => identify_by_token(arguments, token, kept),
+        None => identify_by_key(arguments, client),
+    }
+}
+
+fn identify_by_token(
+    arguments: &Arguments,
+    token: &str,
+    kept: Option<&RecoveryState>,
+) -> Result<Identity, Failure> {
+    let token = Token::parse(token).map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
+    if token.name != arguments.name.as_str() {
+        let message = format!("the token is for the volume {:?}, not for {}", token.name, arguments.name);
+        return Err(Failure::new(FailureKind::Usage, message));
+    }
+    let kept = kept.map(|state| &state.key.0).filter(|key| !key.is_empty());
+    let made = match kept {
+        Some(text) => HostKey::from_pem(text, Path::new("of the recovery")).map(|key| (key, text.clone())),
+        None => HostKey::generate(),
+    };
+    let (key, text) = made.map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
+    Ok(Identity {
+        key,
+        kept: Key(text),
+        addresses: arguments.from.as_ref().map_or(token.addresses, |from| vec![from.to_string()]),
+        known: vec![token.host],
+        volume: Some(token.volume),
+        secret: Some(token.secret.0),
+    })
+}
+
+fn identify_by_key(arguments: &Arguments, client: &Client) -> Result<Identity, Failure> {
+    let path = match &arguments.key {
+        Some(path) => path.clone(),
+        None => offline::state_folder(client.run())?.join(key::FILE_NAME),
+    };
+    let key = HostKey::load(&path).map_err(|error| {
+        let failure = Failure::from_error(FailureKind::Failed, &error);
+        let advice = "give another with --key, or a token of `blockmirror invite` with --token";
+        Failure::new(failure.kind, format!("{failure}; {advice}"))
+    })?;
+    let from = arguments.from.as_ref().expect("without a token there is an address");
+    let (volume, configured) = configured(&arguments.name, from, client)?;
+    let known = arguments.peer_key.map_or(configured, |key| vec![key]);
+    let addresses = vec![from.to_string()];
+    Ok(Identity { key, kept: Key::default(), addresses, known, volume, secret: None })
+}
+
+/// What this host's configuration knows of the volume: its identity, and its hosts' keys, first those at `from`.
+fn configured(
+    name: &Name,
+    from: &Address,
+    client: &Client,
+) -> Result<(Option<VolumeId>, Vec<HostId>), Failure> {
+    let volume = match offline::config_folder(client.run())?.load_volume(name) {
+        Err(Mistake::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok((None, Vec::new()));
+        }
+        loaded => loaded.map_err(|mistake| Failure::from_error(FailureKind::Failed, &mistake))?,
+    };
+    let mut peers = volume.peers;
+    peers.sort_by_key(|peer| !peer.addresses.contains(from));
+    Ok((Some(volume.id), peers.iter().map(|peer| peer.host).collect()))
+}
+
+/// Goes on with what is durable, if the peer's copy is still the one that it came from.
+fn go_on_or_begin(
+    opened: &Opened,
+    kept: Option<RecoveryState>,
+    target: &Target,
+    key: Key,
+    from_start: bool,
+) -> Result<RecoveryState, Failure> {
+    let subject = opened.subject();
+    match kept {
+        Some(mut state) if !from_start && state.subject == subject => {
+            let (done, size) = (Size(state.done_bytes()), Size(subject.size_bytes));
+            warn(&format!("going on where it was interrupted: {done} of {size} are there"));
+            state.key = key;
+            Ok(state)
+        }
+        kept => {
+            if kept.is_some() && !from_start {
+                warn(
+                    "the peer's copy is not the one that the interrupted recovery was from; beginning from the start",
+                );
+            }
+            Ok(RecoveryState::new(subject, target.identity()?, key))
+        }
+    }
+}
+
+impl Work {
+    /// Copies and verifies, over as many connections as it takes.
+    async fn finish(&mut self, mut opened: Opened) -> Result<(Opened, Digests), Failure> {
+        let mut pause = FIRST_PAUSE;
+        self.moved = Instant::now();
+        loop {
+            let before = self.moved;
+            let trouble = match self.attempt(&mut opened).await {
+                Ok(digests) => return Ok((opened, digests)),
+                Err(trouble) => trouble,
+            };
+            // Nothing more may come over a connection that was given up.
+            opened.connection.close(CloseReason::Done, "the recovery is tried again");
+            if self.moved > before {
+                pause = FIRST_PAUSE;
+            }
+            opened = self.reopen(trouble, &mut pause).await?;
+        }
+    }
+
+    /// Dials again until the peer answers or time is up.
+    async fn reopen(&mut self, mut trouble: Trouble, pause: &mut Duration) -> Result<Opened, Failure> {
+        loop {
+            let failure = match trouble {
+                Trouble::Passing(failure) if self.moved.elapsed() < self.retry => failure,
+                Trouble::Passing(failure) | Trouble::Final(failure) => return Err(failure),
+            };
+            warn(&format!("{failure}; trying again"));
+            tokio::time::sleep(*pause).await;
+            *pause = (*pause * 2).min(LONGEST_PAUSE);
+            match self.peer.open().await {
+                Ok(opened) => {
+                    self.follow(opened.subject())?;
+                    return Ok(opened);
+                }
+                Err(again) => trouble = again,
+            }
+        }
+    }
+
+    /// Begins from the start where the peer's copy has changed since.
+    fn follow(&mut self, subject: Subject) -> Result<(), Failure> {
+        let state = self.journal.state();
+        if state.subject == subject {
+            return Ok(());
+        }
+        if state.subject.size_bytes != subject.size_bytes {
+            let message = "the peer's copy has another size now; run the command again";
+            return Err(Failure::new(FailureKind::Failed, message));
+        }
+        warn("the peer's copy has changed meanwhile; beginning from the start");
+        self.digest = None;
+        self.journal.begin_anew(RecoveryState::new(subject, state.target, state.key.clone()))
+    }
+
+    async fn attempt(&mut self, opened: &mut Opened) -> Result<Digests, Trouble> {
+        let state = self.journal.state();
+        let subject = state.subject;
+        if state.done_chunks() < subject.chunks() {
+            let meter = Rc::new(Meter::new(state.done_bytes(), subject.size_bytes));
+            let copying = copy::copy_missing(opened, &self.target, &mut self.journal, &meter);
+            let outcome = shown(&format!("recovering {}", self.name), &meter, copying).await;
+            self.moved = self.moved.max(meter.moved());
+            self.journal.commit(&self.target).await?;
+            outcome?;
+        }
+        let meter = Meter::new(0, subject.size_bytes);
+        let verifying = verify::digests(opened, &self.target, &subject, &mut self.digest, &meter);
+        let outcome = shown(&format!("verifying {}", self.name), &meter, verifying).await;
+        self.moved = self.moved.max(meter.moved());
+        outcome
+    }
+
+    /// What to tell of a recovery that has not come to its end.
+    async fn stop(mut self, failure: Failure) -> Failure {
+        self.target.drain().await;
+        let failure = match self.journal.commit(&self.target).await {
+            Ok(()) => failure,
+            Err(worse) => Failure::new(failure.kind, format!("{failure}; {worse}")),
+        };
+        self.peer.endpoint.close().await;
+        let state = self.journal.state();
+        let (done, size) = (Size(state.done_bytes()), Size(state.subject.size_bytes));
+        let advice = format!("{done} of {size} are there; run the same command again to go on");
+        Failure::new(failure.kind, format!("{failure}; {advice}"))
+    }
+
+    /// Forgets the recovery if both sides are the same.
+    async fn complete(self, digests: &Digests) -> Result<(), Failure> {
+        self.peer.endpoint.close().await;
+        if digests.target != digests.peer {
+            let message = "the target is not what the peer has: the digest of the one is {}, of the other {}; \
+                           the disk or the memory of one of the hosts is to blame, or the peer's copy changed; \
+                           run the command again with --from-start";
+            let message = message.replacen("{}", &digests.target.to_hex()[..16], 1).replacen(
+                "{}",
+                &digests.peer.to_hex()[..16],
+                1,
+            );
+            return Err(Failure::new(FailureKind::Failed, message));
+        }
+        self.journal.remove()
+    }
+
+    fn report(&self, opened: &Opened, digests: &Digests, target: PathBuf, took: Duration) -> Report {
+        let Subject { volume, copy, size_bytes, position } = self.journal.state().subject;
+        Report {
+            schema: SCHEMA,
+            volume: self.name.clone(),
+            id: volume.to_string(),
+            copy: copy.to_string(),
+            generation: position.generation.to_string(),
+            epoch: position.epoch.0,
+            sequence: position.sequence.0,
+            data: opened.info.data.into(),
+            target,
+            size_bytes,
+            digest: digests.target.to_hex().to_string(),
+            peer: opened.connection.peer().to_string(),
+            seconds: took.as_secs(),
+        }
+    }
+}
+
+/// Shows a meter while the work is done.
+async fn shown<T>(work: &str, meter: &Meter, done: impl Future<Output = T>) -> T {
+    tokio::select! {
+        outcome = done => outcome,
+        never = progress::show(work, meter) => {
+            let never: Infallible = never;
+            match never {}
+        }
+    }
+}
+
+fn tell(report: &Report, json: bool, output: &mut Output) -> io::Result<()> {
+    if json {
+        return output.json(report);
+    }
+    let (size, target, took) = (Size(report.size_bytes), report.target.display(), Seconds(report.seconds));
+    let mut lines = vec![
+        format!(
+            "recovered {} into {target}: {size}, identical to the peer's copy (took {took})",
+            report.volume
+        ),
+        format!("  digest:  {} (BLAKE3)", report.digest),
+    ];
+    if report.data != CopyState::Consistent {
+        lines.push(
+            "  warning: the peer's copy is a mixture of old and new blocks; check it before use".into(),
+        );
+    }
+    output.lines(&lines)
+}

@@ -1,0 +1,222 @@
+//! The host that has the content: who it is, whether it lets us in, and why it stops.
+
+use blockmirror_agent::config::VOLUME_LIMIT_BYTES;
+use blockmirror_agent::control::api::{Failure, FailureKind};
+use blockmirror_agent::transport::{
+    BindError, ConnectError, Connection, ControlReceiver, ControlSender, Endpoint, HostKey, Lost,
+    ReceiveError, SendError,
+};
+use blockmirror_protocol::disk::recovery::Subject;
+use blockmirror_protocol::units::{HostId, SECTOR_BYTES, VolumeId};
+use blockmirror_protocol::wire::message::{DataState, Message, Recover, Recovering, Refusal, Refused};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+/// How long the peer may take to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why the work stopped.
+pub enum Trouble {
+    /// It may go on after a while: a lost connection, or a peer that is busy.
+    Passing(Failure),
+    /// Trying again is of no use.
+    Final(Failure),
+}
+
+/// What is needed to open a recovery.
+pub struct Peer {
+    /// Our socket.
+    pub endpoint: Endpoint,
+    /// Where the peer's agent listens.
+    pub addresses: Vec<String>,
+    /// The keys that the peer may have, likeliest first.
+    pub known: Vec<HostId>,
+    /// The volume's identity, where it is known here.
+    pub volume: Option<VolumeId>,
+    /// What is asked for.
+    pub request: Recover,
+}
+
+/// A recovery that the peer has agreed to. The content doesn't change as long as the connection lasts.
+pub struct Opened {
+    /// The connection that it lasts as long as.
+    pub connection: Connection,
+    /// What the peer has.
+    pub info: Recovering,
+    _sender: ControlSender,
+    receiver: ControlReceiver,
+}
+
+impl Trouble {
+    fn passing(error: &dyn std::error::Error) -> Self {
+        Self::Passing(Failure::from_error(FailureKind::Failed, error))
+    }
+
+    /// Something failed for good.
+    pub fn failed(error: &dyn std::error::Error) -> Self {
+        Self::Final(Failure::from_error(FailureKind::Failed, error))
+    }
+
+    /// The peer sent what it should not have.
+    pub fn misbehaved(what: &str) -> Self {
+        let message = format!("the peer breaks the protocol: {what}; use the same release on both hosts");
+        Self::Final(Failure::new(FailureKind::Failed, message))
+    }
+
+    /// The peer said no.
+    pub fn refused(refused: &Refused) -> Self {
+        let kind = match refused.refusal {
+            Refusal::UnknownVolume => FailureKind::NoSuchVolume,
+            Refusal::Busy | Refusal::Role | Refusal::Backing | Refusal::Unrelated => FailureKind::Refused,
+            Refusal::UnknownKey | Refusal::Version | Refusal::Token | Refusal::Other => FailureKind::Failed,
+        };
+        // A peer's text must not steer our terminal.
+        let text: String = refused.text.chars().filter(|character| !character.is_control()).collect();
+        let failure = Failure::new(kind, format!("the peer refuses: {text}"));
+        match refused.refusal {
+            Refusal::Busy => Self::Passing(failure),
+            _ => Self::Final(failure),
+        }
+    }
+
+    /// What to tell the operator.
+    pub fn into_failure(self) -> Failure {
+        match self {
+            Self::Passing(failure) | Self::Final(failure) => failure,
+        }
+    }
+}
+
+impl From<Failure> for Trouble {
+    fn from(failure: Failure) -> Self {
+        Self::Final(failure)
+    }
+}
+
+impl From<Lost> for Trouble {
+    fn from(lost: Lost) -> Self {
+        Self::passing(&lost)
+    }
+}
+
+impl From<SendError> for Trouble {
+    fn from(error: SendError) -> Self {
+        Self::passing(&error)
+    }
+}
+
+impl From<ReceiveError> for Trouble {
+    fn from(error: ReceiveError) -> Self {
+        match error {
+            // A stream that ends early is told from a lost connection by the one that the recovery began with.
+            ReceiveError::Lost(_) | ReceiveError::Ended(_) | ReceiveError::Abandoned(_) => {
+                Self::passing(&error)
+            }
+            ReceiveError::PeerMisbehaved { .. } => Self::failed(&error),
+        }
+    }
+}
+
+/// A socket of our own.
+pub fn bind(key: &HostKey) -> Result<Endpoint, Failure> {
+    let bind = |address: SocketAddr| Endpoint::bind(address, key);
+    let endpoint = match bind((Ipv6Addr::UNSPECIFIED, 0).into()) {
+        // The host may know IPv4 alone.
+        Err(BindError::Io { .. }) => bind((Ipv4Addr::UNSPECIFIED, 0).into()),
+        other => other,
+    };
+    endpoint.map_err(|error| Failure::from_error(FailureKind::Failed, &error))
+}
+
+impl Peer {
+    /// Connects, and asks for the content.
+    pub async fn open(&self) -> Result<Opened, Trouble> {
+        let connection = self.connect().await?;
+        match tokio::time::timeout(ANSWER_TIMEOUT, self.ask(connection)).await {
+            Ok(opened) => opened,
+            Err(_) => {
+                let message = "the peer does not answer; look at the log of its agent";
+                Err(Trouble::Passing(Failure::new(FailureKind::Timeout, message)))
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Connection, Trouble> {
+        let expected = self.known.first().copied().unwrap_or_default();
+        let outcome = match self.endpoint.connect(&self.addresses, expected).await {
+            Err(ConnectError::WrongKey { found, .. }) if self.known.contains(&found) => {
+                self.endpoint.connect(&self.addresses, found).await
+            }
+            outcome => outcome,
+        };
+        outcome.map_err(|error| match error {
+            ConnectError::WrongKey { address, found, .. } => {
+                Trouble::Final(Failure::new(FailureKind::Refused, self.stranger(address, found)))
+            }
+            ConnectError::Unreachable { .. } => Trouble::passing(&error),
+            ConnectError::NoAddress(_) | ConnectError::ShuttingDown(_) => Trouble::failed(&error),
+        })
+    }
+
+    fn stranger(&self, address: SocketAddr, found: HostId) -> String {
+        let what = format!("the host at {address} has the key {found}");
+        match &self.known[..] {
+            [] => format!("{what}; if that is right, add --peer-key {found}"),
+            [expected] => format!("{what}, not the expected {expected}; check the address"),
+            _ => {
+                format!("{what}, which is of no host of the volume {}; check the address", self.request.name)
+            }
+        }
+    }
+
+    async fn ask(&self, connection: Connection) -> Result<Opened, Trouble> {
+        let (mut sender, mut receiver) = connection.open_control().await?;
+        sender.send(&self.request.clone().into()).await?;
+        let info = match receiver.receive().await? {
+            Message::Recovering(info) => info,
+            Message::Refused(refused) => return Err(Trouble::refused(&refused)),
+            _ => return Err(Trouble::misbehaved("it answers with another message")),
+        };
+        self.check(&info)?;
+        Ok(Opened { connection, info, _sender: sender, receiver })
+    }
+
+    fn check(&self, info: &Recovering) -> Result<(), Trouble> {
+        let refuse = |message: String| Err(Trouble::Final(Failure::new(FailureKind::Refused, message)));
+        if self.volume.is_some_and(|volume| volume != info.volume) {
+            return refuse(format!(
+                "the peer's volume {} is another one of the same name",
+                self.request.name
+            ));
+        }
+        if info.data != DataState::Consistent && !self.request.accept_inconsistent {
+            return refuse(
+                "the peer's copy is not usable as it is; add --accept-inconsistent to get what there is"
+                    .into(),
+            );
+        }
+        match info.size_bytes {
+            1..=VOLUME_LIMIT_BYTES if info.size_bytes.is_multiple_of(SECTOR_BYTES) => Ok(()),
+            _ => Err(Trouble::misbehaved("no volume has such a size")),
+        }
+    }
+}
+
+impl Opened {
+    /// What is recovered.
+    pub fn subject(&self) -> Subject {
+        let Recovering { volume, copy, size_bytes, position, .. } = self.info;
+        Subject { volume, copy, size_bytes, position }
+    }
+
+    /// Waits until the peer or the connection puts an end to it. Cancel-safe.
+    pub async fn ended(&mut self) -> Trouble {
+        match self.receiver.receive().await {
+            Ok(Message::Refused(refused)) => Trouble::refused(&refused),
+            Ok(_) => Trouble::misbehaved("it sends a message that was not asked for"),
+            // The peer has nothing more to say; the recovery lasts as long as the connection.
+            Err(ReceiveError::Ended(_) | ReceiveError::Abandoned(_)) => self.connection.closed().await.into(),
+            Err(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Recoveries that don't run through.
+
+use super::host::Host;
+use super::*;
+use blockmirror_protocol::wire::message::{Refusal, Refused};
+
+fn done(scene: &Scene) -> u64 {
+    scene.state().map_or(0, |state| state.done_chunks())
+}
+
+#[test]
+fn a_recovery_that_is_killed_three_times_goes_on_where_it_was() {
+    let scene = Scene::new();
+    for allowed in [2, 5, 9] {
+        scene.host.allow(allowed);
+        let mut running = scene.start(&[]);
+        running.wait_until(|| done(&scene) == allowed);
+        running.kill();
+    }
+    scene.host.allow(u64::MAX);
+    let ended = scene.recover(&[]).good();
+    assert!(ended.errors.contains("going on where it was interrupted"), "{}", ended.errors);
+    scene.assert_recovered();
+    let mut reads = scene.host.seen().reads;
+    reads.sort_unstable();
+    let once: Vec<u64> = (0..CHUNKS).map(|chunk| chunk * CHUNK_BYTES).collect();
+    assert_eq!(reads, once, "what was durable was not read again");
+}
+
+#[test]
+fn a_recovery_that_is_killed_at_any_place_ends_well() {
+    let scene = Scene::new();
+    for reads in [1, 7, 11, 14] {
+        let mut running = scene.start(&[]);
+        running.wait_until(|| scene.host.seen().reads.len() >= reads);
+        running.kill();
+    }
+    scene.recover(&[]).good();
+    scene.assert_recovered();
+}
+
+#[test]
+fn an_interrupted_recovery_notes_what_it_has() {
+    let scene = Scene::new();
+    scene.host.allow(3);
+    let mut running = scene.start(&[]);
+    running.wait_until(|| done(&scene) == 3);
+    running.interrupt();
+    running.end().bad(1, "interrupted; ");
+    assert_eq!(done(&scene), 3);
+    scene.host.allow(u64::MAX);
+    scene.recover(&[]).good();
+    scene.assert_recovered();
+}
+
+#[test]
+fn a_connection_that_is_lost_again_and_again_is_dialled_again() {
+    let scene = Scene::new();
+    scene.host.set(|knobs| knobs.cut_after = Some(9));
+    let ended = scene.recover(&[]).good();
+    assert!(ended.errors.contains("; trying again"), "{}", ended.errors);
+    assert!(scene.host.seen().peers.len() >= 2);
+    scene.assert_recovered();
+}
+
+#[test]
+fn a_peer_that_stays_away_ends_it_with_advice() {
+    let scene = Scene::new();
+    let refused = Refused { refusal: Refusal::Busy, text: "another recovery reads it".into() };
+    scene.host.allow(2);
+    let mut running = scene.start(&["--retry", "0s"]);
+    running.wait_until(|| done(&scene) == 2);
+    scene.host.set(|knobs| (knobs.cut_after, knobs.refuse) = (Some(0), Some(refused)));
+    scene.host.allow(3);
+    running.end().bad(1, "run the same command again to go on");
+    scene.recover(&[]).bad(5, "the peer refuses: another recovery reads it");
+    scene.host.set(|knobs| (knobs.cut_after, knobs.refuse) = (None, None));
+    scene.host.allow(u64::MAX);
+    scene.recover(&[]).good();
+    scene.assert_recovered();
+}
+
+#[test]
+fn a_copy_that_has_changed_since_is_recovered_from_the_start() {
+    let scene = Scene::new();
+    scene.host.allow(4);
+    let mut running = scene.start(&[]);
+    running.wait_until(|| done(&scene) == 4);
+    running.kill();
+    scene.host.set(|knobs| knobs.epoch = 2);
+    scene.host.allow(u64::MAX);
+    let ended = scene.recover(&[]).good();
+    assert!(ended.errors.contains("beginning from the start"), "{}", ended.errors);
+    assert_eq!(scene.host.seen().reads.len() as u64, 4 + CHUNKS);
+    scene.assert_recovered();
+}
+
+#[test]
+fn a_recovery_by_token_goes_on_as_the_same_peer() {
+    let scene = Scene::new();
+    scene.host.set(|knobs| knobs.secret = Some([7; 32]));
+    let token = scene.host.token(7);
+    scene.host.allow(2);
+    let command = || scene.command(&scene.target(), &["--token", &token]);
+    let mut running = Running(Some(command().spawn().unwrap()));
+    running.wait_until(|| done(&scene) == 2);
+    running.kill();
+    scene.host.allow(u64::MAX);
+    Ended::from(command().output().unwrap()).good();
+    scene.assert_recovered();
+    let peers = scene.host.seen().peers;
+    assert!(peers.len() == 2 && peers[0] == peers[1] && peers[0] != scene.key, "{peers:?}");
+}
+
+#[test]
+fn content_that_changes_on_the_way_is_noticed() {
+    let scene = Scene::new();
+    scene.host.set(|knobs| knobs.change_at = Some(SIZE - 1));
+    scene.recover(&[]).bad(1, "run the command again with --from-start");
+    scene.recover(&[]).bad(1, "run the command again with --from-start");
+    scene.recover(&["--from-start"]).good();
+    scene.assert_recovered();
+}
+
+#[test]
+fn a_target_that_was_replaced_is_not_taken_for_the_old_one() {
+    let scene = Scene::new();
+    scene.host.allow(2);
+    let mut running = scene.start(&[]);
+    running.wait_until(|| done(&scene) == 2);
+    running.kill();
+    scene.host.allow(u64::MAX);
+    fs::write(scene.path("other"), vec![5; 4096]).unwrap();
+    fs::rename(scene.path("other"), scene.target()).unwrap();
+    scene.recover(&[]).bad(5, "--overwrite");
+    assert_eq!(fs::read(scene.target()).unwrap(), vec![5; 4096]);
+    scene.recover(&["--overwrite"]).good();
+    scene.assert_recovered();
+}
+
+#[test]
+fn another_host_of_the_same_address_is_not_trusted() {
+    let scene = Scene::new();
+    let other = Host::start(&scene.path("image"));
+    let key = scene.host.id.to_string();
+    let more = ["--from", &other.address, "--peer-key", &key];
+    let ended = Ended::from(scene.command(&scene.target(), &more).output().unwrap());
+    ended.bad(5, &format!("has the key {}, not the expected {key}", other.id));
+}
