@@ -3,12 +3,14 @@
 //! A backing carries nothing of ours, so an empty disk under the old name looks like the volume. The state folder
 //! therefore keeps what tells this file or disk from another: for an image its inode and time of birth, for a disk the
 //! name that its hardware or its maker gives it. A backing that is another one than recorded is not opened: as a
-//! primary it would count as in sync with replicas that hold something else. A finished recovery forgets the record,
-//! because what it wrote is the volume's content; the operator can do the same for a copy of his own making.
+//! primary it would count as in sync with replicas that hold something else. A finished recovery says so in the record,
+//! and from whom; an operator who made a true copy himself removes it. Either way the volume is told that the content
+//! is not what its maps are relative to.
 //!
 //! Where nothing tells disks from each other (a loop device, an old file system), nothing is recorded.
 
 use crate::durable;
+use blockmirror_protocol::units::HostId;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +18,8 @@ use std::time::UNIX_EPOCH;
 
 /// The record's name in the volume's state folder.
 const FILE_NAME: &str = "backing";
+/// What the record of a recovery begins with, before the source's fingerprint.
+const RECOVERED: &str = "recovered from ";
 
 /// Why a backing is not opened.
 #[derive(Debug, thiserror::Error)]
@@ -48,39 +52,73 @@ pub enum BackingError {
     },
 }
 
-/// Checks that a backing is the one on record, and records it where there is none.
+/// How a backing and its record go together.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Match {
+    /// It is the one on record, or nothing tells.
+    Same,
+    /// It takes the place of the one before; [`record`] ends that.
+    Adopted {
+        /// What is to be recorded.
+        identity: String,
+        /// The host whose copy it was recovered from.
+        source: Option<HostId>,
+    },
+}
+
+/// Compares a backing with the record.
 ///
 /// # Errors
 /// [`BackingError`] when it is another one, or can't be looked at.
-pub fn check(state_folder: &Path, backing: &Path) -> Result<(), BackingError> {
+pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingError> {
     let record = state_folder.join(FILE_NAME);
-    let io_error = |operation, path: &Path| {
-        let path = path.to_owned();
-        move |source| BackingError::Io { operation, path, source }
+    let Some(found) = identity(backing).map_err(io_error("look at", backing))? else {
+        return Ok(Match::Same);
     };
-    let Some(found) = identity(backing).map_err(io_error("look at", backing))? else { return Ok(()) };
-    match std::fs::read_to_string(&record) {
-        Ok(expected) if expected.trim() == found => Ok(()),
-        Ok(expected) => {
-            let expected = expected.trim().to_owned();
-            Err(BackingError::Replaced { path: backing.to_owned(), expected, found, record })
-        }
+    let recorded = match std::fs::read_to_string(&record) {
+        Ok(recorded) => recorded.trim().to_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            durable::replace(&record, format!("{found}\n").as_bytes()).map_err(io_error("write", &record))
+            return Ok(Match::Adopted { identity: found, source: None });
         }
-        Err(error) => Err(io_error("read", &record)(error)),
+        Err(error) => return Err(io_error("read", &record)(error)),
+    };
+    if let Some(source) = recorded.strip_prefix(RECOVERED) {
+        return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
     }
+    if recorded == found {
+        return Ok(Match::Same);
+    }
+    Err(BackingError::Replaced { path: backing.to_owned(), expected: recorded, found, record })
 }
 
-/// Forgets which backing a volume has: the next one that is opened is taken for it.
+/// Records durably which backing the volume has from now on.
 ///
 /// # Errors
-/// When the record can't be removed.
-pub fn forget(state_folder: &Path) -> io::Result<()> {
-    match std::fs::remove_file(state_folder.join(FILE_NAME)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+/// [`BackingError::Io`] when the record can't be written.
+pub fn record(state_folder: &Path, identity: &str) -> Result<(), BackingError> {
+    let record = state_folder.join(FILE_NAME);
+    durable::replace(
+        &record,
+        format!(
+            "{identity}
+"
+        )
+        .as_bytes(),
+    )
+    .map_err(io_error("write", &record))
+}
+
+/// Records durably that the backing was filled with a peer's content: the next one that is opened is taken for it.
+///
+/// # Errors
+/// [`BackingError::Io`] when the record can't be written.
+pub fn record_recovery(state_folder: &Path, source: HostId) -> Result<(), BackingError> {
+    record(state_folder, &format!("{RECOVERED}{source}"))
+}
+
+fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BackingError {
+    let path = path.to_owned();
+    move |source| BackingError::Io { operation, path, source }
 }
 
 /// What tells a file or disk from others, if anything does.
@@ -115,25 +153,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_file_under_the_old_name_is_refused_until_the_record_is_forgotten() {
+    fn another_file_under_the_old_name_is_refused_until_a_recovery_is_on_record() {
         let folder = tempfile::tempdir().unwrap();
         let backing = folder.path().join("image");
         std::fs::write(&backing, [0; 512]).unwrap();
         if identity(&backing).unwrap().is_none() {
             return eprintln!("skipped: the file system keeps no times of birth");
         }
-        check(folder.path(), &backing).unwrap();
+        let Match::Adopted { identity, source: None } = compare(folder.path(), &backing).unwrap() else {
+            panic!("nothing is on record yet");
+        };
+        record(folder.path(), &identity).unwrap();
         std::fs::write(&backing, [1; 512]).unwrap();
-        check(folder.path(), &backing).unwrap();
+        assert_eq!(compare(folder.path(), &backing).unwrap(), Match::Same);
         let moved = folder.path().join("moved");
         std::fs::rename(&backing, &moved).unwrap();
-        check(folder.path(), &moved).unwrap();
+        assert_eq!(compare(folder.path(), &moved).unwrap(), Match::Same);
         std::fs::copy(&moved, &backing).unwrap();
-        let refused = check(folder.path(), &backing);
+        let refused = compare(folder.path(), &backing);
         assert!(matches!(refused, Err(BackingError::Replaced { .. })), "{refused:?}");
-        forget(folder.path()).unwrap();
-        check(folder.path(), &backing).unwrap();
-        forget(folder.path()).unwrap();
-        forget(folder.path()).unwrap();
+        record_recovery(folder.path(), HostId([7; 32])).unwrap();
+        let adopted = compare(folder.path(), &backing).unwrap();
+        assert!(matches!(adopted, Match::Adopted { source: Some(HostId([7, ..])), .. }), "{adopted:?}");
     }
 }

@@ -18,10 +18,11 @@ use crate::recovery;
 use crate::replica::{Recovery, Replica};
 use crate::storage::file::{Access, File};
 use crate::storage::{self, Storage};
-use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers};
+use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers, key};
 use crate::words::with_causes;
+use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::session::CompareResult;
-use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::units::{CopyId, HostId};
 use blockmirror_protocol::wire::StreamPreamble;
 use blockmirror_protocol::wire::message::{DataState, Hello, Member, Message, Recovering, Refusal, Refused};
 use devices::Devices;
@@ -488,6 +489,34 @@ async fn open_parts(
         let (has, wants) = (file.size_bytes(), config.size_bytes);
         return Err(format!("{} has {has} bytes, the volume {wants}", config.backing.display()));
     }
-    backing::check(&surroundings.state_folder, &config.backing).map_err(|error| with_causes(&error))?;
+    adopt(config, surroundings, &state).await?;
     Ok((Rc::new(file), state))
+}
+
+/// Where the backing took the place of another one, makes the metadata say that its content is unknown to peers:
+/// all maps are full but that of the peer it was recovered from, and a replica's copy is a new one.
+async fn adopt(config: &VolumeConfig, surroundings: &Surroundings, state: &State) -> Result<(), String> {
+    let folder = &surroundings.state_folder;
+    let compared = backing::compare(folder, &config.backing).map_err(|error| with_causes(&error))?;
+    let backing::Match::Adopted { identity, source } = compared else { return Ok(()) };
+    let state_error = |error: crate::metadata::StateError| with_causes(&error);
+    match config.role {
+        Role::Primary => {
+            for peer in config.peers.iter().filter(|peer| Some(peer.host) != source) {
+                let (mut map, file) = state.open_map(peer.host).await.map_err(state_error)?;
+                let base = map.base();
+                map.begin_anew(base);
+                state.write_map(&file, map.take_changes()).await.map_err(state_error)?;
+            }
+        }
+        Role::Replica => {
+            let copy = CopyId(key::random());
+            let change = |superblock: &mut Superblock| {
+                (superblock.copy, superblock.data) = (copy, DataState::Empty);
+            };
+            state.change_superblock(change).await.map_err(state_error)?;
+        }
+    }
+    // Only now: a crash before this does it all again.
+    backing::record(folder, &identity).map_err(|error| with_causes(&error))
 }

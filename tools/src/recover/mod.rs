@@ -15,7 +15,8 @@ mod verify;
 use crate::client::Client;
 use crate::offline;
 use crate::output::{Error, Output, warn};
-use blockmirror_agent::config::{Address, Mistake, Name};
+use blockmirror_agent::backing;
+use blockmirror_agent::config::{Address, Mistake, Name, Role};
 use blockmirror_agent::control::api::{CopyState, Failure, FailureKind};
 use blockmirror_agent::quantity::{Seconds, Size};
 use blockmirror_agent::storage;
@@ -177,12 +178,32 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
         Ok(Some((opened, digests))) => {
             let report = work.report(&opened, &digests, path, started.elapsed());
             opened.connection.close(CloseReason::Done, "the recovery is complete");
+            let (id, source) = (opened.info.volume, opened.connection.peer());
             work.complete(&digests).await?;
-            Ok(tell(&report, json, output)?)
+            tell(&report, json, output)?;
+            Ok(hand_over(&report, id, source, client)?)
         }
         Ok(None) => Err(work.stop(Failure::new(FailureKind::Failed, "interrupted")).await.into()),
         Err(failure) => Err(work.stop(failure).await.into()),
     }
+}
+
+/// Tells this host's own volume, if it has one, that its backing now holds the peer's content.
+fn hand_over(report: &Report, id: VolumeId, source: HostId, client: &Client) -> Result<(), Failure> {
+    let Ok(volume) = offline::config_folder(client.run())?.load_volume(&report.volume) else { return Ok(()) };
+    if volume.id != id || volume.role != Role::Primary {
+        return Ok(());
+    }
+    if volume.backing.canonicalize().ok() != report.target.canonicalize().ok() {
+        let (name, backing) = (volume.name, volume.backing.display());
+        warn(&format!("the volume {name} on this host still has {backing} as its backing"));
+        return Ok(());
+    }
+    let folder = offline::state_folder(client.run())?.join(report.volume.as_str());
+    backing::record_recovery(&folder, source)
+        .map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
+    warn("start the agent (or restart it) to serve the volume from what was recovered");
+    Ok(())
 }
 
 /// The state of an unfinished recovery, if it is one into this target.
