@@ -36,9 +36,21 @@ pub fn prepare() {
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
         tracing::debug!("not permitted to be an i/o flusher: {}", io::Error::last_os_error());
     }
+    lock_memory();
+}
+
+/// Keeps the process's memory from being swapped out. Not under a limit: the kernel would then refuse memory where it
+/// otherwise gave some.
+fn lock_memory() {
+    let is_unlimited = rustix::process::getrlimit(rustix::process::Resource::Memlock).current.is_none();
+    if !is_unlimited && !rustix::process::geteuid().is_root() {
+        return tracing::info!(
+            "memory is not locked: the limit for that (LimitMEMLOCK, ulimit -l) is too low"
+        );
+    }
     // SAFETY: the call takes plain numbers.
     if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) } != 0 {
-        tracing::debug!("memory can't be locked: {}", io::Error::last_os_error());
+        tracing::info!("memory can't be locked: {}", io::Error::last_os_error());
     }
 }
 

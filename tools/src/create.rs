@@ -59,7 +59,9 @@ fn block_size(text: &str) -> Result<u64, String> {
 
 fn kinds(devices: &[Device]) -> Result<Vec<DeviceKind>, Failure> {
     if devices.is_empty() {
-        return Ok(DeviceKind::defaults());
+        // A loop device takes root; asking for it all the same gets an answer that says so.
+        let is_root = rustix::process::geteuid().is_root();
+        return Ok(if is_root { DeviceKind::defaults() } else { vec![DeviceKind::Nbd] });
     }
     if devices.contains(&Device::None) && devices.iter().any(|device| *device != Device::None) {
         return Err(Failure::new(FailureKind::Usage, "\"none\" goes with no other device; leave one out"));

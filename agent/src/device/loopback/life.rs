@@ -27,6 +27,9 @@ pub enum StartError {
     /// There is no FUSE.
     #[error("cannot open /dev/fuse; load the kernel's fuse module (modprobe fuse)")]
     NoFuse(#[source] io::Error),
+    /// The agent does not run as root.
+    #[error("a loop device takes root; run the agent as root or create the volume with --device nbd")]
+    NotPermitted,
     /// No loop device could be attached.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -106,7 +109,7 @@ pub(super) fn mount(options: &Options, read_only: bool) -> Result<(Place, File),
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(point);
     made.map_err(|source| StartError::io("make the file", point, source))?;
     let fuse = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/fuse");
-    let mounted = fuse.map_err(StartError::NoFuse).and_then(|fuse| {
+    let mounted = fuse.map_err(no_fuse).and_then(|fuse| {
         mounts::mount_file(&fuse, &place.label(), point, read_only, MAX_TRANSFER_BYTES)
             .map_err(|source| StartError::io("mount the volume's file on", point, source))?;
         Ok(fuse)
@@ -277,5 +280,13 @@ fn remove(path: &Path) {
             tracing::warn!(path = %path.display(), %error, "cannot remove the file");
         }
         _ => {}
+    }
+}
+
+fn no_fuse(error: io::Error) -> StartError {
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        StartError::NotPermitted
+    } else {
+        StartError::NoFuse(error)
     }
 }
