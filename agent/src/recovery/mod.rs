@@ -28,7 +28,7 @@ use bytes::Bytes;
 use std::rc::Rc;
 use tokio::sync::Semaphore;
 
-/// How many reads of a source are served at a time.
+/// How many reads of a source, digests among them, are served at a time.
 pub const READS: usize = 16;
 
 /// How many pieces each of them reads ahead.
@@ -229,6 +229,7 @@ fn is_zero(bytes: &[u8]) -> bool {
 }
 
 async fn serve_digest(source: &Source, mut sender: ControlSender) -> Result<(), ServeError> {
+    let _permit = source.reads.acquire().await.expect("the semaphore is never closed");
     let (storage, backing) = (source.storage.clone(), source.backing.clone());
     let mut digesting = Digesting::new(storage, backing, source.pool.clone(), source.info.size_bytes);
     loop {

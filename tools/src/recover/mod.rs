@@ -6,6 +6,7 @@
 //! dialled again for a while. At the end both sides' digests of everything must agree.
 
 mod copy;
+mod identity;
 mod journal;
 mod peer;
 mod progress;
@@ -16,14 +17,13 @@ use crate::client::Client;
 use crate::offline;
 use crate::output::{Error, Output, warn};
 use blockmirror_agent::backing;
-use blockmirror_agent::config::{Address, Mistake, Name, Role};
+use blockmirror_agent::config::{Address, Name, Role};
 use blockmirror_agent::control::api::{CopyState, Failure, FailureKind};
 use blockmirror_agent::quantity::{Seconds, Size};
 use blockmirror_agent::storage;
-use blockmirror_agent::token::Token;
-use blockmirror_agent::transport::{CloseReason, HostKey, key};
+use blockmirror_agent::transport::CloseReason;
 use blockmirror_protocol::disk::recovery::{Key, RecoveryState, Subject};
-use blockmirror_protocol::units::{HostId, VolumeId};
+use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::Recover;
 use clap::Args;
 use journal::Journal;
@@ -32,7 +32,7 @@ use progress::Meter;
 use serde::Serialize;
 use std::convert::Infallible;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 use target::{Found, Target};
@@ -103,17 +103,6 @@ struct Report {
     seconds: u64,
 }
 
-/// How the tool makes itself known, and whom it expects.
-struct Identity {
-    key: HostKey,
-    /// The key, where it is kept with the recovery's state.
-    kept: Key,
-    addresses: Vec<String>,
-    known: Vec<HostId>,
-    volume: Option<VolumeId>,
-    secret: Option<[u8; 32]>,
-}
-
 /// A recovery under way.
 struct Work {
     name: Name,
@@ -123,8 +112,10 @@ struct Work {
     /// The target's digest, once it is complete.
     digest: Option<blake3::Hash>,
     retry: Duration,
-    /// When something moved last.
-    moved: Instant,
+    /// How far the verification got over any connection, in bytes.
+    verified_bytes: u64,
+    /// When a connection got further than those before, the last time.
+    advanced: Instant,
 }
 
 fn fingerprint(text: &str) -> Result<HostId, String> {
@@ -150,7 +141,7 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     if kept.is_none() && !overwrite {
         found.refuse_data()?;
     }
-    let identity = identify(&arguments, client, kept.as_ref())?;
+    let identity = identity::identify(&arguments, client, kept.as_ref())?;
     let peer = Peer {
         endpoint: peer::bind(&identity.key)?,
         addresses: identity.addresses,
@@ -169,7 +160,8 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     let journal = Journal::begin(state_path, state)?;
     let retry = Duration::from_secs(arguments.retry.0);
     let name = arguments.name;
-    let mut work = Work { name, peer, target, journal, digest: None, retry, moved: started };
+    let mut work =
+        Work { name, peer, target, journal, digest: None, retry, verified_bytes: 0, advanced: started };
     let outcome = tokio::select! {
         outcome = work.finish(opened) => outcome.map(Some),
         signal = tokio::signal::ctrl_c() => signal.map(|()| None).map_err(|error| Trouble::failed(&error).into_failure()),
@@ -218,77 +210,6 @@ fn ours(kept: Option<RecoveryState>, target: Option<u64>) -> Option<RecoveryStat
     None
 }
 
-fn identify(
-    arguments: &Arguments,
-    client: &Client,
-    kept: Option<&RecoveryState>,
-) -> Result<Identity, Failure> {
-    match &arguments.token {
-        Some(token) => identify_by_token(arguments, token, kept),
-        None => identify_by_key(arguments, client),
-    }
-}
-
-fn identify_by_token(
-    arguments: &Arguments,
-    token: &str,
-    kept: Option<&RecoveryState>,
-) -> Result<Identity, Failure> {
-    let token = Token::parse(token).map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
-    if token.name != arguments.name.as_str() {
-        let message = format!("the token is for the volume {:?}, not for {}", token.name, arguments.name);
-        return Err(Failure::new(FailureKind::Usage, message));
-    }
-    let kept = kept.map(|state| &state.key.0).filter(|key| !key.is_empty());
-    let made = match kept {
-        Some(text) => HostKey::from_pem(text, Path::new("of the recovery")).map(|key| (key, text.clone())),
-        None => HostKey::generate(),
-    };
-    let (key, text) = made.map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
-    Ok(Identity {
-        key,
-        kept: Key(text),
-        addresses: arguments.from.as_ref().map_or(token.addresses, |from| vec![from.to_string()]),
-        known: vec![token.host],
-        volume: Some(token.volume),
-        secret: Some(token.secret.0),
-    })
-}
-
-fn identify_by_key(arguments: &Arguments, client: &Client) -> Result<Identity, Failure> {
-    let path = match &arguments.key {
-        Some(path) => path.clone(),
-        None => offline::state_folder(client.run())?.join(key::FILE_NAME),
-    };
-    let key = HostKey::load(&path).map_err(|error| {
-        let failure = Failure::from_error(FailureKind::Failed, &error);
-        let advice = "give another with --key, or a token of `blockmirror invite` with --token";
-        Failure::new(failure.kind, format!("{failure}; {advice}"))
-    })?;
-    let from = arguments.from.as_ref().expect("without a token there is an address");
-    let (volume, configured) = configured(&arguments.name, from, client)?;
-    let known = arguments.peer_key.map_or(configured, |key| vec![key]);
-    let addresses = vec![from.to_string()];
-    Ok(Identity { key, kept: Key::default(), addresses, known, volume, secret: None })
-}
-
-/// What this host's configuration knows of the volume: its identity, and its hosts' keys, first those at `from`.
-fn configured(
-    name: &Name,
-    from: &Address,
-    client: &Client,
-) -> Result<(Option<VolumeId>, Vec<HostId>), Failure> {
-    let volume = match offline::config_folder(client.run())?.load_volume(name) {
-        Err(Mistake::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            return Ok((None, Vec::new()));
-        }
-        loaded => loaded.map_err(|mistake| Failure::from_error(FailureKind::Failed, &mistake))?,
-    };
-    let mut peers = volume.peers;
-    peers.sort_by_key(|peer| !peer.addresses.contains(from));
-    Ok((Some(volume.id), peers.iter().map(|peer| peer.host).collect()))
-}
-
 /// Goes on with what is durable, if the peer's copy is still the one that it came from.
 fn go_on_or_begin(
     opened: &Opened,
@@ -320,16 +241,16 @@ impl Work {
     /// Copies and verifies, over as many connections as it takes.
     async fn finish(&mut self, mut opened: Opened) -> Result<(Opened, Digests), Failure> {
         let mut pause = FIRST_PAUSE;
-        self.moved = Instant::now();
+        self.advanced = Instant::now();
         loop {
-            let before = self.moved;
+            let before = self.advanced;
             let trouble = match self.attempt(&mut opened).await {
                 Ok(digests) => return Ok((opened, digests)),
                 Err(trouble) => trouble,
             };
             // Nothing more may come over a connection that was given up.
             opened.connection.close(CloseReason::Done, "the recovery is tried again");
-            if self.moved > before {
+            if self.advanced > before {
                 pause = FIRST_PAUSE;
             }
             opened = self.reopen(trouble, &mut pause).await?;
@@ -340,7 +261,7 @@ impl Work {
     async fn reopen(&mut self, mut trouble: Trouble, pause: &mut Duration) -> Result<Opened, Failure> {
         loop {
             let failure = match trouble {
-                Trouble::Passing(failure) if self.moved.elapsed() < self.retry => failure,
+                Trouble::Passing(failure) if self.advanced.elapsed() < self.retry => failure,
                 Trouble::Passing(failure) | Trouble::Final(failure) => return Err(failure),
             };
             warn(&format!("{failure}; trying again"));
@@ -367,25 +288,38 @@ impl Work {
             return Err(Failure::new(FailureKind::Failed, message));
         }
         warn("the peer's copy has changed meanwhile; beginning from the start");
-        self.digest = None;
+        (self.digest, self.verified_bytes) = (None, 0);
         self.journal.begin_anew(RecoveryState::new(subject, state.target, state.key.clone()))
     }
 
     async fn attempt(&mut self, opened: &mut Opened) -> Result<Digests, Trouble> {
-        let state = self.journal.state();
-        let subject = state.subject;
-        if state.done_chunks() < subject.chunks() {
-            let meter = Rc::new(Meter::new(state.done_bytes(), subject.size_bytes));
-            let copying = copy::copy_missing(opened, &self.target, &mut self.journal, &meter);
-            let outcome = shown(&format!("recovering {}", self.name), &meter, copying).await;
-            self.moved = self.moved.max(meter.moved());
-            self.journal.commit(&self.target).await?;
-            outcome?;
+        if self.journal.state().done_chunks() < self.journal.state().subject.chunks() {
+            self.copy(opened).await?;
         }
+        self.verify(opened).await
+    }
+
+    async fn copy(&mut self, opened: &mut Opened) -> Result<(), Trouble> {
+        let (before, size_bytes) =
+            (self.journal.state().done_bytes(), self.journal.state().subject.size_bytes);
+        let meter = Rc::new(Meter::new(before, size_bytes));
+        let copying = copy::copy_missing(opened, &self.target, &mut self.journal, &meter);
+        let outcome = shown(&format!("recovering {}", self.name), &meter, copying).await;
+        self.journal.commit(&self.target).await?;
+        if self.journal.state().done_bytes() > before {
+            self.advanced = Instant::now();
+        }
+        outcome
+    }
+
+    async fn verify(&mut self, opened: &mut Opened) -> Result<Digests, Trouble> {
+        let subject = self.journal.state().subject;
         let meter = Meter::new(0, subject.size_bytes);
         let verifying = verify::digests(opened, &self.target, &subject, &mut self.digest, &meter);
         let outcome = shown(&format!("verifying {}", self.name), &meter, verifying).await;
-        self.moved = self.moved.max(meter.moved());
+        if meter.done_bytes() > self.verified_bytes {
+            (self.verified_bytes, self.advanced) = (meter.done_bytes(), Instant::now());
+        }
         outcome
     }
 
@@ -407,13 +341,12 @@ impl Work {
     async fn complete(self, digests: &Digests) -> Result<(), Failure> {
         self.peer.endpoint.close().await;
         if digests.target != digests.peer {
-            let message = "the target is not what the peer has: the digest of the one is {}, of the other {}; \
-                           the disk or the memory of one of the hosts is to blame, or the peer's copy changed; \
-                           run the command again with --from-start";
-            let message = message.replacen("{}", &digests.target.to_hex()[..16], 1).replacen(
-                "{}",
-                &digests.peer.to_hex()[..16],
-                1,
+            let (ours, theirs) = (digests.target.to_hex(), digests.peer.to_hex());
+            let message = format!(
+                "the target is not what the peer has: the digests are {} and {}; a disk or the memory of one host \
+                 is to blame, or the peer's copy changed; run the command again with --from-start",
+                &ours[..16],
+                &theirs[..16]
             );
             return Err(Failure::new(FailureKind::Failed, message));
         }

@@ -21,30 +21,27 @@ const RATE_INTERVALS: usize = 25;
 pub struct Meter {
     done_bytes: Cell<u64>,
     total_bytes: u64,
-    moved: Cell<Instant>,
 }
 
 impl Meter {
     /// A meter of so much work, some of which is done.
     pub fn new(done_bytes: u64, total_bytes: u64) -> Self {
-        Self { done_bytes: Cell::new(done_bytes), total_bytes, moved: Cell::new(Instant::now()) }
+        Self { done_bytes: Cell::new(done_bytes), total_bytes }
     }
 
     /// More is done.
     pub fn add(&self, bytes: u64) {
-        self.set(self.done_bytes.get() + bytes);
+        self.set(self.done_bytes() + bytes);
     }
 
     /// So much is done in all.
     pub fn set(&self, bytes: u64) {
-        if bytes != self.done_bytes.replace(bytes) {
-            self.moved.set(Instant::now());
-        }
+        self.done_bytes.set(bytes);
     }
 
-    /// When more was done last.
-    pub fn moved(&self) -> Instant {
-        self.moved.get()
+    /// How much is done.
+    pub fn done_bytes(&self) -> u64 {
+        self.done_bytes.get()
     }
 }
 
@@ -54,7 +51,7 @@ pub async fn show(work: &str, meter: &Meter) -> Infallible {
     let mut interval = tokio::time::interval(if bar.is_some() { BAR_INTERVAL } else { LINE_INTERVAL });
     // The first tick is at once.
     interval.tick().await;
-    let mut seen = VecDeque::from([(Instant::now(), meter.done_bytes.get())]);
+    let mut seen = VecDeque::from([(Instant::now(), meter.done_bytes())]);
     loop {
         interval.tick().await;
         let progress = measure(&mut seen, meter);
@@ -66,7 +63,7 @@ pub async fn show(work: &str, meter: &Meter) -> Infallible {
 }
 
 fn measure(seen: &mut VecDeque<(Instant, u64)>, meter: &Meter) -> Progress {
-    let (now, done) = (Instant::now(), meter.done_bytes.get());
+    let (now, done) = (Instant::now(), meter.done_bytes());
     seen.push_back((now, done));
     if seen.len() > RATE_INTERVALS {
         seen.pop_front();
