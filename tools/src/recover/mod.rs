@@ -23,7 +23,7 @@ use blockmirror_agent::quantity::{Seconds, Size};
 use blockmirror_agent::storage;
 use blockmirror_agent::transport::CloseReason;
 use blockmirror_protocol::disk::recovery::{Key, RecoveryState, Subject};
-use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::Recover;
 use clap::Args;
 use journal::Journal;
