@@ -9,8 +9,10 @@ mod compare;
 mod completions;
 mod config;
 mod create;
+mod inspect;
 mod invite;
 mod join;
+mod metadata;
 mod offline;
 mod output;
 mod pause;
@@ -58,6 +60,8 @@ enum Verb {
     Compare(compare::Arguments),
     /// Copy a volume's content from a peer into a disk or an image file
     Recover(recover::Arguments),
+    /// Print a file of metadata
+    Inspect(inspect::Arguments),
     /// Look after the configuration's files
     #[command(subcommand)]
     Config(config::Verb),
@@ -90,6 +94,7 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Resume(arguments) => pause::run(pause::Wish::Resume, arguments, &client, output).await,
         Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
         Verb::Recover(arguments) => recover::run(arguments, &client, output).await,
+        Verb::Inspect(arguments) => inspect::run(arguments, output),
         Verb::Config(config::Verb::Check(arguments)) => config::check(arguments, &client, output),
         Verb::Completions(arguments) => completions::run(arguments, output),
     }

@@ -1,5 +1,7 @@
-//! What can be told while the agent does not run: from its files alone, which are only read.
+//! What can be told while the agent does not run: from its files alone, which are only read. The configuration says
+//! which volumes there are, the metadata what they hold.
 
+use crate::metadata::{self, Stored};
 use blockmirror_agent::config::{ConfigFolder, Mistake, Name, PeerConfig, VolumeConfig};
 use blockmirror_agent::control::api::{
     AgentRecord, Connection, DeviceStatus, Failure, FailureKind, HostStatus, PeerStatus, STATUS_SCHEMA,
@@ -53,6 +55,9 @@ pub fn status(run: &Path, asked: Option<&Name>) -> Result<(StatusReply, Vec<Stri
     };
     let name = folder.load_agent().map_err(mistake)?.host_name();
     let host = HostStatus { name, fingerprint: None, version: None, listen: None };
+    let state = state_folder(run)?;
+    let facts =
+        |volume: &VolumeConfig| facts(volume, &metadata::read(&state.join(volume.name.as_str()), volume));
     let volumes = volumes.iter().map(|volume| verdict::stopped(facts(volume))).collect();
     let warnings = mistakes.into_iter().map(|each| mistake(each).message).collect();
     Ok((StatusReply { schema: STATUS_SCHEMA.to_owned(), host, volumes }, warnings))
@@ -67,8 +72,9 @@ fn one_volume(folder: &ConfigFolder, name: &Name) -> Result<VolumeConfig, Failur
     })
 }
 
-/// What is stored about a volume: its configuration.
-fn facts(volume: &VolumeConfig) -> VolumeFacts {
+/// What is stored about a volume: its configuration and its metadata.
+fn facts(volume: &VolumeConfig, stored: &Stored) -> VolumeFacts {
+    let peers = volume.peers.iter().zip(&stored.out_of_sync_bytes);
     VolumeFacts {
         name: volume.name.clone(),
         id: volume.id.to_string(),
@@ -79,9 +85,9 @@ fn facts(volume: &VolumeConfig) -> VolumeFacts {
         backing_error: None,
         storage: None,
         devices: volume.devices.iter().map(|&kind| unserved(kind)).collect(),
-        data: None,
-        epoch: None,
-        peers: volume.peers.iter().map(peer).collect(),
+        data: stored.superblock.as_ref().map(|superblock| superblock.data.into()),
+        epoch: stored.marker.map(|position| position.epoch.0),
+        peers: peers.map(|(config, out_of_sync)| peer(config, *out_of_sync)).collect(),
     }
 }
 
@@ -89,7 +95,7 @@ fn unserved(kind: blockmirror_agent::config::DeviceKind) -> DeviceStatus {
     DeviceStatus { kind, uri: None, path: None, error: Some("agent not running".to_owned()) }
 }
 
-fn peer(peer: &PeerConfig) -> PeerStatus {
+fn peer(peer: &PeerConfig, out_of_sync_bytes: Option<u64>) -> PeerStatus {
     PeerStatus {
         name: peer.name.clone(),
         fingerprint: peer.host.to_string(),
@@ -100,7 +106,7 @@ fn peer(peer: &PeerConfig) -> PeerStatus {
         error: None,
         state: None,
         data: None,
-        out_of_sync_bytes: None,
+        out_of_sync_bytes,
         lag_bytes: None,
         lag_seconds: None,
         durable_epoch: None,

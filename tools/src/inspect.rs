@@ -1,0 +1,294 @@
+//! `blockmirror inspect`: prints what a file of metadata says, each copy in it, and which of them is damaged. Needs no
+//! agent, and changes nothing.
+
+use crate::metadata::{self, MapFile};
+use crate::output::{Error, Output, aligned};
+use blockmirror_agent::control::api::{Failure, FailureKind};
+use blockmirror_agent::quantity::Size;
+use blockmirror_protocol::disk::activity_log::{self, Recovered};
+use blockmirror_protocol::disk::dirty_map::{self, Header};
+use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
+use blockmirror_protocol::disk::superblock::{Role, Superblock};
+use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker};
+use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Position};
+use blockmirror_protocol::wire::message::DataState;
+use clap::Args;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// How many runs of blocks, or extents, are shown.
+const SHOWN: usize = 16;
+
+/// What to print.
+#[derive(Args)]
+pub struct Arguments {
+    /// A file of a volume's state folder, or of a recovery
+    file: PathBuf,
+}
+
+/// Rows of a label and a value.
+#[derive(Default)]
+struct Page {
+    rows: Vec<Vec<String>>,
+}
+
+impl Page {
+    fn row(&mut self, label: &str, value: impl ToString) {
+        self.rows.push(vec![format!("  {label}:"), value.to_string()]);
+    }
+}
+
+/// Prints the file; fails when it is of no use.
+pub fn run(arguments: Arguments, output: &mut Output) -> Result<(), Error> {
+    let path = &arguments.file;
+    let cannot = |error: io::Error| {
+        Failure::new(FailureKind::Failed, format!("cannot read {}: {error}", path.display()))
+    };
+    let Some(kind) = recognise(path).map_err(cannot)? else {
+        let message = format!("{} is no metadata of Blockmirror", path.display());
+        return Err(Failure::new(FailureKind::Failed, message).into());
+    };
+    let mut page = Page::default();
+    let (title, outcome) = match kind {
+        FileKind::Superblock => ("superblock", superblock(&fs::read(path).map_err(cannot)?, &mut page)),
+        FileKind::Marker => ("marker", epoch_marker(&fs::read(path).map_err(cannot)?, &mut page)),
+        FileKind::ActivityLog => ("activity log", log(&fs::read(path).map_err(cannot)?, &mut page)),
+        FileKind::DirtyMap => ("dirty map", map(&metadata::read_map(path).map_err(cannot)?, &mut page)),
+        FileKind::RecoveryState => {
+            ("state of a recovery", recovery(&fs::read(path).map_err(cannot)?, &mut page))
+        }
+    };
+    output.line(title)?;
+    output.lines(&aligned(&page.rows))?;
+    Ok(outcome.map_err(|error| Failure::from_error(FailureKind::Failed, &error))?)
+}
+
+fn recognise(path: &Path) -> io::Result<Option<FileKind>> {
+    let mut start = Vec::new();
+    fs::File::open(path)?.take(activity_log::FILE_BYTES).read_to_end(&mut start)?;
+    Ok(FileKind::recognise(&start))
+}
+
+/// Tells of both slots of a file, and gives what the newest whole one says.
+fn newest<Value>(
+    file: &[u8],
+    page: &mut Page,
+    recover: impl Fn(&[u8]) -> Result<(u64, Value), MetadataError>,
+) -> Result<Value, MetadataError> {
+    let newest = recover(file);
+    for slot in 0..2 {
+        let bytes = file.get(slot * PAGE_BYTES..(slot + 1) * PAGE_BYTES);
+        let text = match bytes.map(|bytes| (bytes, recover(bytes))) {
+            None => "missing".to_owned(),
+            Some((_, Ok((serial, _)))) => match &newest {
+                Ok((best, _)) if *best == serial => format!("serial {serial}, whole, newest"),
+                _ => format!("serial {serial}, whole"),
+            },
+            Some((bytes, Err(_))) if bytes.iter().all(|byte| *byte == 0) => "empty".to_owned(),
+            Some((_, Err(MetadataError::TooNew { found, .. }))) => format!("of the newer version {found}"),
+            Some(_) => "damaged".to_owned(),
+        };
+        page.row(&format!("slot {slot}"), text);
+    }
+    newest.map(|(_, value)| value)
+}
+
+fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
+    let superblock = newest(file, page, Superblock::recover)?;
+    page.row("volume", superblock.volume);
+    page.row("copy", superblock.copy);
+    page.row("size", bytes(superblock.size_bytes));
+    page.row("block", Size(superblock.block_size.bytes()));
+    page.row(
+        "role",
+        match superblock.role {
+            Role::Primary => "primary",
+            Role::Replica => "replica",
+        },
+    );
+    page.row("data", data(superblock.data));
+    page.row("session", superblock.session);
+    page.row("fence", format!("{}, held by {}", superblock.fence.counter, superblock.fence.holder));
+    position(superblock.position, page);
+    page.row("source", superblock.source);
+    for (index, generation) in superblock.lineage.iter().enumerate() {
+        page.row(&format!("lineage {index}"), generation);
+    }
+    Ok(())
+}
+
+fn epoch_marker(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
+    let marker = newest(file, page, marker::recover)?;
+    position(marker, page);
+    Ok(())
+}
+
+fn log(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
+    let recovered = activity_log::recover(file);
+    for (place, record) in
+        file.chunks(activity_log::RECORD_BYTES).take(activity_log::RECORDS as usize).enumerate()
+    {
+        let text = match activity_log::decode(record) {
+            Ok(Some((serial, extents))) => match &recovered {
+                Ok(Recovered::Active { serial: newest, .. }) if *newest == serial => {
+                    format!("serial {serial}, whole, newest: {} extents", extents.len())
+                }
+                _ => format!("serial {serial}, whole: {} extents", extents.len()),
+            },
+            Ok(None) if record.iter().all(|byte| *byte == 0) => "empty".to_owned(),
+            Ok(None) => "damaged".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        page.row(&format!("record {place}"), text);
+    }
+    match recovered? {
+        Recovered::Active { extents, .. } => {
+            let active = Size(extents.len() as u64 * EXTENT_BYTES);
+            page.row("active", format!("{} extents, {active}", extents.len()));
+            for extent in extents.iter().take(SHOWN) {
+                page.row(
+                    &format!("extent {extent}"),
+                    format!("at byte {}", u64::from(extent.0) * EXTENT_BYTES),
+                );
+            }
+            more(extents.len() as u64, page);
+        }
+        Recovered::Unsure { .. } => {
+            page.row("active", "not known, since the newest record is not whole: any block may differ");
+        }
+    }
+    Ok(())
+}
+
+fn map(file: &MapFile, page: &mut Page) -> Result<(), MetadataError> {
+    let header = newest(&file.header, page, Header::recover)?;
+    page.row("volume", header.volume);
+    page.row("peer", header.peer);
+    match header.base.is_none() {
+        true => page.row("base", "none, since no session ever began"),
+        false => page.row("base", format!("copy {}", header.base)),
+    }
+    page.row("blocks", format!("{} of {}", header.blocks, Size(header.block_size.bytes())));
+    let pages: BTreeMap<u64, _> = file
+        .pages
+        .iter()
+        .filter(|(number, _)| *number < header.full_from.min(dirty_map::page_count(header.blocks)))
+        .filter_map(|(number, bytes)| Some((*number, (dirty_map::decode_bits(*number, bytes)?, bytes))))
+        .collect();
+    let damaged = pages
+        .iter()
+        .filter(|(number, (bits, bytes))| dirty_map::encode_bits(**number, bits) != ***bytes)
+        .count();
+    page.row(
+        "pages",
+        match damaged {
+            0 => format!("{} with dirty blocks, all whole", pages.len()),
+            _ => format!("{} with dirty blocks, {damaged} of them damaged and counted as dirty", pages.len()),
+        },
+    );
+    let mut runs = Runs { blocks: header.blocks, ..Runs::default() };
+    for (number, (bits, _)) in &pages {
+        runs.add_bits(number * dirty_map::BLOCKS_PER_PAGE, bits);
+    }
+    runs.add(header.full_from.saturating_mul(dirty_map::BLOCKS_PER_PAGE)..header.blocks);
+    runs.show(header.block_size, page);
+    Ok(())
+}
+
+/// Dirty blocks, run by run in their order.
+#[derive(Default)]
+struct Runs {
+    /// How many blocks there are.
+    blocks: u64,
+    /// How many of them are dirty.
+    dirty: u64,
+    /// How many runs there are.
+    count: u64,
+    /// The runs that are shown, and the one that may still grow.
+    kept: Vec<Range<u64>>,
+}
+
+impl Runs {
+    fn add(&mut self, run: Range<u64>) {
+        let run = run.start..run.end.min(self.blocks);
+        if run.is_empty() {
+            return;
+        }
+        self.dirty += run.end - run.start;
+        match self.kept.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => {
+                self.count += 1;
+                self.kept.truncate(SHOWN);
+                self.kept.push(run);
+            }
+        }
+    }
+
+    /// Adds the runs of set bits, which stand for the blocks from `first` on.
+    fn add_bits(&mut self, first: u64, bits: &dirty_map::Bits) {
+        for (index, word) in bits.iter().enumerate() {
+            let (mut word, mut at) = (*word, first + index as u64 * 64);
+            while word != 0 {
+                let clean = word.trailing_zeros();
+                let dirty = (word >> clean).trailing_ones();
+                let end = at + u64::from(clean + dirty);
+                self.add(at + u64::from(clean)..end);
+                at = end;
+                word = word.checked_shr(clean + dirty).unwrap_or(0);
+            }
+        }
+    }
+
+    fn show(&self, block_size: BlockSize, page: &mut Page) {
+        let bytes = |blocks: u64| blocks.saturating_mul(block_size.bytes());
+        page.row("dirty", format!("{} blocks, {}", self.dirty, Size(bytes(self.dirty))));
+        for run in self.kept.iter().take(SHOWN) {
+            page.row("run", format!("{} at byte {}", Size(bytes(run.end - run.start)), bytes(run.start)));
+        }
+        more(self.count, page);
+    }
+}
+
+fn recovery(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
+    let state = RecoveryState::decode(file)?;
+    let subject = state.subject;
+    page.row("volume", subject.volume);
+    page.row("copy", subject.copy);
+    page.row("size", bytes(subject.size_bytes));
+    position(subject.position, page);
+    page.row("key", if state.key.0.is_empty() { "the host's own" } else { "kept here" });
+    let (chunks, each) = (subject.chunks(), Size(CHUNK_BYTES));
+    page.row(
+        "durable",
+        format!("{} of {chunks} chunks of {each}, {}", state.done_chunks(), Size(state.done_bytes())),
+    );
+    Ok(())
+}
+
+fn position(position: Position, page: &mut Page) {
+    page.row("generation", position.generation);
+    page.row("epoch", position.epoch);
+    page.row("sequence", position.sequence);
+}
+
+fn data(data: DataState) -> &'static str {
+    match data {
+        DataState::Empty => "empty",
+        DataState::Inconsistent => "inconsistent",
+        DataState::Consistent => "consistent",
+    }
+}
+
+fn bytes(bytes: u64) -> String {
+    format!("{} ({bytes} bytes)", Size(bytes))
+}
+
+fn more(count: u64, page: &mut Page) {
+    if count > SHOWN as u64 {
+        page.row("more", count - SHOWN as u64);
+    }
+}
