@@ -81,12 +81,11 @@ impl World {
 
     fn random_range(&mut self, longest: u64) -> ByteRange {
         let size = self.settings.size_bytes / 512;
-        let at = match self.random.below(8) {
-            0 => self.random.below(size),
-            _ => {
-                let hot = self.random.pick(&self.settings.hot_spots) / 512;
-                (hot + self.random.below(24)).min(size - 1)
-            }
+        let at = if self.random.once_in(self.settings.cold_requests) {
+            self.random.below(size)
+        } else {
+            let hot = self.random.pick(&self.settings.hot_spots) / 512;
+            (hot + self.random.below(24)).min(size - 1)
         };
         let halvings = self.random.below(5);
         let length = 1 + self.random.below(((longest / 512) >> halvings).max(1));

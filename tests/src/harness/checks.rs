@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// How often the costly checks are made, in steps.
-const OFTEN: u64 = 64;
+const OFTEN: u64 = 256;
 /// What a frame costs in the window besides its payload.
 const FRAME_BYTES: u64 = 128;
 /// How long closing may take.
@@ -40,6 +40,9 @@ impl World {
         if self.steps.is_multiple_of(OFTEN) {
             self.promises.check(&self.primary.disk);
             (0..self.replicas.len()).for_each(|which| self.check_image(which));
+        }
+        if self.steps.is_multiple_of(OFTEN / 8) {
+            self.check_recovered();
         }
         if self.application.waiting.is_empty() && self.primary.disk.is_idle() {
             self.check_in_sync();
@@ -71,7 +74,8 @@ impl World {
         );
     }
 
-    /// After a crash of the primary: every block that differs, or might after a power loss, is dirty (D1).
+    /// If the primary crashed now, or has crashed: every block that differs, or might after a power loss, would be
+    /// dirty after its restart (D1).
     ///
     /// # Panics
     /// When one is not.
@@ -217,6 +221,9 @@ impl World {
         touched.extend(there.touched());
         let volume = sectors(ByteRange::new(0, self.settings.size_bytes));
         let differs = |sector: &u64| {
+            if here.is_certain(*sector) && there.is_certain(*sector) {
+                return here.content().get(sector) != there.content().get(sector);
+            }
             let mut values = here.possible(*sector);
             values.extend(there.possible(*sector));
             values.len() > 1

@@ -238,6 +238,13 @@ impl Disk {
         }
     }
 
+    /// Whether a sector holds its value durably and nothing is written to it.
+    #[must_use]
+    pub fn is_certain(&self, sector: u64) -> bool {
+        let is_written = |running: &Running| matches!(running, Running::Write { range, .. } if sectors(*range).contains(&sector));
+        !self.versions.contains_key(&sector) && !self.running.values().any(is_written)
+    }
+
     /// Every value that a sector may turn out to hold after a power loss now, what is under way included.
     #[must_use]
     pub fn possible(&self, sector: u64) -> BTreeSet<Value> {

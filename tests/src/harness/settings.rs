@@ -29,6 +29,8 @@ pub struct Settings {
     pub write_bytes: u64,
     /// Places that most requests go to, in bytes.
     pub hot_spots: Vec<u64>,
+    /// One request in so many goes anywhere instead.
+    pub cold_requests: u64,
     /// One request in so many is zeroes, a flush, durable.
     pub zeroes: u64,
     /// See `zeroes`.
@@ -45,11 +47,37 @@ impl Settings {
     /// What this seed decides.
     #[must_use]
     pub fn random(random: &mut Random, seconds: u64) -> Self {
+        match random.below(16) {
+            0 => Self::wide(random, seconds),
+            _ => Self::narrow(random, seconds),
+        }
+    }
+
+    /// More extents than the activity log holds, all in use.
+    fn wide(random: &mut Random, seconds: u64) -> Self {
+        Self {
+            size_bytes: 9 << 29,
+            block_size: BlockSize::new(65536).expect("it is a block size"),
+            window_bytes: 16 << 20,
+            disk_delay: vec![Duration::from_millis(20); 4],
+            disk_failures: 0,
+            concurrency: 32,
+            think_time: Duration::from_millis(4),
+            write_bytes: 2048,
+            cold_requests: 1,
+            zeroes: 50,
+            flushes: 2000,
+            durable_writes: 0,
+            mishaps: Some(Duration::from_secs(3)),
+            ..Self::narrow(random, seconds)
+        }
+    }
+
+    fn narrow(random: &mut Random, seconds: u64) -> Self {
         let size_bytes = match random.below(16) {
-            0..=7 => (256 << 10) + 512 * random.below(3584),
-            8..=11 => (8 << 20) + 4096 * random.below(4096),
-            12..=14 => (64 << 20) + 512 * random.below(131_072),
-            _ => 6 << 30,
+            0..=3 => (256 << 10) + 512 * random.below(3584),
+            4..=9 => (8 << 20) + 4096 * random.below(4096),
+            _ => (64 << 20) + 512 * random.below(131_072),
         };
         let hosts = 2 + random.below(3) as usize;
         let milliseconds = [1, 5, 20, 100].map(Duration::from_millis);
@@ -75,6 +103,7 @@ impl Settings {
             ]),
             write_bytes: random.pick(&[2048, 8192, 100 << 10]),
             hot_spots,
+            cold_requests: random.pick(&[2, 8, 50]),
             zeroes: random.pick(&[0, 8, 40]),
             flushes: random.pick(&[3, 10, 200]),
             durable_writes: random.pick(&[4, 30, 0]),
