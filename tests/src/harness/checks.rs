@@ -11,7 +11,7 @@ use blockmirror_protocol::wire::message::DataState;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// How often the costly checks are made, in steps.
+/// How often the costly checks are made, in steps; less often where there is much to check.
 const OFTEN: u64 = 256;
 /// What a frame costs in the window besides its payload.
 const FRAME_BYTES: u64 = 128;
@@ -37,11 +37,12 @@ impl World {
             let live_bytes = self.links[which].live_bytes(FRAME_BYTES);
             assert!(live_bytes <= 3 * self.settings.window_bytes, "W7: {live_bytes} bytes are on their way");
         }
-        if self.steps.is_multiple_of(OFTEN) {
+        let pause = OFTEN * (1 + self.primary.disk.content().len() as u64 / 2048);
+        if self.steps.is_multiple_of(pause) {
             self.promises.check(&self.primary.disk);
             (0..self.replicas.len()).for_each(|which| self.check_image(which));
         }
-        if self.steps.is_multiple_of(OFTEN / 8) {
+        if self.steps.is_multiple_of(pause / 8) {
             self.check_recovered();
         }
         if self.application.waiting.is_empty() && self.primary.disk.is_idle() {
