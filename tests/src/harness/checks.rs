@@ -6,7 +6,7 @@ use super::world::World;
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::ReplicaState;
-use blockmirror_protocol::units::{Block, EXTENT_BYTES, Time};
+use blockmirror_protocol::units::{Block, EXTENT_BYTES, Extent, Time};
 use blockmirror_protocol::wire::message::DataState;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -93,7 +93,7 @@ impl World {
                 let block = self.settings.block_size.block_of(byte);
                 let is_active = match &log {
                     Recovered::Active { extents, .. } => {
-                        extents.iter().any(|extent| u64::from(extent.0) == byte / EXTENT_BYTES)
+                        extents.contains(&Extent((byte / EXTENT_BYTES) as u32))
                     }
                     Recovered::Unsure { .. } => true,
                 };
