@@ -448,8 +448,9 @@ impl World {
 
     fn start_disk(&mut self, work: DiskWork) -> DiskOperation {
         let id = DiskOperation(self.next_operation());
+        let longer = if matches!(work, DiskWork::Sync) { self.settings.sync_delay } else { Duration::ZERO };
         self.primary.disk_work.insert(id, work);
-        let delay = self.random.up_to(self.settings.disk_delay[0]);
+        let delay = self.random.up_to(self.settings.disk_delay[0] + longer);
         self.plan(delay, Event::PrimaryDisk(id));
         id
     }

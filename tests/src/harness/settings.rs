@@ -17,6 +17,8 @@ pub struct Settings {
     pub window_bytes: u64,
     /// How long a disk takes at most, by host.
     pub disk_delay: Vec<Duration>,
+    /// How much longer a sync of the primary's backing takes at most.
+    pub sync_delay: Duration,
     /// How long a packet takes at most.
     pub link_delay: Duration,
     /// One disk operation in so many fails; 0 for none.
@@ -53,6 +55,31 @@ impl Settings {
         }
     }
 
+    /// Fast hosts, one replica, nothing by chance: for scripted stories.
+    #[must_use]
+    pub fn scripted() -> Self {
+        Self {
+            size_bytes: 64 << 20,
+            block_size: BlockSize::default(),
+            sector_bytes: vec![512, 512],
+            window_bytes: 1 << 20,
+            disk_delay: vec![Duration::from_millis(2); 2],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(2),
+            disk_failures: 0,
+            concurrency: 16,
+            think_time: Duration::from_millis(4),
+            write_bytes: 8192,
+            hot_spots: vec![0],
+            cold_requests: 0,
+            zeroes: 0,
+            flushes: 0,
+            durable_writes: 0,
+            duration: Duration::ZERO,
+            mishaps: None,
+        }
+    }
+
     /// More extents than the activity log holds, all in use.
     fn wide(random: &mut Random, seconds: u64) -> Self {
         Self {
@@ -60,6 +87,7 @@ impl Settings {
             block_size: BlockSize::new(65536).expect("it is a block size"),
             window_bytes: 16 << 20,
             disk_delay: vec![Duration::from_millis(20); 4],
+            sync_delay: Duration::from_secs(2),
             disk_failures: 0,
             concurrency: 32,
             think_time: Duration::from_millis(4),
@@ -93,6 +121,7 @@ impl Settings {
             sector_bytes: (0..hosts).map(|_| random.pick(&[512, 4096])).collect(),
             window_bytes: random.pick(&[64 << 10, 256 << 10, 1 << 20, 16 << 20]),
             disk_delay: (0..hosts).map(|_| random.pick(&milliseconds)).collect(),
+            sync_delay: Duration::from_millis(random.pick(&[0, 0, 1000])),
             link_delay: random.pick(&milliseconds),
             disk_failures: random.pick(&[0, 0, 0, 1000]),
             concurrency: 1 + random.below(16) as usize,
