@@ -1,7 +1,7 @@
 //! The agent's control socket: how the operator's tool reaches a running agent.
 //!
 //! HTTP with JSON over a Unix socket that only its owner can open. This module claims the socket and describes what
-//! can be asked for ([`Operations`]); [`server`] turns requests into calls, [`api`] holds what is said.
+//! can be asked for ([`Operations`]); `server` turns requests into calls, [`api`] holds what is said.
 //!
 //! One agent owns a run folder at a time: it holds a lock on `agent.lock`, which the kernel releases however the agent
 //! ends. So whoever gets the lock may replace a socket that a killed agent left.

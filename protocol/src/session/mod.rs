@@ -19,7 +19,7 @@
 //!
 //! # What a crash leaves
 //!
-//! Bits reach the disk late. Until they do, [`Session::safe_up_to`] keeps their extents in the activity log (D1), and
+//! Bits reach the disk late. Until they do, `Session::safe_up_to` keeps their extents in the activity log (D1), and
 //! a restart puts the log's extents into the map. Cleared bits that were not written are set again after a crash:
 //! the blocks are copied once more.
 
@@ -258,7 +258,7 @@ impl Session {
         self.actions.pop_front()
     }
 
-    /// When [`Session::drive`] has something to do by itself.
+    /// When `Session::drive` has something to do by itself.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
         let map = (self.map.has_changes() && !self.writing_map).then(|| self.map_written_at.after(MAP_TIME));

@@ -1,7 +1,7 @@
 //! The bytes of `/dev/fuse` as values, both ways (`include/uapi/linux/fuse.h`).
 //!
 //! This is the part of the interface that a mount with one regular file as its root needs, from version 7.34 of it
-//! (Linux 5.15) on; the structures are in [`layout`](super::layout).
+//! (Linux 5.15) on; the structures are in `layout`.
 //!
 //! A request is a 40-byte header and a body. All that is ever looked at in a body lies in its first 40 bytes, and
 //! exactly 40 bytes of a write's body come before its payload. So a request is read into two pieces of memory, a
