@@ -383,7 +383,7 @@ pub struct PeerStatus {
     pub state: Option<PeerState>,
     /// What its copy held when it last told.
     pub data: Option<CopyState>,
-    /// What is marked as different there.
+    /// What may differ there: what is marked, and what is on its way as soon as the peer is not in sync.
     pub out_of_sync_bytes: Option<u64>,
     /// What is on its way and not acknowledged as durable.
     pub lag_bytes: Option<u64>,

@@ -70,10 +70,8 @@ fn lack(peer: &PeerStatus) -> String {
 
 /// How much a replica lacks, and whether what it has can be used.
 fn worth(peer: &PeerStatus) -> String {
-    let missing = match (peer.out_of_sync_bytes, peer.lag_bytes) {
-        (None, None) => None,
-        (marked, lag) => Some(marked.unwrap_or(0).saturating_add(lag.unwrap_or(0))),
-    };
+    // What is on its way counts as marked too, once it is late; so the two are never added up.
+    let missing = peer.out_of_sync_bytes.max(peer.lag_bytes);
     let missing = match missing {
         // Bytes that are on their way are known while the marked ones may not be.
         Some(0) if peer.out_of_sync_bytes.is_some() => "nothing was written since".to_owned(),
@@ -101,19 +99,28 @@ fn remedy(facts: &VolumeFacts, peer: &PeerStatus) -> Option<String> {
 fn failed(facts: &VolumeFacts, error: &str, covering: &[&PeerStatus], lacking: &[&PeerStatus]) -> Judgement {
     let usable = || lacking.iter().copied().filter(|peer| is_usable(peer.data));
     let fullest = usable().min_by_key(|peer| peer.out_of_sync_bytes.unwrap_or(u64::MAX));
-    let (source, clause) = match (covered_by(covering), fullest) {
-        (Some(clause), _) => (Some(covering[0]), clause),
-        (None, Some(peer)) => (Some(peer), format!("{} has a usable copy; {}", peer.name, worth(peer))),
-        (None, None) => (None, "no replica is known to hold a usable copy".to_owned()),
-    };
-    let action = match source {
-        Some(peer) => {
-            let address = peer.addresses.first().map_or_else(|| peer.name.to_string(), ToString::to_string);
-            format!("blockmirror recover {} --from {address} --to PATH", facts.name)
+    let silent = lacking.iter().copied().find(|peer| peer.data.is_none());
+    let (action, clause) = match (covered_by(covering), fullest, silent) {
+        (Some(clause), ..) => (recovery(facts, covering[0]), clause),
+        (None, Some(peer), _) => {
+            (recovery(facts, peer), format!("{} has a usable copy; {}", peer.name, worth(peer)))
         }
-        None => "check the disk, then: systemctl restart blockmirror-agent".to_owned(),
+        (None, None, Some(peer)) => {
+            let clause = format!("what {} holds is not known here now", peer.name);
+            (format!("check the disk; if it is lost: {}", recovery(facts, peer)), clause)
+        }
+        (None, None, None) => {
+            let action = "check the disk, then: systemctl restart blockmirror-agent";
+            (action.to_owned(), "no replica is known to hold a usable copy".to_owned())
+        }
     };
     let backing = facts.backing.display();
     let verdict = format!("failed: the backing {backing} has failed ({error}); {clause}");
     Judgement::new(VolumeState::Failed, verdict, action)
+}
+
+/// The command that fetches the content from a replica, which refuses to give out what is not usable.
+fn recovery(facts: &VolumeFacts, peer: &PeerStatus) -> String {
+    let address = peer.addresses.first().map_or_else(|| peer.name.to_string(), ToString::to_string);
+    format!("blockmirror recover {} --from {address} --to PATH", facts.name)
 }

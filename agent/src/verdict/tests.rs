@@ -143,7 +143,7 @@ fn a_primary_says_how_well_it_is_covered() {
         (
             vec![PeerStatus {
                 state: Some(PeerState::Behind),
-                out_of_sync_bytes: Some(8 << 20),
+                out_of_sync_bytes: Some(12 << 20),
                 lag_bytes: Some(4 << 20),
                 lag_seconds: Some(7),
                 durable_epoch: Some(4),
@@ -208,6 +208,11 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
             ],
             "failed: the backing /dev/vdb has failed (input/output error); d has a usable copy; 4K not copied yet",
             "blockmirror recover data --from d:7447 --to PATH",
+        ),
+        (
+            vec![unusable.clone(), PeerStatus { data: None, ..away("c", Connection::Disconnected, 0) }],
+            "failed: the backing /dev/vdb has failed (input/output error); what c holds is not known here now",
+            "check the disk; if it is lost: blockmirror recover data --from c:7447 --to PATH",
         ),
         (
             vec![unusable],

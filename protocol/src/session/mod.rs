@@ -568,7 +568,8 @@ impl Session {
                 report.durable = link.durable;
                 report.lag_bytes = link.window.bytes();
                 report.lag = link.window.oldest().map_or(Duration::ZERO, |(_, sent)| now.since(sent));
-                report.out_of_sync_bytes = (map_bytes + report.lag_bytes).min(self.size_bytes);
+                let unmarked_bytes = if link.spilled { 0 } else { report.lag_bytes };
+                report.out_of_sync_bytes = (map_bytes + unmarked_bytes).min(self.size_bytes);
                 report.compare = link.verify.as_ref().map(Verify::progress);
                 report.local_read_failed = link.resync.is_blocked();
                 let is_late = report.lag > ACKNOWLEDGEMENT_DEADLINE;
