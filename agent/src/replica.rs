@@ -190,14 +190,23 @@ impl Replica {
         self.recoveries.get() > 0
     }
 
-    /// Keeps primaries away as long as the answer lives. Nothing while one is connected.
-    #[must_use]
-    pub fn begin_recovery(&self) -> Option<Recovery> {
+    /// Keeps primaries away as long as the answer lives, and waits until nothing of an old session is being written.
+    /// Nothing while a primary is connected.
+    pub async fn begin_recovery(&self) -> Option<Recovery> {
         if self.inner.borrow().outgoing.is_some() {
             return None;
         }
         self.recoveries.set(self.recoveries.get() + 1);
-        Some(Recovery(self.me()))
+        let recovery = Recovery(self.me());
+        self.settle().await;
+        Some(recovery)
+    }
+
+    /// Waits until nothing is being written.
+    async fn settle(&self) {
+        while !self.inner.borrow().machine.is_idle() {
+            self.idle.notified().await;
+        }
     }
 
     /// Serves a session from its greeting to its end. `learned` is called when the primary tells the volume's hosts.
@@ -295,9 +304,7 @@ impl Replica {
     /// Ends the session, and waits until nothing is being written.
     pub async fn close(&self) {
         self.disconnect();
-        while !self.inner.borrow().machine.is_idle() {
-            self.idle.notified().await;
-        }
+        self.settle().await;
         storage::drain(&*self.storage).await;
     }
 

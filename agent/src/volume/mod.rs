@@ -16,7 +16,8 @@ use crate::metadata::State;
 use crate::primary::{Peer, Primary};
 use crate::recovery;
 use crate::replica::{Recovery, Replica};
-use crate::storage::file::{Access, File};
+use crate::storage::file::{Access, File, OpenError};
+use crate::storage::users::User;
 use crate::storage::{self, Storage};
 use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers, key};
 use crate::words::with_causes;
@@ -28,16 +29,21 @@ use blockmirror_protocol::wire::message::{DataState, Hello, Member, Message, Rec
 use devices::Devices;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::oneshot;
+use tokio::sync::{broadcast, oneshot};
 use tokio::task::spawn_local;
 
 /// How much free memory for buffers a volume keeps, in bytes.
 const POOL_BYTES: usize = 64 << 20;
+
+/// How long another process may hold a backing when its volume is opened, and how often that is looked at.
+const LOCK_TIME: Duration = Duration::from_secs(3);
+const LOCK_POLL: Duration = Duration::from_millis(50);
 
 /// What a volume needs to know of its host.
 pub struct Surroundings {
@@ -157,7 +163,9 @@ struct Volume {
     pool: BufferPool,
     role: OpenRole,
     devices: Devices,
-    recovery: Rc<RefCell<Option<Rc<recovery::Source>>>>,
+    recovery: RefCell<Option<Rc<recovery::Source>>>,
+    /// Reads of recoveries that failed, for the streams on which they were asked for.
+    refusals: broadcast::Sender<Refused>,
 }
 
 enum OpenRole {
@@ -175,7 +183,8 @@ impl Volume {
             pool: BufferPool::new(POOL_BYTES),
             role: OpenRole::Closed(String::new()),
             devices: Devices::default(),
-            recovery: Rc::default(),
+            recovery: RefCell::default(),
+            refusals: broadcast::channel(1).0,
         };
         volume.reopen().await;
         volume
@@ -408,7 +417,7 @@ impl Volume {
                         use another replica, or accept a mixture with --accept-inconsistent";
             return refuse(sender, Refusal::Backing, text.to_owned());
         }
-        let Some(guard) = replica.begin_recovery() else {
+        let Some(guard) = replica.begin_recovery().await else {
             let text = "the primary is connected and writes to this replica; stop it or pause the link first";
             return refuse(sender, Refusal::Busy, text.to_owned());
         };
@@ -428,29 +437,47 @@ impl Volume {
             info.clone(),
         );
         *self.recovery.borrow_mut() = Some(Rc::new(source));
-        spawn_local(serve_recovery(guard, info, sender, connection));
+        let refusals = self.refusals.subscribe();
+        spawn_local(serve_recovery(guard, info, sender, connection, refusals));
     }
 
     fn read_for_recovery(&self, first: Message, sender: ControlSender, receiver: ControlReceiver) {
         let source = self.recovery.borrow().clone();
         match (&self.role, source) {
             (OpenRole::Replica(replica), Some(source)) if replica.is_recovering() => {
-                spawn_local(async move { recovery::serve(&source, first, sender, receiver).await });
+                let (refusals, name) = (self.refusals.clone(), self.config.borrow().name.clone());
+                spawn_local(async move {
+                    let Err(error) = recovery::serve(&source, first, sender, receiver).await else { return };
+                    tracing::info!(volume = %name, "{}", with_causes(&error));
+                    // Frames can't carry a reason: it goes out where the recovery was asked for.
+                    if let Some(no) = error.refusal() {
+                        drop(refusals.send(no));
+                    }
+                });
             }
             _ => refuse(sender, Refusal::Other, "no recovery was begun on this connection".to_owned()),
         }
     }
 }
 
-/// Keeps primaries away while the recovery's connection lives.
+/// Keeps primaries away while the recovery's connection lives, and tells why a read failed.
 async fn serve_recovery(
     guard: Recovery,
     info: Recovering,
     mut sender: ControlSender,
     connection: Connection,
+    mut refusals: broadcast::Receiver<Refused>,
 ) {
     if sender.send(&info.into()).await.is_ok() {
-        let _ = connection.closed().await;
+        tokio::select! {
+            _ = connection.closed() => {}
+            Ok(no) = refusals.recv() => {
+                if sender.send(&no.into()).await.is_ok() {
+                    // The recovery hangs up when it has read that.
+                    connection.closed().await;
+                }
+            }
+        }
     }
     drop(guard);
 }
@@ -484,13 +511,26 @@ async fn open_parts(
             "the configuration names another id, size or block size than the state in {folder}"
         ));
     }
-    let file = File::open_backing(&config.backing, Access::ReadWrite).map_err(|error| with_causes(&error))?;
+    let file = open_backing(&config.backing).await.map_err(|error| with_causes(&error))?;
     if file.size_bytes() < config.size_bytes {
         let (has, wants) = (file.size_bytes(), config.size_bytes);
         return Err(format!("{} has {has} bytes, the volume {wants}", config.backing.display()));
     }
     adopt(config, surroundings, &state).await?;
     Ok((Rc::new(file), state))
+}
+
+/// Opens a backing. The kernel can hold the locks of an agent that was killed for a moment after it is gone.
+async fn open_backing(path: &Path) -> Result<File, OpenError> {
+    let give_up = Instant::now() + LOCK_TIME;
+    loop {
+        match File::open_backing(path, Access::ReadWrite) {
+            Err(OpenError::InUse { user: User::Lock | User::Exclusive, .. }) if Instant::now() < give_up => {
+                tokio::time::sleep(LOCK_POLL).await;
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// Where the backing took the place of another one, makes the metadata say that its content is unknown to peers:
