@@ -15,6 +15,7 @@ pub mod quantity;
 pub mod recovery;
 pub mod replica;
 pub mod storage;
+pub mod stored;
 pub mod supervisor;
 pub mod token;
 pub mod transport;

@@ -8,6 +8,7 @@
 use crate::buffer::BufferPool;
 use crate::storage::file::{File, OpenError};
 use crate::storage::{self, Storage};
+use crate::stored;
 use blockmirror_protocol::dirty_map::{DirtyMap, MapChanges};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{
@@ -19,9 +20,6 @@ use bytes::Bytes;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-
-/// How much of a map's file is read at once, in bytes.
-const READ_BYTES: u64 = 1 << 20;
 
 /// Why a state folder can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -182,9 +180,9 @@ impl State {
             return Ok((full, Rc::new(File::create_metadata(&path, 0)?)));
         }
         let file = Rc::new(File::open_metadata(&path)?);
-        let header = read(&*self.storage, &file, &self.pool, 2 * PAGE_BYTES as u64).await?;
-        let pages = self.read_pages(&file).await?;
-        match DirtyMap::recover(&full, &header, pages) {
+        let stored = stored::read_map(&path)
+            .map_err(|source| StateError::Folder { folder: self.folder.clone(), source })?;
+        match DirtyMap::recover(&full, &stored.header, stored.pages) {
             Ok(map) => Ok((map, file)),
             Err(MetadataError::TooNew { what, found, known }) => {
                 Err(metadata_error(&self.folder, MetadataError::TooNew { what, found, known }))
@@ -194,36 +192,6 @@ impl State {
                 Ok((full, file))
             }
         }
-    }
-
-    /// Every page of bits that holds data; holes are clean.
-    async fn read_pages(&self, file: &Rc<File>) -> Result<Vec<(u64, Box<Page>)>, StateError> {
-        let page_bytes = PAGE_BYTES as u64;
-        let size = file.size_bytes().next_multiple_of(page_bytes);
-        let mut pages = Vec::new();
-        let mut at = 2 * page_bytes;
-        if size <= at {
-            return Ok(pages);
-        }
-        let parts: Vec<_> = file
-            .allocation(ByteRange::between(at, size))
-            .collect::<Result<_, _>>()
-            .map_err(|source| StateError::Folder { folder: self.folder.clone(), source })?;
-        for part in parts {
-            let data = ByteRange::new(at, part.length).widened(page_bytes);
-            at += part.length;
-            if part.hole {
-                continue;
-            }
-            for piece in data.split_at_multiples(READ_BYTES) {
-                let bytes = storage::read(&*self.storage, file, &self.pool, piece).await?;
-                for (index, page) in bytes.chunks_exact(PAGE_BYTES).enumerate() {
-                    let number = (piece.offset / page_bytes + index as u64).saturating_sub(2);
-                    pages.push((number, Box::new(Page::try_from(page).expect("a chunk is a page"))));
-                }
-            }
-        }
-        Ok(pages)
     }
 
     /// Writes a map's changes: pages and holes, then, when they are durable, the header.

@@ -1,10 +1,10 @@
 //! `blockmirror inspect`: prints what a file of metadata says, each copy in it, and which of them is damaged. Needs no
 //! agent, and changes nothing.
 
-use crate::metadata::{self, MapFile};
 use crate::output::{Error, Output, aligned};
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::quantity::Size;
+use blockmirror_agent::stored::{self, MapFile};
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
@@ -56,7 +56,7 @@ pub fn run(arguments: Arguments, output: &mut Output) -> Result<(), Error> {
         FileKind::Superblock => ("superblock", superblock(&fs::read(path).map_err(cannot)?, &mut page)),
         FileKind::Marker => ("marker", epoch_marker(&fs::read(path).map_err(cannot)?, &mut page)),
         FileKind::ActivityLog => ("activity log", log(&fs::read(path).map_err(cannot)?, &mut page)),
-        FileKind::DirtyMap => ("dirty map", map(&metadata::read_map(path).map_err(cannot)?, &mut page)),
+        FileKind::DirtyMap => ("dirty map", map(&stored::read_map(path).map_err(cannot)?, &mut page)),
         FileKind::RecoveryState => {
             ("state of a recovery", recovery(&fs::read(path).map_err(cannot)?, &mut page))
         }

@@ -12,7 +12,6 @@ mod create;
 mod inspect;
 mod invite;
 mod join;
-mod metadata;
 mod offline;
 mod output;
 mod pause;

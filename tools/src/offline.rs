@@ -1,13 +1,13 @@
 //! What can be told while the agent does not run: from its files alone, which are only read. The configuration says
 //! which volumes there are, the metadata what they hold.
 
-use crate::metadata::{self, Stored};
 use blockmirror_agent::config::{ConfigFolder, Mistake, Name, PeerConfig, VolumeConfig};
 use blockmirror_agent::control::api::{
-    AgentRecord, Connection, DeviceStatus, Failure, FailureKind, HostStatus, PeerStatus, STATUS_SCHEMA,
-    StatusReply, VolumeFacts,
+    AgentRecord, DeviceStatus, Failure, FailureKind, HostStatus, PeerStatus, STATUS_SCHEMA, StatusReply,
+    VolumeFacts,
 };
 use blockmirror_agent::control::record_path;
+use blockmirror_agent::stored::{self, Stored};
 use blockmirror_agent::verdict;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -57,7 +57,7 @@ pub fn status(run: &Path, asked: Option<&Name>) -> Result<(StatusReply, Vec<Stri
     let host = HostStatus { name, fingerprint: None, version: None, listen: None };
     let state = state_folder(run)?;
     let facts =
-        |volume: &VolumeConfig| facts(volume, &metadata::read(&state.join(volume.name.as_str()), volume));
+        |volume: &VolumeConfig| facts(volume, &stored::read(&state.join(volume.name.as_str()), volume));
     let volumes = volumes.iter().map(|volume| verdict::stopped(facts(volume))).collect();
     let warnings = mistakes.into_iter().map(|each| mistake(each).message).collect();
     Ok((StatusReply { schema: STATUS_SCHEMA.to_owned(), host, volumes }, warnings))
@@ -96,21 +96,5 @@ fn unserved(kind: blockmirror_agent::config::DeviceKind) -> DeviceStatus {
 }
 
 fn peer(peer: &PeerConfig, out_of_sync_bytes: Option<u64>) -> PeerStatus {
-    PeerStatus {
-        name: peer.name.clone(),
-        fingerprint: peer.host.to_string(),
-        role: peer.role,
-        addresses: peer.addresses.clone(),
-        connection: if peer.paused { Connection::Paused } else { Connection::Disconnected },
-        connection_seconds: None,
-        error: None,
-        state: None,
-        data: None,
-        out_of_sync_bytes,
-        lag_bytes: None,
-        lag_seconds: None,
-        durable_epoch: None,
-        resync: None,
-        compare: None,
-    }
+    PeerStatus { out_of_sync_bytes, ..PeerStatus::unknown(peer) }
 }

@@ -4,7 +4,7 @@
 //! never renamed or given another meaning. What a host doesn't know is null, never zero: a replica cannot tell how
 //! much it lacks, and a stopped agent cannot tell how far its peers are.
 
-use crate::config::{Address, DeviceKind, Name, Role};
+use crate::config::{Address, DeviceKind, Name, PeerConfig, Role};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -395,6 +395,30 @@ pub struct PeerStatus {
     pub resync: Option<Progress>,
     /// A comparison of digests, while that is under way.
     pub compare: Option<Progress>,
+}
+
+impl PeerStatus {
+    /// A peer of which this host knows nothing now.
+    #[must_use]
+    pub fn unknown(peer: &PeerConfig) -> Self {
+        Self {
+            name: peer.name.clone(),
+            fingerprint: peer.host.to_string(),
+            role: peer.role,
+            addresses: peer.addresses.clone(),
+            connection: if peer.paused { Connection::Paused } else { Connection::Disconnected },
+            connection_seconds: None,
+            error: None,
+            state: None,
+            data: None,
+            out_of_sync_bytes: None,
+            lag_bytes: None,
+            lag_seconds: None,
+            durable_epoch: None,
+            resync: None,
+            compare: None,
+        }
+    }
 }
 
 /// How far a long job is.

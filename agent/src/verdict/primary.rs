@@ -99,14 +99,19 @@ fn remedy(facts: &VolumeFacts, peer: &PeerStatus) -> Option<String> {
 fn failed(facts: &VolumeFacts, error: &str, covering: &[&PeerStatus], lacking: &[&PeerStatus]) -> Judgement {
     let usable = || lacking.iter().copied().filter(|peer| is_usable(peer.data));
     let fullest = usable().min_by_key(|peer| peer.out_of_sync_bytes.unwrap_or(u64::MAX));
-    let silent = lacking.iter().copied().find(|peer| peer.data.is_none());
+    let unheard = || lacking.iter().copied().filter(|peer| peer.data.is_none());
+    let silent = unheard().min_by_key(|peer| peer.out_of_sync_bytes.unwrap_or(u64::MAX));
     let (action, clause) = match (covered_by(covering), fullest, silent) {
         (Some(clause), ..) => (recovery(facts, covering[0]), clause),
         (None, Some(peer), _) => {
             (recovery(facts, peer), format!("{} has a usable copy; {}", peer.name, worth(peer)))
         }
         (None, None, Some(peer)) => {
-            let clause = format!("what {} holds is not known here now", peer.name);
+            let clause = match peer.out_of_sync_bytes {
+                Some(0) => format!("{} had everything when it was last heard of", peer.name),
+                Some(bytes) => format!("{} lacked {} when it was last heard of", peer.name, Size(bytes)),
+                None => format!("what {} holds is not known here now", peer.name),
+            };
             (format!("check the disk; if it is lost: {}", recovery(facts, peer)), clause)
         }
         (None, None, None) => {

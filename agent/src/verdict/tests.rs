@@ -211,7 +211,7 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
         ),
         (
             vec![unusable.clone(), PeerStatus { data: None, ..away("c", Connection::Disconnected, 0) }],
-            "failed: the backing /dev/vdb has failed (input/output error); what c holds is not known here now",
+            "failed: the backing /dev/vdb has failed (input/output error); c had everything when it was last heard of",
             "check the disk; if it is lost: blockmirror recover data --from c:7447 --to PATH",
         ),
         (

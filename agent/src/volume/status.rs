@@ -4,6 +4,7 @@ use super::{OpenRole, Volume};
 use crate::config::{PeerConfig, Role};
 use crate::control::api::{Connection, PeerState, PeerStatus, Progress, VolumeFacts};
 use crate::primary::LinkState;
+use crate::stored;
 use blockmirror_protocol::session::{Connection as Link, ReplicaState, Report};
 use blockmirror_protocol::units::Time;
 
@@ -11,12 +12,12 @@ impl Volume {
     pub(super) async fn facts(&self) -> VolumeFacts {
         let config = self.config.borrow().clone();
         let mut facts = VolumeFacts {
-            name: config.name,
+            name: config.name.clone(),
             id: config.id.to_string(),
             role: config.role,
             size_bytes: config.size_bytes,
             block_size_bytes: config.block_size.bytes(),
-            backing: config.backing,
+            backing: config.backing.clone(),
             backing_error: None,
             storage: Some(self.storage_kind.clone()).filter(|kind| !kind.is_empty()),
             devices: self.devices.statuses(),
@@ -27,7 +28,16 @@ impl Volume {
         match &self.role {
             OpenRole::Closed(text) => {
                 facts.backing_error = Some(text.clone());
-                facts.peers = config.peers.iter().map(unknown).collect();
+                let stored = stored::read(&self.surroundings.state_folder, &config);
+                facts.peers = config
+                    .peers
+                    .iter()
+                    .zip(stored.out_of_sync_bytes)
+                    .map(|(peer, out_of_sync_bytes)| PeerStatus {
+                        out_of_sync_bytes,
+                        ..PeerStatus::unknown(peer)
+                    })
+                    .collect();
             }
             OpenRole::Primary(primary, links) => {
                 let (epoch, reports) = primary.reports();
@@ -40,7 +50,7 @@ impl Volume {
                     .iter()
                     .map(|peer| match (reports.get(&peer.host), links.get(&peer.host)) {
                         (Some(report), Some(link)) => replica(peer, report, &link.state(), now),
-                        _ => unknown(peer),
+                        _ => PeerStatus::unknown(peer),
                     })
                     .collect();
             }
@@ -50,7 +60,7 @@ impl Volume {
                 facts.data = Some(report.data.into());
                 facts.epoch = Some(report.position.epoch.0);
                 for peer in &config.peers {
-                    let mut status = unknown(peer);
+                    let mut status = PeerStatus::unknown(peer);
                     if peer.role == Role::Primary {
                         if !peer.paused {
                             let connected = report.connected;
@@ -66,27 +76,6 @@ impl Volume {
             }
         }
         facts
-    }
-}
-
-/// A peer of which this host knows nothing now.
-fn unknown(peer: &PeerConfig) -> PeerStatus {
-    PeerStatus {
-        name: peer.name.clone(),
-        fingerprint: peer.host.to_string(),
-        role: peer.role,
-        addresses: peer.addresses.clone(),
-        connection: if peer.paused { Connection::Paused } else { Connection::Disconnected },
-        connection_seconds: None,
-        error: None,
-        state: None,
-        data: None,
-        out_of_sync_bytes: None,
-        lag_bytes: None,
-        lag_seconds: None,
-        durable_epoch: None,
-        resync: None,
-        compare: None,
     }
 }
 
@@ -125,6 +114,6 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
             .resync
             .map(|progress| Progress::new(progress.done_bytes, progress.total_bytes, progress.rate_bytes)),
         compare: report.compare.map(|(done, total)| Progress::new(done, total, 0)),
-        ..unknown(peer)
+        ..PeerStatus::unknown(peer)
     }
 }

@@ -1,6 +1,7 @@
-//! A volume's state folder, read without changing it: for the status of a stopped agent, and for `inspect`.
+//! A volume's state folder, read without changing it: for the status of a volume that is not served or whose agent is
+//! stopped, for `inspect`, and for opening a dirty map.
 
-use blockmirror_agent::config::{Role, VolumeConfig};
+use crate::config::{Role, VolumeConfig};
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
@@ -34,6 +35,7 @@ pub struct MapFile {
 }
 
 /// Reads the state folder of a volume.
+#[must_use]
 pub fn read(folder: &Path, volume: &VolumeConfig) -> Stored {
     let file = |name: &str| std::fs::read(folder.join(name)).ok();
     let superblock = file(superblock::FILE_NAME).and_then(|bytes| Superblock::recover(&bytes).ok());
@@ -86,6 +88,9 @@ fn mark(map: &mut DirtyMap, volume: &VolumeConfig, extents: &BTreeSet<Extent>) {
 }
 
 /// Reads a dirty map's file, of which most is holes.
+///
+/// # Errors
+/// What the kernel said.
 pub fn read_map(path: &Path) -> io::Result<MapFile> {
     let file = File::open(path)?;
     let length = file.metadata()?.len();
