@@ -87,14 +87,14 @@ impl State {
     /// # Errors
     /// [`StateError`] when a file is missing or the superblock is damaged.
     pub async fn open(folder: &Path, storage: Rc<dyn Storage>, pool: BufferPool) -> Result<Self, StateError> {
-        let superblock_file = Rc::new(File::open_metadata(folder.join(superblock::FILE_NAME))?);
+        let superblock_file = open_file(folder.join(superblock::FILE_NAME)).await?;
         let bytes = read(&*storage, &superblock_file, &pool, superblock::FILE_BYTES).await?;
         let superblock = Superblock::recover(&bytes).map_err(|source| metadata_error(folder, source))?;
         Ok(Self {
             folder: folder.to_owned(),
             superblock_file,
-            log_file: Rc::new(File::open_metadata(folder.join(activity_log::FILE_NAME))?),
-            marker_file: Rc::new(File::open_metadata(folder.join(marker::FILE_NAME))?),
+            log_file: open_file(folder.join(activity_log::FILE_NAME)).await?,
+            marker_file: open_file(folder.join(marker::FILE_NAME)).await?,
             superblock: RefCell::new(superblock),
             marker_serial: RefCell::new(0),
             storage,
@@ -179,7 +179,7 @@ impl State {
         if !path.exists() {
             return Ok((full, Rc::new(File::create_metadata(&path, 0)?)));
         }
-        let file = Rc::new(File::open_metadata(&path)?);
+        let file = open_file(path.clone()).await?;
         let stored = stored::read_map(&path)
             .map_err(|source| StateError::Folder { folder: self.folder.clone(), source })?;
         match DirtyMap::recover(&full, &stored.header, stored.pages) {
@@ -223,6 +223,10 @@ impl State {
         buffer.copy_from_slice(bytes);
         buffer.freeze()
     }
+}
+
+async fn open_file(path: PathBuf) -> Result<Rc<File>, StateError> {
+    Ok(Rc::new(File::opened_when_free(|| File::open_metadata(&path)).await?))
 }
 
 async fn read(

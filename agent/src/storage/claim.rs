@@ -69,7 +69,7 @@ pub(super) fn release(fd: &OwnedFd) {
 }
 
 /// Locks the file; not when somebody else's lock is in the way.
-fn lock(fd: &OwnedFd, kind: Kind, access: Access) -> io::Result<bool> {
+pub(super) fn lock(fd: &OwnedFd, kind: Kind, access: Access) -> io::Result<bool> {
     let locked = match access {
         Access::ReadWrite => set_lock(fd, libc::F_WRLCK, EVERYTHING)?,
         Access::ReadOnly => {

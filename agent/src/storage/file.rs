@@ -2,7 +2,10 @@
 //!
 //! A backing is opened by one agent for writing, or by several for reading only: the claim on it (an exclusive open
 //! of a device, locks on an image file) lasts as long as any operation on it. It has neither header nor trailer of
-//! ours, and its size never changes. Metadata files grow; whoever has the state folder guards them.
+//! ours, and its size never changes. Metadata files grow, and are claimed as image files are.
+//!
+//! The kernel finishes a killed agent's operations after the process is gone, and the claims end only then. What such
+//! an operation writes must not come after what the next agent does: [`File::opened_when_free`] waits for its end.
 //!
 //! Direct I/O is used where the file takes it, so that no write waits in a cache that could need this very device to
 //! make room. Where it doesn't, [`File::is_direct`] says so: everything else works, and syncs are as good.
@@ -21,6 +24,11 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// How often, and how long apart, a file that is claimed is tried: 5 s in all.
+const CLAIM_ATTEMPTS: u32 = 100;
+const CLAIM_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,10 +205,10 @@ impl File {
         create(path, |file| file.set_len(size_bytes))
     }
 
-    /// Opens a metadata file.
+    /// Opens a metadata file, and claims it as a backing is.
     ///
     /// # Errors
-    /// [`OpenError`]: it doesn't exist, or is no regular file.
+    /// [`OpenError`]: it doesn't exist, is no regular file, or is in use.
     pub fn open_metadata(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref();
         let about = About(path);
@@ -211,6 +219,9 @@ impl File {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         let (fd, direct) = direct::open(path, &options, 0).map_err(about.cannot("open"))?;
+        if !claim::lock(&fd, Kind::Metadata, Access::ReadWrite).map_err(about.cannot("lock"))? {
+            return Err(about.used_by(User::Lock));
+        }
         Self::with(fd, path, Kind::Metadata, status.len(), direct).map_err(about.cannot("examine"))
     }
 
@@ -222,6 +233,23 @@ impl File {
     pub fn create_metadata(path: impl AsRef<Path>, initial_size_bytes: u64) -> Result<Self, OpenError> {
         create(path.as_ref(), |file| write_zeroes(file, initial_size_bytes))?;
         Self::open_metadata(path)
+    }
+
+    /// Opens a file as `open` does. One that is claimed by somebody else is tried again for some seconds, in which
+    /// what is left of a killed agent has gone.
+    ///
+    /// # Errors
+    /// What `open` gives, or gives at last.
+    pub async fn opened_when_free(open: impl Fn() -> Result<Self, OpenError>) -> Result<Self, OpenError> {
+        for _ in 0..CLAIM_ATTEMPTS {
+            match open() {
+                Err(OpenError::InUse { user: User::Exclusive | User::Lock, .. }) => {
+                    tokio::time::sleep(CLAIM_PAUSE).await;
+                }
+                opened => return opened,
+            }
+        }
+        open()
     }
 
     fn with(fd: OwnedFd, path: &Path, kind: Kind, size_bytes: u64, direct: bool) -> io::Result<Self> {

@@ -16,8 +16,7 @@ use crate::metadata::State;
 use crate::primary::{Peer, Primary};
 use crate::recovery;
 use crate::replica::{Recovery, Replica};
-use crate::storage::file::{Access, File, OpenError};
-use crate::storage::users::User;
+use crate::storage::file::{Access, File};
 use crate::storage::{self, Storage};
 use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers, key};
 use crate::words::with_causes;
@@ -29,21 +28,16 @@ use blockmirror_protocol::wire::message::{DataState, Hello, Member, Message, Rec
 use devices::Devices;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::spawn_local;
 
 /// How much free memory for buffers a volume keeps, in bytes.
 const POOL_BYTES: usize = 64 << 20;
-
-/// How long another process may hold a backing when its volume is opened, and how often that is looked at.
-const LOCK_TIME: Duration = Duration::from_secs(3);
-const LOCK_POLL: Duration = Duration::from_millis(50);
 
 /// What a volume needs to know of its host.
 pub struct Surroundings {
@@ -511,26 +505,15 @@ async fn open_parts(
             "the configuration names another id, size or block size than the state in {folder}"
         ));
     }
-    let file = open_backing(&config.backing).await.map_err(|error| with_causes(&error))?;
+    let file = File::opened_when_free(|| File::open_backing(&config.backing, Access::ReadWrite))
+        .await
+        .map_err(|error| with_causes(&error))?;
     if file.size_bytes() < config.size_bytes {
         let (has, wants) = (file.size_bytes(), config.size_bytes);
         return Err(format!("{} has {has} bytes, the volume {wants}", config.backing.display()));
     }
     adopt(config, surroundings, &state).await?;
     Ok((Rc::new(file), state))
-}
-
-/// Opens a backing. The kernel can hold the locks of an agent that was killed for a moment after it is gone.
-async fn open_backing(path: &Path) -> Result<File, OpenError> {
-    let give_up = Instant::now() + LOCK_TIME;
-    loop {
-        match File::open_backing(path, Access::ReadWrite) {
-            Err(OpenError::InUse { user: User::Lock | User::Exclusive, .. }) if Instant::now() < give_up => {
-                tokio::time::sleep(LOCK_POLL).await;
-            }
-            opened => return opened,
-        }
-    }
 }
 
 /// Where the backing took the place of another one, makes the metadata say that its content is unknown to peers:

@@ -246,3 +246,25 @@ fn holes_of_an_image_are_told_apart_from_data() {
     assert_eq!(parts(ByteRange::new(0, 512)), [hole(512)]);
     assert_eq!(parts(ByteRange::new(512, 0)), []);
 }
+
+#[test]
+fn what_a_killed_agent_left_under_way_is_waited_for() {
+    // An agent was killed under load and started again at once: the kernel still carried out its operations, the
+    // backing was claimed, and the volume stayed closed until somebody started the agent once more. A write to its
+    // activity log could even have come after the new agent's own.
+    let (folder, path) = image(MEBIBYTE);
+    let metadata = folder.path().join("metadata");
+    super::run(async {
+        let held = File::open_backing(&path, Access::ReadWrite).expect("it can be opened");
+        let held_too = File::create_metadata(&metadata, 4096).expect("it can be made");
+        assert!(matches!(File::open_metadata(&metadata), Err(OpenError::InUse { user: User::Lock, .. })));
+        let opening = tokio::task::spawn_local(async move {
+            let backing = File::opened_when_free(|| File::open_backing(&path, Access::ReadWrite)).await;
+            (backing, File::opened_when_free(|| File::open_metadata(&metadata)).await)
+        });
+        tokio::task::yield_now().await;
+        drop((held, held_too));
+        let (backing, metadata) = opening.await.expect("it ends");
+        assert!(backing.is_ok() && metadata.is_ok());
+    });
+}
