@@ -1,0 +1,260 @@
+//! A host: the agent as a process with folders of its own, and the operator's tool.
+
+use super::folder::Folder;
+use super::patience::until;
+use super::programs::{own, text};
+use super::relay::Relay;
+use blockmirror_agent::control::api::{StatusReply, VolumeStatus};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// See the module. The agent is killed when it is dropped.
+pub struct Host {
+    name: String,
+    folder: PathBuf,
+    relay: Relay,
+    agent: Option<Child>,
+}
+
+/// What the tool said.
+#[derive(Debug)]
+pub struct Said {
+    /// Its exit code.
+    pub code: i32,
+    /// Its standard output.
+    pub output: String,
+    /// Its standard error.
+    pub error: String,
+}
+
+impl Host {
+    /// A host whose agent runs.
+    ///
+    /// # Panics
+    /// When the agent does not come up.
+    #[must_use]
+    pub fn new(folder: &Folder, name: &str) -> Self {
+        let mut host = Self::prepare(folder, name);
+        host.start();
+        host
+    }
+
+    /// A host whose agent was not started yet.
+    ///
+    /// # Panics
+    /// When its folders can't be made.
+    #[must_use]
+    pub fn prepare(folder: &Folder, name: &str) -> Self {
+        let relay = Relay::new();
+        let folder = folder.join(name);
+        fs::create_dir_all(folder.join("config")).expect("a folder");
+        let settings = format!("name = \"{name}\"\nadvertise = [\"{}\"]\n", relay.address());
+        fs::write(folder.join("config/agent.toml"), settings).expect("a file");
+        Self { name: name.to_owned(), folder, relay, agent: None }
+    }
+
+    /// What peers call it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its link to all others that dial it.
+    #[must_use]
+    pub fn link(&self) -> &Relay {
+        &self.relay
+    }
+
+    /// A path in its folder.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// The image that backs the volume here.
+    #[must_use]
+    pub fn backing(&self) -> PathBuf {
+        self.path("data.img")
+    }
+
+    /// The socket of the volume's NBD export.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.path("run/data.nbd")
+    }
+
+    /// The volume's NBD export, for clients.
+    #[must_use]
+    pub fn uri(&self) -> String {
+        format!("nbd+unix:///data?socket={}", self.socket().display())
+    }
+
+    /// The volume's loop device.
+    #[must_use]
+    pub fn device(&self) -> PathBuf {
+        self.path("devices/data")
+    }
+
+    /// A metadata file of the volume.
+    #[must_use]
+    pub fn state(&self, name: &str) -> PathBuf {
+        self.path("state/data").join(name)
+    }
+
+    /// Starts the agent, and waits until it answers.
+    ///
+    /// # Panics
+    /// When it runs already or does not come up.
+    pub fn start(&mut self) {
+        assert!(self.agent.is_none(), "one agent at a time");
+        let log = File::options().create(true).append(true).open(self.path("log")).expect("a log");
+        let mut command = Command::new(own("blockmirror-agent"));
+        for folder in ["config", "state", "run", "devices"] {
+            command.arg(format!("--{folder}")).arg(self.path(folder));
+        }
+        command.args(["--listen", "127.0.0.1:0"]).stdin(Stdio::null());
+        command.stdout(log.try_clone().expect("a descriptor")).stderr(log);
+        self.agent = Some(command.spawn().expect("the agent starts"));
+        let what = format!("the agent of {} answers", self.name);
+        let listen = until(&what, || {
+            let agent = self.agent.as_mut().expect("it was started");
+            let ended = agent.try_wait().expect("it is our process");
+            assert!(ended.is_none(), "the agent of {} ended: {}", self.name, self.log());
+            let said = self.tool(&["status", "--json"]);
+            let reply: Option<StatusReply> = serde_json::from_str(&said.output).ok();
+            reply.and_then(|reply| reply.host.listen).ok_or(said.error)
+        });
+        self.relay.lead_to(listen);
+    }
+
+    /// Ends the agent without a warning.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn kill(&mut self) {
+        let mut agent = self.agent.take().expect("the agent runs");
+        agent.kill().expect("it is our process");
+        agent.wait().expect("it is our process");
+    }
+
+    /// Ends the agent in order.
+    ///
+    /// # Panics
+    /// When it does not run, or doesn't end well.
+    pub fn stop(&mut self) {
+        let mut agent = self.agent.take().expect("the agent runs");
+        let id = rustix::process::Pid::from_child(&agent);
+        rustix::process::kill_process(id, rustix::process::Signal::TERM).expect("it is our process");
+        let ended = until("the agent has stopped", || match agent.try_wait().expect("it is our process") {
+            Some(status) => Ok(status),
+            None => Err(self.log()),
+        });
+        assert!(ended.success(), "the agent of {} ended with {ended}: {}", self.name, self.log());
+    }
+
+    /// What the agent logged since it was first started.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Runs the tool.
+    ///
+    /// # Panics
+    /// When it can't be started, or was ended by a signal.
+    pub fn tool(&self, arguments: &[&str]) -> Said {
+        let run = self.path("run");
+        let output =
+            super::programs::run(text(&own("blockmirror")), &[&["--run", text(&run)], arguments].concat());
+        Said {
+            code: output.status.code().expect("the tool ends by itself"),
+            output: String::from_utf8_lossy(&output.stdout).into_owned(),
+            error: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Runs the tool, which must succeed, and gives what it printed.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn succeed(&self, arguments: &[&str]) -> String {
+        let said = self.tool(arguments);
+        assert_eq!(said.code, 0, "{}: {arguments:?}: {said:?}\n{}", self.name, self.log());
+        said.output
+    }
+
+    /// Runs the tool, which must fail with this exit code and a message in which each of `words` is.
+    ///
+    /// # Panics
+    /// When it does otherwise.
+    pub fn refuse(&self, arguments: &[&str], code: i32, words: &[&str]) {
+        let said = self.tool(arguments);
+        assert_eq!(said.code, code, "{arguments:?}: {said:?}");
+        for word in words {
+            assert!(said.error.contains(word), "{arguments:?} should say {word:?}: {said:?}");
+        }
+    }
+
+    /// How the volume stands, as the agent says.
+    ///
+    /// # Panics
+    /// When it can't be had.
+    #[must_use]
+    pub fn status(&self) -> VolumeStatus {
+        let text = self.succeed(&["status", "data", "--json"]);
+        let reply: StatusReply = serde_json::from_str(&text).expect("the status is well formed");
+        reply.volumes.into_iter().next().expect("one volume was asked for")
+    }
+
+    /// Waits until the volume's status is so.
+    ///
+    /// # Panics
+    /// When it takes too long.
+    pub fn wait_until(&self, what: &str, is_so: impl Fn(&VolumeStatus) -> bool) -> VolumeStatus {
+        until(&format!("{what} on {}", self.name), || {
+            let status = self.status();
+            if is_so(&status) { Ok(status) } else { Err(format!("{status:?}\n{}", self.log())) }
+        })
+    }
+
+    /// A token for a new replica of the volume.
+    ///
+    /// # Panics
+    /// When none is made.
+    #[must_use]
+    pub fn invite(&self) -> String {
+        self.succeed(&["invite", "data"]).trim().to_owned()
+    }
+
+    /// Makes the volume on this host.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn create(&self, size_bytes: u64, devices: &str) {
+        let (backing, size) = (self.backing(), size_bytes.to_string());
+        let backing = text(&backing);
+        self.succeed(&["create", "data", "--backing", backing, "--size", &size, "--device", devices]);
+    }
+
+    /// Joins the volume of another host.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub fn join(&self, primary: &Self, backing: &Path) {
+        self.succeed(&["join", &primary.invite(), "--backing", text(backing)]);
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            // An error means that it has ended by itself.
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("log of {}:\n{}", self.name, self.log());
+        }
+    }
+}

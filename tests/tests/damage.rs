@@ -1,0 +1,188 @@
+//! Damaged metadata, mistakes in the configuration, disks that are full: what is concerned says so, the rest goes on.
+
+use blockmirror_agent::control::api::{PeerState, VolumeState};
+use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::machines::content::{BLOCK_BYTES, noise, stamped};
+use blockmirror_tests::machines::folder::Folder;
+use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::programs::{succeed, text};
+use blockmirror_tests::require;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+const MIB: u64 = 1 << 20;
+
+/// Flips every byte of a range of a file.
+fn flip(path: &Path, range: std::ops::Range<usize>) {
+    let mut bytes = fs::read(path).expect("the file");
+    let end = range.end.min(bytes.len());
+    bytes[range.start..end].iter_mut().for_each(|byte| *byte ^= 0xff);
+    fs::write(path, bytes).expect("the file");
+}
+
+/// The dirty map of the primary for its only replica.
+fn map_of(host: &Host) -> PathBuf {
+    let entries = fs::read_dir(host.path("state/data")).expect("a folder");
+    let mut maps = entries.map(|entry| entry.expect("an entry").path()).filter(|path| {
+        let name = path.file_name().expect("an entry has a name").to_string_lossy();
+        name.contains("map")
+    });
+    maps.next().expect("the primary keeps a map")
+}
+
+#[test]
+fn an_unknown_key_keeps_its_volume_away_and_no_other() {
+    let folder = Folder::new();
+    let mut host = Host::new(&folder, "a");
+    host.create(16 * MIB, "nbd");
+    host.succeed(&["create", "other", "--backing", text(&host.path("other.img")), "--size", "16M"]);
+    host.stop();
+    let file = host.path("config/volumes/other.toml");
+    let text = fs::read_to_string(&file).expect("the volume's file");
+    fs::write(&file, text.replace("block_size_bytes", "blok_size_bytes")).expect("the volume's file");
+    let line = text.lines().position(|line| line.starts_with("block_size_bytes")).expect("it is there") + 1;
+    host.start();
+    let place = format!("{}:{line}: unknown key \"blok_size_bytes\"", file.display());
+    assert!(host.log().contains(&place), "{place}: {}", host.log());
+    host.refuse(&["status", "other"], 4, &["no volume \"other\""]);
+    let mut client =
+        blockmirror_tests::machines::nbd::Client::connect(&host.socket()).expect("data is served");
+    client.write_durably(0, &stamped(1)).expect("a write");
+    let run = host.tool(&["config", "check"]);
+    assert_eq!(run.code, 1, "{run:?}");
+    assert!(run.output.contains(&place) && run.output.contains("did you mean"), "{run:?}");
+}
+
+#[test]
+fn a_damaged_superblock_is_told_in_the_status_and_the_agent_runs_on() {
+    for damage in [
+        |path: &Path| flip(path, 0..8192),
+        |path: &Path| {
+            File::options().write(true).open(path).and_then(|file| file.set_len(100)).expect("a file")
+        },
+        |path: &Path| fs::remove_file(path).expect("a file"),
+    ] {
+        let folder = Folder::new();
+        let mut host = Host::new(&folder, "a");
+        host.create(16 * MIB, "nbd");
+        host.succeed(&["create", "other", "--backing", text(&host.path("other.img")), "--size", "16M"]);
+        host.stop();
+        damage(&host.state("superblock"));
+        host.start();
+        let status = host.status();
+        assert_eq!(status.state, VolumeState::Failed);
+        assert!(status.verdict.contains("superblock"), "{}", status.verdict);
+        let other = host.succeed(&["status", "other", "--json"]);
+        assert!(other.contains("no replica has joined"), "{other}");
+    }
+}
+
+#[test]
+fn half_of_a_superblock_is_enough() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.primary.stop();
+    // The older of the two copies is behind by a session number at most, which the next one raises again.
+    flip(&mirror.primary.state("superblock"), 0..4096);
+    mirror.primary.start();
+    mirror.client().write_durably(0, &stamped(1)).expect("a write");
+    mirror.assert_identical();
+}
+
+/// Damages a file of the primary while it is away, and the replica's copy of a block with it: as what it lacks is not
+/// known any more, all of it must be copied.
+fn all_is_copied_after(damage: impl Fn(&Host)) {
+    let mut mirror = Mirror::new(32 * MIB, "nbd", &["b"]);
+    let mut client = mirror.client();
+    for block in (0..32 * MIB / BLOCK_BYTES).step_by(3) {
+        client.write(block * BLOCK_BYTES, &stamped(block + 1)).expect("a write");
+    }
+    client.flush().expect("a flush");
+    mirror.wait_until_quiet();
+    mirror.primary.stop();
+    mirror.replica_mut().stop();
+    damage(&mirror.primary);
+    let backing = File::options().write(true).open(mirror.replica().backing()).expect("a backing");
+    backing.write_all_at(&stamped(12_345), 7 * MIB).expect("a write behind everybody's back");
+    mirror.primary.start();
+    assert_eq!(mirror.peer("b").out_of_sync_bytes, Some(32 * MIB), "everything may differ");
+    mirror.replica_mut().start();
+    mirror.assert_identical();
+}
+
+#[test]
+fn a_damaged_activity_log_makes_everything_be_copied() {
+    all_is_copied_after(|host| flip(&host.state("activity-log"), 0..usize::MAX));
+}
+
+#[test]
+fn a_missing_end_of_the_activity_log_makes_everything_be_copied() {
+    all_is_copied_after(|host| {
+        let file = File::options().write(true).open(host.state("activity-log"));
+        file.and_then(|file| file.set_len(4096)).expect("a file");
+    });
+}
+
+#[test]
+fn a_damaged_map_makes_everything_be_copied() {
+    all_is_copied_after(|host| flip(&map_of(host), 0..usize::MAX));
+}
+
+#[test]
+fn a_missing_map_makes_everything_be_copied() {
+    all_is_copied_after(|host| fs::remove_file(map_of(host)).expect("a file"));
+}
+
+#[test]
+fn a_damaged_marker_costs_nothing() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.client().write_durably(0, &stamped(1)).expect("a write");
+    mirror.wait_until_quiet();
+    mirror.replica_mut().stop();
+    flip(&mirror.replica().state("marker"), 0..usize::MAX);
+    mirror.client().write_durably(MIB, &stamped(2)).expect("a write");
+    mirror.replica_mut().start();
+    mirror.assert_identical();
+}
+
+#[test]
+fn a_full_disk_under_a_replica_is_told_and_heals_when_there_is_space() {
+    require!("root", "mkfs.ext4", "losetup");
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &[]);
+    let disk = mirror.folder.join("disk.img");
+    File::create(&disk).and_then(|file| file.set_len(96 * MIB)).expect("an image");
+    succeed("mkfs.ext4", &["-q", text(&disk)]);
+    let mounted = mirror.folder.mount(&mirror.folder.attach(&disk), "disk");
+    let filler = mounted.path().join("filler");
+    fs::write(&filler, vec![1; 50 << 20]).expect("there is space for a while");
+    let mut replica = Host::new(&mirror.folder, "b");
+    replica.join(&mirror.primary, &mounted.path().join("data.img"));
+    mirror.wait_until_in_sync();
+
+    let mut random = Random::new(1);
+    let mut client = mirror.client();
+    for offset in (0..64 * MIB).step_by(MIB as usize) {
+        client.write(offset, &noise(&mut random, MIB)).expect("the primary is not concerned");
+    }
+    client.flush().expect("the primary is not concerned");
+    let failed =
+        mirror.wait_for_peer("b", "the replica has failed", |peer| peer.state == Some(PeerState::Failed));
+    let error = failed.error.unwrap_or_default();
+    assert!(error.contains("the replica's disk failed or is full"), "{error}");
+    replica.wait_until("the replica tells why", |status| {
+        status.state == VolumeState::Failed && status.verdict.contains("No space left on device")
+    });
+    let status = mirror.primary.status();
+    assert_eq!(status.state, VolumeState::Degraded);
+    client.write_durably(0, &stamped(1)).expect("the primary is not concerned");
+
+    fs::remove_file(&filler).expect("the filler");
+    mirror.wait_until_quiet();
+    let backing = mounted.path().join("data.img");
+    let difference =
+        blockmirror_tests::machines::content::first_difference(&mirror.primary.backing(), &backing);
+    assert_eq!(difference, None);
+    replica.stop();
+    mounted.unmount();
+}

@@ -1,0 +1,127 @@
+//! A volume's whole life under a file system: made, mounted, filled, given back, looked at on the replica.
+
+use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::machines::content::{allocated_bytes, first_difference, noise};
+use blockmirror_tests::machines::folder::Mounted;
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::programs::{succeed, text};
+use blockmirror_tests::require;
+use std::fs::{self, File};
+use std::io::Write;
+
+const MIB: u64 = 1 << 20;
+
+/// Many small files, large ones, some of which go again.
+fn fill(mounted: &Mounted, random: &mut Random) {
+    let folder = mounted.path();
+    for number in 0..200 {
+        let length = random.below(20_000);
+        fs::write(folder.join(format!("small {number}")), noise(random, length)).expect("a small file");
+    }
+    for number in 0..4 {
+        let mut large = File::create(folder.join(format!("large {number}"))).expect("a file");
+        large.write_all(&noise(random, 8 * MIB)).expect("a large file");
+        large.sync_all().expect("a sync");
+    }
+    for number in (0..200).step_by(3) {
+        fs::remove_file(folder.join(format!("small {number}"))).expect("a small file");
+    }
+}
+
+/// Fills a file system on the volume's loop device while it is mirrored, checks both copies, then gives space back.
+fn live(mirror: &Mirror, check: &dyn Fn(&str)) {
+    let mut random = Random::new(1);
+    let device = mirror.primary.device();
+    let mounted = mirror.folder.mount(&device, "mounted");
+    fill(&mounted, &mut random);
+    mounted.unmount();
+    mirror.assert_identical();
+    check(text(&mirror.replica().backing()));
+
+    let mounted = mirror.folder.mount(&device, "mounted");
+    let before = allocated_bytes(&mirror.replica().backing());
+    for number in 0..4 {
+        fs::remove_file(mounted.path().join(format!("large {number}"))).expect("a large file");
+    }
+    // Blocks of removed files are free once their removal is durable.
+    succeed("sync", &["--file-system", text(mounted.path())]);
+    succeed("fstrim", &[text(mounted.path())]);
+    mounted.unmount();
+    mirror.assert_identical();
+    let after = allocated_bytes(&mirror.replica().backing());
+    assert!(
+        after + 24 * MIB < before,
+        "a trim gives space back on the replica: {before} before, {after} after"
+    );
+    check(text(&mirror.replica().backing()));
+    let volume = mirror.primary.status().facts;
+    assert_eq!(volume.backing_error, None);
+}
+
+#[test]
+fn ext4_lives_on_a_volume_and_is_whole_on_the_replica() {
+    require!("root", "mkfs.ext4", "fsck.ext4", "fstrim", "losetup");
+    let mut mirror = Mirror::new(192 * MIB, "nbd,loop", &["b"]);
+    succeed("mkfs.ext4", &["-q", text(&mirror.primary.device())]);
+    live(&mirror, &|image| {
+        succeed("fsck.ext4", &["-f", "-n", image]);
+    });
+    mirror.primary.stop();
+    mirror.replica_mut().stop();
+    let difference = first_difference(&mirror.primary.backing(), &mirror.replica().backing());
+    assert_eq!(difference, None, "what is stopped in order stays identical");
+    assert!(!mirror.primary.device().exists(), "a stopped agent leaves no device");
+}
+
+#[test]
+fn xfs_lives_on_a_volume_and_is_whole_on_the_replica() {
+    require!("root", "mkfs.xfs", "xfs_repair", "fstrim", "losetup");
+    let mirror = Mirror::new(384 * MIB, "loop", &["b"]);
+    succeed("mkfs.xfs", &["-q", text(&mirror.primary.device())]);
+    live(&mirror, &|image| {
+        succeed("xfs_repair", &["-n", "-f", image]);
+    });
+}
+
+#[test]
+fn a_discard_of_the_whole_device_leaves_holes_on_both_sides() {
+    require!("root", "blkdiscard", "losetup");
+    let mirror = Mirror::new(64 * MIB, "loop", &["b"]);
+    let device = mirror.primary.device();
+    let mut random = Random::new(2);
+    let mut file = File::options().write(true).open(&device).expect("the device");
+    file.write_all(&noise(&mut random, 64 * MIB)).expect("the device is filled");
+    file.sync_all().expect("a sync");
+    drop(file);
+    mirror.assert_identical();
+    assert!(allocated_bytes(&mirror.replica().backing()) >= 64 * MIB);
+    succeed("blkdiscard", &[text(&device)]);
+    mirror.assert_identical();
+    for host in [&mirror.primary, mirror.replica()] {
+        assert!(allocated_bytes(&host.backing()) < MIB, "{} has given the space back", host.name());
+    }
+}
+
+#[test]
+fn a_raw_device_carries_a_replica_as_well_as_an_image_does() {
+    require!("root", "losetup");
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &[]);
+    let image = mirror.folder.join("raw.img");
+    File::create(&image).and_then(|file| file.set_len(64 * MIB)).expect("an image");
+    let device = mirror.folder.attach(&image);
+    let replica = blockmirror_tests::machines::host::Host::new(&mirror.folder, "b");
+    replica.join(&mirror.primary, &device);
+    mirror.wait_until_in_sync();
+    let mut random = Random::new(3);
+    let mut client = mirror.client();
+    for offset in [0, 5 * MIB, 64 * MIB - 70_000 / 512 * 512] {
+        client.write(offset, &noise(&mut random, 70_000 / 512 * 512)).expect("a write");
+    }
+    client.trim(5 * MIB, MIB / 2).expect("a trim");
+    client.flush().expect("a flush");
+    mirror.wait_until_quiet();
+    // The device's own cache must not answer for the image.
+    succeed("blockdev", &["--flushbufs", text(&device)]);
+    assert_eq!(first_difference(&mirror.primary.backing(), &image), None);
+    mirror.replicas.push(replica);
+}

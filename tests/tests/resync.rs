@@ -1,0 +1,148 @@
+//! Copying what a replica lacks, no more than that, and finding what it should not lack.
+
+use blockmirror_agent::control::api::{Comparison, Connection, Difference, VolumeState};
+use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::machines::content::{BLOCK_BYTES, noise};
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::nbd::Client;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+const MIB: u64 = 1 << 20;
+
+/// Writes this many distinct blocks at random places, and flushes.
+fn scatter(client: &mut Client, random: &mut Random, volume_bytes: u64, count: usize) {
+    let mut written = BTreeSet::new();
+    while written.len() < count {
+        let block = random.below(volume_bytes / BLOCK_BYTES);
+        if written.insert(block) {
+            client.write(block * BLOCK_BYTES, &noise(random, BLOCK_BYTES)).expect("a write");
+        }
+    }
+    client.flush().expect("a flush");
+}
+
+#[test]
+fn after_a_cut_hardly_more_than_the_dirty_blocks_is_sent() {
+    const BLOCKS: usize = 2000;
+    let mirror = Mirror::new(256 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(1);
+    let mut client = mirror.client();
+    for offset in (0..256 * MIB).step_by(MIB as usize) {
+        client.write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    client.flush().expect("a flush");
+    mirror.assert_identical();
+
+    mirror.replica().link().cut();
+    mirror.wait_until_lost("b");
+    scatter(&mut client, &mut random, 256 * MIB, BLOCKS);
+    let dirty_bytes = BLOCKS as u64 * BLOCK_BYTES;
+    assert_eq!(mirror.peer("b").out_of_sync_bytes, Some(dirty_bytes), "each block is marked, and no other");
+    let before = mirror.replica().link().forwarded_bytes();
+    mirror.replica().link().mend();
+    mirror.assert_identical();
+    let sent = mirror.replica().link().forwarded_bytes() - before;
+    println!("{sent} bytes of UDP payload for {dirty_bytes} bytes that were dirty");
+    assert!(sent >= dirty_bytes, "noise can't be sent in fewer bytes");
+    assert!(sent * 10 <= dirty_bytes * 11, "{sent} bytes were sent for {dirty_bytes}");
+}
+
+#[test]
+fn a_paused_replica_misses_what_is_written_until_it_is_resumed() {
+    let mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(2);
+    let mut client = mirror.client();
+    assert_eq!(mirror.primary.succeed(&["pause", "data", "b"]), "paused data with b\n");
+    let paused =
+        mirror.wait_for_peer("b", "the replica is paused", |peer| peer.connection == Connection::Paused);
+    assert_eq!(paused.out_of_sync_bytes, Some(0));
+    scatter(&mut client, &mut random, 64 * MIB, 100);
+    assert_eq!(mirror.peer("b").out_of_sync_bytes, Some(100 * BLOCK_BYTES));
+    let status = mirror.primary.status();
+    assert_eq!((status.state, status.action.as_str()), (VolumeState::Degraded, "blockmirror resume data b"));
+    mirror.primary.refuse(&["wait", "data", "--for", "in-sync", "--timeout", "1s"], 6, &["paused", "400K"]);
+    mirror.primary.refuse(&["compare", "data", "b"], 5, &["b is not in sync"]);
+    mirror.primary.succeed(&["resume", "data", "b"]);
+    mirror.assert_identical();
+    assert_eq!(mirror.primary.status().state, VolumeState::Healthy);
+}
+
+#[test]
+fn a_pause_on_the_replica_keeps_the_primary_away_over_restarts() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.replica().succeed(&["pause", "data", "a"]);
+    mirror.wait_for_peer("b", "the primary is told why", |peer| {
+        let error = peer.error.as_deref().unwrap_or_default();
+        peer.connection != Connection::Connected
+            && error.contains("the operator of the replica paused the link")
+    });
+    mirror.replica_mut().stop();
+    mirror.replica_mut().start();
+    mirror.client().write_durably(0, &[7; 4096]).expect("a write");
+    let status = mirror.replica().status();
+    assert_eq!(status.facts.peers[0].connection, Connection::Paused);
+    assert_eq!(status.action, "blockmirror resume data a");
+    mirror.replica().succeed(&["resume", "data", "a"]);
+    mirror.assert_identical();
+}
+
+/// Flips a bit of a file behind everybody's back, without a cached page in between.
+fn flip(path: &Path, offset: u64) {
+    #[repr(align(4096))]
+    struct Block([u8; 4096]);
+    let file =
+        File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path).expect("a backing");
+    let start = offset / BLOCK_BYTES * BLOCK_BYTES;
+    let mut block = Box::new(Block([0; 4096]));
+    file.read_exact_at(&mut block.0, start).expect("a block");
+    block.0[(offset - start) as usize] ^= 1;
+    file.write_all_at(&block.0, start).expect("a block");
+}
+
+fn compare(mirror: &Mirror, code: i32) -> Comparison {
+    let said = mirror.primary.tool(&["compare", "data", "b", "--json"]);
+    assert_eq!(said.code, code, "{said:?}");
+    serde_json::from_str(&said.output).expect("the answer is well formed")
+}
+
+#[test]
+fn compare_finds_a_flipped_byte_and_has_it_repaired() {
+    let mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(3);
+    scatter(&mut mirror.client(), &mut random, 64 * MIB, 500);
+    mirror.assert_identical();
+    let clean = compare(&mirror, 0);
+    assert_eq!((clean.compared_bytes, clean.different_bytes), (64 * MIB, 0));
+
+    let flipped = 33 * MIB + 5 * BLOCK_BYTES + 77;
+    flip(&mirror.replica().backing(), flipped);
+    let found = compare(&mirror, 1);
+    let holds = |range: &Difference| (range.offset..range.offset + range.length).contains(&flipped);
+    assert!(matches!(&found.ranges[..], [range] if holds(range)), "{found:?}");
+    assert_eq!(found.different_bytes, found.ranges[0].length);
+    assert!(found.different_bytes <= 4 * MIB, "{found:?}");
+    assert_eq!(found.action, "blockmirror wait data --for in-sync");
+    mirror.assert_identical();
+    assert_eq!(compare(&mirror, 0).different_bytes, 0, "what was found is repaired");
+}
+
+#[test]
+fn agents_that_were_stopped_in_order_have_nothing_to_copy() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(4);
+    scatter(&mut mirror.client(), &mut random, 64 * MIB, 300);
+    mirror.wait_until_quiet();
+    mirror.primary.stop();
+    mirror.replica_mut().stop();
+    mirror.primary.start();
+    let alone = mirror.primary.status().facts.peers;
+    assert_eq!(alone[0].out_of_sync_bytes, Some(0), "{alone:?}");
+    let before = mirror.replica().link().forwarded_bytes();
+    mirror.replica_mut().start();
+    mirror.assert_identical();
+    let sent = mirror.replica().link().forwarded_bytes() - before;
+    assert!(sent < MIB, "greetings alone are sent, not {sent} bytes");
+}
