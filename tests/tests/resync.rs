@@ -41,10 +41,10 @@ fn after_a_cut_hardly_more_than_the_dirty_blocks_is_sent() {
     scatter(&mut client, &mut random, 256 * MIB, BLOCKS);
     let dirty_bytes = BLOCKS as u64 * BLOCK_BYTES;
     assert_eq!(mirror.peer("b").out_of_sync_bytes, Some(dirty_bytes), "each block is marked, and no other");
-    let before = mirror.replica().link().forwarded_bytes();
+    let before = mirror.replica().link().bytes_to_host();
     mirror.replica().link().mend();
     mirror.assert_identical();
-    let sent = mirror.replica().link().forwarded_bytes() - before;
+    let sent = mirror.replica().link().bytes_to_host() - before;
     println!("{sent} bytes of UDP payload for {dirty_bytes} bytes that were dirty");
     assert!(sent >= dirty_bytes, "noise can't be sent in fewer bytes");
     assert!(sent * 10 <= dirty_bytes * 11, "{sent} bytes were sent for {dirty_bytes}");
@@ -140,9 +140,9 @@ fn agents_that_were_stopped_in_order_have_nothing_to_copy() {
     mirror.primary.start();
     let alone = mirror.primary.status().facts.peers;
     assert_eq!(alone[0].out_of_sync_bytes, Some(0), "{alone:?}");
-    let before = mirror.replica().link().forwarded_bytes();
+    let before = mirror.replica().link().bytes_to_host();
     mirror.replica_mut().start();
     mirror.assert_identical();
-    let sent = mirror.replica().link().forwarded_bytes() - before;
+    let sent = mirror.replica().link().bytes_to_host() - before;
     assert!(sent < MIB, "greetings alone are sent, not {sent} bytes");
 }

@@ -17,6 +17,27 @@ pub struct Host {
     agent: Option<Child>,
 }
 
+/// The tool at work. It is killed when it is dropped.
+pub struct Running(Child);
+
+impl Running {
+    /// Whether it has ended by itself.
+    ///
+    /// # Panics
+    /// When the kernel doesn't know.
+    pub fn has_ended(&mut self) -> bool {
+        self.0.try_wait().expect("it is our process").is_some()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // An error means that it has ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// What the tool said.
 #[derive(Debug)]
 pub struct Said {
@@ -172,6 +193,18 @@ impl Host {
             output: String::from_utf8_lossy(&output.stdout).into_owned(),
             error: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
+    }
+
+    /// Starts the tool, and does not wait for its end. What it says goes nowhere.
+    ///
+    /// # Panics
+    /// When it can't be started.
+    #[must_use]
+    pub fn begin(&self, arguments: &[&str]) -> Running {
+        let mut command = Command::new(own("blockmirror"));
+        command.arg("--run").arg(self.path("run")).args(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Running(command.spawn().expect("the tool starts"))
     }
 
     /// Runs the tool, which must succeed, and gives what it printed.

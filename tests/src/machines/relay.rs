@@ -30,7 +30,8 @@ struct Shared {
     target: Mutex<Option<SocketAddr>>,
     is_cut: AtomicBool,
     is_over: AtomicBool,
-    forwarded_bytes: AtomicU64,
+    bytes_to_host: AtomicU64,
+    bytes_from_host: AtomicU64,
 }
 
 impl Relay {
@@ -75,8 +76,14 @@ impl Relay {
 
     /// How many bytes of UDP payload went to the host so far.
     #[must_use]
-    pub fn forwarded_bytes(&self) -> u64 {
-        self.shared.forwarded_bytes.load(Ordering::Relaxed)
+    pub fn bytes_to_host(&self) -> u64 {
+        self.shared.bytes_to_host.load(Ordering::Relaxed)
+    }
+
+    /// How many bytes of UDP payload came back from the host so far.
+    #[must_use]
+    pub fn bytes_from_host(&self) -> u64 {
+        self.shared.bytes_from_host.load(Ordering::Relaxed)
     }
 }
 
@@ -114,7 +121,7 @@ fn forward(front: &Arc<UdpSocket>, shared: &Arc<Shared>) {
         });
         // What the host does not take is lost, as on any link.
         if back.send_to(&datagram[..length], target).is_ok() {
-            shared.forwarded_bytes.fetch_add(length as u64, Ordering::Relaxed);
+            shared.bytes_to_host.fetch_add(length as u64, Ordering::Relaxed);
         }
     }
     threads.into_iter().for_each(|thread| thread.join().expect("a way back ends well"));
@@ -125,7 +132,9 @@ fn return_to(client: SocketAddr, front: &UdpSocket, back: &UdpSocket, shared: &S
     while let Some(received) = receive(back, shared, &mut datagram) {
         if let Some((length, _)) = received {
             // What the client does not take is lost, as on any link.
-            let _ = front.send_to(&datagram[..length], client);
+            if front.send_to(&datagram[..length], client).is_ok() {
+                shared.bytes_from_host.fetch_add(length as u64, Ordering::Relaxed);
+            }
         }
     }
 }

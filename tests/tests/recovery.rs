@@ -1,0 +1,98 @@
+//! The primary's disk is gone: its content comes back from the replica, and the volume goes on.
+
+use blockmirror_protocol::disk::recovery::RecoveryState;
+use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::machines::content::{first_difference, noise, stamped};
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::patience::until;
+use blockmirror_tests::machines::programs::text;
+use std::fs;
+use std::path::Path;
+
+const MIB: u64 = 1 << 20;
+
+fn fill(mirror: &Mirror, size_bytes: u64) {
+    let mut random = Random::new(1);
+    let mut client = mirror.client();
+    for offset in (0..size_bytes).step_by(MIB as usize) {
+        client.write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    client.flush().expect("a flush");
+}
+
+/// How much is durable in the target of an unfinished recovery, as its state beside the target says.
+fn recovered_bytes(target: &Path) -> u64 {
+    let folder = fs::read_dir(target.parent().expect("a folder")).expect("a folder");
+    let paths = folder.map(|entry| entry.expect("an entry").path());
+    let mut states = paths.filter_map(|path| RecoveryState::decode(&fs::read(path).ok()?).ok());
+    states.next().map_or(0, |state| state.done_bytes())
+}
+
+#[test]
+fn a_destroyed_backing_is_recovered_in_spite_of_three_kills() {
+    const SIZE_BYTES: u64 = 512 * MIB;
+    let mut mirror = Mirror::new(SIZE_BYTES, "nbd", &["b"]);
+    fill(&mirror, SIZE_BYTES);
+    mirror.assert_identical();
+    mirror.primary.kill();
+    let target = mirror.primary.backing();
+    until("the killed agent has let go of its backing", || {
+        let file = fs::File::open(&target).expect("a backing");
+        file.try_lock().map_err(|error| error.to_string())
+    });
+    fs::remove_file(&target).expect("the disk is gone");
+
+    // The replica serves a recovery once it has noticed that its primary is gone.
+    mirror.replica().wait_until("the primary is gone", |status| status.verdict.contains("is not connected"));
+    let link = mirror.replica().link();
+    let address = link.address().to_string();
+    let arguments = ["recover", "data", "--from", &address, "--to", text(&target)];
+    for _ in 0..3 {
+        let had = recovered_bytes(&target);
+        let before = link.bytes_from_host();
+        let mut running = mirror.primary.begin(&arguments);
+        until("a part has arrived", || {
+            assert!(!running.has_ended(), "the recovery is killed before its end");
+            let arrived = link.bytes_from_host() - before;
+            if arrived >= 150 * MIB { Ok(()) } else { Err(format!("{arrived} bytes")) }
+        });
+        link.cut();
+        until("what has arrived is noted", || {
+            let has = recovered_bytes(&target);
+            if has > had { Ok(()) } else { Err(format!("{has} bytes")) }
+        });
+        drop(running);
+        link.mend();
+    }
+    let had = recovered_bytes(&target);
+    let before = link.bytes_from_host();
+    let said = mirror.primary.tool(&arguments);
+    assert_eq!(said.code, 0, "{said:?}");
+    assert!(said.error.contains("going on where it was interrupted"), "{said:?}");
+    let arrived = link.bytes_from_host() - before;
+    println!("{had} bytes were there of {SIZE_BYTES}, {arrived} came for the rest");
+    assert!(arrived * 10 <= (SIZE_BYTES - had) * 11, "what was there is not sent again");
+    assert_eq!(first_difference(&target, &mirror.replica().backing()), None);
+
+    mirror.primary.start();
+    mirror.client().write_durably(3 * MIB, &stamped(1)).expect("the volume goes on");
+    mirror.assert_identical();
+}
+
+#[test]
+fn an_empty_backing_under_the_old_name_is_not_taken_for_the_volume() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    fill(&mirror, 16 * MIB);
+    mirror.assert_identical();
+    mirror.primary.stop();
+    let backing = mirror.primary.backing();
+    fs::remove_file(&backing).expect("the disk is gone");
+    fs::File::create(&backing).and_then(|file| file.set_len(16 * MIB)).expect("another disk");
+    mirror.primary.start();
+    let status = mirror.primary.status();
+    println!("{}; {}", status.verdict, status.action);
+    assert!(status.facts.backing_error.is_some(), "{status:?}");
+    assert!(status.action.starts_with("blockmirror recover data --from"), "{status:?}");
+    let replica = fs::read(mirror.replica().backing()).expect("the replica's backing");
+    assert!(replica.iter().any(|byte| *byte != 0), "nothing was copied from the empty disk");
+}
