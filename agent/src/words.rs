@@ -1,5 +1,7 @@
 //! Errors in words.
 
+use crate::config::Name;
+use blockmirror_protocol::units::HostId;
 use std::error::Error;
 
 /// The error and all its causes in one clause, the outermost first.
@@ -13,4 +15,10 @@ pub fn with_causes(error: &dyn Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// As [`with_causes`], with the name that the operator knows in place of a host's fingerprint.
+#[must_use]
+pub fn with_name(error: &dyn Error, host: HostId, name: &Name) -> String {
+    with_causes(error).replace(&format!("host {host}"), name.as_str())
 }

@@ -149,7 +149,7 @@ fn a_damaged_marker_costs_nothing() {
 #[test]
 fn a_full_disk_under_a_replica_is_told_and_heals_when_there_is_space() {
     require!("root", "mkfs.ext4", "losetup");
-    let mut mirror = Mirror::new(64 * MIB, "nbd", &[]);
+    let mirror = Mirror::new(64 * MIB, "nbd", &[]);
     let disk = mirror.folder.join("disk.img");
     File::create(&disk).and_then(|file| file.set_len(96 * MIB)).expect("an image");
     succeed("mkfs.ext4", &["-q", text(&disk)]);

@@ -5,7 +5,7 @@
 //! queues are dropped, the tracker puts what was not acknowledged into the map, and the task backs off and dials anew.
 
 use super::Primary;
-use crate::config::PeerConfig;
+use crate::config::{Name, PeerConfig};
 use crate::transport::Connection;
 use crate::transport::FrameSender;
 use crate::transport::Peers;
@@ -63,6 +63,7 @@ pub struct LinkState {
 /// A replica and how it is reached.
 pub struct Peer {
     host: HostId,
+    name: Name,
     addresses: RefCell<Vec<String>>,
     members: RefCell<Vec<Member>>,
     state: RefCell<LinkState>,
@@ -112,6 +113,7 @@ impl Peer {
     pub fn new(config: &PeerConfig) -> Rc<Self> {
         Rc::new(Self {
             host: config.host,
+            name: config.name.clone(),
             addresses: RefCell::new(addresses_of(config)),
             members: RefCell::default(),
             state: RefCell::new(LinkState { paused: config.paused, ..LinkState::default() }),
@@ -180,10 +182,10 @@ impl Peer {
 
     /// Says once what is wrong; the same again is not news.
     fn note(&self, error: &LinkError) {
-        let text = crate::words::with_causes(error);
+        let text = crate::words::with_name(error, self.host, &self.name);
         let mut state = self.state.borrow_mut();
         if state.error.as_ref() != Some(&text) {
-            tracing::warn!(peer = %self.host, "{text}");
+            tracing::warn!(peer = %self.name, "{text}");
         }
         state.error = Some(text);
         if let LinkError::Peer(blockmirror_protocol::session::PeerError::Refused(refused)) = error {
@@ -224,9 +226,6 @@ impl Peer {
             ended = send_frames(&connection, preamble(StreamKind::Live), &mut sources.live) => ended,
             ended = send_frames(&connection, preamble(StreamKind::Bulk), &mut sources.bulk) => ended,
         };
-        if let Err(LinkError::Peer(_)) = &ended {
-            tracing::debug!(peer = %self.host, session = session.0, "the session ended");
-        }
         ended
     }
 }

@@ -1,7 +1,7 @@
 //! What the operator asks for, one answer each.
 
 use super::{Supervisor, failed};
-use crate::config::Name;
+use crate::config::{Name, Role};
 use crate::control::Operations;
 use crate::control::api::{
     COMPARISON_SCHEMA, Comparison, CreateRequest, Difference, Failure, FailureKind, HostStatus, Invitation,
@@ -97,7 +97,14 @@ impl Operations for Operator {
     }
 
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
-        let host = self.0.peer_of(&volume, &peer).await?.host;
+        let known = self.0.peer_of(&volume, &peer).await?;
+        if known.role == Role::Primary {
+            let text = format!(
+                "{peer} is the primary; a comparison runs there: on {peer}, compare {volume} with this host"
+            );
+            return Err(Failure::new(FailureKind::Refused, text));
+        }
+        let host = known.host;
         let handle = self.0.handle_of(&volume).await?;
         let began = Instant::now();
         let result = handle.answer(|answer| Ask::Compare(host, answer)).await.flatten();

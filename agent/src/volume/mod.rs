@@ -16,10 +16,10 @@ use crate::metadata::State;
 use crate::primary::{Peer, Primary};
 use crate::recovery;
 use crate::replica::{Recovery, Replica};
-use crate::storage::file::{Access, File};
+use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, Storage};
 use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers, key};
-use crate::words::with_causes;
+use crate::words::{with_causes, with_name};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::session::CompareResult;
 use blockmirror_protocol::units::{CopyId, HostId};
@@ -315,15 +315,20 @@ impl Volume {
         } else if matches!(self.role, OpenRole::Closed(_)) && self.config.borrow().role == Role::Replica {
             self.reopen().await;
         }
-        let name = self.config.borrow().name.clone();
+        let config = self.config.borrow();
+        let name = config.name.clone();
         match &self.role {
             OpenRole::Replica(replica) => {
+                let primary = config.peers.iter().find(|peer| peer.role == Role::Primary).cloned();
                 let (replica, learned) = (replica.clone(), self.surroundings.learned.clone());
                 spawn_local(async move {
                     let learned = |members| drop(learned.send((name.clone(), members)));
                     match replica.serve(hello, sender, receiver, learned).await {
                         Ok(()) => {}
-                        Err(error) => tracing::info!(volume = %name, "{}", with_causes(&error)),
+                        Err(error) => {
+                            let text = primary.map(|peer| with_name(&error, peer.host, &peer.name));
+                            tracing::info!(volume = %name, "{}", text.unwrap_or_else(|| with_causes(&error)));
+                        }
                     }
                 });
             }
@@ -507,7 +512,10 @@ async fn open_parts(
     }
     let file = File::opened_when_free(|| File::open_backing(&config.backing, Access::ReadWrite))
         .await
-        .map_err(|error| with_causes(&error))?;
+        .map_err(|error| match error {
+            OpenError::NotFound { path } => format!("{} is gone", path.display()),
+            error => with_causes(&error),
+        })?;
     if file.size_bytes() < config.size_bytes {
         let (has, wants) = (file.size_bytes(), config.size_bytes);
         return Err(format!("{} has {has} bytes, the volume {wants}", config.backing.display()));

@@ -56,11 +56,10 @@ pub(super) struct Greeting {
 
 impl Session {
     /// A connection is up: greet the replica. `session` is higher than any before, durably.
-    pub fn handle_connected(&mut self, session: SessionNumber, identity: &Identity, now: Time) {
+    pub fn handle_connected(&mut self, session: SessionNumber, identity: &Identity) {
         assert!(matches!(self.state, State::Away), "a session begins when the one before has ended");
         let stream = Stream(1);
         self.state = State::Greeting(Greeting { session, stream, welcome: None });
-        self.since = now;
         let hello = Hello {
             versions: VERSIONS,
             features: 0,

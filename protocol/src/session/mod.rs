@@ -106,7 +106,7 @@ pub struct Report {
     pub lag: Duration,
     /// The last epoch of this session that is durable on the replica.
     pub durable: Epoch,
-    /// When the state of the connection last changed.
+    /// When the replica was linked or the link was lost; attempts in between don't count.
     pub since: Time,
     /// How far a resync is, if one is under way.
     pub resync: Option<Progress>,
@@ -420,7 +420,9 @@ impl Session {
     /// The link was lost: what it had not acknowledged goes to the map (W7).
     pub fn handle_disconnected(&mut self, now: Time) {
         let state = std::mem::replace(&mut self.state, State::Away);
-        self.since = now;
+        if matches!(state, State::Linked(_)) {
+            self.since = now;
+        }
         self.actions
             .retain(|action| matches!(action, Action::WriteMap(_) | Action::SendCopy { header: None, .. }));
         let State::Linked(link) = state else { return };
