@@ -3,7 +3,7 @@
 //! # Rules
 //!
 //! - A frame of epoch e+1 is not written before e is durable on the backing (W3), nor before the marker of e-1 is
-//!   durable (P3); until then it waits in memory, bounded by the window that [`Welcome`] offers.
+//!   durable (P3); until then it waits in memory, bounded by the window that [`crate::wire::message::Welcome`] offers.
 //! - Overlapping frames are written in the order of their arrival (W1).
 //! - An acknowledgement follows the sync that it tells of: durable epochs and durable copies share one sync (D2).
 //! - A new greeting drains the old session: what waits is dropped, what is being written ends, and only then is the
@@ -22,6 +22,8 @@
 //! On the disk, every frame of the durable epochs and some of the next one: a state that a power cut could have left
 //! on the primary's disk. What was not acknowledged is in the primary's window or map, and comes again.
 
+mod receive;
+
 use crate::disk::superblock::LINEAGE_LIMIT;
 use crate::order::Order;
 use crate::ranges::ByteRange;
@@ -31,9 +33,9 @@ use crate::units::{
 };
 use crate::wire::message::{
     Acknowledgement, Commit, Committed, DataState, Digest, Fence, Hello, Message, Refusal, Refused,
-    ResyncBegin, ResyncReady, Union, Welcome,
+    ResyncBegin, ResyncReady,
 };
-use crate::wire::{Body, FrameHeader, VERSIONS};
+use crate::wire::{Body, FrameHeader};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 /// A sync is worth its time once so many bytes of copies wait for it, or when no more are under way.
@@ -410,158 +412,6 @@ impl Replica {
                 let (before, expected) = link.resync?;
                 Some((link.copies.written_bytes - before, expected))
             }),
-        }
-    }
-
-    fn greet(&mut self, hello: Hello) {
-        if let Some(refused) = self.objection(&hello) {
-            self.actions.push_back(Action::Send(refused.into()));
-            return;
-        }
-        self.unlink();
-        self.greeting = Some(hello);
-        self.go_on();
-    }
-
-    fn objection(&self, hello: &Hello) -> Option<Refused> {
-        let Settings { volume, size_bytes, block_size, .. } = self.settings;
-        let refused = |refusal, text: &str| Some(Refused { refusal, text: text.into() });
-        if self.failed {
-            return refused(Refusal::Backing, "the replica's backing failed; see the replica's log");
-        }
-        if hello.versions.0 > VERSIONS.1 || hello.versions.1 < VERSIONS.0 {
-            return refused(Refusal::Version, "no common protocol version; upgrade the older agent");
-        }
-        if (hello.volume, hello.size_bytes, hello.block_size) != (volume, size_bytes, block_size) {
-            return refused(Refusal::Unrelated, "the volume's identity, size or block size differs here");
-        }
-        if hello.fence < self.fence {
-            return refused(Refusal::Role, "another host was promoted since; this primary may not write");
-        }
-        if hello.session <= self.last_session {
-            return refused(Refusal::Other, "the session is not newer than the last one");
-        }
-        None
-    }
-
-    fn unlink(&mut self) {
-        let Some(link) = self.link.take() else { return };
-        // The ends of epochs were dropped on arrival.
-        let held = link.queue.into_iter().filter(|(_, body)| !matches!(body, Body::EpochEnd { .. }));
-        self.actions.extend(held.map(|(frame, _)| Action::Drop(frame)));
-        for frame in self.order.drop_waiting() {
-            self.items.remove(&frame);
-            self.actions.push_back(Action::Drop(frame));
-        }
-    }
-
-    /// Answers a greeting once everything of the old session has ended.
-    fn welcome(&mut self) {
-        if self.greeting.is_none() || !self.is_idle() || !self.state_changes.is_empty() {
-            return;
-        }
-        let hello = self.greeting.take().expect("it was looked at");
-        self.last_session = hello.session;
-        self.order.widen_sector(hello.sector_bytes.clamp(512, 1 << 16).next_power_of_two().into());
-        self.marker = Marker::default();
-        self.link = Some(Link {
-            session: hello.session,
-            stream: hello.stream,
-            generation: hello.lineage.first().copied().unwrap_or_default(),
-            received: Sequence(0),
-            open: None,
-            closed: Epoch(0),
-            ended: None,
-            queue: VecDeque::new(),
-            live_under_way: 0,
-            live_bytes: 0,
-            durable: Epoch(0),
-            copies: Copies::default(),
-            resync: None,
-        });
-        let welcome = Welcome {
-            version: VERSIONS.1.min(hello.versions.1),
-            features: 0,
-            session: hello.session,
-            copy: self.settings.copy,
-            data: self.data,
-            marker: self.position,
-            fence: self.fence,
-            lineage: self.lineage.clone(),
-            sector_bytes: self.settings.sector_bytes,
-            window_bytes: self.settings.window_bytes,
-        };
-        self.actions.push_back(Action::Send(welcome.into()));
-        self.actions.push_back(Action::Send(Union { ranges: Vec::new(), last: true }.into()));
-    }
-
-    /// Takes a frame in. Says whether its payload is needed.
-    fn accept(&mut self, frame: FrameId, header: FrameHeader) -> Result<bool, PrimaryMisbehaved> {
-        let Some(link) = self.link.as_mut().filter(|link| link.session == header.session) else {
-            return Ok(false);
-        };
-        if header.stream != link.stream {
-            return Ok(false);
-        }
-        if header.body.range().end() > self.settings.size_bytes {
-            return Err(PrimaryMisbehaved("a frame reaches past the volume's end"));
-        }
-        // Ends of epochs take no room in the window, but there is at most one for each frame that does.
-        if link.queue.len() as u64 * FRAME_COST_BYTES > 2 * self.settings.window_bytes {
-            return Err(PrimaryMisbehaved("it sent more frames than the window holds"));
-        }
-        match header.body {
-            Body::Write { epoch, sequence, .. } | Body::Zero { epoch, sequence, .. } => {
-                link.live_bytes += header.body.payload_bytes() + FRAME_COST_BYTES;
-                if link.live_bytes > self.settings.window_bytes {
-                    return Err(PrimaryMisbehaved("it sent more than the window holds"));
-                }
-                if !link.is_open(epoch) || sequence < link.received {
-                    return Err(PrimaryMisbehaved("a frame came outside its epoch or out of order"));
-                }
-                link.received = sequence;
-                link.queue.push_back((frame, header.body));
-                Ok(true)
-            }
-            Body::EpochEnd { epoch, .. } => {
-                if !link.is_open(epoch) {
-                    return Err(PrimaryMisbehaved("an epoch ended that was not open"));
-                }
-                (link.open, link.closed) = (None, epoch);
-                link.queue.push_back((frame, header.body));
-                Ok(false)
-            }
-            Body::Digest { .. } => {
-                link.queue.push_back((frame, header.body));
-                Ok(true)
-            }
-            Body::Copy { number, range } | Body::CopyZero { number, range } => {
-                if self.data == DataState::Consistent {
-                    return Err(PrimaryMisbehaved("it sent a copy without announcing a resync"));
-                }
-                if number != link.copies.received + 1 {
-                    return Err(PrimaryMisbehaved("its copies are not numbered without gaps"));
-                }
-                link.copies.received = number;
-                link.copies.under_way += 1;
-                link.copies.under_way_bytes += range.length;
-                if link.copies.under_way_bytes > COPY_LIMIT_BYTES {
-                    return Err(PrimaryMisbehaved("it sent more copies than agreed"));
-                }
-                self.admit(frame, header.body);
-                Ok(true)
-            }
-            Body::Content { .. } | Body::ContentZero { .. } => {
-                Err(PrimaryMisbehaved("it sent content that nobody asked for"))
-            }
-        }
-    }
-
-    fn admit(&mut self, frame: FrameId, body: Body) {
-        let session = self.link.as_ref().expect("frames are admitted in a session").session;
-        self.items.insert(frame, Item { session, body });
-        if self.order.admit(frame, body.range()) {
-            self.run(vec![frame]);
         }
     }
 

@@ -27,6 +27,8 @@
 //! session by its limit; copies under way by [`session::resync`]; a dirty map by what is dirty.
 
 mod activity;
+mod durability;
+mod pieces;
 
 use crate::disk::activity_log::{Record, Recovered};
 use crate::order::Order;
@@ -36,7 +38,9 @@ use crate::session::{self, CompareResult, FRAME_COST_BYTES, Handled, Identity, P
 use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use crate::wire::message::Message;
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
-use activity::{ActiveSet, Claim};
+use activity::ActiveSet;
+use durability::Local;
+use pieces::{Piece, Request};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
@@ -163,23 +167,6 @@ pub struct Tracker {
     actions: VecDeque<Action>,
 }
 
-#[derive(Debug)]
-struct Request {
-    work: Work,
-    /// What no piece was made of yet.
-    rest: ByteRange,
-    pieces: u32,
-    failed: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Piece {
-    request: RequestId,
-    range: ByteRange,
-    zero: Option<bool>,
-    fua: bool,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Admitted {
     Write(Sequence),
@@ -192,19 +179,6 @@ struct OpenEpoch {
     bytes: u64,
     /// When its first write was sequenced.
     since: Option<Time>,
-}
-
-/// What is durable on the local backing.
-#[derive(Debug, Default)]
-struct Local {
-    durable: Sequence,
-    /// Whether a sync has covered what was written before the volume was opened.
-    opened: bool,
-    /// What the running sync covers, and the flushes that it answers.
-    running: Option<(Sequence, Vec<RequestId>)>,
-    wanted: bool,
-    flushes: Vec<RequestId>,
-    failed: bool,
 }
 
 impl Tracker {
@@ -330,26 +304,6 @@ impl Tracker {
         let freed = self.order.finish(Admitted::Write(sequence), piece.range);
         self.run(freed);
         self.piece_ended(piece.request, written);
-        self.begin_arrivals(now);
-        self.drive(now);
-    }
-
-    /// A sync of the backing has ended.
-    pub fn handle_synced(&mut self, synced: bool, now: Time) {
-        let (covers, flushes) = self.local.running.take().expect("a sync ends once");
-        if synced && !self.local.failed {
-            self.local.durable = covers;
-            self.local.opened = true;
-            self.free_log();
-            for flush in flushes {
-                self.answer(flush, Ok(()));
-            }
-        } else {
-            for flush in flushes {
-                self.fail(flush);
-            }
-            self.fail_backing();
-        }
         self.begin_arrivals(now);
         self.drive(now);
     }
@@ -512,140 +466,6 @@ impl Tracker {
         self.activity.len()
     }
 
-    /// Makes pieces of a request, as many as may be under way.
-    fn cut(&mut self, id: RequestId) {
-        let request = self.requests.get_mut(&id).expect("the request is known");
-        let (zero, fua, limit) = match request.work {
-            Work::Write { fua, .. } => (None, fua, u64::from(PAYLOAD_LIMIT_BYTES)),
-            Work::Zero { may_unmap, fua, .. } => (Some(may_unmap), fua, ZERO_LIMIT_BYTES),
-            Work::Flush => return,
-        };
-        while !request.rest.is_empty() && request.pieces < PIECES {
-            let range = request.rest.split_at_multiples(limit).next().expect("the rest is not empty");
-            request.rest = ByteRange::between(range.end(), request.rest.end());
-            request.pieces += 1;
-            self.arrivals.push_back(Piece { request: id, range, zero, fua });
-        }
-    }
-
-    /// Claims extents for the pieces that arrived, in order, as far as the active set has room.
-    fn begin_arrivals(&mut self, now: Time) {
-        while let Some(piece) = self.arrivals.front().copied() {
-            if self.local.failed {
-                self.arrivals.pop_front();
-                self.piece_ended(piece.request, false);
-                continue;
-            }
-            match self.activity.claim(piece.range.extents(), self.safe()) {
-                Claim::Active => self.begin(piece, now),
-                Claim::Wait => self.claimed.push(piece),
-                Claim::Full => {
-                    // Room comes when the oldest extents' writes are durable here and there (D1).
-                    self.close_epoch();
-                    self.local.wanted = true;
-                    self.write_maps();
-                    self.full_since.get_or_insert(now);
-                    break;
-                }
-            }
-            self.full_since = None;
-            self.arrivals.pop_front();
-        }
-        self.write_log(false);
-    }
-
-    fn begin_if_active(&mut self, piece: Piece, now: Time) {
-        if self.local.failed {
-            self.activity.give_back(piece.range.extents(), None);
-            self.piece_ended(piece.request, false);
-        } else if self.activity.are_active(piece.range.extents()) {
-            self.begin(piece, now);
-        } else {
-            self.claimed.push(piece);
-        }
-    }
-
-    /// The piece gets its place in the one order (W1), goes to every session, and to the backing when it may.
-    fn begin(&mut self, piece: Piece, now: Time) {
-        let sequence = self.last.next();
-        self.last = sequence;
-        self.under_way.insert(sequence, piece);
-        let Piece { request, range, zero, fua } = piece;
-        let write = session::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
-        for session in self.sessions.values_mut() {
-            session.handle_write(write, now);
-        }
-        self.epoch.since.get_or_insert(now);
-        self.epoch.bytes += if zero.is_some() { 0 } else { range.length } + FRAME_COST_BYTES;
-        self.idle.get_or_insert((now, self.activity.clock()));
-        self.collect();
-        if self.order.admit(Admitted::Write(sequence), range) {
-            self.run(vec![Admitted::Write(sequence)]);
-        }
-        if fua || self.epoch.bytes >= self.epoch_limit_bytes() {
-            self.close_epoch();
-        }
-    }
-
-    /// An epoch is acknowledged as a whole, so the window must hold several.
-    fn epoch_limit_bytes(&self) -> u64 {
-        let windows = self.sessions.values().filter_map(Session::window_limit_bytes);
-        windows.map(|limit| limit / 4).chain([EPOCH_BYTES]).min().expect("the chain is not empty")
-    }
-
-    /// These may run now.
-    fn run(&mut self, admitted: Vec<Admitted>) {
-        let mut admitted = VecDeque::from(admitted);
-        while let Some(next) = admitted.pop_front() {
-            match next {
-                Admitted::Write(sequence) => {
-                    let Piece { request, range, zero, fua } = self.under_way[&sequence];
-                    self.actions.push_back(Action::WriteLocal {
-                        sequence,
-                        request,
-                        range,
-                        zero,
-                        durable: fua,
-                    });
-                }
-                Admitted::Hold(hold) => {
-                    let (peer, number, range) = self.holds[&hold];
-                    let wanted =
-                        self.sessions.get_mut(&peer).is_some_and(|session| session.wants_digest(number));
-                    if wanted {
-                        self.actions.push_back(Action::ReadDigest { hold, range });
-                    } else {
-                        self.holds.remove(&hold);
-                        admitted.extend(self.order.finish(Admitted::Hold(hold), range));
-                    }
-                }
-            }
-        }
-    }
-
-    fn piece_ended(&mut self, id: RequestId, written: bool) {
-        let request = self.requests.get_mut(&id).expect("a request outlives its pieces");
-        request.pieces -= 1;
-        request.failed |= !written;
-        if request.failed {
-            request.rest = ByteRange::default();
-        }
-        if !request.rest.is_empty() {
-            self.cut(id);
-        } else if request.pieces == 0 {
-            if request.failed { self.fail(id) } else { self.answer(id, Ok(())) }
-        }
-    }
-
-    fn flush(&mut self, id: RequestId) {
-        self.close_epoch();
-        if self.local.durable == self.last && self.local.running.is_none() {
-            return self.answer(id, Ok(()));
-        }
-        self.local.flushes.push(id);
-        self.local.wanted = true;
-    }
-
     fn close_epoch(&mut self) {
         if self.epoch.since.is_some() {
             self.end_epoch();
@@ -658,72 +478,6 @@ impl Tracker {
             session.handle_epoch_end(epoch, sequence);
         }
         self.epoch = OpenEpoch { number: epoch.next(), bytes: 0, since: None };
-    }
-
-    /// Everything up to this write is durable here and, for each replica, there or in its map (D1).
-    fn safe(&self) -> Sequence {
-        let sessions = self.sessions.values().map(|session| session.safe_up_to(self.last));
-        sessions.chain([self.local.durable]).min().expect("the chain is not empty")
-    }
-
-    fn write_maps(&mut self) {
-        for session in self.sessions.values_mut() {
-            session.write_map();
-        }
-    }
-
-    fn write_log(&mut self, tidy: bool) {
-        if !self.log_is_free || self.log_failed {
-            return;
-        }
-        if let Some((offset, record)) = self.activity.next_record(tidy) {
-            self.actions.push_back(Action::WriteLog { offset, record });
-        }
-    }
-
-    /// The log may be overwritten once every map durably holds what it said, and the backing what was written then.
-    fn free_log(&mut self) {
-        if !self.log_is_free {
-            self.log_is_free = self.local.opened && self.sessions.values().all(Session::is_written);
-            self.write_maps();
-        }
-    }
-
-    fn start_sync(&mut self) {
-        if !self.local.wanted || self.local.running.is_some() || self.local.failed {
-            return;
-        }
-        let complete = self.under_way.keys().next().map_or(self.last, |first| Sequence(first.0 - 1));
-        if self.local.flushes.is_empty() && complete == self.local.durable {
-            // Where writes are under way, the sync is wanted when they have ended.
-            self.local.wanted = complete < self.last;
-            return;
-        }
-        self.local.wanted = false;
-        self.local.running = Some((complete, std::mem::take(&mut self.local.flushes)));
-        self.actions.push_back(Action::SyncLocal);
-    }
-
-    /// What came after the last good sync is not durable, and nothing is taken any more (W5).
-    fn fail_backing(&mut self) {
-        self.local.failed = true;
-        self.local.wanted = false;
-        for flush in std::mem::take(&mut self.local.flushes) {
-            self.fail(flush);
-        }
-        for piece in std::mem::take(&mut self.claimed) {
-            self.activity.give_back(piece.range.extents(), None);
-            self.piece_ended(piece.request, false);
-        }
-        for piece in std::mem::take(&mut self.arrivals) {
-            self.piece_ended(piece.request, false);
-        }
-    }
-
-    /// A request failed: its error goes out when every map durably holds its blocks (W5).
-    fn fail(&mut self, id: RequestId) {
-        self.failed_replies.push(id);
-        self.write_maps();
     }
 
     fn answer(&mut self, id: RequestId, result: Result<(), WriteFailed>) {

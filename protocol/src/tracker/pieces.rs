@@ -1,0 +1,155 @@
+//! The path of a write through the tracker: cut into pieces, extents claimed, sequenced, sent on its way, ended.
+
+use super::activity::Claim;
+use super::{
+    Action, Admitted, EPOCH_BYTES, FRAME_COST_BYTES, PAYLOAD_LIMIT_BYTES, PIECES, RequestId, Session,
+    Tracker, Work, ZERO_LIMIT_BYTES,
+};
+use crate::ranges::ByteRange;
+use crate::session;
+use crate::units::Time;
+use std::collections::VecDeque;
+
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) work: Work,
+    /// What no piece was made of yet.
+    pub(super) rest: ByteRange,
+    pub(super) pieces: u32,
+    pub(super) failed: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Piece {
+    pub(super) request: RequestId,
+    pub(super) range: ByteRange,
+    pub(super) zero: Option<bool>,
+    pub(super) fua: bool,
+}
+
+impl Tracker {
+    /// Makes pieces of a request, as many as may be under way.
+    pub(super) fn cut(&mut self, id: RequestId) {
+        let request = self.requests.get_mut(&id).expect("the request is known");
+        let (zero, fua, limit) = match request.work {
+            Work::Write { fua, .. } => (None, fua, u64::from(PAYLOAD_LIMIT_BYTES)),
+            Work::Zero { may_unmap, fua, .. } => (Some(may_unmap), fua, ZERO_LIMIT_BYTES),
+            Work::Flush => return,
+        };
+        while !request.rest.is_empty() && request.pieces < PIECES {
+            let range = request.rest.split_at_multiples(limit).next().expect("the rest is not empty");
+            request.rest = ByteRange::between(range.end(), request.rest.end());
+            request.pieces += 1;
+            self.arrivals.push_back(Piece { request: id, range, zero, fua });
+        }
+    }
+
+    /// Claims extents for the pieces that arrived, in order, as far as the active set has room.
+    pub(super) fn begin_arrivals(&mut self, now: Time) {
+        while let Some(piece) = self.arrivals.front().copied() {
+            if self.local.failed {
+                self.arrivals.pop_front();
+                self.piece_ended(piece.request, false);
+                continue;
+            }
+            match self.activity.claim(piece.range.extents(), self.safe()) {
+                Claim::Active => self.begin(piece, now),
+                Claim::Wait => self.claimed.push(piece),
+                Claim::Full => {
+                    // Room comes when the oldest extents' writes are durable here and there (D1).
+                    self.close_epoch();
+                    self.local.wanted = true;
+                    self.write_maps();
+                    self.full_since.get_or_insert(now);
+                    break;
+                }
+            }
+            self.full_since = None;
+            self.arrivals.pop_front();
+        }
+        self.write_log(false);
+    }
+
+    pub(super) fn begin_if_active(&mut self, piece: Piece, now: Time) {
+        if self.local.failed {
+            self.activity.give_back(piece.range.extents(), None);
+            self.piece_ended(piece.request, false);
+        } else if self.activity.are_active(piece.range.extents()) {
+            self.begin(piece, now);
+        } else {
+            self.claimed.push(piece);
+        }
+    }
+
+    /// The piece gets its place in the one order (W1), goes to every session, and to the backing when it may.
+    pub(super) fn begin(&mut self, piece: Piece, now: Time) {
+        let sequence = self.last.next();
+        self.last = sequence;
+        self.under_way.insert(sequence, piece);
+        let Piece { request, range, zero, fua } = piece;
+        let write = session::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
+        for session in self.sessions.values_mut() {
+            session.handle_write(write, now);
+        }
+        self.epoch.since.get_or_insert(now);
+        self.epoch.bytes += if zero.is_some() { 0 } else { range.length } + FRAME_COST_BYTES;
+        self.idle.get_or_insert((now, self.activity.clock()));
+        self.collect();
+        if self.order.admit(Admitted::Write(sequence), range) {
+            self.run(vec![Admitted::Write(sequence)]);
+        }
+        if fua || self.epoch.bytes >= self.epoch_limit_bytes() {
+            self.close_epoch();
+        }
+    }
+
+    /// An epoch is acknowledged as a whole, so the window must hold several.
+    pub(super) fn epoch_limit_bytes(&self) -> u64 {
+        let windows = self.sessions.values().filter_map(Session::window_limit_bytes);
+        windows.map(|limit| limit / 4).chain([EPOCH_BYTES]).min().expect("the chain is not empty")
+    }
+
+    /// These may run now.
+    pub(super) fn run(&mut self, admitted: Vec<Admitted>) {
+        let mut admitted = VecDeque::from(admitted);
+        while let Some(next) = admitted.pop_front() {
+            match next {
+                Admitted::Write(sequence) => {
+                    let Piece { request, range, zero, fua } = self.under_way[&sequence];
+                    self.actions.push_back(Action::WriteLocal {
+                        sequence,
+                        request,
+                        range,
+                        zero,
+                        durable: fua,
+                    });
+                }
+                Admitted::Hold(hold) => {
+                    let (peer, number, range) = self.holds[&hold];
+                    let wanted =
+                        self.sessions.get_mut(&peer).is_some_and(|session| session.wants_digest(number));
+                    if wanted {
+                        self.actions.push_back(Action::ReadDigest { hold, range });
+                    } else {
+                        self.holds.remove(&hold);
+                        admitted.extend(self.order.finish(Admitted::Hold(hold), range));
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn piece_ended(&mut self, id: RequestId, written: bool) {
+        let request = self.requests.get_mut(&id).expect("a request outlives its pieces");
+        request.pieces -= 1;
+        request.failed |= !written;
+        if request.failed {
+            request.rest = ByteRange::default();
+        }
+        if !request.rest.is_empty() {
+            self.cut(id);
+        } else if request.pieces == 0 {
+            if request.failed { self.fail(id) } else { self.answer(id, Ok(())) }
+        }
+    }
+}
