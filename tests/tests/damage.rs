@@ -2,10 +2,11 @@
 
 use blockmirror_agent::control::api::{PeerState, VolumeState};
 use blockmirror_tests::harness::random::Random;
-use blockmirror_tests::machines::content::{BLOCK_BYTES, noise, stamped};
+use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
 use std::fs::{self, File};
@@ -47,8 +48,7 @@ fn an_unknown_key_keeps_its_volume_away_and_no_other() {
     let place = format!("{}:{line}: unknown key \"blok_size_bytes\"", file.display());
     assert!(host.log().contains(&place), "{place}: {}", host.log());
     host.refuse(&["status", "other"], 4, &["no volume \"other\""]);
-    let mut client =
-        blockmirror_tests::machines::nbd::Client::connect(&host.socket()).expect("data is served");
+    let mut client = Client::connect(&host.socket()).expect("data is served");
     client.write_durably(0, &stamped(1)).expect("a write");
     let run = host.tool(&["config", "check"]);
     assert_eq!(run.code, 1, "{run:?}");
@@ -180,8 +180,7 @@ fn a_full_disk_under_a_replica_is_told_and_heals_when_there_is_space() {
     fs::remove_file(&filler).expect("the filler");
     mirror.wait_until_quiet();
     let backing = mounted.path().join("data.img");
-    let difference =
-        blockmirror_tests::machines::content::first_difference(&mirror.primary.backing(), &backing);
+    let difference = first_difference(&mirror.primary.backing(), &backing);
     assert_eq!(difference, None);
     replica.stop();
     mounted.unmount();

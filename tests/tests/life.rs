@@ -3,6 +3,7 @@
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{allocated_bytes, first_difference, noise};
 use blockmirror_tests::machines::folder::Mounted;
+use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
@@ -109,7 +110,7 @@ fn a_raw_device_carries_a_replica_as_well_as_an_image_does() {
     let image = mirror.folder.join("raw.img");
     File::create(&image).and_then(|file| file.set_len(64 * MIB)).expect("an image");
     let device = mirror.folder.attach(&image);
-    let replica = blockmirror_tests::machines::host::Host::new(&mirror.folder, "b");
+    let replica = Host::new(&mirror.folder, "b");
     replica.join(&mirror.primary, &device);
     mirror.wait_until_in_sync();
     let mut random = Random::new(3);

@@ -90,9 +90,17 @@ fn an_empty_backing_under_the_old_name_is_not_taken_for_the_volume() {
     fs::File::create(&backing).and_then(|file| file.set_len(16 * MIB)).expect("another disk");
     mirror.primary.start();
     let status = mirror.primary.status();
-    println!("{}; {}", status.verdict, status.action);
     assert!(status.facts.backing_error.is_some(), "{status:?}");
-    assert!(status.action.starts_with("blockmirror recover data --from"), "{status:?}");
+    let address = mirror.replica().link().address().to_string();
+    let advice = format!("blockmirror recover data --from {address} --to PATH");
+    assert!(status.action.contains(&advice), "{status:?}");
     let replica = fs::read(mirror.replica().backing()).expect("the replica's backing");
     assert!(replica.iter().any(|byte| *byte != 0), "nothing was copied from the empty disk");
+
+    // What it advises works, into the new disk.
+    mirror.primary.succeed(&["recover", "data", "--from", &address, "--to", text(&backing)]);
+    mirror.primary.stop();
+    mirror.primary.start();
+    mirror.assert_identical();
+    assert!(fs::read(&backing).expect("the primary's backing") == replica);
 }

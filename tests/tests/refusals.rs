@@ -5,7 +5,7 @@ use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::patience::until;
-use blockmirror_tests::machines::programs::{succeed, text};
+use blockmirror_tests::machines::programs::{own, run, succeed, text};
 use blockmirror_tests::require;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -58,10 +58,10 @@ fn a_backing_of_another_volume_or_agent_is_refused() {
     one.create(16 * MIB, "none");
     refuse_create(&one, &one.backing(), &[], 5, &["is the backing of the volume data"]);
     refuse_create(&other, &one.backing(), &[], 5, &["another program has locked it"]);
-    let twice =
-        ["create", "data", "--backing", text(&folder.join("new.img")).to_owned().leak(), "--size", "16M"];
+    let new = folder.join("new.img");
+    let twice = ["create", "data", "--backing", text(&new), "--size", "16M"];
     one.refuse(&twice, 5, &["there is a volume data on this host already"]);
-    assert!(!folder.join("new.img").exists(), "what is refused is not made");
+    assert!(!new.exists(), "what is refused is not made");
 }
 
 #[test]
@@ -187,8 +187,8 @@ fn two_agents_do_not_share_a_state_folder() {
     let folder = Folder::new();
     let host = Host::new(&folder, "a");
     let state = host.path("state");
-    let output = blockmirror_tests::machines::programs::run(
-        text(&blockmirror_tests::machines::programs::own("blockmirror-agent")),
+    let output = run(
+        text(&own("blockmirror-agent")),
         &[
             "--config",
             text(&host.path("config")),
