@@ -54,16 +54,16 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let run = arguments.run.canonicalize()?;
     let listen =
         arguments.listen.or(settings.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 7447)));
+    let _claim = blockmirror_agent::process::claim_folder(&state)?;
+    let key = HostKey::load_or_create(&state)?;
+    let endpoint = Endpoint::bind(listen, &key)?;
     let record = AgentRecord {
         pid: std::process::id(),
         config: std::path::absolute(&arguments.config)?,
         state: state.clone(),
-        listen,
+        listen: endpoint.local_address(),
     };
     let control = ControlSocket::claim(&run, &record)?;
-    let _claim = blockmirror_agent::process::claim_folder(&state)?;
-    let key = HostKey::load_or_create(&state)?;
-    let endpoint = Endpoint::bind(listen, &key)?;
     tracing::info!(listen = %endpoint.local_address(), fingerprint = %endpoint.id(), "the agent starts");
     let folders = Folders { config, state, run, devices: arguments.devices };
     let (supervisor, learned) =

@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinSet;
 
 /// Where the agent keeps things.
 #[derive(Clone, Debug)]
@@ -86,17 +87,23 @@ impl Supervisor {
     ///
     /// # Errors
     /// A [`Mistake`] when the folder can't be read.
-    pub async fn start_volumes(&self) -> Result<(), Mistake> {
+    pub async fn start_volumes(self: &Arc<Self>) -> Result<(), Mistake> {
         let found = self.folders.config.load_volumes()?;
         for mistake in &found.mistakes {
             tracing::error!("{}", with_causes(mistake));
         }
+        // All at once: one whose disk makes it wait doesn't hold up the others.
+        let mut starts = JoinSet::new();
         for config in found.volumes {
-            let name = config.name.clone();
-            if let Err(failure) = self.start(config).await {
-                tracing::error!(volume = %name, "{}", failure.message);
-            }
+            let supervisor = self.clone();
+            starts.spawn(async move {
+                let name = config.name.clone();
+                if let Err(failure) = supervisor.start(config).await {
+                    tracing::error!(volume = %name, "{}", failure.message);
+                }
+            });
         }
+        starts.join_all().await;
         Ok(())
     }
 

@@ -210,6 +210,8 @@ async fn volumes_on_threads_of_their_own_share_one_connection() {
                 }
                 control.send(&acknowledgement(volume)).await.unwrap();
                 assert_eq!(answers.receive().await.unwrap(), acknowledgement(volume + 100));
+                // A stream that is dropped before its end has come tells the other side to stop.
+                assert!(matches!(answers.receive().await, Err(ReceiveError::Ended(_))));
                 sender.finish().await.unwrap();
             })
         })
