@@ -127,6 +127,12 @@ impl DirtyMap {
         self.dirty_blocks() == 0
     }
 
+    /// Whether every block is dirty, and the header alone says so.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.header.full_from == 0
+    }
+
     /// Makes every block dirty, relative to this copy of the peer.
     pub fn begin_anew(&mut self, base: CopyId) {
         self.header.base = base;
@@ -254,10 +260,9 @@ impl DirtyMap {
             *bits &= mask(word, &(0..valid));
         }
         let dirty = bits.iter().map(|word| u64::from(word.count_ones())).sum();
-        if dirty > 0 {
-            self.dirty_in_pages += dirty;
-            self.pages.insert(page, MapPage { bits, dirty });
-        }
+        let replaced = (dirty > 0).then(|| self.pages.insert(page, MapPage { bits, dirty })).flatten();
+        self.dirty_in_pages += dirty;
+        self.dirty_in_pages -= replaced.map_or(0, |replaced| replaced.dirty);
     }
 
     /// The first run of blocks at or after `from` whose state is `dirty`, at most `limit` long.

@@ -114,6 +114,8 @@ pub struct Report {
     pub compare: Option<(u64, u64)>,
     /// Whether the last read for a copy failed here.
     pub local_read_failed: bool,
+    /// Whether the map's file could not be written the last time.
+    pub map_failed: bool,
 }
 
 /// Where the link to a replica is.
@@ -155,6 +157,8 @@ pub struct Session {
     writing_map: bool,
     map_written_at: Time,
     map_failed: bool,
+    /// How often in a row the map's file could not be written.
+    map_failures: u32,
     state: State,
     /// What the next link's first read will be named.
     next_read: CopyRead,
@@ -245,6 +249,7 @@ impl Session {
             writing_map: false,
             map_written_at: Time::default(),
             map_failed: false,
+            map_failures: 0,
             state: State::Away,
             next_read: CopyRead(0),
             next_step: 0,
@@ -388,11 +393,29 @@ impl Session {
         self.writing_map = false;
         self.map_written_at = now;
         self.map_failed = !written;
+        self.map_failures = if written { 0 } else { self.map_failures + 1 };
         let first = self.being_written.take();
         if !written {
             // What the file holds is unknown: all of it is written again.
             self.unwritten = [first, self.unwritten].into_iter().flatten().min();
             self.map.forget_written();
+            if self.map_failures > 1 {
+                self.give_the_map_up();
+            }
+        }
+    }
+
+    /// The map's pages can't be written, as when the disk of the state folder is full: "all is dirty" takes no more
+    /// than the header, whose place is there already. Better a full copy later than writes that wait for ever (W7).
+    fn give_the_map_up(&mut self) {
+        if self.map.is_full() {
+            return;
+        }
+        self.map.begin_anew(self.map.base());
+        if let State::Linked(link) = &mut self.state
+            && link.phase.streams()
+        {
+            link.phase = Phase::Draining;
         }
     }
 
@@ -409,7 +432,12 @@ impl Session {
     /// Whether the map's file holds all marks.
     #[must_use]
     pub(crate) fn is_written(&self) -> bool {
-        self.unwritten.is_none() && self.being_written.is_none()
+        self.first_unwritten().is_none()
+    }
+
+    /// The first write whose mark the map's file lacks.
+    pub(crate) fn first_unwritten(&self) -> Option<Sequence> {
+        [self.unwritten, self.being_written].into_iter().flatten().min()
     }
 
     /// Whether the file says exactly what memory does.
@@ -561,6 +589,7 @@ impl Session {
             resync: None,
             compare: None,
             local_read_failed: false,
+            map_failed: self.map_failures > 0,
         };
         match &self.state {
             State::Away => report,

@@ -22,8 +22,6 @@ pub struct CompareResult {
     pub compared_bytes: u64,
     /// Extents whose digests differ; they were marked and are copied again.
     pub different: Vec<ByteRange>,
-    /// The digests in the order of the extents: here, and on the replica.
-    pub digests: Vec<([u8; 32], [u8; 32])>,
     /// The last write before the compare began, and before it ended.
     pub sequences: (Sequence, Sequence),
 }
@@ -36,7 +34,8 @@ pub(super) struct Verify {
     /// How many extents were begun with.
     next: u64,
     steps: BTreeMap<u64, Step>,
-    digests: BTreeMap<u64, ([u8; 32], [u8; 32])>,
+    compared: u64,
+    different: Vec<ByteRange>,
     began: Sequence,
 }
 
@@ -53,7 +52,7 @@ impl Verify {
     }
 
     pub(super) fn progress(&self) -> (u64, u64) {
-        ((self.digests.len() as u64 * EXTENT_BYTES).min(self.size_bytes), self.size_bytes)
+        ((self.compared * EXTENT_BYTES).min(self.size_bytes), self.size_bytes)
     }
 }
 
@@ -71,7 +70,8 @@ impl Session {
             first,
             next: 0,
             steps: BTreeMap::new(),
-            digests: BTreeMap::new(),
+            compared: 0,
+            different: Vec::new(),
             began: last,
         });
         self.next_step += size_bytes.div_ceil(EXTENT_BYTES);
@@ -125,13 +125,12 @@ impl Session {
             self.write_map();
             return None;
         }
-        let verify = link.verify.take()?;
-        let different = verify.digests.iter().filter(|(_, (here, there))| here != there);
+        let mut verify = link.verify.take()?;
+        verify.different.sort_unstable_by_key(|range| range.offset);
         Some(CompareResult {
             compared_bytes: verify.size_bytes,
-            different: different.map(|(number, _)| verify.range(*number)).collect(),
+            different: verify.different,
             sequences: (verify.began, last),
-            digests: verify.digests.into_values().collect(),
         })
     }
 
@@ -163,11 +162,12 @@ impl Session {
         let Some(Step { local: Some(here), remote: Some(there), .. }) = verify.steps.get(&number) else {
             return;
         };
-        let digests = (*here, *there);
+        let same = here == there;
         verify.steps.remove(&number);
-        verify.digests.insert(number, digests);
-        if digests.0 != digests.1 {
+        verify.compared += 1;
+        if !same {
             let range = verify.range(number);
+            verify.different.push(range);
             // No write is to blame, so nothing is safe until the mark is durable.
             self.handle_failed_write(range, Sequence(1));
         }

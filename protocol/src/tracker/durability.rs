@@ -1,7 +1,7 @@
 //! What is durable: syncs of the backing and the flushes that they answer, the log and the maps that must be written
 //! before something else may happen, and what follows when one of them fails (W5).
 
-use super::{Action, RequestId, Session, Tracker};
+use super::{Action, RequestId, Session, Tracker, WriteFailed};
 use crate::units::{Sequence, Time};
 
 /// What is durable on the local backing.
@@ -95,6 +95,7 @@ impl Tracker {
     pub(super) fn fail_backing(&mut self) {
         self.local.failed = true;
         self.local.wanted = false;
+        self.full_since = None;
         for flush in std::mem::take(&mut self.local.flushes) {
             self.fail(flush);
         }
@@ -109,7 +110,25 @@ impl Tracker {
 
     /// A request failed: its error goes out when every map durably holds its blocks (W5).
     pub(super) fn fail(&mut self, id: RequestId) {
-        self.failed_replies.push(id);
+        self.failed_replies.push((id, self.last));
         self.write_maps();
+    }
+
+    /// Answers the failed requests whose blocks every map durably holds. Marks of later writes don't hold them up.
+    pub(super) fn answer_failed(&mut self) {
+        if self.failed_replies.is_empty() {
+            return;
+        }
+        let written = self.sessions.values().filter_map(Session::first_unwritten).min();
+        let (ready, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.failed_replies)
+            .into_iter()
+            .partition(|(_, last)| written.is_none_or(|first| first > *last));
+        self.failed_replies = rest;
+        for (id, _) in ready {
+            self.answer(id, Err(WriteFailed));
+        }
+        if !self.failed_replies.is_empty() {
+            self.write_maps();
+        }
     }
 }

@@ -156,7 +156,7 @@ pub struct Tracker {
     epoch: OpenEpoch,
     local: Local,
     /// Failed requests whose error waits for the maps (W5).
-    failed_replies: Vec<RequestId>,
+    failed_replies: Vec<(RequestId, Sequence)>,
     sessions: BTreeMap<HostId, Session>,
     holds: HashMap<u64, (HostId, u64, ByteRange)>,
     next_hold: u64,
@@ -292,7 +292,7 @@ impl Tracker {
         self.drive(now);
     }
 
-    /// A write to the backing has ended.
+    /// A write to the backing has ended. A durable one that failed may have failed in its sync, so it counts as that.
     pub fn handle_local_written(&mut self, sequence: Sequence, written: bool, now: Time) {
         let piece = self.under_way.remove(&sequence).expect("a write ends once");
         self.activity.give_back(piece.range.extents(), Some(sequence));
@@ -304,6 +304,9 @@ impl Tracker {
         let freed = self.order.finish(Admitted::Write(sequence), piece.range);
         self.run(freed);
         self.piece_ended(piece.request, written);
+        if !written && piece.fua {
+            self.fail_backing();
+        }
         self.begin_arrivals(now);
         self.drive(now);
     }
@@ -489,11 +492,7 @@ impl Tracker {
     fn drive(&mut self, now: Time) {
         self.local.wanted |= self.closing && self.local.durable < self.last;
         self.start_sync();
-        if !self.failed_replies.is_empty() && self.sessions.values().all(Session::is_written) {
-            for id in std::mem::take(&mut self.failed_replies) {
-                self.answer(id, Err(WriteFailed));
-            }
-        }
+        self.answer_failed();
         let application_waits = !self.under_way.is_empty();
         let mut epoch_end_wanted = false;
         for session in self.sessions.values_mut() {
