@@ -20,6 +20,8 @@ use std::time::UNIX_EPOCH;
 const FILE_NAME: &str = "backing";
 /// What the record of a recovery begins with, before the source's fingerprint.
 const RECOVERED: &str = "recovered from ";
+/// What it begins with as long as the recovery is not complete.
+const RECOVERING: &str = "being recovered from ";
 
 /// Why a backing is not opened.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +39,18 @@ pub enum BackingError {
         expected: String,
         /// What it is.
         found: String,
+        /// The record.
+        record: PathBuf,
+    },
+    /// A recovery into it was interrupted.
+    #[error(
+        "a recovery into {} is not complete: run `blockmirror recover` again until it is, or, if the content is \
+         whole all the same, remove {}",
+        path.display(), record.display()
+    )]
+    HalfRecovered {
+        /// The backing.
+        path: PathBuf,
         /// The record.
         record: PathBuf,
     },
@@ -59,8 +73,8 @@ pub enum Match {
     Same,
     /// It takes the place of the one before; [`record`] ends that.
     Adopted {
-        /// What is to be recorded.
-        identity: String,
+        /// What is to be recorded, if anything tells it from others.
+        identity: Option<String>,
         /// The host whose copy it was recovered from.
         source: Option<HostId>,
     },
@@ -72,31 +86,36 @@ pub enum Match {
 /// [`BackingError`] when it is another one, or can't be looked at.
 pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingError> {
     let record = state_folder.join(FILE_NAME);
-    let Some(found) = identity(backing).map_err(io_error("look at", backing))? else {
-        return Ok(Match::Same);
-    };
+    let found = identity(backing).map_err(io_error("look at", backing))?;
     let recorded = match std::fs::read_to_string(&record) {
         Ok(recorded) => recorded.trim().to_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok(Match::Adopted { identity: found, source: None });
+            return Ok(match found {
+                Some(_) => Match::Adopted { identity: found, source: None },
+                None => Match::Same,
+            });
         }
         Err(error) => return Err(io_error("read", &record)(error)),
     };
     if let Some(source) = recorded.strip_prefix(RECOVERED) {
         return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
     }
-    if recorded == found {
-        return Ok(Match::Same);
+    if recorded.starts_with(RECOVERING) {
+        return Err(BackingError::HalfRecovered { path: backing.to_owned(), record });
     }
+    let Some(found) = found.filter(|found| *found != recorded) else { return Ok(Match::Same) };
     Err(BackingError::Replaced { path: backing.to_owned(), expected: recorded, found, record })
 }
 
-/// Records durably which backing the volume has from now on.
+/// Records durably which backing the volume has from now on, or that nothing tells it from others.
 ///
 /// # Errors
-/// [`BackingError::Io`] when the record can't be written.
-pub fn record(state_folder: &Path, identity: &str) -> Result<(), BackingError> {
+/// [`BackingError::Io`] when the record can't be written or removed.
+pub fn record(state_folder: &Path, identity: Option<&str>) -> Result<(), BackingError> {
     let record = state_folder.join(FILE_NAME);
+    let Some(identity) = identity else {
+        return durable::remove(&record).map_err(io_error("remove", &record));
+    };
     durable::replace(
         &record,
         format!(
@@ -113,7 +132,15 @@ pub fn record(state_folder: &Path, identity: &str) -> Result<(), BackingError> {
 /// # Errors
 /// [`BackingError::Io`] when the record can't be written.
 pub fn record_recovery(state_folder: &Path, source: HostId) -> Result<(), BackingError> {
-    record(state_folder, &format!("{RECOVERED}{source}"))
+    record(state_folder, Some(&format!("{RECOVERED}{source}")))
+}
+
+/// Records durably that a recovery writes to the backing: until it has ended, the volume is not opened from it.
+///
+/// # Errors
+/// [`BackingError::Io`] when the record can't be written.
+pub fn record_recovery_begun(state_folder: &Path, source: HostId) -> Result<(), BackingError> {
+    record(state_folder, Some(&format!("{RECOVERING}{source}")))
 }
 
 fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BackingError {
@@ -163,7 +190,7 @@ mod tests {
         let Match::Adopted { identity, source: None } = compare(folder.path(), &backing).unwrap() else {
             panic!("nothing is on record yet");
         };
-        record(folder.path(), &identity).unwrap();
+        record(folder.path(), identity.as_deref()).unwrap();
         std::fs::write(&backing, [1; 512]).unwrap();
         assert_eq!(compare(folder.path(), &backing).unwrap(), Match::Same);
         let moved = folder.path().join("moved");
@@ -172,6 +199,9 @@ mod tests {
         std::fs::copy(&moved, &backing).unwrap();
         let refused = compare(folder.path(), &backing);
         assert!(matches!(refused, Err(BackingError::Replaced { .. })), "{refused:?}");
+        record_recovery_begun(folder.path(), HostId([7; 32])).unwrap();
+        let half = compare(folder.path(), &backing);
+        assert!(matches!(half, Err(BackingError::HalfRecovered { .. })), "{half:?}");
         record_recovery(folder.path(), HostId([7; 32])).unwrap();
         let adopted = compare(folder.path(), &backing).unwrap();
         assert!(matches!(adopted, Match::Adopted { source: Some(HostId([7, ..])), .. }), "{adopted:?}");

@@ -19,6 +19,17 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     sync_folder_of(path)
 }
 
+/// Removes a file, if it is there, durably.
+///
+/// # Errors
+/// What the kernel said.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.and_then(|()| sync_folder_of(path)),
+    }
+}
+
 /// Creates the file at `path` unless there is one already.
 ///
 /// # Errors

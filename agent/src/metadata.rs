@@ -6,6 +6,7 @@
 //! costs time, because it counts as "everything may differ".
 
 use crate::buffer::BufferPool;
+use crate::durable;
 use crate::storage::file::{File, OpenError};
 use crate::storage::{self, Storage};
 use crate::stored;
@@ -177,7 +178,7 @@ impl State {
         let full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
         let path = self.folder.join(dirty_map::file_name(peer));
         if !path.exists() {
-            return Ok((full, Rc::new(File::create_metadata(&path, 0)?)));
+            return Ok((full, Rc::new(File::create_metadata(&path, dirty_map::page_offset(0))?)));
         }
         let file = open_file(path.clone()).await?;
         let stored = stored::read_map(&path)
@@ -192,6 +193,24 @@ impl State {
                 Ok((full, file))
             }
         }
+    }
+
+    /// Removes the maps of hosts that are no peers any more: nobody marks in them, so they would lie if one came back.
+    ///
+    /// # Errors
+    /// [`StateError`] when the folder can't be read or a map can't be removed.
+    pub fn remove_other_maps(&self, peers: &[HostId]) -> Result<(), StateError> {
+        let error = |source| folder_error(&self.folder, source);
+        let kept: Vec<String> = peers.iter().map(|peer| dirty_map::file_name(*peer)).collect();
+        for entry in std::fs::read_dir(&self.folder).map_err(error)? {
+            let entry = entry.map_err(error)?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with(dirty_map::FILE_PREFIX) && !kept.contains(&name) {
+                tracing::info!(map = %name, "removed the map of a host that is no peer any more");
+                durable::remove(&entry.path()).map_err(error)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes a map's changes: pages and holes, then, when they are durable, the header.

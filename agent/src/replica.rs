@@ -18,7 +18,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, PrimaryMisbehaved, Settings, StateChange};
 use blockmirror_protocol::units::Session as SessionNumber;
 use blockmirror_protocol::wire::FrameHeader;
-use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal, Refused};
+use blockmirror_protocol::wire::message::{Hello, Member, Message};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -220,9 +220,10 @@ impl Replica {
         mut receiver: ControlReceiver,
         learned: impl Fn(Vec<Member>),
     ) -> Result<(), SessionError> {
-        if self.is_recovering() {
-            let text = "a recovery reads this replica; replication goes on when it has ended".into();
-            sender.send(&Refused { refusal: Refusal::Busy, text }.into()).await?;
+        let objection = self.inner.borrow().machine.objection(&hello);
+        if let Some(refused) = objection {
+            // The session that is being served goes on.
+            sender.send(&refused.into()).await?;
             return Ok(sender.finish().await?);
         }
         let session = self.take_over();

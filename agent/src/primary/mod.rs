@@ -31,6 +31,10 @@ use tokio::task::spawn_local;
 /// How much of a held range is read at once for a compare, in bytes.
 const DIGEST_BYTES: u64 = 1 << 20;
 
+/// A frame that is a smaller share of its request than one in so many is copied, if the request is larger than that.
+const PINNED_SHARE: usize = 64;
+const PINNED_BYTES: usize = 1 << 20;
+
 /// A volume on its primary. Lives on the volume's thread.
 pub struct Primary {
     me: Weak<Self>,
@@ -90,6 +94,7 @@ impl Primary {
             })
             .await?;
         let superblock = state.superblock();
+        state.remove_other_maps(peers)?;
         let log = state.recover_log().await?;
         if let Recovered::Unsure { .. } = log {
             tracing::warn!("the activity log's newest record is not whole: all blocks count as dirty");
@@ -319,7 +324,7 @@ impl Primary {
             session::Action::Send(message) => inner.queue(peer, Queued::Message(message)),
             session::Action::SendFrame { header, request } => {
                 let payload =
-                    request.map_or_else(Bytes::new, |request| inner.data(request, header.body.range()));
+                    request.map_or_else(Bytes::new, |request| inner.frame_data(request, header.body.range()));
                 inner.queue(peer, Queued::Live(header.encode(&payload), payload));
             }
             session::Action::WriteMap(changes) => {
@@ -452,8 +457,9 @@ impl Volume for Primary {
             }
             Command::Flush => (Work::Flush, 0, Bytes::new()),
         };
-        // A reply must not come before this returns, and the tracker may answer at once.
-        let reply: Rc<dyn Reply> = if matches!(work, Work::Flush) { Rc::new(Later(reply)) } else { reply };
+        // A reply must not come before this returns, and the tracker may answer these at once.
+        let at_once = matches!(work, Work::Flush) || self.inner.borrow().tracker.has_failed();
+        let reply: Rc<dyn Reply> = if at_once { Rc::new(Later(reply)) } else { reply };
         self.drive(|inner, now| {
             let id = RequestId(inner.next_request);
             inner.next_request += 1;
@@ -491,6 +497,16 @@ impl Inner {
         let pending = self.requests.get(&request).expect("a request's data is kept until its reply");
         let start = usize::try_from(range.offset - pending.offset).expect("a request fits into memory");
         pending.data.slice(start..start + usize::try_from(range.length).expect("a request fits into memory"))
+    }
+
+    /// As [`Inner::data`], for a frame that may wait long: a small part doesn't keep all of a large request in memory.
+    fn frame_data(&self, request: RequestId, range: ByteRange) -> Bytes {
+        let data = self.data(request, range);
+        let whole = self.requests[&request].data.len();
+        if data.len() < whole / PINNED_SHARE && whole > PINNED_BYTES {
+            return Bytes::copy_from_slice(&data);
+        }
+        data
     }
 
     /// Hands something to the sender of a link; dropped where the link is gone.

@@ -14,6 +14,13 @@ use blockmirror_protocol::wire::message::{Join, Joined, Member, Refusal, Refused
 use std::net::SocketAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// How many replicas a volume has at most.
+const PEERS: usize = 32;
+/// How long a host's name is at most, how many addresses it has, and how long each is.
+const NAME_BYTES: usize = 63;
+const ADDRESSES: usize = 16;
+const ADDRESS_BYTES: usize = 260;
+
 impl Supervisor {
     pub(super) async fn invite_to(
         &self,
@@ -53,6 +60,11 @@ impl Supervisor {
         if config.role != Role::Primary {
             let text = "only the primary takes replicas in; use a token that it made".to_owned();
             return Err(Refused { refusal: Refusal::Role, text });
+        }
+        if !is_sound(&join) || config.peers.len() >= PEERS {
+            return Err(other(
+                "the new host's name or addresses are too long, or there are too many hosts".to_owned(),
+            ));
         }
         self.use_secret(&config.name, &Secret(join.secret), join.ask_only)?;
         let member = Member {
@@ -120,7 +132,6 @@ impl Supervisor {
         if addresses.is_empty() {
             return Err(refused("the new host tells no address that this one could reach it at"));
         }
-        let is_known = config.peers.iter().any(|peer| peer.host == member.host);
         let peer = peer_of(config, member, Role::Replica);
         self.change_config(&config.name, |config| {
             // A host that joins anew has an empty copy; where it listens may have changed.
@@ -130,13 +141,17 @@ impl Supervisor {
             }
         })
         .await?;
-        if is_known {
-            return Ok(());
-        }
         let handle = self.handle_of(&config.name).await?;
         let added = handle.answer(|answer| Ask::AddPeer(peer, answer)).await;
         added.unwrap_or_else(|| Err("the volume's thread has ended".to_owned())).map_err(failed)
     }
+}
+
+/// Whether a new host's words fit into the messages in which others are told of it.
+fn is_sound(join: &Join) -> bool {
+    join.name.len() <= NAME_BYTES
+        && join.listen.len() <= ADDRESSES
+        && join.listen.iter().all(|address| address.len() <= ADDRESS_BYTES)
 }
 
 /// What a host says of where it listens, with the address that it is seen at in place of an unspecified one.

@@ -15,6 +15,10 @@ use std::time::Duration;
 /// How long a peer may take to say what a stream is for.
 const FIRST_MESSAGE_TIME: Duration = Duration::from_secs(10);
 
+/// How long a key that is not known may stay connected, and how often that is looked at.
+const STRANGER_TIME: Duration = Duration::from_secs(60);
+const STRANGER_LOOKS: u32 = 30;
+
 /// A stream that is refused, and its sending side to say so on.
 type No = (Refused, ControlSender);
 
@@ -27,6 +31,11 @@ impl Supervisor {
     }
 
     async fn serve_connection(self: Arc<Self>, connection: Connection) {
+        if self.knows(connection.peer()).await {
+            connection.trust();
+        } else if !self.watch_stranger(&connection).await {
+            return connection.close(CloseReason::Refused, "too many unknown hosts are connected");
+        }
         loop {
             match connection.accept().await {
                 Ok(Incoming::Control(sender, receiver)) => {
@@ -51,6 +60,27 @@ impl Supervisor {
         }
     }
 
+    /// Sees to it that an unknown key gets itself known in time or is gone. Says whether there is room for it.
+    async fn watch_stranger(self: &Arc<Self>, connection: &Connection) -> bool {
+        let Ok(place) = self.strangers.clone().try_acquire_owned() else { return false };
+        let (supervisor, connection) = (self.clone(), connection.clone());
+        tokio::spawn(async move {
+            // Leaving early, the connection's end would be noticed late; it is looked at every now and then.
+            for _ in 0..STRANGER_LOOKS {
+                tokio::time::sleep(STRANGER_TIME / STRANGER_LOOKS).await;
+                if !connection.is_live() {
+                    break;
+                }
+                if supervisor.knows(connection.peer()).await {
+                    return connection.trust();
+                }
+            }
+            connection.close(CloseReason::Refused, "nothing was asked for in time");
+            drop(place);
+        });
+        true
+    }
+
     async fn serve_control(
         self: Arc<Self>,
         connection: Connection,
@@ -61,7 +91,10 @@ impl Supervisor {
         let outcome = match first {
             Ok(Ok(Message::Hello(hello))) => self.take_session(hello, &connection, sender, receiver).await,
             Ok(Ok(Message::Join(join))) => match self.admit(join, &connection).await {
-                Ok(joined) => return answer(sender, joined.into()).await,
+                Ok(joined) => {
+                    connection.trust();
+                    return answer(sender, joined.into()).await;
+                }
                 Err(no) => Err((no, sender)),
             },
             Ok(Ok(Message::Recover(recover))) => self.take_recovery(recover, &connection, sender).await,
@@ -116,6 +149,7 @@ impl Supervisor {
         if let Err(no) = self.admit_recovery(&config, recover.secret, connection.peer()).await {
             return Err((no, sender));
         }
+        connection.trust();
         let connection = connection.clone();
         self.hand_on(&config, sender, |sender| Ask::Recover(recover.accept_inconsistent, sender, connection))
             .await

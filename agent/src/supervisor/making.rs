@@ -20,6 +20,9 @@ use blockmirror_protocol::units::{
 use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Member, Message};
 use std::path::{Path, PathBuf};
 
+/// How long a name is at most.
+const NAME_LENGTH: usize = 63;
+
 /// A backing that was looked at, and made where it was missing.
 struct Prepared {
     size_bytes: u64,
@@ -28,6 +31,7 @@ struct Prepared {
 
 impl Supervisor {
     pub(super) async fn make(&self, request: CreateRequest) -> Result<StatusReply, Failure> {
+        let _one_at_a_time = self.making.lock().await;
         self.must_be_free(&request.name, &request.backing).await?;
         let block_size = match request.block_size_bytes {
             Some(bytes) => BlockSize::new(bytes).map_err(|error| usage(error.to_string()))?,
@@ -63,6 +67,7 @@ impl Supervisor {
     }
 
     pub(super) async fn join_with(&self, request: JoinRequest) -> Result<StatusReply, Failure> {
+        let _one_at_a_time = self.making.lock().await;
         let token = Token::parse(&request.token).map_err(|error| usage(error.to_string()))?;
         let connection = self
             .peers
@@ -227,12 +232,16 @@ impl Supervisor {
 /// A member as a peer of this host, under a name that no other peer has.
 pub(super) fn peer_of(config: &VolumeConfig, member: &Member, role: Role) -> PeerConfig {
     let nearest = Name::nearest(&member.name);
-    let mut name = nearest.clone();
-    let mut number = 2;
-    while config.peers.iter().any(|peer| peer.name == name && peer.host != member.host) {
-        name = Name::nearest(&format!("{nearest}-{number}"));
-        number += 1;
-    }
+    let is_taken =
+        |name: &Name| config.peers.iter().any(|peer| peer.name == *name && peer.host != member.host);
+    let numbered = (2..).map(|number: u32| {
+        let suffix = format!("-{number}");
+        // The suffix must not be cut off with the end of a long name.
+        let kept: String = nearest.as_str().chars().take(NAME_LENGTH - suffix.len()).collect();
+        Name::nearest(&format!("{kept}{suffix}"))
+    });
+    let name = std::iter::once(nearest.clone()).chain(numbered).find(|name| !is_taken(name));
+    let name = name.expect("there are more numbers than peers");
     PeerConfig {
         name,
         role,
@@ -315,4 +324,25 @@ fn remove_made(path: &Path, made: bool) {
 
 fn usage(text: impl Into<String>) -> Failure {
     Failure::new(FailureKind::Usage, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_of_one_long_name_get_names_of_their_own() {
+        let text = format!(
+            "name = \"v\"\nid = \"{}\"\nrole = \"primary\"\nbacking = \"/x\"\nsize_bytes = 4096\nblock_size_bytes = 4096\n",
+            "00".repeat(16)
+        );
+        let mut config: VolumeConfig = toml::from_str(&text).unwrap();
+        for number in 0..12 {
+            let member = Member { name: "y".repeat(80), host: HostId([number; 32]), addresses: Vec::new() };
+            let peer = peer_of(&config, &member, Role::Replica);
+            config.peers.push(peer);
+        }
+        config.check().unwrap();
+        assert!(config.peers[11].name.as_str().ends_with("-12"));
+    }
 }

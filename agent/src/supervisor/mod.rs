@@ -20,9 +20,12 @@ pub use operations::Operator;
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::sync::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
+
+/// How many connections of unknown keys there may be at a time.
+const STRANGERS: usize = 64;
 
 /// Where the agent keeps things.
 #[derive(Clone, Debug)]
@@ -52,6 +55,10 @@ pub struct Supervisor {
     /// Keys that a token let in for a recovery, while the agent runs.
     admitted: Mutex<HashSet<(VolumeId, HostId)>>,
     learned: UnboundedSender<Learned>,
+    /// Places for connections of unknown keys.
+    strangers: Arc<Semaphore>,
+    /// Volumes come to be one at a time: two attempts at one name must not undo each other.
+    making: Mutex<()>,
 }
 
 struct Entry {
@@ -79,6 +86,8 @@ impl Supervisor {
             volumes: Mutex::default(),
             admitted: Mutex::default(),
             learned,
+            strangers: Arc::new(Semaphore::new(STRANGERS)),
+            making: Mutex::default(),
         });
         (supervisor, source)
     }
@@ -119,9 +128,11 @@ impl Supervisor {
     /// Stops all volumes in order.
     pub async fn stop(&self) {
         let volumes = std::mem::take(&mut *self.volumes.lock().await);
+        let mut stops = JoinSet::new();
         for entry in volumes.into_values() {
-            entry.handle.stop().await;
+            stops.spawn(async move { entry.handle.stop().await });
         }
+        stops.join_all().await;
         self.endpoint.close().await;
     }
 

@@ -11,9 +11,11 @@ use crate::verdict;
 use crate::volume::Ask;
 use blockmirror_protocol::session::CompareResult;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
+/// How long a volume may take to tell its facts.
+const FACTS_TIME: Duration = Duration::from_secs(5);
 /// How many ranges an answer lists at most.
 const LISTED_RANGES: usize = 100;
 
@@ -24,9 +26,11 @@ impl Supervisor {
     pub(super) async fn status_of(&self, names: Vec<Name>) -> Result<StatusReply, Failure> {
         let mut volumes = Vec::new();
         for name in names {
-            let facts = self.handle_of(&name).await?.answer(Ask::Facts).await;
-            let facts = facts
-                .ok_or_else(|| failed(format!("the thread of {name} has ended; see the agent's log")))?;
+            let handle = self.handle_of(&name).await?;
+            let facts = tokio::time::timeout(FACTS_TIME, handle.answer(Ask::Facts)).await;
+            let facts = facts.ok().flatten().ok_or_else(|| {
+                failed(format!("the volume {name} does not answer: its disk hangs; see the agent's log"))
+            })?;
             volumes.push(verdict::running(facts));
         }
         Ok(StatusReply {

@@ -4,7 +4,7 @@ use super::control::{ControlReceiver, ControlSender};
 use super::error::{Lost, Misbehaviour, ReceiveError, SendError};
 use super::frames::{FrameReceiver, FrameSender};
 use super::stream::{Inbound, Outbound, Priority};
-use super::tls;
+use super::{settings, tls};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::{StreamKind, StreamPreamble};
 use quinn::VarInt;
@@ -93,6 +93,12 @@ impl Connection {
     /// Waits until the connection is lost or closed.
     pub async fn closed(&self) -> Lost {
         self.lost(self.quic.closed().await)
+    }
+
+    /// Gives an accepted connection the room that a known peer has: anybody can make a key and connect, so until then it
+    /// is held short.
+    pub fn trust(&self) {
+        settings::trust(&self.quic);
     }
 
     /// Closes the connection at once; what has not arrived yet will not. The peer is told why.

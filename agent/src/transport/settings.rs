@@ -43,15 +43,20 @@ impl Default for Options {
             socket_buffer_bytes: 4 << 20,
             // 10 Gb/s over 13 ms, 1 Gb/s over 130 ms.
             stream_window_bytes: 16 << 20,
-            connection_window_bytes: 256 << 20,
+            connection_window_bytes: CONNECTION_WINDOW_BYTES,
         }
     }
 }
 
-/// How many streams of each direction a peer may have open at a time: some per volume, for hundreds of volumes.
 /// Long enough that no two of a host's connections have one name.
 const CONNECTION_ID_BYTES: usize = 8;
+/// How much of what a known peer sends waits here to be read, at most, over all of its streams.
+const CONNECTION_WINDOW_BYTES: u32 = 256 << 20;
+/// How many streams of each direction a known peer may have open at a time: some per volume, for hundreds of volumes.
 const STREAMS: u32 = 1024;
+/// The same for whoever has connected and is not known yet: anybody can make a key.
+const STRANGER_WINDOW_BYTES: u32 = 512 << 10;
+const STRANGER_STREAMS: u32 = 8;
 
 /// How many handshakes wait to be begun, and how many bytes each may have sent by then.
 const WAITING_HANDSHAKES: usize = 256;
@@ -59,6 +64,10 @@ const WAITING_BYTES: u64 = 64 << 10;
 
 impl Options {
     pub(super) fn transport(&self) -> Arc<TransportConfig> {
+        Arc::new(self.transport_with(self.connection_window_bytes, STREAMS))
+    }
+
+    fn transport_with(&self, window_bytes: u32, streams: u32) -> TransportConfig {
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(self.packet_limit_bytes);
         let idle_timeout = IdleTimeout::try_from(self.idle_timeout)
@@ -69,13 +78,13 @@ impl Options {
             .max_idle_timeout(Some(idle_timeout))
             .mtu_discovery_config(Some(discovery))
             .stream_receive_window(VarInt::from_u32(self.stream_window_bytes))
-            .receive_window(VarInt::from_u32(self.connection_window_bytes))
+            .receive_window(VarInt::from_u32(window_bytes))
             .send_window(u64::from(self.connection_window_bytes))
-            .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS))
-            .max_concurrent_uni_streams(VarInt::from_u32(STREAMS))
+            .max_concurrent_bidi_streams(VarInt::from_u32(streams))
+            .max_concurrent_uni_streams(VarInt::from_u32(streams))
             .congestion_controller_factory(Arc::new(CubicConfig::default()))
             .datagram_receive_buffer_size(None);
-        Arc::new(config)
+        config
     }
 
     pub(super) fn endpoint(&self, key: &HostKey) -> EndpointConfig {
@@ -90,12 +99,19 @@ impl Options {
     pub(super) fn server(&self, crypto: Arc<dyn quinn::crypto::ServerConfig>) -> ServerConfig {
         let mut config = ServerConfig::with_crypto(crypto);
         config
-            .transport_config(self.transport())
+            .transport_config(Arc::new(self.transport_with(STRANGER_WINDOW_BYTES, STRANGER_STREAMS)))
             .max_incoming(WAITING_HANDSHAKES)
             .incoming_buffer_size(WAITING_BYTES)
             .incoming_buffer_size_total(WAITING_BYTES * WAITING_HANDSHAKES as u64);
         config
     }
+}
+
+/// Gives an accepted connection the room that a known peer has.
+pub(super) fn trust(connection: &quinn::Connection) {
+    connection.set_receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES));
+    connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS));
+    connection.set_max_concurrent_uni_streams(VarInt::from_u32(STREAMS));
 }
 
 /// Names connections at random. The usual generator signs its names with a key of the process and drops packets with

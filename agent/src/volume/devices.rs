@@ -50,8 +50,24 @@ impl Devices {
         devices
     }
 
-    pub(super) fn statuses(&self) -> Vec<DeviceStatus> {
-        self.statuses.clone()
+    pub(super) async fn statuses(&self) -> Vec<DeviceStatus> {
+        let mut statuses = self.statuses.clone();
+        if self.loop_has_ended().await {
+            for status in statuses.iter_mut().filter(|status| status.kind == DeviceKind::Loop) {
+                status.error = Some("its connection was aborted; restart the agent".to_owned());
+            }
+        }
+        statuses
+    }
+
+    /// Whether the loop device was served and is no longer, without waiting for that.
+    async fn loop_has_ended(&self) -> bool {
+        let Some(loopback) = &self.loopback else { return false };
+        tokio::select! {
+            biased;
+            () = loopback.ended() => true,
+            () = std::future::ready(()) => false,
+        }
     }
 
     pub(super) async fn stop(self) {

@@ -157,7 +157,7 @@ struct Volume {
     pool: BufferPool,
     role: OpenRole,
     devices: Devices,
-    recovery: RefCell<Option<Rc<recovery::Source>>>,
+    recovery: Rc<RefCell<Option<Rc<recovery::Source>>>>,
     /// Reads of recoveries that failed, for the streams on which they were asked for.
     refusals: broadcast::Sender<Refused>,
 }
@@ -177,7 +177,7 @@ impl Volume {
             pool: BufferPool::new(POOL_BYTES),
             role: OpenRole::Closed(String::new()),
             devices: Devices::default(),
-            recovery: RefCell::default(),
+            recovery: Rc::default(),
             refusals: broadcast::channel(1).0,
         };
         volume.reopen().await;
@@ -187,6 +187,7 @@ impl Volume {
     /// Opens the backing and what depends on it, or remembers why that is not possible.
     async fn reopen(&mut self) {
         // The old role's claim on the backing is given back before the backing is claimed anew.
+        *self.recovery.borrow_mut() = None;
         self.role = OpenRole::Closed(String::new());
         match self.try_open().await {
             Ok(role) => self.role = role,
@@ -306,6 +307,10 @@ impl Volume {
     }
 
     async fn begin_session(&mut self, hello: Hello, sender: ControlSender, receiver: ControlReceiver) {
+        if matches!(&self.role, OpenRole::Replica(replica) if replica.is_recovering()) {
+            let text = "a recovery reads this replica; replication goes on when it has ended".to_owned();
+            return refuse(sender, Refusal::Busy, text);
+        }
         if let OpenRole::Replica(replica) = &self.role
             && replica.has_failed()
         {
@@ -359,6 +364,9 @@ impl Volume {
         };
         let primary = primary.clone();
         let window_bytes = self.config.borrow().window.0;
+        if matches!(&self.role, OpenRole::Primary(_, links) if links.contains_key(&peer.host)) {
+            return Ok(());
+        }
         primary.add_peer(peer.host, window_bytes).await.map_err(|error| with_causes(&error))?;
         let link = self.link(&primary, &peer);
         if let OpenRole::Primary(_, links) = &mut self.role {
@@ -410,6 +418,10 @@ impl Volume {
             };
             return refuse(sender, Refusal::Role, text);
         };
+        if replica.has_failed() {
+            let text = "the backing of this replica has failed; see its log".to_owned();
+            return refuse(sender, Refusal::Backing, text);
+        }
         let data = replica.report().data;
         if data == DataState::Empty || data == DataState::Inconsistent && !accept_inconsistent {
             let text = "this copy is not consistent: its first sync or a resync did not end; \
@@ -437,7 +449,14 @@ impl Volume {
         );
         *self.recovery.borrow_mut() = Some(Rc::new(source));
         let refusals = self.refusals.subscribe();
-        spawn_local(serve_recovery(guard, info, sender, connection, refusals));
+        let (kept, replica) = (self.recovery.clone(), replica.clone());
+        spawn_local(async move {
+            serve_recovery(guard, info, sender, connection, refusals).await;
+            if !replica.is_recovering() {
+                // What was kept for reads holds the backing's claim.
+                *kept.borrow_mut() = None;
+            }
+        });
     }
 
     fn read_for_recovery(&self, first: Message, sender: ControlSender, receiver: ControlReceiver) {
@@ -549,5 +568,5 @@ async fn adopt(config: &VolumeConfig, surroundings: &Surroundings, state: &State
         }
     }
     // Only now: a crash before this does it all again.
-    backing::record(folder, &identity).map_err(|error| with_causes(&error))
+    backing::record(folder, identity.as_deref()).map_err(|error| with_causes(&error))
 }

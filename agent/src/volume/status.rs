@@ -20,7 +20,7 @@ impl Volume {
             backing: config.backing.clone(),
             backing_error: None,
             storage: Some(self.storage_kind.clone()).filter(|kind| !kind.is_empty()),
-            devices: self.devices.statuses(),
+            devices: self.devices.statuses().await,
             data: None,
             epoch: None,
             peers: Vec::new(),
@@ -96,6 +96,8 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
     };
     let error = if report.local_read_failed {
         Some("blocks can't be read here, so they can't be copied".to_owned())
+    } else if report.map_failed {
+        Some("its dirty map can't be written: the disk of the state folder is full or failing".to_owned())
     } else {
         link.error.clone()
     };

@@ -20,6 +20,8 @@ use crate::units::{BlockSize, CopyId, HostId, VolumeId};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+/// What the names of all maps' files begin with.
+pub const FILE_PREFIX: &str = "map-";
 /// The newest layout that this release reads, and the one that it writes.
 pub const VERSION: u32 = 1;
 /// How many 64-bit words of bits a page holds.
@@ -87,7 +89,7 @@ pub struct Header {
 /// The file's name in the volume's state folder.
 #[must_use]
 pub fn file_name(peer: HostId) -> String {
-    format!("map-{}", &peer.to_string()[..16])
+    format!("{FILE_PREFIX}{}", &peer.to_string()[..16])
 }
 
 /// How many pages of bits a volume of so many blocks has.

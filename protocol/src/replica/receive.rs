@@ -21,7 +21,9 @@ impl Replica {
         self.go_on();
     }
 
-    pub(super) fn objection(&self, hello: &Hello) -> Option<Refused> {
+    /// Why a greeting is refused, if it is. One that is not takes the place of the session that is open.
+    #[must_use]
+    pub fn objection(&self, hello: &Hello) -> Option<Refused> {
         let Settings { volume, size_bytes, block_size, .. } = self.settings;
         let refused = |refusal, text: &str| Some(Refused { refusal, text: text.into() });
         if self.failed {

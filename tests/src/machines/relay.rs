@@ -143,7 +143,14 @@ fn return_to(client: SocketAddr, front: &UdpSocket, back: &UdpSocket, shared: &S
 fn receive(socket: &UdpSocket, shared: &Shared, datagram: &mut [u8]) -> Option<Option<(usize, SocketAddr)>> {
     let received = match socket.recv_from(datagram) {
         Ok(received) => Some(received),
-        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => None,
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+            ) =>
+        {
+            None
+        }
         // Somebody who was sent to before does not listen any more.
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => None,
         Err(error) => panic!("a relay's socket failed: {error}"),

@@ -32,7 +32,7 @@ use progress::Meter;
 use serde::Serialize;
 use std::convert::Infallible;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 use target::{Found, Target};
@@ -157,6 +157,11 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     let ring = storage::open()?;
     let target = Rc::new(found.prepare(opened.info.size_bytes, kept.is_some(), ring)?);
     let state = go_on_or_begin(&opened, kept, &target, identity.kept, arguments.from_start)?;
+    let own = own_volume(&arguments.name, opened.info.volume, &path, client)?;
+    if let Some(folder) = &own {
+        backing::record_recovery_begun(folder, opened.connection.peer())
+            .map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
+    }
     let journal = Journal::begin(state_path, state)?;
     let retry = Duration::from_secs(arguments.retry.0);
     let name = arguments.name;
@@ -170,29 +175,52 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
         Ok(Some((opened, digests))) => {
             let report = work.report(&opened, &digests, path, started.elapsed());
             opened.connection.close(CloseReason::Done, "the recovery is complete");
-            let (id, source) = (opened.info.volume, opened.connection.peer());
-            work.complete(&digests).await?;
-            tell(&report, json, output)?;
-            Ok(hand_over(&report, id, source, client)?)
+            must_agree(&digests)?;
+            // The volume learns of it before the recovery's own notes are gone.
+            hand_over(own.as_deref(), opened.connection.peer())?;
+            work.complete().await?;
+            Ok(tell(&report, json, output)?)
         }
         Ok(None) => Err(work.stop(Failure::new(FailureKind::Failed, "interrupted")).await.into()),
         Err(failure) => Err(work.stop(failure).await.into()),
     }
 }
 
-/// Tells this host's own volume, if it has one, that its backing now holds the peer's content.
-fn hand_over(report: &Report, id: VolumeId, source: HostId, client: &Client) -> Result<(), Failure> {
-    let Ok(volume) = offline::config_folder(client.run())?.load_volume(&report.volume) else { return Ok(()) };
+/// Whether the target is what the peer has.
+fn must_agree(digests: &Digests) -> Result<(), Failure> {
+    if digests.target != digests.peer {
+        let (ours, theirs) = (digests.target.to_hex(), digests.peer.to_hex());
+        let message = format!(
+            "the target is not what the peer has: the digests are {} and {}; a disk or the memory of one host \
+             is to blame, or the peer's copy changed; run the command again with --from-start",
+            &ours[..16],
+            &theirs[..16]
+        );
+        return Err(Failure::new(FailureKind::Failed, message));
+    }
+    Ok(())
+}
+
+/// The state folder of this host's own volume, if the target is the backing that it is served from.
+fn own_volume(name: &Name, id: VolumeId, target: &Path, client: &Client) -> Result<Option<PathBuf>, Failure> {
+    let Ok(volume) = offline::config_folder(client.run())?.load_volume(name) else { return Ok(None) };
     if volume.id != id || volume.role != Role::Primary {
-        return Ok(());
+        return Ok(None);
     }
-    if volume.backing.canonicalize().ok() != report.target.canonicalize().ok() {
-        let (name, backing) = (volume.name, volume.backing.display());
-        warn(&format!("the volume {name} on this host still has {backing} as its backing"));
-        return Ok(());
+    if volume.backing.canonicalize().ok() != target.canonicalize().ok() {
+        warn(&format!(
+            "the volume {name} on this host still has {} as its backing",
+            volume.backing.display()
+        ));
+        return Ok(None);
     }
-    let folder = offline::state_folder(client.run())?.join(report.volume.as_str());
-    backing::record_recovery(&folder, source)
+    Ok(Some(offline::state_folder(client.run())?.join(name.as_str())))
+}
+
+/// Tells this host's own volume that its backing now holds the peer's content.
+fn hand_over(own: Option<&Path>, source: HostId) -> Result<(), Failure> {
+    let Some(folder) = own else { return Ok(()) };
+    backing::record_recovery(folder, source)
         .map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
     warn("start the agent (or restart it) to serve the volume from what was recovered");
     Ok(())
@@ -337,19 +365,9 @@ impl Work {
         Failure::new(failure.kind, format!("{failure}; {advice}"))
     }
 
-    /// Forgets the recovery if both sides are the same.
-    async fn complete(self, digests: &Digests) -> Result<(), Failure> {
+    /// Forgets the recovery.
+    async fn complete(self) -> Result<(), Failure> {
         self.peer.endpoint.close().await;
-        if digests.target != digests.peer {
-            let (ours, theirs) = (digests.target.to_hex(), digests.peer.to_hex());
-            let message = format!(
-                "the target is not what the peer has: the digests are {} and {}; a disk or the memory of one host \
-                 is to blame, or the peer's copy changed; run the command again with --from-start",
-                &ours[..16],
-                &theirs[..16]
-            );
-            return Err(Failure::new(FailureKind::Failed, message));
-        }
         self.journal.remove()
     }
 

@@ -41,6 +41,7 @@ async fn pair_with(options: &Options) -> Pair {
     let addresses = [address_of(&acceptor)];
     let dialled = dialler.connect(&addresses, acceptor.id()).await.unwrap();
     let accepted = acceptor.accept().await.unwrap();
+    accepted.trust();
     Pair { dialler, acceptor, dialled, accepted }
 }
 
