@@ -7,7 +7,9 @@
 //! and from whom; an operator who made a true copy himself removes it. Either way the volume is told that the content
 //! is not what its maps are relative to.
 //!
-//! Where nothing tells disks from each other (a loop device, an old file system), nothing is recorded.
+//! The record's first line is the identity, or what a recovery says of itself; a second line may name a file or disk that
+//! a recovery filled elsewhere, for when the configuration is changed to it. Where nothing tells disks from each other,
+//! as loop devices, their path has to do.
 
 use crate::durable;
 use blockmirror_protocol::units::HostId;
@@ -20,6 +22,8 @@ use std::time::UNIX_EPOCH;
 const FILE_NAME: &str = "backing";
 /// What the record of a recovery begins with, before the source's fingerprint.
 const RECOVERED: &str = "recovered from ";
+/// What stands between the source and the target.
+const INTO: &str = " into ";
 /// What it begins with as long as the recovery is not complete.
 const RECOVERING: &str = "being recovered from ";
 
@@ -73,8 +77,8 @@ pub enum Match {
     Same,
     /// It takes the place of the one before; [`record`] ends that.
     Adopted {
-        /// What is to be recorded, if anything tells it from others.
-        identity: Option<String>,
+        /// What is to be recorded.
+        identity: String,
         /// The host whose copy it was recovered from.
         source: Option<HostId>,
     },
@@ -90,41 +94,36 @@ pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingErro
     let recorded = match std::fs::read_to_string(&record) {
         Ok(recorded) => recorded.trim().to_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok(match found {
-                Some(_) => Match::Adopted { identity: found, source: None },
-                None => Match::Same,
-            });
+            return Ok(Match::Adopted { identity: found, source: None });
         }
         Err(error) => return Err(io_error("read", &record)(error)),
     };
-    if let Some(source) = recorded.strip_prefix(RECOVERED) {
+    let (expected, elsewhere) = recorded.split_once('\n').unwrap_or((&recorded, ""));
+    if let Some(source) = expected.strip_prefix(RECOVERED) {
         return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
     }
-    if recorded.starts_with(RECOVERING) {
+    if let Some((source, target)) = elsewhere.strip_prefix(RECOVERED).and_then(|rest| rest.split_once(INTO))
+        && target == found
+    {
+        return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
+    }
+    if expected.starts_with(RECOVERING) {
         return Err(BackingError::HalfRecovered { path: backing.to_owned(), record });
     }
-    let Some(found) = found.filter(|found| *found != recorded) else { return Ok(Match::Same) };
-    Err(BackingError::Replaced { path: backing.to_owned(), expected: recorded, found, record })
+    if expected == found {
+        return Ok(Match::Same);
+    }
+    let expected = expected.to_owned();
+    Err(BackingError::Replaced { path: backing.to_owned(), expected, found, record })
 }
 
-/// Records durably which backing the volume has from now on, or that nothing tells it from others.
+/// Records durably which backing the volume has from now on.
 ///
 /// # Errors
-/// [`BackingError::Io`] when the record can't be written or removed.
-pub fn record(state_folder: &Path, identity: Option<&str>) -> Result<(), BackingError> {
+/// [`BackingError::Io`] when the record can't be written.
+pub fn record(state_folder: &Path, identity: &str) -> Result<(), BackingError> {
     let record = state_folder.join(FILE_NAME);
-    let Some(identity) = identity else {
-        return durable::remove(&record).map_err(io_error("remove", &record));
-    };
-    durable::replace(
-        &record,
-        format!(
-            "{identity}
-"
-        )
-        .as_bytes(),
-    )
-    .map_err(io_error("write", &record))
+    durable::replace(&record, format!("{identity}\n").as_bytes()).map_err(io_error("write", &record))
 }
 
 /// Records durably that the backing was filled with a peer's content: the next one that is opened is taken for it.
@@ -132,7 +131,7 @@ pub fn record(state_folder: &Path, identity: Option<&str>) -> Result<(), Backing
 /// # Errors
 /// [`BackingError::Io`] when the record can't be written.
 pub fn record_recovery(state_folder: &Path, source: HostId) -> Result<(), BackingError> {
-    record(state_folder, Some(&format!("{RECOVERED}{source}")))
+    record(state_folder, &format!("{RECOVERED}{source}"))
 }
 
 /// Records durably that a recovery writes to the backing: until it has ended, the volume is not opened from it.
@@ -140,7 +139,27 @@ pub fn record_recovery(state_folder: &Path, source: HostId) -> Result<(), Backin
 /// # Errors
 /// [`BackingError::Io`] when the record can't be written.
 pub fn record_recovery_begun(state_folder: &Path, source: HostId) -> Result<(), BackingError> {
-    record(state_folder, Some(&format!("{RECOVERING}{source}")))
+    record(state_folder, &format!("{RECOVERING}{source}"))
+}
+
+/// Records durably that a peer's content was recovered into another file or disk than the backing, which may take the
+/// backing's place.
+///
+/// # Errors
+/// [`BackingError::Io`] when the record can't be read or written, or the target not looked at.
+pub fn record_recovery_elsewhere(
+    state_folder: &Path,
+    target: &Path,
+    source: HostId,
+) -> Result<(), BackingError> {
+    let path = state_folder.join(FILE_NAME);
+    let recorded = match std::fs::read_to_string(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        read => read.map_err(io_error("read", &path))?,
+    };
+    let identity = identity(target).map_err(io_error("look at", target))?;
+    let expected = recorded.lines().next().unwrap_or("nothing");
+    record(state_folder, &format!("{expected}\n{RECOVERED}{source}{INTO}{identity}"))
 }
 
 fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BackingError {
@@ -148,14 +167,15 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> B
     move |source| BackingError::Io { operation, path, source }
 }
 
-/// What tells a file or disk from others, if anything does.
-fn identity(path: &Path) -> io::Result<Option<String>> {
+/// What tells a file or disk from others.
+fn identity(path: &Path) -> io::Result<String> {
     let status = std::fs::metadata(path)?;
     if !status.is_file() {
-        return Ok(disk_identity(status.rdev()));
+        return Ok(disk_identity(status.rdev()).unwrap_or_else(|| format!("the disk at {}", path.display())));
     }
-    let born = status.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-    Ok(born.map(|born| format!("image {} of {}.{:09}", status.ino(), born.as_secs(), born.subsec_nanos())))
+    let born =
+        status.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+    Ok(format!("image {} of {}.{:09}", status.ino(), born.as_secs(), born.subsec_nanos()))
 }
 
 /// The name that sysfs knows for a disk or a partition (Documentation/ABI/testing/sysfs-block).
@@ -184,13 +204,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let backing = folder.path().join("image");
         std::fs::write(&backing, [0; 512]).unwrap();
-        if identity(&backing).unwrap().is_none() {
-            return eprintln!("skipped: the file system keeps no times of birth");
-        }
         let Match::Adopted { identity, source: None } = compare(folder.path(), &backing).unwrap() else {
             panic!("nothing is on record yet");
         };
-        record(folder.path(), identity.as_deref()).unwrap();
+        record(folder.path(), &identity).unwrap();
         std::fs::write(&backing, [1; 512]).unwrap();
         assert_eq!(compare(folder.path(), &backing).unwrap(), Match::Same);
         let moved = folder.path().join("moved");
@@ -199,6 +216,10 @@ mod tests {
         std::fs::copy(&moved, &backing).unwrap();
         let refused = compare(folder.path(), &backing);
         assert!(matches!(refused, Err(BackingError::Replaced { .. })), "{refused:?}");
+        record_recovery_elsewhere(folder.path(), &backing, HostId([8; 32])).unwrap();
+        assert_eq!(compare(folder.path(), &moved).unwrap(), Match::Same);
+        let adopted = compare(folder.path(), &backing).unwrap();
+        assert!(matches!(adopted, Match::Adopted { source: Some(HostId([8, ..])), .. }), "{adopted:?}");
         record_recovery_begun(folder.path(), HostId([7; 32])).unwrap();
         let half = compare(folder.path(), &backing);
         assert!(matches!(half, Err(BackingError::HalfRecovered { .. })), "{half:?}");

@@ -1,5 +1,6 @@
 //! The primary's disk is gone: its content comes back from the replica, and the volume goes on.
 
+use blockmirror_agent::config::ConfigFolder;
 use blockmirror_protocol::disk::recovery::RecoveryState;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{first_difference, noise, stamped};
@@ -103,4 +104,58 @@ fn an_empty_backing_under_the_old_name_is_not_taken_for_the_volume() {
     mirror.primary.start();
     mirror.assert_identical();
     assert!(fs::read(&backing).expect("the primary's backing") == replica);
+}
+
+#[test]
+fn a_backing_whose_recovery_was_interrupted_is_not_served() {
+    // Served under maps that say that nothing differs, its old half would have counted as in sync.
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    fill(&mirror, 64 * MIB);
+    mirror.assert_identical();
+    mirror.primary.stop();
+    let (backing, address) = (mirror.primary.backing(), mirror.replica().link().address().to_string());
+    let recover =
+        ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite", "--retry", "0s"];
+    let mut running = mirror.primary.begin(&recover);
+    until("the recovery has begun", || {
+        let record = record(&mirror);
+        if running.has_ended() || record.starts_with("being recovered") { Ok(()) } else { Err(record) }
+    });
+    drop(running);
+    if record(&mirror).starts_with("being recovered") {
+        mirror.primary.start();
+        let status = mirror.primary.status();
+        let error = status.facts.backing_error.expect("it is refused");
+        assert!(error.contains("is not complete: run `blockmirror recover` again"), "{error}");
+        mirror.primary.stop();
+    }
+    mirror.primary.succeed(&recover);
+    assert!(record(&mirror).starts_with("recovered from"));
+    mirror.primary.start();
+    mirror.assert_identical();
+}
+
+#[test]
+fn a_volume_moves_to_the_disk_that_it_was_recovered_into() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    fill(&mirror, 16 * MIB);
+    mirror.assert_identical();
+    mirror.primary.stop();
+    let address = mirror.replica().link().address().to_string();
+    let other = mirror.primary.path("other.img");
+    mirror.primary.succeed(&["recover", "data", "--from", &address, "--to", text(&other)]);
+    let folder = ConfigFolder::new(mirror.primary.path("config"));
+    let mut volume = folder.load_volume(&"data".parse().expect("a name")).expect("the volume's file");
+    volume.backing = other.clone();
+    folder.save_volume(&volume).expect("the volume's file");
+    mirror.primary.start();
+    assert_eq!(mirror.primary.status().facts.backing_error, None);
+    mirror.wait_until_in_sync();
+    let replica = fs::read(mirror.replica().backing()).expect("the replica's backing");
+    assert!(fs::read(&other).expect("the new backing") == replica);
+}
+
+/// What the primary's state folder says of its backing.
+fn record(mirror: &Mirror) -> String {
+    fs::read_to_string(mirror.primary.state("backing")).unwrap_or_default()
 }

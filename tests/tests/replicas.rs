@@ -112,3 +112,25 @@ fn replicas_learn_of_each_other_also_when_they_were_away() {
     knows(c, &[primary, (b, Role::Replica), (d, Role::Replica)]);
     knows(d, &[primary, (b, Role::Replica), (c, Role::Replica)]);
 }
+
+#[test]
+fn a_replica_that_was_taken_out_and_put_back_is_copied_anew() {
+    // Its old map said that nothing differed, and nobody had marked in it while it was no peer.
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(4);
+    write_blocks(&mut mirror.client(), &mut random, 0..50);
+    mirror.assert_identical();
+    let folder = ConfigFolder::new(mirror.primary.path("config"));
+    let with_b = folder.load_volume(&"data".parse().expect("a name")).expect("the volume's file");
+    let mut without_b = with_b.clone();
+    without_b.peers.clear();
+
+    mirror.primary.stop();
+    folder.save_volume(&without_b).expect("the volume's file");
+    mirror.primary.start();
+    write_blocks(&mut mirror.client(), &mut random, 100..150);
+    mirror.primary.stop();
+    folder.save_volume(&with_b).expect("the volume's file");
+    mirror.primary.start();
+    mirror.assert_identical();
+}

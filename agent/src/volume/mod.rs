@@ -568,5 +568,5 @@ async fn adopt(config: &VolumeConfig, surroundings: &Surroundings, state: &State
         }
     }
     // Only now: a crash before this does it all again.
-    backing::record(folder, identity.as_deref()).map_err(|error| with_causes(&error))
+    backing::record(folder, &identity).map_err(|error| with_causes(&error))
 }

@@ -158,7 +158,7 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     let target = Rc::new(found.prepare(opened.info.size_bytes, kept.is_some(), ring)?);
     let state = go_on_or_begin(&opened, kept, &target, identity.kept, arguments.from_start)?;
     let own = own_volume(&arguments.name, opened.info.volume, &path, client)?;
-    if let Some(folder) = &own {
+    if let Some(OwnVolume { folder, file: None }) = &own {
         backing::record_recovery_begun(folder, opened.connection.peer())
             .map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
     }
@@ -177,7 +177,7 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
             opened.connection.close(CloseReason::Done, "the recovery is complete");
             must_agree(&digests)?;
             // The volume learns of it before the recovery's own notes are gone.
-            hand_over(own.as_deref(), opened.connection.peer())?;
+            hand_over(own.as_ref(), &report.target, opened.connection.peer())?;
             work.complete().await?;
             Ok(tell(&report, json, output)?)
         }
@@ -201,28 +201,49 @@ fn must_agree(digests: &Digests) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The state folder of this host's own volume, if the target is the backing that it is served from.
-fn own_volume(name: &Name, id: VolumeId, target: &Path, client: &Client) -> Result<Option<PathBuf>, Failure> {
+/// This host's own volume of what is recovered.
+struct OwnVolume {
+    /// Its state folder.
+    folder: PathBuf,
+    /// Its configuration, where that names another backing than the target.
+    file: Option<PathBuf>,
+}
+
+/// This host's own volume, if it is the primary of what is recovered.
+fn own_volume(
+    name: &Name,
+    id: VolumeId,
+    target: &Path,
+    client: &Client,
+) -> Result<Option<OwnVolume>, Failure> {
     let Ok(volume) = offline::config_folder(client.run())?.load_volume(name) else { return Ok(None) };
     if volume.id != id || volume.role != Role::Primary {
         return Ok(None);
     }
-    if volume.backing.canonicalize().ok() != target.canonicalize().ok() {
-        warn(&format!(
-            "the volume {name} on this host still has {} as its backing",
-            volume.backing.display()
-        ));
-        return Ok(None);
-    }
-    Ok(Some(offline::state_folder(client.run())?.join(name.as_str())))
+    let folder = offline::state_folder(client.run())?.join(name.as_str());
+    let is_backing = volume.backing.canonicalize().ok() == target.canonicalize().ok();
+    let file = offline::config_folder(client.run())?.volume_path(name);
+    Ok(Some(OwnVolume { folder, file: (!is_backing).then_some(file) }))
 }
 
-/// Tells this host's own volume that its backing now holds the peer's content.
-fn hand_over(own: Option<&Path>, source: HostId) -> Result<(), Failure> {
-    let Some(folder) = own else { return Ok(()) };
-    backing::record_recovery(folder, source)
-        .map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
-    warn("start the agent (or restart it) to serve the volume from what was recovered");
+/// Tells this host's own volume where the peer's content is now.
+fn hand_over(own: Option<&OwnVolume>, target: &Path, source: HostId) -> Result<(), Failure> {
+    let Some(OwnVolume { folder, file }) = own else { return Ok(()) };
+    let (recorded, advice) = match file {
+        None => {
+            let advice = "start the agent (or restart it) to serve the volume from what was recovered";
+            (backing::record_recovery(folder, source), advice.to_owned())
+        }
+        Some(file) => {
+            let (shown, file) = (target.display(), file.display());
+            let advice = format!(
+                "to serve the volume from {shown}, name it as the backing in {file} and restart the agent"
+            );
+            (backing::record_recovery_elsewhere(folder, target, source), advice)
+        }
+    };
+    recorded.map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
+    warn(&advice);
     Ok(())
 }
 
