@@ -132,3 +132,76 @@ impl Tracker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Action, RequestId, Tracker, Work, WriteFailed};
+    use crate::disk::activity_log::Recovered;
+    use crate::ranges::ByteRange;
+    use crate::units::{EXTENT_BYTES, Time};
+    use std::collections::BTreeSet;
+
+    const NOW: Time = Time(std::time::Duration::ZERO);
+
+    /// Carries out what the tracker asks for, on a disk whose writes and syncs succeed or fail, and gives the replies.
+    fn settle(tracker: &mut Tracker, writes: bool, syncs: bool) -> Vec<(RequestId, Result<(), WriteFailed>)> {
+        let mut replies = Vec::new();
+        while let Some(action) = tracker.poll_action() {
+            match action {
+                Action::WriteLog { .. } => tracker.handle_log_written(true, NOW),
+                Action::WriteLocal { sequence, .. } => tracker.handle_local_written(sequence, writes, NOW),
+                Action::SyncLocal => tracker.handle_synced(syncs, NOW),
+                Action::Reply { request, result } => replies.push((request, result)),
+                Action::ReadDigest { .. } | Action::Peer { .. } => panic!("there is no peer"),
+            }
+        }
+        replies
+    }
+
+    fn opened() -> Tracker {
+        let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
+        let mut tracker = Tracker::new(EXTENT_BYTES, 512, Vec::new(), &log, Vec::new());
+        settle(&mut tracker, true, true);
+        tracker
+    }
+
+    fn write(tracker: &mut Tracker, id: u64, fua: bool) {
+        tracker.handle_request(RequestId(id), Work::Write { range: ByteRange::new(0, 4096), fua }, NOW);
+    }
+
+    #[test]
+    fn a_durable_write_that_failed_counts_as_a_failed_sync() {
+        // The write's own flush failed and lost what was answered before; the kernel tells of that once.
+        let mut tracker = opened();
+        write(&mut tracker, 1, false);
+        assert_eq!(settle(&mut tracker, true, true), [(RequestId(1), Ok(()))]);
+        write(&mut tracker, 2, true);
+        assert_eq!(settle(&mut tracker, false, true), [(RequestId(2), Err(WriteFailed))]);
+        tracker.handle_request(RequestId(3), Work::Flush, NOW);
+        assert_eq!(settle(&mut tracker, true, true), [(RequestId(3), Err(WriteFailed))]);
+        assert!(tracker.has_failed());
+    }
+
+    #[test]
+    fn a_failed_sync_is_never_forgotten() {
+        let mut tracker = opened();
+        write(&mut tracker, 1, false);
+        settle(&mut tracker, true, true);
+        tracker.handle_request(RequestId(2), Work::Flush, NOW);
+        assert_eq!(settle(&mut tracker, true, false), [(RequestId(2), Err(WriteFailed))]);
+        tracker.handle_request(RequestId(3), Work::Flush, NOW);
+        assert_eq!(settle(&mut tracker, true, true), [(RequestId(3), Err(WriteFailed))]);
+        write(&mut tracker, 4, false);
+        assert_eq!(settle(&mut tracker, true, true), [(RequestId(4), Err(WriteFailed))]);
+    }
+
+    #[test]
+    fn a_failed_write_alone_leaves_the_volume_at_work() {
+        let mut tracker = opened();
+        write(&mut tracker, 1, false);
+        assert_eq!(settle(&mut tracker, false, true), [(RequestId(1), Err(WriteFailed))]);
+        write(&mut tracker, 2, false);
+        tracker.handle_request(RequestId(3), Work::Flush, NOW);
+        assert_eq!(settle(&mut tracker, true, true), [(RequestId(2), Ok(())), (RequestId(3), Ok(()))]);
+    }
+}
