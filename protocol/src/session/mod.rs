@@ -24,6 +24,7 @@
 //! the blocks are copied once more.
 
 mod handshake;
+mod report;
 pub mod resync;
 mod stream;
 mod verify;
@@ -38,7 +39,8 @@ use crate::units::{
 use crate::wire::message::{Acknowledgement, Commit, Committed, Message, ResyncBegin, ResyncReady};
 use crate::wire::{Body, FrameHeader};
 pub use handshake::{Handled, Identity, PeerError};
-use resync::{CopyContent, CopyRead, Progress, Resync};
+pub use report::{Connection, ReplicaState, Report};
+use resync::{CopyContent, CopyRead, Resync};
 use std::collections::VecDeque;
 use std::time::Duration;
 pub(crate) use stream::FRAME_COST_BYTES;
@@ -87,59 +89,6 @@ pub enum Action {
         /// What to hold.
         range: ByteRange,
     },
-}
-
-/// What a session reports to status.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Report {
-    /// Where the link is.
-    pub connection: Connection,
-    /// What the replica has.
-    pub state: ReplicaState,
-    /// Bytes that may differ on the replica: the map, and what is sent but not acknowledged.
-    pub out_of_sync_bytes: u64,
-    /// Bytes in the map alone.
-    pub map_bytes: u64,
-    /// Bytes that are sent but not acknowledged as durable.
-    pub lag_bytes: u64,
-    /// How old the oldest of those is.
-    pub lag: Duration,
-    /// The last epoch of this session that is durable on the replica.
-    pub durable: Epoch,
-    /// When the replica was linked or the link was lost; attempts in between don't count.
-    pub since: Time,
-    /// How far a resync is, if one is under way.
-    pub resync: Option<Progress>,
-    /// How far a compare is, in bytes done and in total, if one is under way.
-    pub compare: Option<(u64, u64)>,
-    /// Whether the last read for a copy failed here.
-    pub local_read_failed: bool,
-    /// Whether the map's file could not be written the last time.
-    pub map_failed: bool,
-}
-
-/// Where the link to a replica is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Connection {
-    /// No link.
-    Disconnected,
-    /// Shaking hands.
-    Connecting,
-    /// A session is open.
-    Connected,
-}
-
-/// What a replica has, as far as the primary knows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum ReplicaState {
-    /// Everything that was acknowledged; nothing may differ.
-    InSync,
-    /// Not everything, and it is being copied.
-    Resyncing,
-    /// Connected, but acknowledgements are late or writes come faster than they can be sent.
-    Behind,
-    /// Not everything, and nothing is being done about it.
-    OutOfSync,
 }
 
 /// See the module.
@@ -571,51 +520,6 @@ impl Session {
         let wants_epoch_end = matches!(link.phase, Phase::Committing { closed: None, .. });
         self.drive_compare();
         wants_epoch_end
-    }
-
-    /// The session's numbers, for status.
-    #[must_use]
-    pub fn report(&self, now: Time) -> Report {
-        let map_bytes = (self.map.dirty_blocks() * self.block_size.bytes()).min(self.size_bytes);
-        let mut report = Report {
-            connection: Connection::Disconnected,
-            state: ReplicaState::OutOfSync,
-            out_of_sync_bytes: map_bytes,
-            map_bytes,
-            lag_bytes: 0,
-            lag: Duration::ZERO,
-            durable: Epoch(0),
-            since: self.since,
-            resync: None,
-            compare: None,
-            local_read_failed: false,
-            map_failed: self.map_failures > 0,
-        };
-        match &self.state {
-            State::Away => report,
-            State::Greeting(_) => Report { connection: Connection::Connecting, ..report },
-            State::Linked(link) => {
-                report.connection = Connection::Connected;
-                report.durable = link.durable;
-                report.lag_bytes = link.window.bytes();
-                report.lag = link.window.oldest().map_or(Duration::ZERO, |(_, sent)| now.since(sent));
-                let unmarked_bytes = if link.spilled { 0 } else { report.lag_bytes };
-                report.out_of_sync_bytes = (map_bytes + unmarked_bytes).min(self.size_bytes);
-                report.compare = link.verify.as_ref().map(Verify::progress);
-                report.local_read_failed = link.resync.is_blocked();
-                let is_late = report.lag > ACKNOWLEDGEMENT_DEADLINE;
-                report.state = match link.phase {
-                    Phase::InSync if is_late => ReplicaState::Behind,
-                    Phase::InSync => ReplicaState::InSync,
-                    Phase::Draining => ReplicaState::Behind,
-                    Phase::Beginning | Phase::Resyncing | Phase::Committing { .. } => ReplicaState::Resyncing,
-                };
-                if link.phase != Phase::InSync {
-                    report.resync = Some(link.resync.progress(&self.map, now));
-                }
-                report
-            }
-        }
     }
 
     /// The copy of the replica that the map is relative to.
