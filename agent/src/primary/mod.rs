@@ -15,7 +15,7 @@ use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
-use blockmirror_protocol::tracker::{Action, RequestId, Tracker, Work};
+use blockmirror_protocol::tracker::{Action, LocalWrite, RequestId, Tracker, Work};
 use blockmirror_protocol::units::{GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Member, Members, Message};
 use bytes::Bytes;
@@ -377,15 +377,23 @@ impl Primary {
         };
         let is_zero = zero.is_some();
         self.submit(&self.backing, operation, move |primary, outcome| {
+            let had_room = !outcome.as_ref().is_err_and(is_full);
             let written = primary.note(outcome);
             if written && is_zero && durable {
                 // A zeroing has no durable form of its own.
                 return primary.submit(&primary.backing, Operation::Sync, move |primary, outcome| {
                     let synced = primary.note(outcome);
-                    primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, synced, now));
+                    let ended = if synced { LocalWrite::Written } else { LocalWrite::NotDurable };
+                    primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, ended, now));
                 });
             }
-            primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, written, now));
+            let ended = match written {
+                true => LocalWrite::Written,
+                // The kernel doesn't tell whether the write or its sync failed, but a full disk is the former.
+                false if durable && had_room => LocalWrite::NotDurable,
+                false => LocalWrite::Failed,
+            };
+            primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, ended, now));
         });
     }
 
@@ -426,8 +434,12 @@ impl Primary {
     fn note(&self, outcome: storage::Outcome) -> bool {
         let Err(error) = outcome else { return true };
         let text = crate::words::with_causes(&error);
-        tracing::error!("{text}");
-        *self.error.borrow_mut() = Some(text);
+        let before = self.error.borrow_mut().replace(text.clone());
+        // A disk that fails, fails often; the first time is the news.
+        match before {
+            None => tracing::error!("{text}"),
+            Some(_) => tracing::debug!("{text}"),
+        }
         false
     }
 
@@ -540,6 +552,11 @@ impl Reply for Later {
         let reply = self.0.clone();
         spawn_local(async move { reply.complete(cookie, answer) });
     }
+}
+
+/// Whether an operation failed because there was no room for it.
+fn is_full(error: &storage::Error) -> bool {
+    matches!(error.source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 /// Which parts of a range are allocated.

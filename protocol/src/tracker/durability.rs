@@ -135,7 +135,7 @@ impl Tracker {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Action, RequestId, Tracker, Work, WriteFailed};
+    use super::super::{Action, LocalWrite, RequestId, Tracker, Work, WriteFailed};
     use crate::disk::activity_log::Recovered;
     use crate::ranges::ByteRange;
     use crate::units::{EXTENT_BYTES, Time};
@@ -144,7 +144,11 @@ mod tests {
     const NOW: Time = Time(std::time::Duration::ZERO);
 
     /// Carries out what the tracker asks for, on a disk whose writes and syncs succeed or fail, and gives the replies.
-    fn settle(tracker: &mut Tracker, writes: bool, syncs: bool) -> Vec<(RequestId, Result<(), WriteFailed>)> {
+    fn settle(
+        tracker: &mut Tracker,
+        writes: LocalWrite,
+        syncs: bool,
+    ) -> Vec<(RequestId, Result<(), WriteFailed>)> {
         let mut replies = Vec::new();
         while let Some(action) = tracker.poll_action() {
             match action {
@@ -161,7 +165,7 @@ mod tests {
     fn opened() -> Tracker {
         let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
         let mut tracker = Tracker::new(EXTENT_BYTES, 512, Vec::new(), &log, Vec::new());
-        settle(&mut tracker, true, true);
+        settle(&mut tracker, LocalWrite::Written, true);
         tracker
     }
 
@@ -174,11 +178,11 @@ mod tests {
         // The write's own flush failed and lost what was answered before; the kernel tells of that once.
         let mut tracker = opened();
         write(&mut tracker, 1, false);
-        assert_eq!(settle(&mut tracker, true, true), [(RequestId(1), Ok(()))]);
+        assert_eq!(settle(&mut tracker, LocalWrite::Written, true), [(RequestId(1), Ok(()))]);
         write(&mut tracker, 2, true);
-        assert_eq!(settle(&mut tracker, false, true), [(RequestId(2), Err(WriteFailed))]);
+        assert_eq!(settle(&mut tracker, LocalWrite::NotDurable, true), [(RequestId(2), Err(WriteFailed))]);
         tracker.handle_request(RequestId(3), Work::Flush, NOW);
-        assert_eq!(settle(&mut tracker, true, true), [(RequestId(3), Err(WriteFailed))]);
+        assert_eq!(settle(&mut tracker, LocalWrite::Written, true), [(RequestId(3), Err(WriteFailed))]);
         assert!(tracker.has_failed());
     }
 
@@ -186,22 +190,25 @@ mod tests {
     fn a_failed_sync_is_never_forgotten() {
         let mut tracker = opened();
         write(&mut tracker, 1, false);
-        settle(&mut tracker, true, true);
+        settle(&mut tracker, LocalWrite::Written, true);
         tracker.handle_request(RequestId(2), Work::Flush, NOW);
-        assert_eq!(settle(&mut tracker, true, false), [(RequestId(2), Err(WriteFailed))]);
+        assert_eq!(settle(&mut tracker, LocalWrite::Written, false), [(RequestId(2), Err(WriteFailed))]);
         tracker.handle_request(RequestId(3), Work::Flush, NOW);
-        assert_eq!(settle(&mut tracker, true, true), [(RequestId(3), Err(WriteFailed))]);
+        assert_eq!(settle(&mut tracker, LocalWrite::Written, true), [(RequestId(3), Err(WriteFailed))]);
         write(&mut tracker, 4, false);
-        assert_eq!(settle(&mut tracker, true, true), [(RequestId(4), Err(WriteFailed))]);
+        assert_eq!(settle(&mut tracker, LocalWrite::Written, true), [(RequestId(4), Err(WriteFailed))]);
     }
 
     #[test]
     fn a_failed_write_alone_leaves_the_volume_at_work() {
         let mut tracker = opened();
-        write(&mut tracker, 1, false);
-        assert_eq!(settle(&mut tracker, false, true), [(RequestId(1), Err(WriteFailed))]);
+        write(&mut tracker, 1, true);
+        assert_eq!(settle(&mut tracker, LocalWrite::Failed, true), [(RequestId(1), Err(WriteFailed))]);
         write(&mut tracker, 2, false);
         tracker.handle_request(RequestId(3), Work::Flush, NOW);
-        assert_eq!(settle(&mut tracker, true, true), [(RequestId(2), Ok(())), (RequestId(3), Ok(()))]);
+        assert_eq!(
+            settle(&mut tracker, LocalWrite::Written, true),
+            [(RequestId(2), Ok(())), (RequestId(3), Ok(()))]
+        );
     }
 }

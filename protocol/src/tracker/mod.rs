@@ -130,6 +130,17 @@ pub enum Action {
     },
 }
 
+/// How a write to the backing ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocalWrite {
+    /// It is written, and durable if that was asked for.
+    Written,
+    /// It is not written, or in part. What was written before is none the worse for it.
+    Failed,
+    /// It was to be durable and may not be, and neither may what was written before: a failed sync (W5).
+    NotDurable,
+}
+
 /// The backing failed a write or a sync, or has failed before and was not reopened (W5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the backing failed")]
@@ -292,8 +303,9 @@ impl Tracker {
         self.drive(now);
     }
 
-    /// A write to the backing has ended. A durable one that failed may have failed in its sync, so it counts as that.
-    pub fn handle_local_written(&mut self, sequence: Sequence, written: bool, now: Time) {
+    /// A write to the backing has ended.
+    pub fn handle_local_written(&mut self, sequence: Sequence, ended: LocalWrite, now: Time) {
+        let written = ended == LocalWrite::Written;
         let piece = self.under_way.remove(&sequence).expect("a write ends once");
         self.activity.give_back(piece.range.extents(), Some(sequence));
         if !written {
@@ -304,7 +316,7 @@ impl Tracker {
         let freed = self.order.finish(Admitted::Write(sequence), piece.range);
         self.run(freed);
         self.piece_ended(piece.request, written);
-        if !written && piece.fua {
+        if ended == LocalWrite::NotDurable {
             self.fail_backing();
         }
         self.begin_arrivals(now);

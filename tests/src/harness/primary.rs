@@ -13,7 +13,7 @@ use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, Identity, PeerError, Session};
-use blockmirror_protocol::tracker::{Action, RequestId, Tracker};
+use blockmirror_protocol::tracker::{Action, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{
     CopyId, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time, VolumeId,
 };
@@ -27,7 +27,7 @@ pub const VOLUME: VolumeId = VolumeId([1; 16]);
 
 #[derive(Debug)]
 enum DiskWork {
-    Write(Sequence, ByteRange),
+    Write(Sequence, ByteRange, bool),
     Sync,
     Copy(usize, CopyRead, ByteRange),
     Digest(u64, ByteRange),
@@ -239,7 +239,7 @@ impl World {
             Action::WriteLocal { sequence, request, range, zero, durable } => {
                 let data = Data::Fill(self.content_of(request, zero.is_some()));
                 self.primary.history.record(sequence, range, data.clone());
-                let id = self.start_disk(DiskWork::Write(sequence, range));
+                let id = self.start_disk(DiskWork::Write(sequence, range, durable));
                 self.primary.disk.write(id, range, &data, durable);
             }
             Action::SyncLocal => {
@@ -263,12 +263,17 @@ impl World {
         let primary = &mut self.primary;
         let tracker = primary.tracker.as_mut().expect("a crash ends operations");
         match (primary.disk_work.remove(&id).expect("it is known"), ended) {
-            (DiskWork::Write(sequence, range), Ended::Done(good)) => {
+            (DiskWork::Write(sequence, range, durable), Ended::Done(good)) => {
                 if !good {
                     let left = Data::Sparse(primary.disk.read(range));
                     primary.history.record(sequence, range, left);
                 }
-                tracker.handle_local_written(sequence, good, now);
+                let ended = match good {
+                    true => LocalWrite::Written,
+                    false if durable => LocalWrite::NotDurable,
+                    false => LocalWrite::Failed,
+                };
+                tracker.handle_local_written(sequence, ended, now);
             }
             (DiskWork::Sync, Ended::Done(good)) => tracker.handle_synced(good, now),
             (DiskWork::Copy(which, read, range), Ended::Read(data)) => {
