@@ -134,3 +134,30 @@ fn a_replica_that_was_taken_out_and_put_back_is_copied_anew() {
     mirror.primary.start();
     mirror.assert_identical();
 }
+
+#[test]
+fn a_replica_that_its_primary_does_not_know_joins_again() {
+    // A crash in the middle of a join leaves the replica's side alone; there is no command to take it away.
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(5);
+    write_blocks(&mut mirror.client(), &mut random, 0..50);
+    mirror.assert_identical();
+    let folder = ConfigFolder::new(mirror.primary.path("config"));
+    let mut volume = folder.load_volume(&"data".parse().expect("a name")).expect("the volume's file");
+    volume.peers.clear();
+    mirror.primary.stop();
+    folder.save_volume(&volume).expect("the volume's file");
+    mirror.primary.start();
+    write_blocks(&mut mirror.client(), &mut random, 20..80);
+
+    let token = mirror.primary.invite();
+    let other = mirror.replica().path("other.img");
+    let other = other.to_str().expect("a path");
+    mirror.replica().refuse(
+        &["join", &token, "--backing", other],
+        5,
+        &["there is a volume data on this host already"],
+    );
+    mirror.replica().join(&mirror.primary, &mirror.replica().backing());
+    mirror.assert_identical();
+}

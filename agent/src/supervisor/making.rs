@@ -74,6 +74,9 @@ impl Supervisor {
             .connection_to(token.host, &token.addresses)
             .await
             .map_err(|error| failed(with_causes(&error)))?;
+        if let Some(config) = self.config_of(token.volume).await {
+            return self.join_again(&config, &request, &connection, &token).await;
+        }
         let asked = self.ask_to_join(&connection, &token, true).await?;
         let name: Name = asked.name.parse().map_err(|_| failed("the primary's volume has no usable name"))?;
         self.must_be_free(&name, &request.backing).await?;
@@ -102,6 +105,24 @@ impl Supervisor {
             return Err(failure);
         }
         Ok(reply)
+    }
+
+    /// Makes a replica that is here known to its primary, which lost or never learned of it: a join that a crash cut
+    /// short left the volume without the primary's knowledge.
+    async fn join_again(
+        &self,
+        config: &VolumeConfig,
+        request: &JoinRequest,
+        connection: &Connection,
+        token: &Token,
+    ) -> Result<StatusReply, Failure> {
+        let (name, backing) = (&config.name, config.backing.display());
+        if config.role != Role::Replica || config.backing != request.backing {
+            let text = format!("there is a volume {name} on this host already, with the backing {backing}");
+            return Err(refused(text));
+        }
+        self.ask_to_join(connection, token, false).await?;
+        self.status_of(vec![name.clone()]).await
     }
 
     /// Takes back a volume that did not come to be.

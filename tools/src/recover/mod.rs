@@ -221,6 +221,10 @@ fn own_volume(
         return Ok(None);
     }
     let folder = offline::state_folder(client.run())?.join(name.as_str());
+    if !folder.exists() {
+        // With its state gone too, there is nothing that could take the old content for the new.
+        return Ok(None);
+    }
     let is_backing = volume.backing.canonicalize().ok() == target.canonicalize().ok();
     let file = offline::config_folder(client.run())?.volume_path(name);
     Ok(Some(OwnVolume { folder, file: (!is_backing).then_some(file) }))
