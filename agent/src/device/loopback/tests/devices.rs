@@ -138,6 +138,7 @@ fn many_random_writes_read_back_as_written() {
             "--iodepth=32",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
         ],
     );
     let seen = memory.seen();
