@@ -189,18 +189,13 @@ impl Disk {
             Running::Write { range, data, durable } => {
                 if fails {
                     self.apply_in_part(range, &data, random);
-                    if durable {
-                        self.lose_cache(random);
-                    }
                 } else {
                     self.apply(range, &data, durable);
                 }
                 Ended::Done(!fails)
             }
             Running::Sync { until } => {
-                if fails {
-                    self.lose_cache(random);
-                } else {
+                if !fails {
                     self.make_durable(until);
                 }
                 Ended::Done(!fails)
@@ -228,14 +223,9 @@ impl Disk {
                 self.apply_in_part(range, &data, random);
             }
         }
-        if crash == Crash::Power {
-            self.lose_cache(random);
+        if crash == Crash::Process {
+            return;
         }
-    }
-
-    /// What no sync covered is lost, in part or whole: after a power loss, and after a failed sync, of which the kernel
-    /// tells once. A later sync succeeds (W5).
-    fn lose_cache(&mut self, random: &mut Random) {
         // Some disks lose nothing, some everything, some any of it.
         let manner = random.below(3);
         for (sector, versions) in std::mem::take(&mut self.versions) {
