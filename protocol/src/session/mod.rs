@@ -361,6 +361,9 @@ impl Session {
             return;
         }
         self.map.begin_anew(self.map.base());
+        // The file says "clean" of blocks that are dirty now, so a write to one marks nothing new and yet is not safe:
+        // nothing is until the header is written (D1).
+        self.unwritten = Some(Sequence(1));
         if let State::Linked(link) = &mut self.state
             && link.phase.streams()
         {
@@ -547,5 +550,36 @@ impl Session {
         if self.map.mark(blocks) {
             self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::VolumeId;
+
+    /// The map's file could not be written twice in a row, and only clean blocks were to be noted. All blocks are dirty
+    /// in memory then, but clean in the file: a write to one of them was taken for safe, and its extent left the
+    /// activity log before anything on disk remembered it.
+    #[test]
+    fn nothing_is_safe_until_a_map_that_was_given_up_is_written() {
+        let (size_bytes, block_size) = (1 << 20, BlockSize::default());
+        let mut map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), size_bytes, block_size);
+        map.clear(0..255);
+        map.take_changes();
+        let mut session = Session::new(HostId([2; 32]), map, size_bytes, block_size, 1 << 20);
+        let order = Order::<u8>::new(512);
+        session.map.clear(255..256);
+        for second in [1, 3] {
+            session.drive(&order, false, &[], Time(Duration::from_secs(second)));
+            session.handle_map_written(false, Time(Duration::from_secs(second)));
+        }
+        assert!(session.map().is_full());
+        session.mark(7..8, Sequence(5));
+        assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0));
+        session.drive(&order, false, &[], Time(Duration::from_secs(5)));
+        assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0), "the header is being written");
+        session.handle_map_written(true, Time(Duration::from_secs(5)));
+        assert_eq!(session.safe_up_to(Sequence(5)), Sequence(5));
     }
 }
