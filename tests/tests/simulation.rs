@@ -4,6 +4,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::Work;
 use blockmirror_tests::harness::application::PATIENCE;
 use blockmirror_tests::harness::disk::Crash;
+use blockmirror_tests::harness::links::LinkId;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::harness::settings::Settings;
 use blockmirror_tests::harness::world::{Event, World};
@@ -11,6 +12,13 @@ use std::time::Duration;
 
 /// How many chances each story gets to go wrong in its own way.
 const CHANCES: u64 = 20;
+
+const PRIMARY: usize = 0;
+const REPLICA: usize = 1;
+
+fn link() -> LinkId {
+    LinkId::new(PRIMARY, REPLICA)
+}
 
 fn write(offset: u64, length: u64) -> Work {
     Work::Write { range: ByteRange::new(offset, length), fua: false }
@@ -26,7 +34,7 @@ fn in_sync(settings: &Settings) -> impl Iterator<Item = World> + '_ {
 }
 
 fn request(world: &mut World, work: Work) {
-    world.request(work);
+    world.request(PRIMARY, work);
     world.act();
 }
 
@@ -70,7 +78,7 @@ fn neighbours_in_one_large_sector_are_both_kept() {
                 request(&mut world, write(neighbour * 512, 512));
             }
             pass(&mut world, 100);
-            assert_eq!(world.primary.disk.read(ByteRange::new(0, 4096)).len(), 8);
+            assert_eq!(world.hosts[PRIMARY].disk.read(ByteRange::new(0, 4096)).len(), 8);
             finish(world);
         }
     }
@@ -84,10 +92,10 @@ fn a_block_that_reverts_after_the_replica_has_it_is_remembered() {
         world.settings.sync_delay = Duration::from_secs(10_000);
         request(&mut world, write(20 << 20, 8192));
         pass(&mut world, 1000);
-        assert!(world.replicas[0].disk.is_durable() && !world.primary.disk.is_durable());
-        world.crash_primary(Crash::Power);
+        assert!(world.hosts[REPLICA].disk.is_durable() && !world.hosts[PRIMARY].disk.is_durable());
+        world.crash(PRIMARY, Crash::Power);
         world.settings.sync_delay = Duration::ZERO;
-        world.plan(Duration::from_millis(10), Event::StartPrimary);
+        world.plan(Duration::from_millis(10), Event::Start(PRIMARY));
         pass(&mut world, 100);
         finish(world);
     }
@@ -105,7 +113,7 @@ fn a_frame_of_an_old_session_never_lands_after_a_newer_copy() {
             request(&mut world, Work::Flush);
             pass(&mut world, 20);
         }
-        world.cut(0);
+        world.cut(link());
         pass(&mut world, 5);
         request(&mut world, write(4096, 4096));
         pass(&mut world, 2000);
@@ -117,7 +125,7 @@ fn a_frame_of_an_old_session_never_lands_after_a_newer_copy() {
 #[test]
 fn a_stalled_replica_blocks_nobody() {
     for mut world in in_sync(&Settings::scripted()).take(4) {
-        world.links[0].stalled_until = world.now + PATIENCE * 10;
+        world.links[link()].stalled_until = world.now + PATIENCE * 10;
         for number in 0..2000 {
             request(&mut world, write(number * 4096, 4096));
             if number % 3 == 0 {
@@ -126,7 +134,7 @@ fn a_stalled_replica_blocks_nobody() {
             pass(&mut world, 5);
         }
         pass(&mut world, 1000);
-        assert!(world.application.waiting.is_empty());
+        assert!(world.hosts[PRIMARY].application.waiting.is_empty());
         finish(world);
     }
 }
@@ -137,14 +145,14 @@ fn a_flush_after_a_restart_covers_what_was_written_before_it() {
     for mut world in in_sync(&Settings::scripted()) {
         request(&mut world, write(8192, 4096));
         pass(&mut world, 20);
-        world.crash_primary(Crash::Process);
-        world.start_primary();
+        world.crash(PRIMARY, Crash::Process);
+        world.start(PRIMARY);
         world.act();
         request(&mut world, Work::Flush);
         pass(&mut world, 100);
-        assert!(world.application.waiting.is_empty());
-        world.crash_primary(Crash::Power);
-        world.plan(Duration::from_millis(10), Event::StartPrimary);
+        assert!(world.hosts[PRIMARY].application.waiting.is_empty());
+        world.crash(PRIMARY, Crash::Power);
+        world.plan(Duration::from_millis(10), Event::Start(PRIMARY));
         pass(&mut world, 100);
         finish(world);
     }
@@ -155,13 +163,13 @@ fn a_flush_after_a_restart_covers_what_was_written_before_it() {
 #[test]
 fn a_restart_with_a_full_map_takes_writes_at_once() {
     let mut world = World::new(Settings::scripted(), Random::new(1));
-    world.links[0].stalled_until = PATIENCE;
+    world.links[link()].stalled_until = PATIENCE;
     for _ in 0..3 {
         request(&mut world, write(8192, 4096));
         pass(&mut world, 2000);
-        assert!(world.application.waiting.is_empty());
-        world.crash_primary(Crash::Process);
-        world.start_primary();
+        assert!(world.hosts[PRIMARY].application.waiting.is_empty());
+        world.crash(PRIMARY, Crash::Process);
+        world.start(PRIMARY);
         world.act();
     }
     finish(world);

@@ -10,48 +10,55 @@ use std::time::Duration;
 /// How long any request may take, whatever happens to replicas (W7).
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Requests so far and under way.
+/// The applications on one host: what they wait for and have written.
 #[derive(Debug, Default)]
 pub struct Application {
-    /// The number of the last request, which is also its content.
-    pub last_request: u64,
     /// When each request that waits for its answer was sent.
     pub waiting: BTreeMap<RequestId, Duration>,
-    /// How many bytes of blocks were written, for each replica since its link came up.
+    /// How many bytes of blocks were written.
     pub written_bytes: u64,
-    /// Whether no new requests are made.
-    pub is_quiet: bool,
+    /// Whether the next request is planned.
+    is_planned: bool,
 }
 
 impl World {
-    /// Sends the next request, if there is room, and plans the one after.
-    pub fn next_request(&mut self) {
-        if self.application.is_quiet {
-            return;
-        }
-        let pause = self.random.up_to(self.settings.think_time);
-        self.plan(pause, Event::Request);
-        if self.primary.tracker.is_some() && self.application.waiting.len() < self.settings.concurrency {
-            let work = self.random_work();
-            self.request(work);
+    /// Plans the next request on a host, if it is primary and applications are at work.
+    pub(super) fn plan_request(&mut self, host: usize) {
+        let it = &mut self.hosts[host];
+        if self.is_busy && it.is_primary() && !std::mem::replace(&mut it.application.is_planned, true) {
+            let pause = self.random.up_to(self.settings.think_time);
+            self.plan(pause, Event::Request(host));
         }
     }
 
-    /// Sends a request.
-    pub fn request(&mut self, work: Work) -> RequestId {
-        self.application.last_request += 1;
-        let number = self.application.last_request;
+    /// Sends the next request, if there is room, and plans the one after.
+    pub(super) fn next_request(&mut self, host: usize) {
+        self.hosts[host].application.is_planned = false;
+        self.plan_request(host);
+        let it = &self.hosts[host];
+        let has_room = it.application.waiting.len() < self.settings.concurrency;
+        if self.is_busy && it.tracker().is_some() && has_room {
+            let work = self.random_work();
+            self.request(host, work);
+        }
+    }
+
+    /// Sends a request to a primary.
+    pub fn request(&mut self, host: usize, work: Work) -> RequestId {
+        self.last_request += 1;
+        let number = self.last_request;
         let id = RequestId(number);
         let value = if matches!(work, Work::Zero { .. }) { 0 } else { number };
         self.note(|| format!("request {number}: {work:?}"));
-        self.promises.issue(id, work, value);
-        self.application.waiting.insert(id, self.now);
+        let it = &mut self.hosts[host];
+        it.promises.issue(id, work, value);
+        it.application.waiting.insert(id, self.now);
         if let Work::Write { range, .. } | Work::Zero { range, .. } = work {
             let blocks = range.blocks(self.settings.block_size);
-            self.application.written_bytes += (blocks.end - blocks.start) * self.settings.block_size.bytes();
+            it.application.written_bytes += (blocks.end - blocks.start) * self.settings.block_size.bytes();
         }
         let now = Time(self.now);
-        self.primary.tracker.as_mut().expect("the primary is up").handle_request(id, work, now);
+        it.tracker_mut().expect("the host is primary").handle_request(id, work, now);
         id
     }
 
@@ -59,11 +66,12 @@ impl World {
     ///
     /// # Panics
     /// When it was answered before, or fails without a failing disk.
-    pub fn replied(&mut self, id: RequestId, good: bool) {
+    pub(super) fn replied(&mut self, host: usize, id: RequestId, good: bool) {
         self.note(|| format!("reply to {}: {good}", id.0));
-        self.application.waiting.remove(&id).expect("a request is answered once");
+        let it = &mut self.hosts[host];
+        it.application.waiting.remove(&id).expect("a request is answered once");
         assert!(good || self.settings.disk_failures > 0, "a request fails only with a disk");
-        self.promises.reply(id, good);
+        it.promises.reply(id, good);
     }
 
     fn random_work(&mut self) -> Work {

@@ -105,6 +105,8 @@ pub struct Disk {
     running: BTreeMap<DiskOperation, Running>,
     clock: u64,
     changes: u64,
+    /// Sectors that may hold something new since the last [`Disk::take_changed`], with repetitions.
+    changed: Vec<u64>,
 }
 
 impl Disk {
@@ -118,6 +120,7 @@ impl Disk {
             running: BTreeMap::new(),
             clock: 0,
             changes: 0,
+            changed: Vec::new(),
         }
     }
 
@@ -131,6 +134,20 @@ impl Disk {
     #[must_use]
     pub fn content(&self) -> &BTreeMap<u64, Value> {
         &self.content
+    }
+
+    /// What a read of a sector gives.
+    #[must_use]
+    pub fn value(&self, sector: u64) -> Value {
+        self.content.get(&sector).copied().unwrap_or_default()
+    }
+
+    /// The sectors that hold something else, or may after a power loss, than at the last call.
+    pub fn take_changed(&mut self) -> Vec<u64> {
+        let mut changed = std::mem::take(&mut self.changed);
+        changed.sort_unstable();
+        changed.dedup();
+        changed
     }
 
     /// What a read of a range gives.
@@ -169,6 +186,8 @@ impl Disk {
             }
         }
         let data = if wide == range { data.clone() } else { self.modify(wide, range, data) };
+        let affected = self.affected(wide, &data);
+        self.changed.extend(affected);
         self.running.insert(id, Running::Write { range: wide, data, durable });
     }
 
@@ -245,18 +264,19 @@ impl Disk {
         !self.versions.contains_key(&sector) && !self.running.values().any(is_written)
     }
 
-    /// Every value that a sector may turn out to hold after a power loss now, what is under way included.
+    /// Every value that a sector may turn out to hold after a power loss now, what is under way included; some may come
+    /// more than once.
     #[must_use]
-    pub fn possible(&self, sector: u64) -> BTreeSet<Value> {
-        let mut values: BTreeSet<Value> = match self.versions.get(&sector) {
+    pub fn possible(&self, sector: u64) -> Vec<Value> {
+        let mut values: Vec<Value> = match self.versions.get(&sector) {
             Some(versions) => versions.iter().map(|(_, value)| *value).collect(),
-            None => BTreeSet::from([self.content.get(&sector).copied().unwrap_or_default()]),
+            None => vec![self.value(sector)],
         };
         for running in self.running.values() {
             if let Running::Write { range, data, .. } = running
                 && sectors(*range).contains(&sector)
             {
-                values.insert(data.at(sector));
+                values.push(data.at(sector));
             }
         }
         values
@@ -283,6 +303,7 @@ impl Disk {
     fn apply(&mut self, range: ByteRange, data: &Data, durable: bool) {
         self.clock += 1;
         for sector in self.affected(range, data) {
+            self.changed.push(sector);
             self.store(sector, data.at(sector), durable);
         }
     }
@@ -293,6 +314,7 @@ impl Disk {
         let manner = random.below(4);
         let cut = begin + random.below(length + 1);
         for sector in self.affected(range, data) {
+            self.changed.push(sector);
             let done = match manner {
                 0 => false,
                 1 => sector < cut,
@@ -313,7 +335,7 @@ impl Disk {
     }
 
     fn store(&mut self, sector: u64, value: Value, durable: bool) {
-        let old = self.content.get(&sector).copied().unwrap_or_default();
+        let old = self.value(sector);
         if durable {
             self.versions.remove(&sector);
         } else if old != value {
@@ -324,6 +346,7 @@ impl Disk {
 
     fn set(&mut self, sector: u64, value: Value) {
         self.changes += 1;
+        self.changed.push(sector);
         if value == 0 {
             self.content.remove(&sector);
         } else {
@@ -332,8 +355,12 @@ impl Disk {
     }
 
     fn make_durable(&mut self, until: u64) {
-        self.versions.retain(|_, versions| {
+        let changed = &mut self.changed;
+        self.versions.retain(|sector, versions| {
             let newest = versions.iter().rposition(|(written, _)| *written <= until).unwrap_or(0);
+            if newest > 0 {
+                changed.push(*sector);
+            }
             versions.drain(..newest);
             versions.len() > 1
         });

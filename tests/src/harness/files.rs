@@ -39,10 +39,17 @@ pub enum Step {
 #[derive(Debug, Default)]
 pub struct Files {
     files: BTreeMap<String, BTreeMap<u64, Page>>,
+    changes: u64,
     running: BTreeMap<FileOperation, (String, VecDeque<Batch>)>,
 }
 
 impl Files {
+    /// Raised with each change of any file.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// Begins a durable write of some batches, one after the other.
     pub fn write(&mut self, id: FileOperation, name: &str, batches: VecDeque<Batch>) {
         self.running.insert(id, (name.into(), batches));
@@ -50,6 +57,7 @@ impl Files {
 
     /// Writes one page at once, durably.
     pub fn write_now(&mut self, name: &str, offset: u64, page: &Page) {
+        self.changes += 1;
         self.files.entry(name.into()).or_default().insert(offset, *page);
     }
 
@@ -57,6 +65,7 @@ impl Files {
     pub fn step(&mut self, id: FileOperation, fails: bool, random: &mut Random) -> Option<Step> {
         let (name, batches) = self.running.get_mut(&id)?;
         let batch = batches.pop_front().unwrap_or_default();
+        self.changes += 1;
         let file = self.files.entry(name.clone()).or_default();
         if fails {
             tear(file, &batch, random);
@@ -74,6 +83,7 @@ impl Files {
 
     /// Crashes the host: of each write that is under way, any part is there.
     pub fn crash(&mut self, random: &mut Random) {
+        self.changes += 1;
         for (name, mut batches) in std::mem::take(&mut self.running).into_values() {
             if let Some(batch) = batches.pop_front() {
                 tear(self.files.entry(name).or_default(), &batch, random);

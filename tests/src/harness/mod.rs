@@ -1,19 +1,26 @@
-//! The protocol's machines in virtual time: a primary, its replicas, their disks and links, applications and mishaps,
-//! all from one seed.
+//! The protocol's machines in virtual time: hosts, their disks and links, applications and mishaps, all from one seed.
 //!
 //! [`world::World`] is the shell of all machines at once: it carries out their actions, in any order that real disks
-//! and networks could, and gives the answers back as events. [`model`] says what must be true, and [`checks`] compares.
-//! A run is a function of its seed alone.
+//! and networks could, and gives the answers back as events. Any host may be primary, and any may dial any other;
+//! [`host`] says what a host has, [`primary`], [`dialling`] and [`replica`] drive its machine. [`promises`],
+//! [`history`] and [`mirror`] say what must be true; [`checks`], [`differences`] and [`rest`] compare. A run is a
+//! function of its seed alone.
 
 pub mod application;
 pub mod checks;
+pub mod dialling;
+pub mod differences;
 pub mod disk;
 pub mod files;
-pub mod link;
+pub mod history;
+pub mod host;
+pub mod links;
+pub mod mirror;
 pub mod mishaps;
-pub mod model;
 pub mod primary;
+pub mod promises;
 pub mod random;
 pub mod replica;
+pub mod rest;
 pub mod settings;
 pub mod world;

@@ -1,48 +1,37 @@
 //! Virtual time: what happens next, and who is told.
 
-use super::application::Application;
+use super::differences::Differences;
 use super::disk::DiskOperation;
 use super::files::FileOperation;
-use super::link::{Channel, Link};
-use super::model::Promises;
-use super::primary::Primary;
+use super::host::{Host, Shell};
+use super::links::{Channel, LinkId, Links};
 use super::random::Random;
-use super::replica::ReplicaHost;
 use super::settings::Settings;
 use blockmirror_protocol::units::Time;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// How long the hosts have to come to rest once nothing goes wrong any more.
-const SETTLING: Duration = Duration::from_secs(400);
-
-/// Something that happens at a planned time.
+/// Something that happens at a planned time. Hosts are numbered.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// The application's next request.
-    Request,
+    /// The next request of the application on a host.
+    Request(usize),
     /// The next mishap.
     Mishap,
-    /// A disk operation of the primary ends.
-    PrimaryDisk(DiskOperation),
-    /// A batch of a metadata write of the primary ends.
-    PrimaryFile(FileOperation),
-    /// A disk operation of a replica ends.
-    ReplicaDisk(usize, DiskOperation),
-    /// A batch of a metadata write of a replica ends.
-    ReplicaFile(usize, FileOperation),
-    /// A packet arrives.
-    Arrival(usize, u64, Channel),
-    /// The primary finds out that a connection is gone.
-    PrimaryLost(usize, u64),
-    /// A replica finds out that a connection is gone.
-    ReplicaLost(usize, u64),
-    /// The primary, in this life, tries to connect.
-    Connect(usize, u64),
-    /// The primary starts.
-    StartPrimary,
-    /// A replica starts.
-    StartReplica(usize),
+    /// A disk operation of a host ends.
+    Disk(usize, DiskOperation),
+    /// A batch of a metadata write of a host ends.
+    File(usize, FileOperation),
+    /// A packet of a connection arrives.
+    Arrival(LinkId, u64, Channel),
+    /// The dialler finds out that a connection is gone.
+    DiallerLost(LinkId, u64),
+    /// The listener finds out that a connection is gone.
+    ListenerLost(LinkId, u64),
+    /// The dialler, in this life, tries to connect.
+    Connect(LinkId, u64),
+    /// A host starts.
+    Start(usize),
 }
 
 /// See the module.
@@ -54,20 +43,20 @@ pub struct World {
     pub random: Random,
     /// The time.
     pub now: Duration,
-    /// The primary.
-    pub primary: Primary,
-    /// The replicas.
-    pub replicas: Vec<ReplicaHost>,
-    /// The link to each replica.
-    pub links: Vec<Link>,
-    /// The applications.
-    pub application: Application,
-    /// What they were told.
-    pub promises: Promises,
+    /// The hosts, by their number; host 0 is the first primary.
+    pub hosts: Vec<Host>,
+    /// The links between them.
+    pub links: Links,
+    /// Where copies differ.
+    pub differences: Differences,
+    /// The number of the last request of any application, which is also its content.
+    pub last_request: u64,
     /// How many events have happened.
     pub steps: u64,
     /// Whether disks may fail and mishaps happen.
     pub is_rough: bool,
+    /// Whether applications make requests by themselves.
+    pub is_busy: bool,
     /// Whether to print what happens.
     pub is_traced: bool,
     events: BTreeMap<(Duration, u64), Event>,
@@ -77,20 +66,20 @@ pub struct World {
 }
 
 impl World {
-    /// A world in which nothing has happened yet.
+    /// A world in which all hosts have started and nothing else has happened yet.
     #[must_use]
     pub fn new(settings: Settings, random: Random) -> Self {
         let hosts = settings.sector_bytes.len();
         let mut world = Self {
             random,
             now: Duration::ZERO,
-            primary: Primary::new(&settings),
-            replicas: (1..hosts).map(|host| ReplicaHost::new(&settings, host)).collect(),
-            links: (1..hosts).map(|_| Link::default()).collect(),
-            application: Application::default(),
-            promises: Promises::default(),
+            hosts: (0..hosts).map(|number| Host::new(&settings, number)).collect(),
+            links: Links::new(hosts),
+            differences: Differences::default(),
+            last_request: 0,
             steps: 0,
             is_rough: settings.mishaps.is_some(),
+            is_busy: false,
             is_traced: false,
             events: BTreeMap::new(),
             planned: 0,
@@ -98,10 +87,7 @@ impl World {
             early_timeouts: 0,
             settings,
         };
-        for which in 0..world.replicas.len() {
-            world.start_replica(which);
-        }
-        world.start_primary();
+        (0..hosts).for_each(|host| world.start(host));
         world
     }
 
@@ -118,8 +104,8 @@ impl World {
     /// # Panics
     /// When anything is not as it must be.
     pub fn run(&mut self) {
-        let pause = self.settings.think_time;
-        self.plan(pause, Event::Request);
+        self.is_busy = true;
+        (0..self.hosts.len()).for_each(|host| self.plan_request(host));
         if let Some(pause) = self.settings.mishaps {
             self.plan(pause, Event::Mishap);
         }
@@ -135,23 +121,6 @@ impl World {
         self.now = self.now.max(end);
     }
 
-    /// Ends all mishaps and requests, and waits until every replica is in sync.
-    ///
-    /// # Panics
-    /// When that takes too long.
-    pub fn settle(&mut self) {
-        self.is_rough = false;
-        self.application.is_quiet = true;
-        for link in &mut self.links {
-            link.stalled_until = self.now;
-        }
-        let end = self.now + SETTLING;
-        while !self.is_settled() {
-            assert!(self.step(end), "R2: the hosts do not come to rest: {}", self.describe());
-        }
-        self.check_at_rest();
-    }
-
     /// Plans an event.
     pub fn plan(&mut self, delay: Duration, event: Event) {
         self.plan_at(self.now + delay, event);
@@ -163,7 +132,7 @@ impl World {
         self.events.insert((at.max(self.now), self.planned), event);
     }
 
-    /// A number that names an operation.
+    /// A number that names an operation, a connection or a copy; later ones are higher.
     pub fn next_operation(&mut self) -> u64 {
         self.operations += 1;
         self.operations
@@ -176,25 +145,29 @@ impl World {
         }
     }
 
+    /// The hosts whose agents run as primaries.
+    #[must_use]
+    pub fn primaries(&self) -> Vec<usize> {
+        (0..self.hosts.len()).filter(|host| self.hosts[*host].tracker().is_some()).collect()
+    }
+
     /// Lets the next thing happen, if it does before `end`.
     pub fn step(&mut self, end: Duration) -> bool {
         let event = self.events.first_key_value().map(|((at, _), _)| *at);
-        let timeout = self.primary.tracker.as_ref().and_then(|tracker| tracker.poll_timeout()).map(|at| at.0);
-        let Some(next) = event.into_iter().chain(timeout).min().filter(|next| *next <= end) else {
+        let timeout = self.next_timeout();
+        let Some(next) = event.into_iter().chain(timeout.map(|(at, _)| at)).min().filter(|next| *next <= end)
+        else {
             return false;
         };
         self.steps += 1;
-        if event != Some(next) {
-            self.early_timeouts = if next <= self.now { self.early_timeouts + 1 } else { 0 };
-            assert!(self.early_timeouts < 100, "the primary's time-out stays in the past");
-            self.now = self.now.max(next);
-            let now = Time(self.now);
-            self.primary.tracker.as_mut().expect("it has a time-out").handle_timeout(now);
-        } else {
-            self.early_timeouts = 0;
-            let ((at, _), event) = self.events.pop_first().expect("there is one");
-            self.now = self.now.max(at);
-            self.happen(event);
+        match timeout.filter(|_| event != Some(next)) {
+            Some((_, host)) => self.time_out(host, next),
+            None => {
+                self.early_timeouts = 0;
+                let ((at, _), event) = self.events.pop_first().expect("there is one");
+                self.now = self.now.max(at);
+                self.happen(event);
+            }
         }
         self.act();
         self.check_step();
@@ -205,17 +178,8 @@ impl World {
     pub fn act(&mut self) {
         loop {
             let mut acted = false;
-            while let Some(action) = self.primary.tracker.as_mut().and_then(|tracker| tracker.poll_action()) {
-                self.act_primary(action);
-                acted = true;
-            }
-            for which in 0..self.replicas.len() {
-                while let Some(action) =
-                    self.replicas[which].machine.as_mut().and_then(|machine| machine.poll_action())
-                {
-                    self.act_replica(which, action);
-                    acted = true;
-                }
+            for host in 0..self.hosts.len() {
+                acted |= self.act_host(host);
             }
             if !acted {
                 return;
@@ -223,55 +187,56 @@ impl World {
         }
     }
 
+    fn act_host(&mut self, host: usize) -> bool {
+        let mut acted = false;
+        loop {
+            match &mut self.hosts[host].shell {
+                Shell::Down => return acted,
+                Shell::Primary(shell) => {
+                    let Some(action) = shell.tracker.poll_action() else { return acted };
+                    self.act_primary(host, action);
+                }
+                Shell::Replica(shell) => {
+                    let Some(action) = shell.machine.poll_action() else { return acted };
+                    self.act_replica(host, action);
+                }
+            }
+            acted = true;
+        }
+    }
+
+    /// The first time-out of any primary.
+    fn next_timeout(&self) -> Option<(Duration, usize)> {
+        let timeouts = self.hosts.iter().filter_map(|host| {
+            let at = host.tracker()?.poll_timeout()?;
+            Some((at.0, host.number))
+        });
+        timeouts.min()
+    }
+
+    fn time_out(&mut self, host: usize, at: Duration) {
+        self.early_timeouts = if at <= self.now { self.early_timeouts + 1 } else { 0 };
+        assert!(self.early_timeouts < 100, "the time-out of host {host} stays in the past");
+        self.now = self.now.max(at);
+        let now = Time(self.now);
+        self.hosts[host].tracker_mut().expect("it has a time-out").handle_timeout(now);
+    }
+
     fn happen(&mut self, event: Event) {
         match event {
-            Event::Request => self.next_request(),
+            Event::Request(host) => self.next_request(host),
             Event::Mishap => self.next_mishap(),
-            Event::PrimaryDisk(id) => self.primary_disk_ended(id),
-            Event::PrimaryFile(id) => self.primary_file_ended(id),
-            Event::ReplicaDisk(which, id) => self.replica_disk_ended(which, id),
-            Event::ReplicaFile(which, id) => self.replica_file_ended(which, id),
-            Event::Arrival(which, connection, channel) => self.arrive(which, connection, channel),
-            Event::PrimaryLost(which, connection) => self.primary_lost(which, connection),
-            Event::ReplicaLost(which, connection) => self.replica_lost(which, connection),
-            Event::Connect(which, life) => self.connect(which, life),
-            Event::StartPrimary => self.start_primary(),
-            Event::StartReplica(which) => self.start_replica(which),
+            Event::Disk(host, id) => self.disk_ended(host, id),
+            Event::File(host, id) => self.file_ended(host, id),
+            Event::Arrival(link, connection, channel) => self.arrive(link, connection, channel),
+            Event::DiallerLost(link, connection) => self.dialler_lost(link, connection),
+            Event::ListenerLost(link, connection) => self.listener_lost(link, connection),
+            Event::Connect(link, life) => self.connect(link, life),
+            Event::Start(host) => self.start(host),
         }
     }
 
-    fn arrive(&mut self, which: usize, connection: u64, channel: Channel) {
-        let link = &mut self.links[which];
-        if link.stalled_until > self.now {
-            let later = link.stalled_until;
-            return self.plan_at(later, Event::Arrival(which, connection, channel));
-        }
-        let Some(packet) = link.arrived(channel, connection) else { return };
-        if channel == Channel::ToPrimary {
-            self.primary_receives(which, packet);
-        } else {
-            self.replica_receives(which, connection, packet);
-        }
-    }
-
-    /// Cuts the link to a replica; both sides find out later.
-    pub fn cut(&mut self, which: usize) {
-        self.note(|| format!("link {which} is cut"));
-        let link = &mut self.links[which];
-        link.cut();
-        let (primary, replica) = (link.primary_side, link.replica_side);
-        let longest = Duration::from_secs(2);
-        if let Some(connection) = primary {
-            let delay = self.random.up_to(longest);
-            self.plan(delay, Event::PrimaryLost(which, connection));
-        }
-        if let Some(connection) = replica {
-            let delay = self.random.up_to(longest);
-            self.plan(delay, Event::ReplicaLost(which, connection));
-        }
-    }
-
-    /// Whether a disk operation fails now.
+    /// Whether an operation of a disk or a file fails now.
     pub fn fails(&mut self) -> bool {
         self.is_rough && self.random.once_in(self.settings.disk_failures)
     }

@@ -1,12 +1,10 @@
-//! What must be true, kept beside the machines and without looking into them.
-//!
-//! [`Promises`] knows what applications were told, and so what the primary's disk may hold (W4). [`History`] is the
-//! one order of writes on a primary (W1). [`Image`] is what a consistent replica may hold (W3).
+//! What applications were told, and so what the primary's disk may hold (W4): kept beside the machine and without
+//! looking into it.
 
-use super::disk::{Data, Disk, Value, put, sectors};
+use super::disk::{Disk, Value, sectors};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::{RequestId, Work};
-use blockmirror_protocol::units::{BlockSize, Sequence};
+use blockmirror_protocol::units::BlockSize;
 use std::collections::{BTreeMap, BTreeSet};
 
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +24,8 @@ pub struct Promises {
     sectors: BTreeMap<u64, Vec<Entry>>,
     /// Sectors with a write that no flush covered.
     unflushed: BTreeSet<u64>,
+    /// Sectors of which less is possible than when they were last checked.
+    narrowed: BTreeSet<u64>,
 }
 
 impl Promises {
@@ -64,7 +64,8 @@ impl Promises {
         let (work, _, issued) = self.open.remove(&id).expect("a request is answered once");
         match work {
             Work::Write { range, fua } | Work::Zero { range, fua, .. } => {
-                for (_, entries) in self.sectors.range_mut(sectors(range)) {
+                for (sector, entries) in self.sectors.range_mut(sectors(range)) {
+                    self.narrowed.insert(*sector);
                     for entry in entries.iter_mut().filter(|entry| entry.issued == issued) {
                         *entry = Entry { ended: Some(self.clock), good, durable: good && fua, ..*entry };
                     }
@@ -88,18 +89,12 @@ impl Promises {
     /// The primary's host lost power: what its disk holds now, it holds durably.
     pub fn power_was_lost(&mut self, disk: &Disk) {
         for (sector, entries) in &mut self.sectors {
-            let value = disk.content().get(sector).copied().unwrap_or_default();
+            let value = disk.value(*sector);
             entries.retain(|entry| entry.value == value);
             entries.drain(..entries.len().saturating_sub(1));
             entries.iter_mut().for_each(|entry| (entry.good, entry.durable) = (true, true));
         }
         self.unflushed.clear();
-    }
-
-    /// Whether a request waits for its answer.
-    #[must_use]
-    pub fn is_open(&self, id: RequestId) -> bool {
-        self.open.contains_key(&id)
     }
 
     /// The number of a request's content, while it waits for its answer.
@@ -121,39 +116,45 @@ impl Promises {
             .sum()
     }
 
-    /// How many requests wait for an answer.
-    #[must_use]
-    pub fn open_requests(&self) -> usize {
-        self.open.len()
-    }
-
     /// Checks that the disk holds only what it may, now and after a power loss at this moment.
     ///
     /// # Panics
     /// When an acknowledged write is lost.
-    pub fn check(&self, disk: &Disk) {
+    pub fn check(&mut self, disk: &Disk) {
+        self.narrowed.clear();
         let touched: BTreeSet<u64> = disk.touched().into_iter().chain(self.sectors.keys().copied()).collect();
-        for sector in touched {
-            let entries = self.sectors.get(&sector).map_or(&[][..], Vec::as_slice);
-            for value in disk.possible(sector) {
-                let known =
-                    entries.iter().any(|entry| entry.value == value) || entries.is_empty() && value == 0;
-                assert!(known, "W4: sector {sector} may come back as {value}, of {entries:?}");
-            }
-            let value = disk.content().get(&sector).copied().unwrap_or_default();
-            let is_current = |entry: &Entry| {
-                let later =
-                    |other: &Entry| other.good && entry.ended.is_some_and(|ended| ended < other.issued);
-                entry.value == value && !entries.iter().any(later)
-            };
-            let fine = entries.iter().any(is_current) || entries.is_empty() && value == 0;
-            assert!(fine, "W4: sector {sector} reads as {value}, of {entries:?}");
+        touched.into_iter().for_each(|sector| self.check_sector(disk, sector));
+    }
+
+    /// The same, where the disk has changed or less is possible than before.
+    ///
+    /// # Panics
+    /// When an acknowledged write is lost.
+    pub fn check_changed(&mut self, disk: &Disk, changed: &[u64]) {
+        let narrowed = std::mem::take(&mut self.narrowed);
+        changed.iter().for_each(|sector| self.check_sector(disk, *sector));
+        narrowed.into_iter().for_each(|sector| self.check_sector(disk, sector));
+    }
+
+    fn check_sector(&self, disk: &Disk, sector: u64) {
+        let entries = self.sectors.get(&sector).map_or(&[][..], Vec::as_slice);
+        for value in disk.possible(sector) {
+            let known = entries.iter().any(|entry| entry.value == value) || entries.is_empty() && value == 0;
+            assert!(known, "W4: sector {sector} may come back as {value}, of {entries:?}");
         }
+        let value = disk.value(sector);
+        let is_current = |entry: &Entry| {
+            let later = |other: &Entry| other.good && entry.ended.is_some_and(|ended| ended < other.issued);
+            entry.value == value && !entries.iter().any(later)
+        };
+        let fine = entries.iter().any(is_current) || entries.is_empty() && value == 0;
+        assert!(fine, "W4: sector {sector} reads as {value}, of {entries:?}");
     }
 
     fn flushed(&mut self, issued: u64) {
         let sectors: Vec<u64> = self.unflushed.iter().copied().collect();
         for sector in sectors {
+            self.narrowed.insert(sector);
             let entries = self.sectors.get_mut(&sector).expect("it has entries");
             for entry in entries.iter_mut() {
                 entry.durable |= entry.good && entry.ended.is_some_and(|ended| ended <= issued);
@@ -174,94 +175,4 @@ fn begun(value: Value, issued: u64) -> Entry {
 fn forget(entries: &mut Vec<Entry>) {
     let newest = entries.iter().filter(|entry| entry.durable).map(|entry| entry.issued).max().unwrap_or(0);
     entries.retain(|entry| entry.ended.is_none_or(|ended| ended >= newest));
-}
-
-/// The writes of one generation of a primary in their order. See the module.
-#[derive(Debug, Default)]
-pub struct History {
-    base: BTreeMap<u64, Value>,
-    writes: BTreeMap<Sequence, Vec<(ByteRange, Data)>>,
-}
-
-impl History {
-    /// A generation that begins with this content.
-    #[must_use]
-    pub fn new(base: BTreeMap<u64, Value>) -> Self {
-        Self { base, writes: BTreeMap::new() }
-    }
-
-    /// A write, or what a failed one left, has this place in the order.
-    pub fn record(&mut self, sequence: Sequence, range: ByteRange, data: Data) {
-        self.writes.entry(sequence).or_default().push((range, data));
-    }
-
-    /// The content after this write.
-    #[must_use]
-    pub fn content_at(&self, sequence: Sequence) -> BTreeMap<u64, Value> {
-        let mut content = self.base.clone();
-        for (range, data) in self.writes.range(..=sequence).flat_map(|(_, writes)| writes) {
-            put(&mut content, *range, data);
-        }
-        content
-    }
-}
-
-/// A primary's life and an epoch in it.
-pub type EpochKey = (u64, u64);
-
-/// A live frame as it was sent.
-pub type SentFrame = (EpochKey, ByteRange, Data);
-
-/// What a consistent replica may hold: the content at its last durable epoch, and any of the next one. See the module.
-#[derive(Clone, Debug, Default)]
-pub struct Image {
-    base: BTreeMap<u64, Value>,
-    frames: Vec<SentFrame>,
-}
-
-impl Image {
-    /// The image at a commit, and the frames that were sent since.
-    #[must_use]
-    pub fn new(base: BTreeMap<u64, Value>, frames: Vec<SentFrame>) -> Self {
-        Self { base, frames }
-    }
-
-    /// A frame was sent.
-    pub fn sent(&mut self, frame: SentFrame) {
-        self.frames.push(frame);
-    }
-
-    /// Epochs up to this one were acknowledged as durable.
-    pub fn durable(&mut self, until: EpochKey) {
-        let (durable, later) =
-            std::mem::take(&mut self.frames).into_iter().partition(|(key, ..)| *key <= until);
-        self.frames = later;
-        let durable: Vec<SentFrame> = durable;
-        for (_, range, data) in durable {
-            put(&mut self.base, range, &data);
-        }
-    }
-
-    /// Checks that a power loss at this moment leaves a legal image.
-    ///
-    /// # Panics
-    /// When it might not.
-    pub fn check(&self, disk: &Disk, who: usize) {
-        let next = self.frames.iter().map(|(key, ..)| *key).min();
-        let touched: BTreeSet<u64> = disk.touched().into_iter().chain(self.base.keys().copied()).collect();
-        for sector in touched {
-            let durable = self.base.get(&sector).copied().unwrap_or_default();
-            for value in disk.possible(sector) {
-                let in_next = || {
-                    self.frames.iter().any(|(key, range, data)| {
-                        Some(*key) == next && sectors(*range).contains(&sector) && data.at(sector) == value
-                    })
-                };
-                assert!(
-                    value == durable || in_next(),
-                    "W3: sector {sector} of replica {who} may be {value}; it was {durable} in the last durable epoch"
-                );
-            }
-        }
-    }
 }

@@ -1,0 +1,163 @@
+//! What a primary has to do with the other hosts: it connects to them, hears them, and carries out what its sessions
+//! want.
+
+use super::disk::Data;
+use super::files::batches_of_map;
+use super::host::{Shell, host_id};
+use super::links::{Channel, LinkId, Packet};
+use super::mirror::Image;
+use super::primary::{DiskWork, FileWork};
+use super::world::{Event, World};
+use blockmirror_protocol::disk::dirty_map;
+use blockmirror_protocol::session::resync::CopyRead;
+use blockmirror_protocol::session::{self, PeerError};
+use blockmirror_protocol::units::Time;
+use blockmirror_protocol::wire::message::{Commit, Message};
+use blockmirror_protocol::wire::{Body, FrameHeader};
+use std::time::Duration;
+
+/// How long a primary waits before it connects again, at most.
+const RETRY: Duration = Duration::from_secs(1);
+
+impl World {
+    /// A primary plans to connect.
+    pub(super) fn plan_connect(&mut self, link: LinkId) {
+        let delay = self.random.up_to(RETRY);
+        let life = self.hosts[link.dialler].life;
+        self.plan(delay, Event::Connect(link, life));
+    }
+
+    /// A primary tries to connect: first the session's number is made durable.
+    pub(super) fn connect(&mut self, link: LinkId, life: u64) {
+        let is_listening = self.hosts[link.listener].is_up();
+        let it = &mut self.hosts[link.dialler];
+        let Shell::Primary(shell) = &it.shell else { return };
+        if life != it.life || self.links[link].dialler_side.is_some() {
+            return;
+        }
+        if shell.is_connecting() || !is_listening {
+            return self.plan_connect(link);
+        }
+        it.superblock.session = it.superblock.session.next();
+        self.start_superblock_write(link.dialler, FileWork::Session(link));
+    }
+
+    /// A session's number was recorded: the connection comes up.
+    pub(super) fn session_recorded(&mut self, link: LinkId, good: bool) {
+        if good {
+            self.hosts[link.dialler].superblock_written();
+        }
+        if !good || !self.hosts[link.listener].is_up() {
+            return self.plan_connect(link);
+        }
+        self.open(link);
+        let session = self.hosts[link.dialler].superblock.session;
+        let identity = self.identity(link.dialler);
+        let now = Time(self.now);
+        let tracker = self.hosts[link.dialler].tracker_mut().expect("a crash ends operations");
+        tracker.handle_connected(host_id(link.listener), session, &identity, now);
+    }
+
+    /// A primary receives a control message.
+    pub(super) fn dialler_receives(&mut self, link: LinkId, packet: Packet) {
+        let Packet::Message(bytes) = packet else { panic!("a primary receives no frames") };
+        let message = Message::decode(&bytes[4..]).expect("a message reads back");
+        self.note(|| format!("{link} back: {message:?}"));
+        let now = Time(self.now);
+        let Some(tracker) = self.hosts[link.dialler].tracker_mut() else { return };
+        match tracker.handle_message(host_id(link.listener), message, now) {
+            Ok(()) => {}
+            Err(PeerError::Refused(_)) => self.cut(link),
+            Err(error) => panic!("host {}: {error}", link.listener),
+        }
+    }
+
+    /// A primary finds out that a connection is gone.
+    pub(super) fn dialler_lost(&mut self, link: LinkId, connection: u64) {
+        if self.links[link].dialler_side != Some(connection) {
+            return;
+        }
+        self.note(|| format!("{link}: the primary lost it"));
+        self.links[link].dialler_side = None;
+        let now = Time(self.now);
+        if let Some(tracker) = self.hosts[link.dialler].tracker_mut() {
+            tracker.handle_disconnected(host_id(link.listener), now);
+            self.plan_connect(link);
+        }
+    }
+
+    /// Carries out what a session wants.
+    pub(super) fn act_session(&mut self, link: LinkId, action: session::Action) {
+        match action {
+            session::Action::Send(message) => self.send_message(link, &message),
+            session::Action::SendFrame { header, request } => {
+                let value = request.map_or(0, |request| self.content_of(link.dialler, request, false));
+                self.send_live(link, header, Data::Fill(value));
+            }
+            session::Action::WriteMap(changes) => {
+                let name = dirty_map::file_name(host_id(link.listener));
+                let work = FileWork::Map(link.listener);
+                self.start_primary_file(link.dialler, &name, batches_of_map(changes), work);
+            }
+            session::Action::ReadCopy { read, range } => {
+                let work = DiskWork::Copy(link.listener, read, range);
+                let id = self.start_primary_disk(link.dialler, work);
+                self.hosts[link.dialler].disk.begin_read(id, range);
+            }
+            session::Action::SendCopy { read, header } => self.send_copy(link, read, header),
+            session::Action::Hold { .. } => panic!("the tracker carries out holds itself"),
+        }
+    }
+
+    fn send_message(&mut self, link: LinkId, message: &Message) {
+        self.note(|| format!("{link}: {message:?}"));
+        match message {
+            Message::Commit(commit) => self.send_commit(link, commit),
+            Message::ResyncBegin(begin) => {
+                self.links[link].dirty_bytes.get_or_insert(begin.dirty_bytes);
+                let connection = self.links[link].connection;
+                self.hosts[link.listener].mirror.resync_is_announced(connection);
+            }
+            _ => {}
+        }
+        self.send(link, Channel::ToListener, Packet::Message(message.encode()));
+    }
+
+    fn send_commit(&mut self, link: LinkId, commit: &Commit) {
+        let connection = self.links[link].connection;
+        let image = Image::new(&mut self.hosts[link.dialler].history, commit.position.sequence);
+        self.hosts[link.listener].mirror.commit_is_sent(connection, commit.position, image);
+    }
+
+    fn send_live(&mut self, link: LinkId, header: FrameHeader, data: Data) {
+        if let Body::Write { epoch, sequence, range } | Body::Zero { epoch, sequence, range, .. } =
+            header.body
+        {
+            self.hosts[link.dialler].history.record(sequence, range, data.clone());
+            let connection = self.links[link].connection;
+            self.hosts[link.listener].mirror.frame_is_sent((connection, epoch.0), sequence, range, &data);
+        }
+        self.send_frame(link, Channel::Live, header, data);
+    }
+
+    fn send_copy(&mut self, link: LinkId, read: CopyRead, header: Option<FrameHeader>) {
+        let Shell::Primary(shell) = &mut self.hosts[link.dialler].shell else { panic!("it is primary") };
+        let (range, data) = shell.copies.remove(&(link.listener, read)).expect("the read has ended");
+        let Some(header) = header else { return };
+        assert_eq!(header.body.range(), range, "a copy is of what was read");
+        if self.links[link].is_up {
+            self.links[link].copied_bytes += range.length;
+            self.check_copied(link);
+        }
+        self.send_frame(link, Channel::Bulk, header, data);
+    }
+
+    fn send_frame(&mut self, link: LinkId, channel: Channel, header: FrameHeader, data: Data) {
+        self.note(|| format!("{link} => {:?}", header.body));
+        if header.body.payload_bytes() == 0 {
+            let frame = FrameHeader::decode(&header.encode(&[])).and_then(|frame| frame.check(&[]));
+            assert_eq!(frame, Ok(header), "a frame reads back");
+        }
+        self.send(link, channel, Packet::Frame(header, data));
+    }
+}

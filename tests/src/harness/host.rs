@@ -1,0 +1,307 @@
+//! A host: what it keeps on disk, and the shell of the machine that runs there now.
+//!
+//! The superblock says which role the host starts in. What the model knows of a host outlives its agent.
+
+use super::application::Application;
+use super::disk::{Crash, Disk, DiskOperation};
+use super::files::{Batch, FileOperation, Files, Step};
+use super::history::History;
+use super::mirror::Mirror;
+use super::primary::PrimaryShell;
+use super::promises::Promises;
+use super::replica::ReplicaShell;
+use super::settings::Settings;
+use super::world::{Event, World};
+use blockmirror_protocol::dirty_map::DirtyMap;
+use blockmirror_protocol::disk::activity_log::{self, Recovered};
+use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
+use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
+use blockmirror_protocol::tracker::Tracker;
+use blockmirror_protocol::units::{CopyId, HostId, Position, Session as SessionNumber, VolumeId};
+use blockmirror_protocol::wire::message::{DataState, Fence};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// The volume of all worlds.
+pub const VOLUME: VolumeId = VolumeId([1; 16]);
+
+/// What runs on a host.
+#[derive(Debug)]
+pub enum Shell {
+    /// Nothing.
+    Down,
+    /// An agent whose volume is primary.
+    Primary(Box<PrimaryShell>),
+    /// An agent whose volume is a replica.
+    Replica(Box<ReplicaShell>),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Host {
+    /// Its number.
+    pub number: usize,
+    /// The backing.
+    pub disk: Disk,
+    /// The metadata.
+    pub files: Files,
+    /// What the superblock says, or will when it is written.
+    pub superblock: Superblock,
+    /// How often the agent was started.
+    pub life: u64,
+    /// Whether a start is planned.
+    pub start_is_planned: bool,
+    /// What runs.
+    pub shell: Shell,
+    /// The applications, while it is primary.
+    pub application: Application,
+    /// What they were told.
+    pub promises: Promises,
+    /// The order of writes in this life as primary.
+    pub history: History,
+    /// What the disk may hold, as a replica.
+    pub mirror: Mirror,
+    /// The number of the superblock that was last written whole.
+    serial: u64,
+}
+
+/// The name of a host.
+#[must_use]
+pub fn host_id(number: usize) -> HostId {
+    HostId([number as u8 + 1; 32])
+}
+
+/// The number of a host.
+#[must_use]
+pub fn host_number(id: HostId) -> usize {
+    usize::from(id.0[0]) - 1
+}
+
+impl Host {
+    /// A host whose volume is new; the first is its primary.
+    #[must_use]
+    pub fn new(settings: &Settings, number: usize) -> Self {
+        let is_first = number == 0;
+        let superblock = Superblock {
+            volume: VOLUME,
+            copy: CopyId([number as u8 + 1; 16]),
+            size_bytes: settings.size_bytes,
+            block_size: settings.block_size,
+            role: if is_first { Role::Primary } else { Role::Replica },
+            data: if is_first { DataState::Consistent } else { DataState::Empty },
+            session: SessionNumber(0),
+            fence: if is_first { Fence { counter: 1, holder: host_id(0) } } else { Fence::default() },
+            position: Position::default(),
+            source: if is_first { HostId::default() } else { host_id(0) },
+            lineage: Vec::new(),
+        };
+        let mut host = Self {
+            number,
+            disk: Disk::new(settings.sector_bytes[number]),
+            files: Files::default(),
+            superblock,
+            life: 0,
+            start_is_planned: false,
+            shell: Shell::Down,
+            application: Application::default(),
+            promises: Promises::default(),
+            history: History::default(),
+            mirror: Mirror::default(),
+            serial: 0,
+        };
+        host.write_superblock_now();
+        host
+    }
+
+    /// The machine of a primary, while one runs.
+    #[must_use]
+    pub fn tracker(&self) -> Option<&Tracker> {
+        match &self.shell {
+            Shell::Primary(shell) => Some(&shell.tracker),
+            Shell::Down | Shell::Replica(_) => None,
+        }
+    }
+
+    /// The machine of a primary, while one runs.
+    pub fn tracker_mut(&mut self) -> Option<&mut Tracker> {
+        match &mut self.shell {
+            Shell::Primary(shell) => Some(&mut shell.tracker),
+            Shell::Down | Shell::Replica(_) => None,
+        }
+    }
+
+    /// Whether an agent runs.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        !matches!(self.shell, Shell::Down)
+    }
+
+    /// Whether the host is primary, or will be when it starts.
+    #[must_use]
+    pub fn is_primary(&self) -> bool {
+        self.superblock.role == Role::Primary
+    }
+
+    /// Whether the machine counts its backing as failed.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        match &self.shell {
+            Shell::Down => false,
+            Shell::Primary(shell) => shell.tracker.has_failed(),
+            Shell::Replica(shell) => shell.machine.has_failed(),
+        }
+    }
+
+    /// Whether nothing is under way.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        match &self.shell {
+            Shell::Down => true,
+            Shell::Primary(shell) => shell.is_idle(),
+            Shell::Replica(shell) => shell.is_idle(),
+        }
+    }
+
+    /// What the activity log's file says.
+    #[must_use]
+    pub fn recover_log(&self) -> Recovered {
+        let bytes = self.files.bytes(activity_log::FILE_NAME, activity_log::FILE_BYTES);
+        activity_log::recover(&bytes).expect("the log is no newer than this code")
+    }
+
+    /// What the file of the map for another host says.
+    #[must_use]
+    pub fn recover_map(&self, peer: usize) -> DirtyMap {
+        let Superblock { size_bytes, block_size, .. } = self.superblock;
+        let fresh = DirtyMap::full(VOLUME, host_id(peer), size_bytes, block_size);
+        let name = dirty_map::file_name(host_id(peer));
+        let header = self.files.bytes(&name, 2 * PAGE_BYTES as u64);
+        let pages = self.files.pages_from(&name, 2 * PAGE_BYTES as u64);
+        DirtyMap::recover(&fresh, &header, pages).unwrap_or(fresh)
+    }
+
+    /// The superblock as it is to be written. One that could not be written is written in the same place again.
+    pub(super) fn superblock_batches(&self) -> VecDeque<Batch> {
+        let serial = self.serial + 1;
+        let page = Box::new(self.superblock.encode(serial));
+        VecDeque::from([vec![(slot_offset(serial), Some(page))]])
+    }
+
+    /// The superblock was written.
+    pub(super) fn superblock_written(&mut self) {
+        self.serial += 1;
+    }
+
+    /// Writes the superblock at once, durably.
+    pub(super) fn write_superblock_now(&mut self) {
+        self.serial += 1;
+        let page = self.superblock.encode(self.serial);
+        self.files.write_now(superblock::FILE_NAME, slot_offset(self.serial), &page);
+    }
+
+    fn recover_superblock(&mut self) {
+        let bytes = self.files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
+        (self.serial, self.superblock) = Superblock::recover(&bytes).expect("a superblock is whole");
+    }
+}
+
+impl World {
+    /// Starts a host's agent in the role that its superblock says, after ending the one that runs.
+    pub fn start(&mut self, host: usize) {
+        if self.hosts[host].is_up() {
+            self.crash(host, Crash::Process);
+        }
+        let it = &mut self.hosts[host];
+        it.start_is_planned = false;
+        it.life += 1;
+        it.recover_superblock();
+        let (life, role) = (it.life, it.superblock.role);
+        self.note(|| format!("host {host} starts its life {life} as {role:?}"));
+        match role {
+            Role::Primary => self.start_primary(host),
+            Role::Replica => self.start_replica(host),
+        }
+    }
+
+    /// Ends a host's agent, or takes the host's power.
+    pub fn crash(&mut self, host: usize, crash: Crash) {
+        self.note(|| format!("host {host} crashes: {crash:?}"));
+        self.check_disk(host);
+        let it = &mut self.hosts[host];
+        it.shell = Shell::Down;
+        it.disk.crash(crash, &mut self.random);
+        it.files.crash(&mut self.random);
+        it.promises.crash();
+        if crash == Crash::Power {
+            it.promises.power_was_lost(&it.disk);
+        }
+        it.application.waiting.clear();
+        self.check_disk(host);
+        self.cut_off(host);
+    }
+
+    /// Crashes a host that runs, and plans its start within a time.
+    pub fn take_down(&mut self, host: usize, crash: Crash, longest: Duration) {
+        if self.hosts[host].is_up() {
+            self.crash(host, crash);
+        }
+        if !std::mem::replace(&mut self.hosts[host].start_is_planned, true) {
+            let delay = self.random.up_to(longest);
+            self.plan(delay, Event::Start(host));
+        }
+    }
+
+    /// A replica is thrown away, and another one joins in its place.
+    pub fn replace(&mut self, host: usize) {
+        self.crash(host, Crash::Power);
+        self.note(|| format!("host {host} is replaced"));
+        let number = self.next_operation();
+        let life = self.hosts[host].life;
+        let mut fresh = Host { life, ..Host::new(&self.settings, host) };
+        fresh.superblock.copy = CopyId([0xff; 16]);
+        fresh.superblock.copy.0[..8].copy_from_slice(&number.to_be_bytes());
+        fresh.write_superblock_now();
+        self.hosts[host] = fresh;
+        self.differences.forget(host);
+        self.start(host);
+    }
+
+    /// A disk operation of a host ended.
+    pub(super) fn disk_ended(&mut self, host: usize, id: DiskOperation) {
+        let fails = self.fails();
+        let it = &mut self.hosts[host];
+        let Some(ended) = it.disk.end(id, fails, &mut self.random) else { return };
+        match it.shell {
+            Shell::Down => panic!("a crash ends operations"),
+            Shell::Primary(_) => self.primary_disk_ended(host, id, ended, fails),
+            Shell::Replica(_) => self.replica_disk_ended(host, id, ended, fails),
+        }
+    }
+
+    /// A batch of a metadata write of a host ended.
+    pub(super) fn file_ended(&mut self, host: usize, id: FileOperation) {
+        let fails = self.fails();
+        let it = &mut self.hosts[host];
+        match it.files.step(id, fails, &mut self.random) {
+            None => {}
+            Some(Step::More) => self.plan_file(host, id),
+            Some(Step::Done(good)) => match it.shell {
+                Shell::Down => panic!("a crash ends operations"),
+                Shell::Primary(_) => self.primary_file_ended(host, id, good),
+                Shell::Replica(_) => self.replica_file_ended(host, id, good),
+            },
+        }
+    }
+
+    /// Plans the end of a disk operation, which may take longer by so much.
+    pub(super) fn plan_disk(&mut self, host: usize, id: DiskOperation, longer: Duration) {
+        let delay = self.random.up_to(self.settings.disk_delay[host] + longer);
+        self.plan(delay, Event::Disk(host, id));
+    }
+
+    /// Plans the end of a metadata write's next batch.
+    pub(super) fn plan_file(&mut self, host: usize, id: FileOperation) {
+        let delay = self.random.up_to(self.settings.disk_delay[host]);
+        self.plan(delay, Event::File(host, id));
+    }
+}

@@ -1,0 +1,201 @@
+//! What a replica's disk may hold, kept beside its machine and without looking into it: once its data are consistent,
+//! the content at its last durable epoch, and any of the next one (W3, P1).
+//!
+//! It does not matter which host sends. Connections stand for sessions here, since their numbers never repeat.
+
+use super::disk::{Data, Disk, Value, put, sectors};
+use super::history::History;
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::replica::StateChange;
+use blockmirror_protocol::units::{Epoch, Position, Sequence};
+use blockmirror_protocol::wire::message::DataState;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A connection and an epoch on it.
+pub type EpochKey = (u64, u64);
+
+/// Live frames as they were sent, by their epoch.
+type Frames = BTreeMap<EpochKey, Vec<(ByteRange, Data)>>;
+
+/// What a consistent replica may hold. See the module.
+#[derive(Debug)]
+pub struct Image {
+    base: BTreeMap<u64, Value>,
+    frames: Frames,
+    /// Sectors of which less is possible than when they were last checked.
+    narrowed: BTreeSet<u64>,
+}
+
+impl Image {
+    /// The image at a commit of a position in this history.
+    #[must_use]
+    pub fn new(history: &mut History, sequence: Sequence) -> Self {
+        let base = history.content_at(sequence).clone();
+        Self { base, frames: Frames::new(), narrowed: BTreeSet::new() }
+    }
+
+    /// Epochs up to this one were acknowledged as durable.
+    fn durable(&mut self, until: EpochKey) {
+        while let Some(epoch) = self.frames.first_entry().filter(|epoch| *epoch.key() <= until) {
+            for (range, data) in epoch.remove() {
+                self.narrowed.extend(self.base.range(sectors(range)).map(|(sector, _)| *sector));
+                self.narrowed.extend(data.not_zero(range).into_iter().map(|(sector, _)| sector));
+                put(&mut self.base, range, &data);
+            }
+        }
+    }
+
+    /// Checks that a power loss at this moment leaves a legal image.
+    ///
+    /// # Panics
+    /// When it might not.
+    pub fn check(&mut self, disk: &Disk, host: usize) {
+        self.narrowed.clear();
+        let touched: BTreeSet<u64> = disk.touched().into_iter().chain(self.base.keys().copied()).collect();
+        touched.into_iter().for_each(|sector| self.check_sector(disk, host, sector));
+    }
+
+    /// The same, where the disk has changed or less is possible than before.
+    ///
+    /// # Panics
+    /// When it might not.
+    pub fn check_changed(&mut self, disk: &Disk, changed: &[u64], host: usize) {
+        let narrowed = std::mem::take(&mut self.narrowed);
+        changed.iter().for_each(|sector| self.check_sector(disk, host, *sector));
+        narrowed.into_iter().for_each(|sector| self.check_sector(disk, host, sector));
+    }
+
+    fn check_sector(&self, disk: &Disk, host: usize, sector: u64) {
+        let durable = self.base.get(&sector).copied().unwrap_or_default();
+        let next = self.frames.first_key_value().map_or(&[][..], |(_, frames)| frames);
+        for value in disk.possible(sector) {
+            let is_next = || {
+                next.iter().any(|(range, data)| sectors(*range).contains(&sector) && data.at(sector) == value)
+            };
+            assert!(
+                value == durable || is_next(),
+                "W3: sector {sector} of replica {host} may be {value}; it was {durable} in the last durable epoch"
+            );
+        }
+    }
+}
+
+/// What the model knows of one replica. See the module.
+#[derive(Debug)]
+pub struct Mirror {
+    /// What the superblock says durably, as far as the agent knows.
+    pub data: DataState,
+    /// What the disk may hold, while the data are consistent.
+    pub image: Option<Image>,
+    /// A commit that was sent and is not known to be durable.
+    pending: Option<(Position, Image)>,
+    /// The connection of the last session.
+    connection: u64,
+    /// The frames of that session from the last commit on.
+    sent: Frames,
+    last_durable: EpochKey,
+    last_sent: Option<Sequence>,
+    skips_are_announced: bool,
+}
+
+impl Default for Mirror {
+    fn default() -> Self {
+        Self {
+            data: DataState::Empty,
+            image: None,
+            pending: None,
+            connection: 0,
+            sent: Frames::new(),
+            last_durable: (0, 0),
+            last_sent: None,
+            skips_are_announced: true,
+        }
+    }
+}
+
+impl Mirror {
+    /// The replica answers the greeting of a new session.
+    pub fn session_begins(&mut self, connection: u64) {
+        self.connection = connection;
+        self.sent.clear();
+        self.last_sent = None;
+        self.skips_are_announced = false;
+    }
+
+    /// A primary announces a resync.
+    pub fn resync_is_announced(&mut self, connection: u64) {
+        if connection == self.connection {
+            self.skips_are_announced = true;
+        }
+    }
+
+    /// A primary sends a live frame.
+    ///
+    /// # Panics
+    /// When writes were left out before it and the replica still counts as consistent (W3).
+    pub fn frame_is_sent(&mut self, key: EpochKey, sequence: Sequence, range: ByteRange, data: &Data) {
+        if key.0 != self.connection {
+            return;
+        }
+        if let Some(last) = self.last_sent.filter(|_| !self.skips_are_announced) {
+            assert!(
+                sequence <= last.next(),
+                "W3: the stream leaves out writes between {last} and {sequence}"
+            );
+        }
+        self.last_sent = Some(sequence);
+        for image in self.image.iter_mut().chain(self.pending.iter_mut().map(|(_, image)| image)) {
+            image.frames.entry(key).or_default().push((range, data.clone()));
+        }
+        self.sent.entry(key).or_default().push((range, data.clone()));
+    }
+
+    /// A primary sends a commit.
+    pub fn commit_is_sent(&mut self, connection: u64, position: Position, image: Image) {
+        if connection != self.connection {
+            return;
+        }
+        self.sent = self.sent.split_off(&(connection, position.epoch.0 + 1));
+        let mut image = Image { frames: self.sent.clone(), ..image };
+        image.durable(self.last_durable);
+        self.pending = Some((position, image));
+        self.last_sent = None;
+        self.skips_are_announced = false;
+    }
+
+    /// The replica acknowledges epochs of its session up to this one as durable.
+    pub fn acknowledged(&mut self, epoch: Epoch) {
+        self.last_durable = (self.connection, epoch.0);
+        let images = self.image.iter_mut().chain(self.pending.iter_mut().map(|(_, image)| image));
+        images.for_each(|image| image.durable(self.last_durable));
+    }
+
+    /// The superblock says this durably.
+    pub fn state_is_durable(&mut self, change: &StateChange) {
+        self.data = change.data;
+        match change.data {
+            DataState::Consistent => self.commit_is_durable(change.position),
+            DataState::Inconsistent | DataState::Empty => self.image = None,
+        }
+    }
+
+    /// The host starts, and this is what its superblock says.
+    ///
+    /// # Panics
+    /// When nobody recorded that.
+    pub fn recovered(&mut self, data: DataState, position: Position) {
+        self.data = data;
+        match data {
+            DataState::Consistent => self.commit_is_durable(Some(position)),
+            DataState::Inconsistent | DataState::Empty => self.image = None,
+        }
+        let is_consistent = data == DataState::Consistent;
+        assert_eq!(self.image.is_some(), is_consistent, "the data state is what was recorded");
+    }
+
+    fn commit_is_durable(&mut self, position: Option<Position>) {
+        if let Some((_, image)) = self.pending.take_if(|(pending, _)| Some(*pending) == position) {
+            self.image = Some(image);
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Coming to rest: nothing goes wrong any more, everything is brought into sync, compared, and closed.
+
+use super::application::PATIENCE;
+use super::disk::Crash;
+use super::host::{Shell, host_id};
+use super::links::LinkId;
+use super::world::World;
+use blockmirror_protocol::disk::activity_log::Recovered;
+use blockmirror_protocol::session::ReplicaState;
+use blockmirror_protocol::units::Time;
+use std::fmt::Write;
+use std::time::Duration;
+
+/// How long the hosts have to come to rest once nothing goes wrong any more.
+const SETTLING: Duration = Duration::from_secs(400);
+/// How long closing may take.
+const CLOSING: Duration = Duration::from_secs(20);
+
+impl World {
+    /// Ends all mishaps and requests, and waits until every replica is in sync.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    pub fn settle(&mut self) {
+        (self.is_rough, self.is_busy) = (false, false);
+        for link in self.links.ids() {
+            self.links[link].stalled_until = self.now;
+        }
+        let end = self.now + SETTLING;
+        while !self.is_settled() {
+            assert!(self.step(end), "R2: the hosts do not come to rest: {}", self.describe());
+        }
+        self.check_at_rest();
+    }
+
+    /// Compares every primary with every replica through the machines themselves; nothing may differ.
+    ///
+    /// # Panics
+    /// When something does, or a compare does not end.
+    pub fn compare_all(&mut self) {
+        for link in self.replicating() {
+            self.begin_compare(link);
+        }
+        let end = self.now + PATIENCE * 20;
+        while self.is_comparing() {
+            assert!(self.step(end), "a compare does not end: {}", self.describe());
+        }
+    }
+
+    /// Begins a compare over a link.
+    pub fn begin_compare(&mut self, link: LinkId) {
+        let now = Time(self.now);
+        if let Some(tracker) = self.hosts[link.dialler].tracker_mut() {
+            let began = tracker.begin_compare(host_id(link.listener), now);
+            self.note(|| format!("compare over {link}: {began}"));
+            self.act();
+        }
+    }
+
+    /// Closes the volume on every primary, and checks that nothing is left to do after a power loss.
+    ///
+    /// # Panics
+    /// When closing does not end, or leaves anything.
+    pub fn close(&mut self) {
+        let now = Time(self.now);
+        let primaries = self.primaries();
+        for host in &primaries {
+            self.hosts[*host].tracker_mut().expect("it is primary").close(now);
+        }
+        self.act();
+        let end = self.now + CLOSING;
+        for host in primaries {
+            while !self.hosts[host].tracker().is_some_and(|tracker| tracker.is_closed()) {
+                assert!(self.step(end), "closing does not end: {}", self.describe());
+            }
+            self.check_closed(host);
+        }
+    }
+
+    /// How things stand, for messages.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let now = Time(self.now);
+        let mut text = format!("at {:?}", self.now);
+        for host in &self.hosts {
+            let waiting = host.application.waiting.len();
+            let _ = write!(text, "; host {}: {waiting} wait", host.number);
+            match &host.shell {
+                Shell::Down => text.push_str(", down"),
+                Shell::Replica(shell) => {
+                    let _ = write!(text, ", {:?}, failed {}", shell.machine.report(), host.has_failed());
+                }
+                Shell::Primary(shell) => {
+                    let _ = write!(text, ", failed {}", host.has_failed());
+                    for (_, report) in shell.tracker.reports(now) {
+                        let (bytes, lag) = (report.out_of_sync_bytes, report.lag_bytes);
+                        let _ = write!(text, ", {:?} {:?} {bytes} {lag}", report.connection, report.state);
+                    }
+                }
+            }
+        }
+        text
+    }
+
+    /// The links from primaries that run to all others.
+    fn replicating(&self) -> Vec<LinkId> {
+        self.primaries().into_iter().flat_map(|host| self.links.of_dialler(host)).collect()
+    }
+
+    fn is_comparing(&self) -> bool {
+        self.replicating().into_iter().any(|link| {
+            let tracker = self.hosts[link.dialler].tracker();
+            tracker.is_some_and(|tracker| tracker.is_comparing(host_id(link.listener)))
+        })
+    }
+
+    /// Whether every request is answered, every replica in sync and every disk idle.
+    fn is_settled(&self) -> bool {
+        let now = Time(self.now);
+        self.hosts.iter().all(|host| {
+            let is_in_sync = host.tracker().is_none_or(|tracker| {
+                let mut reports = tracker.reports(now);
+                reports
+                    .all(|(_, report)| report.state == ReplicaState::InSync && report.out_of_sync_bytes == 0)
+            });
+            let is_at_rest = host.is_idle() && host.application.waiting.is_empty();
+            host.is_up() && !host.has_failed() && is_at_rest && is_in_sync
+        })
+    }
+
+    /// Nothing is under way and all copies are equal.
+    fn check_at_rest(&mut self) {
+        for host in 0..self.hosts.len() {
+            self.check_disk(host);
+            match &self.hosts[host].shell {
+                Shell::Down => panic!("every host is up"),
+                Shell::Replica(shell) => {
+                    assert_eq!(shell.held_payloads(), 0, "every payload is dropped or written");
+                }
+                Shell::Primary(shell) => {
+                    assert_eq!(shell.held_copies(), 0, "every read for a copy is sent or dropped");
+                }
+            }
+        }
+        self.replicating().into_iter().for_each(|link| self.check_equal(link));
+    }
+
+    /// A primary that was closed left nothing to do.
+    fn check_closed(&mut self, host: usize) {
+        assert!(self.hosts[host].disk.is_durable(), "closing makes everything durable");
+        self.crash(host, Crash::Power);
+        self.check_recovered(host);
+        let log = self.hosts[host].recover_log();
+        assert!(
+            matches!(&log, Recovered::Active { extents, .. } if extents.is_empty()),
+            "closing leaves an empty log, not {log:?}"
+        );
+        for link in self.links.of_dialler(host) {
+            let map = self.hosts[host].recover_map(link.listener);
+            assert!(map.is_clean(), "closing leaves the maps as they are");
+        }
+    }
+}
