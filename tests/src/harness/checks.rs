@@ -104,11 +104,12 @@ impl World {
         }
     }
 
-    /// Nobody is told "in sync" while anything differs (D4).
+    /// Nobody is told "in sync" while anything differs (D4). A primary that counts as failed may have lost what its
+    /// replica has; after its restart it copies what its log remembers (W5, D1).
     fn check_in_sync(&mut self, host: usize) {
         let it = &self.hosts[host];
         let Some(tracker) = it.tracker() else { return };
-        if !it.application.waiting.is_empty() || !it.disk.is_idle() {
+        if tracker.has_failed() || !it.application.waiting.is_empty() || !it.disk.is_idle() {
             return;
         }
         let in_sync: Vec<usize> = tracker

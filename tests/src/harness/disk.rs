@@ -5,6 +5,8 @@
 //! larger physical sectors reads, modifies and writes: what it read of the neighbours when the write began, it writes
 //! back when the write ends.
 //!
+//! A sync that fails drops what it was to cover, in part or whole, as a kernel drops dirty pages.
+//!
 //! The disk insists on W1: writes that share a physical sector never run at the same time.
 
 use super::random::Random;
@@ -107,6 +109,7 @@ pub struct Disk {
     changes: u64,
     /// Sectors that may hold something new since the last [`Disk::take_changed`], with repetitions.
     changed: Vec<u64>,
+    lost: Vec<u64>,
 }
 
 impl Disk {
@@ -121,6 +124,7 @@ impl Disk {
             clock: 0,
             changes: 0,
             changed: Vec::new(),
+            lost: Vec::new(),
         }
     }
 
@@ -208,13 +212,18 @@ impl Disk {
             Running::Write { range, data, durable } => {
                 if fails {
                     self.apply_in_part(range, &data, random);
+                    if durable && random.once_in(2) {
+                        self.lose(self.clock, random);
+                    }
                 } else {
                     self.apply(range, &data, durable);
                 }
                 Ended::Done(!fails)
             }
             Running::Sync { until } => {
-                if !fails {
+                if fails {
+                    self.lose(until, random);
+                } else {
                     self.make_durable(until);
                 }
                 Ended::Done(!fails)
@@ -237,6 +246,7 @@ impl Disk {
 
     /// Crashes the host or its agent.
     pub fn crash(&mut self, crash: Crash, random: &mut Random) {
+        self.lost.clear();
         for running in std::mem::take(&mut self.running).into_values() {
             if let Running::Write { range, data, .. } = running {
                 self.apply_in_part(range, &data, random);
@@ -257,11 +267,9 @@ impl Disk {
         }
     }
 
-    /// Whether a sector holds its value durably and nothing is written to it.
-    #[must_use]
-    pub fn is_certain(&self, sector: u64) -> bool {
-        let is_written = |running: &Running| matches!(running, Running::Write { range, .. } if sectors(*range).contains(&sector));
-        !self.versions.contains_key(&sector) && !self.running.values().any(is_written)
+    /// The sectors that a failed sync has given an older value since the last call.
+    pub fn take_lost(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.lost)
     }
 
     /// Every value that a sector may turn out to hold after a power loss now, what is under way included; some may come
@@ -364,5 +372,30 @@ impl Disk {
             versions.drain(..newest);
             versions.len() > 1
         });
+    }
+
+    /// A sync failed: of what it was to cover, any version of a sector stays, and that is durable then. The kernel
+    /// tells of this once; a later sync succeeds (W5).
+    fn lose(&mut self, until: u64, random: &mut Random) {
+        let manner = random.below(3);
+        for (sector, mut versions) in std::mem::take(&mut self.versions) {
+            let covered = versions.iter().rposition(|(written, _)| *written <= until).unwrap_or(0);
+            let survivor = match manner {
+                0 => 0,
+                1 => covered,
+                _ => random.below(covered as u64 + 1) as usize,
+            };
+            versions.drain(survivor + 1..=covered);
+            versions.drain(..survivor);
+            let (_, newest) = *versions.last().expect("the survivor is there");
+            if versions.len() > 1 {
+                self.versions.insert(sector, versions);
+            }
+            self.changed.push(sector);
+            if self.value(sector) != newest {
+                self.set(sector, newest);
+                self.lost.push(sector);
+            }
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! The one order of writes on a primary (W1), from one start of its agent to the next.
 
-use super::disk::{Data, Value, put};
+use super::disk::{Data, Disk, Value, put};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::Sequence;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
 /// See the module.
@@ -13,13 +13,15 @@ pub struct History {
     writes: BTreeMap<Sequence, Vec<(ByteRange, Data)>>,
     /// The content after all writes up to one.
     folded: (Sequence, BTreeMap<u64, Value>),
+    /// What sectors have come back to when a sync failed.
+    lost: BTreeMap<u64, BTreeSet<Value>>,
 }
 
 impl History {
     /// A life that begins with this content.
     #[must_use]
     pub fn new(base: BTreeMap<u64, Value>) -> Self {
-        Self { folded: (Sequence(0), base.clone()), base, writes: BTreeMap::new() }
+        Self { folded: (Sequence(0), base.clone()), base, ..Self::default() }
     }
 
     /// A write, or what a failed one left, has this place in the order.
@@ -28,6 +30,20 @@ impl History {
         if sequence <= self.folded.0 {
             self.folded = (Sequence(0), self.base.clone());
         }
+    }
+
+    /// A failed sync has given these sectors older values, which copies may have from now on: a replica that has the
+    /// writes holds more than its primary.
+    pub fn lost(&mut self, sectors: Vec<u64>, disk: &Disk) {
+        for sector in sectors {
+            self.lost.entry(sector).or_default().insert(disk.value(sector));
+        }
+    }
+
+    /// What sectors may hold in a copy although they were written since.
+    #[must_use]
+    pub fn losses(&self) -> &BTreeMap<u64, BTreeSet<Value>> {
+        &self.lost
     }
 
     /// The content after this write.

@@ -21,6 +21,8 @@ type Frames = BTreeMap<EpochKey, Vec<(ByteRange, Data)>>;
 #[derive(Debug)]
 pub struct Image {
     base: BTreeMap<u64, Value>,
+    /// What sectors may hold instead, because the primary lost a write when a sync failed.
+    instead: BTreeMap<u64, BTreeSet<Value>>,
     frames: Frames,
     /// Sectors of which less is possible than when they were last checked.
     narrowed: BTreeSet<u64>,
@@ -31,7 +33,8 @@ impl Image {
     #[must_use]
     pub fn new(history: &mut History, sequence: Sequence) -> Self {
         let base = history.content_at(sequence).clone();
-        Self { base, frames: Frames::new(), narrowed: BTreeSet::new() }
+        let instead = history.losses().clone();
+        Self { base, instead, frames: Frames::new(), narrowed: BTreeSet::new() }
     }
 
     /// Epochs up to this one were acknowledged as durable.
@@ -41,6 +44,7 @@ impl Image {
                 self.narrowed.extend(self.base.range(sectors(range)).map(|(sector, _)| *sector));
                 self.narrowed.extend(data.not_zero(range).into_iter().map(|(sector, _)| sector));
                 put(&mut self.base, range, &data);
+                self.instead.retain(|sector, _| !sectors(range).contains(sector));
             }
         }
     }
@@ -69,11 +73,12 @@ impl Image {
         let durable = self.base.get(&sector).copied().unwrap_or_default();
         let next = self.frames.first_key_value().map_or(&[][..], |(_, frames)| frames);
         for value in disk.possible(sector) {
+            let is_lost = || self.instead.get(&sector).is_some_and(|values| values.contains(&value));
             let is_next = || {
                 next.iter().any(|(range, data)| sectors(*range).contains(&sector) && data.at(sector) == value)
             };
             assert!(
-                value == durable || is_next(),
+                value == durable || is_next() || is_lost(),
                 "W3: sector {sector} of replica {host} may be {value}; it was {durable} in the last durable epoch"
             );
         }

@@ -181,6 +181,19 @@ impl World {
             }
             (work, ended) => panic!("{work:?} ended as {ended:?}"),
         }
+        if fails {
+            self.take_losses(host);
+        }
+    }
+
+    /// What a failed sync has lost, applications and replicas may notice (W5).
+    fn take_losses(&mut self, host: usize) {
+        let it = &mut self.hosts[host];
+        let lost = it.disk.take_lost();
+        if it.has_failed() {
+            it.promises.sync_failed();
+            it.history.lost(lost, &it.disk);
+        }
     }
 
     /// A metadata write of a primary ended.

@@ -97,6 +97,14 @@ impl Promises {
         self.unflushed.clear();
     }
 
+    /// A sync of the primary's backing failed: what no flush covered may be gone, though it was answered (W5).
+    pub fn sync_failed(&mut self) {
+        for sector in &self.unflushed {
+            let entries = self.sectors.get_mut(sector).expect("it has entries");
+            entries.iter_mut().filter(|entry| !entry.durable).for_each(|entry| entry.good = false);
+        }
+    }
+
     /// The number of a request's content, while it waits for its answer.
     #[must_use]
     pub fn value(&self, id: RequestId) -> Option<Value> {

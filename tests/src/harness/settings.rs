@@ -123,7 +123,7 @@ impl Settings {
             disk_delay: (0..hosts).map(|_| random.pick(&milliseconds)).collect(),
             sync_delay: Duration::from_millis(random.pick(&[0, 0, 1000])),
             link_delay: random.pick(&milliseconds),
-            disk_failures: random.pick(&[0, 0, 0, 1000]),
+            disk_failures: random.pick(&[0, 0, 100, 500]),
             concurrency: 1 + random.below(16) as usize,
             think_time: random.pick(&[
                 Duration::from_millis(4),
