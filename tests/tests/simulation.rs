@@ -6,6 +6,7 @@ use blockmirror_tests::harness::application::PATIENCE;
 use blockmirror_tests::harness::disk::Crash;
 use blockmirror_tests::harness::links::LinkId;
 use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::harness::seeds::{self, CHECKED, CHECKED_SECONDS, Failed};
 use blockmirror_tests::harness::settings::Settings;
 use blockmirror_tests::harness::world::{Event, World};
 use std::time::Duration;
@@ -51,10 +52,15 @@ fn finish(mut world: World) {
 
 #[test]
 fn random_worlds_keep_all_rules() {
-    for seed in 1..36 {
-        println!("seed {seed}; replay it: scripts/simulate --seeds 1 --first-seed {seed} --seconds 4");
-        World::from_seed(seed, 4).run();
+    let outcome = seeds::run(CHECKED, false, |seed| World::from_seed(seed, CHECKED_SECONDS));
+    println!("{} worlds, {} steps", outcome.worlds, outcome.steps);
+    for Failed { seed, message, .. } in &outcome.failed {
+        println!("seed {seed}: {message}");
+        println!(
+            "replay it: scripts/simulate --seeds 1 --first-seed {seed} --seconds {CHECKED_SECONDS} --trace"
+        );
     }
+    assert!(outcome.failed.is_empty(), "{} worlds broke a rule", outcome.failed.len());
 }
 
 #[test]

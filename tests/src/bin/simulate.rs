@@ -1,10 +1,12 @@
 //! Runs the simulation over many seeds: `simulate --seeds N [--first-seed S] [--seconds T] [--trace]`.
 //!
-//! A seed that fails is printed with the command that replays it.
+//! A seed that fails is printed with the command that replays it. Seeds run on all processors, but with `--trace`.
 
 use anyhow::{Context, Result, bail};
+use blockmirror_tests::harness::seeds::{self, Failed, Outcome};
 use blockmirror_tests::harness::world::World;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ops::Range;
+use std::time::Instant;
 
 struct Options {
     seeds: u64,
@@ -34,25 +36,45 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
 
 fn main() -> Result<()> {
     let options = parse(std::env::args().skip(1))?;
-    let (mut steps, mut failed) = (0, Vec::new());
-    for seed in options.first_seed..options.first_seed + options.seeds {
-        let mut world = World::from_seed(seed, options.seconds);
-        world.is_traced = options.is_traced;
-        if catch_unwind(AssertUnwindSafe(|| world.run())).is_err() {
-            eprintln!("seed {seed} failed at step {}, {:?}", world.steps, world.now);
-            failed.push(seed);
-        }
-        steps += world.steps;
-        if options.is_traced {
-            eprintln!("seed {seed}: {} steps, {:?}", world.steps, world.now);
-        }
+    let seeds = options.first_seed..options.first_seed + options.seeds;
+    let began = Instant::now();
+    let outcome = if options.is_traced { trace(seeds, options.seconds) } else { run(seeds, options.seconds) };
+    let (took, steps) = (began.elapsed().as_secs_f64(), outcome.steps as f64);
+    for Failed { seed, steps, at, message } in &outcome.failed {
+        eprintln!("seed {seed} failed at step {steps}, {at:?}: {message}");
     }
-    println!("{} seeds, {steps} steps, {} failed", options.seeds, failed.len());
-    if let Some(seed) = failed.first() {
+    println!(
+        "{} seeds, {} steps, {} failed; {:.0} seeds/s, {:.0} steps/s",
+        outcome.worlds,
+        outcome.steps,
+        outcome.failed.len(),
+        outcome.worlds as f64 / took,
+        steps / took
+    );
+    if let Some(Failed { seed, .. }) = outcome.failed.first() {
         bail!(
-            "seeds {failed:?} failed; replay one: scripts/simulate --seeds 1 --first-seed {seed} --seconds {}",
+            "{} seeds failed; replay one: scripts/simulate --seeds 1 --first-seed {seed} --seconds {}",
+            outcome.failed.len(),
             options.seconds
         );
     }
     Ok(())
+}
+
+fn run(seeds: Range<u64>, seconds: u64) -> Outcome {
+    // What failed is told at the end, in order.
+    std::panic::set_hook(Box::new(|_| {}));
+    seeds::run(seeds, false, |seed| World::from_seed(seed, seconds))
+}
+
+/// One after the other, and with the place of a panic.
+fn trace(seeds: Range<u64>, seconds: u64) -> Outcome {
+    let mut outcome = Outcome::default();
+    for seed in seeds {
+        let mut world = World::from_seed(seed, seconds);
+        world.is_traced = true;
+        outcome.run(seed, &mut world);
+        eprintln!("seed {seed}: {} steps, {:?}", world.steps, world.now);
+    }
+    outcome
 }

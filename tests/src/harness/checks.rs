@@ -6,10 +6,6 @@ use super::world::{Event, World};
 use blockmirror_protocol::session::ReplicaState;
 use blockmirror_protocol::units::Time;
 use std::collections::BTreeSet;
-use std::time::Duration;
-
-/// How long a host whose disk failed goes on before it is started again.
-const REPAIR: Duration = Duration::from_secs(2);
 
 impl World {
     /// What is checked after every step.
@@ -99,7 +95,8 @@ impl World {
         for host in 0..self.hosts.len() {
             let it = &mut self.hosts[host];
             if it.has_failed() && !std::mem::replace(&mut it.start_is_planned, true) {
-                self.plan(REPAIR, Event::Start(host));
+                // Its machine goes on for a while as one that has failed.
+                self.plan(self.settings.outage, Event::Start(host));
             }
         }
     }

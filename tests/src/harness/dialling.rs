@@ -14,15 +14,11 @@ use blockmirror_protocol::session::{self, PeerError};
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::{Commit, Message};
 use blockmirror_protocol::wire::{Body, FrameHeader};
-use std::time::Duration;
-
-/// How long a primary waits before it connects again, at most.
-const RETRY: Duration = Duration::from_secs(1);
 
 impl World {
     /// A primary plans to connect.
     pub(super) fn plan_connect(&mut self, link: LinkId) {
-        let delay = self.random.up_to(RETRY);
+        let delay = self.random.up_to(self.settings.outage);
         let life = self.hosts[link.dialler].life;
         self.plan(delay, Event::Connect(link, life));
     }

@@ -240,13 +240,13 @@ impl World {
         self.cut_off(host);
     }
 
-    /// Crashes a host that runs, and plans its start within a time.
-    pub fn take_down(&mut self, host: usize, crash: Crash, longest: Duration) {
+    /// Crashes a host that runs, and plans its start.
+    pub fn take_down(&mut self, host: usize, crash: Crash) {
         if self.hosts[host].is_up() {
             self.crash(host, crash);
         }
         if !std::mem::replace(&mut self.hosts[host].start_is_planned, true) {
-            let delay = self.random.up_to(longest);
+            let delay = self.random.up_to(self.settings.outage);
             self.plan(delay, Event::Start(host));
         }
     }

@@ -1,4 +1,5 @@
-//! The connections between hosts: streams that are ordered each by itself, and cuts that drop everything on its way.
+//! The connections between hosts: streams that are ordered each by itself, and cuts that drop what is on its way, or
+//! let frames of it come much later.
 //!
 //! Any host may dial any other. A link is named by its two hosts; messages go both ways on it, frames from the dialler
 //! to the listener.
@@ -15,8 +16,6 @@ use std::time::Duration;
 
 /// What a frame costs in the window besides its payload.
 const FRAME_BYTES: u64 = 128;
-/// How long a host may take to find out that a connection is gone.
-const UNNOTICED: Duration = Duration::from_secs(2);
 
 /// Names a link: the host that connects, and the one that it connects to.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -108,10 +107,14 @@ impl Link {
         };
     }
 
-    /// Drops everything on its way.
-    fn cut(&mut self) {
+    /// Ends the connection, and gives the frames that were on their way.
+    fn cut(&mut self) -> impl Iterator<Item = (FrameHeader, Data)> + use<> {
         self.is_up = false;
-        self.queues = Default::default();
+        let packets = std::mem::take(&mut self.queues).into_iter().flat_map(|queue| queue.packets);
+        packets.filter_map(|packet| match packet {
+            Packet::Message(_) => None,
+            Packet::Frame(header, data) => Some((header, data)),
+        })
     }
 
     fn send(
@@ -243,15 +246,27 @@ impl World {
             self.note(|| format!("link {id} is cut"));
         }
         let link = &mut self.links[id];
-        link.cut();
+        let frames = link.cut();
+        if self.random.once_in(2) {
+            self.lead_astray(id, frames);
+        }
+        let link = &self.links[id];
         let (dialler, listener) = (link.dialler_side, link.listener_side);
         if let Some(connection) = dialler {
-            let delay = self.random.up_to(UNNOTICED);
+            let delay = self.random.up_to(self.settings.outage);
             self.plan(delay, Event::DiallerLost(id, connection));
         }
         if let Some(connection) = listener {
-            let delay = self.random.up_to(UNNOTICED);
+            let delay = self.random.up_to(self.settings.outage);
             self.plan(delay, Event::ListenerLost(id, connection));
+        }
+    }
+
+    /// Frames of a connection that was cut may still come out of some buffer, whatever has happened since.
+    fn lead_astray(&mut self, id: LinkId, frames: impl Iterator<Item = (FrameHeader, Data)>) {
+        for (header, data) in frames {
+            let delay = self.random.up_to(self.settings.outage * 4);
+            self.plan(delay, Event::Stray(id, Box::new((header, data))));
         }
     }
 

@@ -3,13 +3,9 @@
 use super::disk::Crash;
 use super::links::LinkId;
 use super::world::{Event, World};
-use std::time::Duration;
 
-/// How long a host is down at most.
-const PRIMARY_OUTAGE: Duration = Duration::from_secs(1);
-const REPLICA_OUTAGE: Duration = Duration::from_secs(3);
-/// How long a link stalls at most.
-const STALL: Duration = Duration::from_secs(30);
+/// How long a link stalls at most, as often as the longest outage.
+const STALL_OUTAGES: u32 = 20;
 
 impl World {
     /// Lets something go wrong, and plans the next time.
@@ -25,11 +21,11 @@ impl World {
         let crash = self.random.pick(&[Crash::Process, Crash::Power]);
         match self.random.below(16) {
             0..=3 => self.cut(link),
-            4..=6 => self.take_down(link.listener, crash, REPLICA_OUTAGE),
-            7..=10 => self.take_down(primary, crash, PRIMARY_OUTAGE),
+            4..=6 => self.take_down(link.listener, crash),
+            7..=10 => self.take_down(primary, crash),
             11 => {
-                self.take_down(link.listener, crash, REPLICA_OUTAGE);
-                self.take_down(primary, crash, PRIMARY_OUTAGE);
+                self.take_down(link.listener, crash);
+                self.take_down(primary, crash);
             }
             12 | 13 => self.stall(link),
             14 => self.begin_compare(link),
@@ -42,7 +38,7 @@ impl World {
     }
 
     fn stall(&mut self, link: LinkId) {
-        let until = self.now + self.random.up_to(STALL);
+        let until = self.now + self.random.up_to(self.settings.outage * STALL_OUTAGES);
         self.note(|| format!("link {link} stalls until {until:?}"));
         self.links[link].stalled_until = until;
     }

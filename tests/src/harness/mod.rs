@@ -4,7 +4,7 @@
 //! and networks could, and gives the answers back as events. Any host may be primary, and any may dial any other;
 //! [`host`] says what a host has, [`primary`], [`dialling`] and [`replica`] drive its machine. [`promises`],
 //! [`history`] and [`mirror`] say what must be true; [`checks`], [`differences`] and [`rest`] compare. A run is a
-//! function of its seed alone.
+//! function of its seed alone; [`seeds`] runs many.
 
 pub mod application;
 pub mod checks;
@@ -22,5 +22,6 @@ pub mod promises;
 pub mod random;
 pub mod replica;
 pub mod rest;
+pub mod seeds;
 pub mod settings;
 pub mod world;

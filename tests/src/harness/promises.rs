@@ -26,6 +26,8 @@ pub struct Promises {
     unflushed: BTreeSet<u64>,
     /// Sectors of which less is possible than when they were last checked.
     narrowed: BTreeSet<u64>,
+    /// When a sync last failed.
+    failed: u64,
 }
 
 impl Promises {
@@ -67,7 +69,9 @@ impl Promises {
                 for (sector, entries) in self.sectors.range_mut(sectors(range)) {
                     self.narrowed.insert(*sector);
                     for entry in entries.iter_mut().filter(|entry| entry.issued == issued) {
-                        *entry = Entry { ended: Some(self.clock), good, durable: good && fua, ..*entry };
+                        let durable = good && fua;
+                        let good = good && (durable || issued > self.failed);
+                        *entry = Entry { ended: Some(self.clock), good, durable, ..*entry };
                     }
                     forget(entries);
                 }
@@ -97,8 +101,11 @@ impl Promises {
         self.unflushed.clear();
     }
 
-    /// A sync of the primary's backing failed: what no flush covered may be gone, though it was answered (W5).
+    /// A sync of the primary's backing failed: what no flush covered may be gone, though it was answered (W5), or will
+    /// be once the rest of it is written.
     pub fn sync_failed(&mut self) {
+        self.clock += 1;
+        self.failed = self.clock;
         for sector in &self.unflushed {
             let entries = self.sectors.get_mut(sector).expect("it has entries");
             entries.iter_mut().filter(|entry| !entry.durable).for_each(|entry| entry.good = false);

@@ -121,12 +121,32 @@ impl World {
 
     fn listener_takes(&mut self, link: LinkId, header: FrameHeader, data: Data) {
         if self.is_served(link) {
-            let frame = FrameId(self.next_operation());
-            let Shell::Replica(shell) = &mut self.hosts[link.listener].shell else { return };
-            shell.payloads.insert(frame, data);
-            let result = shell.machine.handle_frame(frame, header);
+            let result = self.take_frame(link.listener, header, data);
             self.end_if_refused(link, result);
         }
+    }
+
+    /// A frame of a connection that was cut comes out of some buffer after its session: nothing of it may be written
+    /// (R1).
+    pub(super) fn stray(&mut self, link: LinkId, header: FrameHeader, data: Data) {
+        let Shell::Replica(shell) = &self.hosts[link.listener].shell else { return };
+        if shell.machine.session() != Some(header.session) {
+            self.note(|| format!("{link} astray: {:?}", header.body));
+            let result = self.take_frame(link.listener, header, data);
+            assert_eq!(result, Ok(()), "a frame of an old session is nobody's mistake");
+        }
+    }
+
+    fn take_frame(
+        &mut self,
+        host: usize,
+        header: FrameHeader,
+        data: Data,
+    ) -> Result<(), replica::PrimaryMisbehaved> {
+        let frame = FrameId(self.next_operation());
+        let shell = self.replica_shell(host);
+        shell.payloads.insert(frame, data);
+        shell.machine.handle_frame(frame, header)
     }
 
     /// Whether a link's connection is the one that its listener serves.

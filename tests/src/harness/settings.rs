@@ -39,6 +39,8 @@ pub struct Settings {
     pub flushes: u64,
     /// See `zeroes`.
     pub durable_writes: u64,
+    /// How long a host is down, a lost connection unnoticed and a primary without another try, at most.
+    pub outage: Duration,
     /// How long mishaps and requests go on.
     pub duration: Duration,
     /// How long until the next mishap at most; none for no mishaps at all.
@@ -49,9 +51,10 @@ impl Settings {
     /// What this seed decides.
     #[must_use]
     pub fn random(random: &mut Random, seconds: u64) -> Self {
-        match random.below(16) {
+        match random.below(64) {
             0 => Self::wide(random, seconds),
-            _ => Self::narrow(random, seconds),
+            1..=4 => Self::narrow(random, seconds),
+            _ => Self::small(random, seconds),
         }
     }
 
@@ -75,6 +78,7 @@ impl Settings {
             zeroes: 0,
             flushes: 0,
             durable_writes: 0,
+            outage: Duration::from_secs(1),
             duration: Duration::ZERO,
             mishaps: None,
         }
@@ -97,6 +101,37 @@ impl Settings {
             flushes: 2000,
             durable_writes: 0,
             mishaps: Some(Duration::from_secs(3)),
+            ..Self::narrow(random, seconds)
+        }
+    }
+
+    /// A few extents and hot blocks, few requests, and something goes wrong all the time: most worlds are like this,
+    /// since what breaks a rule is seldom long.
+    fn small(random: &mut Random, seconds: u64) -> Self {
+        let size_bytes = match random.below(3) {
+            0 => (256 << 10) + 512 * random.below(3584),
+            1 => (4 << 20) + 512 * random.below(8192),
+            _ => (12 << 20) + 4096 * random.below(4096),
+        };
+        let milliseconds = [2, 10, 50].map(Duration::from_millis);
+        Self {
+            size_bytes,
+            block_size: BlockSize::new(random.pick(&[4096, 4096, 65536])).expect("it is a block size"),
+            window_bytes: random.pick(&[16 << 10, 64 << 10, 1 << 20]),
+            disk_failures: random.pick(&[0, 0, 50, 300]),
+            concurrency: 1 + random.below(8) as usize,
+            think_time: random.pick(&milliseconds) * 3,
+            write_bytes: random.pick(&[2048, 8192, 32 << 10]),
+            hot_spots: (0..1 + random.below(4)).map(|_| random.below(size_bytes / 512) * 512).collect(),
+            cold_requests: random.pick(&[0, 8, 50]),
+            zeroes: random.pick(&[0, 8, 40]),
+            flushes: random.pick(&[3, 10, 200]),
+            mishaps: random.pick(&[Some(100), Some(300), Some(1000), None]).map(Duration::from_millis),
+            outage: random.pick(&[
+                Duration::from_millis(50),
+                Duration::from_millis(300),
+                Duration::from_secs(1),
+            ]),
             ..Self::narrow(random, seconds)
         }
     }
@@ -136,6 +171,7 @@ impl Settings {
             zeroes: random.pick(&[0, 8, 40]),
             flushes: random.pick(&[3, 10, 200]),
             durable_writes: random.pick(&[4, 30, 0]),
+            outage: Duration::from_secs(1),
             duration: Duration::from_secs(seconds),
             mishaps: random.pick(&[Some(500), Some(3000), Some(3000), None]).map(Duration::from_millis),
         }

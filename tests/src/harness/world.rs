@@ -1,13 +1,14 @@
 //! Virtual time: what happens next, and who is told.
 
 use super::differences::Differences;
-use super::disk::DiskOperation;
+use super::disk::{Data, DiskOperation};
 use super::files::FileOperation;
 use super::host::{Host, Shell};
 use super::links::{Channel, LinkId, Links};
 use super::random::Random;
 use super::settings::Settings;
 use blockmirror_protocol::units::Time;
+use blockmirror_protocol::wire::FrameHeader;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ pub enum Event {
     File(usize, FileOperation),
     /// A packet of a connection arrives.
     Arrival(LinkId, u64, Channel),
+    /// A frame of a connection that was cut arrives all the same.
+    Stray(LinkId, Box<(FrameHeader, Data)>),
     /// The dialler finds out that a connection is gone.
     DiallerLost(LinkId, u64),
     /// The listener finds out that a connection is gone.
@@ -229,6 +232,7 @@ impl World {
             Event::Disk(host, id) => self.disk_ended(host, id),
             Event::File(host, id) => self.file_ended(host, id),
             Event::Arrival(link, connection, channel) => self.arrive(link, connection, channel),
+            Event::Stray(link, frame) => self.stray(link, frame.0, frame.1),
             Event::DiallerLost(link, connection) => self.dialler_lost(link, connection),
             Event::ListenerLost(link, connection) => self.listener_lost(link, connection),
             Event::Connect(link, life) => self.connect(link, life),
