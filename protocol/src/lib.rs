@@ -4,6 +4,7 @@ pub mod dirty_map;
 pub mod disk;
 pub mod nbd;
 pub mod order;
+pub mod planted;
 pub mod ranges;
 pub mod replica;
 pub mod session;

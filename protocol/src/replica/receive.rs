@@ -4,6 +4,7 @@
 use super::{
     Action, COPY_LIMIT_BYTES, Copies, FrameId, Item, Link, Marker, PrimaryMisbehaved, Replica, Settings,
 };
+use crate::planted::{Bug, planted};
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{Epoch, Sequence};
 use crate::wire::message::{DataState, Hello, Refusal, Refused, Union, Welcome};
@@ -97,6 +98,10 @@ impl Replica {
 
     /// Takes a frame in. Says whether its payload is needed.
     pub(super) fn accept(&mut self, frame: FrameId, header: FrameHeader) -> Result<bool, PrimaryMisbehaved> {
+        if planted(Bug::OldFrameLands) && self.link.as_ref().is_some_and(|link| link.session > header.session)
+        {
+            return Ok(self.land(frame, header.body));
+        }
         let Some(link) = self.link.as_mut().filter(|link| link.session == header.session) else {
             return Ok(false);
         };
@@ -155,6 +160,17 @@ impl Replica {
                 Err(PrimaryMisbehaved("it sent content that nobody asked for"))
             }
         }
+    }
+
+    /// Writes a live frame of an older session: [`Bug::OldFrameLands`].
+    fn land(&mut self, frame: FrameId, body: Body) -> bool {
+        let is_write = matches!(body, Body::Write { .. } | Body::Zero { .. });
+        if let Some(link) = self.link.as_mut().filter(|_| is_write) {
+            link.live_under_way += 1;
+            link.live_bytes += body.payload_bytes() + FRAME_COST_BYTES;
+            self.admit(frame, body);
+        }
+        is_write
     }
 
     pub(super) fn admit(&mut self, frame: FrameId, body: Body) {

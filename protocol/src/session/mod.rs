@@ -31,6 +31,7 @@ mod verify;
 
 use crate::dirty_map::{DirtyMap, MapChanges};
 use crate::order::Order;
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::tracker::RequestId;
 use crate::units::{
@@ -333,6 +334,9 @@ impl Session {
                 CopyContent::Data | CopyContent::Failed => Body::Copy { range, number },
             },
         });
+        if let Some(header) = header.filter(|_| planted(Bug::ClearOnSend)) {
+            self.map.clear(header.body.range().blocks(self.block_size));
+        }
         self.actions.push_back(Action::SendCopy { read, header });
     }
 
@@ -407,7 +411,7 @@ impl Session {
             .retain(|action| matches!(action, Action::WriteMap(_) | Action::SendCopy { header: None, .. }));
         let State::Linked(link) = state else { return };
         self.next_read = link.resync.next_read();
-        if let Some((oldest, _)) = link.window.oldest() {
+        if let Some((oldest, _)) = link.window.oldest().filter(|_| !planted(Bug::ForgetWindow)) {
             for range in link.window.ranges() {
                 self.mark(range.blocks(self.block_size), oldest);
             }

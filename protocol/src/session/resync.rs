@@ -9,6 +9,7 @@
 
 use crate::dirty_map::DirtyMap;
 use crate::order::Order;
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{BlockSize, Time};
 use std::collections::{BTreeMap, VecDeque};
@@ -148,7 +149,8 @@ impl Resync {
             if let Some((start, _)) = self.under_way.range(run.start..run.end).next() {
                 run.end = *start;
             }
-            if order.is_busy(ByteRange::of_blocks(run.clone(), self.block_size, self.size_bytes)) {
+            let range = ByteRange::of_blocks(run.clone(), self.block_size, self.size_bytes);
+            if order.is_busy(range) && !planted(Bug::CopyWhileWriting) {
                 // Another run, or the same one later, when the write has ended; narrow to a single block first so
                 // that one hot block doesn't hold up its neighbours.
                 let free = run.clone().find(|block| {
