@@ -14,6 +14,7 @@ pub mod activity_log;
 pub mod dirty_map;
 mod kind;
 pub mod marker;
+pub mod pre_images;
 pub mod recovery;
 pub mod superblock;
 
