@@ -9,6 +9,7 @@ pub mod durable;
 pub mod export;
 pub mod invitations;
 pub mod metadata;
+pub mod pre_images;
 pub mod primary;
 pub mod process;
 pub mod quantity;

@@ -1,11 +1,12 @@
 //! A volume's state folder, read without changing it: for the status of a volume that is not served or whose agent is
-//! stopped, for `inspect`, and for opening a dirty map.
+//! stopped, for `inspect`, and for opening a dirty map or a layer of pre-images.
 
 use crate::config::{Role, VolumeConfig};
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
+use blockmirror_protocol::disk::pre_images::{self, BATCH_LIMIT_BYTES, Batch, FIRST_BATCH};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
-use blockmirror_protocol::disk::{PAGE_BYTES, Page, dirty_map, marker};
+use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES, Page, dirty_map, marker};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{EXTENT_BYTES, Extent, HostId, Position};
 use rustix::fs::{SeekFrom, seek};
@@ -32,6 +33,29 @@ pub struct MapFile {
     pub header: Vec<u8>,
     /// The pages of bits that are not all zero, by their number.
     pub pages: Vec<(u64, Box<Page>)>,
+}
+
+/// The file of a layer of pre-images.
+pub struct LayerFile {
+    /// The header. Where it is of no use, nothing else was read.
+    pub header: Result<pre_images::Header, MetadataError>,
+    /// The batches, without a last one that is not whole. Of the last alone the data was checked.
+    pub batches: Vec<Batch>,
+    /// The file's length in bytes.
+    pub length_bytes: u64,
+    /// What follows the batches.
+    pub ending: Ending,
+}
+
+/// What follows the batches of a layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ending {
+    /// Nothing.
+    Whole,
+    /// A batch that a crash kept from becoming whole: nothing of it was overwritten.
+    Unfinished,
+    /// What had been whole once.
+    Damaged,
 }
 
 /// Reads the state folder of a volume.
@@ -110,6 +134,76 @@ pub fn read_map(path: &Path) -> io::Result<MapFile> {
         offset = at + PAGE_BYTES as u64;
     }
     Ok(MapFile { header, pages })
+}
+
+/// Reads the header of a layer of pre-images.
+///
+/// # Errors
+/// What the kernel said.
+pub fn read_layer_header(path: &Path) -> io::Result<Result<pre_images::Header, MetadataError>> {
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    Ok(pre_images::Header::decode(&read_up_to(&file, ByteRange::new(0, FIRST_BATCH), length)?))
+}
+
+/// Reads a layer of pre-images: the header, what all batches list, and the data of the last one.
+///
+/// # Errors
+/// What the kernel said.
+pub fn read_layer(path: &Path) -> io::Result<LayerFile> {
+    let header = read_layer_header(path)?;
+    let file = File::open(path)?;
+    let length_bytes = file.metadata()?.len();
+    let mut layer = LayerFile { header, batches: Vec::new(), length_bytes, ending: Ending::Whole };
+    let Ok(header) = &layer.header else { return Ok(layer) };
+    let mut at = FIRST_BATCH;
+    while at < length_bytes {
+        let page = read_up_to(&file, ByteRange::new(at, PAGE_BYTES as u64), length_bytes)?;
+        let serial = layer.batches.len() as u64;
+        let Some(batch) = Batch::decode(&page, header.layer, serial, at) else { break };
+        if batch.entries.iter().any(|entry| entry.range.end() > header.size_bytes) {
+            layer.ending = Ending::Damaged;
+            return Ok(layer);
+        }
+        at = batch.end();
+        layer.batches.push(batch);
+    }
+    layer.ending = ending(&file, header.layer, &layer.batches, length_bytes)?;
+    // What stands behind the last batch is a batch of its own; where there is nothing, the last one is it.
+    if layer.ending == Ending::Unfinished && length_bytes <= at {
+        layer.batches.pop();
+    }
+    Ok(layer)
+}
+
+/// How a layer ends whose batches' pages are whole, up to where the next one would be. A batch was durable before the
+/// next was begun, so anything behind it says that it was whole.
+fn ending(file: &File, layer: u64, batches: &[Batch], length: u64) -> io::Result<Ending> {
+    let at = batches.last().map_or(FIRST_BATCH, Batch::end);
+    let last_is_whole = match batches.last() {
+        None => true,
+        Some(last) => {
+            let data = ByteRange::between(last.at + PAGE_BYTES as u64, last.end());
+            last.is_whole(&read_up_to(file, data, length)?)
+        }
+    };
+    if length <= at {
+        return Ok(if last_is_whole { Ending::Whole } else { Ending::Unfinished });
+    }
+    if !last_is_whole || length - at > BATCH_LIMIT_BYTES {
+        return Ok(Ending::Damaged);
+    }
+    let rest = read_up_to(file, ByteRange::between(at, length), length)?;
+    let was_durable = pre_images::is_followed(&rest, layer, batches.len() as u64, at);
+    Ok(if was_durable { Ending::Damaged } else { Ending::Unfinished })
+}
+
+/// Reads what there is of a range of a file that is so long.
+fn read_up_to(file: &File, range: ByteRange, length: u64) -> io::Result<Vec<u8>> {
+    let there = ByteRange::new(0, length).intersection(range).unwrap_or_default();
+    let mut bytes = vec![0; there.length as usize];
+    file.read_exact_at(&mut bytes, range.offset)?;
+    Ok(bytes)
 }
 
 /// The first byte at or after `offset` that is not in a hole.
