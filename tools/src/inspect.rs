@@ -4,12 +4,12 @@
 use crate::output::{Error, Output, aligned};
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::quantity::Size;
-use blockmirror_agent::stored::{self, MapFile};
+use blockmirror_agent::stored::{self, Ending, LayerFile, MapFile};
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
-use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker};
+use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker, pre_images};
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Position};
 use blockmirror_protocol::wire::message::DataState;
 use clap::Args;
@@ -57,6 +57,9 @@ pub fn run(arguments: Arguments, output: &mut Output) -> Result<(), Error> {
         FileKind::Marker => ("marker", epoch_marker(&fs::read(path).map_err(cannot)?, &mut page)),
         FileKind::ActivityLog => ("activity log", log(&fs::read(path).map_err(cannot)?, &mut page)),
         FileKind::DirtyMap => ("dirty map", map(&stored::read_map(path).map_err(cannot)?, &mut page)),
+        FileKind::PreImages => {
+            ("layer of pre-images", pre_images(stored::read_layer(path).map_err(cannot)?, &mut page))
+        }
         FileKind::RecoveryState => {
             ("state of a recovery", recovery(&fs::read(path).map_err(cannot)?, &mut page))
         }
@@ -250,6 +253,49 @@ impl Runs {
             page.row("run", format!("{} at byte {}", Size(bytes(run.end - run.start)), bytes(run.start)));
         }
         more(self.count, page);
+    }
+}
+
+/// Tells what the batches list; a batch that is not whole is counted in neither number.
+fn pre_images(file: LayerFile, page: &mut Page) -> Result<(), MetadataError> {
+    let header = file.header?;
+    page.row("layer", header.layer);
+    page.row("volume", header.volume);
+    page.row("copy", header.copy);
+    page.row("size", bytes(header.size_bytes));
+    page.row("block", Size(header.block_size.bytes()));
+    page.row("began", format!("{} seconds after the start of 1970", header.began_unix_seconds));
+    position(header.point, page);
+    for (index, generation) in header.lineage.iter().enumerate() {
+        page.row(&format!("lineage {index}"), generation);
+    }
+    let entries = || file.batches.iter().flat_map(|batch| &batch.entries);
+    let lengths = |is_wanted: fn(&pre_images::Entry) -> bool| {
+        Size(entries().filter(|entry| is_wanted(entry)).map(|entry| entry.range.length).sum())
+    };
+    let zeroes = lengths(|entry| entry.crc.is_none());
+    page.row("file", bytes(file.length_bytes));
+    page.row("batches", file.batches.len());
+    page.row(
+        "entries",
+        format!(
+            "{}, {} of data and {zeroes} of zeroes",
+            entries().count(),
+            lengths(|entry| entry.crc.is_some())
+        ),
+    );
+    page.row(
+        "last batch",
+        match (file.ending, file.batches.is_empty()) {
+            (Ending::Whole, true) => "none yet",
+            (Ending::Whole, false) => "whole",
+            (Ending::Unfinished, _) => "not finished, and ignored: nothing of it was overwritten",
+            (Ending::Damaged, _) => "damaged, with what may follow it",
+        },
+    );
+    match file.ending {
+        Ending::Damaged => Err(pre_images::Header::corrupted()),
+        Ending::Whole | Ending::Unfinished => Ok(()),
     }
 }
 

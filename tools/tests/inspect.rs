@@ -7,9 +7,11 @@ use blockmirror_agent::control::record_path;
 use blockmirror_protocol::disk::dirty_map::{
     BLOCKS_PER_PAGE, Header, WORDS_PER_PAGE, encode_bits, page_offset,
 };
+use blockmirror_protocol::disk::pre_images::{Batch, Entry, FIRST_BATCH};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, Key, RecoveryState, Subject};
 use blockmirror_protocol::disk::superblock::Superblock;
-use blockmirror_protocol::disk::{PAGE_BYTES, activity_log, dirty_map, marker, superblock};
+use blockmirror_protocol::disk::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, superblock};
+use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{
     BlockSize, CopyId, EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Position, Sequence, Session,
     VolumeId,
@@ -261,6 +263,80 @@ state of a recovery
     fs::write(&path, &file).unwrap();
     let errors = "blockmirror: the state of the recovery is damaged: no whole copy of it was found\n";
     assert_eq!(inspect(&path), (Some(1), "state of a recovery\n".to_owned(), errors.to_owned()));
+}
+
+/// A layer with two batches, of a block of data and 1 MiB of zeroes each, and where the second begins.
+fn a_layer() -> (Vec<u8>, usize) {
+    let header = pre_images::Header {
+        layer: 11,
+        volume: VolumeId([1; 16]),
+        copy: CopyId([3; 16]),
+        size_bytes: BLOCKS * 4096,
+        block_size: BlockSize::default(),
+        point: position(),
+        began_unix_seconds: 1_700_000_000,
+        lineage: vec![GenerationId([6; 16])],
+    };
+    let (mut file, mut second) = (header.encode().to_vec(), 0);
+    for serial in 0..2 {
+        second = file.len();
+        let data = [serial as u8 + 1; PAGE_BYTES];
+        let entries = vec![
+            Entry::of_data(ByteRange::new(serial * 4096, 4096), &data),
+            Entry::of_zeroes(ByteRange::new((serial + 1) << 20, 1 << 20)),
+        ];
+        let batch = Batch { layer: 11, serial, at: second as u64, entries };
+        file.extend(batch.encode());
+        file.extend(data);
+    }
+    (file, second)
+}
+
+#[test]
+fn a_layer_of_pre_images_is_printed_with_what_it_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("layer");
+    let (whole, second) = a_layer();
+    fs::write(&path, &whole).unwrap();
+    let expected = "\
+layer of pre-images
+  layer:       11
+  volume:      01010101010101010101010101010101
+  copy:        03030303030303030303030303030303
+  size:        381M (399507456 bytes)
+  block:       4K
+  began:       1700000000 seconds after the start of 1970
+  generation:  06060606060606060606060606060606
+  epoch:       7
+  sequence:    8
+  lineage 0:   06060606060606060606060606060606
+  file:        20K (20480 bytes)
+  batches:     2
+  entries:     4, 8K of data and 2M of zeroes
+  last batch:  whole
+";
+    assert_prints(&path, expected);
+    let mut torn = whole.clone();
+    *torn.last_mut().unwrap() ^= 1;
+    fs::write(&path, &torn).unwrap();
+    let one = expected
+        .replace("batches:     2", "batches:     1")
+        .replace("4, 8K of data and 2M of zeroes", "2, 4K of data and 1M of zeroes");
+    let ignored = "not finished, and ignored: nothing of it was overwritten";
+    assert_prints(&path, &one.replace("whole", ignored));
+    let mut damaged = whole.clone();
+    damaged[FIRST_BATCH as usize + 60] ^= 1;
+    fs::write(&path, &damaged).unwrap();
+    let (code, output, errors) = inspect(&path);
+    assert!(code == Some(1) && output.contains("batches:     0"), "{output}");
+    assert!(output.ends_with("last batch:  damaged, with what may follow it\n"), "{output}");
+    assert_eq!(errors, "blockmirror: the layer of pre-images is damaged: no whole copy of it was found\n");
+    fs::write(&path, &whole[..FIRST_BATCH as usize]).unwrap();
+    assert!(inspect(&path).1.ends_with("last batch:  none yet\n"));
+    let mut headless = whole[..second].to_vec();
+    headless[8] ^= 1;
+    fs::write(&path, &headless).unwrap();
+    assert_eq!(inspect(&path), (Some(1), "layer of pre-images\n".to_owned(), errors));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Which of our files some bytes are, told by their magic alone: also when the rest is damaged.
 
-use super::{PAGE_BYTES, activity_log, dirty_map, marker, recovery, superblock};
+use super::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, recovery, superblock};
 
 /// A file of ours.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -13,6 +13,8 @@ pub enum FileKind {
     ActivityLog,
     /// See [`dirty_map`].
     DirtyMap,
+    /// See [`pre_images`].
+    PreImages,
     /// See [`recovery`].
     RecoveryState,
 }
@@ -27,6 +29,7 @@ impl FileKind {
                 marker::MAGIC => Some(Self::Marker),
                 activity_log::MAGIC => Some(Self::ActivityLog),
                 dirty_map::MAGIC => Some(Self::DirtyMap),
+                pre_images::MAGIC | pre_images::BATCH_MAGIC => Some(Self::PreImages),
                 recovery::MAGIC => Some(Self::RecoveryState),
                 _ => None,
             }
@@ -37,6 +40,7 @@ impl FileKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ranges::ByteRange;
     use crate::units::Position;
 
     #[test]
@@ -48,6 +52,11 @@ mod tests {
         assert_eq!(FileKind::recognise(&file), Some(FileKind::Marker));
         assert_eq!(FileKind::recognise(&file[PAGE_BYTES..PAGE_BYTES + 7]), None);
         assert_eq!(FileKind::recognise(&[]), None);
+        let (layer, serial, at) = (1, 0, pre_images::FIRST_BATCH);
+        let entries = vec![pre_images::Entry::of_zeroes(ByteRange::new(0, 512))];
+        let batch = pre_images::Batch { layer, serial, at, entries };
+        let layer = [[0; PAGE_BYTES], batch.encode()].concat();
+        assert_eq!(FileKind::recognise(&layer), Some(FileKind::PreImages), "also when its header is gone");
         let log = activity_log::encode([], 1);
         assert_eq!(FileKind::recognise(&log), Some(FileKind::ActivityLog));
     }
