@@ -9,6 +9,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, GenerationId, Position, Sequence, VolumeId};
 use std::cell::{Cell, RefCell};
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 
 const PAGE: u64 = 4096;
 const MEBIBYTE: u64 = 1 << 20;
@@ -509,4 +510,65 @@ fn all_writes_are_durable_and_an_opened_layer_is_synced_first() {
         drop(store.open(1).await.unwrap());
         assert_eq!(noting.done.take(), ["durable write", "durable write", "sync"]);
     });
+}
+
+/// A small file system, unmounted when the value goes away.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    /// None, with the reason printed, where it can't be mounted.
+    fn new(size_bytes: u64) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let size = format!("size={size_bytes}");
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).output();
+        match mounted {
+            Ok(output) if output.status.success() => Some(Self(folder)),
+            Ok(output) => {
+                eprintln!("skipped: a small tmpfs: {}", String::from_utf8_lossy(&output.stderr).trim());
+                None
+            }
+            Err(error) => {
+                eprintln!("skipped: a small tmpfs: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        if let Err(error) = Command::new("umount").arg("-l").arg(self.0.path()).output() {
+            eprintln!("not cleaned up: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_leaves_the_layer_as_it_was() {
+    for engine in [Engine::Automatic, Engine::Threads] {
+        run(async {
+            let host = Host::new(engine);
+            let Some(disk) = SmallDisk::new(3 * MEBIBYTE) else { return };
+            let pool = BufferPool::new(16 << 20);
+            let store = PreImages::new(disk.0.path(), host.storage.clone(), pool, NO_LIMIT);
+            let mut layer = store.begin(header(1)).await.unwrap();
+            layer.save(&host.backing, &[ByteRange::new(0, PAGE)]).await.unwrap();
+            let before = (layer.saved().collect::<Vec<_>>(), layer.bytes());
+            for _ in 0..2 {
+                let error = layer.save(&host.backing, &[ByteRange::new(0, SIZE)]).await.unwrap_err();
+                assert!(matches!(error, SaveError::Full(Shortage::Disk { .. })), "{error:?}");
+                assert_eq!((layer.saved().collect::<Vec<_>>(), layer.bytes()), before);
+                assert_eq!(store.bytes().unwrap(), before.1);
+            }
+            layer.save(&host.backing, &[ByteRange::new(PAGE, MEBIBYTE)]).await.unwrap();
+            drop(layer);
+            host.overwrite_all();
+            let layer = store.open(1).await.unwrap();
+            host.restore(&layer).await;
+            host.assert_restored([ByteRange::new(0, MEBIBYTE + PAGE)].into_iter());
+            fs::write(disk.0.path().join("filler"), vec![1; 3 << 20]).unwrap_err();
+            assert!(matches!(store.begin(header(2)).await, Err(LayerError::Full(Shortage::Disk { .. }))));
+        });
+    }
 }
