@@ -11,14 +11,17 @@ use crate::storage::file::{File, OpenError};
 use crate::storage::{self, Storage};
 use crate::stored;
 use blockmirror_protocol::dirty_map::{DirtyMap, MapChanges};
+use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{
     MetadataError, PAGE_BYTES, Page, activity_log, dirty_map, marker, slot_offset, superblock,
 };
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::replica::promotion;
 use blockmirror_protocol::units::{HostId, Position};
 use bytes::Bytes;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -58,6 +61,8 @@ pub struct State {
     log_file: Rc<File>,
     marker_file: Rc<File>,
     superblock: RefCell<(u64, Superblock)>,
+    /// One change of the superblock at a time.
+    changing: tokio::sync::Mutex<()>,
     marker_serial: RefCell<u64>,
 }
 
@@ -97,6 +102,7 @@ impl State {
             log_file: open_file(folder.join(activity_log::FILE_NAME)).await?,
             marker_file: open_file(folder.join(marker::FILE_NAME)).await?,
             superblock: RefCell::new(superblock),
+            changing: tokio::sync::Mutex::default(),
             marker_serial: RefCell::new(0),
             storage,
             pool,
@@ -109,11 +115,12 @@ impl State {
         self.superblock.borrow().1.clone()
     }
 
-    /// Changes the superblock durably. Calls must not overlap.
+    /// Changes the superblock durably; one change after the other.
     ///
     /// # Errors
     /// [`StateError`] when it can't be written; what [`State::superblock`] says is then unchanged.
     pub async fn change_superblock(&self, change: impl FnOnce(&mut Superblock)) -> Result<(), StateError> {
+        let _one_at_a_time = self.changing.lock().await;
         let (serial, mut superblock) = self.superblock.borrow().clone();
         change(&mut superblock);
         let page = superblock.encode(serial + 1);
@@ -175,7 +182,8 @@ impl State {
     /// [`StateError`] when the file can't be read or made, or is newer than this release.
     pub async fn open_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
         let superblock = self.superblock();
-        let full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
+        let mut full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
+        full.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
         let path = self.folder.join(dirty_map::file_name(peer));
         if !path.exists() {
             return Ok((full, Rc::new(File::create_metadata(&path, dirty_map::page_offset(0))?)));
@@ -184,7 +192,13 @@ impl State {
         let stored = stored::read_map(&path)
             .map_err(|source| StateError::Folder { folder: self.folder.clone(), source })?;
         match DirtyMap::recover(&full, &stored.header, stored.pages) {
-            Ok(map) => Ok((map, file)),
+            Ok(mut map) => {
+                if map.base().adopted != superblock.adopted {
+                    // What this copy adopted since is not in it (L2).
+                    map.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
+                }
+                Ok((map, file))
+            }
             Err(MetadataError::TooNew { what, found, known }) => {
                 Err(metadata_error(&self.folder, MetadataError::TooNew { what, found, known }))
             }
@@ -193,6 +207,42 @@ impl State {
                 Ok((full, file))
             }
         }
+    }
+
+    /// The maps of these peers, where there are any that still hold.
+    ///
+    /// # Errors
+    /// [`StateError`] when a file can't be read, or is newer than this release.
+    pub async fn valid_maps(&self, peers: &[HostId]) -> Result<BTreeMap<HostId, DirtyMap>, StateError> {
+        let mut maps = BTreeMap::new();
+        for peer in peers {
+            if self.folder.join(dirty_map::file_name(*peer)).exists() {
+                let (map, _) = self.open_map(*peer).await?;
+                if !map.base().is_none() {
+                    maps.insert(*peer, map);
+                }
+            }
+        }
+        Ok(maps)
+    }
+
+    /// Writes the maps that a promotion begins with: clean ones, but for those that still hold, and for what a rollback
+    /// will restore (P2).
+    ///
+    /// # Errors
+    /// [`StateError`] when one can't be written.
+    pub async fn write_promoted_maps(
+        &self,
+        peers: &[HostId],
+        restored: &[ByteRange],
+    ) -> Result<(), StateError> {
+        let superblock = self.superblock();
+        for peer in peers {
+            let (map, file) = self.open_map(*peer).await?;
+            let mut map = promotion::map_for(map, &superblock, restored);
+            self.write_map(&file, map.take_changes()).await?;
+        }
+        Ok(())
     }
 
     /// Removes the maps of hosts that are no peers any more: nobody marks in them, so they would lie if one came back.

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The units of sizes, smallest first; each is 1024 of the one before.
 const UNITS: [char; 4] = ['K', 'M', 'G', 'T'];
@@ -163,6 +164,12 @@ pub fn per_cent(done: u64, total: u64) -> u64 {
         return 100;
     }
     u64::try_from(u128::from(done) * 100 / u128::from(total)).expect("a share of less than all is below 100")
+}
+
+/// The time of day, in seconds since 1970; 0 on a host whose clock says that it is earlier.
+#[must_use]
+pub fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

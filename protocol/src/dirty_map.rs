@@ -7,10 +7,10 @@
 
 use crate::disk::MetadataError;
 use crate::disk::dirty_map::{
-    BLOCKS_PER_PAGE, Bits, Header, WORDS_PER_PAGE, decode_bits, encode_bits, page_count, page_offset,
+    BLOCKS_PER_PAGE, Base, Bits, Header, WORDS_PER_PAGE, decode_bits, encode_bits, page_count, page_offset,
 };
 use crate::disk::{PAGE_BYTES, Page, slot_offset};
-use crate::units::{BlockSize, CopyId, HostId, VolumeId};
+use crate::units::{BlockSize, CopyId, GenerationId, HostId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -59,7 +59,7 @@ impl DirtyMap {
         let header = Header {
             volume,
             peer,
-            base: CopyId::default(),
+            base: Base::default(),
             blocks: block_size.blocks_in(size_bytes),
             block_size,
             full_from: 0,
@@ -72,6 +72,17 @@ impl DirtyMap {
             changed: BTreeSet::new(),
             dirty_in_pages: 0,
         }
+    }
+
+    /// The same map with no dirty block, relative to this: the peer holds exactly what this host does.
+    #[must_use]
+    pub fn clean(self, base: Base) -> Self {
+        let header = Header { base, full_from: page_count(self.header.blocks), ..self.header };
+        let mut map =
+            Self { header, pages: BTreeMap::new(), changed: BTreeSet::new(), dirty_in_pages: 0, ..self };
+        // Whatever the file holds is overwritten.
+        map.forget_written();
+        map
     }
 
     /// The map as its file says. `pages` are all pages of the file that hold data, by their page number; pages that
@@ -109,10 +120,17 @@ impl DirtyMap {
         Ok(map)
     }
 
-    /// The copy of the peer that the map is relative to.
+    /// What the map is relative to.
     #[must_use]
-    pub fn base(&self) -> CopyId {
+    pub fn base(&self) -> Base {
         self.header.base
+    }
+
+    /// The map is relative to this copy of the peer, which confirmed this generation; its blocks stay as they are.
+    pub fn confirm(&mut self, copy: CopyId, generation: GenerationId) {
+        let base = Base { copy, generation, ..self.header.base };
+        self.header_changed |= base != self.header.base;
+        self.header.base = base;
     }
 
     /// How many blocks may differ.
@@ -133,8 +151,8 @@ impl DirtyMap {
         self.header.full_from == 0
     }
 
-    /// Makes every block dirty, relative to this copy of the peer.
-    pub fn begin_anew(&mut self, base: CopyId) {
+    /// Makes every block dirty, relative to this.
+    pub fn begin_anew(&mut self, base: Base) {
         self.header.base = base;
         self.header.full_from = 0;
         self.header_changed = true;
@@ -461,7 +479,7 @@ mod tests {
                         model[at as usize..end as usize].fill(false);
                     }
                     Step::BeginAnew => {
-                        map.begin_anew(CopyId([7; 16]));
+                        map.begin_anew(Base { copy: CopyId([7; 16]), ..map.base() });
                         model.fill(true);
                     }
                     Step::Persist => {

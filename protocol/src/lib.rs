@@ -2,6 +2,7 @@
 
 pub mod dirty_map;
 pub mod disk;
+pub mod lineage;
 pub mod nbd;
 pub mod order;
 pub mod planted;

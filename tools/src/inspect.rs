@@ -2,6 +2,7 @@
 //! agent, and changes nothing.
 
 use crate::output::{Error, Output, aligned};
+use blockmirror_agent::config;
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::quantity::Size;
 use blockmirror_agent::stored::{self, Ending, LayerFile, MapFile};
@@ -10,10 +11,10 @@ use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker, pre_images};
-use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Position};
-use blockmirror_protocol::wire::message::DataState;
+use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Extent, Position};
+use blockmirror_protocol::wire::message::{DataState, Fence};
 use clap::Args;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -114,13 +115,32 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     );
     page.row("data", data(superblock.data));
     page.row("session", superblock.session);
-    page.row("fence", format!("{}, held by {}", superblock.fence.counter, superblock.fence.holder));
+    page.row("fence", fence(superblock.fence));
     position(superblock.position, page);
-    page.row("source", superblock.source);
+    page.row("source", fence(superblock.source));
+    page.row("mode", config::Mode::from(superblock.mode));
+    page.row("adopted", format!("{} times", superblock.adopted));
+    match superblock.gap {
+        0 => page.row("rollback point", "none needed"),
+        gap => page.row("rollback point", format!("layer {gap} of pre-images")),
+    }
+    page.row("layers begun", superblock.layers);
+    page.row("released", if superblock.released { "yes, by a demoted primary" } else { "no" });
     for (index, generation) in superblock.lineage.iter().enumerate() {
         page.row(&format!("lineage {index}"), generation);
     }
     Ok(())
+}
+
+fn fence(fence: Fence) -> String {
+    match fence.holder.is_none() {
+        true => "none".to_owned(),
+        false => format!("{}, held by {}", fence.counter, fence.holder),
+    }
+}
+
+fn count(extents: Option<&BTreeSet<Extent>>) -> String {
+    extents.map_or_else(|| "all extents".to_owned(), |extents| format!("{} extents", extents.len()))
 }
 
 fn epoch_marker(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
@@ -137,9 +157,9 @@ fn log(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
         let text = match activity_log::decode(record) {
             Ok(Some((serial, extents))) => match &recovered {
                 Ok(Recovered::Active { serial: newest, .. }) if *newest == serial => {
-                    format!("serial {serial}, whole, newest: {} extents", extents.len())
+                    format!("serial {serial}, whole, newest: {}", count(extents.as_ref()))
                 }
-                _ => format!("serial {serial}, whole: {} extents", extents.len()),
+                _ => format!("serial {serial}, whole: {}", count(extents.as_ref())),
             },
             Ok(None) if record.iter().all(|byte| *byte == 0) => "empty".to_owned(),
             Ok(None) => "damaged".to_owned(),
@@ -160,7 +180,7 @@ fn log(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
             more(extents.len() as u64, page);
         }
         Recovered::Unsure { .. } => {
-            page.row("active", "not known, since the newest record is not whole: any block may differ");
+            page.row("active", "any block may differ: the newest record says so, or is not whole");
         }
     }
     Ok(())
@@ -172,8 +192,14 @@ fn map(file: &MapFile, page: &mut Page) -> Result<(), MetadataError> {
     page.row("peer", header.peer);
     match header.base.is_none() {
         true => page.row("base", "none, since no session ever began"),
-        false => page.row("base", format!("copy {}", header.base)),
+        false => {
+            let copy = header.base.copy;
+            let copy = if copy.is_none() { "any copy".to_owned() } else { format!("copy {copy}") };
+            page.row("base", copy);
+            page.row("generation", header.base.generation);
+        }
     }
+    page.row("adopted", format!("{} times", header.base.adopted));
     page.row("blocks", format!("{} of {}", header.blocks, Size(header.block_size.bytes())));
     let pages: BTreeMap<u64, _> = file
         .pages

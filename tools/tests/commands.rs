@@ -2,7 +2,7 @@
 
 mod fake;
 
-use blockmirror_agent::config::{ConfigFolder, DEFAULT_WINDOW, DeviceKind, PeerConfig, Role, VolumeConfig};
+use blockmirror_agent::config::{ConfigFolder, DeviceKind, PeerConfig, Role, VolumeConfig};
 use blockmirror_agent::control::api::{Connection, StatusReply, VolumeState};
 use blockmirror_protocol::units::{BlockSize, HostId, VolumeId};
 use fake::{Agent, Ended, Fake, command, resyncing, run, volume};
@@ -260,23 +260,18 @@ fn wait_does_not_wait_for_what_never_comes() {
 }
 
 fn configured(name: &str, id: u8) -> VolumeConfig {
+    let b = PeerConfig::new(
+        "b".parse().unwrap(),
+        Role::Replica,
+        HostId([7; 32]),
+        vec!["b:7447".parse().unwrap()],
+    );
+    let backing = format!("/srv/{name}.img").into();
+    let (name, id, block_size) = (name.parse().unwrap(), VolumeId([id; 16]), BlockSize::default());
     VolumeConfig {
-        name: name.parse().unwrap(),
-        id: VolumeId([id; 16]),
-        role: Role::Primary,
-        backing: format!("/srv/{name}.img").into(),
-        size_bytes: 100 << 30,
-        block_size: BlockSize::default(),
         devices: vec![DeviceKind::Loop],
-        nbd_listen: None,
-        window: DEFAULT_WINDOW,
-        peers: vec![PeerConfig {
-            name: "b".parse().unwrap(),
-            role: Role::Replica,
-            host: HostId([7; 32]),
-            addresses: vec!["b:7447".parse().unwrap()],
-            paused: false,
-        }],
+        peers: vec![b],
+        ..VolumeConfig::new(name, id, Role::Primary, backing, 100 << 30, block_size)
     }
 }
 

@@ -1,11 +1,11 @@
 //! What `blockmirror inspect` prints of each kind of file, whole and damaged, and what `blockmirror status` learns from
 //! the same files while the agent is down.
 
-use blockmirror_agent::config::{ConfigFolder, DEFAULT_WINDOW, PeerConfig, Role, VolumeConfig};
+use blockmirror_agent::config::{ConfigFolder, PeerConfig, Role, VolumeConfig};
 use blockmirror_agent::control::api::{AgentRecord, CopyState, StatusReply};
 use blockmirror_agent::control::record_path;
 use blockmirror_protocol::disk::dirty_map::{
-    BLOCKS_PER_PAGE, Header, WORDS_PER_PAGE, encode_bits, page_offset,
+    BLOCKS_PER_PAGE, Base, Header, WORDS_PER_PAGE, encode_bits, page_offset,
 };
 use blockmirror_protocol::disk::pre_images::{Batch, Entry, FIRST_BATCH};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, Key, RecoveryState, Subject};
@@ -16,7 +16,7 @@ use blockmirror_protocol::units::{
     BlockSize, CopyId, EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Position, Sequence, Session,
     VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence};
+use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -40,8 +40,13 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         session: Session(4),
         fence: Fence { counter: 5, holder: HostId([5; 32]) },
         position: position(),
-        source: HostId([9; 32]),
+        source: Fence { counter: 4, holder: HostId([9; 32]) },
         lineage: vec![GenerationId([6; 16]), GenerationId([10; 16])],
+        adopted: 2,
+        gap: 3,
+        layers: 3,
+        mode: Mode::Sync,
+        released: false,
     }
 }
 
@@ -60,7 +65,7 @@ fn write_map(path: &Path) -> fs::File {
     let header = Header {
         volume: VolumeId([1; 16]),
         peer: PEER,
-        base: CopyId([8; 16]),
+        base: Base { copy: CopyId([8; 16]), generation: GenerationId([6; 16]), adopted: 2 },
         blocks: BLOCKS,
         block_size: BlockSize::default(),
         full_from: 2,
@@ -98,22 +103,27 @@ fn a_superblock_is_printed_with_both_slots() {
     fs::write(&path, &file).unwrap();
     let expected = "\
 superblock
-  slot 0:      serial 4, whole
-  slot 1:      serial 5, whole, newest
-  volume:      01010101010101010101010101010101
-  copy:        03030303030303030303030303030303
-  size:        381M (399507456 bytes)
-  block:       4K
-  role:        replica
-  data:        consistent
-  session:     4
-  fence:       5, held by 0505050505050505050505050505050505050505050505050505050505050505
-  generation:  06060606060606060606060606060606
-  epoch:       7
-  sequence:    8
-  source:      0909090909090909090909090909090909090909090909090909090909090909
-  lineage 0:   06060606060606060606060606060606
-  lineage 1:   0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a
+  slot 0:          serial 4, whole
+  slot 1:          serial 5, whole, newest
+  volume:          01010101010101010101010101010101
+  copy:            03030303030303030303030303030303
+  size:            381M (399507456 bytes)
+  block:           4K
+  role:            replica
+  data:            consistent
+  session:         4
+  fence:           5, held by 0505050505050505050505050505050505050505050505050505050505050505
+  generation:      06060606060606060606060606060606
+  epoch:           7
+  sequence:        8
+  source:          4, held by 0909090909090909090909090909090909090909090909090909090909090909
+  mode:            sync
+  adopted:         2 times
+  rollback point:  layer 3 of pre-images
+  layers begun:    3
+  released:        no
+  lineage 0:       06060606060606060606060606060606
+  lineage 1:       0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a
 ";
     assert_prints(&path, expected);
     file[PAGE_BYTES + 100] ^= 1;
@@ -187,7 +197,7 @@ activity log
   record 5:  empty
   record 6:  serial 6, whole: 2 extents
   record 7:  serial 7, whole: 3 extents
-  active:    not known, since the newest record is not whole: any block may differ
+  active:    any block may differ: the newest record says so, or is not whole
 ";
     assert_prints(&path, expected);
 }
@@ -199,35 +209,39 @@ fn a_dirty_map_is_printed_with_its_first_runs() {
     let file = write_map(&path);
     let expected = "\
 dirty map
-  slot 0:  empty
-  slot 1:  serial 1, whole, newest
-  volume:  01010101010101010101010101010101
-  peer:    0202020202020202020202020202020202020202020202020202020202020202
-  base:    copy 08080808080808080808080808080808
-  blocks:  97536 of 4K
-  pages:   1 with dirty blocks, all whole
-  dirty:   32517 blocks, 127.0M
-  run:     4K at byte 4096
-  run:     12K at byte 258048
-  run:     4K at byte 544768
-  run:     127M at byte 266338304
+  slot 0:      empty
+  slot 1:      serial 1, whole, newest
+  volume:      01010101010101010101010101010101
+  peer:        0202020202020202020202020202020202020202020202020202020202020202
+  base:        copy 08080808080808080808080808080808
+  generation:  06060606060606060606060606060606
+  adopted:     2 times
+  blocks:      97536 of 4K
+  pages:       1 with dirty blocks, all whole
+  dirty:       32517 blocks, 127.0M
+  run:         4K at byte 4096
+  run:         12K at byte 258048
+  run:         4K at byte 544768
+  run:         127M at byte 266338304
 ";
     assert_prints(&path, expected);
     file.write_all_at(&[1], page_offset(1) + 50).unwrap();
     let expected = "\
 dirty map
-  slot 0:  empty
-  slot 1:  serial 1, whole, newest
-  volume:  01010101010101010101010101010101
-  peer:    0202020202020202020202020202020202020202020202020202020202020202
-  base:    copy 08080808080808080808080808080808
-  blocks:  97536 of 4K
-  pages:   2 with dirty blocks, 1 of them damaged and counted as dirty
-  dirty:   65029 blocks, 254.0M
-  run:     4K at byte 4096
-  run:     12K at byte 258048
-  run:     4K at byte 544768
-  run:     254M at byte 133169152
+  slot 0:      empty
+  slot 1:      serial 1, whole, newest
+  volume:      01010101010101010101010101010101
+  peer:        0202020202020202020202020202020202020202020202020202020202020202
+  base:        copy 08080808080808080808080808080808
+  generation:  06060606060606060606060606060606
+  adopted:     2 times
+  blocks:      97536 of 4K
+  pages:       2 with dirty blocks, 1 of them damaged and counted as dirty
+  dirty:       65029 blocks, 254.0M
+  run:         4K at byte 4096
+  run:         12K at byte 258048
+  run:         4K at byte 544768
+  run:         254M at byte 133169152
 ";
     assert_prints(&path, expected);
     file.write_all_at(&[1], PAGE_BYTES as u64 + 50).unwrap();
@@ -353,24 +367,12 @@ fn other_files_are_told_from_ours() {
 }
 
 fn volume(role: Role) -> VolumeConfig {
-    let peer = |name: &str, host| PeerConfig {
-        name: name.parse().unwrap(),
-        role: Role::Replica,
-        host,
-        addresses: vec![],
-        paused: false,
-    };
+    let peer = |name: &str, host| PeerConfig::new(name.parse().unwrap(), Role::Replica, host, vec![]);
+    let (name, backing) = ("data".parse().unwrap(), "/srv/data.img".into());
     VolumeConfig {
-        name: "data".parse().unwrap(),
-        id: VolumeId([1; 16]),
-        role,
-        backing: "/srv/data.img".into(),
-        size_bytes: BLOCKS * 4096,
-        block_size: BlockSize::default(),
         devices: vec![],
-        nbd_listen: None,
-        window: DEFAULT_WINDOW,
         peers: vec![peer("b", PEER), peer("c", HostId([7; 32]))],
+        ..VolumeConfig::new(name, VolumeId([1; 16]), role, backing, BLOCKS * 4096, BlockSize::default())
     }
 }
 

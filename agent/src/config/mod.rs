@@ -13,18 +13,27 @@ pub use mistake::{Contradiction, Mistake};
 pub use name::{Address, NAME_LIMIT_BYTES, Name, NotAName, NotAnAddress};
 
 use crate::quantity::Size;
+use blockmirror_protocol::replica::SpacePolicy;
+use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, HostId, SECTOR_BYTES, VolumeId};
-use blockmirror_protocol::wire::message::Member;
+use blockmirror_protocol::wire::message::{self, Member};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// No volume is larger than this, in bytes: its extents are numbered in 32 bits.
 pub const VOLUME_LIMIT_BYTES: u64 = EXTENT_BYTES << 32;
 
 /// How much of the live stream the agent keeps unacknowledged in memory, where the volume's file names no `window`.
 pub const DEFAULT_WINDOW: Size = Size(64 << 20);
+
+/// How long a write waits for replicas at most, where it waits, in seconds.
+pub const DEFAULT_BLOCK_SECONDS: u64 = 30;
+
+/// How much room a replica's pre-images may take.
+pub const DEFAULT_PRE_IMAGES: Size = Size(8 << 30);
 
 /// The agent's own settings: `agent.toml`. All of them have defaults.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -95,6 +104,80 @@ impl fmt::Display for DeviceKind {
     }
 }
 
+/// When writes and flushes are answered (W4).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// When they are done here.
+    #[default]
+    Async,
+    /// When the replica has received them, too.
+    SemiSync,
+    /// A write when the replica has received it, a flush when the replica has it durably, too.
+    Sync,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Async => "async",
+            Self::SemiSync => "semi-sync",
+            Self::Sync => "sync",
+        })
+    }
+}
+
+impl From<message::Mode> for Mode {
+    fn from(mode: message::Mode) -> Self {
+        match mode {
+            message::Mode::Async => Self::Async,
+            message::Mode::SemiSync => Self::SemiSync,
+            message::Mode::Sync => Self::Sync,
+        }
+    }
+}
+
+impl From<Mode> for message::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Async => Self::Async,
+            Mode::SemiSync => Self::SemiSync,
+            Mode::Sync => Self::Sync,
+        }
+    }
+}
+
+/// What happens while a replica that writes should wait for is not in sync.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReplicaLoss {
+    /// Writes go on without it.
+    #[default]
+    Continue,
+    /// Writes wait until `min_replicas` are in sync, and fail after `block_seconds`.
+    Block,
+}
+
+/// What a replica does when there is no room for pre-images.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenFull {
+    /// The resync waits for room; the primary goes on, and marks.
+    #[default]
+    Pause,
+    /// The resync goes on, and the replica can't be rolled back until it ends.
+    GoOn,
+}
+
+impl From<WhenFull> for SpacePolicy {
+    fn from(when_full: WhenFull) -> Self {
+        match when_full {
+            WhenFull::Pause => Self::Pause,
+            WhenFull::GoOn => Self::GoOn,
+        }
+    }
+}
+
 /// One volume on this host: `volumes/NAME.toml`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -128,6 +211,21 @@ pub struct VolumeConfig {
     /// How much of the live stream is kept unacknowledged in memory (W7).
     #[serde(default = "default_window", deserialize_with = "window")]
     pub window: Size,
+    /// What happens while a replica that writes should wait for is lost (W4).
+    #[serde(default)]
+    pub on_replica_loss: OnReplicaLoss,
+    /// With `on_replica_loss = "block"`, how many replicas must be in sync for writes to go on.
+    #[serde(default = "one")]
+    pub min_replicas: usize,
+    /// With `on_replica_loss = "block"`, after how many seconds a write or flush that waits fails.
+    #[serde(default = "default_block_seconds")]
+    pub block_seconds: u64,
+    /// How much room the pre-images of a replica may take in the state folder (P2).
+    #[serde(default = "default_pre_images")]
+    pub pre_images: Size,
+    /// What a replica does when that is used up.
+    #[serde(default)]
+    pub when_full: WhenFull,
     /// The volume's other hosts.
     #[serde(default, rename = "peer", skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerConfig>,
@@ -150,9 +248,55 @@ pub struct PeerConfig {
     /// Whether the operator has paused the mirroring between the two.
     #[serde(default)]
     pub paused: bool,
+    /// When writes and flushes are answered while this host is the primary and that one is in sync (W4).
+    #[serde(default)]
+    pub mode: Mode,
+}
+
+impl PeerConfig {
+    /// A peer of which nothing else was said.
+    #[must_use]
+    pub fn new(name: Name, role: Role, host: HostId, addresses: Vec<Address>) -> Self {
+        Self { name, role, host, addresses, paused: false, mode: Mode::default() }
+    }
+
+    /// The peer and its mode, as the machines know it.
+    #[must_use]
+    pub fn wanted(&self) -> (HostId, message::Mode) {
+        (self.host, self.mode.into())
+    }
 }
 
 impl VolumeConfig {
+    /// A volume for which nothing else was said.
+    #[must_use]
+    pub fn new(
+        name: Name,
+        id: VolumeId,
+        role: Role,
+        backing: PathBuf,
+        size_bytes: u64,
+        block_size: BlockSize,
+    ) -> Self {
+        Self {
+            name,
+            id,
+            role,
+            backing,
+            size_bytes,
+            block_size,
+            devices: DeviceKind::defaults(),
+            nbd_listen: None,
+            window: DEFAULT_WINDOW,
+            on_replica_loss: OnReplicaLoss::default(),
+            min_replicas: one(),
+            block_seconds: DEFAULT_BLOCK_SECONDS,
+            pre_images: DEFAULT_PRE_IMAGES,
+            when_full: WhenFull::default(),
+            peers: Vec::new(),
+        }
+    }
+
     /// Looks for statements that contradict each other.
     ///
     /// # Errors
@@ -183,11 +327,35 @@ impl VolumeConfig {
         })
     }
 
+    /// What the machines do while a replica is lost.
+    #[must_use]
+    pub fn replica_loss(&self) -> ReplicaLoss {
+        match self.on_replica_loss {
+            OnReplicaLoss::Continue => ReplicaLoss::Continue,
+            OnReplicaLoss::Block => ReplicaLoss::Block {
+                min_replicas: self.min_replicas,
+                limit: Duration::from_secs(self.block_seconds),
+            },
+        }
+    }
+
     /// The peer of that name.
     #[must_use]
     pub fn peer(&self, name: &Name) -> Option<&PeerConfig> {
         self.peers.iter().find(|peer| peer.name == *name)
     }
+}
+
+fn one() -> usize {
+    1
+}
+
+fn default_block_seconds() -> u64 {
+    DEFAULT_BLOCK_SECONDS
+}
+
+fn default_pre_images() -> Size {
+    DEFAULT_PRE_IMAGES
 }
 
 fn default_window() -> Size {

@@ -14,6 +14,11 @@ block_size_bytes = 4096
 devices = ["nbd", "loop"]
 nbd_listen = "127.0.0.1:10809"
 window = "64M"
+on_replica_loss = "block"
+min_replicas = 1
+block_seconds = 20
+pre_images = "2G"
+when_full = "go-on"
 
 [[peer]]
 name = "b"
@@ -21,6 +26,7 @@ role = "replica"
 host = "0707070707070707070707070707070707070707070707070707070707070707"
 addresses = ["192.0.2.2:7447", "b.example.org:7447"]
 paused = false
+mode = "semi-sync"
 "#;
 
 fn example() -> VolumeConfig {
@@ -34,12 +40,18 @@ fn example() -> VolumeConfig {
         devices: DeviceKind::defaults(),
         nbd_listen: Some("127.0.0.1:10809".parse().unwrap()),
         window: DEFAULT_WINDOW,
+        on_replica_loss: OnReplicaLoss::Block,
+        min_replicas: 1,
+        block_seconds: 20,
+        pre_images: Size(2 << 30),
+        when_full: WhenFull::GoOn,
         peers: vec![PeerConfig {
             name: "b".parse().unwrap(),
             role: Role::Replica,
             host: HostId([7; 32]),
             addresses: vec!["192.0.2.2:7447".parse().unwrap(), "b.example.org:7447".parse().unwrap()],
             paused: false,
+            mode: Mode::SemiSync,
         }],
     }
 }
@@ -94,8 +106,8 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest_one() {
     for (from, to, message) in [
         ("backing", "bakcing", r#"data.toml:6: unknown key "bakcing"; did you mean "backing"?"#),
         ("window", "windows", r#"data.toml:11: unknown key "windows"; did you mean "window"?"#),
-        ("paused", "pause", r#"data.toml:18: unknown key "pause"; did you mean "paused"?"#),
-        ("[[peer]]", "[[peers]]", r#"data.toml:13: unknown key "peers"; did you mean "peer"?"#),
+        ("paused", "pause", r#"data.toml:23: unknown key "pause"; did you mean "paused"?"#),
+        ("[[peer]]", "[[peers]]", r#"data.toml:18: unknown key "peers"; did you mean "peer"?"#),
         ("window", "quux", r#"data.toml:11: unknown key "quux"; remove it"#),
     ] {
         assert_eq!(mistake_in(&GOLDEN.replacen(from, to, 1)), message);
@@ -155,7 +167,7 @@ fn statements_that_contradict_each_other_are_found() {
             r#"data.toml: the peers "b" and "c" have the same host key; remove one"#,
         ),
         (
-            GOLDEN.replace("replica", "primary"),
+            GOLDEN.replace("role = \"replica\"", "role = \"primary\""),
             "data.toml: more than one host is the primary; make all but one a replica",
         ),
         (

@@ -145,11 +145,11 @@ impl Layer {
 
     /// Writes batches behind the last one. Gives the number and the place of the one after them.
     async fn append(&self, backing: &Rc<File>, missing: &[ByteRange]) -> Result<(u64, u64), SaveError> {
-        let PreImages { storage, pool, limit_bytes, .. } = &self.store;
+        let PreImages { storage, pool, .. } = &self.store;
+        let limit_bytes = self.store.limit_bytes.get();
         let room = limit_bytes.saturating_sub(self.used_bytes()?);
         let end_limit = self.end.saturating_add(room);
-        let target =
-            Target { storage: &**storage, pool, file: &self.file, end_limit, limit_bytes: *limit_bytes };
+        let target = Target { storage: &**storage, pool, file: &self.file, end_limit, limit_bytes };
         let mut batches = Batches::new(target, self.header.layer, self.serial, self.end);
         for group in groups(missing) {
             // All begin at once; their content is taken in order.

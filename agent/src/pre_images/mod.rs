@@ -35,6 +35,7 @@ use crate::storage::{self, Storage};
 use crate::stored::{self, Ending};
 use blockmirror_protocol::disk::pre_images::{self, FIRST_BATCH, Header};
 use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES};
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -114,7 +115,7 @@ pub struct PreImages {
     folder: PathBuf,
     storage: Rc<dyn Storage>,
     pool: BufferPool,
-    limit_bytes: u64,
+    limit_bytes: Rc<Cell<u64>>,
 }
 
 /// A file that has the name of a layer.
@@ -125,10 +126,15 @@ struct Found {
 }
 
 impl PreImages {
+    /// Sets another limit, in bytes, for all layers together.
+    pub fn set_limit(&self, limit_bytes: u64) {
+        self.limit_bytes.set(limit_bytes);
+    }
+
     /// The layers in this folder, which together may take `limit_bytes` of disk.
     #[must_use]
     pub fn new(folder: &Path, storage: Rc<dyn Storage>, pool: BufferPool, limit_bytes: u64) -> Self {
-        Self { folder: folder.to_owned(), storage, pool, limit_bytes }
+        Self { folder: folder.to_owned(), storage, pool, limit_bytes: Rc::new(Cell::new(limit_bytes)) }
     }
 
     /// Begins a layer. It is durable, and empty, when this ends. A file of its number without any batch, such as a
@@ -144,8 +150,9 @@ impl PreImages {
         let page = header.encode();
         let about = path.clone();
         aside(move || remove_unfinished(&about)).await?;
-        if self.bytes()?.saturating_add(FIRST_BATCH) > self.limit_bytes {
-            return Err(Shortage::Limit { limit_bytes: self.limit_bytes }.into());
+        let limit_bytes = self.limit_bytes.get();
+        if self.bytes()?.saturating_add(FIRST_BATCH) > limit_bytes {
+            return Err(Shortage::Limit { limit_bytes }.into());
         }
         let about = path.clone();
         let made = aside(move || File::create_metadata(about, FIRST_BATCH)).await;

@@ -12,12 +12,16 @@ use crate::metadata::State;
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
 use blockmirror_protocol::disk::activity_log::Recovered;
+use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
+use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::lineage;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
-use blockmirror_protocol::tracker::{Action, LocalWrite, RequestId, Tracker, Work};
-use blockmirror_protocol::units::{GenerationId, HostId, Sequence, Session as SessionNumber, Time};
-use blockmirror_protocol::wire::message::{Member, Members, Message};
+use blockmirror_protocol::tracker::replies::ReplicaLoss;
+use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, Work};
+use blockmirror_protocol::units::{GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time};
+use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
 pub use link::{LinkState, Peer};
@@ -44,7 +48,6 @@ pub struct Primary {
     state: Rc<State>,
     pool: BufferPool,
     size_bytes: u64,
-    lineage: Vec<GenerationId>,
     inner: RefCell<Inner>,
     /// What the timer waits for, and how it is told of something earlier.
     armed: Cell<Option<Time>>,
@@ -52,6 +55,7 @@ pub struct Primary {
     /// What became of the backing, in words, once it failed.
     error: RefCell<Option<String>>,
     closed: Notify,
+    superseded: Cell<Option<Fence>>,
     session_numbers: tokio::sync::Mutex<()>,
 }
 
@@ -73,8 +77,8 @@ struct Pending {
 }
 
 impl Primary {
-    /// Opens a volume as primary: a new generation begins, durably (L1), and what the activity log of before says
-    /// goes to the maps of all replicas (D1).
+    /// Opens a volume as primary: its epochs get numbers that no earlier run used, durably, and what the activity log of
+    /// before says goes to the maps of all replicas (D1).
     ///
     /// # Errors
     /// [`crate::metadata::StateError`] when the metadata can't be read or written.
@@ -83,32 +87,41 @@ impl Primary {
         backing: Rc<File>,
         state: State,
         pool: BufferPool,
-        peers: &[HostId],
+        peers: &[(HostId, Mode)],
+        loss: ReplicaLoss,
         window_bytes: u64,
     ) -> Result<Rc<Self>, crate::metadata::StateError> {
-        let generation = GenerationId(crate::transport::key::random());
         state
             .change_superblock(|superblock| {
-                superblock.lineage.insert(0, generation);
-                superblock.lineage.truncate(blockmirror_protocol::disk::superblock::LINEAGE_LIMIT);
+                superblock.position = Position {
+                    generation: superblock.lineage.first().copied().unwrap_or_default(),
+                    epoch: lineage::first_epoch_after(superblock.position.epoch),
+                    sequence: Sequence(0),
+                };
             })
             .await?;
         let superblock = state.superblock();
-        state.remove_other_maps(peers)?;
+        let hosts: Vec<HostId> = peers.iter().map(|(host, _)| *host).collect();
+        state.remove_other_maps(&hosts)?;
         let log = state.recover_log().await?;
         if let Recovered::Unsure { .. } = log {
             tracing::warn!("the activity log's newest record is not whole: all blocks count as dirty");
         }
         let (mut sessions, mut maps) = (Vec::new(), HashMap::new());
-        for peer in peers {
+        for (peer, mode) in peers {
             let (map, file) = state.open_map(*peer).await?;
             let (size, block_size) = (superblock.size_bytes, superblock.block_size);
-            sessions.push(Session::new(*peer, map, size, block_size, window_bytes));
+            sessions.push(Session::new(*peer, map, size, block_size, window_bytes, *mode));
             maps.insert(*peer, file);
         }
-        let lineage = superblock.lineage.clone();
-        let tracker =
-            Tracker::new(superblock.size_bytes, backing.alignment(), lineage.clone(), &log, sessions);
+        let settings = tracker::Settings {
+            size_bytes: superblock.size_bytes,
+            sector_bytes: backing.alignment(),
+            lineage: superblock.lineage,
+            first_epoch: superblock.position.epoch,
+            loss,
+        };
+        let tracker = Tracker::new(settings, &log, sessions);
         let primary = Rc::new_cyclic(|me| Self {
             me: me.clone(),
             started: Instant::now(),
@@ -117,7 +130,6 @@ impl Primary {
             state: Rc::new(state),
             pool,
             size_bytes: superblock.size_bytes,
-            lineage,
             inner: RefCell::new(Inner {
                 tracker,
                 next_request: 0,
@@ -131,6 +143,7 @@ impl Primary {
             earlier: Notify::new(),
             error: RefCell::new(None),
             closed: Notify::new(),
+            superseded: Cell::new(None),
             session_numbers: tokio::sync::Mutex::new(()),
         });
         primary.drive(|_, _| ());
@@ -176,15 +189,38 @@ impl Primary {
     ///
     /// # Errors
     /// [`crate::metadata::StateError`] when its map can't be made.
-    pub async fn add_peer(&self, peer: HostId, window_bytes: u64) -> Result<(), crate::metadata::StateError> {
+    pub async fn add_peer(
+        &self,
+        peer: HostId,
+        mode: Mode,
+        window_bytes: u64,
+    ) -> Result<(), crate::metadata::StateError> {
         let (map, file) = self.state.open_map(peer).await?;
         let superblock = self.state.superblock();
-        let session = Session::new(peer, map, superblock.size_bytes, superblock.block_size, window_bytes);
+        let session =
+            Session::new(peer, map, superblock.size_bytes, superblock.block_size, window_bytes, mode);
         self.drive(|inner, now| {
             inner.maps.insert(peer, file);
             inner.tracker.add_session(session, now);
         });
         Ok(())
+    }
+
+    /// The operator chose other modes, or what happens while a replica is lost.
+    pub fn configure(&self, modes: &[(HostId, Mode)], loss: ReplicaLoss) {
+        self.drive(|inner, now| inner.tracker.configure(modes, loss, now));
+    }
+
+    /// Another host was promoted with this fence: no write is taken any more (L5).
+    pub fn supersede(&self, fence: Fence) {
+        self.superseded.set(Some(fence));
+        self.drive(|inner, now| inner.tracker.supersede(now));
+    }
+
+    /// The fence of the host that was promoted since, if there is one.
+    #[must_use]
+    pub fn superseded(&self) -> Option<Fence> {
+        self.superseded.get()
     }
 
     /// Compares the volume with a replica. Nothing when the replica is not in sync, or falls out of it meanwhile.
@@ -225,8 +261,9 @@ impl Primary {
             block_size: superblock.block_size,
             sector_bytes: u32::try_from(self.backing.alignment()).expect("a sector is small"),
             copy: superblock.copy,
+            adopted: superblock.adopted,
             fence: superblock.fence,
-            lineage: self.lineage.clone(),
+            lineage: self.inner.borrow().tracker.lineage().to_vec(),
             members,
         }
     }
@@ -299,6 +336,7 @@ impl Primary {
             Action::WriteLocal { sequence, request, range, zero, durable } => {
                 self.write(inner, sequence, request, range, zero, durable);
             }
+            Action::BeginGeneration { kept } => self.begin_generation(kept),
             Action::SyncLocal => self.submit(&self.backing, Operation::Sync, |primary, outcome| {
                 let synced = primary.note(outcome);
                 primary.drive(|inner, now| inner.tracker.handle_synced(synced, now));
@@ -317,6 +355,24 @@ impl Primary {
             }
             Action::Peer { peer, action } => self.carry_out_for(inner, peer, action),
         }
+    }
+
+    fn begin_generation(&self, kept: Vec<GenerationId>) {
+        let primary = self.me();
+        spawn_local(async move {
+            let generation = GenerationId(crate::transport::key::random());
+            let change = |superblock: &mut Superblock| {
+                lineage::begin(&mut superblock.lineage, generation, &kept, LINEAGE_LIMIT);
+            };
+            let recorded = primary.state.change_superblock(change).await;
+            if let Err(error) = &recorded {
+                let text = crate::words::with_causes(error);
+                tracing::error!("{text}");
+                primary.error.borrow_mut().get_or_insert(text);
+            }
+            let generation = recorded.is_ok().then_some(generation);
+            primary.drive(|inner, now| inner.tracker.handle_generation(generation, now));
+        });
     }
 
     fn carry_out_for(&self, inner: &mut Inner, peer: HostId, action: session::Action) {

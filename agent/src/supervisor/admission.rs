@@ -5,6 +5,7 @@ use super::{Supervisor, failed, refused};
 use crate::config::{Address, Name, Role, VolumeConfig};
 use crate::control::api::{Failure, INVITATION_SCHEMA, Invitation, InviteRequest};
 use crate::invitations::{InvitationError, Invitations};
+use crate::quantity::unix_seconds;
 use crate::token::{Secret, Token};
 use crate::transport::{Connection, key};
 use crate::volume::Ask;
@@ -12,7 +13,6 @@ use crate::words::with_causes;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Join, Joined, Member, Refusal, Refused};
 use std::net::SocketAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// How many replicas a volume has at most.
 const PEERS: usize = 32;
@@ -35,7 +35,7 @@ impl Supervisor {
         let mut invitations =
             Invitations::load(&self.state_folder(&volume)).map_err(|error| failed(with_causes(&error)))?;
         invitations
-            .create(now_seconds(), request.expires_seconds, &secret)
+            .create(unix_seconds(), request.expires_seconds, &secret)
             .map_err(|error| failed(with_causes(&error)))?;
         let addresses = if request.addresses.is_empty() { self.own_addresses() } else { request.addresses };
         let token = Token {
@@ -118,9 +118,9 @@ impl Supervisor {
         let mut invitations =
             Invitations::load(&self.state_folder(volume)).map_err(|error| other(with_causes(&error)))?;
         if only_check {
-            return invitations.check(secret, now_seconds()).map_err(|error| token(error.to_string()));
+            return invitations.check(secret, unix_seconds()).map_err(|error| token(error.to_string()));
         }
-        invitations.redeem(secret, now_seconds()).map_err(|error| match error {
+        invitations.redeem(secret, unix_seconds()).map_err(|error| match error {
             InvitationError::Invalid(invalid) => token(invalid.to_string()),
             error => other(with_causes(&error)),
         })
@@ -171,11 +171,6 @@ pub(super) fn unknown_volume() -> Refused {
 
 fn other(text: String) -> Refused {
     Refused { refusal: Refusal::Other, text }
-}
-
-/// Seconds since 1970, for the expiry of tokens.
-fn now_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 use super::{Supervisor, failed, refused};
 use crate::buffer::BufferPool;
-use crate::config::{DEFAULT_WINDOW, DeviceKind, Name, PeerConfig, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
+use crate::config::{Name, PeerConfig, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
 use crate::control::api::{CreateRequest, Failure, FailureKind, JoinRequest, StatusReply};
 use crate::metadata::State;
 use crate::storage::file::{Access, File, OpenError};
@@ -15,9 +15,9 @@ use crate::transport::{Connection, key};
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
 use blockmirror_protocol::units::{
-    BlockSize, CopyId, GenerationId, HostId, Position, SECTOR_BYTES, Session, VolumeId,
+    BlockSize, CopyId, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Member, Message};
+use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Member, Message, Mode};
 use std::path::{Path, PathBuf};
 
 /// How long a name is at most.
@@ -39,16 +39,15 @@ impl Supervisor {
         };
         let prepared = prepare(&request.backing, request.size_bytes)?;
         let config = VolumeConfig {
-            name: request.name.clone(),
-            id: VolumeId(key::random()),
-            role: Role::Primary,
-            backing: request.backing.clone(),
-            size_bytes: request.size_bytes.unwrap_or(prepared.size_bytes),
-            block_size,
             devices: request.devices,
-            nbd_listen: None,
-            window: DEFAULT_WINDOW,
-            peers: Vec::new(),
+            ..VolumeConfig::new(
+                request.name.clone(),
+                VolumeId(key::random()),
+                Role::Primary,
+                request.backing.clone(),
+                request.size_bytes.unwrap_or(prepared.size_bytes),
+                block_size,
+            )
         };
         let superblock = Superblock {
             volume: config.id,
@@ -60,8 +59,13 @@ impl Supervisor {
             session: Session(0),
             fence: Fence { counter: 1, holder: self.endpoint.id() },
             position: Position::default(),
-            source: HostId::default(),
+            source: Fence::default(),
             lineage: vec![GenerationId(key::random())],
+            adopted: 0,
+            gap: 0,
+            layers: 0,
+            mode: Mode::Async,
+            released: false,
         };
         self.set_up(config, superblock, prepared.made).await
     }
@@ -95,8 +99,13 @@ impl Supervisor {
             session: Session(0),
             fence: Fence::default(),
             position: Position::default(),
-            source: token.host,
+            source: Fence { counter: 0, holder: token.host },
             lineage: Vec::new(),
+            adopted: 0,
+            gap: 0,
+            layers: 0,
+            mode: Mode::Async,
+            released: false,
         };
         // The volume is ready before the token is used up, because the primary dials at once.
         let reply = self.set_up(config, superblock, prepared.made).await?;
@@ -227,18 +236,14 @@ impl Supervisor {
     }
 
     fn replica_config(&self, request: &JoinRequest, name: &Name, joined: &Joined) -> VolumeConfig {
-        let mut config = VolumeConfig {
-            name: name.clone(),
-            id: joined.volume,
-            role: Role::Replica,
-            backing: request.backing.clone(),
-            size_bytes: joined.size_bytes,
-            block_size: joined.block_size,
-            devices: DeviceKind::defaults(),
-            nbd_listen: None,
-            window: DEFAULT_WINDOW,
-            peers: Vec::new(),
-        };
+        let mut config = VolumeConfig::new(
+            name.clone(),
+            joined.volume,
+            Role::Replica,
+            request.backing.clone(),
+            joined.size_bytes,
+            joined.block_size,
+        );
         for (index, member) in joined.members.iter().enumerate() {
             if member.host != self.endpoint.id() {
                 let role = if index == 0 { Role::Primary } else { Role::Replica };
@@ -263,13 +268,8 @@ pub(super) fn peer_of(config: &VolumeConfig, member: &Member, role: Role) -> Pee
     });
     let name = std::iter::once(nearest.clone()).chain(numbered).find(|name| !is_taken(name));
     let name = name.expect("there are more numbers than peers");
-    PeerConfig {
-        name,
-        role,
-        host: member.host,
-        addresses: member.addresses.iter().filter_map(|address| address.parse().ok()).collect(),
-        paused: false,
-    }
+    let addresses = member.addresses.iter().filter_map(|address| address.parse().ok()).collect();
+    PeerConfig::new(name, role, member.host, addresses)
 }
 
 /// Looks at a backing, and makes an image file where there is none and the size is known.
@@ -350,6 +350,7 @@ fn usage(text: impl Into<String>) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use blockmirror_protocol::units::HostId;
 
     #[test]
     fn hosts_of_one_long_name_get_names_of_their_own() {

@@ -219,9 +219,9 @@ impl Volume {
         backing: Rc<File>,
         state: State,
     ) -> Result<OpenRole, String> {
-        let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
-        let window_bytes = config.window.0;
-        let primary = Primary::open(storage, backing, state, self.pool.clone(), &hosts, window_bytes)
+        let peers: Vec<_> = config.peers.iter().map(PeerConfig::wanted).collect();
+        let (loss, window_bytes) = (config.replica_loss(), config.window.0);
+        let primary = Primary::open(storage, backing, state, self.pool.clone(), &peers, loss, window_bytes)
             .await
             .map_err(|error| with_causes(&error))?;
         let mut links = BTreeMap::new();
@@ -241,10 +241,11 @@ impl Volume {
         state: State,
     ) -> Result<OpenRole, String> {
         let superblock = state.superblock();
-        let window_bytes = config.window.0;
-        let replica = Replica::open(storage.clone(), backing.clone(), state, self.pool.clone(), window_bytes)
-            .await
-            .map_err(|error| with_causes(&error))?;
+        let folder = &self.surroundings.state_folder;
+        let replica =
+            Replica::open(storage.clone(), backing.clone(), state, self.pool.clone(), folder, config)
+                .await
+                .map_err(|error| with_causes(&error))?;
         let export = Export::new(storage.clone(), backing.clone(), self.pool.clone(), superblock.size_bytes);
         self.devices = Devices::start_export(config, &self.surroundings, export, &self.pool);
         Ok(OpenRole::Replica(replica))
@@ -367,7 +368,10 @@ impl Volume {
         if matches!(&self.role, OpenRole::Primary(_, links) if links.contains_key(&peer.host)) {
             return Ok(());
         }
-        primary.add_peer(peer.host, window_bytes).await.map_err(|error| with_causes(&error))?;
+        primary
+            .add_peer(peer.host, peer.mode.into(), window_bytes)
+            .await
+            .map_err(|error| with_causes(&error))?;
         let link = self.link(&primary, &peer);
         if let OpenRole::Primary(_, links) = &mut self.role {
             links.insert(peer.host, link);

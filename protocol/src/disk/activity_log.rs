@@ -9,6 +9,8 @@
 //! 32 extent numbers (4 each), ascending; then zero up to the record's end
 //! ```
 //!
+//! A count of 2^32 - 1 stands for all extents (version 2).
+//!
 //! # What a crash leaves
 //!
 //! A write of record n that was lost leaves record n-1: no write relied on n yet. A torn write leaves the same, but
@@ -32,10 +34,12 @@ pub const FILE_BYTES: u64 = RECORDS * RECORD_BYTES as u64;
 /// How many extents can be active at once: 3.9 GiB of hot data.
 pub const CAPACITY: usize = (RECORD_BYTES - HEADER_BYTES) / 4;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const WHAT: &str = "activity log";
 const HEADER_BYTES: usize = 32;
+/// The count that stands for all extents.
+const EVERYTHING: u32 = u32::MAX;
 pub(super) const MAGIC: [u8; 8] = *b"BMACTLOG";
 const CRC_AT: usize = 12;
 
@@ -55,6 +59,9 @@ const _: () = assert!(size_of::<Raw>() == RECORD_BYTES);
 
 /// One record's bytes.
 pub type Record = [u8; RECORD_BYTES];
+
+/// What a record says: its serial number and its extents, none for all there are.
+pub type Content = (u64, Option<BTreeSet<Extent>>);
 
 /// What the log says after a restart.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -106,19 +113,28 @@ pub fn encode(extents: impl IntoIterator<Item = Extent>, serial: u64) -> Record 
     record
 }
 
+/// The record that says that any block may differ, where no list of extents would do.
+#[must_use]
+pub fn encode_everything(serial: u64) -> Record {
+    let mut record = encode([], serial);
+    record[24..28].copy_from_slice(&EVERYTHING.to_le_bytes());
+    seal(&mut record, CRC_AT);
+    record
+}
+
 /// Reads the ring.
 ///
 /// # Errors
 /// [`MetadataError::TooNew`] for a newer layout. Damage is no error here: see [`Recovered::Unsure`].
 pub fn recover(file: &[u8]) -> Result<Recovered, MetadataError> {
-    let mut newest: Option<(u64, BTreeSet<Extent>)> = None;
+    let mut newest: Option<Content> = None;
     for record in file.chunks_exact(RECORD_BYTES).take(RECORDS as usize) {
         let Some((serial, extents)) = decode(record)? else { continue };
         if newest.as_ref().is_none_or(|(best, _)| *best < serial) {
             newest = Some((serial, extents));
         }
     }
-    let (serial, extents) = newest.unwrap_or_default();
+    let (serial, extents) = newest.unwrap_or((0, Some(BTreeSet::new())));
     let next = record_offset(serial + 1) as usize;
     let Some(after) = file.get(next..next + RECORD_BYTES) else {
         return Ok(Recovered::Unsure { serial });
@@ -127,14 +143,17 @@ pub fn recover(file: &[u8]) -> Result<Recovered, MetadataError> {
     if file.len() < FILE_BYTES as usize || !(is_empty || decode(after)?.is_some()) {
         return Ok(Recovered::Unsure { serial: serial + 1 });
     }
-    Ok(Recovered::Active { serial, extents })
+    Ok(match extents {
+        Some(extents) => Recovered::Active { serial, extents },
+        None => Recovered::Unsure { serial },
+    })
 }
 
-/// Reads one record: its serial number and the active set; nothing when it is not whole.
+/// Reads one record; nothing when it is not whole.
 ///
 /// # Errors
 /// [`MetadataError::TooNew`] for a newer layout.
-pub fn decode(record: &[u8]) -> Result<Option<(u64, BTreeSet<Extent>)>, MetadataError> {
+pub fn decode(record: &[u8]) -> Result<Option<Content>, MetadataError> {
     let Ok(raw) = Raw::ref_from_bytes(record) else { return Ok(None) };
     if raw.magic != MAGIC || !is_sealed(record, CRC_AT) {
         return Ok(None);
@@ -142,8 +161,12 @@ pub fn decode(record: &[u8]) -> Result<Option<(u64, BTreeSet<Extent>)>, Metadata
     if raw.version.get() > VERSION {
         return Err(MetadataError::TooNew { what: WHAT, found: raw.version.get(), known: VERSION });
     }
+    if raw.count.get() == EVERYTHING {
+        return Ok(Some((raw.serial.get(), None)));
+    }
     let extents = raw.extents.get(..raw.count.get() as usize);
-    Ok(extents.map(|extents| (raw.serial.get(), extents.iter().map(|extent| Extent(extent.get())).collect())))
+    Ok(extents
+        .map(|extents| (raw.serial.get(), Some(extents.iter().map(|extent| Extent(extent.get())).collect()))))
 }
 
 #[cfg(test)]
@@ -169,9 +192,19 @@ mod tests {
         let text: String = record[..44].iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(
             text,
-            "424d4143544c4f470100000066e332a90600000000000000020000000000000001000000050403020\
+            "424d4143544c4f4702000000f5b36efd0600000000000000020000000000000001000000050403020\
              0000000"
         );
+    }
+
+    #[test]
+    fn a_record_of_version_1_is_read() {
+        let text = "424d4143544c4f470100000066e332a906000000000000000200000000000000010000000504030200000000";
+        let mut record = [0; RECORD_BYTES];
+        for (at, byte) in record.iter_mut().take(text.len() / 2).enumerate() {
+            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
+        }
+        assert_eq!(decode(&record), Ok(Some((6, Some(set(&[1, 0x0203_0405]))))));
     }
 
     #[test]
@@ -182,6 +215,23 @@ mod tests {
         assert_eq!(recover(&ring(&[(10, &[1]), (11, &[2, 3]), (12, &[7])])), Ok(newest));
         let full: Vec<u32> = (0..CAPACITY as u32).collect();
         assert_eq!(recover(&ring(&[(9, &full)])), Ok(Recovered::Active { serial: 9, extents: set(&full) }));
+    }
+
+    #[test]
+    fn a_record_may_stand_for_all_extents() {
+        let mut file = ring(&[(3, &[1])]);
+        let at = record_offset(4) as usize;
+        file[at..at + RECORD_BYTES].copy_from_slice(&encode_everything(4));
+        assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: 4 }));
+        for serial in 5..12 {
+            let at = record_offset(serial) as usize;
+            file[at..at + RECORD_BYTES].copy_from_slice(&encode(set(&[2]), serial));
+            assert_eq!(
+                recover(&file),
+                Ok(Recovered::Active { serial, extents: set(&[2]) }),
+                "an old one is harmless"
+            );
+        }
     }
 
     #[test]

@@ -10,20 +10,23 @@
 //! ```text
 //! header   0 magic "BMDIRTY\0"   8 version (4)   12 CRC-32 of the rest (4)   16 serial (8)
 //!         24 volume (16)        40 peer (32)     72 copy of the peer that the map is relative to (16)
-//!         88 blocks (8)         96 block bytes (4) 100 zero (4)   104 full_from, a page number (8)   112 zero
+//!         88 blocks (8)         96 block bytes (4) 100 zero (4)   104 full_from, a page number (8)
+//!        112 generation (16)   128 adopted (8)    136 zero
 //! bits     0 magic "BITS"        4 CRC-32 of the rest (4)   8 page number (8)   16 zero (16)
 //!         32 bits, the lowest of the first byte first
 //! ```
+//!
+//! Version 1 had zeroes from 112 on: no generation, nothing adopted. That is what a map of that time means.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
-use crate::units::{BlockSize, CopyId, HostId, VolumeId};
+use crate::units::{BlockSize, CopyId, GenerationId, HostId, VolumeId};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// What the names of all maps' files begin with.
 pub const FILE_PREFIX: &str = "map-";
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// How many 64-bit words of bits a page holds.
 pub const WORDS_PER_PAGE: usize = (PAGE_BYTES - BITS_HEADER_BYTES) / 8;
 /// How many blocks a page stands for.
@@ -54,7 +57,9 @@ struct RawHeader {
     block_bytes: U32,
     zero: U32,
     full_from: U64,
-    rest: [u8; PAGE_BYTES - 112],
+    generation: [u8; 16],
+    adopted: U64,
+    rest: [u8; PAGE_BYTES - 136],
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -69,6 +74,26 @@ struct RawBits {
 
 const _: () = assert!(size_of::<RawHeader>() == PAGE_BYTES && size_of::<RawBits>() == PAGE_BYTES);
 
+/// What a map is relative to (L2): it says what differs from the peer's content only if all of this still holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Base {
+    /// The copy of the peer; none where it isn't known, or no session ever began.
+    pub copy: CopyId,
+    /// The newest generation that the peer had when the map began, or a newer one that it confirmed since; none for
+    /// any of ours.
+    pub generation: GenerationId,
+    /// How often this host had adopted another's content when the map began.
+    pub adopted: u64,
+}
+
+impl Base {
+    /// Whether the map was never in use: no session began, and no promotion made it.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.copy.is_none() && self.generation.is_none()
+    }
+}
+
 /// What the header says.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Header {
@@ -76,8 +101,8 @@ pub struct Header {
     pub volume: VolumeId,
     /// The peer.
     pub peer: HostId,
-    /// The copy of the peer that the map is relative to; none while no session ever began.
-    pub base: CopyId,
+    /// What the map is relative to.
+    pub base: Base,
     /// The volume's size in blocks.
     pub blocks: u64,
     /// The tracking block.
@@ -121,12 +146,14 @@ impl Header {
             serial: U64::new(serial),
             volume: self.volume.0,
             peer: self.peer.0,
-            base: self.base.0,
+            base: self.base.copy.0,
             blocks: U64::new(self.blocks),
             block_bytes: U32::new(self.block_size.bytes() as u32),
             zero: U32::ZERO,
             full_from: U64::new(self.full_from),
-            rest: [0; PAGE_BYTES - 112],
+            generation: self.base.generation.0,
+            adopted: U64::new(self.base.adopted),
+            rest: [0; PAGE_BYTES - 136],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -154,7 +181,11 @@ impl Header {
         let header = Self {
             volume: VolumeId(raw.volume),
             peer: HostId(raw.peer),
-            base: CopyId(raw.base),
+            base: Base {
+                copy: CopyId(raw.base),
+                generation: GenerationId(raw.generation),
+                adopted: raw.adopted.get(),
+            },
             blocks: raw.blocks.get(),
             block_size,
             full_from: raw.full_from.get(),
@@ -204,7 +235,7 @@ mod tests {
         let header = Header {
             volume: VolumeId([1; 16]),
             peer: HostId([2; 32]),
-            base: CopyId([3; 16]),
+            base: Base { copy: CopyId([3; 16]), generation: GenerationId([4; 16]), adopted: 5 },
             blocks: 0x1_0000,
             block_size: BlockSize::default(),
             full_from: 2,
@@ -212,10 +243,11 @@ mod tests {
         let page = header.encode(9);
         assert_eq!(Header::recover(&page), Ok((9, header)));
         assert_eq!(
-            hex(&page[..112]),
-            "424d44495254590001000000cadb6df709000000000000000101010101010101010101010101010102020202\
+            hex(&page[..136]),
+            "424d444952545900020000009303b7c809000000000000000101010101010101010101010101010102020202\
              02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
-             03000001000000000000100000000000000200000000000000"
+             0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
+             0000000000"
         );
         let mut bits = [0; WORDS_PER_PAGE];
         (bits[0], bits[507]) = (0b101, 1 << 63);
@@ -226,6 +258,19 @@ mod tests {
             "424954539dcbc3e30700000000000000000000000000000000000000000000000500000000000000"
         );
         assert_eq!(page[PAGE_BYTES - 1], 0x80);
+    }
+
+    #[test]
+    fn a_header_of_version_1_is_relative_to_any_generation() {
+        let text = "424d44495254590001000000cadb6df709000000000000000101010101010101010101010101010102020202\
+                    02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
+                    03000001000000000000100000000000000200000000000000";
+        let mut page = [0; PAGE_BYTES];
+        for (at, byte) in page.iter_mut().take(text.len() / 2).enumerate() {
+            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
+        }
+        let (_, header) = Header::recover(&page).unwrap();
+        assert_eq!(header.base, Base { copy: CopyId([3; 16]), ..Base::default() });
     }
 
     #[test]

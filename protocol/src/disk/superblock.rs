@@ -13,12 +13,18 @@
 //!  120 position: generation (16), epoch (8), sequence (8)
 //!  152 source host (32)     184 lineage length (4)  188 zero (4)
 //!  192 lineage: up to 64 generations of 16 bytes, newest first
-//! 1216 zero
+//! 1216 adopted (8)         1224 gap (8)         1232 layers (8)
+//! 1240 mode (1)  1241 released (1)  1242 zero (6)
+//! 1248 counter of the source's fence (8)          1256 zero
 //! ```
+//!
+//! Version 1 had zeroes from 1216 on, which read as what was true of every copy then: nothing adopted, no gap, no
+//! layers, asynchronous, never released.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
-use crate::wire::message::{DataState, Fence};
+pub use crate::wire::message::Role;
+use crate::wire::message::{DataState, Fence, Mode};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -27,7 +33,7 @@ pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
 pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 
@@ -59,19 +65,17 @@ struct Raw {
     lineage_length: U32,
     zero_too: U32,
     lineage: [[u8; 16]; LINEAGE_LIMIT],
-    rest: [u8; PAGE_BYTES - 1216],
+    adopted: U64,
+    gap: U64,
+    layers: U64,
+    mode: u8,
+    released: u8,
+    zero_again: [u8; 6],
+    source_counter: U64,
+    rest: [u8; PAGE_BYTES - 1256],
 }
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
-
-/// The role of a host for a volume.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Role {
-    /// The one that takes writes.
-    Primary,
-    /// One that follows.
-    Replica,
-}
 
 /// What a host knows durably about its copy of a volume.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -92,12 +96,23 @@ pub struct Superblock {
     pub session: Session,
     /// Who may write.
     pub fence: Fence,
-    /// Where the data state was last recorded.
+    /// On a replica, the position that it last adopted by a commit; on a primary, one before all that it writes while
+    /// it is open.
     pub position: Position,
-    /// On a replica, the primary that it follows.
-    pub source: HostId,
+    /// On a replica, the fence of the primary that it follows, or whose resync made it inconsistent.
+    pub source: Fence,
     /// The generations, newest first; at most [`LINEAGE_LIMIT`].
     pub lineage: Vec<GenerationId>,
+    /// How often this copy adopted another's content; maps that were made before are void (L2).
+    pub adopted: u64,
+    /// The layer of pre-images that leads back to the rollback point, while the replica is in gap mode (P2); else 0.
+    pub gap: u64,
+    /// The number of the last layer that was begun.
+    pub layers: u64,
+    /// The mode that the replica was last committed in (W4).
+    pub mode: Mode,
+    /// Whether the primary was demoted when this replica had everything: whoever is promoted next loses nothing.
+    pub released: bool,
 }
 
 impl Superblock {
@@ -137,11 +152,18 @@ impl Superblock {
             generation: self.position.generation.0,
             epoch: U64::new(self.position.epoch.0),
             sequence: U64::new(self.position.sequence.0),
-            source: self.source.0,
+            source: self.source.holder.0,
             lineage_length: U32::new(self.lineage.len() as u32),
             zero_too: U32::ZERO,
             lineage,
-            rest: [0; PAGE_BYTES - 1216],
+            adopted: U64::new(self.adopted),
+            gap: U64::new(self.gap),
+            layers: U64::new(self.layers),
+            mode: self.mode.to_byte(),
+            released: self.released.into(),
+            zero_again: [0; 6],
+            source_counter: U64::new(self.source.counter),
+            rest: [0; PAGE_BYTES - 1256],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -191,8 +213,13 @@ impl Superblock {
                 epoch: Epoch(raw.epoch.get()),
                 sequence: Sequence(raw.sequence.get()),
             },
-            source: HostId(raw.source),
+            source: Fence { counter: raw.source_counter.get(), holder: HostId(raw.source) },
             lineage: lineage.iter().map(|generation| GenerationId(*generation)).collect(),
+            adopted: raw.adopted.get(),
+            gap: raw.gap.get(),
+            layers: raw.layers.get(),
+            mode: Mode::from_byte(raw.mode).ok_or_else(|| corrupted.clone())?,
+            released: raw.released != 0,
         };
         Ok(Some((raw.serial.get(), superblock)))
     }
@@ -213,16 +240,46 @@ mod tests {
             session: Session(3),
             fence: Fence { counter: 4, holder: HostId([5; 32]) },
             position: Position { generation: GenerationId([6; 16]), epoch: Epoch(7), sequence: Sequence(8) },
-            source: HostId([9; 32]),
+            source: Fence { counter: 14, holder: HostId([9; 32]) },
             lineage: vec![GenerationId([6; 16]), GenerationId([10; 16])],
+            adopted: 11,
+            gap: 12,
+            layers: 13,
+            mode: Mode::Sync,
+            released: true,
         }
     }
 
     #[test]
     fn the_page_has_these_golden_bytes() {
-        let text: String = sample().encode(11)[..256].iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(text, include_str!("golden/superblock-1.hex").split_whitespace().collect::<String>());
-        assert!(sample().encode(11)[256..].iter().all(|byte| *byte == 0));
+        let page = sample().encode(11);
+        let bytes = page[..256].iter().chain(&page[1216..1256]);
+        let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(text, golden(include_str!("golden/superblock-2.hex")));
+        assert!(page[256..1216].iter().chain(&page[1256..]).all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_page_of_version_1_reads_as_what_was_true_then() {
+        let mut page = [0; PAGE_BYTES];
+        let text = golden(include_str!("golden/superblock-1.hex"));
+        for (at, byte) in page.iter_mut().take(256).enumerate() {
+            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
+        }
+        let old = Superblock {
+            adopted: 0,
+            gap: 0,
+            layers: 0,
+            mode: Mode::Async,
+            released: false,
+            source: Fence { counter: 0, holder: HostId([9; 32]) },
+            ..sample()
+        };
+        assert_eq!(Superblock::recover(&page), Ok((11, old)));
+    }
+
+    fn golden(text: &str) -> String {
+        text.split_whitespace().collect()
     }
 
     #[test]
@@ -244,12 +301,12 @@ mod tests {
             assert_eq!(Superblock::recover(&bytes), corrupted);
         }
         let mut newer = sample().encode(6);
-        newer[8] = 2;
+        newer[8] = 3;
         seal(&mut newer, CRC_AT);
         let file = [newer, sample().encode(5)].concat();
         assert_eq!(
             Superblock::recover(&file),
-            Err(MetadataError::TooNew { what: WHAT, found: 2, known: VERSION })
+            Err(MetadataError::TooNew { what: WHAT, found: 3, known: VERSION })
         );
     }
 }

@@ -9,7 +9,9 @@
 //! - A new greeting drains the old session: what waits is dropped, what is being written ends, and only then is the
 //!   greeting answered. So nothing of an old session lands after a read for the new one (R1).
 //! - "Inconsistent" is durable before the first frame of a resync is written, "consistent" only on the primary's
-//!   commit, when everything before it is durable (P1).
+//!   commit, when everything before it is durable (P1). In between, a replica that was consistent saves what it
+//!   overwrites ([`gap`]).
+//! - A generation is durable here before its first frame is written (L1), a higher fence before it is answered (L5).
 //!
 //! # The contract
 //!
@@ -22,22 +24,32 @@
 //! On the disk, every frame of the durable epochs and some of the next one: a state that a power cut could have left
 //! on the primary's disk. What was not acknowledged is in the primary's window or map, and comes again.
 
+mod agreement;
+mod change;
+mod gap;
+pub mod promotion;
 mod receive;
 
-use crate::disk::superblock::LINEAGE_LIMIT;
+pub use change::StateChange;
+pub use gap::{Saved, SpacePolicy};
+
+use crate::dirty_map::DirtyMap;
+use crate::disk::activity_log::{self, Recovered};
+use crate::disk::superblock::Superblock;
+use crate::lineage;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
-use crate::units::{
-    BlockSize, CopyId, Epoch, GenerationId, Position, Sequence, Session as SessionNumber, Stream, VolumeId,
-};
+use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Stream};
 use crate::wire::message::{
-    Acknowledgement, Commit, Committed, DataState, Digest, Fence, Hello, Message, Refusal, Refused,
-    ResyncBegin, ResyncReady,
+    Acknowledgement, Commit, Committed, DataState, Digest, Hello, Message, Mode, Refusal, Refused, Release,
+    ReleaseRecorded, ResyncBegin, ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use agreement::Log;
+use gap::Gap;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// A sync is worth its time once so many bytes of copies wait for it, or when no more are under way.
 const COPY_SYNC_BYTES: u64 = 8 << 20;
@@ -68,6 +80,23 @@ pub enum Action {
     WriteMarker(Position),
     /// Record this in the superblock, durably; then [`Replica::handle_state_written`].
     WriteState(StateChange),
+    /// Write a record to the activity log, durably; then [`Replica::handle_log_written`].
+    WriteLog {
+        /// Where in the log, in bytes.
+        offset: u64,
+        /// What.
+        record: Box<activity_log::Record>,
+    },
+    /// Make the layer after the superblock's last one, durably, with the marker as its point; then
+    /// [`Replica::handle_layer_begun`].
+    BeginLayer(Position),
+    /// Add the content of these ranges to the layer, durably; then [`Replica::handle_saved`].
+    SavePreImages {
+        /// Whole blocks, in order.
+        ranges: Vec<ByteRange>,
+    },
+    /// The layer is not needed to roll back to any more.
+    EndLayer(u64),
     /// Read and digest (BLAKE3) a range; then [`Replica::handle_digest`].
     ReadDigest {
         /// The frame that asked.
@@ -79,37 +108,35 @@ pub enum Action {
     Send(Message),
 }
 
-/// A change of what the superblock says.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct StateChange {
-    /// What the backing holds.
-    pub data: DataState,
-    /// Where that was so, for a commit.
-    pub position: Option<Position>,
-    /// The generations to adopt, for a commit.
-    pub lineage: Option<Vec<GenerationId>>,
-}
-
 /// The primary broke the protocol; the session must end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the primary broke the protocol: {0}")]
 pub struct PrimaryMisbehaved(pub &'static str);
 
-/// What is fixed for a replica while it is open.
+/// What is set for a replica while it is open.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// The volume.
-    pub volume: VolumeId,
-    /// This copy.
-    pub copy: CopyId,
-    /// The volume's size in bytes.
-    pub size_bytes: u64,
-    /// The tracking block.
-    pub block_size: BlockSize,
     /// The backing's physical sector, in bytes.
     pub sector_bytes: u32,
     /// How many bytes of live frames may wait in memory.
     pub window_bytes: u64,
+    /// What happens when there is no room for pre-images.
+    pub space: SpacePolicy,
+}
+
+/// What a replica knows durably when it is opened.
+#[derive(Debug)]
+pub struct Stored {
+    /// The superblock.
+    pub superblock: Superblock,
+    /// The marker.
+    pub marker: Position,
+    /// The activity log: its own, or that of the primary that it was.
+    pub log: Recovered,
+    /// Its maps of other hosts, where they are not void.
+    pub maps: BTreeMap<HostId, DirtyMap>,
+    /// The ranges with a pre-image in the layer of the gap.
+    pub saved: Vec<ByteRange>,
 }
 
 /// What a replica reports to status.
@@ -119,7 +146,9 @@ pub struct Report {
     pub connected: bool,
     /// What the backing holds.
     pub data: DataState,
-    /// The last durable epoch.
+    /// Whether a resync waits for room for pre-images.
+    pub is_full: bool,
+    /// The last durable epoch; in a gap, the rollback point.
     pub position: Position,
     /// Bytes received that are not durable yet.
     pub waiting_bytes: u64,
@@ -131,9 +160,11 @@ pub struct Report {
 #[derive(Debug)]
 pub struct Replica {
     settings: Settings,
-    data: DataState,
-    fence: Fence,
-    lineage: Vec<GenerationId>,
+    /// What is durable of it.
+    superblock: Superblock,
+    maps: BTreeMap<HostId, DirtyMap>,
+    gap: Gap,
+    log: Log,
     position: Position,
     order: Order<FrameId>,
     items: HashMap<FrameId, Item>,
@@ -143,7 +174,9 @@ pub struct Replica {
     last_session: SessionNumber,
     sync: Option<SyncScope>,
     marker: Marker,
-    state_changes: VecDeque<(StateChange, Message, SessionNumber)>,
+    state_changes: VecDeque<(StateChange, Option<(Message, SessionNumber)>)>,
+    /// A commit whose extents go to the log first.
+    commit: Option<(Commit, SessionNumber)>,
     writing_state: bool,
     failed: bool,
     actions: VecDeque<Action>,
@@ -154,13 +187,22 @@ struct Link {
     session: SessionNumber,
     stream: Stream,
     generation: GenerationId,
+    /// A resync was announced and is not recorded yet.
+    announced: bool,
+    /// A generation that is being recorded.
+    beginning: bool,
+    mode: Mode,
+    /// The fence of the primary.
+    fence: crate::wire::message::Fence,
     received: Sequence,
+    /// The last write whose receipt was acknowledged.
+    receipt: Sequence,
     /// The epoch that arriving frames belong to, until its end.
     open: Option<Epoch>,
     /// The last epoch that has ended.
     closed: Epoch,
     /// The epoch whose frames are all being written or written already.
-    ended: Option<(Epoch, Sequence)>,
+    ended: Option<Ended>,
     /// Frames of later epochs, and what came after them.
     queue: VecDeque<(FrameId, Body)>,
     live_under_way: usize,
@@ -188,12 +230,22 @@ struct Copies {
 struct Item {
     session: SessionNumber,
     body: Body,
+    /// The epoch for which its extents are claimed in the log, or wait to be.
+    claimed: Option<Epoch>,
+}
+
+/// An epoch of which every frame has come.
+#[derive(Debug, Clone, Copy)]
+struct Ended {
+    epoch: Epoch,
+    sequence: Sequence,
+    cut: bool,
 }
 
 #[derive(Debug)]
 struct SyncScope {
     session: Option<SessionNumber>,
-    epoch: Option<(Epoch, Sequence)>,
+    epoch: Option<Ended>,
     copies: u64,
 }
 
@@ -206,19 +258,15 @@ struct Marker {
 impl Replica {
     /// A replica as its metadata says.
     #[must_use]
-    pub fn new(
-        settings: Settings,
-        data: DataState,
-        marker: Position,
-        fence: Fence,
-        lineage: Vec<GenerationId>,
-    ) -> Self {
+    pub fn new(settings: Settings, stored: Stored) -> Self {
+        let Stored { superblock, marker, log, maps, saved } = stored;
         Self {
             settings,
-            data,
-            fence,
-            lineage,
-            position: marker,
+            position: lineage::later(&superblock.lineage, superblock.position, marker),
+            maps,
+            gap: Gap::new(&superblock, &saved),
+            log: Log::new(&log),
+            superblock,
             order: Order::new(settings.sector_bytes.into()),
             items: HashMap::new(),
             link: None,
@@ -227,6 +275,7 @@ impl Replica {
             sync: None,
             marker: Marker::default(),
             state_changes: VecDeque::new(),
+            commit: None,
             writing_state: false,
             failed: false,
             actions: VecDeque::new(),
@@ -263,24 +312,34 @@ impl Replica {
         let session = link.session;
         match message {
             Message::ResyncBegin(ResyncBegin { session: theirs, dirty_bytes }) if theirs == session => {
-                let already = link.copies.written_bytes;
-                link.resync = Some((already, dirty_bytes));
-                let change = StateChange { data: DataState::Inconsistent, position: None, lineage: None };
-                self.change_state(change, ResyncReady { session }.into(), session);
+                link.resync = Some((link.copies.written_bytes, dirty_bytes));
+                link.announced = true;
+                self.go_on();
                 Ok(())
             }
-            Message::Commit(Commit { session: theirs, position, mut lineage }) if theirs == session => {
-                if position.epoch > link.durable {
+            Message::Commit(commit) if commit.session == session => {
+                let has_frames = link.received > Sequence(0) || link.copies.received > 0;
+                if commit.position.epoch > link.durable && has_frames {
                     return Err(PrimaryMisbehaved("it committed an epoch that is not durable here"));
                 }
                 link.resync = None;
-                lineage.truncate(LINEAGE_LIMIT);
-                let change = StateChange {
-                    data: DataState::Consistent,
-                    position: Some(position),
-                    lineage: Some(lineage),
-                };
-                self.change_state(change, Committed { session, position }.into(), session);
+                let extents = if self.log.is_wanted { commit.active.clone() } else { Vec::new() };
+                self.adopt_extents(extents, commit.position.epoch);
+                self.commit = Some((commit, session));
+                self.go_on();
+                Ok(())
+            }
+            Message::Agreed(agreed) if agreed.session == session => {
+                self.agreed(agreed.epoch);
+                Ok(())
+            }
+            Message::Release(Release { session: theirs, generation }) if theirs == session => {
+                if self.superblock.data != DataState::Consistent
+                    || self.superblock.lineage.first() != Some(&generation)
+                {
+                    return Err(PrimaryMisbehaved("it released a replica that is not in sync"));
+                }
+                self.change_state(StateChange::Release, Some((ReleaseRecorded { session }.into(), session)));
                 Ok(())
             }
             _ => Err(PrimaryMisbehaved("it sent a message that does not fit the session")),
@@ -304,6 +363,9 @@ impl Replica {
     pub fn handle_applied(&mut self, frame: FrameId, written: bool) {
         let item = self.items.remove(&frame).expect("a frame is written once");
         let freed = self.order.finish(frame, item.body.range());
+        if let Some(epoch) = item.claimed {
+            self.give_back(item.body.range(), Some(epoch));
+        }
         self.run(freed);
         if !written {
             return self.fail();
@@ -337,20 +399,18 @@ impl Replica {
         }
         if let Some(link) = self.link.as_mut().filter(|link| Some(link.session) == scope.session) {
             link.copies.durable = scope.copies;
-            if let Some((epoch, sequence)) = scope.epoch {
+            if let Some(Ended { epoch, sequence, cut }) = scope.epoch {
                 link.durable = epoch;
                 link.ended = None;
-                self.position = Position { generation: link.generation, epoch, sequence };
-                assert!(self.marker.waiting.is_none(), "an epoch waits for the marker before the last");
-                self.marker.waiting = Some(self.position);
+                // An epoch that was cut short is no more than a part of the next state, and in a gap the marker stays
+                // at the rollback point.
+                if !cut && self.superblock.data == DataState::Consistent {
+                    self.position = Position { generation: link.generation, epoch, sequence };
+                    assert!(self.marker.waiting.is_none(), "an epoch waits for the marker before the last");
+                    self.marker.waiting = Some(self.position);
+                }
             }
-            let acknowledgement = Acknowledgement {
-                session: link.session,
-                received: link.received,
-                durable: link.durable,
-                copies: link.copies.durable,
-            };
-            self.actions.push_back(Action::Send(acknowledgement.into()));
+            self.acknowledge();
         }
         self.go_on();
     }
@@ -369,15 +429,32 @@ impl Replica {
     pub fn handle_state_written(&mut self, written: bool) {
         assert!(self.writing_state, "a state is written once");
         self.writing_state = false;
-        let (change, answer, session) = self.state_changes.pop_front().expect("it was being written");
+        let (change, answer) = self.state_changes.pop_front().expect("it was being written");
         if !written {
             return self.fail();
         }
-        self.data = change.data;
-        if let Some(lineage) = change.lineage {
-            self.lineage = lineage;
+        let layer = self.superblock.gap;
+        change.apply(&mut self.superblock);
+        match change {
+            StateChange::Commit { position, .. } => {
+                self.position = position;
+                self.maps.clear();
+                self.log_is_void();
+                self.end_gap(layer);
+            }
+            StateChange::GiveRollbackUp => self.rollback_is_given_up(layer),
+            StateChange::Generation(generation) => {
+                if let Some(link) = &mut self.link
+                    && link.beginning
+                {
+                    (link.beginning, link.generation) = (false, generation);
+                }
+            }
+            StateChange::Follow(_) | StateChange::Begin { .. } | StateChange::Release => {}
         }
-        if self.link.as_ref().is_some_and(|link| link.session == session) {
+        if let Some((answer, session)) = answer
+            && self.link.as_ref().is_some_and(|link| link.session == session)
+        {
             self.actions.push_back(Action::Send(answer));
         }
         self.go_on();
@@ -398,7 +475,8 @@ impl Replica {
     /// Whether nothing is being written.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.order.is_idle() && self.sync.is_none() && !self.marker.writing && !self.writing_state
+        let is_written = !self.marker.writing && !self.writing_state && self.state_changes.is_empty();
+        self.order.is_idle() && self.sync.is_none() && is_written && self.gap.is_idle() && self.log.is_idle()
     }
 
     /// The replica's numbers, for status.
@@ -406,7 +484,8 @@ impl Replica {
     pub fn report(&self) -> Report {
         Report {
             connected: self.link.is_some(),
-            data: self.data,
+            data: self.superblock.data,
+            is_full: self.gap.is_full,
             position: self.position,
             waiting_bytes: self.link.as_ref().map_or(0, |link| link.live_bytes),
             resync: self.link.as_ref().and_then(|link| {
@@ -420,13 +499,71 @@ impl Replica {
         for frame in frames {
             let body = self.items[&frame].body;
             let range = body.range();
-            self.actions.push_back(match body {
-                Body::Digest { .. } => Action::ReadDigest { frame, range },
-                Body::Zero { may_unmap, .. } => Action::Apply { frame, range, zero: Some(may_unmap) },
-                Body::CopyZero { .. } => Action::Apply { frame, range, zero: Some(true) },
-                _ => Action::Apply { frame, range, zero: None },
-            });
+            match body {
+                Body::Digest { .. } => self.actions.push_back(Action::ReadDigest { frame, range }),
+                Body::Write { epoch, .. } | Body::Zero { epoch, .. } if self.log.is_wanted => {
+                    self.items.get_mut(&frame).expect("it was looked at").claimed = Some(epoch);
+                    self.apply_when_logged(frame, range);
+                }
+                _ => self.apply_claimed(frame),
+            }
         }
+    }
+
+    /// A frame's extents are in the log, where that is needed.
+    fn apply_claimed(&mut self, frame: FrameId) {
+        let range = self.items[&frame].body.range();
+        if self.is_in_gap() {
+            self.apply_when_saved(frame, range);
+        } else {
+            self.apply(frame);
+        }
+    }
+
+    /// Nothing stands between a frame and the backing any more.
+    fn apply(&mut self, frame: FrameId) {
+        let body = self.items[&frame].body;
+        let zero = match body {
+            Body::Zero { may_unmap, .. } => Some(may_unmap),
+            Body::CopyZero { .. } => Some(true),
+            _ => None,
+        };
+        self.actions.push_back(Action::Apply { frame, range: body.range(), zero });
+    }
+
+    /// These frames had their turn and will not be applied; their claims in the log are given back.
+    fn forget(&mut self, frames: Vec<FrameId>) {
+        for frame in &frames {
+            let item = self.items[frame];
+            if item.claimed.is_some() {
+                self.give_back(item.body.range(), None);
+            }
+        }
+        self.forget_unclaimed(frames);
+    }
+
+    /// As [`Replica::forget`], for frames that hold no claim any more.
+    fn forget_unclaimed(&mut self, frames: Vec<FrameId>) {
+        for frame in frames {
+            let item = self.items.remove(&frame).expect("a frame that waits is known");
+            self.actions.push_back(Action::Drop(frame));
+            // Whatever waited for it was dropped before, or is of a newer session and has its turn now.
+            let freed = self.order.finish(frame, item.body.range());
+            self.run(freed);
+        }
+    }
+
+    /// Says what has come and what is durable.
+    fn acknowledge(&mut self) {
+        let Some(link) = &mut self.link else { return };
+        link.receipt = link.received;
+        let acknowledgement = Acknowledgement {
+            session: link.session,
+            received: link.received,
+            durable: link.durable,
+            copies: link.copies.durable,
+        };
+        self.actions.push_back(Action::Send(acknowledgement.into()));
     }
 
     /// Whatever can go on goes on.
@@ -436,9 +573,60 @@ impl Replica {
         }
         self.write_marker();
         self.start_queued();
+        self.start_saving();
         self.start_sync();
+        self.write_log();
+        self.start_commit();
+        self.begin_resync();
         self.write_state();
         self.welcome();
+    }
+
+    /// Replicas whose receipt counts say what has come (W4). For the shell, when it has handed over what arrived
+    /// together.
+    pub fn acknowledge_receipt(&mut self) {
+        if let Some(link) = &self.link
+            && link.mode != Mode::Async
+            && link.received > link.receipt
+        {
+            self.acknowledge();
+        }
+    }
+
+    /// Begins a resync that was announced, when nothing else is being recorded.
+    fn begin_resync(&mut self) {
+        let is_busy = self.commit.is_some() || !self.state_changes.is_empty() || !self.gap.is_idle();
+        let Some(link) = self.link.as_mut().filter(|link| link.announced && !is_busy) else { return };
+        link.announced = false;
+        if self.superblock.data == DataState::Consistent {
+            self.gap.beginning = true;
+            self.actions.push_back(Action::BeginLayer(self.position));
+        } else {
+            self.record_begin(self.superblock.gap);
+        }
+    }
+
+    fn record_begin(&mut self, gap: u64) {
+        let Some(link) = &self.link else { return };
+        let (session, source) = (link.session, link.fence);
+        let answer = (ResyncReady { session }.into(), session);
+        self.change_state(StateChange::Begin { source, gap }, Some(answer));
+    }
+
+    /// Records a commit once its extents are in the log.
+    fn start_commit(&mut self) {
+        if self.commit.is_none() || !self.has_adopted_extents() {
+            return;
+        }
+        let (commit, session) = self.commit.take().expect("it was looked at");
+        let Commit { position, mut lineage, mode, .. } = commit;
+        let Some(link) = self.link.as_ref().filter(|link| link.session == session) else { return };
+        if !lineage.contains(&link.generation) {
+            // It began after the commit was sent, and came by the other stream.
+            lineage.insert(0, link.generation);
+        }
+        let answer = (Committed { session, position }.into(), session);
+        self.state_changes.push_back((StateChange::Commit { position, lineage, mode }, Some(answer)));
     }
 
     /// Writes the marker of the last durable epoch when the one before is durable.
@@ -457,12 +645,20 @@ impl Replica {
             let Some((frame, body)) = link.queue.front().copied() else { return };
             // An ended epoch must become durable first (W3), and then the marker of the one before it (P3).
             let is_ended = link.ended.is_some() && !planted(Bug::NextEpochEarly);
-            if is_ended || self.marker.waiting.is_some() {
+            if is_ended || self.marker.waiting.is_some() || link.beginning {
                 return;
             }
             link.queue.pop_front();
-            if let Body::EpochEnd { epoch, sequence } = body {
-                link.ended = Some((epoch, sequence));
+            if let Body::EpochEnd { epoch, sequence, cut } = body {
+                link.ended = Some(Ended { epoch, sequence, cut });
+            } else if let Body::Generation { generation } = body {
+                if self.superblock.data == DataState::Consistent {
+                    link.beginning = true;
+                    self.state_changes.push_back((StateChange::Generation(generation), None));
+                } else {
+                    // A commit brings it.
+                    link.generation = generation;
+                }
             } else {
                 link.live_under_way += 1;
                 self.admit(frame, body);
@@ -486,14 +682,14 @@ impl Replica {
         }
     }
 
-    fn change_state(&mut self, change: StateChange, answer: Message, session: SessionNumber) {
-        self.state_changes.push_back((change, answer, session));
+    fn change_state(&mut self, change: StateChange, answer: Option<(Message, SessionNumber)>) {
+        self.state_changes.push_back((change, answer));
         self.go_on();
     }
 
     fn write_state(&mut self) {
         if !self.writing_state
-            && let Some((change, ..)) = self.state_changes.front()
+            && let Some((change, _)) = self.state_changes.front()
         {
             self.writing_state = true;
             self.actions.push_back(Action::WriteState(change.clone()));

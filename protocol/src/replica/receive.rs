@@ -1,20 +1,38 @@
 //! What a primary sends, taken in: greetings, which drain the session before, and frames, which are checked before any
 //! of them is believed.
 
+use super::gap::runs;
 use super::{
-    Action, COPY_LIMIT_BYTES, Copies, FrameId, Item, Link, Marker, PrimaryMisbehaved, Replica, Settings,
+    Action, COPY_LIMIT_BYTES, Copies, FrameId, Item, Link, Marker, PrimaryMisbehaved, Replica, StateChange,
 };
+use crate::disk::superblock::Superblock;
 use crate::planted::{Bug, planted};
+use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{Epoch, Sequence};
-use crate::wire::message::{DataState, Hello, Refusal, Refused, Union, Welcome};
+use crate::wire::message::{
+    DataState, Fence, Hello, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
+};
 use crate::wire::{Body, FrameHeader, VERSIONS};
 use std::collections::VecDeque;
+
+/// No more ranges than this are told apart in a greeting; beyond it, any block may differ.
+const UNION_LIMIT: usize = 1 << 20;
+
+/// Whether whoever greets with `fence` may not write, because `newest` was given to another host since, or to one of the
+/// same number (L5).
+fn is_superseded(fence: Fence, newest: Fence) -> bool {
+    fence.counter < newest.counter || fence.counter == newest.counter && fence.holder != newest.holder
+}
 
 impl Replica {
     pub(super) fn greet(&mut self, hello: Hello) {
         if let Some(refused) = self.objection(&hello) {
             self.actions.push_back(Action::Send(refused.into()));
+            return;
+        }
+        if is_superseded(hello.fence, self.superblock.fence) {
+            self.actions.push_back(Action::Send(Superseded { fence: self.superblock.fence }.into()));
             return;
         }
         self.unlink();
@@ -25,7 +43,7 @@ impl Replica {
     /// Why a greeting is refused, if it is. One that is not takes the place of the session that is open.
     #[must_use]
     pub fn objection(&self, hello: &Hello) -> Option<Refused> {
-        let Settings { volume, size_bytes, block_size, .. } = self.settings;
+        let Superblock { volume, size_bytes, block_size, .. } = self.superblock;
         let refused = |refusal, text: &str| Some(Refused { refusal, text: text.into() });
         if self.failed {
             return refused(Refusal::Backing, "the replica's backing failed; see the replica's log");
@@ -36,8 +54,8 @@ impl Replica {
         if (hello.volume, hello.size_bytes, hello.block_size) != (volume, size_bytes, block_size) {
             return refused(Refusal::Unrelated, "the volume's identity, size or block size differs here");
         }
-        if hello.fence < self.fence {
-            return refused(Refusal::Role, "another host was promoted since; this primary may not write");
+        if self.gap.is_full {
+            return Some(self.no_room());
         }
         if hello.session <= self.last_session {
             return refused(Refusal::Other, "the session is not newer than the last one");
@@ -45,23 +63,42 @@ impl Replica {
         None
     }
 
+    /// Whether a greeting of this fence comes from a host that another one was promoted after (L5).
+    #[must_use]
+    pub fn supersedes(&self, fence: Fence) -> Option<Superseded> {
+        let newest = self.superblock.fence;
+        is_superseded(fence, newest).then_some(Superseded { fence: newest })
+    }
+
     pub(super) fn unlink(&mut self) {
         let Some(link) = self.link.take() else { return };
         // The ends of epochs were dropped on arrival.
-        let held = link.queue.into_iter().filter(|(_, body)| !matches!(body, Body::EpochEnd { .. }));
+        let held = link
+            .queue
+            .into_iter()
+            .filter(|(_, body)| !matches!(body, Body::EpochEnd { .. } | Body::Generation { .. }));
         self.actions.extend(held.map(|(frame, _)| Action::Drop(frame)));
         for frame in self.order.drop_waiting() {
             self.items.remove(&frame);
             self.actions.push_back(Action::Drop(frame));
         }
+        self.drop_unlogged();
+        self.drop_unsaved();
+        self.commit = None;
     }
 
     /// Answers a greeting once everything of the old session has ended.
     pub(super) fn welcome(&mut self) {
-        if self.greeting.is_none() || !self.is_idle() || !self.state_changes.is_empty() {
+        if !self.is_idle() {
             return;
         }
-        let hello = self.greeting.take().expect("it was looked at");
+        let Some(hello) = self.greeting.take() else { return };
+        if hello.fence != self.superblock.fence || self.superblock.released {
+            let follow = StateChange::Follow(hello.fence);
+            self.greeting = Some(hello);
+            return self.change_state(follow, None);
+        }
+        self.log.is_wanted = hello.members.len() > 2;
         self.last_session = hello.session;
         self.order.widen_sector(hello.sector_bytes.clamp(512, 1 << 16).next_power_of_two().into());
         self.marker = Marker::default();
@@ -69,7 +106,12 @@ impl Replica {
             session: hello.session,
             stream: hello.stream,
             generation: hello.lineage.first().copied().unwrap_or_default(),
+            announced: false,
+            beginning: false,
+            mode: hello.mode,
+            fence: hello.fence,
             received: Sequence(0),
+            receipt: Sequence(0),
             open: None,
             closed: Epoch(0),
             ended: None,
@@ -84,16 +126,42 @@ impl Replica {
             version: VERSIONS.1.min(hello.versions.1),
             features: 0,
             session: hello.session,
-            copy: self.settings.copy,
-            data: self.data,
+            copy: self.superblock.copy,
+            data: self.superblock.data,
+            can_roll_back: self.is_in_gap(),
+            source: self.superblock.source,
             marker: self.position,
-            fence: self.fence,
-            lineage: self.lineage.clone(),
+            fence: self.superblock.fence,
+            lineage: self.superblock.lineage.clone(),
             sector_bytes: self.settings.sector_bytes,
             window_bytes: self.settings.window_bytes,
         };
         self.actions.push_back(Action::Send(welcome.into()));
-        self.actions.push_back(Action::Send(Union { ranges: Vec::new(), last: true }.into()));
+        self.send_union(hello.fence);
+    }
+
+    /// Says what may differ here from what the primary has: blocks that this host wrote as primary and that one lacks,
+    /// extents that were active here (D3, D5), and what another primary's resync overwrote.
+    fn send_union(&mut self, primary: Fence) {
+        let Superblock { block_size, size_bytes, source, .. } = self.superblock;
+        let mut ranges = self.log.suspects(size_bytes);
+        if let Some(map) = self.maps.get(&primary.holder) {
+            ranges.extend(runs(map, block_size, size_bytes).take(UNION_LIMIT + 1));
+        }
+        if self.is_in_gap() && source != primary {
+            ranges.extend(self.gap.overwritten(block_size, size_bytes).take(UNION_LIMIT + 1));
+        }
+        if ranges.len() > UNION_LIMIT {
+            ranges = vec![ByteRange::new(0, size_bytes)];
+        }
+        let mut parts = ranges.chunks(RANGES_PER_UNION).peekable();
+        if parts.peek().is_none() {
+            self.actions.push_back(Action::Send(Union { ranges: Vec::new(), last: true }.into()));
+        }
+        while let Some(part) = parts.next() {
+            let last = parts.peek().is_none();
+            self.actions.push_back(Action::Send(Union { ranges: part.to_vec(), last }.into()));
+        }
     }
 
     /// Takes a frame in. Says whether its payload is needed.
@@ -108,7 +176,7 @@ impl Replica {
         if header.stream != link.stream {
             return Ok(false);
         }
-        if header.body.range().end() > self.settings.size_bytes {
+        if header.body.range().end() > self.superblock.size_bytes {
             return Err(PrimaryMisbehaved("a frame reaches past the volume's end"));
         }
         // Ends of epochs take no room in the window, but there is at most one for each frame that does.
@@ -136,12 +204,19 @@ impl Replica {
                 link.queue.push_back((frame, header.body));
                 Ok(false)
             }
+            Body::Generation { .. } => {
+                if link.open.is_some() {
+                    return Err(PrimaryMisbehaved("a generation began within an epoch"));
+                }
+                link.queue.push_back((frame, header.body));
+                Ok(false)
+            }
             Body::Digest { .. } => {
                 link.queue.push_back((frame, header.body));
                 Ok(true)
             }
             Body::Copy { number, range } | Body::CopyZero { number, range } => {
-                if self.data == DataState::Consistent {
+                if self.superblock.data == DataState::Consistent {
                     return Err(PrimaryMisbehaved("it sent a copy without announcing a resync"));
                 }
                 if number != link.copies.received + 1 {
@@ -175,7 +250,7 @@ impl Replica {
 
     pub(super) fn admit(&mut self, frame: FrameId, body: Body) {
         let session = self.link.as_ref().expect("frames are admitted in a session").session;
-        self.items.insert(frame, Item { session, body });
+        self.items.insert(frame, Item { session, body, claimed: None });
         if self.order.admit(frame, body.range()) {
             self.run(vec![frame]);
         }

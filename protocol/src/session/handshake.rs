@@ -1,9 +1,11 @@
-//! How a session begins: greeting, the union of both sides' maps, the link.
+//! How a session begins: greeting, the comparison of lineages (L3), the union of both sides' maps, the link.
 //!
 //! Nothing here clears a bit (D3): a handshake can only add. The replica answers a greeting after it has drained every
 //! older session, so no frame of one lands after the first read for a copy (R1).
 
 use super::{Action, Link, Phase, Session, State};
+use crate::disk::dirty_map::Base;
+use crate::lineage::{self, Relation};
 use crate::session::resync::Resync;
 use crate::session::stream::Window;
 use crate::units::{
@@ -25,6 +27,8 @@ pub struct Identity {
     pub sector_bytes: u32,
     /// The primary's copy.
     pub copy: CopyId,
+    /// How often it adopted another's content.
+    pub adopted: u64,
     /// The primary's fence.
     pub fence: Fence,
     /// The primary's generations, newest first.
@@ -45,12 +49,24 @@ pub enum PeerError {
     /// The two can't work together.
     #[error("the replica is incompatible: {0}")]
     Incompatible(&'static str),
+    /// Another host was promoted since: this one must stop taking writes (L5).
+    #[error("another host was promoted since, with fence {}", .0.counter)]
+    Superseded(Fence),
+    /// Both went on after a common past, or the replica did alone while it was no primary of this one's (L3).
+    #[error("split brain: both hosts went on after they were last in sync")]
+    SplitBrain,
+    /// The two have no generation in common (L3).
+    #[error("the replica's history has nothing in common with this host's")]
+    NothingInCommon,
 }
 
 #[derive(Debug)]
 pub(super) struct Greeting {
     session: SessionNumber,
     stream: Stream,
+    fence: Fence,
+    adopted: u64,
+    lineage: Vec<GenerationId>,
     welcome: Option<Welcome>,
 }
 
@@ -59,7 +75,14 @@ impl Session {
     pub fn handle_connected(&mut self, session: SessionNumber, identity: &Identity) {
         assert!(matches!(self.state, State::Away), "a session begins when the one before has ended");
         let stream = Stream(1);
-        self.state = State::Greeting(Greeting { session, stream, welcome: None });
+        self.state = State::Greeting(Box::new(Greeting {
+            session,
+            stream,
+            fence: identity.fence,
+            adopted: identity.adopted,
+            lineage: identity.lineage.clone(),
+            welcome: None,
+        }));
         let hello = Hello {
             versions: VERSIONS,
             features: 0,
@@ -72,7 +95,7 @@ impl Session {
             stream,
             fence: identity.fence,
             lineage: identity.lineage.clone(),
-            mode: 0,
+            mode: self.mode,
             members: identity.members.clone(),
         };
         self.actions.push_back(Action::Send(hello.into()));
@@ -103,9 +126,18 @@ impl Session {
                 if !sector_bytes.is_power_of_two() || !(512..=1 << 16).contains(&sector_bytes) {
                     return Err(PeerError::Misbehaved("its sector size is none"));
                 }
-                if welcome.data == DataState::Empty || welcome.copy != self.map.base() {
-                    // Nothing is known of what this copy holds: the map can't vouch for it (L2).
-                    self.map.begin_anew(welcome.copy);
+                if welcome.data != DataState::Empty && !welcome.lineage.is_empty() {
+                    match lineage::relation(&greeting.lineage, &welcome.lineage) {
+                        Relation::Same | Relation::MineIsNewer => {}
+                        Relation::TheirsIsNewer | Relation::Forked(_) => return Err(PeerError::SplitBrain),
+                        Relation::Unrelated => return Err(PeerError::NothingInCommon),
+                    }
+                }
+                if !greeting.vouches_for(self.map.base(), &welcome) {
+                    // Nothing is known of what this copy holds (L2).
+                    let generation = greeting.lineage.first().copied().unwrap_or_default();
+                    let adopted = greeting.adopted;
+                    self.map.begin_anew(Base { copy: welcome.copy, generation, adopted });
                     self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
                 }
                 greeting.welcome = Some(welcome);
@@ -124,6 +156,7 @@ impl Session {
                 Ok(Handled::Nothing)
             }
             Message::Refused(refused) => Err(PeerError::Refused(refused)),
+            Message::Superseded(superseded) => Err(PeerError::Superseded(superseded.fence)),
             _ => Err(PeerError::Misbehaved("it sent a message that does not fit the handshake")),
         }
     }
@@ -134,7 +167,7 @@ impl Session {
         };
         let welcome = greeting.welcome.expect("the union comes after the welcome");
         let phase = if self.map.is_clean() {
-            Phase::Committing { closed: None, sent: false }
+            Phase::Committing { closed: None, sent: None, streams: false }
         } else {
             Phase::Draining
         };
@@ -150,7 +183,32 @@ impl Session {
             phase,
             verify: None,
             durable: Epoch(0),
+            sent: Sequence(0),
+            received: Sequence(0),
+            copy: welcome.copy,
+            agreed: Epoch(0),
+            released: None,
         }));
+    }
+}
+
+impl Greeting {
+    /// Whether a map that is relative to `base` says what differs on the copy that answered (L2).
+    fn vouches_for(&self, base: Base, welcome: &Welcome) -> bool {
+        // Another primary's resync may have overwritten anything, unless the replica knows what it was before.
+        let is_known = match welcome.data {
+            DataState::Empty => false,
+            DataState::Inconsistent => welcome.can_roll_back || welcome.source == self.fence,
+            DataState::Consistent => true,
+        };
+        let is_same_copy = base.copy == welcome.copy || base.copy.is_none() && !base.generation.is_none();
+        let theirs = welcome.lineage.first().copied().unwrap_or_default();
+        let is_covered = match welcome.data {
+            // A copy that was never in sync has no generation yet; its map was kept since its first session.
+            DataState::Inconsistent if welcome.lineage.is_empty() => base.copy == welcome.copy,
+            _ => lineage::map_covers(&self.lineage, base.generation, theirs),
+        };
+        is_known && is_same_copy && is_covered && base.adopted == self.adopted
     }
 }
 

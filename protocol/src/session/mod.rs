@@ -12,6 +12,9 @@
 //!    └                             window empty: Beginning ─┘  Draining <──────────────────────────────────┘
 //! ```
 //!
+//! A link whose map is clean goes straight to *Committing*, and streams nothing before the commit is recorded: from then
+//! on the replica's own maps of others are void. A write in that time marks, and the link goes to *Draining*.
+//!
 //! In *Away*, *Greeting*, *Draining* and *Beginning* every write only marks its blocks. In the others a write to clean
 //! blocks is streamed, one to dirty blocks marks. So a block is never in both flows (R1): a block that is dirty while
 //! live frames of it are unacknowledged exists only in *Draining*, where nothing is copied; copying begins when the
@@ -30,14 +33,19 @@ mod stream;
 mod verify;
 
 use crate::dirty_map::{DirtyMap, MapChanges};
+use crate::disk::dirty_map::Base;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::tracker::RequestId;
 use crate::units::{
-    BlockSize, CopyId, Epoch, HostId, Position, Sequence, Session as SessionNumber, Stream, Time,
+    BlockSize, Epoch, Extent, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Stream,
+    Time,
 };
-use crate::wire::message::{Acknowledgement, Commit, Committed, Message, ResyncBegin, ResyncReady};
+use crate::wire::message::{
+    Acknowledgement, Agreed, Commit, Committed, Message, Mode, Release, ReleaseRecorded, ResyncBegin,
+    ResyncReady,
+};
 use crate::wire::{Body, FrameHeader};
 pub use handshake::{Handled, Identity, PeerError};
 pub use report::{Connection, ReplicaState, Report};
@@ -99,6 +107,7 @@ pub struct Session {
     block_size: BlockSize,
     size_bytes: u64,
     window_limit_bytes: u64,
+    mode: Mode,
     map: DirtyMap,
     /// The first write that was marked since the map was last handed out for writing.
     unwritten: Option<Sequence>,
@@ -110,6 +119,9 @@ pub struct Session {
     /// How often in a row the map's file could not be written.
     map_failures: u32,
     state: State,
+    /// Whether a link that streamed was lost or broke off since this was last asked: the replica may have gone on alone,
+    /// or lacks what comes now (L1).
+    left: bool,
     /// What the next link's first read will be named.
     next_read: CopyRead,
     /// The number of the next compare's first step.
@@ -121,7 +133,7 @@ pub struct Session {
 #[derive(Debug)]
 enum State {
     Away,
-    Greeting(handshake::Greeting),
+    Greeting(Box<handshake::Greeting>),
     Linked(Box<Link>),
 }
 
@@ -139,6 +151,15 @@ struct Link {
     phase: Phase,
     verify: Option<Verify>,
     durable: Epoch,
+    /// The last live write that was sent, and the last one that the replica has received.
+    sent: Sequence,
+    received: Sequence,
+    /// The replica's copy.
+    copy: crate::units::CopyId,
+    /// The newest epoch that the replica was told to be durable everywhere (D5).
+    agreed: Epoch,
+    /// How far a release is: asked for, recorded by the replica.
+    released: Option<bool>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,17 +167,27 @@ enum Phase {
     Draining,
     Beginning,
     Resyncing,
-    /// `epoch` is the one that closed after the last copy; `sent` once it was durable.
+    /// `closed` is the epoch that closed after the last copy; `sent` is what was committed once it was durable.
     Committing {
         closed: Option<(Epoch, Sequence)>,
-        sent: bool,
+        sent: Option<GenerationId>,
+        streams: bool,
     },
     InSync,
 }
 
 impl Phase {
     fn streams(self) -> bool {
-        matches!(self, Self::Resyncing | Self::Committing { .. } | Self::InSync)
+        matches!(self, Self::Resyncing | Self::Committing { streams: true, .. } | Self::InSync)
+    }
+}
+
+impl Link {
+    /// Streams no more. Says whether the replica may count itself as one that follows the newest generation.
+    fn break_off(&mut self) -> bool {
+        let follows = matches!(self.phase, Phase::InSync | Phase::Committing { sent: Some(_), .. });
+        self.phase = Phase::Draining;
+        follows
     }
 }
 
@@ -169,6 +200,29 @@ pub(crate) struct LiveWrite {
     pub sequence: Sequence,
     /// For a write of zeroes, whether the space may be given back.
     pub zero: Option<bool>,
+}
+
+/// What the tracker knows that a session goes on by.
+pub(crate) struct Circumstances<'a> {
+    /// Whether an application's write is under way.
+    pub application_waits: bool,
+    /// The volume's generations, newest first.
+    pub lineage: &'a [GenerationId],
+    /// The last epoch that was closed, and the last write.
+    pub position: (Epoch, Sequence),
+    /// Whether the generation is one that a replica may be committed to (L1).
+    pub may_commit: bool,
+    /// The extents with writes that other replicas may lack; empty where there are no others (D5).
+    pub active: &'a [Extent],
+}
+
+/// What a session needs from the tracker to go on.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Wants {
+    /// An epoch must be closed for a commit.
+    pub epoch_end: bool,
+    /// A generation must begin before a commit.
+    pub generation: bool,
 }
 
 impl LiveWrite {
@@ -187,12 +241,14 @@ impl Session {
         size_bytes: u64,
         block_size: BlockSize,
         window_limit_bytes: u64,
+        mode: Mode,
     ) -> Self {
         Self {
             peer,
             block_size,
             size_bytes,
             window_limit_bytes,
+            mode,
             map,
             unwritten: None,
             being_written: None,
@@ -201,6 +257,7 @@ impl Session {
             map_failed: false,
             map_failures: 0,
             state: State::Away,
+            left: false,
             next_read: CopyRead(0),
             next_step: 0,
             since: Time::default(),
@@ -270,7 +327,7 @@ impl Session {
             .collect();
         let payload_bytes = clean.iter().map(|range| write.payload_bytes(*range));
         if !link.window.has_room(payload_bytes, link.window_limit_bytes) {
-            link.phase = Phase::Draining;
+            self.left |= link.break_off();
             link.resync.rewritten(&blocks);
             return self.mark(blocks, write.sequence);
         }
@@ -290,7 +347,7 @@ impl Session {
         if let State::Linked(link) = &mut self.state {
             link.resync.rewritten(&blocks);
             if link.phase.streams() {
-                link.phase = Phase::Draining;
+                self.left |= link.break_off();
             }
         }
         self.mark(blocks, sequence);
@@ -301,8 +358,9 @@ impl Session {
     pub(crate) fn handle_epoch_end(&mut self, epoch: Epoch, sequence: Sequence) {
         let State::Linked(link) = &mut self.state else { return };
         let streamed = link.streamed.take();
+        let cut = !link.phase.streams();
         let sequence = match &mut link.phase {
-            Phase::Committing { closed: closed @ None, .. } => {
+            Phase::Committing { closed: closed @ None, streams: true, .. } => {
                 *closed = Some((epoch, sequence));
                 sequence
             }
@@ -316,7 +374,7 @@ impl Session {
         let header = FrameHeader {
             session: link.session,
             stream: link.stream,
-            body: Body::EpochEnd { epoch, sequence },
+            body: Body::EpochEnd { epoch, sequence, cut },
         };
         self.actions.push_back(Action::SendFrame { header, request: None });
     }
@@ -371,7 +429,7 @@ impl Session {
         if let State::Linked(link) = &mut self.state
             && link.phase.streams()
         {
-            link.phase = Phase::Draining;
+            self.left |= link.break_off();
         }
     }
 
@@ -409,7 +467,8 @@ impl Session {
         }
         self.actions
             .retain(|action| matches!(action, Action::WriteMap(_) | Action::SendCopy { header: None, .. }));
-        let State::Linked(link) = state else { return };
+        let State::Linked(mut link) = state else { return };
+        self.left |= link.break_off();
         self.next_read = link.resync.next_read();
         if let Some((oldest, _)) = link.window.oldest().filter(|_| !planted(Bug::ForgetWindow)) {
             for range in link.window.ranges() {
@@ -426,7 +485,7 @@ impl Session {
             return;
         }
         link.spilled = true;
-        link.phase = Phase::Draining;
+        self.left |= link.break_off();
         let (oldest, _) = link.window.oldest().expect("the window is not empty");
         let ranges: Vec<ByteRange> = link.window.ranges().collect();
         for range in ranges {
@@ -436,6 +495,15 @@ impl Session {
             self.mark(blocks, oldest);
         }
         self.write_map();
+    }
+
+    /// The replica is in sync and yet doesn't answer: it is in sync no more (D4).
+    pub(crate) fn give_up(&mut self) {
+        self.spill();
+        let State::Linked(link) = &mut self.state else { return };
+        if link.phase == Phase::InSync {
+            self.left |= link.break_off();
+        }
     }
 
     /// How many bytes the window takes, while there is one.
@@ -452,9 +520,13 @@ impl Session {
             return Err(PeerError::Misbehaved("it spoke before it was greeted"));
         };
         match message {
-            Message::Acknowledgement(Acknowledgement { session, durable, copies, .. })
+            Message::Acknowledgement(Acknowledgement { session, durable, copies, received })
                 if session == link.session =>
             {
+                if received > link.sent {
+                    return Err(PeerError::Misbehaved("it acknowledged a write that was never sent"));
+                }
+                link.received = link.received.max(received);
                 if !link.resync.durable(copies, &mut self.map, now) {
                     return Err(PeerError::Misbehaved("it acknowledged a copy that was never sent"));
                 }
@@ -469,9 +541,17 @@ impl Session {
                 Ok(())
             }
             Message::Committed(Committed { session, .. }) if session == link.session => {
-                if matches!(link.phase, Phase::Committing { sent: true, .. }) {
+                if let Phase::Committing { sent: Some(generation), closed, .. } = link.phase {
+                    link.durable = link.durable.max(closed.map_or(Epoch(0), |(epoch, _)| epoch));
                     link.phase = Phase::InSync;
                     self.since = now;
+                    self.map.confirm(link.copy, generation);
+                }
+                Ok(())
+            }
+            Message::ReleaseRecorded(ReleaseRecorded { session }) if session == link.session => {
+                if link.released.is_some() {
+                    link.released = Some(true);
                 }
                 Ok(())
             }
@@ -480,19 +560,19 @@ impl Session {
                 Ok(())
             }
             Message::Refused(refused) => Err(PeerError::Refused(refused)),
+            Message::Superseded(superseded) => Err(PeerError::Superseded(superseded.fence)),
             _ => Err(PeerError::Misbehaved("it sent a message that does not fit the session")),
         }
     }
 
-    /// Goes on where it can: begins a resync when the window has drained, picks copies, commits. Says whether an
-    /// epoch must be closed for it.
+    /// Goes on where it can: begins a resync when the window has drained, picks copies, commits. Says what it needs
+    /// for that.
     pub(crate) fn drive<Id>(
         &mut self,
         order: &Order<Id>,
-        application_waits: bool,
-        lineage: &[crate::units::GenerationId],
+        circumstances: &Circumstances<'_>,
         now: Time,
-    ) -> bool
+    ) -> Wants
     where
         Id: Copy + PartialEq + std::fmt::Debug,
     {
@@ -500,38 +580,159 @@ impl Session {
             self.map_failed = false;
             self.write_map();
         }
-        let State::Linked(link) = &mut self.state else { return false };
+        let (is_clean, is_written) = (self.map.is_clean(), self.is_written());
+        let State::Linked(link) = &mut self.state else { return Wants::default() };
+        if matches!(link.phase, Phase::Committing { streams: false, .. }) && !is_clean {
+            self.left |= link.break_off();
+        }
         if link.phase == Phase::Draining && link.window.is_empty() {
+            if !is_written {
+                // What the replica said of itself is forgotten there when it adopts our content (D3).
+                self.write_map();
+                return Wants::default();
+            }
             link.phase = Phase::Beginning;
             link.spilled = false;
             let dirty_bytes = self.map.dirty_blocks() * self.block_size.bytes();
             self.actions.push_back(Action::Send(ResyncBegin { session: link.session, dirty_bytes }.into()));
         }
         if link.phase == Phase::Resyncing {
-            while let Some((read, range)) = link.resync.pick(&self.map, order, application_waits, now) {
+            let waits = circumstances.application_waits;
+            while let Some((read, range)) = link.resync.pick(&self.map, order, waits, now) {
                 self.actions.push_back(Action::ReadCopy { read, range });
             }
             if self.map.is_clean() && link.resync.is_idle() {
-                link.phase = Phase::Committing { closed: None, sent: false };
+                link.phase = Phase::Committing { closed: None, sent: None, streams: true };
             }
         }
-        if let Phase::Committing { closed: Some((epoch, sequence)), sent: sent @ false } = &mut link.phase
-            && link.durable >= *epoch
-        {
-            *sent = true;
-            let generation = lineage.first().copied().unwrap_or_default();
-            let position = Position { generation, epoch: *epoch, sequence: *sequence };
-            let commit = Commit { session: link.session, position, lineage: lineage.to_vec() };
-            self.actions.push_back(Action::Send(commit.into()));
-        }
-        let wants_epoch_end = matches!(link.phase, Phase::Committing { closed: None, .. });
+        let wants = self.commit(circumstances);
         self.drive_compare();
-        wants_epoch_end
+        wants
     }
 
-    /// The copy of the replica that the map is relative to.
+    /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
+    fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
+        let State::Linked(link) = &mut self.state else { return Wants::default() };
+        let Phase::Committing { closed, sent: sent @ None, streams } = &mut link.phase else {
+            return Wants::default();
+        };
+        if closed.is_none() && !*streams {
+            // The replica has everything, and had before this session.
+            *closed = Some(circumstances.position);
+            link.sent = circumstances.position.1;
+            link.received = link.sent;
+        }
+        let Some((epoch, sequence)) = *closed else { return Wants { epoch_end: true, generation: false } };
+        if *streams && link.durable < epoch {
+            return Wants::default();
+        }
+        if !circumstances.may_commit {
+            return Wants { epoch_end: false, generation: true };
+        }
+        let generation = circumstances.lineage.first().copied().unwrap_or_default();
+        *sent = Some(generation);
+        let commit = Commit {
+            session: link.session,
+            position: Position { generation, epoch, sequence },
+            lineage: circumstances.lineage.to_vec(),
+            active: circumstances.active.to_vec(),
+            mode: self.mode,
+        };
+        self.actions.push_back(Action::Send(commit.into()));
+        Wants::default()
+    }
+
+    /// A generation began, durably: what is streamed from here on belongs to it (L1).
+    pub(crate) fn handle_generation(&mut self, generation: GenerationId) {
+        let State::Linked(link) = &mut self.state else { return };
+        if link.phase.streams() {
+            let body = Body::Generation { generation };
+            let header = FrameHeader { session: link.session, stream: link.stream, body };
+            self.actions.push_back(Action::SendFrame { header, request: None });
+        }
+    }
+
+    /// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
+    pub(crate) fn tell_agreed(&mut self, epoch: Epoch) {
+        let State::Linked(link) = &mut self.state else { return };
+        if link.phase == Phase::InSync && link.agreed < epoch {
+            link.agreed = epoch;
+            self.actions.push_back(Action::Send(Agreed { session: link.session, epoch }.into()));
+        }
+    }
+
+    /// The primary is being demoted: an in-sync replica that has everything records that it does. Nothing is written
+    /// any more.
+    pub(crate) fn release(&mut self, generation: GenerationId) {
+        let State::Linked(link) = &mut self.state else { return };
+        if link.phase == Phase::InSync && link.window.is_empty() && link.released.is_none() {
+            link.released = Some(false);
+            self.actions.push_back(Action::Send(Release { session: link.session, generation }.into()));
+        }
+    }
+
+    /// Whether the replica has recorded a release.
     #[must_use]
-    pub fn base(&self) -> CopyId {
+    pub fn is_released(&self) -> bool {
+        matches!(&self.state, State::Linked(link) if link.released == Some(true))
+    }
+
+    /// Whether the replica is in sync, and so counts for its mode (W4).
+    #[must_use]
+    pub fn is_in_sync(&self) -> bool {
+        matches!(&self.state, State::Linked(link) if link.phase == Phase::InSync)
+    }
+
+    /// When the replica counts, writes and flushes are answered by this.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The operator chose another mode; it takes effect with the next session.
+    pub(crate) fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+    }
+
+    /// Whether an in-sync replica has received every write up to this one.
+    pub(crate) fn has_received(&self, sequence: Sequence) -> bool {
+        match &self.state {
+            State::Linked(link) => link.received >= sequence.min(link.sent),
+            _ => false,
+        }
+    }
+
+    /// Whether an in-sync replica has every write up to this one durably.
+    pub(crate) fn has_durably(&self, sequence: Sequence) -> bool {
+        match &self.state {
+            State::Linked(link) => link.window.oldest().is_none_or(|(oldest, _)| oldest > sequence),
+            _ => false,
+        }
+    }
+
+    /// The last epoch that is durable on an in-sync replica.
+    pub(crate) fn durable(&self) -> Epoch {
+        match &self.state {
+            State::Linked(link) => link.durable,
+            _ => Epoch(0),
+        }
+    }
+
+    /// Whether the replica left the stream since this was last asked.
+    pub(crate) fn take_left(&mut self) -> bool {
+        std::mem::take(&mut self.left)
+    }
+
+    /// Whether the replica may have this generation as its newest one, and yet lack some of it.
+    pub(crate) fn may_lag_within(&self, generation: GenerationId) -> bool {
+        let base = self.map.base();
+        let may_follow = base.generation == generation || base.generation.is_none() && !base.copy.is_none();
+        may_follow && !self.is_in_sync() && !self.map.is_clean()
+    }
+
+    /// What the map is relative to.
+    #[must_use]
+    pub fn base(&self) -> Base {
         self.map.base()
     }
 
@@ -544,6 +745,7 @@ impl Session {
         };
         link.window.push(sequence, epoch, range, write.payload_bytes(range), now);
         link.streamed = Some(sequence);
+        link.sent = sequence;
         let header = FrameHeader { session: link.session, stream: link.stream, body };
         self.actions
             .push_back(Action::SendFrame { header, request: write.zero.is_none().then_some(write.request) });
@@ -571,17 +773,24 @@ mod tests {
         let mut map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), size_bytes, block_size);
         map.clear(0..255);
         map.take_changes();
-        let mut session = Session::new(HostId([2; 32]), map, size_bytes, block_size, 1 << 20);
+        let mut session = Session::new(HostId([2; 32]), map, size_bytes, block_size, 1 << 20, Mode::Async);
+        let circumstances = Circumstances {
+            application_waits: false,
+            lineage: &[],
+            position: (Epoch(0), Sequence(0)),
+            may_commit: true,
+            active: &[],
+        };
         let order = Order::<u8>::new(512);
         session.map.clear(255..256);
         for second in [1, 3] {
-            session.drive(&order, false, &[], Time(Duration::from_secs(second)));
+            session.drive(&order, &circumstances, Time(Duration::from_secs(second)));
             session.handle_map_written(false, Time(Duration::from_secs(second)));
         }
         assert!(session.map().is_full());
         session.mark(7..8, Sequence(5));
         assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0));
-        session.drive(&order, false, &[], Time(Duration::from_secs(5)));
+        session.drive(&order, &circumstances, Time(Duration::from_secs(5)));
         assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0), "the header is being written");
         session.handle_map_written(true, Time(Duration::from_secs(5)));
         assert_eq!(session.safe_up_to(Sequence(5)), Sequence(5));

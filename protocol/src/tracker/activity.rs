@@ -8,7 +8,7 @@
 //! The set in memory is always a superset of what the newest record says, but for extents whose record is being
 //! written: those are not active yet, and nothing is written there.
 
-use crate::disk::activity_log::{self, Record};
+use crate::disk::activity_log;
 use crate::units::{Extent, Sequence};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -70,7 +70,8 @@ impl ActiveSet {
         assert!(missing <= activity_log::CAPACITY, "a piece of a write touches few extents");
         if self.extents.len() + missing > activity_log::CAPACITY {
             let keep: BTreeSet<Extent> = extents.clone().collect();
-            self.evict(missing.max(BATCH), safe, &keep);
+            let needed = self.extents.len() + missing - activity_log::CAPACITY;
+            self.evict(needed.max(BATCH), safe, &keep);
             if self.extents.len() + missing > activity_log::CAPACITY {
                 return Claim::Full;
             }
@@ -95,6 +96,22 @@ impl ActiveSet {
         extents.all(|extent| self.extents.get(&extent).is_some_and(|entry| entry.state == EntryState::Active))
     }
 
+    /// Puts extents into the set that hold writes up to `last` which others may lack; beyond its limit, others may go.
+    pub(crate) fn adopt(&mut self, extents: impl Iterator<Item = Extent>, last: Sequence) {
+        for extent in extents {
+            let entry = self.extents.entry(extent).or_insert_with(|| {
+                self.wanted += 1;
+                Entry { state: EntryState::Wanted, claims: 0, last, touched: self.clock }
+            });
+            entry.last = entry.last.max(last);
+        }
+    }
+
+    /// The newest record says more than it should.
+    pub(crate) fn shrink(&mut self) {
+        self.shrunk = true;
+    }
+
     /// Gives claims back; `last` is the write's sequence number, if it came to have one.
     pub(crate) fn give_back(&mut self, extents: impl Iterator<Item = Extent>, last: Option<Sequence>) {
         for extent in extents {
@@ -117,9 +134,9 @@ impl ActiveSet {
         self.clock
     }
 
-    /// The next record to write and its place, if one is needed and none is being written. A record that only
-    /// shrinks the set is worth writing when `tidy`.
-    pub(crate) fn next_record(&mut self, tidy: bool) -> Option<(u64, Box<Record>)> {
+    /// The number of the next record, of all extents in the set, if one is needed and none is being written. One that
+    /// only shrinks the set is worth writing when `tidy`.
+    pub(crate) fn next_record(&mut self, tidy: bool) -> Option<u64> {
         if self.writing || !(self.wanted > 0 || tidy && self.shrunk) {
             return None;
         }
@@ -132,8 +149,7 @@ impl ActiveSet {
                 entry.state = EntryState::Recording;
             }
         }
-        let record = activity_log::encode(self.extents.keys().copied(), self.serial);
-        Some((activity_log::record_offset(self.serial), Box::new(record)))
+        Some(self.serial)
     }
 
     /// The record that was being written is durable.
@@ -150,6 +166,11 @@ impl ActiveSet {
     /// Whether no record is being written and the newest says what the set holds.
     pub(crate) fn is_recorded(&self) -> bool {
         !self.writing && self.wanted == 0 && !self.shrunk
+    }
+
+    /// The extents in the set.
+    pub(crate) fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.extents.keys().copied()
     }
 
     /// How many extents are in the set.

@@ -2,6 +2,7 @@
 //! before something else may happen, and what follows when one of them fails (W5).
 
 use super::{Action, RequestId, Session, Tracker, WriteFailed};
+use crate::disk::activity_log;
 use crate::planted::{Bug, planted};
 use crate::units::{Sequence, Time};
 
@@ -27,22 +28,23 @@ impl Tracker {
             self.local.opened = true;
             self.free_log();
             for flush in flushes {
-                self.answer(flush, Ok(()));
+                let sequence = self.requests[&flush].sequence;
+                self.owe(flush, sequence, true, now);
             }
         } else {
             for flush in flushes {
                 self.fail(flush);
             }
-            self.fail_backing();
+            self.fail_backing(now);
         }
         self.begin_arrivals(now);
         self.drive(now);
     }
 
-    pub(super) fn flush(&mut self, id: RequestId) {
+    pub(super) fn flush(&mut self, id: RequestId, now: Time) {
         self.close_epoch();
         if self.local.durable == self.last && self.local.running.is_none() {
-            return self.answer(id, Ok(()));
+            return self.owe(id, self.last, true, now);
         }
         self.local.flushes.push(id);
         self.local.wanted = true;
@@ -65,7 +67,9 @@ impl Tracker {
         if !self.log_is_free || self.log_failed {
             return;
         }
-        if let Some((offset, record)) = self.activity.next_record(tidy) {
+        if let Some(serial) = self.activity.next_record(tidy) {
+            let offset = activity_log::record_offset(serial);
+            let record = Box::new(activity_log::encode(self.activity.extents(), serial));
             self.actions.push_back(Action::WriteLog { offset, record });
         }
     }
@@ -94,19 +98,20 @@ impl Tracker {
     }
 
     /// What came after the last good sync is not durable, and nothing is taken any more (W5).
-    pub(super) fn fail_backing(&mut self) {
+    pub(super) fn fail_backing(&mut self, now: Time) {
         self.local.failed = true;
         self.local.wanted = false;
         self.full_since = None;
         for flush in std::mem::take(&mut self.local.flushes) {
             self.fail(flush);
         }
-        for piece in std::mem::take(&mut self.claimed) {
+        let held = std::mem::take(&mut self.generations.held);
+        for piece in std::mem::take(&mut self.claimed).into_iter().chain(held) {
             self.activity.give_back(piece.range.extents(), None);
-            self.piece_ended(piece.request, false);
+            self.done_piece(piece.request, false, now);
         }
         for piece in std::mem::take(&mut self.arrivals) {
-            self.piece_ended(piece.request, false);
+            self.done_piece(piece.request, false, now);
         }
     }
 
@@ -137,10 +142,11 @@ impl Tracker {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Action, LocalWrite, RequestId, Tracker, Work, WriteFailed};
+    use super::super::replies::ReplicaLoss;
+    use super::super::{Action, LocalWrite, RequestId, Settings, Tracker, Work, WriteFailed};
     use crate::disk::activity_log::Recovered;
     use crate::ranges::ByteRange;
-    use crate::units::{EXTENT_BYTES, Time};
+    use crate::units::{EXTENT_BYTES, Epoch, GenerationId, Time};
     use std::collections::BTreeSet;
 
     const NOW: Time = Time(std::time::Duration::ZERO);
@@ -157,6 +163,9 @@ mod tests {
                 Action::WriteLog { .. } => tracker.handle_log_written(true, NOW),
                 Action::WriteLocal { sequence, .. } => tracker.handle_local_written(sequence, writes, NOW),
                 Action::SyncLocal => tracker.handle_synced(syncs, NOW),
+                Action::BeginGeneration { .. } => {
+                    tracker.handle_generation(Some(GenerationId([2; 16])), NOW);
+                }
                 Action::Reply { request, result } => replies.push((request, result)),
                 Action::ReadDigest { .. } | Action::Peer { .. } => panic!("there is no peer"),
             }
@@ -166,7 +175,14 @@ mod tests {
 
     fn opened() -> Tracker {
         let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
-        let mut tracker = Tracker::new(EXTENT_BYTES, 512, Vec::new(), &log, Vec::new());
+        let settings = Settings {
+            size_bytes: EXTENT_BYTES,
+            sector_bytes: 512,
+            lineage: vec![GenerationId([1; 16])],
+            first_epoch: Epoch(1),
+            loss: ReplicaLoss::Continue,
+        };
+        let mut tracker = Tracker::new(settings, &log, Vec::new());
         settle(&mut tracker, LocalWrite::Written, true);
         tracker
     }

@@ -3,7 +3,7 @@
 //! A request is cut into pieces. A piece waits until its extents are in a durable record of the activity log (W2), then
 //! gets its sequence number and epoch (W1, W3); at that moment every replica's session streams or marks it, and it goes
 //! to the local backing as soon as nothing overlapping is under way. A request is answered when all its pieces have
-//! ended and what its mode demands is durable (W4; this release has the asynchronous mode).
+//! ended and what the modes of its replicas demand has happened there (W4, see [`replies`]).
 //!
 //! # The contract
 //!
@@ -15,6 +15,7 @@
 //! | [`Action::WriteLog`] | [`Tracker::handle_log_written`] |
 //! | [`Action::WriteLocal`] | [`Tracker::handle_local_written`] |
 //! | [`Action::SyncLocal`] | [`Tracker::handle_synced`] |
+//! | [`Action::BeginGeneration`] | [`Tracker::handle_generation`] |
 //! | [`Action::ReadDigest`] | [`Tracker::handle_digest`] |
 //! | [`session::Action::WriteMap`] | [`Tracker::handle_map_written`] |
 //! | [`session::Action::ReadCopy`] | [`Tracker::handle_copy_read`] |
@@ -26,21 +27,31 @@
 //! Requests and their pieces are bounded by the front ends; the active set by the record's size; the window of each
 //! session by its limit; copies under way by [`session::resync`]; a dirty map by what is dirty.
 
-mod activity;
+pub(crate) mod activity;
+mod agreement;
 mod durability;
+mod generation;
 mod pieces;
+pub mod replies;
 
 use crate::disk::activity_log::{Record, Recovered};
 use crate::order::Order;
 use crate::ranges::ByteRange;
 use crate::session::resync::{CopyContent, CopyRead};
-use crate::session::{self, CompareResult, FRAME_COST_BYTES, Handled, Identity, PeerError, Report, Session};
-use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
-use crate::wire::message::Message;
+use crate::session::{
+    self, Circumstances, CompareResult, FRAME_COST_BYTES, Handled, Identity, PeerError, Report, Session,
+};
+use crate::units::{
+    EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Sequence, Session as SessionNumber, Time,
+};
+use crate::wire::message::{Message, Mode};
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
 use activity::ActiveSet;
+use agreement::Agreement;
 use durability::Local;
+use generation::Generations;
 use pieces::{Piece, Request};
+use replies::{Owed, ReplicaLoss};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
@@ -107,6 +118,11 @@ pub enum Action {
     },
     /// Make all ended writes durable on the backing.
     SyncLocal,
+    /// Draw a generation's name and record it durably at the head of the lineage, by [`crate::lineage::begin`].
+    BeginGeneration {
+        /// Generations that are not to be pruned (L2).
+        kept: Vec<GenerationId>,
+    },
     /// Answer a request. Its data is not needed any more.
     Reply {
         /// The request.
@@ -130,6 +146,21 @@ pub enum Action {
     },
 }
 
+/// What a tracker is opened with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The volume's size in bytes.
+    pub size_bytes: u64,
+    /// The backing's physical sector, in bytes.
+    pub sector_bytes: u64,
+    /// The volume's generations, newest first.
+    pub lineage: Vec<GenerationId>,
+    /// The number of the first epoch, by [`crate::lineage::first_epoch_after`]; durably recorded.
+    pub first_epoch: Epoch,
+    /// What happens while a replica that writes should wait for is lost.
+    pub loss: ReplicaLoss,
+}
+
 /// How a write to the backing ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LocalWrite {
@@ -150,7 +181,8 @@ pub struct WriteFailed;
 #[derive(Debug)]
 pub struct Tracker {
     size_bytes: u64,
-    lineage: Vec<GenerationId>,
+    generations: Generations,
+    loss: ReplicaLoss,
     order: Order<Admitted>,
     activity: ActiveSet,
     /// Records may be written once the maps durably hold what the log of before the restart said, and the backing
@@ -168,6 +200,9 @@ pub struct Tracker {
     local: Local,
     /// Failed requests whose error waits for the maps (W5).
     failed_replies: Vec<(RequestId, Sequence)>,
+    /// Requests that are done here and wait for replicas, oldest first.
+    owed: VecDeque<Owed>,
+    agreement: Agreement,
     sessions: BTreeMap<HostId, Session>,
     holds: HashMap<u64, (HostId, u64, ByteRange)>,
     next_hold: u64,
@@ -175,6 +210,8 @@ pub struct Tracker {
     /// Since when writes wait because the active set is full.
     full_since: Option<Time>,
     closing: bool,
+    /// Another host may write now: nothing is taken any more (L5).
+    superseded: bool,
     actions: VecDeque<Action>,
 }
 
@@ -193,22 +230,18 @@ struct OpenEpoch {
 }
 
 impl Tracker {
-    /// A volume that is opened as primary, at the start of a generation: the first of `lineage`, which is durable.
-    /// `log` is what the activity log says; `sessions` are the replicas, with their maps as recovered.
+    /// A volume that is opened as primary. `log` is what the activity log says; `sessions` are the replicas, with their
+    /// maps as recovered.
     #[must_use]
-    pub fn new(
-        size_bytes: u64,
-        sector_bytes: u64,
-        lineage: Vec<GenerationId>,
-        log: &Recovered,
-        sessions: Vec<Session>,
-    ) -> Self {
+    pub fn new(settings: Settings, log: &Recovered, sessions: Vec<Session>) -> Self {
+        let Settings { size_bytes, sector_bytes, lineage, first_epoch, loss } = settings;
         let serial = match log {
             Recovered::Active { serial, .. } | Recovered::Unsure { serial } => *serial,
         };
         let mut tracker = Self {
             size_bytes,
-            lineage,
+            generations: Generations::new(lineage),
+            loss,
             order: Order::new(sector_bytes),
             activity: ActiveSet::new(serial),
             log_is_free: false,
@@ -218,15 +251,18 @@ impl Tracker {
             claimed: Vec::new(),
             under_way: BTreeMap::new(),
             last: Sequence(0),
-            epoch: OpenEpoch { number: Epoch(1), bytes: 0, since: None },
+            epoch: OpenEpoch { number: first_epoch, bytes: 0, since: None },
             local: Local::default(),
             failed_replies: Vec::new(),
+            owed: VecDeque::new(),
+            agreement: Agreement::default(),
             sessions: sessions.into_iter().map(|session| (session.peer(), session)).collect(),
             holds: HashMap::new(),
             next_hold: 0,
             idle: None,
             full_since: None,
             closing: false,
+            superseded: false,
             actions: VecDeque::new(),
         };
         for session in tracker.sessions.values_mut() {
@@ -262,7 +298,8 @@ impl Tracker {
         let idle = self.idle.map(|(since, _)| since.after(IDLE_TIME));
         let sessions = self.sessions.values().filter_map(Session::poll_timeout);
         let full = self.full_since.map(|since| since.after(FULL_TIME));
-        sessions.chain(epoch).chain(idle).chain(full).min()
+        let others = [epoch, idle, full, self.reply_timeout(), self.agreement_timeout()];
+        sessions.chain(others.into_iter().flatten()).min()
     }
 
     /// An application asks for something. Ranges lie inside the volume and are 512-aligned.
@@ -272,12 +309,15 @@ impl Tracker {
             Work::Flush => ByteRange::default(),
         };
         assert!(rest.end() <= self.size_bytes, "front ends check ranges");
-        let known = self.requests.insert(id, Request { work, rest, pieces: 0, failed: false });
+        let request = Request { work, rest, pieces: 0, failed: false, sequence: self.last };
+        let known = self.requests.insert(id, request);
         assert!(known.is_none(), "a request has a name of its own");
-        if self.local.failed {
+        if self.superseded {
+            self.answer(id, Err(WriteFailed));
+        } else if self.local.failed {
             self.fail(id);
         } else if work == Work::Flush {
-            self.flush(id);
+            self.flush(id, now);
         } else if rest.is_empty() {
             self.answer(id, Ok(()));
         } else {
@@ -298,7 +338,7 @@ impl Tracker {
         } else {
             // Without its log the volume can't take writes: nothing would remember them (W2).
             self.log_failed = true;
-            self.fail_backing();
+            self.fail_backing(now);
         }
         self.drive(now);
     }
@@ -315,9 +355,9 @@ impl Tracker {
         }
         let freed = self.order.finish(Admitted::Write(sequence), piece.range);
         self.run(freed);
-        self.piece_ended(piece.request, written);
+        self.done_piece(piece.request, written, now);
         if ended == LocalWrite::NotDurable {
-            self.fail_backing();
+            self.fail_backing(now);
         }
         self.begin_arrivals(now);
         self.drive(now);
@@ -439,6 +479,55 @@ impl Tracker {
         self.sessions.get(&peer).is_some_and(Session::is_comparing)
     }
 
+    /// The operator chose another mode for a replica, or what happens while one is lost. A mode takes effect with the
+    /// next session.
+    pub fn configure(&mut self, modes: &[(HostId, Mode)], loss: ReplicaLoss, now: Time) {
+        self.loss = loss;
+        for (peer, mode) in modes {
+            if let Some(session) = self.sessions.get_mut(peer) {
+                session.set_mode(*mode);
+            }
+        }
+        self.drive(now);
+    }
+
+    /// Another host was promoted: no write is taken or answered well any more (L5). What is under way ends.
+    pub fn supersede(&mut self, now: Time) {
+        self.superseded = true;
+        self.fail_owed();
+        for piece in
+            std::mem::take(&mut self.claimed).into_iter().chain(std::mem::take(&mut self.generations.held))
+        {
+            self.activity.give_back(piece.range.extents(), None);
+            self.done_piece(piece.request, false, now);
+        }
+        for piece in std::mem::take(&mut self.arrivals) {
+            self.done_piece(piece.request, false, now);
+        }
+        self.drive(now);
+    }
+
+    /// The volume is being demoted, after [`Tracker::close`] was called: every replica that has everything records that
+    /// it does. [`Tracker::is_released`] says which ones have.
+    pub fn release(&mut self, now: Time) {
+        assert!(self.closing, "a volume is released when it is being closed");
+        let newest = self.generations.newest();
+        self.sessions.values_mut().for_each(|session| session.release(newest));
+        self.drive(now);
+    }
+
+    /// Whether this replica has recorded a release.
+    #[must_use]
+    pub fn is_released(&self, peer: HostId) -> bool {
+        self.sessions.get(&peer).is_some_and(Session::is_released)
+    }
+
+    /// The volume's generations, newest first.
+    #[must_use]
+    pub fn lineage(&self) -> &[GenerationId] {
+        &self.generations.lineage
+    }
+
     /// No request will come any more: make everything durable and leave an empty log where that is possible.
     /// Done when [`Tracker::is_closed`].
     pub fn close(&mut self, now: Time) {
@@ -452,7 +541,10 @@ impl Tracker {
     /// Whether everything that [`Tracker::close`] began has ended.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        let is_idle = self.requests.is_empty() && self.local.running.is_none() && self.under_way.is_empty();
+        let is_idle = self.requests.is_empty()
+            && self.local.running.is_none()
+            && self.under_way.is_empty()
+            && !self.generations.beginning;
         let is_durable = self.local.opened && self.local.durable == self.last;
         let is_saved = self.sessions.values().all(Session::is_saved) && self.activity.is_recorded();
         self.closing && is_idle && (is_durable && is_saved || self.local.failed)
@@ -492,6 +584,7 @@ impl Tracker {
         for session in self.sessions.values_mut() {
             session.handle_epoch_end(epoch, sequence);
         }
+        self.note_epoch_end(epoch, sequence);
         self.epoch = OpenEpoch { number: epoch.next(), bytes: 0, since: None };
     }
 
@@ -505,19 +598,40 @@ impl Tracker {
         self.local.wanted |= self.closing && self.local.durable < self.last;
         self.start_sync();
         self.answer_failed();
-        let application_waits = !self.under_way.is_empty();
-        let mut epoch_end_wanted = false;
-        for session in self.sessions.values_mut() {
-            epoch_end_wanted |= session.drive(&self.order, application_waits, &self.lineage, now);
-        }
-        if epoch_end_wanted {
-            self.end_epoch();
-        }
+        self.settle(now);
+        self.drive_sessions(now);
+        self.agree(now);
         if self.closing {
             self.activity.let_idle_go(u64::MAX, self.safe());
         }
         self.write_log(self.closing);
         self.collect();
+    }
+
+    fn drive_sessions(&mut self, now: Time) {
+        self.note_left();
+        let active: Vec<Extent> =
+            if self.has_several_replicas() { self.activity.extents().collect() } else { Vec::new() };
+        let may_commit: Vec<bool> = self.sessions.keys().map(|peer| self.may_commit(*peer)).collect();
+        let (mut epoch_end, mut generation) = (false, false);
+        for (session, may_commit) in self.sessions.values_mut().zip(may_commit) {
+            let circumstances = Circumstances {
+                application_waits: !self.under_way.is_empty(),
+                lineage: &self.generations.lineage,
+                position: (Epoch(self.epoch.number.0 - 1), self.last),
+                may_commit,
+                active: &active,
+            };
+            let wants = session.drive(&self.order, &circumstances, now);
+            epoch_end |= wants.epoch_end;
+            generation |= wants.generation;
+        }
+        if epoch_end {
+            self.end_epoch();
+        }
+        if generation {
+            self.begin_generation();
+        }
     }
 
     /// Moves the sessions' actions to the tracker's, in order.

@@ -8,7 +8,7 @@ use super::{
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session;
-use crate::units::Time;
+use crate::units::{Sequence, Time};
 use std::collections::VecDeque;
 
 #[derive(Debug)]
@@ -18,6 +18,8 @@ pub(super) struct Request {
     pub(super) rest: ByteRange,
     pub(super) pieces: u32,
     pub(super) failed: bool,
+    /// The last write that the answer speaks for.
+    pub(super) sequence: Sequence,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -48,9 +50,9 @@ impl Tracker {
     /// Claims extents for the pieces that arrived, in order, as far as the active set has room.
     pub(super) fn begin_arrivals(&mut self, now: Time) {
         while let Some(piece) = self.arrivals.front().copied() {
-            if self.local.failed {
+            if self.local.failed || self.superseded {
                 self.arrivals.pop_front();
-                self.piece_ended(piece.request, false);
+                self.done_piece(piece.request, false, now);
                 continue;
             }
             match self.activity.claim(piece.range.extents(), self.safe()) {
@@ -73,9 +75,9 @@ impl Tracker {
     }
 
     pub(super) fn begin_if_active(&mut self, piece: Piece, now: Time) {
-        if self.local.failed {
+        if self.local.failed || self.superseded {
             self.activity.give_back(piece.range.extents(), None);
-            self.piece_ended(piece.request, false);
+            self.done_piece(piece.request, false, now);
         } else if self.activity.are_active(piece.range.extents()) {
             self.begin(piece, now);
         } else {
@@ -85,9 +87,13 @@ impl Tracker {
 
     /// The piece gets its place in the one order (W1), goes to every session, and to the backing when it may.
     pub(super) fn begin(&mut self, piece: Piece, now: Time) {
+        if self.hold_for_generation(piece) {
+            return;
+        }
         let sequence = self.last.next();
         self.last = sequence;
         self.under_way.insert(sequence, piece);
+        self.requests.get_mut(&piece.request).expect("a request outlives its pieces").sequence = sequence;
         let Piece { request, range, zero, fua } = piece;
         let write = session::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
         for session in self.sessions.values_mut() {
@@ -141,7 +147,7 @@ impl Tracker {
         }
     }
 
-    pub(super) fn piece_ended(&mut self, id: RequestId, written: bool) {
+    pub(super) fn done_piece(&mut self, id: RequestId, written: bool, now: Time) {
         let request = self.requests.get_mut(&id).expect("a request outlives its pieces");
         request.pieces -= 1;
         request.failed |= !written;
@@ -151,7 +157,14 @@ impl Tracker {
         if !request.rest.is_empty() {
             self.cut(id);
         } else if request.pieces == 0 {
-            if request.failed { self.fail(id) } else { self.answer(id, Ok(())) }
+            let (sequence, work) = (request.sequence, request.work);
+            let durable =
+                matches!(work, super::Work::Write { fua: true, .. } | super::Work::Zero { fua: true, .. });
+            match request.failed {
+                true if self.superseded => self.answer(id, Err(super::WriteFailed)),
+                true => self.fail(id),
+                false => self.owe(id, sequence, durable, now),
+            }
         }
     }
 }

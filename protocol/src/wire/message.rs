@@ -6,7 +6,7 @@
 
 use crate::ranges::ByteRange;
 use crate::units::{
-    BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, Stream, VolumeId,
+    BlockSize, CopyId, Epoch, Extent, GenerationId, HostId, Position, Sequence, Session, Stream, VolumeId,
 };
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 
@@ -73,6 +73,45 @@ pub struct Fence {
     pub holder: HostId,
 }
 
+/// When a write and a flush are answered (W4).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+pub enum Mode {
+    /// After the local write; after the local sync.
+    #[default]
+    Async,
+    /// When the replica has received it, too.
+    SemiSync,
+    /// A write when the replica has received it, a flush when the replica has it durably, too.
+    Sync,
+}
+
+impl Mode {
+    /// The byte that stands for it on disk.
+    #[must_use]
+    pub fn to_byte(self) -> u8 {
+        match self {
+            Self::Async => 0,
+            Self::SemiSync => 1,
+            Self::Sync => 2,
+        }
+    }
+
+    /// The mode that a byte stands for.
+    #[must_use]
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        [Self::Async, Self::SemiSync, Self::Sync].into_iter().find(|mode| mode.to_byte() == byte)
+    }
+}
+
+/// The role of a host for a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub enum Role {
+    /// The one that takes writes.
+    Primary,
+    /// One that follows.
+    Replica,
+}
+
 /// A primary opens a session with a replica. Its first message.
 #[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
 pub struct Hello {
@@ -98,8 +137,8 @@ pub struct Hello {
     pub fence: Fence,
     /// The primary's generations, newest first.
     pub lineage: Vec<GenerationId>,
-    /// The mode that the operator chose: 0 async, 1 semi-sync, 2 sync.
-    pub mode: u8,
+    /// The mode that the operator chose for this replica (W4).
+    pub mode: Mode,
     /// Every host of the volume, the primary first.
     pub members: Vec<Member>,
 }
@@ -117,6 +156,10 @@ pub struct Welcome {
     pub copy: CopyId,
     /// What the copy holds.
     pub data: DataState,
+    /// Whether it can roll back to where it was before the resync that made it inconsistent (P2).
+    pub can_roll_back: bool,
+    /// The fence of the primary whose resync made it inconsistent.
+    pub source: Fence,
     /// The last epoch durable on the replica (P3).
     pub marker: Position,
     /// The replica's fence.
@@ -150,7 +193,7 @@ pub enum Refusal {
     Version,
     /// Another volume, size or block size than ours.
     Unrelated,
-    /// The role does not fit: both are primaries.
+    /// The role does not fit: there is a primary already, or none where one is needed.
     Role,
     /// Busy for a while: being recovered from, or still draining.
     Busy,
@@ -160,6 +203,10 @@ pub enum Refusal {
     Backing,
     /// Anything else that the text explains.
     Other,
+    /// Both hosts went on from a common past: the operator decides whose content stays (L6).
+    SplitBrain,
+    /// There is no room for pre-images, so nothing may be overwritten (P2).
+    Space,
 }
 
 /// A host says no, and why.
@@ -196,6 +243,10 @@ pub struct Commit {
     pub position: Position,
     /// The primary's generations, newest first, which the replica adopts.
     pub lineage: Vec<GenerationId>,
+    /// Extents with writes that other replicas may not have yet (D5).
+    pub active: Vec<Extent>,
+    /// The mode that the replica counts in from now on (W4).
+    pub mode: Mode,
 }
 
 /// The replica has recorded a [`Commit`] durably.
@@ -229,6 +280,82 @@ pub struct Digest {
     pub number: u64,
     /// BLAKE3 of the range's bytes.
     pub digest: [u8; 32],
+}
+
+/// There is a newer fence than that of whoever greeted, who must stop taking writes (L5).
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Superseded {
+    /// The newest fence that is known.
+    pub fence: Fence,
+}
+
+/// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Agreed {
+    /// The session.
+    pub session: Session,
+    /// The epoch.
+    pub epoch: Epoch,
+}
+
+/// The primary is being demoted, and the replica has everything: whoever is promoted next loses nothing.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Release {
+    /// The session.
+    pub session: Session,
+    /// The newest generation.
+    pub generation: GenerationId,
+}
+
+/// The replica has recorded a [`Release`] durably.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct ReleaseRecorded {
+    /// The session.
+    pub session: Session,
+}
+
+/// A host asks another one how it stands: before a promotion, at the start of a primary, before a resolve.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct AskStanding {
+    /// The volume.
+    pub volume: VolumeId,
+}
+
+/// How a host stands: what decides who may be promoted, and whose content counts.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Standing {
+    /// The host's role.
+    pub role: Role,
+    /// What its copy holds.
+    pub data: DataState,
+    /// Whether it can roll back to a point before the resync that made it inconsistent.
+    pub can_roll_back: bool,
+    /// The newest fence that it knows.
+    pub fence: Fence,
+    /// Its generations, newest first.
+    pub lineage: Vec<GenerationId>,
+    /// On a replica, the last epoch that is durable there.
+    pub marker: Position,
+    /// On a primary, whether its device is being served.
+    pub serves: bool,
+    /// What a session with the host that asks would have to copy, in bytes, as far as this one knows.
+    pub dirty_bytes: u64,
+    /// When the two were last in sync, in seconds since 1970; 0 where that isn't known.
+    pub in_sync_at: u64,
+}
+
+/// The primary was demoted for this host, which is to be promoted in its place (`switch`).
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct TakeOver {
+    /// The volume.
+    pub volume: VolumeId,
+}
+
+/// The host is the primary now, and serves its device.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct TookOver {
+    /// The fence that it holds.
+    pub fence: Fence,
 }
 
 /// The hosts of the volume changed.
@@ -391,6 +518,14 @@ messages! {
     16 => ReadContent,
     17 => AskDigest,
     18 => WholeDigest,
+    19 => Superseded,
+    20 => Agreed,
+    21 => Release,
+    22 => ReleaseRecorded,
+    23 => AskStanding,
+    24 => Standing,
+    25 => TakeOver,
+    26 => TookOver,
 }
 
 /// The length of a message from its length field.
@@ -466,7 +601,7 @@ mod tests {
             stream: Stream(1),
             fence: Fence { counter: 1, holder: HostId([1; 32]) },
             lineage: vec![GenerationId([5; 16])],
-            mode: 0,
+            mode: Mode::Sync,
             members: vec![member],
         };
         let message = Message::from(hello);

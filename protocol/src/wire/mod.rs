@@ -9,6 +9,7 @@
 //!
 //! | version | since | why |
 //! |---|---|---|
+//! | 2 | 0.2 | modes, generations that begin within a session, fences, promotion; ends of epochs that were cut short |
 //! | 1 | first release | |
 
 pub mod message;
@@ -17,7 +18,7 @@ pub mod preamble;
 pub use preamble::{StreamKind, StreamPreamble};
 
 use crate::ranges::ByteRange;
-use crate::units::{Epoch, SECTOR_BYTES, Sequence, Session, Stream};
+use crate::units::{Epoch, GenerationId, SECTOR_BYTES, Sequence, Session, Stream};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -25,7 +26,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const ALPN: &[u8] = b"blockmirror/1";
 
 /// The oldest and the newest version of frames and messages that this code speaks.
-pub const VERSIONS: (u16, u16) = (1, 1);
+pub const VERSIONS: (u16, u16) = (2, 2);
 
 /// No frame carries more payload than this, in bytes. A receiver may offer less.
 pub const PAYLOAD_LIMIT_BYTES: u32 = 1 << 20;
@@ -38,6 +39,7 @@ pub const HEADER_BYTES: usize = 64;
 
 const MAGIC: [u8; 4] = *b"BMF1";
 const FLAG_MAY_UNMAP: u8 = 1;
+const FLAG_CUT: u8 = 2;
 
 /// The header as it is sent.
 ///
@@ -97,6 +99,14 @@ pub enum Body {
         epoch: Epoch,
         /// The last write in it or before it, as far as the replica was sent them.
         sequence: Sequence,
+        /// Whether writes of the epoch were left out: what is durable then is no more than the epoch before.
+        cut: bool,
+    },
+    /// A generation begins: what follows belongs to it, and is not written before it is recorded (L1). Comes between
+    /// epochs.
+    Generation {
+        /// Its name.
+        generation: GenerationId,
     },
     /// Content of dirty blocks; the payload is as long as the range.
     Copy {
@@ -209,12 +219,20 @@ impl Body {
                 flags: if may_unmap { FLAG_MAY_UNMAP } else { 0 },
                 ..fields(2, range, epoch.0, sequence.0, false)
             },
-            Self::EpochEnd { epoch, sequence } => fields(3, ByteRange::default(), epoch.0, sequence.0, false),
+            Self::EpochEnd { epoch, sequence, cut } => Fields {
+                flags: if cut { FLAG_CUT } else { 0 },
+                ..fields(3, ByteRange::default(), epoch.0, sequence.0, false)
+            },
             Self::Copy { range, number } => fields(4, range, 0, number, true),
             Self::CopyZero { range, number } => fields(5, range, 0, number, false),
             Self::Digest { range, number } => fields(6, range, 0, number, false),
             Self::Content { range } => fields(7, range, 0, 0, true),
             Self::ContentZero { range } => fields(8, range, 0, 0, false),
+            Self::Generation { generation } => {
+                let (first, second) = generation.0.split_at(8);
+                let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("half of 16 bytes"));
+                fields(9, ByteRange::default(), number(first), number(second), false)
+            }
         }
     }
 
@@ -291,12 +309,13 @@ impl FrameHeader {
         let body = match raw.kind {
             1 => Body::Write { range, epoch, sequence },
             2 => Body::Zero { range, epoch, sequence, may_unmap: raw.flags & FLAG_MAY_UNMAP != 0 },
-            3 => Body::EpochEnd { epoch, sequence },
+            3 => Body::EpochEnd { epoch, sequence, cut: raw.flags & FLAG_CUT != 0 },
             4 => Body::Copy { range, number },
             5 => Body::CopyZero { range, number },
             6 => Body::Digest { range, number },
             7 => Body::Content { range },
             8 => Body::ContentZero { range },
+            9 => Body::Generation { generation: generation(epoch.0, number) },
             kind => return Err(FrameError::UnknownKind(kind)),
         };
         Ok(UncheckedFrame {
@@ -312,9 +331,17 @@ impl FrameHeader {
     }
 }
 
+/// The 16 bytes of a generation take the places of epoch and number.
+fn generation(first: u64, second: u64) -> GenerationId {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&first.to_le_bytes());
+    bytes[8..].copy_from_slice(&second.to_le_bytes());
+    GenerationId(bytes)
+}
+
 fn range_is_sound(raw: &RawHeader) -> bool {
     let (offset, length, payload) = (raw.offset.get(), raw.length.get(), u64::from(raw.payload_bytes.get()));
-    if raw.kind == 3 {
+    if matches!(raw.kind, 3 | 9) {
         return (offset, length, payload) == (0, 0, 0);
     }
     let (has_payload, limit) = match raw.kind {
@@ -368,12 +395,14 @@ mod tests {
             (Body::Write { range, epoch, sequence }, 1024),
             (Body::Zero { range, epoch, sequence, may_unmap: true }, 0),
             (Body::Zero { range, epoch, sequence, may_unmap: false }, 0),
-            (Body::EpochEnd { epoch, sequence }, 0),
+            (Body::EpochEnd { epoch, sequence, cut: false }, 0),
             (Body::Copy { range, number: 5 }, 1024),
             (Body::CopyZero { range, number: 6 }, 0),
             (Body::Digest { range, number: 7 }, 0),
             (Body::Content { range }, 1024),
             (Body::ContentZero { range }, 0),
+            (Body::EpochEnd { epoch, sequence, cut: true }, 0),
+            (Body::Generation { generation: GenerationId(*b"0123456789abcdef") }, 0),
         ]
     }
 
@@ -403,7 +432,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_flipped_bit_is_never_taken_for_a_frame(which in 0usize..9, bit in 0usize..64 * 8 + 1024 * 8) {
+        fn a_flipped_bit_is_never_taken_for_a_frame(which in 0usize..11, bit in 0usize..64 * 8 + 1024 * 8) {
             let (body, length) = sample_bodies()[which];
             let mut bytes = header(body).encode(&vec![0x5a; length]).to_vec();
             bytes.resize(64 + length, 0x5a);

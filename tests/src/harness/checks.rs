@@ -37,6 +37,8 @@ impl World {
             it.promises.check(&it.disk);
         } else if let Some(image) = &mut it.mirror.image {
             image.check(&it.disk, host);
+        } else if let Some(point) = &mut it.mirror.point {
+            point.check(&it.disk, &it.layer, host);
         }
     }
 

@@ -3,7 +3,7 @@
 
 use super::disk::Data;
 use super::files::batches_of_map;
-use super::host::{Shell, host_id};
+use super::host::{Shell, SuperblockWork, host_id};
 use super::links::{Channel, LinkId, Packet};
 use super::mirror::Image;
 use super::primary::{DiskWork, FileWork};
@@ -31,11 +31,11 @@ impl World {
         if life != it.life || self.links[link].dialler_side.is_some() {
             return;
         }
-        if shell.is_connecting() || !is_listening {
+        if shell.is_recording() || !is_listening {
             return self.plan_connect(link);
         }
-        it.superblock.session = it.superblock.session.next();
-        self.start_superblock_write(link.dialler, FileWork::Session(link));
+        it.superblock_work.push_back(SuperblockWork::Session(link));
+        self.record_next(link.dialler);
     }
 
     /// A session's number was recorded: the connection comes up.

@@ -57,7 +57,7 @@ impl Memory {
             *self = Self { changes: host.files.changes(), ..Self::default() };
         }
         let map = self.maps.entry(peer.number).or_insert_with(|| host.recover_map(peer.number));
-        map.base() == peer.superblock.copy && peer.mirror.data != DataState::Empty
+        map.base().copy == peer.superblock.copy && peer.mirror.data != DataState::Empty
     }
 }
 
@@ -70,6 +70,8 @@ impl World {
                 host.promises.check_changed(&host.disk, changed);
             } else if let Some(image) = &mut host.mirror.image {
                 image.check_changed(&host.disk, changed, host.number);
+            } else if let Some(point) = &mut host.mirror.point {
+                point.check_changed(&host.disk, &host.layer, changed, host.number);
             }
         }
         for link in self.links.ids() {

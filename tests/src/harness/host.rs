@@ -5,7 +5,9 @@
 use super::application::Application;
 use super::disk::{Crash, Disk, DiskOperation};
 use super::files::{Batch, FileOperation, Files, Step};
+use super::gap::Layer;
 use super::history::History;
+use super::links::LinkId;
 use super::mirror::Mirror;
 use super::primary::PrimaryShell;
 use super::promises::Promises;
@@ -14,11 +16,14 @@ use super::settings::Settings;
 use super::world::{Event, World};
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
+use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
 use blockmirror_protocol::tracker::Tracker;
-use blockmirror_protocol::units::{CopyId, HostId, Position, Session as SessionNumber, VolumeId};
-use blockmirror_protocol::wire::message::{DataState, Fence};
+use blockmirror_protocol::units::{
+    CopyId, GenerationId, HostId, Position, Session as SessionNumber, VolumeId,
+};
+use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -61,8 +66,21 @@ pub struct Host {
     pub history: History,
     /// What the disk may hold, as a replica.
     pub mirror: Mirror,
+    /// The pre-images of the gap, if there is one.
+    pub layer: Layer,
+    /// Changes of the superblock that wait for the one that is being written.
+    pub(super) superblock_work: VecDeque<SuperblockWork>,
     /// The number of the superblock that was last written whole.
     serial: u64,
+}
+
+/// What a primary wants its superblock to say.
+#[derive(Debug)]
+pub(super) enum SuperblockWork {
+    /// The number of the next session, for this link.
+    Session(LinkId),
+    /// A generation, when those of the maps are kept.
+    Generation(Vec<GenerationId>),
 }
 
 /// The name of a host.
@@ -92,8 +110,13 @@ impl Host {
             session: SessionNumber(0),
             fence: if is_first { Fence { counter: 1, holder: host_id(0) } } else { Fence::default() },
             position: Position::default(),
-            source: if is_first { HostId::default() } else { host_id(0) },
-            lineage: Vec::new(),
+            source: Fence::default(),
+            lineage: if is_first { vec![GenerationId([0xff; 16])] } else { Vec::new() },
+            adopted: 0,
+            gap: 0,
+            layers: 0,
+            mode: Mode::Async,
+            released: false,
         };
         let mut host = Self {
             number,
@@ -107,6 +130,8 @@ impl Host {
             promises: Promises::default(),
             history: History::default(),
             mirror: Mirror::default(),
+            layer: Layer::default(),
+            superblock_work: VecDeque::new(),
             serial: 0,
         };
         host.write_superblock_now();
@@ -177,7 +202,12 @@ impl Host {
         let name = dirty_map::file_name(host_id(peer));
         let header = self.files.bytes(&name, 2 * PAGE_BYTES as u64);
         let pages = self.files.pages_from(&name, 2 * PAGE_BYTES as u64);
-        DirtyMap::recover(&fresh, &header, pages).unwrap_or(fresh)
+        let adopted = self.superblock.adopted;
+        let mut map = DirtyMap::recover(&fresh, &header, pages).unwrap_or(fresh);
+        if map.base().adopted != adopted {
+            map.begin_anew(Base { adopted, ..Base::default() });
+        }
+        map
     }
 
     /// The superblock as it is to be written. One that could not be written is written in the same place again.
@@ -229,6 +259,7 @@ impl World {
         self.check_disk(host);
         let it = &mut self.hosts[host];
         it.shell = Shell::Down;
+        it.superblock_work.clear();
         it.disk.crash(crash, &mut self.random);
         it.files.crash(&mut self.random);
         it.promises.crash();

@@ -4,6 +4,7 @@
 //! It does not matter which host sends. Connections stand for sessions here, since their numbers never repeat.
 
 use super::disk::{Data, Disk, Value, put, sectors};
+use super::gap::RollbackPoint;
 use super::history::History;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::StateChange;
@@ -54,9 +55,17 @@ impl Image {
     /// # Panics
     /// When it might not.
     pub fn check(&mut self, disk: &Disk, host: usize) {
+        self.check_with(disk, host, |_| None);
+    }
+
+    /// The same for a disk of which some sectors have a value that will be restored.
+    ///
+    /// # Panics
+    /// When it might not.
+    pub fn check_with(&mut self, disk: &Disk, host: usize, restored: impl Fn(u64) -> Option<Value>) {
         self.narrowed.clear();
         let touched: BTreeSet<u64> = disk.touched().into_iter().chain(self.base.keys().copied()).collect();
-        touched.into_iter().for_each(|sector| self.check_sector(disk, host, sector));
+        touched.into_iter().for_each(|sector| self.check_sector(disk, host, sector, restored(sector)));
     }
 
     /// The same, where the disk has changed or less is possible than before.
@@ -64,15 +73,31 @@ impl Image {
     /// # Panics
     /// When it might not.
     pub fn check_changed(&mut self, disk: &Disk, changed: &[u64], host: usize) {
-        let narrowed = std::mem::take(&mut self.narrowed);
-        changed.iter().for_each(|sector| self.check_sector(disk, host, *sector));
-        narrowed.into_iter().for_each(|sector| self.check_sector(disk, host, sector));
+        self.check_changed_with(disk, changed, host, |_| None);
     }
 
-    fn check_sector(&self, disk: &Disk, host: usize, sector: u64) {
+    /// The same for a disk of which some sectors have a value that will be restored.
+    ///
+    /// # Panics
+    /// When it might not.
+    pub fn check_changed_with(
+        &mut self,
+        disk: &Disk,
+        changed: &[u64],
+        host: usize,
+        restored: impl Fn(u64) -> Option<Value>,
+    ) {
+        let narrowed = std::mem::take(&mut self.narrowed);
+        for sector in changed.iter().copied().chain(narrowed) {
+            self.check_sector(disk, host, sector, restored(sector));
+        }
+    }
+
+    fn check_sector(&self, disk: &Disk, host: usize, sector: u64, restored: Option<Value>) {
         let durable = self.base.get(&sector).copied().unwrap_or_default();
         let next = self.frames.first_key_value().map_or(&[][..], |(_, frames)| frames);
-        for value in disk.possible(sector) {
+        let possible = restored.map_or_else(|| disk.possible(sector), |value| vec![value]);
+        for value in possible {
             let is_lost = || self.instead.get(&sector).is_some_and(|values| values.contains(&value));
             let is_next = || {
                 next.iter().any(|(range, data)| sectors(*range).contains(&sector) && data.at(sector) == value)
@@ -92,6 +117,8 @@ pub struct Mirror {
     pub data: DataState,
     /// What the disk may hold, while the data are consistent.
     pub image: Option<Image>,
+    /// What it can be rolled back to, in a gap.
+    pub point: Option<RollbackPoint>,
     /// A commit that was sent and is not known to be durable.
     pending: Option<(Position, Image)>,
     /// The connection of the last session.
@@ -108,6 +135,7 @@ impl Default for Mirror {
         Self {
             data: DataState::Empty,
             image: None,
+            point: None,
             pending: None,
             connection: 0,
             sent: Frames::new(),
@@ -177,10 +205,26 @@ impl Mirror {
 
     /// The superblock says this durably.
     pub fn state_is_durable(&mut self, change: &StateChange) {
-        self.data = change.data;
-        match change.data {
-            DataState::Consistent => self.commit_is_durable(change.position),
-            DataState::Inconsistent | DataState::Empty => self.image = None,
+        match change {
+            StateChange::Begin { gap, .. } => {
+                self.data = DataState::Inconsistent;
+                self.begin_gap(*gap);
+            }
+            StateChange::GiveRollbackUp => self.point = None,
+            StateChange::Commit { position, .. } => {
+                self.data = DataState::Consistent;
+                self.commit_is_durable(Some(*position));
+            }
+            StateChange::Follow(_) | StateChange::Generation(_) | StateChange::Release => {}
+        }
+    }
+
+    /// From now on the image can only be had by rolling back, if there is a layer for it.
+    fn begin_gap(&mut self, layer: u64) {
+        if let Some(image) = self.image.take()
+            && layer != 0
+        {
+            self.point = Some(RollbackPoint { layer, image });
         }
     }
 
@@ -188,12 +232,17 @@ impl Mirror {
     ///
     /// # Panics
     /// When nobody recorded that.
-    pub fn recovered(&mut self, data: DataState, position: Position) {
+    pub fn recovered(&mut self, data: DataState, position: Position, gap: u64) {
         self.data = data;
         match data {
             DataState::Consistent => self.commit_is_durable(Some(position)),
-            DataState::Inconsistent | DataState::Empty => self.image = None,
+            DataState::Inconsistent => self.begin_gap(gap),
+            DataState::Empty => self.image = None,
         }
+        if gap == 0 {
+            self.point = None;
+        }
+        assert_eq!(self.point.as_ref().map_or(0, |point| point.layer), gap, "the gap is what was recorded");
         let is_consistent = data == DataState::Consistent;
         assert_eq!(self.image.is_some(), is_consistent, "the data state is what was recorded");
     }
@@ -201,6 +250,7 @@ impl Mirror {
     fn commit_is_durable(&mut self, position: Option<Position>) {
         if let Some((_, image)) = self.pending.take_if(|(pending, _)| Some(*pending) == position) {
             self.image = Some(image);
+            self.point = None;
         }
     }
 }

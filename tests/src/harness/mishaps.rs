@@ -1,6 +1,7 @@
 //! What goes wrong.
 
 use super::disk::Crash;
+use super::host::Shell;
 use super::links::LinkId;
 use super::world::{Event, World};
 
@@ -27,12 +28,22 @@ impl World {
                 self.take_down(link.listener, crash);
                 self.take_down(primary, crash);
             }
-            12 | 13 => self.stall(link),
+            12 => self.stall(link),
+            13 => self.make_room(),
             14 => self.begin_compare(link),
             _ => {
                 if self.random.once_in(3) && self.hosts[link.listener].is_up() {
                     self.replace(link.listener);
                 }
+            }
+        }
+    }
+
+    /// The operators make room for pre-images, wherever a replica waits for it.
+    pub(super) fn make_room(&mut self) {
+        for host in &mut self.hosts {
+            if let Shell::Replica(shell) = &mut host.shell {
+                shell.machine.handle_room(self.settings.space);
             }
         }
     }

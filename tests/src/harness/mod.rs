@@ -12,6 +12,7 @@ pub mod dialling;
 pub mod differences;
 pub mod disk;
 pub mod files;
+pub mod gap;
 pub mod history;
 pub mod host;
 pub mod links;

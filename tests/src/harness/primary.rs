@@ -3,16 +3,18 @@
 use super::disk::{Data, DiskOperation, Ended};
 use super::files::{Batch, FileOperation};
 use super::history::History;
-use super::host::{Shell, VOLUME, host_id, host_number};
+use super::host::{Shell, SuperblockWork, VOLUME, host_id, host_number};
 use super::links::LinkId;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log;
 use blockmirror_protocol::disk::superblock::{self, LINEAGE_LIMIT, Superblock};
+use blockmirror_protocol::lineage;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
 use blockmirror_protocol::session::{Identity, Session};
-use blockmirror_protocol::tracker::{Action, LocalWrite, RequestId, Tracker};
-use blockmirror_protocol::units::{GenerationId, Sequence, Time};
+use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
+use blockmirror_protocol::units::{GenerationId, Position, Sequence, Time};
+use blockmirror_protocol::wire::message::Member;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -29,6 +31,7 @@ pub(super) enum FileWork {
     Log,
     Map(usize),
     Session(LinkId),
+    Generation(GenerationId),
 }
 
 /// See the module.
@@ -55,6 +58,11 @@ pub fn digest(range: ByteRange, data: &Data) -> [u8; 32] {
     bytes
 }
 
+/// A host as others are told of it.
+fn member(number: usize) -> Member {
+    Member { name: number.to_string(), host: host_id(number), addresses: Vec::new() }
+}
+
 impl PrimaryShell {
     /// Whether nothing is under way.
     #[must_use]
@@ -68,9 +76,10 @@ impl PrimaryShell {
         self.copies.len()
     }
 
-    /// Whether a session's number is being recorded.
-    pub(super) fn is_connecting(&self) -> bool {
-        self.file_work.values().any(|work| matches!(work, FileWork::Session(_)))
+    /// Whether the superblock is being written.
+    pub(super) fn is_recording(&self) -> bool {
+        let is_recording = |work: &FileWork| matches!(work, FileWork::Session(_) | FileWork::Generation(_));
+        self.file_work.values().any(is_recording)
     }
 }
 
@@ -79,23 +88,33 @@ impl World {
     pub(super) fn start_primary(&mut self, host: usize) {
         let peers: Vec<usize> = (0..self.hosts.len()).filter(|peer| *peer != host).collect();
         let it = &mut self.hosts[host];
-        let mut generation = [0; 16];
-        generation[..8].copy_from_slice(&it.life.to_le_bytes());
-        generation[15] = host as u8;
-        it.superblock.lineage.insert(0, GenerationId(generation));
-        it.superblock.lineage.truncate(LINEAGE_LIMIT);
+        it.superblock.position = Position {
+            generation: it.superblock.lineage[0],
+            epoch: lineage::first_epoch_after(it.superblock.position.epoch),
+            sequence: Sequence(0),
+        };
         it.write_superblock_now();
         it.history = History::new(it.disk.content().clone());
         self.check_recovered(host);
         let it = &mut self.hosts[host];
         let Superblock { size_bytes, block_size, .. } = it.superblock;
         let window = self.settings.window_bytes;
-        let session_of =
-            |peer| Session::new(host_id(peer), it.recover_map(peer), size_bytes, block_size, window);
+        let modes = &self.settings.modes;
+        let session_of = |peer| {
+            let map = it.recover_map(peer);
+            Session::new(host_id(peer), map, size_bytes, block_size, window, modes[peer])
+        };
         let sessions = peers.into_iter().map(session_of).collect();
-        let (log, lineage) = (it.recover_log(), it.superblock.lineage.clone());
+        let log = it.recover_log();
+        let settings = tracker::Settings {
+            size_bytes,
+            sector_bytes: it.disk.sector_bytes(),
+            lineage: it.superblock.lineage.clone(),
+            first_epoch: it.superblock.position.epoch,
+            loss: self.settings.loss,
+        };
         it.shell = Shell::Primary(Box::new(PrimaryShell {
-            tracker: Tracker::new(size_bytes, it.disk.sector_bytes(), lineage, &log, sessions),
+            tracker: Tracker::new(settings, &log, sessions),
             copies: BTreeMap::new(),
             disk_work: BTreeMap::new(),
             file_work: BTreeMap::new(),
@@ -115,9 +134,10 @@ impl World {
             block_size: it.superblock.block_size,
             sector_bytes: it.disk.sector_bytes() as u32,
             copy: it.superblock.copy,
+            adopted: it.superblock.adopted,
             fence: it.superblock.fence,
             lineage: it.superblock.lineage.clone(),
-            members: Vec::new(),
+            members: (0..self.hosts.len()).map(member).collect(),
         }
     }
 
@@ -133,6 +153,10 @@ impl World {
                 self.hosts[host].history.record(sequence, range, data.clone());
                 let id = self.start_primary_disk(host, DiskWork::Write(sequence, range, durable));
                 self.hosts[host].disk.write(id, range, &data, durable);
+            }
+            Action::BeginGeneration { kept } => {
+                self.hosts[host].superblock_work.push_back(SuperblockWork::Generation(kept));
+                self.record_next(host);
             }
             Action::SyncLocal => {
                 let id = self.start_primary_disk(host, DiskWork::Sync);
@@ -203,8 +227,45 @@ impl World {
         match shell.file_work.remove(&id).expect("it is known") {
             FileWork::Log => shell.tracker.handle_log_written(good, now),
             FileWork::Map(peer) => shell.tracker.handle_map_written(host_id(peer), good, now),
-            FileWork::Session(link) => self.session_recorded(link, good),
+            FileWork::Session(link) => {
+                self.session_recorded(link, good);
+                self.record_next(host);
+            }
+            FileWork::Generation(generation) => {
+                shell.tracker.handle_generation(good.then_some(generation), now);
+                let it = &mut self.hosts[host];
+                if good {
+                    it.superblock_written();
+                } else {
+                    it.superblock.lineage.retain(|other| *other != generation);
+                }
+                self.record_next(host);
+            }
         }
+    }
+
+    /// Records what waits for the superblock, one thing at a time.
+    pub(super) fn record_next(&mut self, host: usize) {
+        let number = self.next_operation();
+        let it = &mut self.hosts[host];
+        let Shell::Primary(shell) = &it.shell else { return };
+        if shell.is_recording() {
+            return;
+        }
+        let work = match it.superblock_work.pop_front() {
+            None => return,
+            Some(SuperblockWork::Session(link)) => {
+                it.superblock.session = it.superblock.session.next();
+                FileWork::Session(link)
+            }
+            Some(SuperblockWork::Generation(kept)) => {
+                let mut generation = GenerationId([host as u8; 16]);
+                generation.0[..8].copy_from_slice(&number.to_le_bytes());
+                lineage::begin(&mut it.superblock.lineage, generation, &kept, LINEAGE_LIMIT);
+                FileWork::Generation(generation)
+            }
+        };
+        self.start_superblock_write(host, work);
     }
 
     pub(super) fn content_of(&self, host: usize, request: RequestId, is_zero: bool) -> u64 {

@@ -1,18 +1,24 @@
 //! The shell of a replica: its machine, the payloads that wait, and what is under way on the disk and in the files.
 
-use super::disk::{Data, DiskOperation, Ended};
+use super::disk::{Data, DiskOperation, Ended, Value};
 use super::files::{Batch, FileOperation};
-use super::host::{Host, Shell, VOLUME};
+use super::gap::Layer;
+use super::host::{Host, Shell, host_id};
 use super::links::{Channel, LinkId, Packet};
 use super::primary::digest;
 use super::world::World;
-use blockmirror_protocol::disk::{marker, slot_offset, superblock};
+use blockmirror_protocol::dirty_map::DirtyMap;
+use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::disk::{activity_log, marker, slot_offset, superblock};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::replica::{self, Action, FrameId, Replica, StateChange};
+use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::Message;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
+
+/// Stands for the files of pre-images: only when a write to them ends matters.
+const LAYERS: &str = "pre-images";
 
 #[derive(Debug)]
 enum DiskWork {
@@ -25,6 +31,9 @@ enum DiskWork {
 enum FileWork {
     Marker,
     State(StateChange),
+    Log,
+    Layer(u64),
+    Saved(Vec<ByteRange>, BTreeMap<u64, Value>),
 }
 
 /// See the module.
@@ -42,21 +51,25 @@ pub struct ReplicaShell {
 
 impl ReplicaShell {
     /// A replica as the files of its host say.
-    fn recover(host: &Host, window_bytes: u64) -> Self {
+    fn recover(host: &Host, hosts: usize, window_bytes: u64, space: SpacePolicy) -> Self {
         let bytes = host.files.bytes(marker::FILE_NAME, marker::FILE_BYTES);
         let (marker_serial, position) = marker::recover(&bytes).unwrap_or_default();
-        let superblock = &host.superblock;
-        let settings = replica::Settings {
-            volume: VOLUME,
-            copy: superblock.copy,
-            size_bytes: superblock.size_bytes,
-            block_size: superblock.block_size,
-            sector_bytes: host.disk.sector_bytes() as u32,
-            window_bytes,
+        let superblock = host.superblock.clone();
+        let settings =
+            replica::Settings { sector_bytes: host.disk.sector_bytes() as u32, window_bytes, space };
+        let maps = (0..hosts).filter(|peer| *peer != host.number);
+        let maps = maps.map(|peer| (host_id(peer), host.recover_map(peer)));
+        let is_known = |map: &DirtyMap| !map.base().is_none();
+        let saved = if superblock.gap == 0 { Vec::new() } else { host.layer.saved.clone() };
+        let stored = replica::Stored {
+            superblock,
+            marker: position,
+            log: host.recover_log(),
+            maps: maps.filter(|(_, map)| is_known(map)).collect(),
+            saved,
         };
-        let lineage = superblock.lineage.clone();
         Self {
-            machine: Replica::new(settings, superblock.data, position, superblock.fence, lineage),
+            machine: Replica::new(settings, stored),
             speaker: None,
             marker_serial,
             payloads: BTreeMap::new(),
@@ -78,12 +91,24 @@ impl ReplicaShell {
     }
 }
 
+/// How saving ended.
+fn saved(good: bool, is_full: bool) -> Saved {
+    match (good, is_full) {
+        (_, true) => Saved::Full,
+        (true, false) => Saved::Done,
+        (false, false) => Saved::Failed,
+    }
+}
+
 impl World {
     /// Opens a host's volume as a replica.
     pub(super) fn start_replica(&mut self, host: usize) {
         let it = &mut self.hosts[host];
-        it.mirror.recovered(it.superblock.data, it.superblock.position);
-        it.shell = Shell::Replica(Box::new(ReplicaShell::recover(it, self.settings.window_bytes)));
+        let Superblock { data, position, gap, .. } = it.superblock;
+        it.mirror.recovered(data, position, gap);
+        let (window, space) = (self.settings.window_bytes, self.settings.space);
+        let shell = ReplicaShell::recover(&self.hosts[host], self.hosts.len(), window, space);
+        self.hosts[host].shell = Shell::Replica(Box::new(shell));
     }
 
     /// A host receives what is sent to it as a listener.
@@ -100,9 +125,10 @@ impl World {
     fn listener_hears(&mut self, link: LinkId, message: Message) {
         let Shell::Replica(shell) = &mut self.hosts[link.listener].shell else { return self.cut(link) };
         if let Message::Hello(hello) = &message {
-            if let Some(refused) = shell.machine.objection(hello) {
+            let refused = shell.machine.objection(hello).map(Message::from);
+            let superseded = || shell.machine.supersedes(hello.fence).map(Message::from);
+            if let Some(refused) = refused.or_else(superseded) {
                 // The session that is open goes on.
-                let refused = Message::from(refused);
                 return self.send(link, Channel::ToDialler, Packet::Message(refused.encode()));
             }
             let before = shell.speaker.replace(link).filter(|before| *before != link);
@@ -146,7 +172,9 @@ impl World {
         let frame = FrameId(self.next_operation());
         let shell = self.replica_shell(host);
         shell.payloads.insert(frame, data);
-        shell.machine.handle_frame(frame, header)
+        let result = shell.machine.handle_frame(frame, header);
+        shell.machine.acknowledge_receipt();
+        result
     }
 
     /// Whether a link's connection is the one that its listener serves.
@@ -196,6 +224,25 @@ impl World {
                 self.start_replica_file(host, marker::FILE_NAME, batches, FileWork::Marker);
             }
             Action::WriteState(change) => self.write_state(host, change),
+            Action::WriteLog { offset, record } => {
+                let batches = VecDeque::from([vec![(offset, Some(record))]]);
+                self.start_replica_file(host, activity_log::FILE_NAME, batches, FileWork::Log);
+            }
+            Action::BeginLayer(_) => {
+                let number = self.hosts[host].superblock.layers + 1;
+                self.start_replica_file(host, LAYERS, VecDeque::new(), FileWork::Layer(number));
+            }
+            Action::SavePreImages { ranges } => {
+                let disk = &self.hosts[host].disk;
+                let contents = ranges.iter().flat_map(|range| disk.read(*range)).collect();
+                self.start_replica_file(host, LAYERS, VecDeque::new(), FileWork::Saved(ranges, contents));
+            }
+            Action::EndLayer(number) => {
+                let it = &mut self.hosts[host];
+                if it.layer.number == number {
+                    it.layer = Layer::default();
+                }
+            }
             Action::ReadDigest { frame, range } => {
                 let id = self.start_replica_disk(host, DiskWork::Digest(frame, range));
                 self.hosts[host].disk.begin_read(id, range);
@@ -205,14 +252,7 @@ impl World {
     }
 
     fn write_state(&mut self, host: usize, change: StateChange) {
-        let superblock = &mut self.hosts[host].superblock;
-        superblock.data = change.data;
-        if let Some(position) = change.position {
-            superblock.position = position;
-        }
-        if let Some(lineage) = &change.lineage {
-            superblock.lineage.clone_from(lineage);
-        }
+        change.apply(&mut self.hosts[host].superblock);
         let batches = self.hosts[host].superblock_batches();
         self.start_replica_file(host, superblock::FILE_NAME, batches, FileWork::State(change));
     }
@@ -251,10 +291,26 @@ impl World {
 
     /// A metadata write of a replica ended.
     pub(super) fn replica_file_ended(&mut self, host: usize, id: FileOperation, good: bool) {
+        let is_full = self.is_rough && self.random.once_in(self.settings.space_failures);
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else { panic!("the host is a replica") };
         match shell.file_work.remove(&id).expect("it is known") {
             FileWork::Marker => shell.machine.handle_marker_written(good),
+            FileWork::Log => shell.machine.handle_log_written(good),
+            FileWork::Layer(number) => {
+                let begun = saved(good, is_full);
+                if begun == Saved::Done {
+                    it.layer = Layer::new(number);
+                }
+                shell.machine.handle_layer_begun(begun);
+            }
+            FileWork::Saved(ranges, contents) => {
+                let outcome = saved(good, is_full);
+                if outcome == Saved::Done {
+                    it.layer.save(ranges, contents);
+                }
+                shell.machine.handle_saved(outcome);
+            }
             FileWork::State(change) => {
                 shell.machine.handle_state_written(good);
                 if good {

@@ -27,6 +27,7 @@ impl World {
             self.links[link].stalled_until = self.now;
         }
         let end = self.now + SETTLING;
+        self.make_room();
         while !self.is_settled() {
             assert!(self.step(end), "R2: the hosts do not come to rest: {}", self.describe());
         }

@@ -1,7 +1,10 @@
 //! What a seed decides before anything happens.
 
 use super::random::Random;
+use blockmirror_protocol::replica::SpacePolicy;
+use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::BlockSize;
+use blockmirror_protocol::wire::message::Mode;
 use std::time::Duration;
 
 /// See the module.
@@ -23,6 +26,14 @@ pub struct Settings {
     pub link_delay: Duration,
     /// One disk operation in so many fails; 0 for none.
     pub disk_failures: u64,
+    /// One save of pre-images in so many finds no room; 0 for none.
+    pub space_failures: u64,
+    /// What replicas do then.
+    pub space: SpacePolicy,
+    /// When requests are answered, by the host that counts.
+    pub modes: Vec<Mode>,
+    /// What happens while a host that counts is lost.
+    pub loss: ReplicaLoss,
     /// How many requests an application has under way.
     pub concurrency: usize,
     /// How long the application waits between requests at most.
@@ -70,6 +81,10 @@ impl Settings {
             sync_delay: Duration::ZERO,
             link_delay: Duration::from_millis(2),
             disk_failures: 0,
+            space_failures: 0,
+            space: SpacePolicy::Pause,
+            modes: vec![Mode::Async; 4],
+            loss: ReplicaLoss::Continue,
             concurrency: 16,
             think_time: Duration::from_millis(4),
             write_bytes: 8192,
@@ -159,6 +174,10 @@ impl Settings {
             sync_delay: Duration::from_millis(random.pick(&[0, 0, 1000])),
             link_delay: random.pick(&milliseconds),
             disk_failures: random.pick(&[0, 0, 100, 500]),
+            space_failures: random.pick(&[0, 0, 20]),
+            space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),
+            modes: (0..4).map(|_| random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync])).collect(),
+            loss: ReplicaLoss::Continue,
             concurrency: 1 + random.below(16) as usize,
             think_time: random.pick(&[
                 Duration::from_millis(4),

@@ -67,7 +67,12 @@ impl Trouble {
     pub fn refused(refused: &Refused) -> Self {
         let kind = match refused.refusal {
             Refusal::UnknownVolume => FailureKind::NoSuchVolume,
-            Refusal::Busy | Refusal::Role | Refusal::Backing | Refusal::Unrelated => FailureKind::Refused,
+            Refusal::Busy
+            | Refusal::Role
+            | Refusal::Backing
+            | Refusal::Unrelated
+            | Refusal::SplitBrain
+            | Refusal::Space => FailureKind::Refused,
             Refusal::UnknownKey | Refusal::Version | Refusal::Token | Refusal::Other => FailureKind::Failed,
         };
         // A peer's text must not steer our terminal.

@@ -2,7 +2,7 @@
 
 use super::host::VOLUME;
 use super::*;
-use blockmirror_agent::config::{ConfigFolder, DEFAULT_WINDOW, PeerConfig, Role, VolumeConfig};
+use blockmirror_agent::config::{ConfigFolder, PeerConfig, Role, VolumeConfig};
 use blockmirror_agent::storage::file::{Access, File};
 use blockmirror_protocol::units::{BlockSize, VolumeId};
 use blockmirror_protocol::wire::message::{Refusal, Refused};
@@ -17,24 +17,14 @@ fn a_host_that_is_not_known_is_not_trusted_at_first_sight() {
 }
 
 fn configure(scene: &Scene, id: VolumeId, hosts: &[HostId]) {
-    let peers = hosts.iter().enumerate().map(|(index, host)| PeerConfig {
-        name: format!("host{index}").parse().unwrap(),
-        role: Role::Replica,
-        host: *host,
-        addresses: vec![],
-        paused: false,
+    let peers = hosts.iter().enumerate().map(|(index, host)| {
+        PeerConfig::new(format!("host{index}").parse().unwrap(), Role::Replica, *host, vec![])
     });
+    let (name, backing) = (NAME.parse().unwrap(), "/srv/data.img".into());
     let volume = VolumeConfig {
-        name: NAME.parse().unwrap(),
-        id,
-        role: Role::Primary,
-        backing: "/srv/data.img".into(),
-        size_bytes: SIZE,
-        block_size: BlockSize::default(),
         devices: vec![],
-        nbd_listen: None,
-        window: DEFAULT_WINDOW,
         peers: peers.collect(),
+        ..VolumeConfig::new(name, id, Role::Primary, backing, SIZE, BlockSize::default())
     };
     ConfigFolder::new(scene.path("etc")).save_volume(&volume).unwrap();
 }

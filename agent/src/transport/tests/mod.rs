@@ -60,7 +60,7 @@ fn header(sequence: u64, length: usize) -> FrameHeader {
 }
 
 fn epoch_end() -> FrameHeader {
-    let body = Body::EpochEnd { epoch: Epoch(1), sequence: Sequence(9) };
+    let body = Body::EpochEnd { epoch: Epoch(1), sequence: Sequence(9), cut: false };
     FrameHeader { session: Session(7), stream: Stream(1), body }
 }
 

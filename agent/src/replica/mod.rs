@@ -7,21 +7,28 @@
 //! After a failure of the backing the machine takes nothing any more (W5). The next greeting finds
 //! [`Replica::has_failed`], and the volume's thread opens the backing anew.
 
+mod gap;
+
 use crate::buffer::BufferPool;
+use crate::config::VolumeConfig;
 use crate::metadata::State;
+use crate::pre_images::{Layer, LayerError, PreImages};
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
 use crate::transport::FrameReceiver;
 use crate::transport::{ControlReceiver, ControlSender};
 use crate::transport::{ReceiveError, SendError};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::replica::{self, Action, FrameId, PrimaryMisbehaved, Settings, StateChange};
-use blockmirror_protocol::units::Session as SessionNumber;
+use blockmirror_protocol::replica::{
+    self, Action, FrameId, PrimaryMisbehaved, Settings, StateChange, Stored,
+};
+use blockmirror_protocol::units::{HostId, Session as SessionNumber};
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{Hello, Member, Message};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
 use tokio::sync::Notify;
@@ -38,6 +45,9 @@ pub struct Replica {
     backing: Rc<File>,
     state: Rc<State>,
     pool: BufferPool,
+    pre_images: PreImages,
+    /// The layer of the gap, while there is one.
+    layer: tokio::sync::Mutex<Option<Layer>>,
     inner: RefCell<Inner>,
     error: RefCell<Option<String>>,
     /// The session that is being served, and how it is told to end.
@@ -56,6 +66,17 @@ struct Inner {
     next_frame: u64,
     payloads: HashMap<FrameId, Bytes>,
     outgoing: Option<UnboundedSender<Message>>,
+}
+
+/// Why a replica can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenReplicaError {
+    /// Its metadata.
+    #[error(transparent)]
+    State(#[from] crate::metadata::StateError),
+    /// Its pre-images, without which it can't be rolled back.
+    #[error(transparent)]
+    PreImages(#[from] LayerError),
 }
 
 /// Why a session ended.
@@ -99,32 +120,41 @@ impl Replica {
     /// Opens a volume as replica.
     ///
     /// # Errors
-    /// [`crate::metadata::StateError`] when the metadata can't be read.
+    /// [`OpenReplicaError`] when metadata or pre-images can't be read.
     pub async fn open(
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
         state: State,
         pool: BufferPool,
-        window_bytes: u64,
-    ) -> Result<Rc<Self>, crate::metadata::StateError> {
+        folder: &Path,
+        config: &VolumeConfig,
+    ) -> Result<Rc<Self>, OpenReplicaError> {
         let superblock = state.superblock();
         let marker = state.recover_marker().await?;
+        let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
+        let pre_images = PreImages::new(folder, storage.clone(), pool.clone(), config.pre_images.0);
+        let layer = gap::open_layer(&pre_images, superblock.gap).await?;
         let settings = Settings {
-            volume: superblock.volume,
-            copy: superblock.copy,
-            size_bytes: superblock.size_bytes,
-            block_size: superblock.block_size,
             sector_bytes: u32::try_from(backing.alignment()).expect("a sector is small"),
-            window_bytes,
+            window_bytes: config.window.0,
+            space: config.when_full.into(),
         };
-        let machine =
-            replica::Replica::new(settings, superblock.data, marker, superblock.fence, superblock.lineage);
+        let stored = Stored {
+            superblock,
+            marker,
+            log: state.recover_log().await?,
+            maps: state.valid_maps(&peers).await?,
+            saved: layer.iter().flat_map(Layer::saved).collect(),
+        };
+        let machine = replica::Replica::new(settings, stored);
         Ok(Rc::new_cyclic(|me| Self {
             me: me.clone(),
             storage,
             backing,
             state: Rc::new(state),
             pool,
+            pre_images,
+            layer: tokio::sync::Mutex::new(layer),
             inner: RefCell::new(Inner { machine, next_frame: 0, payloads: HashMap::new(), outgoing: None }),
             error: RefCell::new(None),
             current: Cell::new(0),
@@ -220,10 +250,9 @@ impl Replica {
         mut receiver: ControlReceiver,
         learned: impl Fn(Vec<Member>),
     ) -> Result<(), SessionError> {
-        let objection = self.inner.borrow().machine.objection(&hello);
-        if let Some(refused) = objection {
+        if let Some(no) = self.objection(&hello) {
             // The session that is being served goes on.
-            sender.send(&refused.into()).await?;
+            sender.send(&no).await?;
             return Ok(sender.finish().await?);
         }
         let session = self.take_over();
@@ -248,7 +277,7 @@ impl Replica {
         };
         let send = async {
             while let Some(message) = source.recv().await {
-                let is_last = matches!(message, Message::Refused(_));
+                let is_last = matches!(message, Message::Refused(_) | Message::Superseded(_));
                 sender.send(&message).await?;
                 if is_last {
                     break;
@@ -299,6 +328,7 @@ impl Replica {
                     tokio::task::yield_now().await;
                 }
             }
+            self.drive(|inner| inner.machine.acknowledge_receipt());
         }
     }
 
@@ -324,6 +354,19 @@ impl Replica {
         if self.inner.borrow().machine.session() == Some(session) {
             self.disconnect();
         }
+    }
+
+    /// The operator made room for pre-images, or wants resyncs to go on without.
+    pub fn configure(&self, config: &VolumeConfig) {
+        self.pre_images.set_limit(config.pre_images.0);
+        self.drive(|inner| inner.machine.handle_room(config.when_full.into()));
+    }
+
+    /// Why a greeting is not taken, if it is not.
+    fn objection(&self, hello: &Hello) -> Option<Message> {
+        let inner = self.inner.borrow();
+        let refused = inner.machine.objection(hello).map(Message::from);
+        refused.or_else(|| inner.machine.supersedes(hello.fence).map(Message::from))
     }
 
     /// Tells the session that is being served to end, and names the next one.
@@ -396,6 +439,34 @@ impl Replica {
                     me.drive(|inner| inner.machine.handle_state_written(written));
                 });
             }
+            Action::WriteLog { offset, record } => {
+                let operation =
+                    Operation::Write { offset, data: self.state.page(&record[..]), durable: true };
+                let (me, log) = (self.me(), self.state.log_file());
+                let done = move |outcome| {
+                    let written = me.note(outcome);
+                    me.drive(|inner| inner.machine.handle_log_written(written));
+                };
+                self.storage.submit(log, operation, Box::new(done));
+            }
+            Action::BeginLayer(point) => {
+                let me = self.me();
+                spawn_local(async move {
+                    let begun = me.begin_layer(point).await;
+                    me.drive(|inner| inner.machine.handle_layer_begun(begun));
+                });
+            }
+            Action::SavePreImages { ranges } => {
+                let me = self.me();
+                spawn_local(async move {
+                    let saved = me.save_pre_images(&ranges).await;
+                    me.drive(|inner| inner.machine.handle_saved(saved));
+                });
+            }
+            Action::EndLayer(layer) => {
+                let me = self.me();
+                spawn_local(async move { me.end_layer(layer).await });
+            }
             Action::ReadDigest { frame, range } => {
                 let me = self.me();
                 spawn_local(async move {
@@ -443,17 +514,7 @@ impl Replica {
     }
 
     async fn write_state(&self, change: StateChange) -> Result<(), crate::metadata::StateError> {
-        self.state
-            .change_superblock(|superblock| {
-                superblock.data = change.data;
-                if let Some(position) = change.position {
-                    superblock.position = position;
-                }
-                if let Some(lineage) = change.lineage {
-                    superblock.lineage = lineage;
-                }
-            })
-            .await
+        self.state.change_superblock(|superblock| change.apply(superblock)).await
     }
 
     fn submit(&self, operation: Operation, done: impl FnOnce(&Self, storage::Outcome) + 'static) {

@@ -1,0 +1,153 @@
+//! Who copies to whom: two hosts' generations compared (L3), and when a map may be believed (L2).
+//!
+//! A lineage is a host's list of generations, newest first. A generation is begun by the first write after anything that
+//! could have let another host go on alone (L1), so two hosts that both went on have different newest generations over
+//! a common one, and a host that merely missed something has a newest generation that the other one's lineage contains.
+
+use crate::units::{Epoch, GenerationId, Position};
+
+/// How many low bits of an epoch's number count within one run of a primary; the rest count the runs.
+const RUN_BITS: u32 = 40;
+
+/// How two lineages stand to each other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Relation {
+    /// The newest generation is the same: by map.
+    Same,
+    /// Theirs is contained in mine: they missed what came after it.
+    MineIsNewer,
+    /// Mine is contained in theirs: I missed what came after it.
+    TheirsIsNewer,
+    /// Both went on after this generation: split brain.
+    Forked(GenerationId),
+    /// Nothing is in common.
+    Unrelated,
+}
+
+/// Compares two lineages, both newest first.
+#[must_use]
+pub fn relation(mine: &[GenerationId], theirs: &[GenerationId]) -> Relation {
+    match (mine.first(), theirs.first()) {
+        (Some(newest), Some(other)) if newest == other => Relation::Same,
+        (Some(_), Some(other)) if mine.contains(other) => Relation::MineIsNewer,
+        (Some(newest), Some(_)) if theirs.contains(newest) => Relation::TheirsIsNewer,
+        _ => match mine.iter().find(|generation| theirs.contains(generation)) {
+            Some(common) => Relation::Forked(*common),
+            None => Relation::Unrelated,
+        },
+    }
+}
+
+/// Whether a map that began when the peer's newest generation was `base`, kept by the host of this lineage ever since,
+/// says what differs on a peer whose newest generation is `theirs` (L2). No `base` stands for any generation of mine.
+#[must_use]
+pub fn map_covers(mine: &[GenerationId], base: GenerationId, theirs: GenerationId) -> bool {
+    let place = |wanted: GenerationId| mine.iter().position(|generation| *generation == wanted);
+    match place(theirs) {
+        Some(_) if base.is_none() => true,
+        Some(theirs) => place(base).is_some_and(|base| theirs <= base),
+        None => false,
+    }
+}
+
+/// Puts a new generation at the head. Where there is no room, the oldest one goes that no map refers to (L2).
+///
+/// # Panics
+/// When more generations are referred to than there is room for: there is one per peer at most.
+pub fn begin(lineage: &mut Vec<GenerationId>, generation: GenerationId, kept: &[GenerationId], limit: usize) {
+    lineage.insert(0, generation);
+    while lineage.len() > limit {
+        let oldest = lineage.iter().rposition(|generation| !kept.contains(generation));
+        let oldest = oldest
+            .filter(|place| *place > 0)
+            .expect("maps refer to fewer generations than there is room for");
+        lineage.remove(oldest);
+    }
+}
+
+/// The later one of two positions of the history that this lineage names. A position in a generation that it doesn't
+/// contain comes before all others.
+#[must_use]
+pub fn later(lineage: &[GenerationId], one: Position, other: Position) -> Position {
+    let rank = |position: &Position| {
+        let place = lineage.iter().position(|generation| *generation == position.generation);
+        (place.map_or(0, |place| lineage.len() - place), position.epoch)
+    };
+    if rank(&other) > rank(&one) { other } else { one }
+}
+
+/// The first epoch of a primary's next run, when an earlier position is `before`. So no two runs, on whichever hosts,
+/// use the same number within a generation: one position never names two histories.
+///
+/// # Panics
+/// When there were more than 2^24 runs.
+#[must_use]
+pub fn first_epoch_after(before: Epoch) -> Epoch {
+    let run = (before.0 >> RUN_BITS) + 1;
+    assert!(run < 1 << (64 - RUN_BITS), "there is a number for each run");
+    Epoch(run << RUN_BITS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Sequence;
+
+    fn lineage(text: &str) -> Vec<GenerationId> {
+        text.bytes().map(|byte| GenerationId([byte; 16])).collect()
+    }
+
+    #[test]
+    fn lineages_compare_as_the_table_says() {
+        let common = |byte| Relation::Forked(GenerationId([byte; 16]));
+        for (mine, theirs, expected) in [
+            ("a", "a", Relation::Same),
+            ("cba", "cba", Relation::Same),
+            ("cba", "c", Relation::Same),
+            ("ba", "a", Relation::MineIsNewer),
+            ("dcba", "ba", Relation::MineIsNewer),
+            ("a", "ba", Relation::TheirsIsNewer),
+            ("ca", "ba", common(b'a')),
+            ("dcba", "xyba", common(b'b')),
+            ("a", "b", Relation::Unrelated),
+            ("", "b", Relation::Unrelated),
+            ("", "", Relation::Unrelated),
+        ] {
+            assert_eq!(relation(&lineage(mine), &lineage(theirs)), expected, "{mine} {theirs}");
+        }
+    }
+
+    #[test]
+    fn a_map_covers_its_base_and_what_the_peer_confirmed_since() {
+        let covers = |base: &str, theirs: &str| {
+            let one = |text: &str| lineage(text).first().copied().unwrap_or_default();
+            map_covers(&lineage("dcba"), one(base), one(theirs))
+        };
+        assert!(covers("b", "b") && covers("b", "c") && covers("b", "d"));
+        assert!(!covers("b", "a"), "what happened before the map began is not in it");
+        assert!(!covers("b", "x") && !covers("x", "b"));
+        assert!(covers("", "a") && !covers("", "x"));
+    }
+
+    #[test]
+    fn generations_that_maps_refer_to_are_never_pruned() {
+        let mut generations = lineage("dcba");
+        begin(&mut generations, GenerationId([b'e'; 16]), &lineage("a"), 4);
+        assert_eq!(generations, lineage("edca"));
+    }
+
+    #[test]
+    fn positions_follow_each_other_by_generation_then_epoch() {
+        let position = |byte, epoch| Position {
+            generation: GenerationId([byte; 16]),
+            epoch: Epoch(epoch),
+            sequence: Sequence(0),
+        };
+        let later = |one, other| later(&lineage("ba"), one, other);
+        assert_eq!(later(position(b'a', 9), position(b'b', 1)), position(b'b', 1));
+        assert_eq!(later(position(b'a', 9), position(b'a', 8)), position(b'a', 9));
+        assert_eq!(later(position(b'a', 1), position(b'x', 8)), position(b'a', 1));
+        assert_eq!(first_epoch_after(Epoch(0)), Epoch(1 << 40));
+        assert_eq!(first_epoch_after(Epoch((3 << 40) + 7)), Epoch(4 << 40));
+    }
+}

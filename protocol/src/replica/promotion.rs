@@ -1,0 +1,97 @@
+//! How a replica becomes the primary, step by step (P1, P2, P5, L5).
+//!
+//! The steps are carried out in this order, each durably before the next. All of them may be done again, so a crash
+//! between any two leaves a replica that can be promoted once more, or go on as one: whatever a rollback has restored is
+//! in the maps by then, and they are a part of what it says in a greeting (D3).
+//!
+//! A map that this copy has kept since it was a primary is still good; for every other peer a clean one is made. It is
+//! relative to the newest generation here: a peer that has the same one differs only in the extents of the two
+//! activity logs (D5), and to any other peer the map does not apply (L2).
+
+use crate::dirty_map::DirtyMap;
+use crate::disk::dirty_map::Base;
+use crate::disk::superblock::{Role, Superblock};
+use crate::ranges::ByteRange;
+use crate::units::{HostId, Position};
+use crate::wire::message::{DataState, Fence};
+
+/// Why a replica can't be promoted, whatever it would lose.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum NotPromotable {
+    /// Nothing was ever copied.
+    #[error("the replica is empty: its first sync has not ended")]
+    Empty,
+    /// A mixture without a way back.
+    #[error("the replica is inconsistent and has no rollback point")]
+    Inconsistent,
+    /// It is the primary already.
+    #[error("this host is the primary already")]
+    Primary,
+}
+
+/// What is to be done next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Write a map for every peer, by [`map_for`].
+    WriteMaps,
+    /// Write every pre-image of this layer back.
+    Restore {
+        /// The layer.
+        layer: u64,
+    },
+    /// Sync the backing (P5).
+    Sync,
+    /// Record the promotion in the superblock, by [`record`].
+    Record,
+}
+
+/// The steps of a promotion.
+///
+/// # Errors
+/// [`NotPromotable`] when no step would make a legal image of the volume.
+pub fn steps(superblock: &Superblock) -> Result<Vec<Step>, NotPromotable> {
+    if superblock.role == Role::Primary {
+        return Err(NotPromotable::Primary);
+    }
+    match (superblock.data, superblock.gap) {
+        (DataState::Consistent, _) => Ok(vec![Step::WriteMaps, Step::Sync, Step::Record]),
+        (DataState::Inconsistent, 0) => Err(NotPromotable::Inconsistent),
+        (DataState::Inconsistent, layer) => {
+            Ok(vec![Step::WriteMaps, Step::Restore { layer }, Step::Sync, Step::Record])
+        }
+        (DataState::Empty, _) => Err(NotPromotable::Empty),
+    }
+}
+
+/// The map to write for a peer: the one that was kept, if it is still good, else a clean one, with every block that a
+/// rollback will restore (P2). `map` is as recovered, or full.
+#[must_use]
+pub fn map_for(mut map: DirtyMap, superblock: &Superblock, restored: &[ByteRange]) -> DirtyMap {
+    let (base, adopted) = (map.base(), superblock.adopted);
+    if base.is_none() || base.adopted != adopted {
+        let generation = superblock.lineage.first().copied().unwrap_or_default();
+        map = map.clean(Base { generation, adopted, ..Base::default() });
+    }
+    for range in restored {
+        map.mark(range.blocks(superblock.block_size));
+    }
+    map
+}
+
+/// What the superblock says once `host` is promoted; `position` is the replica's last one.
+pub fn record(superblock: &mut Superblock, host: HostId, position: Position) {
+    superblock.role = Role::Primary;
+    superblock.fence = Fence { counter: superblock.fence.counter + 1, holder: host };
+    superblock.data = DataState::Consistent;
+    superblock.position = position;
+    superblock.gap = 0;
+    superblock.released = false;
+}
+
+/// What the superblock says once a primary is demoted, or met the newer `fence`; `position` is where it got to.
+pub fn record_demotion(superblock: &mut Superblock, fence: Fence, position: Position) {
+    superblock.role = Role::Replica;
+    superblock.fence = fence;
+    superblock.source = fence;
+    superblock.position = position;
+}

@@ -1,0 +1,127 @@
+//! When a generation begins (L1).
+//!
+//! A generation is begun by the first write after anything that could have let another host go on alone: the volume
+//! was opened, or a replica left the stream. Its name is durable here before that write begins, and goes to every
+//! replica that follows before the write does. A volume that sees no writes stays in its generation, so that hosts
+//! which saw none never diverge.
+//!
+//! Two things besides writes need one: a reply that is given without a replica whose mode requires it, and the commit
+//! of a replica while another one may have the same newest generation and yet lack some of it. Else those two could be
+//! taken for equals when the primary is gone (D5).
+
+use super::{Action, Piece, Tracker};
+use crate::lineage;
+use crate::units::{GenerationId, Time};
+
+/// Where the next generation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// The newest one goes on.
+    NotWanted,
+    /// The volume was opened: the first write begins one.
+    Opened,
+    /// A replica left the stream: what is done without it begins one.
+    Left,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Generations {
+    pub(super) lineage: Vec<GenerationId>,
+    pub(super) next: Next,
+    pub(super) beginning: bool,
+    /// Pieces that wait for the generation, in order.
+    pub(super) held: Vec<Piece>,
+}
+
+impl Generations {
+    pub(super) fn new(lineage: Vec<GenerationId>) -> Self {
+        Self { lineage, next: Next::Opened, beginning: false, held: Vec::new() }
+    }
+
+    pub(super) fn newest(&self) -> GenerationId {
+        self.lineage.first().copied().unwrap_or_default()
+    }
+}
+
+impl Tracker {
+    /// A generation that [`Action::BeginGeneration`] asked for is durable at the head of the lineage, or could not be
+    /// recorded.
+    pub fn handle_generation(&mut self, generation: Option<GenerationId>, now: Time) {
+        assert!(self.generations.beginning, "a generation was asked for");
+        self.generations.beginning = false;
+        let held = std::mem::take(&mut self.generations.held);
+        match generation {
+            Some(generation) => {
+                self.generations.next = Next::NotWanted;
+                let kept = self.kept_generations();
+                lineage::begin(
+                    &mut self.generations.lineage,
+                    generation,
+                    &kept,
+                    crate::disk::superblock::LINEAGE_LIMIT,
+                );
+                for session in self.sessions.values_mut() {
+                    // One that left meanwhile was told nothing of the generation, and is not a part of it.
+                    session.take_left();
+                    session.handle_generation(generation);
+                }
+                self.collect();
+                for piece in held {
+                    self.begin_if_active(piece, now);
+                }
+            }
+            None => {
+                for piece in held {
+                    self.activity.give_back(piece.range.extents(), None);
+                    self.done_piece(piece.request, false, now);
+                }
+                self.fail_backing(now);
+            }
+        }
+        self.drive(now);
+    }
+
+    /// Whether a write must wait for a generation; the first one that does begins it.
+    pub(super) fn hold_for_generation(&mut self, piece: Piece) -> bool {
+        self.note_left();
+        if self.generations.next == Next::NotWanted && !self.generations.beginning {
+            return false;
+        }
+        self.generations.held.push(piece);
+        self.begin_generation();
+        true
+    }
+
+    /// Asks for a generation, unless one is just beginning. The epoch closes, so that none is in two.
+    pub(super) fn begin_generation(&mut self) {
+        if !std::mem::replace(&mut self.generations.beginning, true) {
+            self.close_epoch();
+            let kept = self.kept_generations();
+            self.actions.push_back(Action::BeginGeneration { kept });
+        }
+    }
+
+    /// Replicas that left the stream make a generation wanted.
+    pub(super) fn note_left(&mut self) {
+        for session in self.sessions.values_mut() {
+            if session.take_left() {
+                self.generations.next = Next::Left;
+            }
+        }
+    }
+
+    /// Whether a replica may be committed to the newest generation: no other one may have it and lack some of it.
+    pub(super) fn may_commit(&self, peer: crate::units::HostId) -> bool {
+        let newest = self.generations.newest();
+        let others = || self.sessions.values().filter(|session| session.peer() != peer);
+        !self.generations.beginning
+            && self.generations.next != Next::Left
+            && !others().any(|session| session.may_lag_within(newest))
+    }
+
+    /// The generations that maps are relative to: they are not pruned (L2).
+    fn kept_generations(&self) -> Vec<GenerationId> {
+        self.sessions.values().map(|session| session.base().generation).collect()
+    }
+}

@@ -1,0 +1,157 @@
+//! When a request that is done here may be answered: what its mode demands of the replicas (W4).
+//!
+//! A replica counts for its mode only while it is in sync. While one that should count doesn't, the operator's choice
+//! holds: go on without it, which begins a generation first (L1), or wait, for a bounded time, until enough are in sync.
+//! A replica that is in sync and yet doesn't answer stops being in sync after the deadline of acknowledgements (D4), so
+//! that a hanging one blocks nobody who chose to go on (W7).
+
+use super::generation::Next;
+use super::{RequestId, Tracker, WriteFailed};
+use crate::session::{ACKNOWLEDGEMENT_DEADLINE, Session};
+use crate::units::{Sequence, Time};
+use crate::wire::message::Mode;
+use std::time::Duration;
+
+/// What happens while a replica that writes should wait for is not in sync.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum ReplicaLoss {
+    /// Replies go on without it.
+    #[default]
+    Continue,
+    /// Replies wait until so many replicas are in sync, and fail after this time.
+    Block {
+        /// How many replicas of a mode other than async must be in sync; no more than there are.
+        min_replicas: usize,
+        /// How long a reply waits at most.
+        limit: Duration,
+    },
+}
+
+/// A request that is done here and waits for replicas.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Owed {
+    request: RequestId,
+    /// The last write that the answer speaks for.
+    sequence: Sequence,
+    /// Whether it promises that everything up to there is durable.
+    durable: bool,
+    since: Time,
+    /// When it must be thought about again.
+    due: Option<Time>,
+}
+
+enum Verdict {
+    Answer,
+    Wait,
+    /// In-sync replicas don't answer.
+    Late,
+    Fail,
+}
+
+impl Tracker {
+    /// A request is done here; it is answered when its replicas are, too.
+    pub(super) fn owe(&mut self, request: RequestId, sequence: Sequence, durable: bool, now: Time) {
+        if self.sessions.values().all(|session| session.mode() == Mode::Async) {
+            return self.answer(request, Ok(()));
+        }
+        let due = Some(now.after(self.patience()));
+        self.owed.push_back(Owed { request, sequence, durable, since: now, due });
+    }
+
+    /// Answers what may be answered.
+    pub(super) fn settle(&mut self, now: Time) {
+        if self.owed.is_empty() {
+            return;
+        }
+        self.note_left();
+        let mut late = false;
+        for mut owed in std::mem::take(&mut self.owed) {
+            if owed.due.is_some_and(|due| now >= due) {
+                owed.due = self.last_moment(owed).filter(|last| *last > now);
+            }
+            match self.verdict(owed, now) {
+                Verdict::Answer => self.answer(owed.request, Ok(())),
+                Verdict::Fail => self.answer(owed.request, Err(WriteFailed)),
+                Verdict::Wait => self.owed.push_back(owed),
+                Verdict::Late => {
+                    late = true;
+                    self.owed.push_back(owed);
+                }
+            }
+        }
+        if late {
+            self.give_late_ones_up(now);
+            self.settle(now);
+        }
+    }
+
+    /// When an answer must be thought about again.
+    pub(super) fn reply_timeout(&self) -> Option<Time> {
+        self.owed.iter().filter_map(|owed| owed.due).min()
+    }
+
+    /// How long an answer waits before anything happens by itself.
+    fn patience(&self) -> Duration {
+        match self.loss {
+            ReplicaLoss::Block { limit, .. } => limit.min(ACKNOWLEDGEMENT_DEADLINE),
+            ReplicaLoss::Continue => ACKNOWLEDGEMENT_DEADLINE,
+        }
+    }
+
+    /// When an answer that waits for enough replicas fails.
+    fn last_moment(&self, owed: Owed) -> Option<Time> {
+        match self.loss {
+            ReplicaLoss::Block { limit, .. } => Some(owed.since.after(limit.max(ACKNOWLEDGEMENT_DEADLINE))),
+            ReplicaLoss::Continue => None,
+        }
+    }
+
+    /// Nothing that waits for replicas is answered well any more.
+    pub(super) fn fail_owed(&mut self) {
+        for owed in std::mem::take(&mut self.owed) {
+            self.answer(owed.request, Err(WriteFailed));
+        }
+    }
+
+    fn verdict(&mut self, owed: Owed, now: Time) -> Verdict {
+        let required = || self.sessions.values().filter(|session| session.mode() != Mode::Async);
+        let in_sync = required().filter(|session| session.is_in_sync()).count();
+        let all = required().count();
+        if required().any(|session| session.is_in_sync() && !owed.is_settled_by(session)) {
+            let is_late = now >= owed.since.after(ACKNOWLEDGEMENT_DEADLINE);
+            return if is_late { Verdict::Late } else { Verdict::Wait };
+        }
+        if let ReplicaLoss::Block { min_replicas, limit } = self.loss
+            && in_sync < min_replicas.min(all)
+        {
+            return if now >= owed.since.after(limit) { Verdict::Fail } else { Verdict::Wait };
+        }
+        if in_sync < all && self.generations.next == Next::Left {
+            // What is answered without a replica must not be taken for what that replica has (L1).
+            self.begin_generation();
+        }
+        if self.generations.beginning && in_sync < all { Verdict::Wait } else { Verdict::Answer }
+    }
+
+    /// In-sync replicas that hold an answer up for longer than the deadline are in sync no more.
+    fn give_late_ones_up(&mut self, now: Time) {
+        let late = |owed: &&Owed| now >= owed.since.after(ACKNOWLEDGEMENT_DEADLINE);
+        let late: Vec<Owed> = self.owed.iter().filter(late).copied().collect();
+        for session in self.sessions.values_mut() {
+            let counts = session.mode() != Mode::Async && session.is_in_sync();
+            if counts && late.iter().any(|owed| !owed.is_settled_by(session)) {
+                session.give_up();
+            }
+        }
+    }
+}
+
+impl Owed {
+    fn is_settled_by(&self, session: &Session) -> bool {
+        match session.mode() {
+            Mode::Async => true,
+            Mode::Sync if self.durable => session.has_durably(self.sequence),
+            Mode::SemiSync | Mode::Sync => session.has_received(self.sequence),
+        }
+    }
+}
