@@ -23,11 +23,34 @@ pub enum Bug {
     CopyWhileWriting,
     /// A frame of an older session is written (R1).
     OldFrameLands,
+    /// What the other side says of its own map and log is ignored (D3).
+    IgnoreUnion,
+    /// A handshake clears bits (D3).
+    DropBitsAtHandshake,
+    /// A rollback restores blocks that no map remembers (P2).
+    RollBackUnmarked,
+    /// A write to a dirty block is streamed, although a copy of the block may be on its way: the replica gets both
+    /// versions (R1, P3).
+    SendBothVersions,
+    /// A restarted primary goes on in the generation of before (L1).
+    KeepGeneration,
+    /// A replica counts as consistent with its last copy, not with the epoch after it (P2).
+    CommitAtLastCopy,
+    /// A fence of the same number is followed, whoever holds it (L5).
+    FollowEqualFence,
+    /// A replica counts for its mode while it is resynced (W4).
+    CountResyncing,
+    /// Two replicas of one generation are taken for equal, whatever each has applied (D5, L3).
+    TakeForEqual,
+    /// A block is overwritten in gap mode before its pre-image is durable (P2).
+    OverwriteUnsaved,
+    /// A flush in sync mode does not wait for the replica (W4).
+    AnswerEarly,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 18] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -35,6 +58,17 @@ impl Bug {
         Self::ForgetWindow,
         Self::CopyWhileWriting,
         Self::OldFrameLands,
+        Self::IgnoreUnion,
+        Self::DropBitsAtHandshake,
+        Self::RollBackUnmarked,
+        Self::SendBothVersions,
+        Self::KeepGeneration,
+        Self::CommitAtLastCopy,
+        Self::FollowEqualFence,
+        Self::CountResyncing,
+        Self::TakeForEqual,
+        Self::OverwriteUnsaved,
+        Self::AnswerEarly,
     ];
 }
 

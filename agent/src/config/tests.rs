@@ -134,11 +134,11 @@ fn a_wrong_value_is_told_with_its_line() {
         ("\"64M\"", "\"64K\"", "data.toml:11: the window is at least 1M"),
         ("/srv", "srv", r#"data.toml:6: the path of a backing begins with "/""#),
         ("000102", "00010", "data.toml:4: the id of a volume is 32 hexadecimal digits"),
-        ("\"0707", "\"xx07", "data.toml:16: the fingerprint of a host's key is 64 hexadecimal digits"),
+        ("\"0707", "\"xx07", "data.toml:21: the fingerprint of a host's key is 64 hexadecimal digits"),
         (
             "org:7447",
             "org",
-            r#"data.toml:17: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
+            r#"data.toml:22: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
         ),
         ("127.0.0.1:10809", "x", "data.toml:10: invalid socket address syntax"),
         ("role = \"primary\"\n", "", r#"data.toml:1: missing field "role""#),

@@ -29,6 +29,7 @@ mod change;
 mod gap;
 pub mod promotion;
 mod receive;
+pub mod resolve;
 
 pub use change::StateChange;
 pub use gap::{Saved, SpacePolicy};
@@ -189,6 +190,8 @@ struct Link {
     generation: GenerationId,
     /// A resync was announced and is not recorded yet.
     announced: bool,
+    /// A release that was announced and is not recorded yet: the generation that it is of.
+    release: Option<GenerationId>,
     /// A generation that is being recorded.
     beginning: bool,
     mode: Mode,
@@ -307,7 +310,9 @@ impl Replica {
             return Ok(());
         }
         let Some(link) = &mut self.link else {
-            return Err(PrimaryMisbehaved("it spoke before it greeted"));
+            // After a refusal, what was on its way still comes.
+            let was_refused = self.failed || self.gap.is_full;
+            return if was_refused { Ok(()) } else { Err(PrimaryMisbehaved("it spoke before it greeted")) };
         };
         let session = link.session;
         match message {
@@ -319,7 +324,8 @@ impl Replica {
             }
             Message::Commit(commit) if commit.session == session => {
                 let has_frames = link.received > Sequence(0) || link.copies.received > 0;
-                if commit.position.epoch > link.durable && has_frames {
+                let is_early = commit.position.epoch > link.durable && !planted(Bug::CommitAtLastCopy);
+                if is_early && has_frames {
                     return Err(PrimaryMisbehaved("it committed an epoch that is not durable here"));
                 }
                 link.resync = None;
@@ -334,12 +340,8 @@ impl Replica {
                 Ok(())
             }
             Message::Release(Release { session: theirs, generation }) if theirs == session => {
-                if self.superblock.data != DataState::Consistent
-                    || self.superblock.lineage.first() != Some(&generation)
-                {
-                    return Err(PrimaryMisbehaved("it released a replica that is not in sync"));
-                }
-                self.change_state(StateChange::Release, Some((ReleaseRecorded { session }.into(), session)));
+                link.release = Some(generation);
+                self.go_on();
                 Ok(())
             }
             _ => Err(PrimaryMisbehaved("it sent a message that does not fit the session")),
@@ -513,7 +515,7 @@ impl Replica {
     /// A frame's extents are in the log, where that is needed.
     fn apply_claimed(&mut self, frame: FrameId) {
         let range = self.items[&frame].body.range();
-        if self.is_in_gap() {
+        if self.is_in_gap() && !planted(Bug::OverwriteUnsaved) {
             self.apply_when_saved(frame, range);
         } else {
             self.apply(frame);
@@ -578,6 +580,7 @@ impl Replica {
         self.write_log();
         self.start_commit();
         self.begin_resync();
+        self.record_release();
         self.write_state();
         self.welcome();
     }
@@ -604,6 +607,21 @@ impl Replica {
         } else {
             self.record_begin(self.superblock.gap);
         }
+    }
+
+    /// Records a release once this replica has what it is about: the generation comes by another stream.
+    fn record_release(&mut self) {
+        let superblock = &self.superblock;
+        let Some(link) = &mut self.link else { return };
+        let has_all =
+            superblock.data == DataState::Consistent && link.queue.is_empty() && link.live_bytes == 0;
+        if !has_all || link.release.is_none() || superblock.lineage.first() != link.release.as_ref() {
+            return;
+        }
+        link.release = None;
+        let session = link.session;
+        let answer = (ReleaseRecorded { session }.into(), session);
+        self.state_changes.push_back((StateChange::Release, Some(answer)));
     }
 
     fn record_begin(&mut self, gap: u64) {

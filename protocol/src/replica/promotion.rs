@@ -10,9 +10,11 @@
 
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
-use crate::disk::superblock::{Role, Superblock};
+use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
+use crate::lineage;
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
-use crate::units::{HostId, Position};
+use crate::units::{GenerationId, HostId, Position};
 use crate::wire::message::{DataState, Fence};
 
 /// Why a replica can't be promoted, whatever it would lose.
@@ -72,7 +74,7 @@ pub fn map_for(mut map: DirtyMap, superblock: &Superblock, restored: &[ByteRange
         let generation = superblock.lineage.first().copied().unwrap_or_default();
         map = map.clean(Base { generation, adopted, ..Base::default() });
     }
-    for range in restored {
+    for range in restored.iter().filter(|_| !planted(Bug::RollBackUnmarked)) {
         map.mark(range.blocks(superblock.block_size));
     }
     map
@@ -88,8 +90,18 @@ pub fn record(superblock: &mut Superblock, host: HostId, position: Position) {
     superblock.released = false;
 }
 
-/// What the superblock says once a primary is demoted, or met the newer `fence`; `position` is where it got to.
-pub fn record_demotion(superblock: &mut Superblock, fence: Fence, position: Position) {
+/// What the superblock says once a primary is demoted, or met the newer `fence`; `position` is where it got to. A
+/// generation of its `own` is begun for what it answered and never delivered to the host that was promoted: that is not
+/// lost without the operator's word (L3, L6).
+pub fn record_demotion(
+    superblock: &mut Superblock,
+    fence: Fence,
+    position: Position,
+    own: Option<GenerationId>,
+) {
+    if let Some(own) = own {
+        lineage::begin(&mut superblock.lineage, own, &[], LINEAGE_LIMIT);
+    }
     superblock.role = Role::Replica;
     superblock.fence = fence;
     superblock.source = fence;

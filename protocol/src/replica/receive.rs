@@ -6,6 +6,7 @@ use super::{
     Action, COPY_LIMIT_BYTES, Copies, FrameId, Item, Link, Marker, PrimaryMisbehaved, Replica, StateChange,
 };
 use crate::disk::superblock::Superblock;
+use crate::lineage::{self, Relation};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
@@ -22,7 +23,8 @@ const UNION_LIMIT: usize = 1 << 20;
 /// Whether whoever greets with `fence` may not write, because `newest` was given to another host since, or to one of the
 /// same number (L5).
 fn is_superseded(fence: Fence, newest: Fence) -> bool {
-    fence.counter < newest.counter || fence.counter == newest.counter && fence.holder != newest.holder
+    let is_rival = fence.counter == newest.counter && fence.holder != newest.holder;
+    fence.counter < newest.counter || is_rival && !planted(Bug::FollowEqualFence)
 }
 
 impl Replica {
@@ -53,6 +55,22 @@ impl Replica {
         }
         if (hello.volume, hello.size_bytes, hello.block_size) != (volume, size_bytes, block_size) {
             return refused(Refusal::Unrelated, "the volume's identity, size or block size differs here");
+        }
+        if self.superblock.data != DataState::Empty
+            && !hello.lineage.is_empty()
+            && !self.superblock.lineage.is_empty()
+        {
+            // What this copy has and the primary lacks would be lost (L3).
+            let text = match lineage::relation(&hello.lineage, &self.superblock.lineage) {
+                Relation::Same | Relation::MineIsNewer => None,
+                Relation::Forked(_) | Relation::TheirsIsNewer => {
+                    Some("both hosts went on after they were last in sync; say whose content stays")
+                }
+                Relation::Unrelated => Some("the two hosts' histories have nothing in common"),
+            };
+            if let Some(text) = text {
+                return refused(Refusal::SplitBrain, text);
+            }
         }
         if self.gap.is_full {
             return Some(self.no_room());
@@ -93,12 +111,17 @@ impl Replica {
             return;
         }
         let Some(hello) = self.greeting.take() else { return };
+        if let Some(refused) = self.objection(&hello) {
+            // What was being recorded when it came may have changed the lineage (L3).
+            self.actions.push_back(Action::Send(refused.into()));
+            return;
+        }
         if hello.fence != self.superblock.fence || self.superblock.released {
             let follow = StateChange::Follow(hello.fence);
             self.greeting = Some(hello);
             return self.change_state(follow, None);
         }
-        self.log.is_wanted = hello.members.len() > 2;
+        self.log.is_wanted = hello.members.len() > 2 && !planted(Bug::TakeForEqual);
         self.last_session = hello.session;
         self.order.widen_sector(hello.sector_bytes.clamp(512, 1 << 16).next_power_of_two().into());
         self.marker = Marker::default();
@@ -107,6 +130,7 @@ impl Replica {
             stream: hello.stream,
             generation: hello.lineage.first().copied().unwrap_or_default(),
             announced: false,
+            release: None,
             beginning: false,
             mode: hello.mode,
             fence: hello.fence,

@@ -6,6 +6,7 @@
 use super::{Action, Link, Phase, Session, State};
 use crate::disk::dirty_map::Base;
 use crate::lineage::{self, Relation};
+use crate::planted::{Bug, planted};
 use crate::session::resync::Resync;
 use crate::session::stream::Window;
 use crate::units::{
@@ -140,6 +141,9 @@ impl Session {
                     self.map.begin_anew(Base { copy: welcome.copy, generation, adopted });
                     self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
                 }
+                if planted(Bug::DropBitsAtHandshake) && welcome.data == DataState::Consistent {
+                    self.map.clear(0..u64::MAX);
+                }
                 greeting.welcome = Some(welcome);
                 Ok(Handled::Sector(sector_bytes))
             }
@@ -147,7 +151,7 @@ impl Session {
                 if ranges.iter().any(|range| range.end() > self.size_bytes) {
                     return Err(PeerError::Misbehaved("it reports blocks past the volume's end"));
                 }
-                for range in ranges {
+                for range in ranges.into_iter().filter(|_| !planted(Bug::IgnoreUnion)) {
                     self.mark_suspect(range, last);
                 }
                 if is_last {

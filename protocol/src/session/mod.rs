@@ -122,6 +122,8 @@ pub struct Session {
     /// Whether a link that streamed was lost or broke off since this was last asked: the replica may have gone on alone,
     /// or lacks what comes now (L1).
     left: bool,
+    /// Whether the replica may have recorded the newest generation.
+    may_have_newest: bool,
     /// What the next link's first read will be named.
     next_read: CopyRead,
     /// The number of the next compare's first step.
@@ -177,15 +179,20 @@ enum Phase {
 }
 
 impl Phase {
+    /// Whether the replica may count itself as one that follows the newest generation.
+    fn follows(self) -> bool {
+        matches!(self, Self::InSync | Self::Committing { sent: Some(_), .. })
+    }
+
     fn streams(self) -> bool {
         matches!(self, Self::Resyncing | Self::Committing { streams: true, .. } | Self::InSync)
     }
 }
 
 impl Link {
-    /// Streams no more. Says whether the replica may count itself as one that follows the newest generation.
+    /// Streams no more. Says whether the replica followed.
     fn break_off(&mut self) -> bool {
-        let follows = matches!(self.phase, Phase::InSync | Phase::Committing { sent: Some(_), .. });
+        let follows = self.phase.follows();
         self.phase = Phase::Draining;
         follows
     }
@@ -258,6 +265,7 @@ impl Session {
             map_failures: 0,
             state: State::Away,
             left: false,
+            may_have_newest: true,
             next_read: CopyRead(0),
             next_step: 0,
             since: Time::default(),
@@ -321,7 +329,7 @@ impl Session {
         let parts: Vec<_> = self.map.split(blocks.clone()).collect();
         let clean: Vec<ByteRange> = parts
             .iter()
-            .filter(|(dirty, _)| !dirty)
+            .filter(|(dirty, _)| !dirty || planted(Bug::SendBothVersions))
             .map(|(_, part)| ByteRange::of_blocks(part.clone(), self.block_size, self.size_bytes))
             .map(|bytes| bytes.intersection(write.range).expect("the part is the write's"))
             .collect();
@@ -623,7 +631,7 @@ impl Session {
             link.received = link.sent;
         }
         let Some((epoch, sequence)) = *closed else { return Wants { epoch_end: true, generation: false } };
-        if *streams && link.durable < epoch {
+        if *streams && link.durable < epoch && !planted(Bug::CommitAtLastCopy) {
             return Wants::default();
         }
         if !circumstances.may_commit {
@@ -631,6 +639,7 @@ impl Session {
         }
         let generation = circumstances.lineage.first().copied().unwrap_or_default();
         *sent = Some(generation);
+        self.may_have_newest = true;
         let commit = Commit {
             session: link.session,
             position: Position { generation, epoch, sequence },
@@ -644,8 +653,11 @@ impl Session {
 
     /// A generation began, durably: what is streamed from here on belongs to it (L1).
     pub(crate) fn handle_generation(&mut self, generation: GenerationId) {
+        self.may_have_newest = false;
         let State::Linked(link) = &mut self.state else { return };
         if link.phase.streams() {
+            // One that is being resynced records it with its commit only.
+            self.may_have_newest = link.phase.follows();
             let body = Body::Generation { generation };
             let header = FrameHeader { session: link.session, stream: link.stream, body };
             self.actions.push_back(Action::SendFrame { header, request: None });
@@ -680,7 +692,10 @@ impl Session {
     /// Whether the replica is in sync, and so counts for its mode (W4).
     #[must_use]
     pub fn is_in_sync(&self) -> bool {
-        matches!(&self.state, State::Linked(link) if link.phase == Phase::InSync)
+        let counts = |phase: Phase| {
+            phase == Phase::InSync || phase == Phase::Resyncing && planted(Bug::CountResyncing)
+        };
+        matches!(&self.state, State::Linked(link) if counts(link.phase))
     }
 
     /// When the replica counts, writes and flushes are answered by this.
@@ -723,11 +738,11 @@ impl Session {
         std::mem::take(&mut self.left)
     }
 
-    /// Whether the replica may have this generation as its newest one, and yet lack some of it.
-    pub(crate) fn may_lag_within(&self, generation: GenerationId) -> bool {
-        let base = self.map.base();
-        let may_follow = base.generation == generation || base.generation.is_none() && !base.copy.is_none();
-        may_follow && !self.is_in_sync() && !self.map.is_clean()
+    /// Whether the replica may have the newest generation, and yet lack some of it. What it confirmed in an earlier run
+    /// need not be recorded here, so any replica may have the generation that this run began with.
+    pub(crate) fn may_lag_within_newest(&self) -> bool {
+        let was_met = !self.map.base().is_none();
+        was_met && self.may_have_newest && !self.is_in_sync() && !self.map.is_clean()
     }
 
     /// What the map is relative to.

@@ -9,8 +9,9 @@
 //! of a replica while another one may have the same newest generation and yet lack some of it. Else those two could be
 //! taken for equals when the primary is gone (D5).
 
-use super::{Action, Piece, Tracker};
+use super::{Action, Piece, Session, Tracker};
 use crate::lineage;
+use crate::planted::{Bug, planted};
 use crate::units::{GenerationId, Time};
 
 /// Where the next generation is.
@@ -36,7 +37,8 @@ pub(super) struct Generations {
 
 impl Generations {
     pub(super) fn new(lineage: Vec<GenerationId>) -> Self {
-        Self { lineage, next: Next::Opened, beginning: false, held: Vec::new() }
+        let next = if planted(Bug::KeepGeneration) { Next::NotWanted } else { Next::Opened };
+        Self { lineage, next, beginning: false, held: Vec::new() }
     }
 
     pub(super) fn newest(&self) -> GenerationId {
@@ -113,11 +115,10 @@ impl Tracker {
 
     /// Whether a replica may be committed to the newest generation: no other one may have it and lack some of it.
     pub(super) fn may_commit(&self, peer: crate::units::HostId) -> bool {
-        let newest = self.generations.newest();
         let others = || self.sessions.values().filter(|session| session.peer() != peer);
         !self.generations.beginning
             && self.generations.next != Next::Left
-            && !others().any(|session| session.may_lag_within(newest))
+            && !others().any(Session::may_lag_within_newest)
     }
 
     /// The generations that maps are relative to: they are not pruned (L2).

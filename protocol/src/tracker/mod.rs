@@ -522,6 +522,12 @@ impl Tracker {
         self.sessions.get(&peer).is_some_and(Session::is_released)
     }
 
+    /// Whether this replica is in sync, and counts for its mode (W4).
+    #[must_use]
+    pub fn is_in_sync(&self, peer: HostId) -> bool {
+        self.sessions.get(&peer).is_some_and(Session::is_in_sync)
+    }
+
     /// The volume's generations, newest first.
     #[must_use]
     pub fn lineage(&self) -> &[GenerationId] {

@@ -7,6 +7,7 @@
 
 use super::generation::Next;
 use super::{RequestId, Tracker, WriteFailed};
+use crate::planted::{Bug, planted};
 use crate::session::{ACKNOWLEDGEMENT_DEADLINE, Session};
 use crate::units::{Sequence, Time};
 use crate::wire::message::Mode;
@@ -150,7 +151,7 @@ impl Owed {
     fn is_settled_by(&self, session: &Session) -> bool {
         match session.mode() {
             Mode::Async => true,
-            Mode::Sync if self.durable => session.has_durably(self.sequence),
+            Mode::Sync if self.durable && !planted(Bug::AnswerEarly) => session.has_durably(self.sequence),
             Mode::SemiSync | Mode::Sync => session.has_received(self.sequence),
         }
     }

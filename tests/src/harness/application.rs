@@ -1,9 +1,12 @@
 //! Applications on the primary's device: reads are not needed, since the checks look at the disks.
 
+use super::host::host_id;
+use super::promises::Expected;
 use super::world::{Event, World};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::{RequestId, Work};
 use blockmirror_protocol::units::Time;
+use blockmirror_protocol::wire::message::Mode;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -36,7 +39,8 @@ impl World {
         self.hosts[host].application.is_planned = false;
         self.plan_request(host);
         let it = &self.hosts[host];
-        let has_room = it.application.waiting.len() < self.settings.concurrency;
+        let is_open = it.demotion.is_none() && it.superseded.is_none();
+        let has_room = is_open && it.application.waiting.len() < self.settings.concurrency;
         if self.is_busy && it.tracker().is_some() && has_room {
             let work = self.random_work();
             self.request(host, work);
@@ -53,6 +57,12 @@ impl World {
         let it = &mut self.hosts[host];
         it.promises.issue(id, work, value);
         it.application.waiting.insert(id, self.now);
+        for other in &mut self.hosts {
+            if let Some(expected) = other.expected.as_mut().filter(|expected| expected.primary == host) {
+                expected.promises.issue(id, work, value);
+            }
+        }
+        let it = &mut self.hosts[host];
         if let Work::Write { range, .. } | Work::Zero { range, .. } = work {
             let blocks = range.blocks(self.settings.block_size);
             it.application.written_bytes += (blocks.end - blocks.start) * self.settings.block_size.bytes();
@@ -70,8 +80,35 @@ impl World {
         self.note(|| format!("reply to {}: {good}", id.0));
         let it = &mut self.hosts[host];
         it.application.waiting.remove(&id).expect("a request is answered once");
-        assert!(good || self.settings.disk_failures > 0, "a request fails only with a disk");
+        let may_fail = self.settings.disk_failures > 0 || it.superseded.is_some();
+        assert!(good || may_fail, "a request fails only with a disk, or when another host was promoted");
+        let work = it.promises.work(id);
+        if good && work != Work::Flush {
+            let life = (host, it.life);
+            it.known_lives.insert(life);
+        }
         it.promises.reply(id, good);
+        self.expect(host, id, work, good);
+    }
+
+    /// What was answered, replicas that count in sync mode must have too if they are promoted (W4).
+    fn expect(&mut self, host: usize, id: RequestId, work: Work, good: bool) {
+        let is_flush = work == Work::Flush;
+        for peer in (0..self.hosts.len()).filter(|peer| *peer != host) {
+            let is_sync = self.settings.modes[peer] == Mode::Sync;
+            let counts = is_sync
+                && self.hosts[host].tracker().is_some_and(|tracker| tracker.is_in_sync(host_id(peer)));
+            let promises = &self.hosts[host].promises;
+            let fresh = || Expected { primary: host, promises: promises.clone() };
+            let fresh = (counts && is_flush && good).then(fresh);
+            let it = &mut self.hosts[peer];
+            match it.expected.as_mut().filter(|expected| expected.primary == host) {
+                Some(expected) if counts => expected.promises.reply(id, good),
+                Some(expected) => expected.promises.reply_without(id, good),
+                None if fresh.is_some() => it.expected = fresh,
+                None => {}
+            }
+        }
     }
 
     fn random_work(&mut self) -> Work {

@@ -14,7 +14,9 @@ impl World {
     /// When anything is not as it must be.
     pub(super) fn check_step(&mut self) {
         self.restart_failed();
+        self.go_on_demoting();
         self.absorb();
+        self.check_fences();
         for host in 0..self.hosts.len() {
             if self.hosts[host].is_primary() {
                 self.check_bounds(host);

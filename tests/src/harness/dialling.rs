@@ -14,6 +14,7 @@ use blockmirror_protocol::session::{self, PeerError};
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::{Commit, Message};
 use blockmirror_protocol::wire::{Body, FrameHeader};
+use std::time::Duration;
 
 impl World {
     /// A primary plans to connect.
@@ -59,12 +60,28 @@ impl World {
         let Packet::Message(bytes) = packet else { panic!("a primary receives no frames") };
         let message = Message::decode(&bytes[4..]).expect("a message reads back");
         self.note(|| format!("{link} back: {message:?}"));
+        self.promote_amid_resync(link.listener, &message);
         let now = Time(self.now);
         let Some(tracker) = self.hosts[link.dialler].tracker_mut() else { return };
         match tracker.handle_message(host_id(link.listener), message, now) {
             Ok(()) => {}
-            Err(PeerError::Refused(_)) => self.cut(link),
+            Err(PeerError::Refused(_) | PeerError::SplitBrain | PeerError::NothingInCommon) => self.cut(link),
+            Err(PeerError::Superseded(fence)) => {
+                self.cut(link);
+                self.supersede(link.dialler, fence);
+            }
             Err(error) => panic!("host {}: {error}", link.listener),
+        }
+    }
+
+    /// At times operators promote a replica just when some of what it was sent is durable there.
+    fn promote_amid_resync(&mut self, host: usize, message: &Message) {
+        let is_amid =
+            matches!(message, Message::Acknowledgement(acknowledgement) if acknowledgement.copies > 0);
+        let may = self.is_rough && self.settings.has_operators && self.hosts[host].superblock.gap != 0;
+        if is_amid && may && self.random.once_in(20) {
+            let life = self.hosts[host].life;
+            self.plan(Duration::ZERO, Event::Promote(host, life));
         }
     }
 
@@ -107,6 +124,9 @@ impl World {
 
     fn send_message(&mut self, link: LinkId, message: &Message) {
         self.note(|| format!("{link}: {message:?}"));
+        if matches!(message, Message::Commit(_) | Message::ResyncBegin(_)) {
+            self.links[link].united_by = Some(self.hosts[link.dialler].superblock.fence);
+        }
         match message {
             Message::Commit(commit) => self.send_commit(link, commit),
             Message::ResyncBegin(begin) => {

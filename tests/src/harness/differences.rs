@@ -145,7 +145,10 @@ impl World {
     fn check_remembered(&mut self, link: LinkId, sectors: &[u64]) {
         let (here, there) = (&self.hosts[link.dialler], &self.hosts[link.listener]);
         let memory = self.differences.memories.entry(link.dialler).or_default();
-        if sectors.is_empty() || !memory.knows(here, there) {
+        // A host that was promoted since, or followed another one, tells what it has done in the next greeting.
+        let fence = here.superblock.fence;
+        let is_united = self.links[link].united_by == Some(fence) && there.superblock.fence == fence;
+        if sectors.is_empty() || !is_united || !memory.knows(here, there) {
             return;
         }
         for sector in sectors {

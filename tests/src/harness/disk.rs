@@ -98,7 +98,7 @@ pub enum Crash {
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Disk {
     sector_bytes: u64,
     content: BTreeMap<u64, Value>,

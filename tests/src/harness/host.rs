@@ -10,8 +10,10 @@ use super::history::History;
 use super::links::LinkId;
 use super::mirror::Mirror;
 use super::primary::PrimaryShell;
-use super::promises::Promises;
+use super::promises::{Expected, Promises};
+use super::promotion::Promotion;
 use super::replica::ReplicaShell;
+use super::roles::Demotion;
 use super::settings::Settings;
 use super::world::{Event, World};
 use blockmirror_protocol::dirty_map::DirtyMap;
@@ -24,7 +26,7 @@ use blockmirror_protocol::units::{
     CopyId, GenerationId, HostId, Position, Session as SessionNumber, VolumeId,
 };
 use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 /// The volume of all worlds.
@@ -39,6 +41,8 @@ pub enum Shell {
     Primary(Box<PrimaryShell>),
     /// An agent whose volume is a replica.
     Replica(Box<ReplicaShell>),
+    /// An agent that makes a replica the primary.
+    Promoting(Box<Promotion>),
 }
 
 /// See the module.
@@ -68,6 +72,18 @@ pub struct Host {
     pub mirror: Mirror,
     /// The pre-images of the gap, if there is one.
     pub layer: Layer,
+    /// What the disk must still hold, as a replica whose presence flushes waited for.
+    pub expected: Option<Expected>,
+    /// Whether an operator keeps greetings away.
+    pub is_held: bool,
+    /// The demotion that is under way.
+    pub demotion: Option<Demotion>,
+    /// The fence of the host that was promoted since.
+    pub superseded: Option<Fence>,
+    /// Lives of primaries in which something was answered that this copy knows of.
+    pub known_lives: BTreeSet<(usize, u64)>,
+    /// Whom greetings were taken from, by the number of their fences.
+    pub followed: BTreeMap<u64, HostId>,
     /// Changes of the superblock that wait for the one that is being written.
     pub(super) superblock_work: VecDeque<SuperblockWork>,
     /// The number of the superblock that was last written whole.
@@ -131,6 +147,12 @@ impl Host {
             history: History::default(),
             mirror: Mirror::default(),
             layer: Layer::default(),
+            expected: None,
+            is_held: false,
+            demotion: None,
+            superseded: None,
+            known_lives: BTreeSet::new(),
+            followed: BTreeMap::new(),
             superblock_work: VecDeque::new(),
             serial: 0,
         };
@@ -143,7 +165,7 @@ impl Host {
     pub fn tracker(&self) -> Option<&Tracker> {
         match &self.shell {
             Shell::Primary(shell) => Some(&shell.tracker),
-            Shell::Down | Shell::Replica(_) => None,
+            Shell::Down | Shell::Replica(_) | Shell::Promoting(_) => None,
         }
     }
 
@@ -151,7 +173,7 @@ impl Host {
     pub fn tracker_mut(&mut self) -> Option<&mut Tracker> {
         match &mut self.shell {
             Shell::Primary(shell) => Some(&mut shell.tracker),
-            Shell::Down | Shell::Replica(_) => None,
+            Shell::Down | Shell::Replica(_) | Shell::Promoting(_) => None,
         }
     }
 
@@ -164,14 +186,14 @@ impl Host {
     /// Whether the host is primary, or will be when it starts.
     #[must_use]
     pub fn is_primary(&self) -> bool {
-        self.superblock.role == Role::Primary
+        self.superblock.role == Role::Primary && !matches!(self.shell, Shell::Promoting(_))
     }
 
     /// Whether the machine counts its backing as failed.
     #[must_use]
     pub fn has_failed(&self) -> bool {
         match &self.shell {
-            Shell::Down => false,
+            Shell::Down | Shell::Promoting(_) => false,
             Shell::Primary(shell) => shell.tracker.has_failed(),
             Shell::Replica(shell) => shell.machine.has_failed(),
         }
@@ -182,6 +204,7 @@ impl Host {
     pub fn is_idle(&self) -> bool {
         match &self.shell {
             Shell::Down => true,
+            Shell::Promoting(_) => false,
             Shell::Primary(shell) => shell.is_idle(),
             Shell::Replica(shell) => shell.is_idle(),
         }
@@ -229,7 +252,7 @@ impl Host {
         self.files.write_now(superblock::FILE_NAME, slot_offset(self.serial), &page);
     }
 
-    fn recover_superblock(&mut self) {
+    pub(super) fn recover_superblock(&mut self) {
         let bytes = self.files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
         (self.serial, self.superblock) = Superblock::recover(&bytes).expect("a superblock is whole");
     }
@@ -256,12 +279,22 @@ impl World {
     /// Ends a host's agent, or takes the host's power.
     pub fn crash(&mut self, host: usize, crash: Crash) {
         self.note(|| format!("host {host} crashes: {crash:?}"));
+        self.expected_of(host, Promises::crash);
         self.check_disk(host);
         let it = &mut self.hosts[host];
-        it.shell = Shell::Down;
+        let was_promoting = matches!(it.shell, Shell::Promoting(_));
         it.superblock_work.clear();
+        (it.is_held, it.demotion, it.superseded) = (false, None, None);
         it.disk.crash(crash, &mut self.random);
         it.files.crash(&mut self.random);
+        it.shell = Shell::Down;
+        if was_promoting {
+            it.recover_superblock();
+            if it.is_primary() {
+                self.promotion_is_recorded(host);
+            }
+        }
+        let it = &mut self.hosts[host];
         it.promises.crash();
         if crash == Crash::Power {
             it.promises.power_was_lost(&it.disk);
@@ -269,6 +302,15 @@ impl World {
         it.application.waiting.clear();
         self.check_disk(host);
         self.cut_off(host);
+    }
+
+    /// Does something with what replicas must still have of this primary's promises.
+    pub(super) fn expected_of(&mut self, primary: usize, change: impl Fn(&mut Promises)) {
+        for other in &mut self.hosts {
+            if let Some(expected) = other.expected.as_mut().filter(|expected| expected.primary == primary) {
+                change(&mut expected.promises);
+            }
+        }
     }
 
     /// Crashes a host that runs, and plans its start.
@@ -289,6 +331,10 @@ impl World {
         let number = self.next_operation();
         let life = self.hosts[host].life;
         let mut fresh = Host { life, ..Host::new(&self.settings, host) };
+        fresh.superblock.role = Role::Replica;
+        fresh.superblock.data = DataState::Empty;
+        fresh.superblock.fence = Fence::default();
+        fresh.superblock.lineage.clear();
         fresh.superblock.copy = CopyId([0xff; 16]);
         fresh.superblock.copy.0[..8].copy_from_slice(&number.to_be_bytes());
         fresh.write_superblock_now();
@@ -304,6 +350,7 @@ impl World {
         let Some(ended) = it.disk.end(id, fails, &mut self.random) else { return };
         match it.shell {
             Shell::Down => panic!("a crash ends operations"),
+            Shell::Promoting(_) => self.promotion_disk_ended(host, id, &ended),
             Shell::Primary(_) => self.primary_disk_ended(host, id, ended, fails),
             Shell::Replica(_) => self.replica_disk_ended(host, id, ended, fails),
         }
@@ -318,6 +365,7 @@ impl World {
             Some(Step::More) => self.plan_file(host, id),
             Some(Step::Done(good)) => match it.shell {
                 Shell::Down => panic!("a crash ends operations"),
+                Shell::Promoting(_) => self.promotion_file_ended(host, good),
                 Shell::Primary(_) => self.primary_file_ended(host, id, good),
                 Shell::Replica(_) => self.replica_file_ended(host, id, good),
             },

@@ -9,6 +9,7 @@ use super::host::Shell;
 use super::random::Random;
 use super::world::{Event, World};
 use blockmirror_protocol::wire::FrameHeader;
+use blockmirror_protocol::wire::message::Fence;
 use std::collections::VecDeque;
 use std::fmt;
 use std::ops::{Index, IndexMut};
@@ -88,6 +89,9 @@ pub struct Link {
     pub copied_bytes: u64,
     /// Bytes that were dirty when its first resync began.
     pub dirty_bytes: Option<u64>,
+    /// The fence by which the dialler last took in what the listener said of itself: from then on its own memory says
+    /// what differs.
+    pub united_by: Option<Fence>,
     /// What the dialler's application had written before it.
     pub written_before_bytes: u64,
     queues: [Queue; 4],
@@ -102,6 +106,7 @@ impl Link {
             dialler_side: Some(connection),
             listener_side: self.listener_side,
             stalled_until: self.stalled_until,
+            united_by: self.united_by,
             written_before_bytes: written_bytes,
             ..Self::default()
         };

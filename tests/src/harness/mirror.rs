@@ -6,6 +6,7 @@
 use super::disk::{Data, Disk, Value, put, sectors};
 use super::gap::RollbackPoint;
 use super::history::History;
+use super::promises::Promises;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::StateChange;
 use blockmirror_protocol::units::{Epoch, Position, Sequence};
@@ -147,6 +148,18 @@ impl Default for Mirror {
 }
 
 impl Mirror {
+    /// What the disk of a primary that becomes a replica may hold.
+    #[must_use]
+    pub fn of_primary(disk: &Disk, promises: &Promises) -> Self {
+        let image = Image {
+            base: disk.content().clone(),
+            instead: promises.values(),
+            frames: Frames::new(),
+            narrowed: BTreeSet::new(),
+        };
+        Self { data: DataState::Consistent, image: Some(image), ..Self::default() }
+    }
+
     /// The replica answers the greeting of a new session.
     pub fn session_begins(&mut self, connection: u64) {
         self.connection = connection;

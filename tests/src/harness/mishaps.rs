@@ -16,6 +16,9 @@ impl World {
         self.plan(pause, Event::Mishap);
         let primaries: Vec<usize> =
             (0..self.hosts.len()).filter(|host| self.hosts[*host].is_primary()).collect();
+        if primaries.is_empty() || self.settings.has_operators && self.random.once_in(6) {
+            return self.change_roles(&primaries);
+        }
         let primary = self.random.pick(&primaries);
         let links: Vec<LinkId> = self.links.of_dialler(primary).collect();
         let link = self.random.pick(&links);
@@ -36,6 +39,17 @@ impl World {
                     self.replace(link.listener);
                 }
             }
+        }
+    }
+
+    /// Operators change roles, wisely or not.
+    fn change_roles(&mut self, primaries: &[usize]) {
+        let hosts: Vec<usize> = (0..self.hosts.len()).collect();
+        let host = self.random.pick(&hosts);
+        match (primaries.first(), self.random.below(3)) {
+            (Some(primary), 0) => self.demote(*primary, None),
+            (Some(primary), 1) if *primary != host => self.demote(*primary, Some(host)),
+            _ => self.promote(host),
         }
     }
 

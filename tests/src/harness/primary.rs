@@ -5,6 +5,7 @@ use super::files::{Batch, FileOperation};
 use super::history::History;
 use super::host::{Shell, SuperblockWork, VOLUME, host_id, host_number};
 use super::links::LinkId;
+use super::promises::Promises;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log;
 use blockmirror_protocol::disk::superblock::{self, LINEAGE_LIMIT, Superblock};
@@ -95,6 +96,9 @@ impl World {
         };
         it.write_superblock_now();
         it.history = History::new(it.disk.content().clone());
+        let disk = std::mem::take(&mut self.hosts[host].disk);
+        self.expected_of(host, |promises| promises.restarted(&disk));
+        self.hosts[host].disk = disk;
         self.check_recovered(host);
         let it = &mut self.hosts[host];
         let Superblock { size_bytes, block_size, .. } = it.superblock;
@@ -217,6 +221,7 @@ impl World {
         if it.has_failed() {
             it.promises.sync_failed();
             it.history.lost(lost, &it.disk);
+            self.expected_of(host, Promises::sync_failed);
         }
     }
 
@@ -236,6 +241,7 @@ impl World {
                 let it = &mut self.hosts[host];
                 if good {
                     it.superblock_written();
+                    it.known_lives.insert((host, it.life));
                 } else {
                     it.superblock.lineage.retain(|other| *other != generation);
                 }
@@ -262,6 +268,7 @@ impl World {
                 let mut generation = GenerationId([host as u8; 16]);
                 generation.0[..8].copy_from_slice(&number.to_le_bytes());
                 lineage::begin(&mut it.superblock.lineage, generation, &kept, LINEAGE_LIMIT);
+                self.generation_lives.insert(generation, (host, it.life));
                 FileWork::Generation(generation)
             }
         };

@@ -17,7 +17,7 @@ struct Entry {
 }
 
 /// What each sector of the primary may hold, as an application can know it. See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Promises {
     clock: u64,
     open: BTreeMap<RequestId, (Work, Value, u64)>,
@@ -30,7 +30,77 @@ pub struct Promises {
     failed: u64,
 }
 
+/// What a replica in sync mode must still hold if it is promoted: what a primary promised while it was in sync.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    /// Which primary.
+    pub primary: usize,
+    /// What it promised.
+    pub promises: Promises,
+}
+
 impl Promises {
+    /// What a host that was just promoted promises: what its disk holds.
+    #[must_use]
+    pub fn of(disk: &Disk) -> Self {
+        let entry = |value| Entry { value, issued: 0, ended: Some(0), good: true, durable: true };
+        let sectors = disk.content().iter().map(|(sector, value)| (*sector, vec![entry(*value)]));
+        Self { sectors: sectors.collect(), ..Self::default() }
+    }
+
+    /// A request was answered of which a replica that doesn't count need not have anything durably.
+    pub fn reply_without(&mut self, id: RequestId, good: bool) {
+        let Some((work, value, issued)) = self.open.remove(&id) else { return };
+        let work = match work {
+            Work::Write { range, .. } => Work::Write { range, fua: false },
+            Work::Zero { range, may_unmap, .. } => Work::Zero { range, may_unmap, fua: false },
+            Work::Flush => return,
+        };
+        self.open.insert(id, (work, value, issued));
+        self.reply(id, good);
+    }
+
+    /// The primary starts again, and what its disk holds now counts like a later write.
+    pub fn restarted(&mut self, disk: &Disk) {
+        self.clock += 1;
+        for (sector, entries) in &mut self.sectors {
+            let again = Entry {
+                value: disk.value(*sector),
+                issued: self.clock,
+                ended: Some(self.clock),
+                good: true,
+                durable: false,
+            };
+            entries.push(again);
+            self.unflushed.insert(*sector);
+        }
+    }
+
+    /// Every value that sectors may have after a crash of the primary.
+    pub fn values(&self) -> BTreeMap<u64, BTreeSet<Value>> {
+        let values = |entries: &Vec<Entry>| entries.iter().map(|entry| entry.value).collect();
+        self.sectors.iter().map(|(sector, entries)| (*sector, values(entries))).collect()
+    }
+
+    /// Checks that a replica that is promoted has everything that was promised while it was in sync (W4).
+    ///
+    /// # Panics
+    /// When it hasn't.
+    pub fn check_known(&self, disk: &Disk, host: usize) {
+        let touched: BTreeSet<u64> = disk.touched().into_iter().chain(self.sectors.keys().copied()).collect();
+        for sector in touched {
+            let entries = self.sectors.get(&sector).map_or(&[][..], Vec::as_slice);
+            for value in disk.possible(sector) {
+                let known =
+                    entries.iter().any(|entry| entry.value == value) || entries.is_empty() && value == 0;
+                assert!(
+                    known,
+                    "W4: host {host} is promoted, and sector {sector} is {value}, of {entries:?} that were promised"
+                );
+            }
+        }
+    }
+
     /// An application sends a request; what it writes is `value`.
     pub fn issue(&mut self, id: RequestId, work: Work, value: Value) {
         self.clock += 1;
@@ -110,6 +180,15 @@ impl Promises {
             let entries = self.sectors.get_mut(sector).expect("it has entries");
             entries.iter_mut().filter(|entry| !entry.durable).for_each(|entry| entry.good = false);
         }
+    }
+
+    /// What a request that waits for its answer asks for.
+    ///
+    /// # Panics
+    /// When it doesn't wait.
+    #[must_use]
+    pub fn work(&self, id: RequestId) -> Work {
+        self.open.get(&id).expect("a request is answered once").0
     }
 
     /// The number of a request's content, while it waits for its answer.

@@ -12,8 +12,9 @@ use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{activity_log, marker, slot_offset, superblock};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
+use blockmirror_protocol::units::Sequence;
 use blockmirror_protocol::wire::FrameHeader;
-use blockmirror_protocol::wire::message::Message;
+use blockmirror_protocol::wire::message::{DataState, Fence, Message, Superseded};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -43,6 +44,8 @@ pub struct ReplicaShell {
     pub machine: Replica,
     /// The link whose greeting was taken last.
     speaker: Option<LinkId>,
+    /// The life of its dialler in which that was.
+    speaker_life: u64,
     marker_serial: u64,
     payloads: BTreeMap<FrameId, Data>,
     disk_work: BTreeMap<DiskOperation, DiskWork>,
@@ -71,6 +74,7 @@ impl ReplicaShell {
         Self {
             machine: Replica::new(settings, stored),
             speaker: None,
+            speaker_life: 0,
             marker_serial,
             payloads: BTreeMap::new(),
             disk_work: BTreeMap::new(),
@@ -123,6 +127,13 @@ impl World {
     }
 
     fn listener_hears(&mut self, link: LinkId, message: Message) {
+        if let (Message::Hello(hello), Shell::Primary(_)) = (&message, &self.hosts[link.listener].shell) {
+            return self.primary_is_greeted(link, hello.fence);
+        }
+        let life = self.hosts[link.dialler].life;
+        if self.hosts[link.listener].is_held {
+            return self.cut(link);
+        }
         let Shell::Replica(shell) = &mut self.hosts[link.listener].shell else { return self.cut(link) };
         if let Message::Hello(hello) = &message {
             let refused = shell.machine.objection(hello).map(Message::from);
@@ -132,6 +143,7 @@ impl World {
                 return self.send(link, Channel::ToDialler, Packet::Message(refused.encode()));
             }
             let before = shell.speaker.replace(link).filter(|before| *before != link);
+            shell.speaker_life = life;
             self.links[link].listener_side = Some(self.links[link].connection);
             if let Some(before) = before {
                 self.links[before].listener_side = None;
@@ -143,6 +155,17 @@ impl World {
             let result = machine.handle_message(message);
             self.end_if_refused(link, result);
         }
+    }
+
+    /// Another primary greets: one of the two is none any more (L5).
+    fn primary_is_greeted(&mut self, link: LinkId, fence: Fence) {
+        let known = self.hosts[link.listener].superblock.fence;
+        if fence.counter > known.counter {
+            self.supersede(link.listener, fence);
+            return self.cut(link);
+        }
+        let superseded = Message::from(Superseded { fence: known });
+        self.send(link, Channel::ToDialler, Packet::Message(superseded.encode()));
     }
 
     fn listener_takes(&mut self, link: LinkId, header: FrameHeader, data: Data) {
@@ -263,8 +286,22 @@ impl World {
         let served = self.links[speaker].listener_side;
         let mirror = &mut self.hosts[host].mirror;
         match message {
-            Message::Welcome(_) => mirror.session_begins(served.unwrap_or_default()),
-            Message::Acknowledgement(acknowledgement) => mirror.acknowledged(acknowledgement.durable),
+            Message::Welcome(welcome) => {
+                mirror.session_begins(served.unwrap_or_default());
+                let Fence { counter, holder } = welcome.fence;
+                let known = self.hosts[host].followed.insert(counter, holder);
+                let is_new = known.is_none_or(|known| known == holder);
+                assert!(is_new, "L5: host {host} follows {holder} and {known:?}, both of fence {counter}");
+                self.check_lives(host, speaker.dialler);
+            }
+            Message::Acknowledgement(acknowledgement) => {
+                mirror.acknowledged(acknowledgement.durable);
+                let has_writes = acknowledgement.received > Sequence(0);
+                if has_writes && mirror.data == DataState::Consistent {
+                    let life = (speaker.dialler, self.replica_shell(host).speaker_life);
+                    self.hosts[host].known_lives.insert(life);
+                }
+            }
             _ => {}
         }
         if served == Some(self.links[speaker].connection) {
@@ -291,6 +328,7 @@ impl World {
 
     /// A metadata write of a replica ended.
     pub(super) fn replica_file_ended(&mut self, host: usize, id: FileOperation, good: bool) {
+        let source = self.replica_shell(host).speaker.map(|link| link.dialler);
         let is_full = self.is_rough && self.random.once_in(self.settings.space_failures);
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else { panic!("the host is a replica") };
@@ -316,15 +354,48 @@ impl World {
                 if good {
                     it.superblock_written();
                     it.mirror.state_is_durable(&change);
+                    if matches!(change, StateChange::Commit { .. }) {
+                        it.expected.take_if(|expected| Some(expected.primary) != source);
+                    }
+                    self.learn_lives(host, &change);
                 }
             }
         }
     }
 
+    /// A copy that adopts a primary's content, or a generation, knows of what that one answered.
+    fn learn_lives(&mut self, host: usize, change: &StateChange) {
+        match change {
+            StateChange::Commit { lineage, .. } => {
+                let lives = lineage.iter().filter_map(|generation| self.generation_lives.get(generation));
+                self.hosts[host].known_lives = lives.copied().collect();
+            }
+            StateChange::Generation(generation) => {
+                let life = self.generation_lives.get(generation).copied();
+                self.hosts[host].known_lives.extend(life);
+            }
+            _ => {}
+        }
+    }
+
+    /// What a primary answered in a life of its own is given up by an operator's word only (L1, L3).
+    fn check_lives(&self, host: usize, primary: usize) {
+        let (mine, primary) = (&self.hosts[host].known_lives, &self.hosts[primary]);
+        let mut theirs = primary.known_lives.clone();
+        let lives = |generation| self.generation_lives.get(generation).copied();
+        theirs.extend(primary.superblock.lineage.iter().filter_map(lives));
+        let forgotten: Vec<_> = mine.difference(&theirs).collect();
+        assert!(
+            forgotten.is_empty(),
+            "L3: host {host} follows {}, which knows nothing of what was answered in {forgotten:?}",
+            primary.number
+        );
+    }
+
     fn replica_shell(&mut self, host: usize) -> &mut ReplicaShell {
         match &mut self.hosts[host].shell {
             Shell::Replica(shell) => shell,
-            Shell::Down | Shell::Primary(_) => panic!("the host is a replica"),
+            Shell::Down | Shell::Primary(_) | Shell::Promoting(_) => panic!("the host is a replica"),
         }
     }
 

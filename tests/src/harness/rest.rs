@@ -28,6 +28,7 @@ impl World {
         }
         let end = self.now + SETTLING;
         self.make_room();
+        self.agree_on_primary();
         while !self.is_settled() {
             assert!(self.step(end), "R2: the hosts do not come to rest: {}", self.describe());
         }
@@ -88,6 +89,7 @@ impl World {
             let _ = write!(text, "; host {}: {waiting} wait", host.number);
             match &host.shell {
                 Shell::Down => text.push_str(", down"),
+                Shell::Promoting(_) => text.push_str(", being promoted"),
                 Shell::Replica(shell) => {
                     let _ = write!(text, ", {:?}, failed {}", shell.machine.report(), host.has_failed());
                 }
@@ -134,7 +136,7 @@ impl World {
         for host in 0..self.hosts.len() {
             self.check_disk(host);
             match &self.hosts[host].shell {
-                Shell::Down => panic!("every host is up"),
+                Shell::Down | Shell::Promoting(_) => panic!("every host is up"),
                 Shell::Replica(shell) => {
                     assert_eq!(shell.held_payloads(), 0, "every payload is dropped or written");
                 }

@@ -34,6 +34,8 @@ pub struct Settings {
     pub modes: Vec<Mode>,
     /// What happens while a host that counts is lost.
     pub loss: ReplicaLoss,
+    /// Whether operators change roles.
+    pub has_operators: bool,
     /// How many requests an application has under way.
     pub concurrency: usize,
     /// How long the application waits between requests at most.
@@ -65,6 +67,7 @@ impl Settings {
         match random.below(64) {
             0 => Self::wide(random, seconds),
             1..=4 => Self::narrow(random, seconds),
+            5..=16 => Self::calm(random, seconds),
             _ => Self::small(random, seconds),
         }
     }
@@ -85,6 +88,7 @@ impl Settings {
             space: SpacePolicy::Pause,
             modes: vec![Mode::Async; 4],
             loss: ReplicaLoss::Continue,
+            has_operators: false,
             concurrency: 16,
             think_time: Duration::from_millis(4),
             write_bytes: 8192,
@@ -151,6 +155,32 @@ impl Settings {
         }
     }
 
+    /// Few writes to many extents over a long time: extents that lie idle leave the activity log, and only the maps
+    /// remember what was written there. Operators change roles often.
+    fn calm(random: &mut Random, seconds: u64) -> Self {
+        let size_bytes = 48 << 20;
+        Self {
+            size_bytes,
+            block_size: BlockSize::default(),
+            disk_failures: 0,
+            has_operators: true,
+            concurrency: 2,
+            think_time: Duration::from_millis(random.pick(&[200, 1000])),
+            write_bytes: 8192,
+            hot_spots: (0..8).map(|_| random.below(size_bytes / 512) * 512).collect(),
+            cold_requests: random.pick(&[0, 4]),
+            zeroes: 0,
+            flushes: 5,
+            sync_delay: Duration::ZERO,
+            disk_delay: vec![Duration::from_millis(random.pick(&[2, 30])); 4],
+            link_delay: Duration::from_millis(2),
+            outage: Duration::from_millis(random.pick(&[100, 10_000])),
+            duration: Duration::from_secs(seconds * 10),
+            mishaps: Some(Duration::from_secs(random.pick(&[1, 4]))),
+            ..Self::narrow(random, seconds)
+        }
+    }
+
     fn narrow(random: &mut Random, seconds: u64) -> Self {
         let size_bytes = match random.below(16) {
             0..=3 => (256 << 10) + 512 * random.below(3584),
@@ -178,6 +208,7 @@ impl Settings {
             space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),
             modes: (0..4).map(|_| random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync])).collect(),
             loss: ReplicaLoss::Continue,
+            has_operators: random.once_in(2),
             concurrency: 1 + random.below(16) as usize,
             think_time: random.pick(&[
                 Duration::from_millis(4),

@@ -7,7 +7,7 @@ use super::host::{Host, Shell};
 use super::links::{Channel, LinkId, Links};
 use super::random::Random;
 use super::settings::Settings;
-use blockmirror_protocol::units::Time;
+use blockmirror_protocol::units::{GenerationId, Time};
 use blockmirror_protocol::wire::FrameHeader;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -35,6 +35,10 @@ pub enum Event {
     Connect(LinkId, u64),
     /// A host starts.
     Start(usize),
+    /// An operator goes on promoting a host, in this life.
+    Promote(usize, u64),
+    /// A primary that is demoted or superseded, in this life, looks whether it can step down.
+    StepDown(usize, u64),
 }
 
 /// See the module.
@@ -54,6 +58,8 @@ pub struct World {
     pub differences: Differences,
     /// The number of the last request of any application, which is also its content.
     pub last_request: u64,
+    /// The lives of primaries in which generations were begun.
+    pub generation_lives: BTreeMap<GenerationId, (usize, u64)>,
     /// How many events have happened.
     pub steps: u64,
     /// Whether disks may fail and mishaps happen.
@@ -80,6 +86,7 @@ impl World {
             links: Links::new(hosts),
             differences: Differences::default(),
             last_request: 0,
+            generation_lives: BTreeMap::new(),
             steps: 0,
             is_rough: settings.mishaps.is_some(),
             is_busy: false,
@@ -194,7 +201,7 @@ impl World {
         let mut acted = false;
         loop {
             match &mut self.hosts[host].shell {
-                Shell::Down => return acted,
+                Shell::Down | Shell::Promoting(_) => return acted,
                 Shell::Primary(shell) => {
                     let Some(action) = shell.tracker.poll_action() else { return acted };
                     self.act_primary(host, action);
@@ -237,6 +244,9 @@ impl World {
             Event::ListenerLost(link, connection) => self.listener_lost(link, connection),
             Event::Connect(link, life) => self.connect(link, life),
             Event::Start(host) => self.start(host),
+            Event::Promote(host, life) if self.hosts[host].life == life => self.promote(host),
+            Event::Promote(..) => {}
+            Event::StepDown(host, life) => self.step_down_if_superseded(host, life),
         }
     }
 

@@ -1,0 +1,228 @@
+//! Operators change roles: demote, switch, resolve; and a primary that learns of another one steps down.
+
+use super::disk::Crash;
+use super::host::{Host, Shell, host_id, host_number};
+use super::mirror::Mirror;
+use super::world::{Event, World};
+use blockmirror_protocol::lineage::{self, Relation};
+use blockmirror_protocol::replica::{promotion, resolve};
+use blockmirror_protocol::units::{GenerationId, Position, Time};
+use blockmirror_protocol::wire::message::{DataState, Fence};
+use std::time::Duration;
+
+/// How long operators look for one primary that everybody can follow.
+const AGREEING: Duration = Duration::from_secs(100);
+/// How long a demotion waits for replicas to record that they have everything, at most.
+const RELEASE: Duration = Duration::from_secs(1);
+
+/// A primary that is being demoted.
+#[derive(Clone, Copy, Debug)]
+pub struct Demotion {
+    /// Who is promoted then, if anybody.
+    pub to: Option<usize>,
+    /// When replicas are not waited for any longer, once all is closed.
+    pub released_by: Option<Duration>,
+}
+
+impl World {
+    /// An operator demotes a primary: its device is closed first.
+    pub fn demote(&mut self, host: usize, to: Option<usize>) {
+        let now = Time(self.now);
+        let it = &mut self.hosts[host];
+        if it.demotion.is_some() || it.superseded.is_some() {
+            return;
+        }
+        let Some(tracker) = it.tracker_mut() else { return };
+        tracker.close(now);
+        it.demotion = Some(Demotion { to, released_by: None });
+        self.note(|| format!("host {host} is being demoted for {to:?}"));
+    }
+
+    /// Demotions go on where they can.
+    pub(super) fn go_on_demoting(&mut self) {
+        let now = self.now;
+        for host in 0..self.hosts.len() {
+            let it = &mut self.hosts[host];
+            let Some(demotion) = it.demotion else { continue };
+            let Some(tracker) = it.tracker_mut().filter(|tracker| tracker.is_closed()) else { continue };
+            let Some(end) = demotion.released_by else {
+                tracker.release(Time(now));
+                it.demotion = Some(Demotion { released_by: Some(now + RELEASE), ..demotion });
+                let life = it.life;
+                self.plan(RELEASE, Event::StepDown(host, life));
+                continue;
+            };
+            let is_released = |to| tracker.is_released(host_id(to));
+            if demotion.to.is_some_and(is_released) || now >= end {
+                let fence = it.superblock.fence;
+                self.step_down(host, fence, None);
+                if let Some(to) = demotion.to {
+                    self.promote(to);
+                }
+            }
+        }
+    }
+
+    /// Another host was promoted with this fence: no write is taken any more (L5). The applications close the device
+    /// some time later.
+    pub(super) fn supersede(&mut self, host: usize, fence: Fence) {
+        let now = Time(self.now);
+        let outage = self.settings.outage;
+        let delay = self.random.up_to(outage);
+        let it = &mut self.hosts[host];
+        let life = it.life;
+        if it.superseded.is_some_and(|known| known >= fence) {
+            return;
+        }
+        let Some(tracker) = it.tracker_mut() else { return };
+        tracker.supersede(now);
+        it.superseded = Some(fence);
+        self.note(|| format!("host {host} is superseded by {fence:?}"));
+        self.plan(delay, Event::StepDown(host, life));
+    }
+
+    /// A primary that is superseded becomes a replica.
+    pub(super) fn step_down_if_superseded(&mut self, host: usize, life: u64) {
+        let number = self.next_operation();
+        let it = &self.hosts[host];
+        let (Some(fence), true, Some(tracker)) = (it.superseded, it.life == life, it.tracker()) else {
+            return self.go_on_demoting();
+        };
+        let holder = |(peer, _): &(_, _)| *peer == fence.holder;
+        let report = tracker.reports(Time(self.now)).find(holder);
+        let is_undelivered = report.is_none_or(|(_, report)| report.out_of_sync_bytes > 0);
+        let own = is_undelivered.then(|| generation(host, number));
+        self.step_down(host, fence, own);
+    }
+
+    /// A primary becomes a replica, which its superblock says before anything else happens.
+    fn step_down(&mut self, host: usize, fence: Fence, own: Option<GenerationId>) {
+        let tracker = self.hosts[host].tracker().expect("it is primary");
+        let (epoch, sequence) = tracker.position();
+        self.crash(host, Crash::Process);
+        let it = &mut self.hosts[host];
+        it.recover_superblock();
+        let position = Position { generation: it.superblock.lineage[0], epoch, sequence };
+        promotion::record_demotion(&mut it.superblock, fence, position, own);
+        it.write_superblock_now();
+        it.mirror = Mirror::of_primary(&it.disk, &it.promises);
+        self.note(|| format!("host {host} has stepped down"));
+        self.differences.forget(host);
+        self.start(host);
+    }
+
+    /// Operators see to it that there is one primary that everybody can follow.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    pub(super) fn agree_on_primary(&mut self) {
+        let end = self.now + AGREEING;
+        while !self.is_agreed() {
+            assert!(self.step(end), "operators find no primary to follow: {}", self.describe());
+        }
+    }
+
+    fn is_agreed(&mut self) -> bool {
+        let is_steady = |host: &Host| {
+            let is_open = matches!(host.shell, Shell::Primary(_) | Shell::Replica(_));
+            is_open
+                && !host.is_held
+                && !host.has_failed()
+                && host.demotion.is_none()
+                && host.superseded.is_none()
+        };
+        if !self.hosts.iter().all(is_steady) {
+            return false;
+        }
+        let primaries = self.primaries();
+        let newest = primaries.iter().copied().max_by_key(|host| self.hosts[*host].superblock.fence);
+        let Some(primary) = newest else {
+            let can_be = |host: &usize| promotion::steps(&self.hosts[*host].superblock).is_ok();
+            let candidates: Vec<usize> = (0..self.hosts.len()).filter(can_be).collect();
+            let host = self.random.pick(&candidates);
+            self.promote(host);
+            return false;
+        };
+        let fence = self.hosts[primary].superblock.fence;
+        for rival in primaries.into_iter().filter(|rival| *rival != primary) {
+            if self.hosts[rival].superblock.fence.counter == fence.counter {
+                self.raise_fence(primary);
+                return false;
+            }
+            // They meet by themselves.
+            return false;
+        }
+        let strays: Vec<usize> =
+            (0..self.hosts.len()).filter(|host| self.cannot_follow(*host, primary)).collect();
+        strays.iter().for_each(|host| self.yield_to(*host, primary));
+        strays.is_empty()
+    }
+
+    /// Whether a host has something that it would lose by following this primary, or refuses it for another reason.
+    fn cannot_follow(&self, host: usize, primary: usize) -> bool {
+        let (it, leader) = (&self.hosts[host].superblock, &self.hosts[primary].superblock);
+        if host == primary || it.data == DataState::Empty || it.lineage.is_empty() {
+            return host != primary && is_fenced_off(it.fence, leader.fence);
+        }
+        let relation = lineage::relation(&leader.lineage, &it.lineage);
+        !matches!(relation, Relation::Same | Relation::MineIsNewer) || is_fenced_off(it.fence, leader.fence)
+    }
+
+    /// An operator promotes the primary once more, over a host that was promoted as often.
+    fn raise_fence(&mut self, host: usize) {
+        self.crash(host, Crash::Process);
+        let counter = self.hosts.iter().map(|other| other.superblock.fence.counter).max().unwrap_or(0);
+        let it = &mut self.hosts[host];
+        it.recover_superblock();
+        it.superblock.fence = Fence { counter: counter + 1, holder: host_id(host) };
+        it.write_superblock_now();
+        self.start(host);
+    }
+
+    /// An operator decides that a host's own content goes (L6).
+    fn yield_to(&mut self, host: usize, primary: usize) {
+        let winner = self.hosts[primary].superblock.lineage.clone();
+        if is_fenced_off(self.hosts[host].superblock.fence, self.hosts[primary].superblock.fence) {
+            return self.raise_fence(primary);
+        }
+        self.note(|| format!("host {host} yields to {primary}"));
+        self.crash(host, Crash::Process);
+        let it = &mut self.hosts[host];
+        it.recover_superblock();
+        let base = it.recover_map(primary).base();
+        let lineage = resolve::yielded(&it.superblock.lineage, &winner, Some(base), it.superblock.adopted);
+        it.superblock.lineage = lineage;
+        it.expected = None;
+        it.write_superblock_now();
+        let known = self.hosts[primary].known_lives.clone();
+        self.hosts[host].known_lives = known;
+        self.start(host);
+    }
+
+    /// No fence belongs to two hosts that take writes, and nobody follows two hosts of one fence (L5).
+    pub(super) fn check_fences(&self) {
+        let mut holders = Vec::new();
+        for host in self.hosts.iter().filter(|host| host.tracker().is_some() && host.superseded.is_none()) {
+            let fence = host.superblock.fence;
+            assert_eq!(
+                host_number(fence.holder),
+                host.number,
+                "L5: host {} writes by another's fence",
+                host.number
+            );
+            assert!(!holders.contains(&fence), "L5: two hosts write by the fence {fence:?}");
+            holders.push(fence);
+        }
+    }
+}
+
+/// A generation's name.
+fn generation(host: usize, number: u64) -> GenerationId {
+    let mut generation = GenerationId([host as u8; 16]);
+    generation.0[..8].copy_from_slice(&number.to_le_bytes());
+    generation
+}
+
+fn is_fenced_off(known: Fence, greeting: Fence) -> bool {
+    greeting.counter < known.counter || greeting.counter == known.counter && greeting.holder != known.holder
+}
