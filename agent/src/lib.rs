@@ -18,6 +18,7 @@ pub mod replica;
 pub mod storage;
 pub mod stored;
 pub mod supervisor;
+pub mod system;
 pub mod token;
 pub mod transport;
 pub mod verdict;

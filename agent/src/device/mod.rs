@@ -8,11 +8,13 @@ pub mod loopback;
 #[cfg(test)]
 pub mod memory;
 pub mod nbd;
+pub mod openers;
 
 use crate::buffer::Buffer;
 use blockmirror_protocol::ranges::ByteRange;
 use bytes::Bytes;
 use std::rc::Rc;
+use tokio::task::spawn_blocking;
 
 /// What a front end serves. Implemented by the primary's shell and by a replica's read-only export.
 pub trait Volume {
@@ -105,4 +107,12 @@ pub struct Request {
     pub reply: Rc<dyn Reply>,
     /// The front end's own name for the request.
     pub cookie: u64,
+}
+
+/// Runs what may wait for our own server, or takes long, on a thread for blocking calls.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
 }

@@ -94,7 +94,7 @@ fn try_out(fd: &OwnedFd, size_bytes: u64) -> io::Result<Option<u32>> {
 /// Whether a block device clears ranges by itself, so that none has to be written.
 pub(super) fn device_clears_itself(fd: &impl AsFd) -> io::Result<bool> {
     let number = rustix::fs::fstat(fd)?.st_rdev;
-    let device = super::users::device_folder(number);
+    let device = crate::system::device_folder(number);
     // A partition has no queue of its own.
     let limit = ["queue/write_zeroes_max_bytes", "../queue/write_zeroes_max_bytes"]
         .iter()

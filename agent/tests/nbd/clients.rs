@@ -2,6 +2,7 @@
 
 use crate::harness::{Harness, NAME, has, run, succeed};
 use blockmirror_agent::device::Geometry;
+use blockmirror_agent::device::openers::openers;
 use blockmirror_protocol::ranges::ByteRange;
 use std::path::Path;
 
@@ -217,4 +218,39 @@ fn fio_verifies_over_several_connections() {
         succeed("fio", &arguments);
     }
     harness.until(|served| served.unix.connections() == 0);
+}
+
+#[test]
+fn who_has_the_volume_open_is_told_in_words() {
+    if !has("qemu-io") {
+        return;
+    }
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+    let harness = Harness::start(MIB);
+    let _own = crate::raw::Raw::open(&harness.socket(), false);
+    let open = |uri: &str| {
+        let mut client = Command::new("qemu-io")
+            .args(["-f", "raw", uri])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("qemu-io starts");
+        // It has opened the export once it carries out a command.
+        writeln!(client.stdin.as_ref().unwrap(), "write 0 512").unwrap();
+        let output = BufReader::new(client.stdout.take().unwrap());
+        assert!(output.lines().map_while(Result::ok).any(|line| line.contains("wrote 512")));
+        client
+    };
+    let mut local = open(&harness.uri());
+    let mut remote = open(&harness.tcp_uri());
+    let (unix, tcp) = harness.look(|served| (served.unix.clients(), served.tcp.clients()));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let found = runtime.block_on(openers(None, [&unix[..], &unix, &tcp].concat()));
+    for client in [&mut local, &mut remote] {
+        drop(client.stdin.take());
+        client.wait().expect("it ends with its input");
+    }
+    let expected = [format!("NBD client qemu-io (pid {})", local.id()), format!("NBD client {}", tcp[0])];
+    assert_eq!(found, expected, "each once, and not what this process has open");
 }

@@ -4,7 +4,8 @@
 
 use super::kernel::MAX_TRANSFER_BYTES;
 use super::loop_device::{AttachError, LoopDevice};
-use super::{Options, mounts, users};
+use super::{Options, mounts};
+use crate::device::openers;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
@@ -165,14 +166,22 @@ fn release(place: &Place, device: LoopDevice) -> Result<(), StopError> {
     if wait_until(|| !attached()) {
         return Ok(());
     }
-    let user = users::find(&path, &device.system_folder());
-    Err(StopError::InUse { path, user: user.unwrap_or_else(|| "open somewhere".to_owned()) })
+    let user = user_of(device);
+    Err(StopError::InUse { path, user })
 }
 
 /// Whether a device that was ours still holds our file. Once the mount was taken out of the tree of files, by hand or
 /// because the tree was the crashed agent's own, the kernel gives the file's path as that of a root.
 fn holds(device: LoopDevice, place: &Place) -> bool {
     device.attached_to().is_some_and(|file| file == place.mount_point || file == Path::new("/"))
+}
+
+/// Who uses a device, in words.
+fn user_of(device: LoopDevice) -> String {
+    match openers::visible(&device.path()) {
+        nobody if nobody.is_empty() => "open somewhere".to_owned(),
+        users => users.join(", "),
+    }
 }
 
 /// Unmounts the file once the kernel has let go of it, which it does a moment after it has detached the device.
@@ -243,10 +252,9 @@ fn detach_stale(place: &Place, device: LoopDevice) {
         return;
     }
     // Whoever has it open for a moment is waited for; those who stay are not.
-    let (node, folder) = (device.path(), device.system_folder());
     let attached = || holds(device, place);
-    wait_until(|| !attached() || users::find_lasting(&node, &folder).is_some());
-    let user = attached().then(|| users::find(&node, &folder).unwrap_or_else(|| "open somewhere".to_owned()));
+    wait_until(|| !attached() || !openers::lasting(&path).is_empty());
+    let user = attached().then(|| user_of(device));
     match user {
         None => {
             tracing::info!(volume, device = %path.display(), "detached the loop device of an earlier run")

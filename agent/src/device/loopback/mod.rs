@@ -20,21 +20,20 @@ mod layout;
 mod life;
 pub mod loop_device;
 mod mounts;
-mod users;
 
 #[cfg(test)]
 mod tests;
 
 pub use life::{StartError, StopError, clean_up_stale};
 
-use super::Volume;
+use super::{Volume, blocking};
 use crate::buffer::BufferPool;
 use life::Place;
 use loop_device::LoopDevice;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, spawn_blocking, spawn_local};
+use tokio::task::{JoinHandle, spawn_local};
 
 /// Where a device is to appear.
 #[derive(Clone, Debug)]
@@ -146,13 +145,8 @@ impl Loopback {
         self.serving.ended().await;
     }
 
-    /// Someone who uses the loop device, in words, if anybody does.
-    pub async fn in_use(&self) -> Option<String> {
-        let device = self.device;
-        blocking(move || users::find(&device.path(), &device.system_folder())).await
-    }
-
-    /// Takes the device away. Whoever means to leave its users alone asks [`in_use`](Self::in_use) before.
+    /// Takes the device away. Whoever means to leave its users alone asks for
+    /// its [`openers`](crate::device::openers) before.
     ///
     /// The volume must answer its requests until this has ended: the kernel writes what it holds back.
     ///
@@ -165,13 +159,5 @@ impl Loopback {
         // Waited for, so that the descriptor is closed when this returns.
         serving.ended().await;
         result
-    }
-}
-
-/// Runs what may wait for our own server on a thread of its own.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match spawn_blocking(work).await {
-        Ok(value) => value,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }

@@ -6,10 +6,12 @@
 mod crashes;
 mod devices;
 mod life;
+mod opened;
 
 use super::{Loopback, Options, StartError, StopError, clean_up_stale, mounts};
 use crate::buffer::BufferPool;
 use crate::device::memory::Memory;
+use crate::device::openers;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -111,7 +113,7 @@ struct Served {
     device: PathBuf,
     link: PathBuf,
     ended: mpsc::Receiver<()>,
-    questions: tokio::sync::mpsc::UnboundedSender<oneshot::Sender<Option<String>>>,
+    questions: tokio::sync::mpsc::UnboundedSender<oneshot::Sender<Vec<String>>>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Stopped>>,
 }
@@ -129,7 +131,7 @@ impl Served {
         Ok(Self { device, link, ended, questions, stop: Some(stop), thread: Some(thread) })
     }
 
-    fn in_use(&self) -> Option<String> {
+    fn openers(&self) -> Vec<String> {
         let (answer, wait) = oneshot::channel();
         self.questions.send(answer).expect("the serving thread runs");
         wait.blocking_recv().expect("the serving thread answers")
@@ -162,7 +164,7 @@ type Started = mpsc::Sender<Result<(PathBuf, PathBuf), StartError>>;
 /// What passes between a test and the thread that serves for it.
 struct Orders {
     stopped: oneshot::Receiver<()>,
-    asked: tokio::sync::mpsc::UnboundedReceiver<oneshot::Sender<Option<String>>>,
+    asked: tokio::sync::mpsc::UnboundedReceiver<oneshot::Sender<Vec<String>>>,
     report_end: mpsc::Sender<()>,
 }
 
@@ -182,7 +184,7 @@ fn serve(options: Options, memory: Memory, started: &Started, orders: Orders) ->
         started.send(Ok(paths)).expect("the test waits");
         let answer_questions = async {
             while let Some(question) = asked.recv().await {
-                let _ = question.send(loopback.in_use().await);
+                let _ = question.send(openers::openers(Some(loopback.path()), Vec::new()).await);
             }
         };
         let watch_the_end = async {

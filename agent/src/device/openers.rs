@@ -1,0 +1,170 @@
+//! Who has a volume's devices open, in words for the operator who is to close them: file systems, swap space, other
+//! devices, processes, NBD clients.
+//!
+//! Nothing is left out that would write: what the kernel keeps to itself (a file system that was unmounted lazily, a
+//! mount in a container that can't be looked into) still has its claim on the device, and that is tried for when
+//! nobody was found. Where the kernel's tables can't be read, that counts as use. What this process itself has open
+//! does not count.
+//!
+//! A table or a folder is read for every process, which takes milliseconds, and opening a device asks the server
+//! behind it: none of this happens on a volume's thread.
+
+use super::blocking;
+use super::loopback::loop_device::LoopDevice;
+use super::nbd::Client;
+use crate::system::{self, Holder, Process};
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Who has a volume's loop device open, or is one of these clients of its NBD servers; nobody twice.
+///
+/// Not for looking at often: where nobody has the loop device, it is claimed for a moment, and whoever mounts it in
+/// that moment is told that it is busy.
+pub async fn openers(loop_device: Option<PathBuf>, clients: Vec<Client>) -> Vec<String> {
+    blocking(move || {
+        let mut found = loop_device.map_or_else(Vec::new, |node| of_device(&node));
+        found.extend(clients.into_iter().filter_map(of_client));
+        let mut openers: Vec<String> = Vec::new();
+        for opener in found {
+            if !openers.contains(&opener) {
+                openers.push(opener);
+            }
+        }
+        openers
+    })
+    .await
+}
+
+/// Users of a block device who stay: not those who have it open, perhaps just for a moment. Blocks.
+#[must_use]
+pub fn lasting(node: &Path) -> Vec<String> {
+    find_lasting(node).unwrap_or_else(|error| vec![unknown(&error)])
+}
+
+/// Users of a block device, those included who have it open for a moment. Blocks; does not open the device.
+#[must_use]
+pub fn visible(node: &Path) -> Vec<String> {
+    let mut found = lasting(node);
+    match parts(node) {
+        Ok(parts) => found.extend(parts.iter().flat_map(Part::processes)),
+        Err(error) => found.push(unknown(&error)),
+    }
+    found
+}
+
+fn of_device(node: &Path) -> Vec<String> {
+    let found = visible(node);
+    if found.is_empty() && is_claimed(node) {
+        return vec![
+            "in use out of sight, by a file system that was unmounted lazily or by a container".to_owned(),
+        ];
+    }
+    found
+}
+
+fn unknown(error: &io::Error) -> String {
+    format!("perhaps in use, which cannot be told: {error}")
+}
+
+/// Whether somebody has opened the device exclusively, as the kernel does for a mount.
+fn is_claimed(node: &Path) -> bool {
+    let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(node);
+    claim.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+}
+
+/// A device or one of its partitions.
+struct Part {
+    number: u64,
+    node: PathBuf,
+    /// What is said of a user of a partition, so that it can be found.
+    addition: String,
+}
+
+fn parts(node: &Path) -> io::Result<Vec<Part>> {
+    let whole = fs::metadata(node)?.rdev();
+    let parts = system::with_partitions(whole)?.into_iter().map(|number| {
+        let node = system::device_path(number);
+        let addition = match number == whole {
+            true => String::new(),
+            false => format!(", through its partition {}", node.display()),
+        };
+        Part { number, node, addition }
+    });
+    Ok(parts.collect())
+}
+
+fn find_lasting(node: &Path) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for part in parts(node)? {
+        let users = [part.mounts()?, part.swap_space()?, part.holders()?, part.loop_devices()?];
+        found.extend(users.into_iter().flatten().map(|user| user + &part.addition));
+    }
+    Ok(found)
+}
+
+impl Part {
+    /// Mounts of each mount namespace; one that others have too is told once.
+    fn mounts(&self) -> io::Result<Vec<String>> {
+        let mut seen = Vec::new();
+        let mut found = Vec::new();
+        for (process, mounts) in system::mounts_everywhere()? {
+            for mount in mounts {
+                // Some file systems, like btrfs, have a number of their own: then the source tells.
+                let is_ours = mount.number == self.number || mount.source == self.node;
+                if !is_ours || seen.contains(&mount.at) {
+                    continue;
+                }
+                let at = format!("mounted at {} ({})", mount.at.display(), mount.kind);
+                found.push(match process {
+                    None => at,
+                    Some(process) => format!("{at} in the mount namespace of {}", in_words(process)),
+                });
+                seen.push(mount.at);
+            }
+        }
+        Ok(found)
+    }
+
+    fn swap_space(&self) -> io::Result<Vec<String>> {
+        let is_one = system::swap_areas()?.contains(&self.node);
+        Ok(is_one.then(|| "used as swap space".to_owned()).into_iter().collect())
+    }
+
+    fn holders(&self) -> io::Result<Vec<String>> {
+        let in_words = |holder: Holder| match holder.given_name {
+            Some(name) => format!("used by /dev/mapper/{name}"),
+            None => format!("used by /dev/{}", holder.kernel_name.replace('!', "/")),
+        };
+        Ok(system::holders(self.number)?.into_iter().map(in_words).collect())
+    }
+
+    /// A loop device holds what it is attached to without a claim, and no process has it open.
+    fn loop_devices(&self) -> io::Result<Vec<String>> {
+        let devices = LoopDevice::all_attached_to(&self.node)?;
+        Ok(devices.into_iter().map(|device| format!("used by {}", device.path().display())).collect())
+    }
+
+    fn processes(&self) -> Vec<String> {
+        let opened = system::processes().filter(|process| process.open_files().any(|path| path == self.node));
+        opened.map(|process| format!("open by {}{}", in_words(process), self.addition)).collect()
+    }
+}
+
+fn in_words(process: Process) -> String {
+    match process.name() {
+        Some(name) => format!("{name} (pid {})", process.0),
+        None => format!("pid {}", process.0),
+    }
+}
+
+/// Nothing where the client is this process itself.
+fn of_client(client: Client) -> Option<String> {
+    match client {
+        Client::Process(Some(id)) if id.cast_unsigned() == std::process::id() => None,
+        Client::Process(Some(id)) => Some(format!("NBD client {}", in_words(Process(id.cast_unsigned())))),
+        Client::Process(None) => Some("NBD client in a container".to_owned()),
+        Client::Address(address) => Some(format!("NBD client {address}")),
+    }
+}
