@@ -5,6 +5,7 @@ use super::patience::until;
 use super::programs::{own, text};
 use super::relay::Relay;
 use blockmirror_agent::control::api::{StatusReply, VolumeStatus};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -159,14 +160,34 @@ impl Host {
         agent.wait().expect("it is our process");
     }
 
+    /// Stops the agent as a debugger does: it is there, and does nothing.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn stall(&mut self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets an agent go on that was stalled.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn go_on(&mut self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let agent = Pid::from_child(self.agent.as_ref().expect("the agent runs"));
+        kill_process(agent, signal).expect("it is our process");
+    }
+
     /// Ends the agent in order.
     ///
     /// # Panics
     /// When it does not run, or doesn't end well.
     pub fn stop(&mut self) {
+        self.signal(Signal::TERM);
         let mut agent = self.agent.take().expect("the agent runs");
-        let id = rustix::process::Pid::from_child(&agent);
-        rustix::process::kill_process(id, rustix::process::Signal::TERM).expect("it is our process");
         let ended = until("the agent has stopped", || match agent.try_wait().expect("it is our process") {
             Some(status) => Ok(status),
             None => Err(self.log()),

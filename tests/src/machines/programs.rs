@@ -7,7 +7,7 @@ use std::sync::Once;
 /// How long a program may take, in seconds; then it is ended, and its test fails.
 const TIME_SECONDS: &str = "180";
 
-/// The path of `blockmirror` or `blockmirror-agent`, as built from this workspace's present state.
+/// The path of one of this workspace's programs, as built from its present state.
 ///
 /// # Panics
 /// When they can't be built.
@@ -15,8 +15,9 @@ const TIME_SECONDS: &str = "180";
 pub fn own(name: &str) -> PathBuf {
     static BUILT: Once = Once::new();
     // Tests lie in TARGET/PROFILE/deps, programs in TARGET/PROFILE.
-    let test = std::env::current_exe().expect("a process has a path");
-    let folder = test.ancestors().nth(2).expect("a test lies in the target folder");
+    let own = std::env::current_exe().expect("a process has a path");
+    let folder = own.parent().expect("a program lies in a folder");
+    let folder = if folder.ends_with("deps") { folder.parent().expect("it is in another") } else { folder };
     BUILT.call_once(|| build(folder));
     let path = folder.join(name);
     assert!(path.exists(), "{} was not built", path.display());
