@@ -1,5 +1,8 @@
 //! What a primary sends, taken in: greetings, which drain the session before, and frames, which are checked before any
 //! of them is believed.
+//!
+//! A greeting is compared with this copy's history first (L3): where this host wrote what the primary's lineage does not
+//! contain, as a primary that went on alone did, nothing is overwritten until the operator decides.
 
 use super::gap::runs;
 use super::{
@@ -56,29 +59,23 @@ impl Replica {
         if (hello.volume, hello.size_bytes, hello.block_size) != (volume, size_bytes, block_size) {
             return refused(Refusal::Unrelated, "the volume's identity, size or block size differs here");
         }
-        if self.superblock.data != DataState::Empty
-            && !hello.lineage.is_empty()
-            && !self.superblock.lineage.is_empty()
-        {
-            // What this copy has and the primary lacks would be lost (L3).
-            let text = match lineage::relation(&hello.lineage, &self.superblock.lineage) {
-                Relation::Same | Relation::MineIsNewer => None,
-                Relation::Forked(_) | Relation::TheirsIsNewer => {
-                    Some("both hosts went on after they were last in sync; say whose content stays")
-                }
-                Relation::Unrelated => Some("the two hosts' histories have nothing in common"),
-            };
-            if let Some(text) = text {
-                return refused(Refusal::SplitBrain, text);
-            }
-        }
         if self.gap.is_full {
             return Some(self.no_room());
         }
         if hello.session <= self.last_session {
             return refused(Refusal::Other, "the session is not newer than the last one");
         }
-        None
+        if is_superseded(hello.fence, self.superblock.fence) {
+            // It is told so, and becomes a replica; whose content counts is decided when another primary greets.
+            return None;
+        }
+        match lineage::relation(&self.superblock.lineage, &hello.lineage) {
+            Relation::MineIsNewer | Relation::Forked(_) => refused(
+                Refusal::SplitBrain,
+                "split brain: this host wrote alone after the two were last in sync",
+            ),
+            Relation::Same | Relation::TheirsIsNewer | Relation::Unrelated => None,
+        }
     }
 
     /// Whether a greeting of this fence comes from a host that another one was promoted after (L5).
@@ -277,6 +274,98 @@ impl Replica {
         self.items.insert(frame, Item { session, body, claimed: None });
         if self.order.admit(frame, body.range()) {
             self.run(vec![frame]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Settings, SpacePolicy, Stored};
+    use super::*;
+    use crate::disk::activity_log::Recovered;
+    use crate::disk::superblock::Role;
+    use crate::units::{
+        BlockSize, CopyId, GenerationId, HostId, Position, Session as SessionNumber, Stream, VolumeId,
+    };
+    use crate::wire::message::Mode;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    fn lineage(text: &str) -> Vec<GenerationId> {
+        text.bytes().map(|byte| GenerationId([byte; 16])).collect()
+    }
+
+    fn fence(counter: u64, holder: u8) -> Fence {
+        Fence { counter, holder: HostId([holder; 32]) }
+    }
+
+    /// A copy that follows the fence (2, host 2), with these generations.
+    fn replica(generations: &str) -> Replica {
+        let superblock = Superblock {
+            volume: VolumeId([1; 16]),
+            copy: CopyId([2; 16]),
+            size_bytes: 1 << 20,
+            block_size: BlockSize::default(),
+            role: Role::Replica,
+            data: DataState::Consistent,
+            session: SessionNumber(0),
+            fence: fence(2, 2),
+            position: Position::default(),
+            source: fence(2, 2),
+            lineage: lineage(generations),
+            adopted: 0,
+            gap: 0,
+            layers: 0,
+            mode: Mode::Async,
+            released: false,
+        };
+        let settings = Settings { sector_bytes: 512, window_bytes: 1 << 20, space: SpacePolicy::Pause };
+        let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
+        let (marker, maps, saved) = (Position::default(), BTreeMap::new(), Vec::new());
+        Replica::new(settings, Stored { superblock, marker, log, maps, saved })
+    }
+
+    fn hello(fence: Fence, generations: &str) -> Hello {
+        Hello {
+            versions: VERSIONS,
+            features: 0,
+            volume: VolumeId([1; 16]),
+            size_bytes: 1 << 20,
+            block_size: BlockSize::default(),
+            sector_bytes: 512,
+            copy: CopyId([3; 16]),
+            session: SessionNumber(1),
+            stream: Stream(1),
+            fence,
+            lineage: lineage(generations),
+            mode: Mode::Async,
+            members: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_copy_with_writes_of_its_own_lets_no_primary_overwrite_them() {
+        for (mine, theirs, refusal) in [
+            ("ba", "ba", None),
+            ("a", "ba", None),
+            ("", "ba", None),
+            ("ca", "ba", Some(Refusal::SplitBrain)),
+            ("cba", "ba", Some(Refusal::SplitBrain)),
+            // The primary says that there is nothing in common.
+            ("x", "ba", None),
+        ] {
+            let refused = replica(mine).objection(&hello(fence(3, 3), theirs));
+            assert_eq!(refused.map(|refused| refused.refusal), refusal, "{mine} {theirs}");
+        }
+    }
+
+    #[test]
+    fn a_superseded_primary_is_told_so_before_histories_are_compared() {
+        let mut replica = replica("ba");
+        for old in [fence(1, 3), fence(2, 3)] {
+            assert_eq!(replica.objection(&hello(old, "ca")), None);
+            replica.greet(hello(old, "ca"));
+            let told = Superseded { fence: fence(2, 2) };
+            assert_eq!(replica.poll_action(), Some(Action::Send(told.into())));
         }
     }
 }
