@@ -15,6 +15,7 @@ pub mod process;
 pub mod quantity;
 pub mod recovery;
 pub mod replica;
+pub mod standing;
 pub mod storage;
 pub mod stored;
 pub mod supervisor;

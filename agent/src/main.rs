@@ -70,9 +70,11 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Supervisor::new(folders, settings.host_name(), endpoint, settings.advertise.clone());
     let (mut terminated, mut interrupted) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    supervisor.start_volumes().await?;
+    let opening = supervisor.start_volumes().await?;
     tokio::spawn(supervisor.clone().keep_members(learned));
+    // Hosts that start at the same time ask each other how they stand.
     tokio::spawn(supervisor.clone().accept_connections());
+    opening.await;
     // Nobody may be listening; that is no mistake.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let operations = std::sync::Arc::new(Operator(supervisor.clone()));

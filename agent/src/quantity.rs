@@ -166,6 +166,13 @@ pub fn per_cent(done: u64, total: u64) -> u64 {
     u64::try_from(u128::from(done) * 100 / u128::from(total)).expect("a share of less than all is below 100")
 }
 
+/// The time of day, `14:03:11 UTC`, of a moment in seconds since 1970.
+#[must_use]
+pub fn clock(unix_seconds: u64) -> String {
+    let second = unix_seconds % 86_400;
+    format!("{:02}:{:02}:{:02} UTC", second / 3600, second / 60 % 60, second % 60)
+}
+
 /// The time of day, in seconds since 1970; 0 on a host whose clock says that it is earlier.
 #[must_use]
 pub fn unix_seconds() -> u64 {

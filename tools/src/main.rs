@@ -9,15 +9,19 @@ mod compare;
 mod completions;
 mod config;
 mod create;
+mod demote;
 mod inspect;
 mod invite;
 mod join;
+mod mode;
 mod offline;
 mod output;
 mod pause;
 mod peers;
+mod promote;
 mod recover;
 mod status;
+mod switch;
 mod wait;
 
 use clap::{Parser, Subcommand};
@@ -55,6 +59,14 @@ enum Verb {
     Pause(pause::Arguments),
     /// Go on mirroring to a peer
     Resume(pause::Arguments),
+    /// Set when writes to a volume are answered while a peer is in sync
+    Mode(mode::Arguments),
+    /// Make this replica the primary: when the old one is gone, or was demoted
+    Promote(promote::Arguments),
+    /// Make this primary a replica; nobody is the primary then
+    Demote(demote::Arguments),
+    /// Make this primary a replica, and a replica that is in sync the primary
+    Switch(switch::Arguments),
     /// Compare this host's copy with a peer's, by digests
     Compare(compare::Arguments),
     /// Copy a volume's content from a peer into a disk or an image file
@@ -91,6 +103,10 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Wait(arguments) => wait::run(arguments, &client, output).await,
         Verb::Pause(arguments) => pause::run(pause::Wish::Pause, arguments, &client, output).await,
         Verb::Resume(arguments) => pause::run(pause::Wish::Resume, arguments, &client, output).await,
+        Verb::Mode(arguments) => mode::run(arguments, &client, output).await,
+        Verb::Promote(arguments) => promote::run(arguments, &client, output).await,
+        Verb::Demote(arguments) => demote::run(arguments, &client, output).await,
+        Verb::Switch(arguments) => switch::run(arguments, &client, output).await,
         Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
         Verb::Recover(arguments) => recover::run(arguments, &client, output).await,
         Verb::Inspect(arguments) => inspect::run(arguments, output),

@@ -4,7 +4,7 @@
 use blockmirror_agent::config::{ConfigFolder, Mistake, Name, PeerConfig, VolumeConfig};
 use blockmirror_agent::control::api::{
     AgentRecord, DeviceStatus, Failure, FailureKind, HostStatus, PeerStatus, STATUS_SCHEMA, StatusReply,
-    VolumeFacts,
+    Succession, VolumeFacts,
 };
 use blockmirror_agent::control::record_path;
 use blockmirror_agent::stored::{self, Stored};
@@ -87,7 +87,18 @@ fn facts(volume: &VolumeConfig, stored: &Stored) -> VolumeFacts {
         devices: volume.devices.iter().map(|&kind| unserved(kind)).collect(),
         data: stored.superblock.as_ref().map(|superblock| superblock.data.into()),
         epoch: stored.marker.map(|position| position.epoch.0),
+        succession: succession(stored),
         peers: peers.map(|(config, out_of_sync)| peer(config, *out_of_sync)).collect(),
+    }
+}
+
+/// What the superblock says of who may write.
+fn succession(stored: &Stored) -> Succession {
+    let Some(superblock) = &stored.superblock else { return Succession::default() };
+    Succession {
+        fence: Some(superblock.fence.counter).filter(|counter| *counter > 0),
+        released: superblock.released,
+        ..Succession::default()
     }
 }
 

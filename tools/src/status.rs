@@ -4,7 +4,7 @@
 use crate::client::Client;
 use crate::offline;
 use crate::output::{Error, Output, aligned, warn};
-use blockmirror_agent::config::{Name, Role};
+use blockmirror_agent::config::{Mode, Name, Role};
 use blockmirror_agent::control::api::{
     Connection, CopyState, DeviceStatus, Failure, FailureKind, PeerState, PeerStatus, StatusReply,
     VolumeState, VolumeStatus,
@@ -181,6 +181,9 @@ fn data(data: Option<CopyState>) -> &'static str {
 fn peer(peer: &PeerStatus) -> Vec<String> {
     let since = peer.connection_seconds.map(|seconds| format!(" {}", Seconds(seconds))).unwrap_or_default();
     let mut far = Vec::new();
+    if peer.role == Role::Replica && peer.mode != Mode::Async {
+        far.push(peer.mode.to_string());
+    }
     if let Some(bytes) = peer.out_of_sync_bytes {
         far.push(format!("{} out of sync", Size(bytes)));
     }
@@ -216,5 +219,7 @@ fn state(state: PeerState) -> &'static str {
         PeerState::Behind => "behind",
         PeerState::OutOfSync => "out-of-sync",
         PeerState::Failed => "failed",
+        PeerState::SplitBrain => "split-brain",
+        PeerState::Stranger => "stranger",
     }
 }

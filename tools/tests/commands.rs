@@ -132,6 +132,62 @@ fn pause_and_resume_name_a_volume_and_a_peer() {
 }
 
 #[test]
+fn promote_says_what_it_did_or_why_not() {
+    let agent = Agent::start(healthy());
+    assert_eq!(agent.tool(&["promote", "data"]), bad(5, "a is the primary and reachable"));
+    let details = "\
+other  primary  healthy: b holds an identical copy
+  action:  none
+  backing: /srv/other.img, 100G, consistent
+  devices: /dev/blockmirror/other
+  peer:    b  replica  connected 3m  in-sync  0 out of sync
+";
+    let expected = Ended {
+        output: format!("promoted other in 1.2 s\n{details}"),
+        errors: "blockmirror: a did not say how they stand\n".to_owned(),
+        code: 0,
+    };
+    assert_eq!(agent.tool(&["promote", "other"]), expected);
+    let ended = agent.tool(&["promote", "data", "--force"]);
+    assert!(ended.output.contains("its content is that of 01:46:40 UTC\n"), "{ended:?}");
+    let json: serde_json::Value =
+        serde_json::from_str(&agent.tool(&["promote", "other", "--json"]).output).unwrap();
+    assert_eq!(json["schema"], "blockmirror/promotion/v1");
+    assert_eq!(json["milliseconds"], 1234);
+    assert_eq!(
+        agent.asked(),
+        ["promote data false", "promote other false", "promote data true", "promote other false"]
+    );
+    assert_eq!(agent.tool(&["promote", "nope"]).code, 4);
+}
+
+#[test]
+fn demote_and_switch_say_who_can_write_now() {
+    let agent = Agent::start(healthy());
+    let expected = "\
+demoted data; nobody is the primary now
+b has everything; to go on there: blockmirror promote data
+c may lack something, and is promoted with --force only
+";
+    assert_eq!(agent.tool(&["demote", "data"]), good(expected));
+    let expected = "b is the primary of data now; nobody could write for 0.8 s\n";
+    assert_eq!(agent.tool(&["switch", "data", "--to", "b"]), good(expected));
+    assert_eq!(agent.tool(&["switch", "data", "--to", "x"]).code, 4);
+    let json: serde_json::Value =
+        serde_json::from_str(&agent.tool(&["switch", "data", "--to", "b", "--json"]).output).unwrap();
+    assert_eq!(json["milliseconds_without_writes"], 850);
+}
+
+#[test]
+fn mode_names_a_volume_a_peer_and_a_mode() {
+    let agent = Agent::start(healthy());
+    let expected = "data is mirrored to b in the mode semi-sync\n";
+    assert_eq!(agent.tool(&["mode", "data", "b", "semi-sync"]), good(expected));
+    assert_eq!(agent.asked(), ["mode data b semi-sync"]);
+    assert_eq!(agent.tool(&["mode", "data", "b", "often"]).code, 2);
+}
+
+#[test]
 fn compare_fails_when_the_copies_differ() {
     let agent = Agent::start(healthy());
     let identical = "identical: 100G compared with b, no difference (took 1m 30s)\n";

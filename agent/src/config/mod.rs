@@ -58,7 +58,7 @@ impl AgentConfig {
     }
 }
 
-/// What a host is for a volume. Exactly one is the primary.
+/// What a host is for a volume. One at most is the primary.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
@@ -316,6 +316,15 @@ impl VolumeConfig {
             return Err(Contradiction::TwoPrimaries);
         }
         Ok(())
+    }
+
+    /// What this host is, and which other one is the primary, if any is.
+    pub fn set_roles(&mut self, own: Role, primary: Option<HostId>) {
+        self.role = own;
+        for peer in &mut self.peers {
+            let is_primary = own == Role::Replica && primary == Some(peer.host);
+            peer.role = if is_primary { Role::Primary } else { Role::Replica };
+        }
     }
 
     /// The volume's other hosts, as third ones are told of them.

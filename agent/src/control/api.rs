@@ -4,7 +4,7 @@
 //! never renamed or given another meaning. What a host doesn't know is null, never zero: a replica cannot tell how
 //! much it lacks, and a stopped agent cannot tell how far its peers are.
 
-use crate::config::{Address, DeviceKind, Name, PeerConfig, Role};
+use crate::config::{Address, DeviceKind, Mode, Name, PeerConfig, Role};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,6 +17,12 @@ pub const PEERS_SCHEMA: &str = "blockmirror/peers/v1";
 pub const INVITATION_SCHEMA: &str = "blockmirror/invitation/v1";
 /// The schema of [`Comparison`].
 pub const COMPARISON_SCHEMA: &str = "blockmirror/comparison/v1";
+/// The schema of [`Promotion`].
+pub const PROMOTION_SCHEMA: &str = "blockmirror/promotion/v1";
+/// The schema of [`Demotion`].
+pub const DEMOTION_SCHEMA: &str = "blockmirror/demotion/v1";
+/// The schema of [`Switch`].
+pub const SWITCH_SCHEMA: &str = "blockmirror/switch/v1";
 
 /// Why a request failed, for the program: it decides the tool's exit code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -161,6 +167,71 @@ pub struct JoinRequest {
     pub overwrite: bool,
 }
 
+/// Makes this host the primary of a volume. Answered by [`Promotion`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromoteRequest {
+    /// Whether it is wanted even where something may be lost, or another host may go on as well.
+    pub force: bool,
+}
+
+/// A promotion that was carried out.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Promotion {
+    /// [`PROMOTION_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// How long it took until the devices were served.
+    pub milliseconds: u64,
+    /// When the content was so that it was rolled back to, in seconds since 1970; null where nothing was.
+    pub rolled_back_to: Option<u64>,
+    /// The hosts that did not say how they stand.
+    pub unanswered: Vec<String>,
+}
+
+/// A primary that was made a replica; nobody is the primary now.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Demotion {
+    /// [`DEMOTION_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// The replicas that have everything, and can be promoted without losing anything.
+    pub released: Vec<String>,
+    /// The others.
+    pub unreleased: Vec<String>,
+}
+
+/// Makes this primary a replica, and a replica the primary. Answered by [`Switch`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SwitchRequest {
+    /// The new primary.
+    pub to: Name,
+}
+
+/// A switch that was carried out.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Switch {
+    /// [`SWITCH_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands on the old primary.
+    pub volume: VolumeStatus,
+    /// The new primary.
+    pub to: Name,
+    /// How long nobody could write.
+    pub milliseconds_without_writes: u64,
+}
+
+/// Sets when writes and flushes are answered while a peer is in sync. Answered by [`PeerStatus`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModeRequest {
+    /// The mode.
+    pub mode: Mode,
+}
+
 /// The other hosts of a volume.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PeersReply {
@@ -246,6 +317,12 @@ pub enum VolumeState {
     Resyncing,
     /// Replica: not connected to the primary.
     Waiting,
+    /// The role of this host is just being changed.
+    Changing,
+    /// Primary: another host was promoted since, so this one takes no writes.
+    Superseded,
+    /// Both this host and another one wrote after they were last in sync: the operator decides whose content stays.
+    SplitBrain,
     /// The agent is not running.
     Stopped,
 }
@@ -289,8 +366,47 @@ pub struct VolumeFacts {
     pub data: Option<CopyState>,
     /// The last epoch that is durable here.
     pub epoch: Option<u64>,
+    /// What there is to say of who may write.
+    #[serde(default)]
+    pub succession: Succession,
     /// The other hosts.
     pub peers: Vec<PeerStatus>,
+}
+
+/// Who may write to a volume, who could, and what keeps a change of that from being whole.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Succession {
+    /// How many promotions there were, as far as this host knows; null where it doesn't.
+    pub fence: Option<u64>,
+    /// A change of the role that is under way, as in "this host is just being promoted".
+    pub change: Option<String>,
+    /// Whether the primary was demoted when this replica had everything.
+    pub released: bool,
+    /// Whether this host was the last primary and was demoted.
+    pub demoted: bool,
+    /// While a resync makes this copy a mixture: when it was what a promotion would roll back to.
+    pub rollback: Option<Rollback>,
+    /// Whether a resync waits for room for pre-images.
+    pub is_full: bool,
+    /// On a primary that must not write any more: the host that was promoted since.
+    pub superseded_by: Option<String>,
+    /// On a primary that must not write any more: who has its devices open.
+    pub openers: Vec<String>,
+    /// On a replica that wrote alone: the host whose content it does not take.
+    pub split_from: Option<String>,
+    /// Since when.
+    pub split_seconds: Option<u64>,
+}
+
+/// A point that a copy can be rolled back to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Rollback {
+    /// When the copy was so, in seconds since 1970.
+    pub at_unix_seconds: u64,
+    /// How long ago that was.
+    pub age_seconds: u64,
+    /// How much room the pre-images take that lead back to it.
+    pub bytes: u64,
 }
 
 /// What a copy holds.
@@ -360,6 +476,10 @@ pub enum PeerState {
     OutOfSync,
     /// Its backing failed.
     Failed,
+    /// It wrote alone after the two were last in sync, as this host did: the operator decides whose content stays.
+    SplitBrain,
+    /// Its history has nothing in common with this host's.
+    Stranger,
 }
 
 /// Another host of a volume, as this one sees it.
@@ -379,6 +499,9 @@ pub struct PeerStatus {
     pub connection_seconds: Option<u64>,
     /// What went wrong last, if the link or the peer is not well.
     pub error: Option<String>,
+    /// When writes are answered while this host is the primary and that one is in sync.
+    #[serde(default)]
+    pub mode: Mode,
     /// How far it is; null where this host doesn't know.
     pub state: Option<PeerState>,
     /// What its copy held when it last told.
@@ -409,6 +532,7 @@ impl PeerStatus {
             connection: if peer.paused { Connection::Paused } else { Connection::Disconnected },
             connection_seconds: None,
             error: None,
+            mode: peer.mode,
             state: None,
             data: None,
             out_of_sync_bytes: None,

@@ -11,8 +11,8 @@ mod server;
 
 use crate::config::Name;
 use api::{
-    AgentRecord, Comparison, CreateRequest, Failure, Invitation, InviteRequest, JoinRequest, PeerStatus,
-    PeersReply, StatusReply,
+    AgentRecord, Comparison, CreateRequest, Demotion, Failure, Invitation, InviteRequest, JoinRequest,
+    ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, StatusReply, Switch, SwitchRequest,
 };
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -64,6 +64,31 @@ pub trait Operations: Send + Sync + 'static {
 
     /// Goes on mirroring with a peer.
     fn resume(&self, volume: Name, peer: Name) -> impl Future<Output = Result<PeerStatus, Failure>> + Send;
+
+    /// Sets when writes are answered while a peer is in sync.
+    fn set_mode(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: ModeRequest,
+    ) -> impl Future<Output = Result<PeerStatus, Failure>> + Send;
+
+    /// Makes this host the primary.
+    fn promote(
+        &self,
+        volume: Name,
+        request: PromoteRequest,
+    ) -> impl Future<Output = Result<Promotion, Failure>> + Send;
+
+    /// Makes this primary a replica.
+    fn demote(&self, volume: Name) -> impl Future<Output = Result<Demotion, Failure>> + Send;
+
+    /// Makes this primary a replica, and a replica the primary.
+    fn switch(
+        &self,
+        volume: Name,
+        request: SwitchRequest,
+    ) -> impl Future<Output = Result<Switch, Failure>> + Send;
 
     /// Compares all digests with a peer's. Takes as long as both hosts need to read the volume; how far it is shows
     /// in the status.

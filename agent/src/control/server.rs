@@ -34,6 +34,10 @@ pub(super) fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/volumes/{volume}/peers/{peer}/pause", post(pause::<O>))
         .route("/v1/volumes/{volume}/peers/{peer}/resume", post(resume::<O>))
         .route("/v1/volumes/{volume}/peers/{peer}/compare", post(compare::<O>))
+        .route("/v1/volumes/{volume}/peers/{peer}/mode", post(set_mode::<O>))
+        .route("/v1/volumes/{volume}/promote", post(promote::<O>))
+        .route("/v1/volumes/{volume}/demote", post(demote::<O>))
+        .route("/v1/volumes/{volume}/switch", post(switch::<O>))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
@@ -99,6 +103,42 @@ async fn resume<O: Operations>(State(operations): State<Arc<O>>, pair: Pair) -> 
 async fn compare<O: Operations>(State(operations): State<Arc<O>>, pair: Pair) -> Response {
     match names(pair) {
         Ok((volume, peer)) => answer(operations.compare(volume, peer).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn set_mode<O: Operations>(State(operations): State<Arc<O>>, pair: Pair, body: Body) -> Response {
+    match names(pair).and_then(|names| Ok((names, parse(body)?))) {
+        Ok(((volume, peer), request)) => answer(operations.set_mode(volume, peer, request).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn promote<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Path(volume): Path<String>,
+    body: Body,
+) -> Response {
+    match name(volume).and_then(|volume| Ok((volume, parse(body)?))) {
+        Ok((volume, request)) => answer(operations.promote(volume, request).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn demote<O: Operations>(State(operations): State<Arc<O>>, Path(volume): Path<String>) -> Response {
+    match name(volume) {
+        Ok(volume) => answer(operations.demote(volume).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn switch<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Path(volume): Path<String>,
+    body: Body,
+) -> Response {
+    match name(volume).and_then(|volume| Ok((volume, parse(body)?))) {
+        Ok((volume, request)) => answer(operations.switch(volume, request).await),
         Err(failure) => answer::<()>(Err(failure)),
     }
 }

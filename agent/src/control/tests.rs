@@ -54,6 +54,22 @@ impl Operations for Fake {
         Err(Failure::no_such_peer(&volume, &peer))
     }
 
+    async fn set_mode(&self, volume: Name, peer: Name, _: ModeRequest) -> Result<PeerStatus, Failure> {
+        Err(Failure::no_such_peer(&volume, &peer))
+    }
+
+    async fn promote(&self, volume: Name, request: PromoteRequest) -> Result<Promotion, Failure> {
+        Err(Failure::new(FailureKind::Refused, format!("{volume} has a primary; force: {}", request.force)))
+    }
+
+    async fn demote(&self, volume: Name) -> Result<Demotion, Failure> {
+        Err(Failure::no_such_volume(&volume))
+    }
+
+    async fn switch(&self, volume: Name, request: SwitchRequest) -> Result<Switch, Failure> {
+        Err(Failure::no_such_peer(&volume, &request.to))
+    }
+
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
         if peer.as_str() == "endless" {
             let _guard = OnDrop(self.comparison_was_dropped.clone());
@@ -155,6 +171,13 @@ async fn requests_are_checked_before_they_reach_an_operation() {
             ("POST", "/v1/volumes/data/peers/b/pause", "", 404, r#"no peer \"b\" of data"#),
             ("POST", "/v1/volumes/data/peers/b/resume", "", 404, "no-such-volume"),
             ("POST", "/v1/volumes/data/peers/b/compare", "", 404, "no-such-volume"),
+            ("POST", "/v1/volumes/data/peers/b/mode", r#"{"mode":"sync"}"#, 404, "no-such-volume"),
+            ("POST", "/v1/volumes/data/peers/b/mode", r#"{"mode":"often"}"#, 400, "unknown variant"),
+            ("POST", "/v1/volumes/data/promote", r#"{"force":true}"#, 409, "force: true"),
+            ("POST", "/v1/volumes/data/promote", "", 400, "usage"),
+            ("POST", "/v1/volumes/data/demote", "", 404, "no-such-volume"),
+            ("POST", "/v1/volumes/data/switch", r#"{"to":"b"}"#, 404, r#"no peer \"b\" of data"#),
+            ("POST", "/v1/volumes/data/switch", r#"{"to":".."}"#, 400, "is not a name"),
         ];
         for (method, path, body, status, part) in table {
             let answer = ask(run, method, path, body).await;

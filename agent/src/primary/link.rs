@@ -5,12 +5,13 @@
 //! queues are dropped, the tracker puts what was not acknowledged into the map, and the task backs off and dials anew.
 
 use super::Primary;
-use crate::config::{Name, PeerConfig};
+use crate::config::{Mode, Name, PeerConfig};
 use crate::transport::Connection;
 use crate::transport::FrameSender;
 use crate::transport::Peers;
+use blockmirror_protocol::session::PeerError;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Member, Message};
+use blockmirror_protocol::wire::message::{Fence, Member, Message, Refusal};
 use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -58,6 +59,17 @@ pub struct LinkState {
     pub error: Option<String>,
     /// Whether the replica said that its backing failed.
     pub replica_failed: bool,
+    /// Whether both hosts wrote after they were last in sync, or have no history in common: the operator decides.
+    pub split: Option<Split>,
+}
+
+/// Why two hosts can't go on with each other by themselves (L3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Split {
+    /// Both wrote after they were last in sync, or were promoted at the same time.
+    Brain,
+    /// Their histories have nothing in common.
+    Strangers,
 }
 
 /// A replica and how it is reached.
@@ -69,6 +81,10 @@ pub struct Peer {
     state: RefCell<LinkState>,
     changed: Notify,
     stopped: Cell<bool>,
+    mode: Cell<Mode>,
+    /// The session is to begin anew.
+    restart: Cell<bool>,
+    superseded: Box<dyn Fn(Fence)>,
 }
 
 /// Why a link ended.
@@ -85,7 +101,7 @@ enum LinkError {
     #[error(transparent)]
     Receive(#[from] crate::transport::ReceiveError),
     #[error(transparent)]
-    Peer(#[from] blockmirror_protocol::session::PeerError),
+    Peer(#[from] PeerError),
 }
 
 impl LinkQueues {
@@ -108,9 +124,10 @@ impl LinkQueues {
 }
 
 impl Peer {
-    /// A replica that is dialled by [`Peer::keep_linked`].
+    /// A replica that is dialled by [`Peer::keep_linked`]. `superseded` is called when it knows of a newer fence than
+    /// this primary's (L5).
     #[must_use]
-    pub fn new(config: &PeerConfig) -> Rc<Self> {
+    pub fn new(config: &PeerConfig, superseded: impl Fn(Fence) + 'static) -> Rc<Self> {
         Rc::new(Self {
             host: config.host,
             name: config.name.clone(),
@@ -119,6 +136,9 @@ impl Peer {
             state: RefCell::new(LinkState { paused: config.paused, ..LinkState::default() }),
             changed: Notify::new(),
             stopped: Cell::new(false),
+            mode: Cell::new(config.mode),
+            restart: Cell::new(false),
+            superseded: Box::new(superseded),
         })
     }
 
@@ -133,9 +153,13 @@ impl Peer {
         *self.members.borrow_mut() = members;
     }
 
-    /// The operator paused the link or lets it go on, or the replica is reached elsewhere.
+    /// The operator paused the link or lets it go on, or chose another mode, which a new session begins with, or the
+    /// replica is reached elsewhere.
     pub fn configure(&self, config: &PeerConfig) {
         *self.addresses.borrow_mut() = addresses_of(config);
+        if self.mode.replace(config.mode) != config.mode {
+            self.restart.set(true);
+        }
         self.state.borrow_mut().paused = config.paused;
         self.changed.notify_one();
     }
@@ -158,6 +182,7 @@ impl Peer {
                 self.changed.notified().await;
                 continue;
             }
+            self.restart.set(false);
             let began = Instant::now();
             let ended = tokio::select! {
                 ended = self.link(&primary, &peers) => Some(ended),
@@ -165,7 +190,7 @@ impl Peer {
             };
             primary.disconnected(self.host);
             let Some(Err(error)) = ended else { continue };
-            self.note(&error);
+            self.note(&error, primary.state().superblock().fence);
             pause = if began.elapsed() >= STABLE { BACK_OFF.0 } else { (pause * 2).min(BACK_OFF.1) };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -175,21 +200,34 @@ impl Peer {
     }
 
     async fn interrupted(&self) {
-        while self.may_link() {
+        while self.may_link() && !self.restart.take() {
             self.changed.notified().await;
         }
     }
 
     /// Says once what is wrong; the same again is not news.
-    fn note(&self, error: &LinkError) {
+    fn note(&self, error: &LinkError, own: Fence) {
         let text = crate::words::with_name(error, self.host, &self.name);
         let mut state = self.state.borrow_mut();
         if state.error.as_ref() != Some(&text) {
             tracing::warn!(peer = %self.name, "{text}");
         }
         state.error = Some(text);
-        if let LinkError::Peer(blockmirror_protocol::session::PeerError::Refused(refused)) = error {
-            state.replica_failed = refused.refusal == blockmirror_protocol::wire::message::Refusal::Backing;
+        let LinkError::Peer(error) = error else { return };
+        match error {
+            PeerError::Refused(refused) => {
+                state.replica_failed = refused.refusal == Refusal::Backing;
+                state.split = (refused.refusal == Refusal::SplitBrain).then_some(Split::Brain);
+            }
+            PeerError::SplitBrain => state.split = Some(Split::Brain),
+            PeerError::NothingInCommon => state.split = Some(Split::Strangers),
+            PeerError::Superseded(fence) if fence.counter > own.counter => {
+                drop(state);
+                (self.superseded)(*fence);
+            }
+            // Both were promoted, and neither before the other.
+            PeerError::Superseded(_) => state.split = Some(Split::Brain),
+            PeerError::Misbehaved(_) | PeerError::Incompatible(_) => {}
         }
     }
 
@@ -206,11 +244,12 @@ impl Peer {
         let receive = async {
             loop {
                 let message = receiver.receive().await?;
-                if matches!(message, Message::Welcome(_)) {
-                    let mut state = self.state.borrow_mut();
-                    (state.error, state.replica_failed) = (None, false);
-                }
+                let is_union = matches!(&message, Message::Union(union) if union.last);
                 primary.message(self.host, message)?;
+                if is_union {
+                    let mut state = self.state.borrow_mut();
+                    *state = LinkState { paused: state.paused, ..LinkState::default() };
+                }
             }
         };
         let send_messages = async {

@@ -4,6 +4,7 @@
 //! on the spot: an operation is queued with the storage, a frame with its link, a reply with its front end. Nothing
 //! here waits, and nothing decides.
 
+mod demotion;
 mod link;
 
 use crate::buffer::BufferPool;
@@ -24,7 +25,7 @@ use blockmirror_protocol::units::{GenerationId, HostId, Position, Sequence, Sess
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
-pub use link::{LinkState, Peer};
+pub use link::{LinkState, Peer, Split};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
@@ -55,6 +56,10 @@ pub struct Primary {
     /// What became of the backing, in words, once it failed.
     error: RefCell<Option<String>>,
     closed: Notify,
+    /// Told of everything that a replica says.
+    heard: Notify,
+    /// The volume is opened anew: nothing of this one is to stay.
+    retired: Cell<bool>,
     superseded: Cell<Option<Fence>>,
     session_numbers: tokio::sync::Mutex<()>,
 }
@@ -143,6 +148,8 @@ impl Primary {
             earlier: Notify::new(),
             error: RefCell::new(None),
             closed: Notify::new(),
+            heard: Notify::new(),
+            retired: Cell::new(false),
             superseded: Cell::new(None),
             session_numbers: tokio::sync::Mutex::new(()),
         });
@@ -211,18 +218,6 @@ impl Primary {
         self.drive(|inner, now| inner.tracker.configure(modes, loss, now));
     }
 
-    /// Another host was promoted with this fence: no write is taken any more (L5).
-    pub fn supersede(&self, fence: Fence) {
-        self.superseded.set(Some(fence));
-        self.drive(|inner, now| inner.tracker.supersede(now));
-    }
-
-    /// The fence of the host that was promoted since, if there is one.
-    #[must_use]
-    pub fn superseded(&self) -> Option<Fence> {
-        self.superseded.get()
-    }
-
     /// Compares the volume with a replica. Nothing when the replica is not in sync, or falls out of it meanwhile.
     pub async fn compare(&self, peer: HostId) -> Option<CompareResult> {
         let (sender, result) = oneshot::channel();
@@ -283,7 +278,9 @@ impl Primary {
     }
 
     fn message(&self, peer: HostId, message: Message) -> Result<(), PeerError> {
-        self.drive(|inner, now| inner.tracker.handle_message(peer, message, now))
+        let handled = self.drive(|inner, now| inner.tracker.handle_message(peer, message, now));
+        self.heard.notify_waiters();
+        handled
     }
 
     /// Feeds the tracker an event, then carries out what it asks for.
@@ -312,7 +309,7 @@ impl Primary {
     async fn keep_time(self: Rc<Self>) {
         let me = Rc::downgrade(&self);
         drop(self);
-        while let Some(primary) = me.upgrade() {
+        while let Some(primary) = me.upgrade().filter(|primary| !primary.retired.get()) {
             let next = primary.inner.borrow().tracker.poll_timeout();
             primary.armed.set(next);
             let due = next.map(|next| primary.started + next.0);
@@ -526,7 +523,9 @@ impl Volume for Primary {
             Command::Flush => (Work::Flush, 0, Bytes::new()),
         };
         // A reply must not come before this returns, and the tracker may answer these at once.
-        let at_once = matches!(work, Work::Flush) || self.inner.borrow().tracker.has_failed();
+        let at_once = matches!(work, Work::Flush)
+            || self.superseded.get().is_some()
+            || self.inner.borrow().tracker.has_failed();
         let reply: Rc<dyn Reply> = if at_once { Rc::new(Later(reply)) } else { reply };
         self.drive(|inner, now| {
             let id = RequestId(inner.next_request);

@@ -23,6 +23,7 @@ impl Replica {
         };
         match self.pre_images.begin(header).await {
             Ok(layer) => {
+                self.point.set(Some(point_of(&layer)));
                 *self.layer.lock().await = Some(layer);
                 Saved::Done
             }
@@ -39,7 +40,10 @@ impl Replica {
         let mut layer = self.layer.lock().await;
         let layer = layer.as_mut().expect("a gap has a layer");
         match layer.save(&self.backing, ranges).await {
-            Ok(()) => Saved::Done,
+            Ok(()) => {
+                self.point.set(Some(point_of(layer)));
+                Saved::Done
+            }
             Err(SaveError::Full(shortage)) => self.note_shortage(&shortage),
             Err(error @ SaveError::Storage(_)) => {
                 self.keep_error(&error);
@@ -64,6 +68,11 @@ impl Replica {
             tracing::warn!("{}", crate::words::with_causes(&error));
         }
     }
+}
+
+/// When a layer was begun, in seconds since 1970, and how large it is.
+pub(super) fn point_of(layer: &Layer) -> (u64, u64) {
+    (layer.header().began_unix_seconds, layer.bytes())
 }
 
 /// The layer of the gap, and none of what others left behind.

@@ -8,9 +8,10 @@
 //! [`Replica::has_failed`], and the volume's thread opens the backing anew.
 
 mod gap;
+mod promotion;
 
 use crate::buffer::BufferPool;
-use crate::config::VolumeConfig;
+use crate::config::{Name, VolumeConfig};
 use crate::metadata::State;
 use crate::pre_images::{Layer, LayerError, PreImages};
 use crate::storage::file::File;
@@ -24,8 +25,9 @@ use blockmirror_protocol::replica::{
 };
 use blockmirror_protocol::units::{HostId, Session as SessionNumber};
 use blockmirror_protocol::wire::FrameHeader;
-use blockmirror_protocol::wire::message::{Hello, Member, Message};
+use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal};
 use bytes::Bytes;
+pub use promotion::{Progress, PromotionError};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::path::Path;
@@ -48,6 +50,12 @@ pub struct Replica {
     pre_images: PreImages,
     /// The layer of the gap, while there is one.
     layer: tokio::sync::Mutex<Option<Layer>>,
+    /// When that was begun, in seconds since 1970, and how large it is; told while the layer is being saved into.
+    point: Cell<Option<(u64, u64)>>,
+    /// Since when greetings are refused because this host wrote alone (L3), and whose.
+    split: Cell<Option<(HostId, Instant)>>,
+    /// The volume's name, for words to the operator.
+    name: Name,
     inner: RefCell<Inner>,
     error: RefCell<Option<String>>,
     /// The session that is being served, and how it is told to end.
@@ -146,6 +154,7 @@ impl Replica {
             maps: state.valid_maps(&peers).await?,
             saved: layer.iter().flat_map(Layer::saved).collect(),
         };
+        let point = layer.as_ref().map(gap::point_of);
         let machine = replica::Replica::new(settings, stored);
         Ok(Rc::new_cyclic(|me| Self {
             me: me.clone(),
@@ -155,6 +164,9 @@ impl Replica {
             pool,
             pre_images,
             layer: tokio::sync::Mutex::new(layer),
+            point: Cell::new(point),
+            split: Cell::new(None),
+            name: config.name.clone(),
             inner: RefCell::new(Inner { machine, next_frame: 0, payloads: HashMap::new(), outgoing: None }),
             error: RefCell::new(None),
             current: Cell::new(0),
@@ -365,8 +377,26 @@ impl Replica {
     /// Why a greeting is not taken, if it is not.
     fn objection(&self, hello: &Hello) -> Option<Message> {
         let inner = self.inner.borrow();
-        let refused = inner.machine.objection(hello).map(Message::from);
-        refused.or_else(|| inner.machine.supersedes(hello.fence).map(Message::from))
+        let Some(mut refused) = inner.machine.objection(hello) else {
+            self.split.set(None);
+            return inner.machine.supersedes(hello.fence).map(Message::from);
+        };
+        if refused.refusal == Refusal::SplitBrain {
+            let holder = hello.fence.holder;
+            let known = self.split.get().filter(|(host, _)| *host == holder);
+            self.split.set(known.or_else(|| Some((holder, Instant::now()))));
+            let name = &self.name;
+            refused
+                .text
+                .push_str(&format!("; `blockmirror resolve {name} --keep HOST` decides whose content stays"));
+        }
+        Some(refused.into())
+    }
+
+    /// Whose greetings are refused because this host wrote alone after the two were last in sync, and since when.
+    #[must_use]
+    pub fn split(&self) -> Option<(HostId, Instant)> {
+        self.split.get()
     }
 
     /// Tells the session that is being served to end, and names the next one.

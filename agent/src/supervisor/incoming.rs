@@ -3,17 +3,23 @@
 
 use super::Supervisor;
 use super::admission::unknown_volume;
-use crate::config::{Role, VolumeConfig};
+use crate::config::VolumeConfig;
+use crate::standing;
 use crate::transport::{CloseReason, Connection, ControlReceiver, ControlSender, Incoming, ReceiveError};
 use crate::volume::{Ask, refuse};
 use crate::words::with_causes;
 use blockmirror_protocol::units::{HostId, VolumeId};
-use blockmirror_protocol::wire::message::{Hello, Message, Recover, Refusal, Refused};
+use blockmirror_protocol::wire::message::{
+    AskStanding, Hello, Message, Recover, Refusal, Refused, Standing, TakeOver,
+};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a peer may take to say what a stream is for.
 const FIRST_MESSAGE_TIME: Duration = Duration::from_secs(10);
+
+/// How long a volume may take to say whether it serves its devices.
+const SERVES_TIME: Duration = Duration::from_millis(500);
 
 /// How long a key that is not known may stay connected, and how often that is looked at.
 const STRANGER_TIME: Duration = Duration::from_secs(60);
@@ -43,7 +49,7 @@ impl Supervisor {
                 }
                 Ok(Incoming::Frames(preamble, frames)) => {
                     let config = self.config_of(preamble.volume).await;
-                    let Some(config) = config.filter(|config| is_primary(config, connection.peer())) else {
+                    let Some(config) = config.filter(|config| is_member(config, connection.peer())) else {
                         return connection
                             .close(CloseReason::Refused, "frames for a volume that is not shared");
                     };
@@ -101,6 +107,11 @@ impl Supervisor {
             Ok(Ok(message @ (Message::ReadContent(_) | Message::AskDigest(_)))) => {
                 self.take_read(message, &connection, sender, receiver).await
             }
+            Ok(Ok(Message::AskStanding(ask))) => match self.stand(ask, connection.peer()).await {
+                Ok(standing) => return answer(sender, standing.into()).await,
+                Err(no) => Err((no, sender)),
+            },
+            Ok(Ok(Message::TakeOver(wish))) => self.take_over(wish, &connection, sender).await,
             Ok(Ok(_)) => {
                 return connection.close(CloseReason::Misbehaved, "a stream began with the wrong message");
             }
@@ -123,15 +134,47 @@ impl Supervisor {
     ) -> Result<(), No> {
         let Some(config) = self.config_of(hello.volume).await else { return Err((unknown_volume(), sender)) };
         let peer = connection.peer();
-        if !is_primary(&config, peer) {
-            let text = format!("the host with the key {peer} is not the primary that this replica follows");
-            return Err((Refused { refusal: Refusal::UnknownKey, text }, sender));
+        if !is_member(&config, peer) {
+            return Err((unknown_key(peer), sender));
         }
         if config.peers.iter().any(|known| known.host == peer && known.paused) {
             let text = "the operator of the replica paused the link".to_owned();
             return Err((Refused { refusal: Refusal::Busy, text }, sender));
         }
         self.hand_on(&config, sender, |sender| Ask::Session(Box::new(hello), sender, receiver)).await
+    }
+
+    /// How this host stands, for one of the volume's.
+    async fn stand(&self, ask: AskStanding, asker: HostId) -> Result<Standing, Refused> {
+        let config = self.config_of(ask.volume).await.ok_or_else(unknown_volume)?;
+        if !is_member(&config, asker) {
+            return Err(unknown_key(asker));
+        }
+        let handle = self.handle_of(&config.name).await.map_err(|_| unknown_volume())?;
+        // A volume that is opening or hangs serves nobody now.
+        let serves = tokio::time::timeout(SERVES_TIME, handle.answer(Ask::Serves)).await;
+        let serves = serves.ok().flatten().unwrap_or(false);
+        let folder = self.state_folder(&config.name);
+        let read = move || standing::read(&folder, &config, asker, serves);
+        let standing = tokio::task::spawn_blocking(read).await.ok().flatten();
+        standing.ok_or_else(|| {
+            let text = "the volume's state can't be read here; see `blockmirror status`".to_owned();
+            Refused { refusal: Refusal::Backing, text }
+        })
+    }
+
+    async fn take_over(
+        &self,
+        wish: TakeOver,
+        connection: &Connection,
+        sender: ControlSender,
+    ) -> Result<(), No> {
+        let Some(config) = self.config_of(wish.volume).await else { return Err((unknown_volume(), sender)) };
+        let peer = connection.peer();
+        if !is_member(&config, peer) {
+            return Err((unknown_key(peer), sender));
+        }
+        self.hand_on(&config, sender, |sender| Ask::TakeOver(peer, sender)).await
     }
 
     async fn take_recovery(
@@ -201,8 +244,13 @@ async fn answer(mut sender: ControlSender, message: Message) {
     }
 }
 
-fn is_primary(config: &VolumeConfig, host: HostId) -> bool {
-    config.peers.iter().any(|peer| peer.host == host && peer.role == Role::Primary)
+fn is_member(config: &VolumeConfig, host: HostId) -> bool {
+    config.peers.iter().any(|peer| peer.host == host)
+}
+
+fn unknown_key(host: HostId) -> Refused {
+    let text = format!("the host with the key {host} is none of this volume's");
+    Refused { refusal: Refusal::UnknownKey, text }
 }
 
 fn volume_of(message: &Message) -> VolumeId {

@@ -173,7 +173,9 @@ impl Supervisor {
             self.remove_state(&name);
             return Err(failure);
         }
-        self.start(config).await?;
+        let opened = self.start(config).await?;
+        // An error means that the thread died; the status will tell.
+        let _ = opened.await;
         self.status_of(vec![name]).await
     }
 

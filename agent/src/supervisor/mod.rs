@@ -12,7 +12,7 @@ mod operations;
 use crate::config::{Address, ConfigFolder, Mistake, Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
 use crate::transport::{Endpoint, Peers};
-use crate::volume::{Ask, Handle, Surroundings};
+use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
 use crate::words::with_causes;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::Member;
@@ -40,8 +40,8 @@ pub struct Folders {
     pub devices: PathBuf,
 }
 
-/// A volume, and its hosts as its primary told them.
-pub type Learned = (Name, Vec<Member>);
+/// A volume, and what it found out that belongs into its configuration.
+pub type News = (Name, Learned);
 
 /// See the module.
 pub struct Supervisor {
@@ -54,7 +54,7 @@ pub struct Supervisor {
     volumes: Mutex<BTreeMap<Name, Entry>>,
     /// Keys that a token let in for a recovery, while the agent runs.
     admitted: Mutex<HashSet<(VolumeId, HostId)>>,
-    learned: UnboundedSender<Learned>,
+    learned: UnboundedSender<News>,
     /// Places for connections of unknown keys.
     strangers: Arc<Semaphore>,
     /// Volumes come to be one at a time: two attempts at one name must not undo each other.
@@ -75,7 +75,7 @@ impl Supervisor {
         name: Name,
         endpoint: Endpoint,
         advertised: Vec<Address>,
-    ) -> (Arc<Self>, UnboundedReceiver<Learned>) {
+    ) -> (Arc<Self>, UnboundedReceiver<News>) {
         let (learned, source) = unbounded_channel();
         let supervisor = Arc::new(Self {
             folders,
@@ -92,34 +92,38 @@ impl Supervisor {
         (supervisor, source)
     }
 
-    /// Starts every volume of the configuration. One that is wrong doesn't keep the others from being served.
+    /// Starts every volume of the configuration. One that is wrong doesn't keep the others from being served. The result
+    /// ends when each is open, or is known not to open; peers may ask for them before, as they ask others.
     ///
     /// # Errors
     /// A [`Mistake`] when the folder can't be read.
-    pub async fn start_volumes(self: &Arc<Self>) -> Result<(), Mistake> {
+    pub async fn start_volumes(&self) -> Result<impl Future<Output = ()> + Send + 'static, Mistake> {
         let found = self.folders.config.load_volumes()?;
         for mistake in &found.mistakes {
             tracing::error!("{}", with_causes(mistake));
         }
         // All at once: one whose disk makes it wait doesn't hold up the others.
-        let mut starts = JoinSet::new();
+        let mut opening = Vec::new();
         for config in found.volumes {
-            let supervisor = self.clone();
-            starts.spawn(async move {
-                let name = config.name.clone();
-                if let Err(failure) = supervisor.start(config).await {
-                    tracing::error!(volume = %name, "{}", failure.message);
-                }
-            });
+            let name = config.name.clone();
+            match self.start(config).await {
+                Ok(opened) => opening.push(opened),
+                Err(failure) => tracing::error!(volume = %name, "{}", failure.message),
+            }
         }
-        starts.join_all().await;
-        Ok(())
+        Ok(async move {
+            for opened in opening {
+                // An error means that the thread died; the next ask will tell.
+                let _ = opened.await;
+            }
+        })
     }
 
-    /// Keeps the members that primaries tell, so that replicas know each other when the primary is gone.
-    pub async fn keep_members(self: Arc<Self>, mut source: UnboundedReceiver<Learned>) {
-        while let Some((name, members)) = source.recv().await {
-            if let Err(failure) = self.learn(&name, &members).await {
+    /// Keeps what volumes find out: the members that primaries tell, so that replicas know each other when the primary is
+    /// gone, and who is the primary.
+    pub async fn keep_members(self: Arc<Self>, mut source: UnboundedReceiver<News>) {
+        while let Some((name, learned)) = source.recv().await {
+            if let Err(failure) = self.learn(&name, learned).await {
                 tracing::warn!(volume = %name, "{}", failure.message);
             }
         }
@@ -136,7 +140,7 @@ impl Supervisor {
         self.endpoint.close().await;
     }
 
-    async fn start(&self, config: VolumeConfig) -> Result<(), Failure> {
+    async fn start(&self, config: VolumeConfig) -> Result<Opened, Failure> {
         let surroundings = Surroundings {
             state_folder: self.state_folder(&config.name),
             run_folder: self.folders.run.clone(),
@@ -146,11 +150,10 @@ impl Supervisor {
             own: self.own_member(),
         };
         let name = config.name.clone();
-        let handle = Handle::start(config.clone(), surroundings)
-            .await
+        let (handle, opened) = Handle::start(config.clone(), surroundings)
             .map_err(|error| failed(format!("no thread can be had for the volume: {error}")))?;
         self.volumes.lock().await.insert(name, Entry { config, handle: Arc::new(handle) });
-        Ok(())
+        Ok(opened)
     }
 
     fn state_folder(&self, name: &Name) -> PathBuf {
@@ -205,15 +208,20 @@ impl Supervisor {
         Ok(())
     }
 
-    async fn learn(&self, name: &Name, members: &[Member]) -> Result<(), Failure> {
+    async fn learn(&self, name: &Name, learned: Learned) -> Result<(), Failure> {
         let own = self.endpoint.id();
-        self.change_config(name, |config| {
-            for (index, member) in members.iter().enumerate().filter(|(_, member)| member.host != own) {
-                let role = if index == 0 { Role::Primary } else { Role::Replica };
-                let told = making::peer_of(config, member, role);
-                match config.peers.iter_mut().find(|peer| peer.host == member.host) {
-                    Some(known) => (known.addresses, known.role) = (told.addresses, role),
-                    None => config.peers.push(told),
+        self.change_config(name, |config| match learned {
+            Learned::Roles(role, primary) => config.set_roles(role, primary),
+            Learned::Members(members) => {
+                for member in members.iter().filter(|member| member.host != own) {
+                    let told = making::peer_of(config, member, Role::Replica);
+                    match config.peers.iter_mut().find(|peer| peer.host == member.host) {
+                        Some(known) => known.addresses = told.addresses,
+                        None => config.peers.push(told),
+                    }
+                }
+                if config.role == Role::Replica {
+                    config.set_roles(Role::Replica, members.first().map(|member| member.host));
                 }
             }
         })

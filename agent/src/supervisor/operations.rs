@@ -4,11 +4,13 @@ use super::{Supervisor, failed};
 use crate::config::{Name, Role};
 use crate::control::Operations;
 use crate::control::api::{
-    COMPARISON_SCHEMA, Comparison, CreateRequest, Difference, Failure, FailureKind, HostStatus, Invitation,
-    InviteRequest, JoinRequest, PEERS_SCHEMA, PeerStatus, PeersReply, STATUS_SCHEMA, StatusReply,
+    COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference, Failure,
+    FailureKind, HostStatus, Invitation, InviteRequest, JoinRequest, ModeRequest, PEERS_SCHEMA,
+    PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest, Promotion, STATUS_SCHEMA, SWITCH_SCHEMA,
+    StatusReply, Switch, SwitchRequest, VolumeStatus,
 };
 use crate::verdict;
-use crate::volume::Ask;
+use crate::volume::{Answer, Ask};
 use blockmirror_protocol::session::CompareResult;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -53,12 +55,33 @@ impl Supervisor {
             }
         })
         .await?;
+        self.peer_status(volume, peer).await
+    }
+
+    async fn peer_status(&self, volume: Name, peer: Name) -> Result<PeerStatus, Failure> {
         let reply = self.status_of(vec![volume.clone()]).await?;
         let peers = reply.volumes.into_iter().flat_map(|volume| volume.facts.peers);
         peers
             .into_iter()
             .find(|status| status.name == peer)
             .ok_or_else(|| Failure::no_such_peer(&volume, &peer))
+    }
+}
+
+impl Supervisor {
+    async fn one_status(&self, volume: &Name) -> Result<VolumeStatus, Failure> {
+        let reply = self.status_of(vec![volume.clone()]).await?;
+        reply.volumes.into_iter().next().ok_or_else(|| Failure::no_such_volume(volume))
+    }
+
+    /// Has a volume do something, which it goes on with when the tool goes away.
+    async fn order<Done>(
+        &self,
+        volume: &Name,
+        order: impl FnOnce(Answer<Done>) -> Ask,
+    ) -> Result<Done, Failure> {
+        let handle = self.handle_of(volume).await?;
+        handle.answer(order).await.unwrap_or_else(|| Err(failed("the agent stops; look at the status later")))
     }
 }
 
@@ -100,6 +123,50 @@ impl Operations for Operator {
         self.0.set_paused(volume, peer, false).await
     }
 
+    async fn set_mode(&self, volume: Name, peer: Name, request: ModeRequest) -> Result<PeerStatus, Failure> {
+        let host = self.0.peer_of(&volume, &peer).await?.host;
+        self.0
+            .change_config(&volume, |config| {
+                for peer in config.peers.iter_mut().filter(|peer| peer.host == host) {
+                    peer.mode = request.mode;
+                }
+            })
+            .await?;
+        self.0.peer_status(volume, peer).await
+    }
+
+    async fn promote(&self, volume: Name, request: PromoteRequest) -> Result<Promotion, Failure> {
+        let promoted = self.0.order(&volume, |answer| Ask::Promote(request.force, answer)).await?;
+        Ok(Promotion {
+            schema: PROMOTION_SCHEMA.to_owned(),
+            volume: self.0.one_status(&volume).await?,
+            milliseconds: milliseconds(promoted.took),
+            rolled_back_to: promoted.rolled_back_to,
+            unanswered: promoted.unanswered,
+        })
+    }
+
+    async fn demote(&self, volume: Name) -> Result<Demotion, Failure> {
+        let demoted = self.0.order(&volume, Ask::Demote).await?;
+        Ok(Demotion {
+            schema: DEMOTION_SCHEMA.to_owned(),
+            volume: self.0.one_status(&volume).await?,
+            released: demoted.released,
+            unreleased: demoted.unreleased,
+        })
+    }
+
+    async fn switch(&self, volume: Name, request: SwitchRequest) -> Result<Switch, Failure> {
+        let host = self.0.peer_of(&volume, &request.to).await?.host;
+        let switched = self.0.order(&volume, |answer| Ask::Switch(host, answer)).await?;
+        Ok(Switch {
+            schema: SWITCH_SCHEMA.to_owned(),
+            volume: self.0.one_status(&volume).await?,
+            to: request.to,
+            milliseconds_without_writes: milliseconds(switched.without_writes),
+        })
+    }
+
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
         let known = self.0.peer_of(&volume, &peer).await?;
         if known.role == Role::Primary {
@@ -121,6 +188,10 @@ impl Operations for Operator {
         })?;
         Ok(comparison(volume, peer, &result, began))
     }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn comparison(volume: Name, peer: Name, result: &CompareResult, began: Instant) -> Comparison {

@@ -39,9 +39,12 @@ impl Judgement {
 /// Judges a volume whose agent runs.
 #[must_use]
 pub fn running(facts: VolumeFacts) -> VolumeStatus {
-    let mut judgement = match facts.role {
-        Role::Primary => primary::judge(&facts),
-        Role::Replica => replica::judge(&facts),
+    let mut judgement = match (&facts.succession.change, facts.role) {
+        (Some(change), _) => {
+            Judgement::new(VolumeState::Changing, format!("changing: this host is just {change}"), NO_ACTION)
+        }
+        (None, Role::Primary) => primary::judge(&facts),
+        (None, Role::Replica) => replica::judge(&facts),
     };
     for device in &facts.devices {
         if let Some(error) = &device.error {
@@ -127,6 +130,11 @@ fn reason(peer: &PeerStatus) -> String {
         Some(error) => format!(" ({error})"),
         None => String::new(),
     }
+}
+
+/// The command with which the operator decides whose content stays.
+fn resolve(facts: &VolumeFacts) -> String {
+    format!("blockmirror resolve {} --keep HOST", facts.name)
 }
 
 fn is_usable(data: Option<CopyState>) -> bool {

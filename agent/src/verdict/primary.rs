@@ -1,6 +1,6 @@
 //! The primary's view: how well its replicas cover it.
 
-use super::{Judgement, NO_ACTION, is_in_sync, is_usable, link, listed, progress, reason};
+use super::{Judgement, NO_ACTION, is_in_sync, is_usable, link, listed, progress, reason, resolve};
 use crate::config::Role;
 use crate::control::api::{Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState};
 use crate::quantity::{Seconds, Size};
@@ -8,6 +8,9 @@ use crate::quantity::{Seconds, Size};
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     let (covering, lacking): (Vec<&PeerStatus>, Vec<&PeerStatus>) =
         facts.peers.iter().filter(|peer| peer.role == Role::Replica).partition(|peer| is_in_sync(peer));
+    if let Some(holder) = &facts.succession.superseded_by {
+        return superseded(facts, holder);
+    }
     if let Some(error) = &facts.backing_error {
         return failed(facts, error, &covering, &lacking);
     }
@@ -17,7 +20,9 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     }
     let clauses: Vec<String> =
         covered_by(&covering).into_iter().chain(lacking.iter().map(|peer| lack(peer))).collect();
+    let is_split = lacking.iter().any(|peer| peer.state == Some(PeerState::SplitBrain));
     let (state, word) = match (lacking.is_empty(), lacking.iter().all(|peer| is_being_copied_to(peer))) {
+        _ if is_split => (VolumeState::SplitBrain, "split brain"),
         (true, _) => (VolumeState::Healthy, "healthy"),
         (false, true) => (VolumeState::Syncing, "syncing"),
         (false, false) if covering.is_empty() => (VolumeState::Degraded, "at risk"),
@@ -38,10 +43,27 @@ fn covered_by(covering: &[&PeerStatus]) -> Option<String> {
     }
 }
 
+/// Another host was promoted since.
+fn superseded(facts: &VolumeFacts, holder: &str) -> Judgement {
+    let openers = listed(&facts.succession.openers);
+    let verdict = format!("superseded: {holder} was promoted, so this host takes no writes");
+    let (verdict, action) = match openers.as_str() {
+        "" => (format!("{verdict}; it becomes a replica of {holder}"), NO_ACTION.to_owned()),
+        openers => (
+            format!("{verdict}; it becomes a replica of {holder} when nobody has its device open: {openers}"),
+            format!("close the device: {openers}"),
+        ),
+    };
+    Judgement::new(VolumeState::Superseded, verdict, action)
+}
+
 fn is_being_copied_to(peer: &PeerStatus) -> bool {
     // Nothing known yet counts as being worked on: the handshake is under way.
     peer.connection == Connection::Connected
-        && !matches!(peer.state, Some(PeerState::Behind | PeerState::Failed))
+        && !matches!(
+            peer.state,
+            Some(PeerState::Behind | PeerState::Failed | PeerState::SplitBrain | PeerState::Stranger)
+        )
 }
 
 /// What is wrong with a replica that is not in sync, and what it is good for.
@@ -49,6 +71,12 @@ fn lack(peer: &PeerStatus) -> String {
     let name = &peer.name;
     match (peer.connection, peer.state) {
         (_, Some(PeerState::Failed)) => format!("{name} has failed{}; {}", reason(peer), worth(peer)),
+        (_, Some(PeerState::SplitBrain)) => {
+            format!(
+                "{name} and this host both wrote after they were last in sync, and neither takes the other's content"
+            )
+        }
+        (_, Some(PeerState::Stranger)) => format!("{name} has no history in common with this host"),
         (Connection::Connected, Some(PeerState::Resyncing)) => {
             let far = peer.resync.as_ref().map_or_else(|| "a part".to_owned(), progress);
             let until = if is_usable(peer.data) { "" } else { " and is not usable until it has all" };
@@ -89,6 +117,7 @@ fn worth(peer: &PeerStatus) -> String {
 fn remedy(facts: &VolumeFacts, peer: &PeerStatus) -> Option<String> {
     let (volume, name) = (&facts.name, &peer.name);
     match (peer.connection, peer.state) {
+        (_, Some(PeerState::SplitBrain)) => Some(resolve(facts)),
         (Connection::Paused, _) => Some(format!("blockmirror resume {volume} {name}")),
         (Connection::Connected, state) if state != Some(PeerState::Failed) => None,
         _ => Some(format!("on {name}: blockmirror status {volume}")),

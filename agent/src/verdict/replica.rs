@@ -1,9 +1,9 @@
 //! A replica's view: whether its copy can be used, and whether it is kept up.
 
-use super::{Judgement, NO_ACTION, is_usable, link, progress};
+use super::{Judgement, NO_ACTION, is_usable, link, progress, resolve};
 use crate::config::Role;
-use crate::control::api::{Connection, CopyState, PeerStatus, VolumeFacts, VolumeState};
-use crate::quantity::Seconds;
+use crate::control::api::{Connection, CopyState, PeerStatus, Rollback, VolumeFacts, VolumeState};
+use crate::quantity::{Seconds, clock};
 
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     let primary = facts.peers.iter().find(|peer| peer.role == Role::Primary);
@@ -13,6 +13,9 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
             format!("failed: the backing {backing} has failed ({error}); this copy is no longer updated");
         let action = "check the disk, then: systemctl restart blockmirror-agent";
         return Judgement::new(VolumeState::Failed, verdict, action);
+    }
+    if let Some(judgement) = succession(facts) {
+        return judgement;
     }
     let Some(primary) = primary else {
         let verdict = format!("no primary is known; {}", copy(facts));
@@ -33,7 +36,11 @@ fn connected(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
         Some(job) => format!(", {}", progress(job)),
         None => String::new(),
     };
-    let verdict = format!("resyncing from {name}{far}: not usable until complete");
+    let until = match &facts.succession.rollback {
+        Some(point) => format!("can be rolled back to {}", back(point)),
+        None => "not usable until complete".to_owned(),
+    };
+    let verdict = format!("resyncing from {name}{far}: {until}");
     Judgement::new(VolumeState::Resyncing, verdict, NO_ACTION)
 }
 
@@ -44,11 +51,52 @@ fn waiting(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
         _ => {
             let since = primary.connection_seconds.map(|seconds| format!(" since {}", Seconds(seconds)));
             let link = format!("is not connected{}{}", since.unwrap_or_default(), super::reason(primary));
-            (link, format!("on {name}: blockmirror status {}", facts.name))
+            let look = format!("on {name}: blockmirror status {}", facts.name);
+            let has_image = is_usable(facts.data) || facts.succession.rollback.is_some();
+            let action = match has_image {
+                true => format!("{look}; if {name} is gone: blockmirror promote {}", facts.name),
+                false => look,
+            };
+            (link, action)
         }
     };
     let verdict = format!("primary {name} {link}; {}", copy(facts));
     Judgement::new(VolumeState::Waiting, verdict, action)
+}
+
+/// What a replica says that no primary writes to now, and why.
+fn succession(facts: &VolumeFacts) -> Option<Judgement> {
+    let succession = &facts.succession;
+    if let Some(other) = &succession.split_from {
+        let since = succession.split_seconds.map(|seconds| format!(" since {}", Seconds(seconds)));
+        let verdict = format!(
+            "split brain{}: this host wrote alone after it was last in sync with {other}, and takes nothing from it; {}",
+            since.unwrap_or_default(),
+            copy(facts)
+        );
+        return Some(Judgement::new(VolumeState::SplitBrain, verdict, resolve(facts)));
+    }
+    if succession.is_full {
+        let verdict = format!("paused: no room for pre-images; {}", copy(facts));
+        let action = format!(
+            "raise pre_images in volumes/{}.toml, or set when_full = \"go-on\" there; \
+             then: systemctl restart blockmirror-agent",
+            facts.name
+        );
+        return Some(Judgement::new(VolumeState::Waiting, verdict, action));
+    }
+    let verdict = match (succession.released, succession.demoted) {
+        (true, _) => "nobody is the primary: it was demoted, and this copy has everything",
+        (false, true) => "nobody is the primary: this host was demoted",
+        (false, false) => return None,
+    };
+    let action = format!("to go on here: blockmirror promote {}", facts.name);
+    Some(Judgement::new(VolumeState::Waiting, verdict, action))
+}
+
+/// `14:03:11 UTC, 2m ago`
+fn back(point: &Rollback) -> String {
+    format!("{}, {} ago", clock(point.at_unix_seconds), Seconds(point.age_seconds))
 }
 
 /// What this host's copy is good for.
@@ -56,6 +104,10 @@ pub(super) fn copy(facts: &VolumeFacts) -> String {
     match (facts.data, facts.epoch) {
         (Some(CopyState::Consistent), Some(epoch)) => format!("this copy is consistent as of epoch {epoch}"),
         (Some(CopyState::Consistent), None) => "this copy is consistent".to_owned(),
+        (Some(CopyState::Inconsistent), _) if facts.succession.rollback.is_some() => {
+            let point = facts.succession.rollback.as_ref().expect("it was looked at");
+            format!("this copy can be rolled back to {}", back(point))
+        }
         (Some(CopyState::Inconsistent), _) => {
             "this copy is not usable: its resync is not complete".to_owned()
         }

@@ -1,8 +1,10 @@
 //! Facts and the words for them.
 
 use super::*;
-use crate::config::DeviceKind;
-use crate::control::api::{DeviceStatus, FailureKind, HostStatus, STATUS_SCHEMA, StatusReply};
+use crate::config::{DeviceKind, Mode};
+use crate::control::api::{
+    DeviceStatus, FailureKind, HostStatus, Rollback, STATUS_SCHEMA, StatusReply, Succession,
+};
 
 fn peer(name: &str, role: Role) -> PeerStatus {
     PeerStatus {
@@ -13,6 +15,7 @@ fn peer(name: &str, role: Role) -> PeerStatus {
         connection: Connection::Connected,
         connection_seconds: Some(180),
         error: None,
+        mode: Mode::Async,
         state: Some(PeerState::InSync),
         data: Some(CopyState::Consistent),
         out_of_sync_bytes: Some(0),
@@ -57,6 +60,7 @@ fn facts(role: Role, peers: Vec<PeerStatus>) -> VolumeFacts {
         devices: Vec::new(),
         data: Some(CopyState::Consistent),
         epoch: Some(12),
+        succession: Succession::default(),
         peers,
     }
 }
@@ -230,6 +234,7 @@ fn a_replica_says_what_its_copy_is_good_for() {
     let gone =
         PeerStatus { connection: Connection::Disconnected, connection_seconds: Some(300), ..primary.clone() };
     let look = "on a: blockmirror status data";
+    let promote = "on a: blockmirror status data; if a is gone: blockmirror promote data";
     let table = [
         (CopyState::Consistent, primary.clone(), VolumeState::Following, "following a; consistent", "none"),
         (
@@ -251,7 +256,7 @@ fn a_replica_says_what_its_copy_is_good_for() {
             gone.clone(),
             VolumeState::Waiting,
             "primary a is not connected since 5m; this copy is consistent as of epoch 12",
-            look,
+            promote,
         ),
         (
             CopyState::Inconsistent,
@@ -295,6 +300,121 @@ fn a_replica_says_what_its_copy_is_good_for() {
         "failed: the backing /dev/vdb has failed (no space left on device); this copy is no longer updated",
         "check the disk, then: systemctl restart blockmirror-agent",
     );
+}
+
+#[test]
+fn a_superseded_primary_says_who_keeps_it_from_becoming_a_replica() {
+    let superseded = |openers: &[&str]| VolumeFacts {
+        succession: Succession {
+            superseded_by: Some("b".to_owned()),
+            openers: openers.iter().map(|&opener| opener.to_owned()).collect(),
+            ..Succession::default()
+        },
+        ..facts(Role::Primary, vec![replica("b")])
+    };
+    check(
+        superseded(&["NBD client process 7"]),
+        VolumeState::Superseded,
+        "superseded: b was promoted, so this host takes no writes; it becomes a replica of b when nobody has its \
+         device open: NBD client process 7",
+        "close the device: NBD client process 7",
+    );
+    check(
+        superseded(&[]),
+        VolumeState::Superseded,
+        "superseded: b was promoted, so this host takes no writes; it becomes a replica of b",
+        "none",
+    );
+}
+
+#[test]
+fn a_split_brain_is_told_on_both_sides_with_the_command() {
+    let resolve = "blockmirror resolve data --keep HOST";
+    let split = PeerStatus {
+        connection: Connection::Disconnected,
+        state: Some(PeerState::SplitBrain),
+        ..replica("b")
+    };
+    check(
+        facts(Role::Primary, vec![split]),
+        VolumeState::SplitBrain,
+        "split brain: b and this host both wrote after they were last in sync, and neither takes the other's content",
+        resolve,
+    );
+    let succession =
+        Succession { split_from: Some("a".to_owned()), split_seconds: Some(60), ..Succession::default() };
+    check(
+        VolumeFacts { succession, ..facts(Role::Replica, vec![peer("a", Role::Primary)]) },
+        VolumeState::SplitBrain,
+        "split brain since 1m: this host wrote alone after it was last in sync with a, and takes nothing from it; \
+         this copy is consistent as of epoch 12",
+        resolve,
+    );
+}
+
+#[test]
+fn a_replica_says_what_a_promotion_would_give() {
+    let rollback = Some(Rollback { at_unix_seconds: 1_000_000_000, age_seconds: 120, bytes: 4096 });
+    let primary = peer("a", Role::Primary);
+    let gone =
+        PeerStatus { connection: Connection::Disconnected, connection_seconds: Some(300), ..primary.clone() };
+    let far = PeerStatus { resync: Some(Progress::new(1 << 30, 4 << 30, 0)), ..primary.clone() };
+    let gap = || Succession { rollback, ..Succession::default() };
+    let mixture = Some(CopyState::Inconsistent);
+    let whole = Some(CopyState::Consistent);
+    for (data, succession, peer, state, verdict, action) in [
+        (
+            mixture,
+            gap(),
+            far,
+            VolumeState::Resyncing,
+            "resyncing from a, 25 % (1G of 4G, not moving): can be rolled back to 01:46:40 UTC, 2m ago",
+            "none",
+        ),
+        (
+            mixture,
+            gap(),
+            gone.clone(),
+            VolumeState::Waiting,
+            "primary a is not connected since 5m; this copy can be rolled back to 01:46:40 UTC, 2m ago",
+            "on a: blockmirror status data; if a is gone: blockmirror promote data",
+        ),
+        (
+            mixture,
+            Succession { is_full: true, ..gap() },
+            gone.clone(),
+            VolumeState::Waiting,
+            "paused: no room for pre-images; this copy can be rolled back to 01:46:40 UTC, 2m ago",
+            "raise pre_images in volumes/data.toml, or set when_full = \"go-on\" there; \
+             then: systemctl restart blockmirror-agent",
+        ),
+        (
+            whole,
+            Succession { released: true, ..Succession::default() },
+            gone.clone(),
+            VolumeState::Waiting,
+            "nobody is the primary: it was demoted, and this copy has everything",
+            "to go on here: blockmirror promote data",
+        ),
+        (
+            whole,
+            Succession { demoted: true, ..Succession::default() },
+            gone.clone(),
+            VolumeState::Waiting,
+            "nobody is the primary: this host was demoted",
+            "to go on here: blockmirror promote data",
+        ),
+        (
+            whole,
+            Succession { change: Some("being promoted".to_owned()), ..Succession::default() },
+            gone,
+            VolumeState::Changing,
+            "changing: this host is just being promoted",
+            "none",
+        ),
+    ] {
+        check(VolumeFacts { data, succession, ..facts(Role::Replica, vec![peer]) }, state, verdict, action);
+    }
 }
 
 #[test]

@@ -60,6 +60,18 @@ impl Devices {
         statuses
     }
 
+    /// Who has a device open, in words; devices that nobody uses can be stopped.
+    pub(super) async fn openers(&self) -> Vec<String> {
+        let clients = self.nbd.iter().flat_map(Server::clients);
+        let mut openers: Vec<String> = clients.map(|client| format!("NBD client {client}")).collect();
+        if let Some(loopback) = &self.loopback
+            && let Some(user) = loopback.in_use().await
+        {
+            openers.push(format!("{} is {user}", loopback.link().display()));
+        }
+        openers
+    }
+
     /// Whether the loop device was served and is no longer, without waiting for that.
     async fn loop_has_ended(&self) -> bool {
         let Some(loopback) = &self.loopback else { return false };

@@ -1,9 +1,11 @@
 //! A volume's facts for status: the machines' numbers beside what the configuration says.
 
-use super::{OpenRole, Volume};
+use super::{Changing, OpenRole, Volume};
 use crate::config::{PeerConfig, Role};
-use crate::control::api::{Connection, PeerState, PeerStatus, Progress, VolumeFacts};
-use crate::primary::LinkState;
+use crate::control::api::{Connection, PeerState, PeerStatus, Progress, Rollback, Succession, VolumeFacts};
+use crate::primary::{LinkState, Split};
+use crate::quantity::{per_cent, unix_seconds};
+use crate::replica::Replica;
 use crate::stored;
 use blockmirror_protocol::session::{Connection as Link, ReplicaState, Report};
 use blockmirror_protocol::units::Time;
@@ -23,12 +25,21 @@ impl Volume {
             devices: self.devices.statuses().await,
             data: None,
             epoch: None,
+            succession: Succession::default(),
             peers: Vec::new(),
         };
         match &self.role {
-            OpenRole::Closed(text) => {
-                facts.backing_error = Some(text.clone());
+            OpenRole::Closed(_) | OpenRole::Changing(_) => {
+                match &self.role {
+                    OpenRole::Closed(text) => facts.backing_error = Some(text.clone()),
+                    OpenRole::Changing(change) => facts.succession.change = Some(words(change)),
+                    OpenRole::Primary(..) | OpenRole::Replica(_) => unreachable!("the shell is not here"),
+                }
                 let stored = stored::read(&self.surroundings.state_folder, &config);
+                if let Some(superblock) = &stored.superblock {
+                    facts.data = Some(superblock.data.into());
+                    facts.succession.fence = Some(superblock.fence.counter);
+                }
                 facts.peers = config
                     .peers
                     .iter()
@@ -42,7 +53,11 @@ impl Volume {
             OpenRole::Primary(primary, links) => {
                 let (epoch, reports) = primary.reports();
                 facts.backing_error = primary.failure();
-                facts.data = Some(primary.state().superblock().data.into());
+                let superblock = primary.state().superblock();
+                facts.data = Some(superblock.data.into());
+                facts.succession.fence = Some(superblock.fence.counter);
+                facts.succession.superseded_by = primary.superseded().map(|fence| self.name_of(fence.holder));
+                facts.succession.openers.clone_from(&self.openers);
                 facts.epoch = Some(epoch);
                 let now = primary.now();
                 facts.peers = config
@@ -59,6 +74,7 @@ impl Volume {
                 facts.backing_error = shell.error().filter(|_| shell.has_failed());
                 facts.data = Some(report.data.into());
                 facts.epoch = Some(report.position.epoch.0);
+                facts.succession = self.succession(shell);
                 for peer in &config.peers {
                     let mut status = PeerStatus::unknown(peer);
                     if peer.role == Role::Primary {
@@ -77,6 +93,34 @@ impl Volume {
         }
         facts
     }
+
+    /// What a replica knows of who may write.
+    fn succession(&self, replica: &Replica) -> Succession {
+        let superblock = replica.state().superblock();
+        let split = replica.split();
+        Succession {
+            fence: Some(superblock.fence.counter).filter(|counter| *counter > 0),
+            released: superblock.released,
+            demoted: superblock.fence.holder == self.surroundings.own.host,
+            rollback: replica.rollback_point().map(|(began, bytes)| Rollback {
+                at_unix_seconds: began,
+                age_seconds: unix_seconds().saturating_sub(began),
+                bytes,
+            }),
+            is_full: replica.report().is_full,
+            split_from: split.map(|(host, _)| self.name_of(host)),
+            split_seconds: split.map(|(_, since)| since.elapsed().as_secs()),
+            ..Succession::default()
+        }
+    }
+}
+
+/// What a change does, and how far it is.
+fn words(change: &Changing) -> String {
+    match change.progress.restored_bytes.get() {
+        (_, 0) => change.words.to_owned(),
+        (done, total) => format!("{}: rolling back, {} %", change.words, per_cent(done, total)),
+    }
 }
 
 /// A replica, as its session and link report it.
@@ -89,6 +133,8 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
     };
     let state = match report.state {
         _ if link.replica_failed && report.connection != Link::Connected => PeerState::Failed,
+        _ if link.split == Some(Split::Brain) => PeerState::SplitBrain,
+        _ if link.split == Some(Split::Strangers) => PeerState::Stranger,
         ReplicaState::InSync => PeerState::InSync,
         ReplicaState::Resyncing => PeerState::Resyncing,
         ReplicaState::Behind => PeerState::Behind,

@@ -1,6 +1,6 @@
 //! An agent without volumes of its own: real socket and server, canned answers, and a list of what it was asked.
 
-use blockmirror_agent::config::{DeviceKind, Name, Role};
+use blockmirror_agent::config::{DeviceKind, Mode, Name, Role};
 use blockmirror_agent::control::api::*;
 use blockmirror_agent::control::{ControlSocket, Operations};
 use blockmirror_agent::verdict;
@@ -37,6 +37,7 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
             .collect(),
         data: Some(CopyState::Consistent),
         epoch: Some(12),
+        succession: Succession::default(),
         peers: vec![PeerStatus {
             name: peer.parse().unwrap(),
             fingerprint: "07".repeat(32),
@@ -45,6 +46,7 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
             connection: Connection::Connected,
             connection_seconds: Some(180),
             error: None,
+            mode: Mode::Async,
             state: (role == Role::Primary).then_some(PeerState::InSync),
             data: Some(CopyState::Consistent),
             out_of_sync_bytes: (role == Role::Primary).then_some(0),
@@ -159,6 +161,48 @@ impl Operations for Fake {
     async fn resume(&self, volume: Name, peer: Name) -> Result<PeerStatus, Failure> {
         self.note(format!("resume {volume} {peer}"));
         self.peer(&volume, &peer)
+    }
+
+    async fn set_mode(&self, volume: Name, peer: Name, request: ModeRequest) -> Result<PeerStatus, Failure> {
+        self.note(format!("mode {volume} {peer} {}", request.mode));
+        Ok(PeerStatus { mode: request.mode, ..self.peer(&volume, &peer)? })
+    }
+
+    /// "data" has a primary that can be reached.
+    async fn promote(&self, volume: Name, request: PromoteRequest) -> Result<Promotion, Failure> {
+        self.note(format!("promote {volume} {}", request.force));
+        self.find(&volume)?;
+        if volume.as_str() == "data" && !request.force {
+            return Err(Failure::new(FailureKind::Refused, "a is the primary and reachable"));
+        }
+        Ok(Promotion {
+            schema: PROMOTION_SCHEMA.to_owned(),
+            volume: self.find(&volume)?.clone(),
+            milliseconds: 1234,
+            rolled_back_to: request.force.then_some(1_000_000_000),
+            unanswered: vec!["a".to_owned()],
+        })
+    }
+
+    async fn demote(&self, volume: Name) -> Result<Demotion, Failure> {
+        self.note(format!("demote {volume}"));
+        Ok(Demotion {
+            schema: DEMOTION_SCHEMA.to_owned(),
+            volume: self.find(&volume)?.clone(),
+            released: vec!["b".to_owned()],
+            unreleased: vec!["c".to_owned()],
+        })
+    }
+
+    async fn switch(&self, volume: Name, request: SwitchRequest) -> Result<Switch, Failure> {
+        self.note(format!("switch {volume} {}", request.to));
+        let to = self.peer(&volume, &request.to)?.name;
+        Ok(Switch {
+            schema: SWITCH_SCHEMA.to_owned(),
+            volume: self.find(&volume)?.clone(),
+            to,
+            milliseconds_without_writes: 850,
+        })
     }
 
     /// The copy of "other" differs.

@@ -1,0 +1,92 @@
+//! How a primary ends: superseded by another host, or demoted by its operator (L5).
+//!
+//! That it is a replica from now on is durable before any replica is told that it may take over, so a crash in between
+//! leaves no primary rather than two. The devices have been stopped by then, or fail every write.
+
+use super::Primary;
+use crate::metadata::StateError;
+use blockmirror_protocol::replica::promotion;
+use blockmirror_protocol::session::{Connection, ReplicaState};
+use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Position};
+use blockmirror_protocol::wire::message::Fence;
+use std::time::Duration;
+
+impl Primary {
+    /// Another host was promoted with this fence: no write is taken any more (L5).
+    pub fn supersede(&self, fence: Fence) {
+        self.superseded.set(Some(fence));
+        self.drive(|inner, now| inner.tracker.supersede(now));
+    }
+
+    /// The fence of the host that was promoted since, if there is one.
+    #[must_use]
+    pub fn superseded(&self) -> Option<Fence> {
+        self.superseded.get()
+    }
+
+    /// The last epoch that ended, in the newest generation.
+    fn position(&self) -> Position {
+        let inner = self.inner.borrow();
+        let (open, sequence) = inner.tracker.position();
+        let generation = inner.tracker.lineage().first().copied().unwrap_or_default();
+        Position { generation, epoch: Epoch(open.0 - 1), sequence }
+    }
+
+    /// Records durably that this host is a replica from now on, of the holder of `fence`.
+    ///
+    /// # Errors
+    /// [`StateError`] when it can't be written; then it is the primary still.
+    pub async fn record_demotion(&self, fence: Fence) -> Result<(), StateError> {
+        let position = self.position();
+        let own = self.has_undelivered(fence.holder).then(|| GenerationId(crate::transport::key::random()));
+        self.state
+            .change_superblock(|superblock| promotion::record_demotion(superblock, fence, position, own))
+            .await
+    }
+
+    /// Whether applications were answered what the host that was promoted doesn't have.
+    fn has_undelivered(&self, promoted: HostId) -> bool {
+        let (_, reports) = self.reports();
+        reports.get(&promoted).is_some_and(|report| report.out_of_sync_bytes > 0)
+    }
+
+    /// Tells the replicas that are in sync that they have everything, and waits until they have recorded it, so long at
+    /// most. Gives those that have. [`Primary::close`] was called before.
+    pub async fn release(&self, limit: Duration) -> Vec<HostId> {
+        let all_recorded = async {
+            loop {
+                let heard = self.heard.notified();
+                self.drive(|inner, now| inner.tracker.release(now));
+                let released = self.released();
+                if self.in_sync().iter().all(|peer| released.contains(peer)) {
+                    break;
+                }
+                heard.await;
+            }
+        };
+        // Who has not recorded it by then is told apart by the operator.
+        let _ = tokio::time::timeout(limit, all_recorded).await;
+        self.released()
+    }
+
+    fn released(&self) -> Vec<HostId> {
+        let inner = self.inner.borrow();
+        inner.maps.keys().copied().filter(|peer| inner.tracker.is_released(*peer)).collect()
+    }
+
+    /// The replicas that are in sync.
+    #[must_use]
+    pub fn in_sync(&self) -> Vec<HostId> {
+        let (_, reports) = self.reports();
+        let is_in_sync = |report: &blockmirror_protocol::session::Report| {
+            report.connection == Connection::Connected && report.state == ReplicaState::InSync
+        };
+        reports.into_iter().filter(|(_, report)| is_in_sync(report)).map(|(peer, _)| peer).collect()
+    }
+
+    /// Lets go of everything: the volume is going to be opened anew. Nothing is asked of it any more.
+    pub fn retire(&self) {
+        self.retired.set(true);
+        self.earlier.notify_one();
+    }
+}

@@ -1,0 +1,116 @@
+//! How a replica becomes the primary: the steps of [`promotion`] carried out, each durably before the next.
+//!
+//! A crash or an end of the agent between two of them leaves a replica that can be promoted again, or go on as one.
+
+use super::Replica;
+use crate::metadata::StateError;
+use crate::pre_images::{Layer, LayerError, PreImage};
+use crate::storage;
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::replica::promotion::{self, NotPromotable, Step};
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::Fence;
+use std::cell::Cell;
+
+/// How far a promotion is, and whether it is to end early.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// How much a rollback has restored, and how much it restores in all, in bytes.
+    pub restored_bytes: Cell<(u64, u64)>,
+    /// Whether it is to stop where that is possible: the agent ends.
+    pub is_over: Cell<bool>,
+}
+
+/// Why a replica was not promoted.
+#[derive(Debug, thiserror::Error)]
+pub enum PromotionError {
+    /// It holds no legal image.
+    #[error(transparent)]
+    NotPromotable(#[from] NotPromotable),
+    /// Its metadata can't be read or written.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Its pre-images can't be read.
+    #[error(transparent)]
+    PreImages(#[from] LayerError),
+    /// Its backing can't be written.
+    #[error(transparent)]
+    Storage(#[from] storage::Error),
+    /// The agent ends; the next promotion begins anew.
+    #[error("the agent stops before the rollback has ended; promote again when it runs")]
+    Interrupted,
+}
+
+impl Replica {
+    /// Makes this copy that of a primary, durably. The session is over and nothing is being written
+    /// ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. `newest` is the newest
+    /// fence that any host told of.
+    ///
+    /// # Errors
+    /// [`PromotionError`]; it is a replica still, unless the last step could not be recorded for certain.
+    pub async fn promote(
+        &self,
+        host: HostId,
+        peers: &[HostId],
+        newest: Fence,
+        progress: &Progress,
+    ) -> Result<(), PromotionError> {
+        let superblock = self.state.superblock();
+        let steps = promotion::steps(&superblock)?;
+        let position = self.report().position;
+        for step in steps {
+            match step {
+                Step::WriteMaps => {
+                    let layer = self.layer.lock().await;
+                    let restored: Vec<ByteRange> = layer.iter().flat_map(Layer::saved).collect();
+                    self.state.write_promoted_maps(peers, &restored).await?;
+                }
+                Step::Restore { .. } => self.restore(progress).await?,
+                Step::Sync => storage::sync(&*self.storage, &self.backing).await?,
+                Step::Record => {
+                    let change = |superblock: &mut blockmirror_protocol::disk::superblock::Superblock| {
+                        superblock.fence.counter = superblock.fence.counter.max(newest.counter);
+                        promotion::record(superblock, host, position);
+                    };
+                    self.state.change_superblock(change).await?;
+                }
+            }
+        }
+        if superblock.gap != 0 {
+            self.end_layer(superblock.gap).await;
+        }
+        Ok(())
+    }
+
+    /// Writes every pre-image of the gap's layer back.
+    async fn restore(&self, progress: &Progress) -> Result<(), PromotionError> {
+        let layer = self.layer.lock().await;
+        let layer = layer.as_ref().expect("a gap has a layer");
+        let total = layer.saved().map(|range| range.length).sum();
+        progress.restored_bytes.set((0, total));
+        let mut contents = layer.contents();
+        while let Some(batch) = contents.next().await? {
+            if progress.is_over.get() {
+                return Err(PromotionError::Interrupted);
+            }
+            for PreImage { range, data } in batch {
+                match data {
+                    Some(data) => {
+                        storage::write(&*self.storage, &self.backing, range.offset, data, false).await?;
+                    }
+                    None => storage::zero(&*self.storage, &self.backing, range, true).await?,
+                }
+                let (done, total) = progress.restored_bytes.get();
+                progress.restored_bytes.set((done + range.length, total));
+            }
+        }
+        Ok(())
+    }
+
+    /// When the layer was begun to which a promotion would roll back, in seconds since 1970, and how many bytes that
+    /// would restore; nothing outside of a gap.
+    #[must_use]
+    pub fn rollback_point(&self) -> Option<(u64, u64)> {
+        self.point.get().filter(|_| self.state.superblock().gap != 0)
+    }
+}

@@ -1,0 +1,115 @@
+//! How hosts stand: asked of others before a promotion and at the start of a primary, and answered from what is durable
+//! here.
+//!
+//! An answer is read from the state folder, not asked of the volume's thread: two hosts that start at the same time, or
+//! are both in the middle of a change, ask each other and must not wait for each other.
+
+use crate::config::{PeerConfig, VolumeConfig};
+use crate::stored;
+use crate::transport::Peers;
+use crate::words::with_name;
+use blockmirror_protocol::lineage;
+use blockmirror_protocol::units::{HostId, Position, VolumeId};
+use blockmirror_protocol::wire::message::{AskStanding, DataState, Fence, Message, Standing};
+use std::path::Path;
+use std::time::Duration;
+use tokio::task::JoinSet;
+
+/// What a peer answered, or why it didn't, in words.
+pub type Answered = Result<Standing, String>;
+
+/// Asks all of a volume's other hosts at once; each has so long to answer.
+pub async fn ask_all(
+    peers: &Peers,
+    volume: VolumeId,
+    hosts: &[PeerConfig],
+    limit: Duration,
+) -> Vec<(PeerConfig, Answered)> {
+    let mut asked = JoinSet::new();
+    for peer in hosts.iter().cloned() {
+        let peers = peers.clone();
+        asked.spawn(async move {
+            let answered = ask(&peers, volume, &peer, limit).await;
+            (peer, answered)
+        });
+    }
+    let mut answers = asked.join_all().await;
+    answers.sort_by(|(one, _), (other, _)| one.name.cmp(&other.name));
+    answers
+}
+
+/// Asks one host.
+///
+/// # Errors
+/// Why there is no answer, in words.
+pub async fn ask(peers: &Peers, volume: VolumeId, peer: &PeerConfig, limit: Duration) -> Answered {
+    let conversation = converse(peers, peer, AskStanding { volume }.into());
+    match tokio::time::timeout(limit, conversation).await {
+        Err(_) => Err("it does not answer".to_owned()),
+        Ok(Err(text)) => Err(text),
+        Ok(Ok(Message::Standing(standing))) => Ok(standing),
+        Ok(Ok(Message::Refused(no))) => Err(no.text),
+        Ok(Ok(_)) => Err("it answered with something else; is it of another version?".to_owned()),
+    }
+}
+
+/// Sends one message to a host, and waits for the one that answers it.
+///
+/// # Errors
+/// What became of the connection, in words.
+pub async fn converse(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, String> {
+    let words = |error: &dyn std::error::Error| with_name(error, peer.host, &peer.name);
+    let addresses: Vec<String> = peer.addresses.iter().map(|address| address.as_str().to_owned()).collect();
+    let connection = peers.connection_to(peer.host, &addresses).await.map_err(|error| words(&error))?;
+    let (mut sender, mut receiver) = connection.open_control().await.map_err(|error| words(&error))?;
+    sender.send(&message).await.map_err(|error| words(&error))?;
+    receiver.receive().await.map_err(|error| words(&error))
+}
+
+/// How this host stands, for `asker`, as its state folder says; nothing where that can't be read.
+#[must_use]
+pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, serves: bool) -> Option<Standing> {
+    let stored = stored::read(folder, config);
+    let superblock = stored.superblock?;
+    let marker = stored.marker.unwrap_or_default();
+    let dirty = config.peers.iter().zip(stored.out_of_sync_bytes).find(|(peer, _)| peer.host == asker);
+    Some(Standing {
+        role: superblock.role,
+        data: superblock.data,
+        can_roll_back: superblock.gap != 0,
+        fence: superblock.fence,
+        marker: lineage::later(&superblock.lineage, superblock.position, marker),
+        lineage: superblock.lineage,
+        serves,
+        dirty_bytes: dirty.and_then(|(_, bytes)| bytes).unwrap_or(0),
+        in_sync_at: 0,
+    })
+}
+
+/// The newest fence that any of these knows of, if it is newer than `ours` (L5).
+#[must_use]
+pub fn newer_fence(ours: Fence, answers: &[(PeerConfig, Answered)]) -> Option<Fence> {
+    let known = answers.iter().filter_map(|(_, answered)| Some(answered.as_ref().ok()?.fence));
+    known.max_by_key(|fence| fence.counter).filter(|fence| fence.counter > ours.counter)
+}
+
+/// Whether a replica that stands so holds what is newer than `marker` of a copy with these generations.
+#[must_use]
+pub fn is_later(
+    standing: &Standing,
+    generations: &[blockmirror_protocol::units::GenerationId],
+    marker: Position,
+) -> bool {
+    use lineage::Relation;
+    let is_usable = standing.data == DataState::Consistent
+        || standing.data == DataState::Inconsistent && standing.can_roll_back;
+    is_usable
+        && match lineage::relation(generations, &standing.lineage) {
+            Relation::TheirsIsNewer => true,
+            Relation::Same => {
+                standing.marker != marker
+                    && lineage::later(generations, marker, standing.marker) == standing.marker
+            }
+            Relation::MineIsNewer | Relation::Forked(_) | Relation::Unrelated => false,
+        }
+}

@@ -1,0 +1,218 @@
+//! Changes of a volume's role: while one is under way it has the shell to itself, as a task beside the volume, which goes
+//! on answering status and refuses sessions. Each ends with an [`Event::Changed`] that says how the volume goes on.
+//!
+//! Every step of a change is durable before the next, so a change that is cut short is like a crash.
+
+use super::opening::Others;
+use super::{OpenRole, Volume};
+use crate::config::VolumeConfig;
+use crate::control::api::{Failure, FailureKind};
+use crate::primary::Primary;
+use crate::replica::{Progress, Replica};
+use crate::transport::Peers;
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::Fence;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::task::spawn_local;
+
+/// How often the users of a superseded primary's devices are looked for.
+const LOOK_TIME: Duration = Duration::from_secs(1);
+/// How long a superseded primary may take to make durable what it knows.
+const CLOSE_TIME: Duration = Duration::from_secs(10);
+/// How long a change may take to end when the agent does.
+const END_TIME: Duration = Duration::from_secs(60);
+
+/// What the volume's own tasks tell it.
+pub(super) enum Event {
+    /// Another host was promoted.
+    Superseded(Fence),
+    /// It is time to look who has the devices of a superseded primary open.
+    LookForOpeners,
+    /// A session with a primary has ended.
+    SessionEnded,
+    /// A change has ended.
+    Changed(Next, Then),
+}
+
+/// How the volume goes on after a change.
+pub(super) enum Next {
+    /// As before: nothing was changed.
+    GoOn(Rc<Replica>),
+    /// It is opened as what its superblock says.
+    Reopen,
+    /// The same, and promoted again: what it was demoted for did not come to be.
+    PromoteAgain,
+}
+
+/// Called when the volume has gone on, with what it is now.
+pub(super) type Then = Box<dyn FnOnce(&OpenRole)>;
+
+/// A change that is under way.
+pub(super) struct Changing {
+    /// What is going on, as in "this host is just ...".
+    pub(super) words: &'static str,
+    /// How far it is.
+    pub(super) progress: Rc<Progress>,
+}
+
+/// What a change needs besides the shell.
+#[derive(Clone)]
+pub(super) struct Hands {
+    pub(super) config: VolumeConfig,
+    pub(super) own: HostId,
+    pub(super) peers: Peers,
+    pub(super) progress: Rc<Progress>,
+    events: UnboundedSender<Event>,
+}
+
+impl Hands {
+    /// Ends the change.
+    pub(super) fn end(&self, next: Next, then: impl FnOnce(&OpenRole) + 'static) {
+        // Nobody listens any more when the agent has ended meanwhile.
+        drop(self.events.send(Event::Changed(next, Box::new(then))));
+    }
+
+    /// The hosts of all peers.
+    pub(super) fn hosts(&self) -> Vec<HostId> {
+        self.config.peers.iter().map(|peer| peer.host).collect()
+    }
+}
+
+impl Volume {
+    /// From here on the shell is in the hands of the task that this is for.
+    pub(super) fn begin_change(&mut self, words: &'static str) -> Hands {
+        let progress = Rc::new(Progress::default());
+        self.role = OpenRole::Changing(Changing { words, progress: progress.clone() });
+        Hands {
+            config: self.config.borrow().clone(),
+            own: self.surroundings.own.host,
+            peers: self.surroundings.peers.clone(),
+            progress,
+            events: self.events.clone(),
+        }
+    }
+
+    pub(super) async fn handle(&mut self, event: Event) {
+        match event {
+            Event::Superseded(fence) => self.supersede(fence).await,
+            Event::LookForOpeners => self.look_for_openers().await,
+            Event::SessionEnded => {
+                if let OpenRole::Replica(replica) = &self.role {
+                    self.correct_roles(&replica.state().superblock());
+                }
+            }
+            Event::Changed(next, then) => self.go_on(next, then).await,
+        }
+    }
+
+    async fn go_on(&mut self, next: Next, then: Then) {
+        match next {
+            Next::GoOn(replica) => self.role = OpenRole::Replica(replica),
+            Next::Reopen => self.reopen(Others::Known).await,
+            Next::PromoteAgain => {
+                self.reopen(Others::Known).await;
+                return self.promote_again(then);
+            }
+        }
+        then(&self.role);
+    }
+
+    /// Waits for the end of a change, without opening the volume again: the agent ends.
+    pub(super) async fn end_change(&mut self, events: &mut UnboundedReceiver<Event>) {
+        let OpenRole::Changing(change) = &self.role else { return };
+        change.progress.is_over.set(true);
+        let ended = async {
+            while let Some(event) = events.recv().await {
+                if let Event::Changed(next, then) = event {
+                    return Some((next, then));
+                }
+            }
+            None
+        };
+        let ended = tokio::time::timeout(END_TIME, ended).await.ok().flatten();
+        self.role = OpenRole::Closed("the agent stops".to_owned());
+        if let Some((next, then)) = ended {
+            if let Next::GoOn(replica) = next {
+                self.role = OpenRole::Replica(replica);
+            }
+            then(&self.role);
+        }
+    }
+
+    /// Another host was promoted: writes fail from now on, durably over restarts. When nobody has the devices open any
+    /// more, this host becomes a replica; nothing is written under an open device (L5).
+    pub(super) async fn supersede(&mut self, fence: Fence) {
+        let OpenRole::Primary(primary, links) = &self.role else { return };
+        let known = primary.superseded().unwrap_or(primary.state().superblock().fence);
+        if fence.counter <= known.counter {
+            return;
+        }
+        primary.supersede(fence);
+        links.values().for_each(|link| link.stop());
+        let (name, holder) = (self.name(), self.name_of(fence.holder));
+        tracing::warn!(volume = %name, "{holder} was promoted: this host takes no more writes");
+        if let Err(error) = primary.record_demotion(fence).await {
+            // The next start asks the others, who know it.
+            tracing::error!(volume = %name, "{}", crate::words::with_causes(&error));
+        }
+        self.look_for_openers().await;
+    }
+
+    async fn look_for_openers(&mut self) {
+        let OpenRole::Primary(primary, _) = &self.role else { return };
+        let Some(fence) = primary.superseded() else { return };
+        let openers = self.devices.openers().await;
+        if openers.is_empty() {
+            return self.become_replica();
+        }
+        if openers != self.openers {
+            let holder = self.name_of(fence.holder);
+            let words = openers.join(", ");
+            tracing::warn!(
+                volume = %self.name(),
+                "this host becomes a replica of {holder} when its device is closed: {words}"
+            );
+        }
+        self.openers = openers;
+        let events = self.events.clone();
+        spawn_local(async move {
+            tokio::time::sleep(LOOK_TIME).await;
+            drop(events.send(Event::LookForOpeners));
+        });
+    }
+
+    fn become_replica(&mut self) {
+        let devices = std::mem::take(&mut self.devices);
+        let role = std::mem::replace(&mut self.role, OpenRole::Closed(String::new()));
+        let OpenRole::Primary(primary, _) = role else {
+            unreachable!("only a superseded primary comes here")
+        };
+        let hands = self.begin_change("becoming a replica");
+        spawn_local(async move {
+            devices.stop().await;
+            close(&primary, CLOSE_TIME).await;
+            primary.retire();
+            drop(primary);
+            hands.end(Next::Reopen, |_| ());
+        });
+    }
+}
+
+/// Makes everything durable that a primary knows. Says whether that was done in time.
+pub(super) async fn close(primary: &Primary, limit: Duration) -> bool {
+    let closed = tokio::time::timeout(limit, primary.close()).await;
+    if closed.is_err() {
+        tracing::warn!("not everything could be made durable in time; what may differ is copied again");
+    }
+    closed.is_ok()
+}
+
+pub(super) fn refused(text: impl Into<String>) -> Failure {
+    Failure::new(FailureKind::Refused, text)
+}
+
+pub(super) fn failed(text: impl Into<String>) -> Failure {
+    Failure::new(FailureKind::Failed, text)
+}

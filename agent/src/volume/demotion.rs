@@ -1,0 +1,232 @@
+//! `demote` and `switch`: a primary becomes a replica in order, with nothing lost.
+//!
+//! Devices stop first, and everything is made durable; then it is recorded here that this host is a replica; only then do
+//! the replicas hear that they may take over. At no instant are there two who may, and a crash leaves none.
+
+use super::changes::{Hands, Next, close, failed, refused};
+use super::{Answer, OpenRole, Volume};
+use crate::config::PeerConfig;
+use crate::control::api::Failure;
+use crate::primary::{Peer, Primary};
+use crate::standing;
+use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::{Fence, Message, TakeOver};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::task::spawn_local;
+
+/// How long it may take to make everything durable.
+const CLOSE_TIME: Duration = Duration::from_secs(60);
+/// How long replicas may take to record that they have everything.
+const RELEASE_TIME: Duration = Duration::from_secs(5);
+/// How long the new primary may take.
+const TAKE_OVER_TIME: Duration = Duration::from_secs(60);
+/// How long it is asked whether it took over, when its answer was lost, and how often.
+const STANDING_TIME: Duration = Duration::from_secs(3);
+const STANDING_ATTEMPTS: u32 = 3;
+
+/// A demotion that was carried out.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Demoted {
+    /// The replicas that recorded that they have everything.
+    pub released: Vec<String>,
+    /// The others.
+    pub unreleased: Vec<String>,
+}
+
+/// A switch that was carried out.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Switched {
+    /// How long nobody could write.
+    pub without_writes: Duration,
+}
+
+/// A primary that was taken out of service.
+struct Retiring {
+    hands: Hands,
+    primary: Rc<Primary>,
+    links: BTreeMap<HostId, Rc<Peer>>,
+    devices: super::devices::Devices,
+}
+
+impl Volume {
+    pub(super) async fn demote(&mut self, answer: Answer<Demoted>) {
+        if let Err(failure) = self.demotable().await {
+            return drop(answer.send(Err(failure)));
+        }
+        let retiring = self.take_out("being demoted");
+        spawn_local(async move {
+            let hands = retiring.hands.clone();
+            match retiring.carry_out().await {
+                Err(failure) => hands.end(Next::Reopen, move |_| drop(answer.send(Err(failure)))),
+                Ok(released) => {
+                    let (released, unreleased): (Vec<_>, Vec<_>) =
+                        hands.config.peers.iter().partition(|peer| released.contains(&peer.host));
+                    let names =
+                        |peers: Vec<&PeerConfig>| peers.iter().map(|peer| peer.name.to_string()).collect();
+                    let demoted = Demoted { released: names(released), unreleased: names(unreleased) };
+                    hands.end(Next::Reopen, move |_| drop(answer.send(Ok(demoted))));
+                }
+            }
+        });
+    }
+
+    pub(super) async fn switch(&mut self, to: HostId, answer: Answer<Switched>) {
+        let ready = match self.demotable().await {
+            Ok(()) => self.may_take_over(to),
+            Err(failure) => Err(failure),
+        };
+        let peer = match ready {
+            Ok(peer) => peer,
+            Err(failure) => return drop(answer.send(Err(failure))),
+        };
+        let began = Instant::now();
+        let retiring = self.take_out("handing over");
+        spawn_local(async move {
+            let hands = retiring.hands.clone();
+            let (next, done) = match retiring.hand_over_to(&peer).await {
+                Ok(()) => (Next::Reopen, Ok(Switched { without_writes: began.elapsed() })),
+                Err((next, failure)) => (next, Err(failure)),
+            };
+            hands.end(next, move |_| drop(answer.send(done)));
+        });
+    }
+
+    /// Whether this primary can be demoted now: nobody uses it.
+    async fn demotable(&self) -> Result<(), Failure> {
+        let volume = self.name();
+        let primary = match &self.role {
+            OpenRole::Primary(primary, _) => primary,
+            OpenRole::Replica(_) => {
+                return Err(refused(format!("this host is a replica of {volume}; run this on the primary")));
+            }
+            OpenRole::Changing(change) => return Err(refused(format!("this host is just {}", change.words))),
+            OpenRole::Closed(text) => return Err(failed(format!("the volume is not open here: {text}"))),
+        };
+        if let Some(fence) = primary.superseded() {
+            let holder = self.name_of(fence.holder);
+            return Err(refused(format!(
+                "{holder} was promoted after this host, which becomes a replica by itself"
+            )));
+        }
+        if let Some(error) = primary.failure() {
+            return Err(refused(format!(
+                "the backing has failed ({error}), so nothing can be handed over in order; \
+                 on a replica: blockmirror promote {volume}"
+            )));
+        }
+        let openers = self.devices.openers().await;
+        if !openers.is_empty() {
+            return Err(refused(format!("the device is in use: {}; close it first", openers.join(", "))));
+        }
+        Ok(())
+    }
+
+    fn may_take_over(&self, to: HostId) -> Result<PeerConfig, Failure> {
+        let OpenRole::Primary(primary, _) = &self.role else { unreachable!("it is demotable") };
+        let config = self.config.borrow();
+        let (volume, peer) = (&config.name, config.peers.iter().find(|peer| peer.host == to));
+        let Some(peer) = peer else { return Err(refused("that host is no replica of the volume")) };
+        if !primary.in_sync().contains(&to) {
+            let name = &peer.name;
+            return Err(refused(format!(
+                "{name} is not connected and in sync, so it can't take over: blockmirror wait {volume} --for in-sync"
+            )));
+        }
+        Ok(peer.clone())
+    }
+
+    fn take_out(&mut self, words: &'static str) -> Retiring {
+        let devices = std::mem::take(&mut self.devices);
+        let role = std::mem::replace(&mut self.role, OpenRole::Closed(String::new()));
+        let OpenRole::Primary(primary, links) = role else { unreachable!("it is demotable") };
+        Retiring { hands: self.begin_change(words), primary, links, devices }
+    }
+}
+
+impl Retiring {
+    /// Demotes, and gives the replicas that have recorded that they have everything.
+    async fn carry_out(mut self) -> Result<Vec<HostId>, Failure> {
+        let released = self.release().await;
+        self.give_up();
+        released
+    }
+
+    async fn hand_over_to(mut self, peer: &PeerConfig) -> Result<(), (Next, Failure)> {
+        let released = self.release().await;
+        let primary = self.primary.clone();
+        self.give_up();
+        let released = released.map_err(|failure| (Next::Reopen, failure))?;
+        let name = &peer.name;
+        if !released.contains(&peer.host) {
+            let text = format!(
+                "{name} did not record in time that it has everything; this host goes on as the primary"
+            );
+            return Err((Next::PromoteAgain, failed(text)));
+        }
+        let fence = take_over(&self.hands, peer, primary.state().superblock().fence).await?;
+        // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
+        let known = primary.state().change_superblock(|superblock| superblock.fence = fence).await;
+        if let Err(error) = known {
+            tracing::warn!("{}", crate::words::with_causes(&error));
+        }
+        Ok(())
+    }
+
+    /// Stops the devices, makes everything durable, records that this is a replica, and tells the others.
+    async fn release(&mut self) -> Result<Vec<HostId>, Failure> {
+        std::mem::take(&mut self.devices).stop().await;
+        let in_sync = self.primary.in_sync();
+        // What is copied to others would keep their maps from coming to rest.
+        for (_, link) in self.links.iter().filter(|(host, _)| !in_sync.contains(host)) {
+            link.stop();
+        }
+        if !close(&self.primary, CLOSE_TIME).await || self.primary.failure().is_some() {
+            return Err(failed("not everything could be made durable here; this host stays the primary"));
+        }
+        let fence = self.primary.state().superblock().fence;
+        self.primary
+            .record_demotion(fence)
+            .await
+            .map_err(|error| failed(crate::words::with_causes(&error)))?;
+        Ok(self.primary.release(RELEASE_TIME).await)
+    }
+
+    fn give_up(&self) {
+        self.links.values().for_each(|link| link.stop());
+        self.primary.retire();
+    }
+}
+
+/// Has a replica take over, and gives the fence that it holds then. When its answer is lost, it is asked how it stands:
+/// to go on here as well would make two primaries.
+async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Fence, (Next, Failure)> {
+    let (volume, name) = (&hands.config.name, &peer.name);
+    let told = standing::converse(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
+    let lost = match tokio::time::timeout(TAKE_OVER_TIME, told).await {
+        Ok(Ok(Message::TookOver(taken))) => return Ok(taken.fence),
+        Ok(Ok(Message::Refused(no))) => {
+            let text = format!("{name} does not take over ({}); this host goes on as the primary", no.text);
+            return Err((Next::PromoteAgain, failed(text)));
+        }
+        Ok(Ok(_)) => "it answered with something else".to_owned(),
+        Ok(Err(text)) => text,
+        Err(_) => "it does not answer".to_owned(),
+    };
+    for _ in 0..STANDING_ATTEMPTS {
+        let stands = standing::ask(&hands.peers, hands.config.id, peer, STANDING_TIME).await;
+        if let Ok(standing) = stands
+            && standing.role == Role::Primary
+            && standing.fence.counter > ours.counter
+        {
+            return Ok(standing.fence);
+        }
+    }
+    let text = format!(
+        "{name} was told to take over, and it is not known whether it did ({lost}); this host is demoted. \
+         On {name}: blockmirror status {volume}; if it is no primary: blockmirror promote {volume}, there or here"
+    );
+    Err((Next::Reopen, failed(text)))
+}

@@ -1,0 +1,227 @@
+//! Opening a volume in the role that its superblock says (L5).
+//!
+//! A primary first hears how the others stand: where another host was promoted while this one was down, it becomes a
+//! replica before anybody can open its devices. The configuration follows the superblock: a change of the role is
+//! durable there first, and whoever reads the file later finds it corrected.
+
+use super::{Learned, OpenRole, Volume};
+use crate::backing;
+use crate::config::{PeerConfig, VolumeConfig};
+use crate::export::Export;
+use crate::metadata::State;
+use crate::primary::Primary;
+use crate::replica::Replica;
+use crate::standing;
+use crate::storage::file::{Access, File, OpenError};
+use crate::storage::{self, Storage};
+use crate::transport::key;
+use crate::volume::devices::Devices;
+use crate::words::with_causes;
+use blockmirror_protocol::disk::superblock::{Role, Superblock};
+use blockmirror_protocol::replica::promotion;
+use blockmirror_protocol::units::CopyId;
+use blockmirror_protocol::wire::message::{DataState, Fence};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How long a primary waits at its start for others to say how they stand.
+const STANDING_TIME: Duration = Duration::from_secs(2);
+
+/// What is known of the other hosts when a volume is opened.
+pub(super) enum Others {
+    /// Nothing: a primary asks them.
+    Ask,
+    /// One of them has said that this is the fence.
+    Told(Fence),
+    /// Whatever they could say is taken into account already.
+    Known,
+}
+
+impl Volume {
+    /// Opens the backing and what depends on it, or remembers why that is not possible.
+    pub(super) async fn reopen(&mut self, others: Others) {
+        std::mem::take(&mut self.devices).stop().await;
+        // The old role's claim on the backing is given back before the backing is claimed anew.
+        *self.recovery.borrow_mut() = None;
+        self.role = OpenRole::Closed(String::new());
+        self.openers.clear();
+        match self.try_open(others).await {
+            Ok(role) => self.role = role,
+            Err(text) => {
+                tracing::error!(volume = %self.name(), "the volume can't be opened: {text}");
+                self.role = OpenRole::Closed(text);
+            }
+        }
+    }
+
+    async fn try_open(&mut self, others: Others) -> Result<OpenRole, String> {
+        let storage = storage::open().map_err(|error| format!("no storage can be had: {error}"))?;
+        self.storage_kind = storage.kind().to_owned();
+        let state = State::open(&self.surroundings.state_folder, storage.clone(), self.pool.clone())
+            .await
+            .map_err(|error| with_causes(&error))?;
+        self.must_belong(&state.superblock())?;
+        if state.superblock().role == Role::Primary {
+            self.yield_to_others(&state, others).await?;
+        }
+        self.correct_roles(&state.superblock());
+        let config = self.config.borrow().clone();
+        let backing = open_backing(&config).await?;
+        adopt(&config, &self.surroundings.state_folder, &state).await?;
+        if !backing.is_direct() {
+            tracing::warn!(volume = %config.name, "the backing refuses direct I/O; it is written through the cache");
+        }
+        match state.superblock().role {
+            Role::Primary => self.open_primary(&config, storage, backing, state).await,
+            Role::Replica => self.open_replica(&config, storage, backing, state).await,
+        }
+    }
+
+    fn must_belong(&self, superblock: &Superblock) -> Result<(), String> {
+        let config = self.config.borrow();
+        if (superblock.volume, superblock.size_bytes, superblock.block_size)
+            == (config.id, config.size_bytes, config.block_size)
+        {
+            return Ok(());
+        }
+        let folder = self.surroundings.state_folder.display();
+        Err(format!("the configuration names another id, size or block size than the state in {folder}"))
+    }
+
+    /// Records that this host is a replica, where another one was promoted since.
+    async fn yield_to_others(&self, state: &State, others: Others) -> Result<(), String> {
+        let superblock = state.superblock();
+        let config = self.config.borrow().clone();
+        let newer = match others {
+            Others::Known => None,
+            Others::Told(fence) => Some(fence).filter(|fence| fence.counter > superblock.fence.counter),
+            Others::Ask => {
+                let peers = &self.surroundings.peers;
+                let answers = standing::ask_all(peers, config.id, &config.peers, STANDING_TIME).await;
+                standing::newer_fence(superblock.fence, &answers)
+            }
+        };
+        let Some(fence) = newer else { return Ok(()) };
+        let holder = self.name_of(fence.holder);
+        tracing::warn!(volume = %config.name, "{holder} was promoted since; this host is a replica now");
+        state
+            .change_superblock(|superblock| {
+                let position = superblock.position;
+                // What was written last and never delivered is lost here, as with any crash of a primary whose
+                // replica was promoted; it is saved as it is overwritten (L3).
+                promotion::record_demotion(superblock, fence, position, None);
+            })
+            .await
+            .map_err(|error| with_causes(&error))
+    }
+
+    /// The name of a host, or its fingerprint where none is known.
+    pub(super) fn name_of(&self, host: blockmirror_protocol::units::HostId) -> String {
+        let config = self.config.borrow();
+        let known = config.peers.iter().find(|peer| peer.host == host);
+        known.map_or_else(|| format!("host {host}"), |peer| peer.name.to_string())
+    }
+
+    /// Makes the configuration say what the superblock does: what this host is, and which other one is the primary.
+    pub(super) fn correct_roles(&self, superblock: &Superblock) {
+        let (own, holder) = (self.surroundings.own.host, superblock.fence.holder);
+        let primary = match superblock.role {
+            Role::Primary => None,
+            // It has not met the primary yet that it joined.
+            Role::Replica if holder.is_none() => Some(superblock.source.holder),
+            Role::Replica => Some(holder).filter(|holder| *holder != own && !superblock.released),
+        };
+        let role = match superblock.role {
+            Role::Primary => crate::config::Role::Primary,
+            Role::Replica => crate::config::Role::Replica,
+        };
+        let before = self.config.borrow().clone();
+        self.config.borrow_mut().set_roles(role, primary);
+        if *self.config.borrow() != before {
+            // The supervisor is there as long as a volume is.
+            drop(self.surroundings.learned.send((before.name, Learned::Roles(role, primary))));
+        }
+    }
+
+    async fn open_primary(
+        &mut self,
+        config: &VolumeConfig,
+        storage: Rc<dyn Storage>,
+        backing: Rc<File>,
+        state: State,
+    ) -> Result<OpenRole, String> {
+        let peers: Vec<_> = config.peers.iter().map(PeerConfig::wanted).collect();
+        let (loss, window_bytes) = (config.replica_loss(), config.window.0);
+        let primary = Primary::open(storage, backing, state, self.pool.clone(), &peers, loss, window_bytes)
+            .await
+            .map_err(|error| with_causes(&error))?;
+        let mut links = BTreeMap::new();
+        for peer in &config.peers {
+            links.insert(peer.host, self.link(&primary, peer));
+        }
+        self.devices = Devices::start(config, &self.surroundings, primary.clone(), &self.pool).await;
+        self.introduce(&links);
+        Ok(OpenRole::Primary(primary, links))
+    }
+
+    async fn open_replica(
+        &mut self,
+        config: &VolumeConfig,
+        storage: Rc<dyn Storage>,
+        backing: Rc<File>,
+        state: State,
+    ) -> Result<OpenRole, String> {
+        let superblock = state.superblock();
+        let folder = &self.surroundings.state_folder;
+        let replica =
+            Replica::open(storage.clone(), backing.clone(), state, self.pool.clone(), folder, config)
+                .await
+                .map_err(|error| with_causes(&error))?;
+        let export = Export::new(storage.clone(), backing.clone(), self.pool.clone(), superblock.size_bytes);
+        self.devices = Devices::start_export(config, &self.surroundings, export, &self.pool);
+        Ok(OpenRole::Replica(replica))
+    }
+}
+
+async fn open_backing(config: &VolumeConfig) -> Result<Rc<File>, String> {
+    let file = File::opened_when_free(|| File::open_backing(&config.backing, Access::ReadWrite))
+        .await
+        .map_err(|error| match error {
+            OpenError::NotFound { path } => format!("{} is gone", path.display()),
+            error => with_causes(&error),
+        })?;
+    if file.size_bytes() < config.size_bytes {
+        let (has, wants) = (file.size_bytes(), config.size_bytes);
+        return Err(format!("{} has {has} bytes, the volume {wants}", config.backing.display()));
+    }
+    Ok(Rc::new(file))
+}
+
+/// Where the backing took the place of another one, makes the metadata say that its content is unknown to peers:
+/// all maps are full but that of the peer it was recovered from, and a replica's copy is a new one.
+async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<(), String> {
+    let compared = backing::compare(folder, &config.backing).map_err(|error| with_causes(&error))?;
+    let backing::Match::Adopted { identity, source } = compared else { return Ok(()) };
+    let state_error = |error: crate::metadata::StateError| with_causes(&error);
+    match state.superblock().role {
+        Role::Primary => {
+            for peer in config.peers.iter().filter(|peer| Some(peer.host) != source) {
+                let (mut map, file) = state.open_map(peer.host).await.map_err(state_error)?;
+                let base = map.base();
+                map.begin_anew(base);
+                state.write_map(&file, map.take_changes()).await.map_err(state_error)?;
+            }
+        }
+        Role::Replica => {
+            let copy = CopyId(key::random());
+            let change = |superblock: &mut Superblock| {
+                (superblock.copy, superblock.data) = (copy, DataState::Empty);
+            };
+            state.change_superblock(change).await.map_err(state_error)?;
+        }
+    }
+    // Only now: a crash before this does it all again.
+    backing::record(folder, &identity).map_err(|error| with_causes(&error))
+}

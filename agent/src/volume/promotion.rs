@@ -1,0 +1,202 @@
+//! `promote`: a replica becomes the primary. Whether it may is decided by [`Candidate`], with what the other hosts say;
+//! how it does is the shell's part ([`Replica::promote`]); then the volume opens anew and serves its devices.
+
+use super::changes::{Hands, Next, Then, failed, refused};
+use super::promotable::Candidate;
+use super::{Answer, OpenRole, Volume, refuse};
+use crate::config::PeerConfig;
+use crate::control::api::Failure;
+use crate::quantity::unix_seconds;
+use crate::replica::Replica;
+use crate::standing::{self, Answered};
+use crate::transport::ControlSender;
+use crate::words::with_causes;
+use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::{Fence, Refusal, TookOver};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::task::spawn_local;
+
+/// How long other hosts may take to say how they stand.
+const STANDING_TIME: Duration = Duration::from_secs(3);
+/// How long it takes at most until a dead connection is noticed, and how often that is looked at.
+const SILENCE_TIME: Duration = Duration::from_secs(10);
+const LOOK_TIME: Duration = Duration::from_millis(100);
+
+/// A promotion that was carried out.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Promoted {
+    /// How long it took, until the devices were served.
+    pub took: Duration,
+    /// When the content was so that it was rolled back to, in seconds since 1970.
+    pub rolled_back_to: Option<u64>,
+    /// The hosts that did not say how they stand.
+    pub unanswered: Vec<String>,
+}
+
+impl Volume {
+    pub(super) fn promote(&mut self, force: bool, answer: Answer<Promoted>) {
+        let began = Instant::now();
+        let replica = match self.promotable() {
+            Ok(replica) => replica,
+            Err(failure) => return drop(answer.send(Err(failure))),
+        };
+        let mut candidate = self.candidate(&replica);
+        if let Some(text) = candidate.obstacle() {
+            return drop(answer.send(Err(refused(text))));
+        }
+        let hands = self.begin_change("being promoted");
+        spawn_local(async move {
+            let config = &hands.config;
+            let answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
+            if candidate.is_connected && !force && !is_any_primary(&answers) {
+                candidate.is_connected = !is_left(&replica).await;
+            }
+            if let Some(text) = candidate.objection(&answers).filter(|_| !force) {
+                return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(refused(text)))));
+            }
+            let newest = standing::newer_fence(candidate.superblock.fence, &answers)
+                .unwrap_or(candidate.superblock.fence);
+            let unanswered: Vec<String> = answers
+                .iter()
+                .filter(|(_, answered)| answered.is_err())
+                .map(|(peer, _)| peer.name.to_string())
+                .collect();
+            let rolled_back_to = candidate.rollback_at;
+            let done = carry_out(&hands, replica, newest).await;
+            hands.end(Next::Reopen, move |role| {
+                let promoted = done.and_then(|()| is_primary(role)).map(|()| Promoted {
+                    took: began.elapsed(),
+                    rolled_back_to,
+                    unanswered,
+                });
+                drop(answer.send(promoted));
+            });
+        });
+    }
+
+    /// The primary was demoted for this host, and says so.
+    pub(super) fn take_over(&mut self, host: HostId, mut sender: ControlSender) {
+        let replica = match self.promotable() {
+            Ok(replica) => replica,
+            Err(failure) => return refuse(sender, Refusal::Role, failure.message),
+        };
+        let superblock = replica.state().superblock();
+        if !superblock.released || superblock.fence.holder != host {
+            let text = "this host has not recorded that it has everything, so it does not take over";
+            return refuse(sender, Refusal::Role, text.to_owned());
+        }
+        let hands = self.begin_change("taking over as the primary");
+        spawn_local(async move {
+            let done = carry_out(&hands, replica, superblock.fence).await;
+            hands.end(Next::Reopen, move |role| match (done.and_then(|()| is_primary(role)), role) {
+                (Ok(()), OpenRole::Primary(primary, _)) => {
+                    let fence = primary.state().superblock().fence;
+                    spawn_local(async move {
+                        if sender.send(&TookOver { fence }.into()).await.is_ok() {
+                            // An error means that the other host has gone.
+                            let _ = sender.finish().await;
+                        }
+                    });
+                }
+                (done, _) => {
+                    let text = done.err().map_or_else(String::new, |failure| failure.message);
+                    refuse(sender, Refusal::Backing, text);
+                }
+            });
+        });
+    }
+
+    /// What this host was demoted for did not come to be: it is the primary again.
+    pub(super) fn promote_again(&mut self, then: Then) {
+        let replica = match self.promotable() {
+            Ok(replica) => replica,
+            Err(failure) => {
+                tracing::error!(volume = %self.name(), "{}", failure.message);
+                return then(&self.role);
+            }
+        };
+        let hands = self.begin_change("becoming the primary again");
+        spawn_local(async move {
+            let fence = replica.state().superblock().fence;
+            if let Err(failure) = carry_out(&hands, replica, fence).await {
+                tracing::error!(volume = %hands.config.name, "{}", failure.message);
+            }
+            hands.end(Next::Reopen, then);
+        });
+    }
+
+    /// The replica, if nothing stands in the way of changing its role.
+    fn promotable(&self) -> Result<Rc<Replica>, Failure> {
+        let (volume, own) = (self.name(), &self.surroundings.own.name);
+        match &self.role {
+            OpenRole::Replica(replica) if replica.is_recovering() => {
+                Err(refused("a recovery reads this replica; wait for its end, or interrupt it"))
+            }
+            OpenRole::Replica(replica) if replica.has_failed() => Err(failed(format!(
+                "this replica's backing has failed ({}); check the disk, then restart the agent",
+                replica.error().unwrap_or_default()
+            ))),
+            OpenRole::Replica(replica) => Ok(replica.clone()),
+            OpenRole::Primary(primary, _) => Err(refused(match primary.superseded() {
+                Some(fence) => format!(
+                    "{} was promoted after this host, which becomes a replica: blockmirror status {volume}",
+                    self.name_of(fence.holder)
+                ),
+                None => format!("{own} is the primary of {volume} already"),
+            })),
+            OpenRole::Changing(change) => Err(refused(format!("this host is just {}", change.words))),
+            OpenRole::Closed(text) => Err(failed(format!("the volume is not open here: {text}"))),
+        }
+    }
+
+    fn candidate(&self, replica: &Replica) -> Candidate {
+        let (superblock, report) = (replica.state().superblock(), replica.report());
+        let own = &self.surroundings.own;
+        Candidate {
+            volume: self.name(),
+            own: (own.host, own.name.clone()),
+            superblock,
+            position: report.position,
+            rollback_at: replica.rollback_point().map(|(began, _)| began),
+            is_connected: report.connected,
+            link_seconds: replica.since().elapsed().as_secs(),
+            now: unix_seconds(),
+        }
+    }
+}
+
+/// Whether one of these serves as the primary.
+fn is_any_primary(answers: &[(PeerConfig, Answered)]) -> bool {
+    let mut standings = answers.iter().filter_map(|(_, answered)| answered.as_ref().ok());
+    standings.any(|standing| standing.role == Role::Primary && standing.serves)
+}
+
+/// Whether the connected primary, which does not answer, turns out to be gone: a dead connection is noticed late.
+async fn is_left(replica: &Replica) -> bool {
+    let left = async {
+        while replica.report().connected {
+            tokio::time::sleep(LOOK_TIME).await;
+        }
+    };
+    tokio::time::timeout(SILENCE_TIME, left).await.is_ok()
+}
+
+/// Ends the session and carries the promotion out; the shell is given up.
+async fn carry_out(hands: &Hands, replica: Rc<Replica>, newest: Fence) -> Result<(), Failure> {
+    replica.close().await;
+    let promoted = replica.promote(hands.own, &hands.hosts(), newest, &hands.progress).await;
+    promoted.map_err(|error| failed(with_causes(&error)))
+}
+
+/// Whether the volume opened as a primary.
+fn is_primary(role: &OpenRole) -> Result<(), Failure> {
+    match role {
+        OpenRole::Primary(..) => Ok(()),
+        OpenRole::Closed(text) => Err(failed(format!("promoted, but the volume can't be opened: {text}"))),
+        OpenRole::Replica(_) | OpenRole::Changing(_) => {
+            Err(failed("it is a replica still; see the agent's log"))
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Sessions that other hosts open. Any host of the volume may greet: the fence decides who is the primary (L5).
+
+use super::opening::Others;
+use super::{Event, Learned, OpenRole, Volume, refuse};
+use crate::transport::{ControlReceiver, ControlSender, FrameReceiver};
+use crate::words::{with_causes, with_name};
+use blockmirror_protocol::wire::StreamPreamble;
+use blockmirror_protocol::wire::message::{Fence, Hello, Refusal, Superseded};
+use tokio::task::spawn_local;
+
+impl Volume {
+    pub(super) async fn begin_session(
+        &mut self,
+        hello: Hello,
+        sender: ControlSender,
+        receiver: ControlReceiver,
+    ) {
+        if matches!(&self.role, OpenRole::Replica(replica) if replica.is_recovering()) {
+            let text = "a recovery reads this replica; replication goes on when it has ended".to_owned();
+            return refuse(sender, Refusal::Busy, text);
+        }
+        if let OpenRole::Replica(replica) = &self.role
+            && replica.has_failed()
+        {
+            replica.close().await;
+            self.reopen(Others::Told(hello.fence)).await;
+        } else if matches!(self.role, OpenRole::Closed(_)) {
+            self.reopen(Others::Told(hello.fence)).await;
+        }
+        match &self.role {
+            OpenRole::Replica(_) => self.serve_session(hello, sender, receiver),
+            OpenRole::Primary(primary, _) => {
+                let ours = primary.superseded().unwrap_or(primary.state().superblock().fence);
+                if hello.fence.counter < ours.counter
+                    || hello.fence.counter == ours.counter && hello.fence.holder != ours.holder
+                {
+                    return supersede(sender, ours);
+                }
+                self.supersede(hello.fence).await;
+                let text = "this host was the primary until just now; it becomes a replica when nobody has its \
+                            devices open any more";
+                refuse(sender, Refusal::Busy, text.to_owned());
+            }
+            OpenRole::Changing(change) => {
+                refuse(sender, Refusal::Busy, format!("this host is just {}", change.words));
+            }
+            OpenRole::Closed(text) => refuse(sender, Refusal::Backing, text.clone()),
+        }
+    }
+
+    fn serve_session(&self, hello: Hello, sender: ControlSender, receiver: ControlReceiver) {
+        let OpenRole::Replica(replica) = &self.role else { return };
+        let config = self.config.borrow();
+        let (name, greeting) = (config.name.clone(), hello.fence.holder);
+        let primary = config.peers.iter().find(|peer| peer.host == greeting).cloned();
+        let (replica, learned, events) =
+            (replica.clone(), self.surroundings.learned.clone(), self.events.clone());
+        spawn_local(async move {
+            let learned = |members| drop(learned.send((name.clone(), Learned::Members(members))));
+            if let Err(error) = replica.serve(hello, sender, receiver, learned).await {
+                let text = primary.map(|peer| with_name(&error, peer.host, &peer.name));
+                tracing::info!(volume = %name, "{}", text.unwrap_or_else(|| with_causes(&error)));
+            }
+            drop(replica);
+            // Whom it follows may be another one now, or nobody.
+            drop(events.send(Event::SessionEnded));
+        });
+    }
+
+    pub(super) fn take_frames(&self, preamble: StreamPreamble, frames: FrameReceiver) {
+        let OpenRole::Replica(replica) = &self.role else { return };
+        let (replica, name) = (replica.clone(), self.config.borrow().name.clone());
+        spawn_local(async move {
+            if let Err(error) = replica.take_frames(preamble.session, frames).await {
+                // The end of the control stream is told; this is news only where the frames themselves are wrong.
+                if !error.is_lost() {
+                    tracing::warn!(volume = %name, "{}", with_causes(&error));
+                }
+                replica.end_session(preamble.session);
+            }
+        });
+    }
+}
+
+/// Tells whoever greets of a newer fence than its own, and sees to it that it arrives.
+fn supersede(mut sender: ControlSender, fence: Fence) {
+    spawn_local(async move {
+        if sender.send(&Superseded { fence }.into()).await.is_ok() {
+            // An error means that the peer has gone.
+            let _ = sender.finish().await;
+        }
+    });
+}
