@@ -1,0 +1,347 @@
+//! Who may write: promotions, demotions, switches and superseded primaries, with real agents.
+
+use blockmirror_agent::config::{ConfigFolder, Role};
+use blockmirror_agent::control::api::{Connection, PeerState, Promotion, Switch, VolumeState};
+use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
+use blockmirror_tests::machines::folder::Folder;
+use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::nbd::Client;
+use blockmirror_tests::machines::patience::until;
+use blockmirror_tests::machines::programs::{succeed, text};
+use blockmirror_tests::require;
+use std::fs;
+
+const MIB: u64 = 1 << 20;
+
+/// Writes noise to this many blocks, and flushes. Gives what was written.
+fn scatter(client: &mut Client, random: &mut Random, blocks: u64, count: usize) -> Vec<(u64, Vec<u8>)> {
+    let mut written = Vec::new();
+    for _ in 0..count {
+        let (offset, data) = (random.below(blocks) * BLOCK_BYTES, noise(random, BLOCK_BYTES));
+        client.write(offset, &data).expect("a write");
+        written.retain(|(other, _)| *other != offset);
+        written.push((offset, data));
+    }
+    client.flush().expect("a flush");
+    written
+}
+
+fn assert_holds(client: &mut Client, written: &[(u64, Vec<u8>)]) {
+    for (offset, data) in written {
+        assert!(client.read(*offset, BLOCK_BYTES).expect("a read") == *data, "the block at {offset} is lost");
+    }
+}
+
+/// A client of whoever serves the volume.
+fn client_of(host: &Host) -> Client {
+    until("the volume is served", || Client::connect(&host.socket()).map_err(|error| error.to_string()))
+}
+
+/// Waits until a primary is in sync with all its replicas, and nothing is on its way.
+fn wait_until_in_sync(primary: &Host) {
+    primary.wait_until("all replicas are in sync", |status| {
+        let peers = &status.facts.peers;
+        status.state == VolumeState::Healthy
+            && peers.iter().all(|peer| (peer.out_of_sync_bytes, peer.lag_bytes) == (Some(0), Some(0)))
+    });
+}
+
+fn assert_identical(primary: &Host, replica: &Host) {
+    wait_until_in_sync(primary);
+    until("the copies are identical", || match first_difference(&primary.backing(), &replica.backing()) {
+        None => Ok(()),
+        Some(at) => Err(format!("they differ at {at}")),
+    });
+}
+
+fn set_sync(mirror: &Mirror) {
+    let said = mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    assert_eq!(said, "data is mirrored to b in the mode sync\n");
+    mirror.wait_for_peer("b", "the replica counts again", |peer| {
+        peer.mode == blockmirror_agent::config::Mode::Sync && peer.state == Some(PeerState::InSync)
+    });
+    // The replica records its mode with the commit of the session that the change began.
+    mirror.wait_until_quiet();
+}
+
+#[test]
+fn a_replica_takes_the_place_of_a_killed_primary_which_comes_back_as_its_replica() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    set_sync(&mirror);
+    let mut random = Random::new(1);
+    for offset in (0..64 * MIB).step_by(MIB as usize) {
+        mirror.client().write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    let flushed = scatter(&mut mirror.client(), &mut random, 64 * MIB / BLOCK_BYTES, 200);
+    mirror.primary.kill();
+
+    let said = mirror.replica().succeed(&["promote", "data", "--json"]);
+    let promotion: Promotion = serde_json::from_str(&said).expect("the answer is well formed");
+    assert_eq!(promotion.unanswered, ["a"]);
+    assert_eq!((promotion.volume.facts.role, promotion.rolled_back_to), (Role::Primary, None));
+    let mut client = client_of(mirror.replica());
+    assert_holds(&mut client, &flushed);
+    scatter(&mut client, &mut random, 64 * MIB / BLOCK_BYTES, 100);
+
+    let before = mirror.primary.link().bytes_to_host();
+    mirror.primary.start();
+    assert_identical(mirror.replica(), &mirror.primary);
+    let status = mirror.primary.wait_until("it follows", |status| status.state == VolumeState::Following);
+    assert_eq!(status.facts.role, Role::Replica);
+    assert_eq!(status.verdict, "following b; consistent");
+    // Whatever was active at the crash is copied again: extents of 4 MiB in 64 MiB, and all were.
+    let sent = mirror.primary.link().bytes_to_host() - before;
+    assert!(sent <= 64 * MIB * 11 / 10, "{sent} bytes were sent");
+
+    // The new order outlives restarts of both.
+    drop(client);
+    mirror.primary.stop();
+    mirror.replica_mut().stop();
+    mirror.replica_mut().start();
+    mirror.primary.start();
+    assert_identical(mirror.replica(), &mirror.primary);
+    assert_eq!(mirror.replica().status().facts.succession.fence, Some(2));
+}
+
+#[test]
+fn a_primary_that_was_stopped_in_order_comes_back_by_map() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    set_sync(&mirror);
+    let mut random = Random::new(2);
+    for offset in (0..64 * MIB).step_by(MIB as usize) {
+        mirror.client().write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    mirror.client().flush().expect("a flush");
+    mirror.wait_until_quiet();
+    mirror.primary.stop();
+    mirror.replica().succeed(&["promote", "data"]);
+    scatter(&mut client_of(mirror.replica()), &mut random, 64 * MIB / BLOCK_BYTES, 100);
+    let before = mirror.primary.link().bytes_to_host();
+    mirror.primary.start();
+    assert_identical(mirror.replica(), &mirror.primary);
+    let sent = mirror.primary.link().bytes_to_host() - before;
+    assert!(sent <= 2 * MIB, "{sent} bytes were sent for 100 blocks");
+}
+
+#[test]
+fn a_switch_there_and_back_keeps_a_file_system_whole() {
+    require!("root", "mkfs.ext4", "fsck.ext4", "losetup");
+    let mirror = Mirror::new(64 * MIB, "nbd,loop", &["b"]);
+    let (a, b) = (&mirror.primary, mirror.replica());
+    succeed("mkfs.ext4", &["-q", text(&a.device())]);
+    let mounted = mirror.folder.mount(&a.device(), "mounted");
+    fs::write(mounted.path().join("first"), "written on a").expect("a file");
+    a.refuse(&["switch", "data", "--to", "b"], 5, &["in use", "mounted"]);
+    mounted.unmount();
+
+    wait_until_in_sync(a);
+    let said = a.succeed(&["switch", "data", "--to", "b", "--json"]);
+    let switched: Switch = serde_json::from_str(&said).expect("the answer is well formed");
+    println!("nobody could write for {} ms", switched.milliseconds_without_writes);
+    assert!(!a.device().exists(), "a demoted primary serves no device");
+    let mounted = mirror.folder.mount(&b.device(), "mounted");
+    assert_eq!(fs::read_to_string(mounted.path().join("first")).expect("a file"), "written on a");
+    fs::write(mounted.path().join("second"), "written on b").expect("a file");
+    mounted.unmount();
+    assert_identical(b, a);
+
+    let said = b.succeed(&["switch", "data", "--to", "a"]);
+    assert!(said.starts_with("a is the primary of data now; nobody could write for "), "{said}");
+    succeed("fsck.ext4", &["-f", "-n", text(&a.device())]);
+    let mounted = mirror.folder.mount(&a.device(), "mounted");
+    assert_eq!(fs::read_to_string(mounted.path().join("second")).expect("a file"), "written on b");
+    mounted.unmount();
+    assert_identical(a, b);
+    assert_eq!(a.status().facts.succession.fence, Some(3));
+}
+
+#[test]
+fn a_demotion_waits_for_nobody_who_has_the_device_open() {
+    let mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let mut random = Random::new(3);
+    let mut client = mirror.client();
+    let written = scatter(&mut client, &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    let process = format!("NBD client process {}", std::process::id());
+    a.refuse(&["demote", "data"], 5, &["in use", &process]);
+    scatter(&mut client, &mut random, 1, 1);
+    drop(client);
+    wait_until_in_sync(a);
+    let said = until("the client has gone", || {
+        let said = a.tool(&["demote", "data"]);
+        if said.code == 0 { Ok(said.output) } else { Err(said.error) }
+    });
+    assert_eq!(
+        said,
+        "demoted data; nobody is the primary now\n\
+         b has everything; to go on there: blockmirror promote data\n"
+    );
+    b.wait_until("the demotion is told", |status| {
+        status.action == "to go on here: blockmirror promote data"
+            && status.verdict.contains("this copy has everything")
+    });
+    assert!(a.status().verdict.contains("this host was demoted"));
+    a.refuse(&["demote", "data"], 5, &["a replica of data"]);
+    // It was demoted in order, so nothing has to be forced even in the mode async.
+    b.succeed(&["promote", "data"]);
+    let last: Vec<_> = written.into_iter().filter(|(offset, _)| *offset != 0).collect();
+    assert_holds(&mut client_of(b), &last);
+    assert_identical(b, a);
+}
+
+#[test]
+fn a_promotion_that_could_lose_or_split_something_is_refused_with_the_reason() {
+    let folder = Folder::new();
+    let primary = Host::new(&folder, "a");
+    primary.create(64 * MIB, "nbd");
+    let mut mirror = Mirror { primary, replicas: Vec::new(), folder };
+    // A replica that was never in sync.
+    let mut random = Random::new(4);
+    let replica = Host::prepare(&mirror.folder, "b");
+    mirror.replicas.push(replica);
+    mirror.replicas[0].start();
+    mirror.primary.link().cut();
+    mirror.primary.link().mend();
+    let token = mirror.primary.invite();
+    mirror.replicas[0].link().cut();
+    mirror.replicas[0].succeed(&["join", &token, "--backing", text(&mirror.replicas[0].backing())]);
+    mirror.replica().refuse(&["promote", "data"], 5, &["this copy is empty"]);
+    mirror.replica().refuse(&["promote", "data", "--force"], 5, &["this copy is empty"]);
+    mirror.replica().link().mend();
+    wait_until_in_sync(&mirror.primary);
+
+    let (a, b) = (&mirror.primary, mirror.replica());
+    a.refuse(&["promote", "data"], 5, &["a is the primary of data already"]);
+    b.refuse(&["promote", "data"], 5, &["on a: blockmirror switch data --to b"]);
+    b.refuse(&["demote", "data"], 5, &["run this on the primary"]);
+    // The link is paused, but the primary answers.
+    a.succeed(&["pause", "data", "b"]);
+    b.wait_until("the link is gone", |status| {
+        status.facts.peers.iter().all(|peer| peer.connection != Connection::Connected)
+    });
+    b.refuse(&["promote", "data"], 5, &["on a: blockmirror switch data --to b"]);
+    a.refuse(&["switch", "data", "--to", "b"], 5, &["not connected and in sync"]);
+    a.succeed(&["resume", "data", "b"]);
+    scatter(&mut mirror.client(), &mut random, 64 * MIB / BLOCK_BYTES, 50);
+    wait_until_in_sync(a);
+    mirror.primary.kill();
+    let b = mirror.replica();
+    b.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+    b.refuse(&["promote", "data"], 5, &["in the mode async", "--force"]);
+    b.succeed(&["promote", "data", "--force"]);
+    assert_eq!(b.status().facts.role, Role::Primary);
+}
+
+#[test]
+fn a_primary_that_wrote_alone_after_another_was_promoted_is_kept_apart() {
+    let mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let mut random = Random::new(5);
+    let mut client = mirror.client();
+    scatter(&mut client, &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    wait_until_in_sync(a);
+    for host in [a, b] {
+        host.link().cut();
+    }
+    mirror.wait_until_lost("b");
+    scatter(&mut client, &mut random, 16 * MIB / BLOCK_BYTES, 10);
+    b.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+    b.refuse(&["promote", "data"], 5, &["--force"]);
+    b.succeed(&["promote", "data", "--force"]);
+    scatter(&mut client_of(b), &mut random, 16 * MIB / BLOCK_BYTES, 10);
+    for host in [a, b] {
+        host.link().mend();
+    }
+    let process = format!("NBD client process {}", std::process::id());
+    let status = a.wait_until("it is superseded", |status| {
+        status.state == VolumeState::Superseded && !status.facts.succession.openers.is_empty()
+    });
+    assert!(status.verdict.contains("b was promoted") && status.verdict.contains(&process), "{status:?}");
+    assert!(client.write(0, &[1; 4096]).is_err(), "a superseded primary takes no writes");
+    drop(client);
+    let resolve = "blockmirror resolve data --keep HOST";
+    let status = a.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
+    assert_eq!((status.facts.role, status.action.as_str()), (Role::Replica, resolve));
+    let status = b.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
+    assert_eq!(status.action, resolve);
+    // The new primary goes on.
+    scatter(&mut client_of(b), &mut random, 16 * MIB / BLOCK_BYTES, 10);
+}
+
+#[test]
+fn a_replica_in_the_middle_of_a_resync_is_rolled_back_when_it_is_promoted() {
+    let mut mirror = Mirror::new(256 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(6);
+    let mut client = mirror.client();
+    for offset in (0..256 * MIB).step_by(MIB as usize) {
+        client.write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    client.flush().expect("a flush");
+    mirror.assert_identical();
+    let before = mirror.folder.join("before.img");
+    fs::copy(mirror.replica().backing(), &before).expect("a copy");
+
+    mirror.replica().link().cut();
+    mirror.wait_until_lost("b");
+    for offset in (0..256 * MIB).step_by(MIB as usize) {
+        client.write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    client.flush().expect("a flush");
+    drop(client);
+    mirror.replica().link().mend();
+    let status = mirror.replica().wait_until("it is overwritten", |status| {
+        status.facts.succession.rollback.is_some_and(|point| point.bytes > MIB)
+    });
+    mirror.primary.kill();
+    assert!(status.verdict.contains("can be rolled back to"), "{status:?}");
+
+    let b = mirror.replica();
+    b.refuse(&["promote", "data"], 5, &["in the middle of a resync", "--force rolls it back to"]);
+    let said = b.succeed(&["promote", "data", "--force", "--json"]);
+    let promotion: Promotion = serde_json::from_str(&said).expect("the answer is well formed");
+    assert!(promotion.rolled_back_to.is_some());
+    assert_eq!(first_difference(&b.backing(), &before), None, "all is as it was before the resync");
+    assert!(
+        !fs::read_dir(b.state("")).expect("the state folder").any(|entry| {
+            entry.expect("an entry").file_name().to_string_lossy().starts_with("pre-images")
+        })
+    );
+    // What only the old primary has is not overwritten by itself.
+    scatter(&mut client_of(b), &mut random, 100, 10);
+    mirror.primary.start();
+    mirror.primary.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
+}
+
+#[test]
+fn a_third_host_follows_whoever_is_promoted() {
+    let mut mirror = Mirror::new(32 * MIB, "nbd", &["b", "c"]);
+    let mut random = Random::new(7);
+    scatter(&mut mirror.client(), &mut random, 32 * MIB / BLOCK_BYTES, 200);
+    mirror.wait_until_quiet();
+    let has_two_peers = |host: &Host| {
+        host.wait_until("it knows both others", |status| status.facts.peers.len() == 2);
+    };
+    mirror.replicas.iter().for_each(has_two_peers);
+    mirror.primary.kill();
+    let [b, c] = &mirror.replicas[..] else { panic!("there are two replicas") };
+    for host in [b, c] {
+        host.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+    }
+    b.succeed(&["promote", "data", "--force"]);
+    scatter(&mut client_of(b), &mut random, 32 * MIB / BLOCK_BYTES, 100);
+    c.wait_until("it follows the new primary", |status| status.verdict == "following b; consistent");
+    c.refuse(&["promote", "data"], 5, &["on b: blockmirror switch data --to c"]);
+    mirror.primary.start();
+    let [b, c] = &mirror.replicas[..] else { panic!("there are two replicas") };
+    assert_identical(b, &mirror.primary);
+    assert_identical(b, c);
+    b.succeed(&["switch", "data", "--to", "c"]);
+    scatter(&mut client_of(c), &mut random, 32 * MIB / BLOCK_BYTES, 100);
+    assert_identical(c, b);
+    assert_identical(c, &mirror.primary);
+    mirror
+        .primary
+        .wait_until("it follows the new primary", |status| status.verdict == "following c; consistent");
+}
