@@ -344,4 +344,37 @@ fn a_third_host_follows_whoever_is_promoted() {
     mirror
         .primary
         .wait_until("it follows the new primary", |status| status.verdict == "following c; consistent");
+    // The configuration says on each host who is the primary.
+    for (host, primary) in [(&mirror.primary, Some("c")), (b, Some("c")), (c, None)] {
+        host.succeed(&["config", "check"]);
+        let folder = ConfigFolder::new(host.path("config"));
+        until("the configuration says so", || {
+            let volume = folder.load_volume(&"data".parse().expect("a name")).expect("the file is right");
+            let found = volume.peers.iter().find(|peer| peer.role == Role::Primary);
+            let found = found.map(|peer| peer.name.to_string());
+            if found.as_deref() == primary { Ok(()) } else { Err(format!("{volume:?}")) }
+        });
+    }
+}
+
+#[test]
+fn a_switch_that_does_not_come_to_be_leaves_the_primary_as_it_was() {
+    let mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let mut random = Random::new(8);
+    scatter(&mut mirror.client(), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    mirror.wait_until_quiet();
+    // The connection is not noticed to be dead yet.
+    b.link().cut();
+    let said = until("nobody has the device open", || {
+        let said = a.tool(&["switch", "data", "--to", "b"]);
+        if said.error.contains("in use") { Err(said.error) } else { Ok(said) }
+    });
+    assert_eq!(said.code, 1, "{said:?}");
+    assert!(said.error.contains("this host goes on as the primary"), "{said:?}");
+    let mut client = client_of(a);
+    scatter(&mut client, &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    assert_eq!((a.status().facts.role, b.status().facts.role), (Role::Primary, Role::Replica));
+    b.link().mend();
+    assert_identical(a, b);
 }
