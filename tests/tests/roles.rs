@@ -164,7 +164,7 @@ fn a_demotion_waits_for_nobody_who_has_the_device_open() {
     let mut random = Random::new(3);
     let mut client = mirror.client();
     let written = scatter(&mut client, &mut random, 16 * MIB / BLOCK_BYTES, 50);
-    let process = format!("NBD client process {}", std::process::id());
+    let process = format!("(pid {})", std::process::id());
     a.refuse(&["demote", "data"], 5, &["in use", &process]);
     scatter(&mut client, &mut random, 1, 1);
     drop(client);
@@ -254,7 +254,7 @@ fn a_primary_that_wrote_alone_after_another_was_promoted_is_kept_apart() {
     for host in [a, b] {
         host.link().mend();
     }
-    let process = format!("NBD client process {}", std::process::id());
+    let process = format!("(pid {})", std::process::id());
     let status = a.wait_until("it is superseded", |status| {
         status.state == VolumeState::Superseded && !status.facts.succession.openers.is_empty()
     });

@@ -7,6 +7,7 @@ use crate::control::api::DeviceStatus;
 use crate::device::Volume;
 use crate::device::loopback::{Loopback, Options};
 use crate::device::nbd::{ListenError, Server};
+use crate::device::openers;
 use crate::export::Export;
 use crate::words::with_causes;
 use std::path::PathBuf;
@@ -62,14 +63,8 @@ impl Devices {
 
     /// Who has a device open, in words; devices that nobody uses can be stopped.
     pub(super) async fn openers(&self) -> Vec<String> {
-        let clients = self.nbd.iter().flat_map(Server::clients);
-        let mut openers: Vec<String> = clients.map(|client| format!("NBD client {client}")).collect();
-        if let Some(loopback) = &self.loopback
-            && let Some(user) = loopback.in_use().await
-        {
-            openers.push(format!("{} is {user}", loopback.link().display()));
-        }
-        openers
+        let clients = self.nbd.iter().flat_map(Server::clients).collect();
+        openers::openers(self.loopback.as_ref().map(Loopback::path), clients).await
     }
 
     /// Whether the loop device was served and is no longer, without waiting for that.
