@@ -100,7 +100,8 @@ impl World {
                 && self.hosts[host].tracker().is_some_and(|tracker| tracker.is_in_sync(host_id(peer)));
             let promises = &self.hosts[host].promises;
             let fresh = || Expected { primary: host, promises: promises.clone() };
-            let fresh = (counts && is_flush && good).then(fresh);
+            // One that was promoted meanwhile, which this primary may not know, follows nobody.
+            let fresh = (counts && is_flush && good && !self.hosts[peer].is_primary()).then(fresh);
             let it = &mut self.hosts[peer];
             match it.expected.as_mut().filter(|expected| expected.primary == host) {
                 Some(expected) if counts => expected.promises.reply(id, good),

@@ -124,7 +124,8 @@ impl World {
 
     fn send_message(&mut self, link: LinkId, message: &Message) {
         self.note(|| format!("{link}: {message:?}"));
-        if matches!(message, Message::Commit(_) | Message::ResyncBegin(_)) {
+        let is_united = matches!(message, Message::Commit(_) | Message::ResyncBegin(_));
+        if is_united && self.links[link].is_up {
             self.links[link].united_by = Some(self.hosts[link.dialler].superblock.fence);
         }
         match message {

@@ -8,7 +8,7 @@ use super::links::{Channel, LinkId, Packet};
 use super::primary::digest;
 use super::world::World;
 use blockmirror_protocol::dirty_map::DirtyMap;
-use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use blockmirror_protocol::disk::{activity_log, marker, slot_offset, superblock};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
@@ -31,7 +31,8 @@ enum DiskWork {
 #[derive(Debug)]
 enum FileWork {
     Marker,
-    State(StateChange),
+    /// And whose link was served when it began.
+    State(StateChange, Option<usize>),
     Log,
     Layer(u64),
     Saved(Vec<ByteRange>, BTreeMap<u64, Value>),
@@ -275,9 +276,10 @@ impl World {
     }
 
     fn write_state(&mut self, host: usize, change: StateChange) {
+        let source = self.replica_shell(host).speaker.map(|link| link.dialler);
         change.apply(&mut self.hosts[host].superblock);
         let batches = self.hosts[host].superblock_batches();
-        self.start_replica_file(host, superblock::FILE_NAME, batches, FileWork::State(change));
+        self.start_replica_file(host, superblock::FILE_NAME, batches, FileWork::State(change, source));
     }
 
     /// What a replica's machine says goes back on the connection that it serves, or nowhere.
@@ -292,7 +294,9 @@ impl World {
                 let known = self.hosts[host].followed.insert(counter, holder);
                 let is_new = known.is_none_or(|known| known == holder);
                 assert!(is_new, "L5: host {host} follows {holder} and {known:?}, both of fence {counter}");
-                self.check_lives(host, speaker.dialler);
+                if self.links[speaker].is_up {
+                    self.check_lives(host, speaker.dialler);
+                }
             }
             Message::Acknowledgement(acknowledgement) => {
                 mirror.acknowledged(acknowledgement.durable);
@@ -328,7 +332,6 @@ impl World {
 
     /// A metadata write of a replica ended.
     pub(super) fn replica_file_ended(&mut self, host: usize, id: FileOperation, good: bool) {
-        let source = self.replica_shell(host).speaker.map(|link| link.dialler);
         let is_full = self.is_rough && self.random.once_in(self.settings.space_failures);
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else { panic!("the host is a replica") };
@@ -349,7 +352,7 @@ impl World {
                 }
                 shell.machine.handle_saved(outcome);
             }
-            FileWork::State(change) => {
+            FileWork::State(change, source) => {
                 shell.machine.handle_state_written(good);
                 if good {
                     it.superblock_written();
@@ -384,6 +387,10 @@ impl World {
         let mut theirs = primary.known_lives.clone();
         let lives = |generation| self.generation_lives.get(generation).copied();
         theirs.extend(primary.superblock.lineage.iter().filter_map(lives));
+        if primary.superblock.lineage.len() == LINEAGE_LIMIT {
+            // Older ones were pruned.
+            return;
+        }
         let forgotten: Vec<_> = mine.difference(&theirs).collect();
         assert!(
             forgotten.is_empty(),

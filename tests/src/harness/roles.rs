@@ -122,7 +122,8 @@ impl World {
         }
     }
 
-    fn is_agreed(&mut self) -> bool {
+    /// Whether there is one primary that everybody can follow; if not, operators do something about it.
+    pub(super) fn is_agreed(&mut self) -> bool {
         let is_steady = |host: &Host| {
             let is_open = matches!(host.shell, Shell::Primary(_) | Shell::Replica(_));
             is_open
@@ -144,12 +145,11 @@ impl World {
             return false;
         };
         let fence = self.hosts[primary].superblock.fence;
-        for rival in primaries.into_iter().filter(|rival| *rival != primary) {
+        if let Some(rival) = primaries.into_iter().find(|rival| *rival != primary) {
+            // The one with the lower fence steps down by itself when the two meet.
             if self.hosts[rival].superblock.fence.counter == fence.counter {
                 self.raise_fence(primary);
-                return false;
             }
-            // They meet by themselves.
             return false;
         }
         let strays: Vec<usize> =
