@@ -1,6 +1,6 @@
 //! Bugs on purpose, for the simulation to find: what it never finds, it does not check.
 //!
-//! Without the feature `planted` none exists: [`planted`] is a constant. With it, one bug at a time is planted for the
+//! Without the feature `planted` none exists: the switch is a constant. With it, one bug at a time is planted for the
 //! calling thread.
 
 #[cfg(feature = "planted")]

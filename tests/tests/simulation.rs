@@ -4,6 +4,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::Work;
 use blockmirror_tests::harness::application::PATIENCE;
 use blockmirror_tests::harness::disk::Crash;
+use blockmirror_tests::harness::host::host_id;
 use blockmirror_tests::harness::links::LinkId;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::harness::seeds::{self, CHECKED, CHECKED_SECONDS, Failed};
@@ -179,4 +180,22 @@ fn a_restart_with_a_full_map_takes_writes_at_once() {
         world.act();
     }
     finish(world);
+}
+
+/// A block is rewritten faster than it can be copied over a long link, so each copy is old before it is durable: without
+/// making its writers wait, the resync would go on for as long as they do (R2).
+#[test]
+fn a_resync_ends_although_a_block_is_rewritten_all_the_time() {
+    let settings = Settings { link_delay: Duration::from_millis(60), ..Settings::scripted() };
+    for mut world in in_sync(&settings) {
+        let link = LinkId::new(0, 1);
+        world.cut(link);
+        for _ in 0..1000 {
+            request(&mut world, write(8192, 4096));
+            pass(&mut world, 5);
+        }
+        let tracker = world.hosts[0].tracker().expect("it is primary");
+        assert!(tracker.is_in_sync(host_id(1)), "{}", world.describe());
+        finish(world);
+    }
 }

@@ -10,7 +10,7 @@
 //!   greeting answered. So nothing of an old session lands after a read for the new one (R1).
 //! - "Inconsistent" is durable before the first frame of a resync is written, "consistent" only on the primary's
 //!   commit, when everything before it is durable (P1). In between, a replica that was consistent saves what it
-//!   overwrites ([`gap`]).
+//!   overwrites (`gap`).
 //! - A generation is durable here before its first frame is written (L1), a higher fence before it is answered (L5).
 //!
 //! # The contract

@@ -189,6 +189,7 @@ impl Session {
             durable: Epoch(0),
             sent: Sequence(0),
             received: Sequence(0),
+            tail_since: None,
             copy: welcome.copy,
             agreed: Epoch(0),
             released: None,

@@ -63,6 +63,10 @@ pub const ACKNOWLEDGEMENT_DEADLINE: Duration = Duration::from_secs(5);
 /// How long changes of a map stay in memory, where nothing waits for them.
 const MAP_TIME: Duration = Duration::from_secs(1);
 
+/// A resync that has no more than so many blocks left to copy, for so long, asks their writers to wait (R2).
+const TAIL_BLOCKS: u64 = 256;
+const TAIL_TIME: Duration = Duration::from_secs(1);
+
 /// What the shell must do for a session.
 #[derive(Debug)]
 pub enum Action {
@@ -156,6 +160,8 @@ struct Link {
     /// The last live write that was sent, and the last one that the replica has received.
     sent: Sequence,
     received: Sequence,
+    /// Since when only few blocks are left to copy.
+    tail_since: Option<Time>,
     /// The replica's copy.
     copy: crate::units::CopyId,
     /// The newest epoch that the replica was told to be durable everywhere (D5).
@@ -609,6 +615,8 @@ impl Session {
             while let Some((read, range)) = link.resync.pick(&self.map, order, waits, now) {
                 self.actions.push_back(Action::ReadCopy { read, range });
             }
+            link.tail_since =
+                (self.map.dirty_blocks() <= TAIL_BLOCKS).then(|| link.tail_since.unwrap_or(now));
             if self.map.is_clean() && link.resync.is_idle() {
                 link.phase = Phase::Committing { closed: None, sent: None, streams: true };
             }
@@ -687,6 +695,15 @@ impl Session {
     #[must_use]
     pub fn is_released(&self) -> bool {
         matches!(&self.state, State::Linked(link) if link.released == Some(true))
+    }
+
+    /// Whether a write to this range should wait for a copy: few blocks have been left to copy for a while, and this is
+    /// one of them (R2).
+    pub(crate) fn wants_quiet(&self, range: ByteRange, now: Time) -> bool {
+        let State::Linked(link) = &self.state else { return false };
+        let is_tail = link.tail_since.is_some_and(|since| now >= since.after(TAIL_TIME));
+        let mut parts = self.map.split(range.blocks(self.block_size));
+        link.phase == Phase::Resyncing && is_tail && parts.any(|(is_dirty, _)| is_dirty)
     }
 
     /// Whether the replica is in sync, and so counts for its mode (W4).

@@ -105,7 +105,8 @@ impl Tracker {
         for flush in std::mem::take(&mut self.local.flushes) {
             self.fail(flush);
         }
-        let held = std::mem::take(&mut self.generations.held);
+        let mut held = std::mem::take(&mut self.generations.held);
+        held.extend(self.take_waiting());
         for piece in std::mem::take(&mut self.claimed).into_iter().chain(held) {
             self.activity.give_back(piece.range.extents(), None);
             self.done_piece(piece.request, false, now);

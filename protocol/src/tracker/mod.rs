@@ -31,6 +31,7 @@ pub(crate) mod activity;
 mod agreement;
 mod durability;
 mod generation;
+mod patience;
 mod pieces;
 pub mod replies;
 
@@ -50,6 +51,7 @@ use activity::ActiveSet;
 use agreement::Agreement;
 use durability::Local;
 use generation::Generations;
+use patience::Waiting;
 use pieces::{Piece, Request};
 use replies::{Owed, ReplicaLoss};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -195,6 +197,8 @@ pub struct Tracker {
     /// Pieces whose extents wait for a record.
     claimed: Vec<Piece>,
     under_way: BTreeMap<Sequence, Piece>,
+    /// Pieces that wait for copies of what they overwrite.
+    waiting: Vec<Waiting>,
     last: Sequence,
     epoch: OpenEpoch,
     local: Local,
@@ -250,6 +254,7 @@ impl Tracker {
             arrivals: VecDeque::new(),
             claimed: Vec::new(),
             under_way: BTreeMap::new(),
+            waiting: Vec::new(),
             last: Sequence(0),
             epoch: OpenEpoch { number: first_epoch, bytes: 0, since: None },
             local: Local::default(),
@@ -298,7 +303,7 @@ impl Tracker {
         let idle = self.idle.map(|(since, _)| since.after(IDLE_TIME));
         let sessions = self.sessions.values().filter_map(Session::poll_timeout);
         let full = self.full_since.map(|since| since.after(FULL_TIME));
-        let others = [epoch, idle, full, self.reply_timeout(), self.agreement_timeout()];
+        let others = [epoch, idle, full, self.reply_timeout(), self.agreement_timeout(), self.wait_timeout()];
         sessions.chain(others.into_iter().flatten()).min()
     }
 
@@ -495,9 +500,9 @@ impl Tracker {
     pub fn supersede(&mut self, now: Time) {
         self.superseded = true;
         self.fail_owed();
-        for piece in
-            std::mem::take(&mut self.claimed).into_iter().chain(std::mem::take(&mut self.generations.held))
-        {
+        let held = std::mem::take(&mut self.generations.held);
+        let claimed = std::mem::take(&mut self.claimed);
+        for piece in claimed.into_iter().chain(held).chain(self.take_waiting()) {
             self.activity.give_back(piece.range.extents(), None);
             self.done_piece(piece.request, false, now);
         }
@@ -606,6 +611,7 @@ impl Tracker {
         self.answer_failed();
         self.settle(now);
         self.drive_sessions(now);
+        self.end_waits(now);
         self.agree(now);
         if self.closing {
             self.activity.let_idle_go(u64::MAX, self.safe());

@@ -87,6 +87,13 @@ impl Tracker {
 
     /// The piece gets its place in the one order (W1), goes to every session, and to the backing when it may.
     pub(super) fn begin(&mut self, piece: Piece, now: Time) {
+        if !self.wait_for_copy(piece, now) {
+            self.sequence(piece, now);
+        }
+    }
+
+    /// As [`Tracker::begin`], for a piece that waits for no copy.
+    pub(super) fn sequence(&mut self, piece: Piece, now: Time) {
         if self.hold_for_generation(piece) {
             return;
         }
