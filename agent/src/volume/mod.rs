@@ -3,7 +3,7 @@
 //!
 //! Others talk to it by [`Ask`]s. A volume whose backing can't be opened is still there: it says why in its status,
 //! and refuses sessions. The role is what the superblock says; a change of it is a task of its own that has the shell to
-//! itself, while the volume goes on answering ([`changes`]).
+//! itself, while the volume goes on answering (`changes`).
 
 mod changes;
 mod demotion;
