@@ -26,7 +26,9 @@
 //! a restart puts the log's extents into the map. Cleared bits that were not written are set again after a crash:
 //! the blocks are copied once more.
 
+mod following;
 mod handshake;
+mod marks;
 mod report;
 pub mod resync;
 mod stream;
@@ -39,12 +41,10 @@ use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::tracker::RequestId;
 use crate::units::{
-    BlockSize, Epoch, Extent, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Stream,
-    Time,
+    BlockSize, Epoch, Extent, GenerationId, HostId, Sequence, Session as SessionNumber, Stream, Time,
 };
 use crate::wire::message::{
-    Acknowledgement, Agreed, Commit, Committed, Message, Mode, Release, ReleaseRecorded, ResyncBegin,
-    ResyncReady,
+    Acknowledgement, Committed, Message, Mode, ReleaseRecorded, ResyncBegin, ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
 pub use handshake::{Handled, Identity, PeerError};
@@ -307,21 +307,6 @@ impl Session {
         &self.map
     }
 
-    /// Everything up to this write is durable on the replica or durably in its map (D1); `last` is the newest write.
-    pub(crate) fn safe_up_to(&self, last: Sequence) -> Sequence {
-        let unacknowledged = match &self.state {
-            State::Linked(link) if !link.spilled => link.window.oldest().map(|(sequence, _)| sequence),
-            _ => None,
-        };
-        let first_unsafe = [unacknowledged, self.unwritten, self.being_written].into_iter().flatten().min();
-        first_unsafe.map_or(last, |first| Sequence(first.0 - 1))
-    }
-
-    /// Blocks of extents that were active before a restart, or that the replica reports, may differ.
-    pub(crate) fn mark_suspect(&mut self, range: ByteRange, before: Sequence) {
-        self.mark(range.blocks(self.block_size), before.next());
-    }
-
     /// A write was sequenced and is about to begin here: stream it or mark it (R1, W7).
     pub(crate) fn handle_write(&mut self, write: LiveWrite, now: Time) {
         let blocks = write.range.blocks(self.block_size);
@@ -410,67 +395,6 @@ impl Session {
             self.map.clear(header.body.range().blocks(self.block_size));
         }
         self.actions.push_back(Action::SendCopy { read, header });
-    }
-
-    /// The map's file holds what [`Action::WriteMap`] said, or could not be written; then it is tried again later.
-    pub fn handle_map_written(&mut self, written: bool, now: Time) {
-        assert!(self.writing_map, "a map is written once at a time");
-        self.writing_map = false;
-        self.map_written_at = now;
-        self.map_failed = !written;
-        self.map_failures = if written { 0 } else { self.map_failures + 1 };
-        let first = self.being_written.take();
-        if !written {
-            // What the file holds is unknown: all of it is written again.
-            self.unwritten = [first, self.unwritten].into_iter().flatten().min();
-            self.map.forget_written();
-            if self.map_failures > 1 {
-                self.give_the_map_up();
-            }
-        }
-    }
-
-    /// The map's pages can't be written, as when the disk of the state folder is full: "all is dirty" takes no more
-    /// than the header, whose place is there already. Better a full copy later than writes that wait for ever (W7).
-    fn give_the_map_up(&mut self) {
-        if self.map.is_full() {
-            return;
-        }
-        self.map.begin_anew(self.map.base());
-        // The file says "clean" of blocks that are dirty now, so a write to one marks nothing new and yet is not safe:
-        // nothing is until the header is written (D1).
-        self.unwritten = Some(Sequence(1));
-        if let State::Linked(link) = &mut self.state
-            && link.phase.streams()
-        {
-            self.left |= link.break_off();
-        }
-    }
-
-    /// Writes the map's file, if it lacks anything and is not being written.
-    pub(crate) fn write_map(&mut self) {
-        if self.writing_map || self.map_failed || !self.map.has_changes() {
-            return;
-        }
-        self.writing_map = true;
-        self.being_written = self.unwritten.take();
-        self.actions.push_back(Action::WriteMap(self.map.take_changes()));
-    }
-
-    /// Whether the map's file holds all marks.
-    #[must_use]
-    pub(crate) fn is_written(&self) -> bool {
-        self.first_unwritten().is_none()
-    }
-
-    /// The first write whose mark the map's file lacks.
-    pub(crate) fn first_unwritten(&self) -> Option<Sequence> {
-        [self.unwritten, self.being_written].into_iter().flatten().min()
-    }
-
-    /// Whether the file says exactly what memory does.
-    pub(crate) fn is_saved(&self) -> bool {
-        !self.writing_map && !self.map.has_changes()
     }
 
     /// The link was lost: what it had not acknowledged goes to the map (W7).
@@ -626,142 +550,6 @@ impl Session {
         wants
     }
 
-    /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
-    fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
-        let State::Linked(link) = &mut self.state else { return Wants::default() };
-        let Phase::Committing { closed, sent: sent @ None, streams } = &mut link.phase else {
-            return Wants::default();
-        };
-        if closed.is_none() && !*streams {
-            // The replica has everything, and had before this session.
-            *closed = Some(circumstances.position);
-            link.sent = circumstances.position.1;
-            link.received = link.sent;
-        }
-        let Some((epoch, sequence)) = *closed else { return Wants { epoch_end: true, generation: false } };
-        if *streams && link.durable < epoch && !planted(Bug::CommitAtLastCopy) {
-            return Wants::default();
-        }
-        if !circumstances.may_commit {
-            return Wants { epoch_end: false, generation: true };
-        }
-        let generation = circumstances.lineage.first().copied().unwrap_or_default();
-        *sent = Some(generation);
-        self.may_have_newest = true;
-        let commit = Commit {
-            session: link.session,
-            position: Position { generation, epoch, sequence },
-            lineage: circumstances.lineage.to_vec(),
-            active: circumstances.active.to_vec(),
-            mode: self.mode,
-        };
-        self.actions.push_back(Action::Send(commit.into()));
-        Wants::default()
-    }
-
-    /// A generation began, durably: what is streamed from here on belongs to it (L1).
-    pub(crate) fn handle_generation(&mut self, generation: GenerationId) {
-        self.may_have_newest = false;
-        let State::Linked(link) = &mut self.state else { return };
-        if link.phase.streams() {
-            // One that is being resynced records it with its commit only.
-            self.may_have_newest = link.phase.follows();
-            let body = Body::Generation { generation };
-            let header = FrameHeader { session: link.session, stream: link.stream, body };
-            self.actions.push_back(Action::SendFrame { header, request: None });
-        }
-    }
-
-    /// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
-    pub(crate) fn tell_agreed(&mut self, epoch: Epoch) {
-        let State::Linked(link) = &mut self.state else { return };
-        if link.phase == Phase::InSync && link.agreed < epoch {
-            link.agreed = epoch;
-            self.actions.push_back(Action::Send(Agreed { session: link.session, epoch }.into()));
-        }
-    }
-
-    /// The primary is being demoted: an in-sync replica that has everything records that it does. Nothing is written
-    /// any more.
-    pub(crate) fn release(&mut self, generation: GenerationId) {
-        let State::Linked(link) = &mut self.state else { return };
-        if link.phase == Phase::InSync && link.window.is_empty() && link.released.is_none() {
-            link.released = Some(false);
-            self.actions.push_back(Action::Send(Release { session: link.session, generation }.into()));
-        }
-    }
-
-    /// Whether the replica has recorded a release.
-    #[must_use]
-    pub fn is_released(&self) -> bool {
-        matches!(&self.state, State::Linked(link) if link.released == Some(true))
-    }
-
-    /// Whether a write to this range should wait for a copy: few blocks have been left to copy for a while, and this is
-    /// one of them (R2).
-    pub(crate) fn wants_quiet(&self, range: ByteRange, now: Time) -> bool {
-        let State::Linked(link) = &self.state else { return false };
-        let is_tail = link.tail_since.is_some_and(|since| now >= since.after(TAIL_TIME));
-        let mut parts = self.map.split(range.blocks(self.block_size));
-        link.phase == Phase::Resyncing && is_tail && parts.any(|(is_dirty, _)| is_dirty)
-    }
-
-    /// Whether the replica is in sync, and so counts for its mode (W4).
-    #[must_use]
-    pub fn is_in_sync(&self) -> bool {
-        let counts = |phase: Phase| {
-            phase == Phase::InSync || phase == Phase::Resyncing && planted(Bug::CountResyncing)
-        };
-        matches!(&self.state, State::Linked(link) if counts(link.phase))
-    }
-
-    /// When the replica counts, writes and flushes are answered by this.
-    #[must_use]
-    pub fn mode(&self) -> Mode {
-        self.mode
-    }
-
-    /// The operator chose another mode; it takes effect with the next session.
-    pub(crate) fn set_mode(&mut self, mode: Mode) {
-        self.mode = mode;
-    }
-
-    /// Whether an in-sync replica has received every write up to this one.
-    pub(crate) fn has_received(&self, sequence: Sequence) -> bool {
-        match &self.state {
-            State::Linked(link) => link.received >= sequence.min(link.sent),
-            _ => false,
-        }
-    }
-
-    /// Whether an in-sync replica has every write up to this one durably.
-    pub(crate) fn has_durably(&self, sequence: Sequence) -> bool {
-        match &self.state {
-            State::Linked(link) => link.window.oldest().is_none_or(|(oldest, _)| oldest > sequence),
-            _ => false,
-        }
-    }
-
-    /// The last epoch that is durable on an in-sync replica.
-    pub(crate) fn durable(&self) -> Epoch {
-        match &self.state {
-            State::Linked(link) => link.durable,
-            _ => Epoch(0),
-        }
-    }
-
-    /// Whether the replica left the stream since this was last asked.
-    pub(crate) fn take_left(&mut self) -> bool {
-        std::mem::take(&mut self.left)
-    }
-
-    /// Whether the replica may have the newest generation, and yet lack some of it. What it confirmed in an earlier run
-    /// need not be recorded here, so any replica may have the generation that this run began with.
-    pub(crate) fn may_lag_within_newest(&self) -> bool {
-        let was_met = !self.map.base().is_none();
-        was_met && self.may_have_newest && !self.is_in_sync() && !self.map.is_clean()
-    }
-
     /// What the map is relative to.
     #[must_use]
     pub fn base(&self) -> Base {
@@ -781,13 +569,6 @@ impl Session {
         let header = FrameHeader { session: link.session, stream: link.stream, body };
         self.actions
             .push_back(Action::SendFrame { header, request: write.zero.is_none().then_some(write.request) });
-    }
-
-    fn mark(&mut self, blocks: std::ops::Range<u64>, sequence: Sequence) {
-        // A block that is dirty already is in the file, or an earlier mark waits to be.
-        if self.map.mark(blocks) {
-            self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));
-        }
     }
 }
 

@@ -1,0 +1,147 @@
+//! How a replica comes to follow the newest generation, and counts: the commit, generations that begin within a session,
+//! what is agreed and released, and what it has of what was written (L1, W4, D5).
+
+use super::{Action, Circumstances, Phase, Session, State, TAIL_TIME, Wants};
+use crate::planted::{Bug, planted};
+use crate::ranges::ByteRange;
+use crate::units::{Epoch, GenerationId, Position, Sequence, Time};
+use crate::wire::message::{Agreed, Commit, Mode, Release};
+use crate::wire::{Body, FrameHeader};
+
+impl Session {
+    /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
+    pub(super) fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
+        let State::Linked(link) = &mut self.state else { return Wants::default() };
+        let Phase::Committing { closed, sent: sent @ None, streams } = &mut link.phase else {
+            return Wants::default();
+        };
+        if closed.is_none() && !*streams {
+            // The replica has everything, and had before this session.
+            *closed = Some(circumstances.position);
+            link.sent = circumstances.position.1;
+            link.received = link.sent;
+        }
+        let Some((epoch, sequence)) = *closed else { return Wants { epoch_end: true, generation: false } };
+        if *streams && link.durable < epoch && !planted(Bug::CommitAtLastCopy) {
+            return Wants::default();
+        }
+        if !circumstances.may_commit {
+            return Wants { epoch_end: false, generation: true };
+        }
+        let generation = circumstances.lineage.first().copied().unwrap_or_default();
+        *sent = Some(generation);
+        self.may_have_newest = true;
+        let commit = Commit {
+            session: link.session,
+            position: Position { generation, epoch, sequence },
+            lineage: circumstances.lineage.to_vec(),
+            active: circumstances.active.to_vec(),
+            mode: self.mode,
+        };
+        self.actions.push_back(Action::Send(commit.into()));
+        Wants::default()
+    }
+
+    /// A generation began, durably: what is streamed from here on belongs to it (L1).
+    pub(crate) fn handle_generation(&mut self, generation: GenerationId) {
+        self.may_have_newest = false;
+        let State::Linked(link) = &mut self.state else { return };
+        if link.phase.streams() {
+            // One that is being resynced records it with its commit only.
+            self.may_have_newest = link.phase.follows();
+            let body = Body::Generation { generation };
+            let header = FrameHeader { session: link.session, stream: link.stream, body };
+            self.actions.push_back(Action::SendFrame { header, request: None });
+        }
+    }
+
+    /// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
+    pub(crate) fn tell_agreed(&mut self, epoch: Epoch) {
+        let State::Linked(link) = &mut self.state else { return };
+        if link.phase == Phase::InSync && link.agreed < epoch {
+            link.agreed = epoch;
+            self.actions.push_back(Action::Send(Agreed { session: link.session, epoch }.into()));
+        }
+    }
+
+    /// The primary is being demoted: an in-sync replica that has everything records that it does. Nothing is written
+    /// any more.
+    pub(crate) fn release(&mut self, generation: GenerationId) {
+        let State::Linked(link) = &mut self.state else { return };
+        if link.phase == Phase::InSync && link.window.is_empty() && link.released.is_none() {
+            link.released = Some(false);
+            self.actions.push_back(Action::Send(Release { session: link.session, generation }.into()));
+        }
+    }
+
+    /// Whether the replica has recorded a release.
+    #[must_use]
+    pub fn is_released(&self) -> bool {
+        matches!(&self.state, State::Linked(link) if link.released == Some(true))
+    }
+
+    /// Whether a write to this range should wait for a copy: few blocks have been left to copy for a while, and this is
+    /// one of them (R2).
+    pub(crate) fn wants_quiet(&self, range: ByteRange, now: Time) -> bool {
+        let State::Linked(link) = &self.state else { return false };
+        let is_tail = link.tail_since.is_some_and(|since| now >= since.after(TAIL_TIME));
+        let mut parts = self.map.split(range.blocks(self.block_size));
+        link.phase == Phase::Resyncing && is_tail && parts.any(|(is_dirty, _)| is_dirty)
+    }
+
+    /// Whether the replica is in sync, and so counts for its mode (W4).
+    #[must_use]
+    pub fn is_in_sync(&self) -> bool {
+        let counts = |phase: Phase| {
+            phase == Phase::InSync || phase == Phase::Resyncing && planted(Bug::CountResyncing)
+        };
+        matches!(&self.state, State::Linked(link) if counts(link.phase))
+    }
+
+    /// When the replica counts, writes and flushes are answered by this.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The operator chose another mode; it takes effect with the next session.
+    pub(crate) fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+    }
+
+    /// Whether an in-sync replica has received every write up to this one.
+    pub(crate) fn has_received(&self, sequence: Sequence) -> bool {
+        match &self.state {
+            State::Linked(link) => link.received >= sequence.min(link.sent),
+            _ => false,
+        }
+    }
+
+    /// Whether an in-sync replica has every write up to this one durably.
+    pub(crate) fn has_durably(&self, sequence: Sequence) -> bool {
+        match &self.state {
+            State::Linked(link) => link.window.oldest().is_none_or(|(oldest, _)| oldest > sequence),
+            _ => false,
+        }
+    }
+
+    /// The last epoch that is durable on an in-sync replica.
+    pub(crate) fn durable(&self) -> Epoch {
+        match &self.state {
+            State::Linked(link) => link.durable,
+            _ => Epoch(0),
+        }
+    }
+
+    /// Whether the replica left the stream since this was last asked.
+    pub(crate) fn take_left(&mut self) -> bool {
+        std::mem::take(&mut self.left)
+    }
+
+    /// Whether the replica may have the newest generation, and yet lack some of it. What it confirmed in an earlier run
+    /// need not be recorded here, so any replica may have the generation that this run began with.
+    pub(crate) fn may_lag_within_newest(&self) -> bool {
+        let was_met = !self.map.base().is_none();
+        was_met && self.may_have_newest && !self.is_in_sync() && !self.map.is_clean()
+    }
+}

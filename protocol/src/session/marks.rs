@@ -1,0 +1,90 @@
+//! The session's dirty map: marks, when its file is written, and what is safe meanwhile (D1).
+
+use super::{Action, Session, State};
+use crate::ranges::ByteRange;
+use crate::units::{Sequence, Time};
+
+impl Session {
+    /// Everything up to this write is durable on the replica or durably in its map (D1); `last` is the newest write.
+    pub(crate) fn safe_up_to(&self, last: Sequence) -> Sequence {
+        let unacknowledged = match &self.state {
+            State::Linked(link) if !link.spilled => link.window.oldest().map(|(sequence, _)| sequence),
+            _ => None,
+        };
+        let first_unsafe = [unacknowledged, self.unwritten, self.being_written].into_iter().flatten().min();
+        first_unsafe.map_or(last, |first| Sequence(first.0 - 1))
+    }
+
+    /// Blocks of extents that were active before a restart, or that the replica reports, may differ.
+    pub(crate) fn mark_suspect(&mut self, range: ByteRange, before: Sequence) {
+        self.mark(range.blocks(self.block_size), before.next());
+    }
+
+    /// The map's file holds what [`Action::WriteMap`] said, or could not be written; then it is tried again later.
+    pub fn handle_map_written(&mut self, written: bool, now: Time) {
+        assert!(self.writing_map, "a map is written once at a time");
+        self.writing_map = false;
+        self.map_written_at = now;
+        self.map_failed = !written;
+        self.map_failures = if written { 0 } else { self.map_failures + 1 };
+        let first = self.being_written.take();
+        if !written {
+            // What the file holds is unknown: all of it is written again.
+            self.unwritten = [first, self.unwritten].into_iter().flatten().min();
+            self.map.forget_written();
+            if self.map_failures > 1 {
+                self.give_the_map_up();
+            }
+        }
+    }
+
+    /// The map's pages can't be written, as when the disk of the state folder is full: "all is dirty" takes no more
+    /// than the header, whose place is there already. Better a full copy later than writes that wait for ever (W7).
+    fn give_the_map_up(&mut self) {
+        if self.map.is_full() {
+            return;
+        }
+        self.map.begin_anew(self.map.base());
+        // The file says "clean" of blocks that are dirty now, so a write to one marks nothing new and yet is not safe:
+        // nothing is until the header is written (D1).
+        self.unwritten = Some(Sequence(1));
+        if let State::Linked(link) = &mut self.state
+            && link.phase.streams()
+        {
+            self.left |= link.break_off();
+        }
+    }
+
+    /// Writes the map's file, if it lacks anything and is not being written.
+    pub(crate) fn write_map(&mut self) {
+        if self.writing_map || self.map_failed || !self.map.has_changes() {
+            return;
+        }
+        self.writing_map = true;
+        self.being_written = self.unwritten.take();
+        self.actions.push_back(Action::WriteMap(self.map.take_changes()));
+    }
+
+    /// Whether the map's file holds all marks.
+    #[must_use]
+    pub(crate) fn is_written(&self) -> bool {
+        self.first_unwritten().is_none()
+    }
+
+    /// The first write whose mark the map's file lacks.
+    pub(crate) fn first_unwritten(&self) -> Option<Sequence> {
+        [self.unwritten, self.being_written].into_iter().flatten().min()
+    }
+
+    /// Whether the file says exactly what memory does.
+    pub(crate) fn is_saved(&self) -> bool {
+        !self.writing_map && !self.map.has_changes()
+    }
+
+    pub(super) fn mark(&mut self, blocks: std::ops::Range<u64>, sequence: Sequence) {
+        // A block that is dirty already is in the file, or an earlier mark waits to be.
+        if self.map.mark(blocks) {
+            self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));
+        }
+    }
+}
