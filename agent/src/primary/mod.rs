@@ -243,7 +243,7 @@ impl Primary {
     /// The number of a new session, higher than any before, durably.
     async fn next_session(&self) -> Result<SessionNumber, crate::metadata::StateError> {
         let _one_at_a_time = self.session_numbers.lock().await;
-        let next = self.state.superblock().session.next();
+        let next = self.state.superblock().next_session();
         self.state.change_superblock(|superblock| superblock.session = next).await?;
         Ok(next)
     }

@@ -37,6 +37,9 @@ pub const VERSION: u32 = 2;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 
+/// How many low bits of a session's number count within one fence.
+const SESSION_BITS: u32 = 40;
+
 const WHAT: &str = "superblock";
 pub(super) const MAGIC: [u8; 8] = *b"BMSUPER\0";
 const CRC_AT: usize = 12;
@@ -170,6 +173,13 @@ impl Superblock {
         page
     }
 
+    /// The number of this host's next session as primary: higher than its last one, and than that of any session by a
+    /// lower fence, so that no frame is taken for one of another primary's session (R1).
+    #[must_use]
+    pub fn next_session(&self) -> Session {
+        self.session.next().max(Session(self.fence.counter << SESSION_BITS))
+    }
+
     /// Reads the file: the newest whole copy and its serial number.
     ///
     /// # Errors
@@ -292,6 +302,15 @@ mod tests {
             torn[PAGE_BYTES + torn_at] ^= 1;
             assert_eq!(Superblock::recover(&torn), Ok((4, old.clone())), "{torn_at}");
         }
+    }
+
+    #[test]
+    fn sessions_of_a_later_fence_have_higher_numbers() {
+        let fence = |counter| Fence { counter, holder: HostId([5; 32]) };
+        let before = Superblock { fence: fence(4), session: Session((4 << 40) + 900), ..sample() };
+        assert_eq!(before.next_session(), Session((4 << 40) + 901));
+        let promoted = Superblock { fence: fence(5), session: Session(2), ..sample() };
+        assert!(promoted.next_session() > before.next_session());
     }
 
     #[test]

@@ -261,7 +261,7 @@ impl World {
         let work = match it.superblock_work.pop_front() {
             None => return,
             Some(SuperblockWork::Session(link)) => {
-                it.superblock.session = it.superblock.session.next();
+                it.superblock.session = it.superblock.next_session();
                 FileWork::Session(link)
             }
             Some(SuperblockWork::Generation(kept)) => {
