@@ -325,3 +325,6 @@ fn metadata_error(folder: &Path, source: MetadataError) -> StateError {
 fn folder_error(folder: &Path, source: std::io::Error) -> StateError {
     StateError::Folder { folder: folder.to_owned(), source }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,277 @@
+//! A host that stops after any storage call: what its state folder says afterwards is what it said before or what was
+//! being written, never neither.
+
+use super::*;
+use crate::storage::faults::Faults;
+use crate::storage::{Engine, drain, open_with};
+use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
+use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::units::{
+    BlockSize, CopyId, Epoch, GenerationId, Sequence, Session as SessionNumber, VolumeId,
+};
+use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
+use std::cell::Cell;
+
+const SIZE_BYTES: u64 = 1 << 30;
+const PEERS: [HostId; 2] = [HostId([3; 32]), HostId([4; 32])];
+
+fn superblock() -> Superblock {
+    Superblock {
+        volume: VolumeId([1; 16]),
+        copy: CopyId([2; 16]),
+        size_bytes: SIZE_BYTES,
+        block_size: BlockSize::default(),
+        role: Role::Replica,
+        data: DataState::Consistent,
+        session: SessionNumber(0),
+        fence: Fence { counter: 1, holder: HostId([3; 32]) },
+        position: Position::default(),
+        source: Fence::default(),
+        lineage: vec![GenerationId([5; 16])],
+        adopted: 1,
+        gap: 0,
+        layers: 0,
+        mode: Mode::Async,
+        released: false,
+    }
+}
+
+fn base() -> Base {
+    Base { copy: CopyId([6; 16]), generation: GenerationId([5; 16]), adopted: 1 }
+}
+
+fn position(epoch: u64) -> Position {
+    Position { generation: GenerationId([5; 16]), epoch: Epoch(epoch), sequence: Sequence(epoch) }
+}
+
+/// Runs a test the way a volume's thread runs.
+fn run<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, test)
+}
+
+fn pool() -> BufferPool {
+    BufferPool::new(1 << 20)
+}
+
+/// Changes something in a prepared folder, stopped after no storage call, after one, and so on until it has ended. Each
+/// time the folder is opened again, and `check` sees it and whether the change had ended.
+async fn stop_after_each_call(
+    prepare: impl AsyncFn(&State),
+    change: impl AsyncFn(&State),
+    check: impl AsyncFn(&State, bool),
+) {
+    for passing in 0.. {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = open_with(Engine::Automatic).unwrap();
+        let state = State::create(folder.path(), storage.clone(), pool(), &superblock()).await.unwrap();
+        prepare(&state).await;
+        drop(state);
+        let faults = Faults::new(storage.clone());
+        let state = State::open(folder.path(), faults.clone(), pool()).await.unwrap();
+        state.recover_marker().await.unwrap();
+        faults.stop_after(passing);
+        let has_ended = ends(change(&state), &faults).await;
+        drop(state);
+        drain(&*storage).await;
+        faults.forget_swallowed();
+        let state = State::open(folder.path(), storage, pool()).await.unwrap();
+        check(&state, has_ended).await;
+        if has_ended {
+            assert!(passing > 0, "a change takes a storage call");
+            return;
+        }
+    }
+}
+
+/// Whether something ends before its storage stops.
+async fn ends(change: impl Future<Output = ()>, faults: &Faults) -> bool {
+    tokio::select! {
+        biased;
+        () = change => true,
+        () = faults.stopped() => false,
+    }
+}
+
+/// The dirty blocks of a map.
+fn dirty(map: &DirtyMap) -> Vec<u64> {
+    let mut at = 0;
+    let runs = std::iter::from_fn(|| {
+        let run = map.next_dirty(at, u64::MAX)?;
+        at = run.end;
+        Some(run)
+    });
+    runs.flatten().collect()
+}
+
+#[test]
+fn a_folder_is_complete_or_not_opened_and_made_again() {
+    run(async {
+        for passing in 0.. {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("volume");
+            let storage = open_with(Engine::Automatic).unwrap();
+            let faults = Faults::new(storage.clone());
+            faults.stop_after(passing);
+            let has_ended = ends(
+                async { drop(State::create(&path, faults.clone(), pool(), &superblock()).await.unwrap()) },
+                &faults,
+            )
+            .await;
+            drain(&*storage).await;
+            faults.forget_swallowed();
+            match State::open(&path, storage.clone(), pool()).await {
+                Ok(state) => {
+                    assert_eq!(state.superblock(), superblock());
+                    assert_eq!(state.recover_marker().await.unwrap(), Position::default());
+                    let log = state.recover_log().await.unwrap();
+                    assert!(
+                        matches!(log, activity_log::Recovered::Active { extents, .. } if extents.is_empty())
+                    );
+                }
+                Err(error) => {
+                    assert!(!has_ended, "{error:?}");
+                    assert!(matches!(error, StateError::Open(_) | StateError::Metadata { .. }), "{error:?}");
+                    std::fs::remove_dir_all(&path).unwrap();
+                    State::create(&path, storage, pool(), &superblock()).await.unwrap();
+                }
+            }
+            if has_ended {
+                assert!(passing > 2, "marker, superblock, and what opening reads");
+                return;
+            }
+        }
+    });
+}
+
+#[test]
+fn a_superblock_says_what_it_said_or_what_it_was_to_say() {
+    run(async {
+        let changes = Cell::new(0);
+        stop_after_each_call(
+            async |_| changes.set(0),
+            async |state| {
+                for number in 1..4 {
+                    let session = SessionNumber(number);
+                    state.change_superblock(|superblock| superblock.session = session).await.unwrap();
+                    assert_eq!(state.superblock().session, session);
+                    changes.set(number);
+                }
+            },
+            async |state, _| {
+                let SessionNumber(found) = state.superblock().session;
+                assert!((changes.get()..=changes.get() + 1).contains(&found), "{found} after {changes:?}");
+                assert_eq!(Superblock { session: SessionNumber(0), ..state.superblock() }, superblock());
+            },
+        )
+        .await;
+    });
+}
+
+#[test]
+fn a_marker_names_the_epoch_before_or_the_one_that_was_written() {
+    run(async {
+        let markers = Cell::new(0);
+        stop_after_each_call(
+            async |_| markers.set(0),
+            async |state| {
+                for epoch in 1..4 {
+                    state.write_marker(position(epoch)).await.unwrap();
+                    markers.set(epoch);
+                }
+            },
+            async |state, _| {
+                let found = state.recover_marker().await.unwrap().epoch.0;
+                assert!((markers.get()..=markers.get() + 1).contains(&found), "{found} after {markers:?}");
+                // What is written next takes the other place.
+                state.write_marker(position(found + 1)).await.unwrap();
+                assert_eq!(state.recover_marker().await.unwrap(), position(found + 1));
+            },
+        )
+        .await;
+    });
+}
+
+#[test]
+fn a_map_keeps_every_block_that_is_dirty_before_and_after() {
+    run(async {
+        // A page that gets more dirty blocks, one that becomes clean, a new one, and another confirmed generation.
+        let (page, generation) = (BLOCKS_PER_PAGE, GenerationId([7; 16]));
+        let before = [1, 2, page + 5];
+        let after = [2, 3, 2 * page + 9];
+        let map_of = |state: &State, blocks: [u64; 3]| {
+            let superblock = state.superblock();
+            let map =
+                DirtyMap::full(superblock.volume, PEERS[0], superblock.size_bytes, superblock.block_size);
+            let mut map = map.clean(base());
+            blocks.into_iter().for_each(|block| assert!(map.mark(block..block + 1)));
+            map
+        };
+        stop_after_each_call(
+            async |state| {
+                let (_, file) = state.open_map(PEERS[0]).await.unwrap();
+                state.write_map(&file, map_of(state, before).take_changes()).await.unwrap();
+            },
+            async |state| {
+                let (mut map, file) = state.open_map(PEERS[0]).await.unwrap();
+                assert_eq!(dirty(&map), before);
+                before.into_iter().for_each(|block| map.clear(block..block + 1));
+                after.into_iter().for_each(|block| _ = map.mark(block..block + 1));
+                map.confirm(base().copy, generation);
+                state.write_map(&file, map.take_changes()).await.unwrap();
+            },
+            async |state, has_ended| {
+                let (map, _) = state.open_map(PEERS[0]).await.unwrap();
+                let found = dirty(&map);
+                assert!(found.contains(&2), "it is dirty in both, and not in {found:?}");
+                assert!(found.iter().all(|block| before.contains(block) || after.contains(block)));
+                if map.base().generation == generation {
+                    assert_eq!(found, after, "the header comes last");
+                } else {
+                    assert_eq!(map.base(), base());
+                }
+                assert!(!has_ended || map.base().generation == generation);
+            },
+        )
+        .await;
+    });
+}
+
+#[test]
+fn the_maps_of_a_promotion_know_what_is_restored_or_nothing() {
+    run(async {
+        let restored = [ByteRange::new(1 << 20, 8192), ByteRange::new(900 << 20, 4096)];
+        let blocks = [256, 257, 900 << 8];
+        stop_after_each_call(
+            async |state| {
+                // The first peer's map was kept; there is none of the second.
+                let (map, file) = state.open_map(PEERS[0]).await.unwrap();
+                let mut map = map.clean(base());
+                map.mark(7..8);
+                state.write_map(&file, map.take_changes()).await.unwrap();
+            },
+            async |state| state.write_promoted_maps(&PEERS, &restored).await.unwrap(),
+            async |state, has_ended| {
+                let (kept, _) = state.open_map(PEERS[0]).await.unwrap();
+                let (new, _) = state.open_map(PEERS[1]).await.unwrap();
+                assert_eq!(kept.base(), base());
+                assert!(kept.is_dirty(7), "what was known stays known");
+                if !new.is_full() {
+                    assert_eq!(dirty(&new), blocks);
+                    assert_eq!(new.base(), Base { copy: CopyId::default(), ..base() });
+                }
+                if has_ended || !new.is_full() {
+                    assert_eq!(dirty(&kept), [&[7], &blocks[..]].concat());
+                }
+                assert!(!has_ended || !new.is_full());
+                // Whoever promotes again gets there.
+                state.write_promoted_maps(&PEERS, &restored).await.unwrap();
+                for (peer, other) in [(PEERS[0], &[7][..]), (PEERS[1], &[])] {
+                    let (map, _) = state.open_map(peer).await.unwrap();
+                    assert_eq!(dirty(&map), [other, &blocks].concat());
+                }
+            },
+        )
+        .await;
+    });
+}
