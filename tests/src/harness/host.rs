@@ -60,6 +60,8 @@ pub struct Host {
     pub life: u64,
     /// Whether a start is planned.
     pub start_is_planned: bool,
+    /// How many operations of its disk and its files have ended.
+    pub ended_operations: u64,
     /// What runs.
     pub shell: Shell,
     /// The applications, while it is primary.
@@ -141,6 +143,7 @@ impl Host {
             superblock,
             life: 0,
             start_is_planned: false,
+            ended_operations: 0,
             shell: Shell::Down,
             application: Application::default(),
             promises: Promises::default(),
@@ -348,6 +351,7 @@ impl World {
         let fails = self.fails();
         let it = &mut self.hosts[host];
         let Some(ended) = it.disk.end(id, fails, &mut self.random) else { return };
+        it.ended_operations += 1;
         match it.shell {
             Shell::Down => panic!("a crash ends operations"),
             Shell::Promoting(_) => self.promotion_disk_ended(host, id, &ended),
@@ -360,7 +364,9 @@ impl World {
     pub(super) fn file_ended(&mut self, host: usize, id: FileOperation) {
         let fails = self.fails();
         let it = &mut self.hosts[host];
-        match it.files.step(id, fails, &mut self.random) {
+        let step = it.files.step(id, fails, &mut self.random);
+        it.ended_operations += u64::from(step.is_some());
+        match step {
             None => {}
             Some(Step::More) => self.plan_file(host, id),
             Some(Step::Done(good)) => match it.shell {

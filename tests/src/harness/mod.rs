@@ -4,7 +4,7 @@
 //! and networks could, and gives the answers back as events. Any host may be primary, and any may dial any other;
 //! [`host`] says what a host has, [`primary`], [`dialling`] and [`replica`] drive its machine. [`promises`],
 //! [`history`] and [`mirror`] say what must be true; [`checks`], [`differences`] and [`rest`] compare. A run is a
-//! function of its seed alone; [`seeds`] runs many.
+//! function of its seed alone; [`seeds`] runs many, and [`script`] has what tests say that tell a story.
 
 pub mod application;
 pub mod checks;
@@ -25,6 +25,7 @@ pub mod random;
 pub mod replica;
 pub mod rest;
 pub mod roles;
+pub mod script;
 pub mod seeds;
 pub mod settings;
 pub mod world;
