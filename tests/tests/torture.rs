@@ -6,7 +6,7 @@ use blockmirror_tests::require;
 use blockmirror_tests::torture::{Settings, Torture};
 use std::time::Duration;
 
-/// The seed of a run: from the environment, or another each time.
+/// Runs it for half a minute, with the seed of the environment or another each time.
 fn torture(mode: Mode, hosts: usize) {
     let seed = std::env::var("BLOCKMIRROR_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()));

@@ -1,6 +1,7 @@
 //! Other hosts become the primary.
 
 use super::Torture;
+use super::disk::superblock;
 use super::ledger::Moment;
 use super::sites::Site;
 use crate::machines::host::Host;
@@ -10,10 +11,17 @@ use blockmirror_agent::config::Mode;
 const REFUSED: i32 = 5;
 
 impl Torture {
-    /// After the primary was killed: promotes a replica that has its history, if there is one.
+    /// After the primary was killed: promotes a replica that has its history, if there is one. It has if it knows the
+    /// primary's newest generation: where the primary went on in one that a promoted replica has never heard of, its
+    /// return is a split brain (L3), which an operator has to resolve.
     pub(super) fn promote_another(&mut self) -> bool {
+        let generation = self.generation();
         let mut candidates = self.replicas();
-        candidates.retain(|replica| self.sites[*replica].floor.is_some());
+        candidates.retain(|replica| {
+            let site = &self.sites[*replica];
+            let lineage = superblock(&site.host).lineage;
+            site.floor.is_some() && generation.is_none_or(|generation| lineage.contains(&generation))
+        });
         if candidates.is_empty() {
             return false;
         }

@@ -130,7 +130,7 @@ impl Torture {
     }
 
     /// The newest generation that the primary knows, whether it runs or not.
-    fn generation(&self) -> Option<GenerationId> {
+    pub(super) fn generation(&self) -> Option<GenerationId> {
         superblock(&self.sites[self.primary].host).lineage.first().copied()
     }
 
