@@ -161,6 +161,22 @@ fn a_frame_of_an_old_session_never_lands_after_a_newer_copy() {
     }
 }
 
+/// A block is rewritten faster than it can be copied over a long link, so each copy is old before it is durable: without
+/// making its writers wait, the resync would go on for as long as they do (R2).
+#[test]
+fn a_resync_ends_although_a_block_is_rewritten_all_the_time() {
+    let settings = Settings { link_delay: Duration::from_millis(60), ..Settings::scripted() };
+    for mut world in in_sync(&settings) {
+        world.cut(link());
+        for _ in 0..1000 {
+            world.ask(PRIMARY, write(8192, 4096));
+            world.pass(5);
+        }
+        assert_eq!(world.report(link()).state, ReplicaState::InSync, "{}", world.describe());
+        world.finish();
+    }
+}
+
 /// [Rollback revived blocks whose bits had been cleared.] In the middle of a resync, copies are durable on the replica
 /// and their bits cleared on the primary, durably. The primary dies, and the promoted replica rolls back: those blocks
 /// hold old content again, and no map of the old primary says so. Before anything is restored, it is in the map of the
