@@ -72,7 +72,7 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, serves: bool) -
     let stored = stored::read(folder, config);
     let superblock = stored.superblock?;
     let marker = stored.marker.unwrap_or_default();
-    let dirty = config.peers.iter().zip(stored.out_of_sync_bytes).find(|(peer, _)| peer.host == asker);
+    let undelivered = stored::undelivered(folder, config, &superblock, asker);
     Some(Standing {
         role: superblock.role,
         data: superblock.data,
@@ -81,7 +81,7 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, serves: bool) -
         marker: lineage::later(&superblock.lineage, superblock.position, marker),
         lineage: superblock.lineage,
         serves,
-        dirty_bytes: dirty.and_then(|(_, bytes)| bytes).unwrap_or(0),
+        dirty_bytes: undelivered.map_or(u64::MAX, |undelivered| undelivered.bytes),
         in_sync_at: 0,
     })
 }

@@ -4,6 +4,7 @@
 use crate::config::{Role, VolumeConfig};
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
+use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::pre_images::{self, BATCH_LIMIT_BYTES, Batch, FIRST_BATCH};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES, Page, dirty_map, marker};
@@ -25,6 +26,17 @@ pub struct Stored {
     pub marker: Option<Position>,
     /// How much may differ on each peer, in the order of the configuration; nothing where this host keeps no map.
     pub out_of_sync_bytes: Vec<Option<u64>>,
+}
+
+/// What a host knows of what another one lacks.
+#[derive(Debug)]
+pub struct Undelivered {
+    /// What its map is relative to.
+    pub base: Base,
+    /// How many blocks may differ, by its map and its activity log, and how many bytes that are.
+    pub blocks: u64,
+    /// The same in bytes.
+    pub bytes: u64,
 }
 
 /// The file of a dirty map.
@@ -99,6 +111,31 @@ fn out_of_sync_bytes(
         Recovered::Unsure { .. } => return Some(volume.size_bytes),
     }
     Some((map.dirty_blocks() * volume.block_size.bytes()).min(volume.size_bytes))
+}
+
+/// What this host wrote that another one lacks, as far as its map of that one still says it (L2), in either role.
+#[must_use]
+pub fn undelivered(
+    folder: &Path,
+    volume: &VolumeConfig,
+    superblock: &Superblock,
+    host: HostId,
+) -> Option<Undelivered> {
+    let file = read_map(&folder.join(dirty_map::file_name(host))).ok()?;
+    let full = DirtyMap::full(volume.id, host, volume.size_bytes, volume.block_size);
+    let mut map = DirtyMap::recover(&full, &file.header, file.pages).ok()?;
+    let base = map.base();
+    if base.is_none() || base.adopted != superblock.adopted {
+        return None;
+    }
+    let log = std::fs::read(folder.join(activity_log::FILE_NAME)).unwrap_or_default();
+    match activity_log::recover(&log).ok()? {
+        Recovered::Active { extents, .. } => mark(&mut map, volume, &extents),
+        Recovered::Unsure { .. } => map.begin_anew(base),
+    }
+    let blocks = map.dirty_blocks();
+    let bytes = (blocks * volume.block_size.bytes()).min(volume.size_bytes);
+    Some(Undelivered { base, blocks, bytes })
 }
 
 fn mark(map: &mut DirtyMap, volume: &VolumeConfig, extents: &BTreeSet<Extent>) {

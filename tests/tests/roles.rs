@@ -261,11 +261,11 @@ fn a_primary_that_wrote_alone_after_another_was_promoted_is_kept_apart() {
     assert!(status.verdict.contains("b was promoted") && status.verdict.contains(&process), "{status:?}");
     assert!(client.write(0, &[1; 4096]).is_err(), "a superseded primary takes no writes");
     drop(client);
-    let resolve = "blockmirror resolve data --keep HOST";
+    let resolve = "blockmirror resolve data --keep b";
     let status = a.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
-    assert_eq!((status.facts.role, status.action.as_str()), (Role::Replica, resolve));
+    assert!(status.facts.role == Role::Replica && status.action.contains(resolve), "{status:?}");
     let status = b.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
-    assert_eq!(status.action, resolve);
+    assert!(status.action.contains(resolve), "{status:?}");
     // The new primary goes on.
     scatter(&mut client_of(b), &mut random, 16 * MIB / BLOCK_BYTES, 10);
 }

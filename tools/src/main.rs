@@ -20,6 +20,7 @@ mod pause;
 mod peers;
 mod promote;
 mod recover;
+mod resolve;
 mod status;
 mod switch;
 mod wait;
@@ -67,6 +68,8 @@ enum Verb {
     Demote(demote::Arguments),
     /// Make this primary a replica, and a replica that is in sync the primary
     Switch(switch::Arguments),
+    /// Give this host's content up for another's, after a split brain
+    Resolve(resolve::Arguments),
     /// Compare this host's copy with a peer's, by digests
     Compare(compare::Arguments),
     /// Copy a volume's content from a peer into a disk or an image file
@@ -107,6 +110,7 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Promote(arguments) => promote::run(arguments, &client, output).await,
         Verb::Demote(arguments) => demote::run(arguments, &client, output).await,
         Verb::Switch(arguments) => switch::run(arguments, &client, output).await,
+        Verb::Resolve(arguments) => resolve::run(arguments, &client, output).await,
         Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
         Verb::Recover(arguments) => recover::run(arguments, &client, output).await,
         Verb::Inspect(arguments) => inspect::run(arguments, output),

@@ -179,6 +179,30 @@ c may lack something, and is promoted with --force only
 }
 
 #[test]
+fn resolve_says_what_each_choice_loses_and_whether_anything_was_done() {
+    let agent = Agent::start(healthy());
+    let expected = "\
+keeping b's content gives up 40K
+keeping this host's content would give up nothing
+nothing was changed; to do it: blockmirror resolve data --keep b
+";
+    assert_eq!(agent.tool(&["resolve", "data", "--keep", "b", "--dry-run"]), good(expected));
+    let ended = agent.tool(&["resolve", "data", "--keep", "b"]);
+    assert!(ended.code == 0 && ended.output.starts_with("keeping b's content gives up 40K\n"), "{ended:?}");
+    assert!(!ended.output.contains("nothing was changed"), "{ended:?}");
+    let json: serde_json::Value =
+        serde_json::from_str(&agent.tool(&["resolve", "data", "--keep", "b", "--json"]).output).unwrap();
+    assert_eq!(
+        (&json["schema"], &json["done"], &json["loses"]["bytes"]),
+        (&"blockmirror/resolution/v1".into(), &true.into(), &40960.into())
+    );
+    assert_eq!(agent.tool(&["resolve", "other", "--keep", "b"]), bad(5, "nothing to resolve"));
+    assert_eq!(agent.tool(&["resolve", "data", "--keep", "x"]).code, 4);
+    assert_eq!(agent.tool(&["resolve", "data"]).code, 2);
+    assert_eq!(agent.asked()[0], r#"resolve data {"keep":"b","dry_run":true}"#);
+}
+
+#[test]
 fn mode_names_a_volume_a_peer_and_a_mode() {
     let agent = Agent::start(healthy());
     let expected = "data is mirrored to b in the mode semi-sync\n";

@@ -23,6 +23,8 @@ pub const PROMOTION_SCHEMA: &str = "blockmirror/promotion/v1";
 pub const DEMOTION_SCHEMA: &str = "blockmirror/demotion/v1";
 /// The schema of [`Switch`].
 pub const SWITCH_SCHEMA: &str = "blockmirror/switch/v1";
+/// The schema of [`Resolution`].
+pub const RESOLUTION_SCHEMA: &str = "blockmirror/resolution/v1";
 
 /// Why a request failed, for the program: it decides the tool's exit code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -224,6 +226,52 @@ pub struct Switch {
     pub milliseconds_without_writes: u64,
 }
 
+/// Gives this host's content up for another's after a split brain. Answered by [`Resolution`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveRequest {
+    /// The host whose content stays.
+    pub keep: Name,
+    /// Whether it is only to be said what that would lose.
+    pub dry_run: bool,
+}
+
+/// What a host has that another one lacks; null where it isn't known. It is never more than this.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Stake {
+    /// How many blocks.
+    pub blocks: Option<u64>,
+    /// How many bytes.
+    pub bytes: Option<u64>,
+}
+
+/// A split that was resolved, or what resolving it would lose.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Resolution {
+    /// [`RESOLUTION_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// The host whose content stays.
+    pub keep: Name,
+    /// Whether it was carried out.
+    pub done: bool,
+    /// What this host has that the other one lacks: it goes.
+    pub loses: Stake,
+    /// What the other one has that this host lacks: it would go if this host's content stayed.
+    pub spares: Stake,
+    /// When the two were last in sync, in seconds since 1970; null where that isn't known.
+    pub in_sync_at: Option<u64>,
+    /// Whether everything is copied, because this host's map does not reach back to where the two parted.
+    pub copies_everything: bool,
+    /// What the choice loses, in one sentence.
+    pub verdict: String,
+    /// What the opposite choice would lose, in one sentence.
+    pub alternative: String,
+    /// The command to run, or `none`.
+    pub action: String,
+}
+
 /// Sets when writes and flushes are answered while a peer is in sync. Answered by [`PeerStatus`].
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -396,6 +444,9 @@ pub struct Succession {
     pub split_from: Option<String>,
     /// Since when.
     pub split_seconds: Option<u64>,
+    /// What others call this host; null when the agent is not running.
+    #[serde(default)]
+    pub own_name: Option<String>,
 }
 
 /// A point that a copy can be rolled back to.

@@ -12,7 +12,8 @@ mod server;
 use crate::config::Name;
 use api::{
     AgentRecord, Comparison, CreateRequest, Demotion, Failure, Invitation, InviteRequest, JoinRequest,
-    ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, StatusReply, Switch, SwitchRequest,
+    ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest, StatusReply,
+    Switch, SwitchRequest,
 };
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -89,6 +90,13 @@ pub trait Operations: Send + Sync + 'static {
         volume: Name,
         request: SwitchRequest,
     ) -> impl Future<Output = Result<Switch, Failure>> + Send;
+
+    /// Gives this host's content up for another's, or says what that would lose.
+    fn resolve(
+        &self,
+        volume: Name,
+        request: ResolveRequest,
+    ) -> impl Future<Output = Result<Resolution, Failure>> + Send;
 
     /// Compares all digests with a peer's. Takes as long as both hosts need to read the volume; how far it is shows
     /// in the status.

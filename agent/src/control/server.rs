@@ -38,6 +38,7 @@ pub(super) fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/volumes/{volume}/promote", post(promote::<O>))
         .route("/v1/volumes/{volume}/demote", post(demote::<O>))
         .route("/v1/volumes/{volume}/switch", post(switch::<O>))
+        .route("/v1/volumes/{volume}/resolve", post(resolve::<O>))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
@@ -139,6 +140,17 @@ async fn switch<O: Operations>(
 ) -> Response {
     match name(volume).and_then(|volume| Ok((volume, parse(body)?))) {
         Ok((volume, request)) => answer(operations.switch(volume, request).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn resolve<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Path(volume): Path<String>,
+    body: Body,
+) -> Response {
+    match name(volume).and_then(|volume| Ok((volume, parse(body)?))) {
+        Ok((volume, request)) => answer(operations.resolve(volume, request).await),
         Err(failure) => answer::<()>(Err(failure)),
     }
 }

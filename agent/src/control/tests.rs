@@ -70,6 +70,10 @@ impl Operations for Fake {
         Err(Failure::no_such_peer(&volume, &request.to))
     }
 
+    async fn resolve(&self, volume: Name, request: ResolveRequest) -> Result<Resolution, Failure> {
+        Err(Failure::no_such_peer(&volume, &request.keep))
+    }
+
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
         if peer.as_str() == "endless" {
             let _guard = OnDrop(self.comparison_was_dropped.clone());
@@ -178,6 +182,14 @@ async fn requests_are_checked_before_they_reach_an_operation() {
             ("POST", "/v1/volumes/data/demote", "", 404, "no-such-volume"),
             ("POST", "/v1/volumes/data/switch", r#"{"to":"b"}"#, 404, r#"no peer \"b\" of data"#),
             ("POST", "/v1/volumes/data/switch", r#"{"to":".."}"#, 400, "is not a name"),
+            (
+                "POST",
+                "/v1/volumes/data/resolve",
+                r#"{"keep":"b","dry_run":true}"#,
+                404,
+                r#"no peer \"b\" of data"#,
+            ),
+            ("POST", "/v1/volumes/data/resolve", r#"{"keep":"b"}"#, 400, "missing field"),
         ];
         for (method, path, body, status, part) in table {
             let answer = ask(run, method, path, body).await;

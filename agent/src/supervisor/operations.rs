@@ -6,8 +6,8 @@ use crate::control::Operations;
 use crate::control::api::{
     COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference, Failure,
     FailureKind, HostStatus, Invitation, InviteRequest, JoinRequest, ModeRequest, PEERS_SCHEMA,
-    PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest, Promotion, STATUS_SCHEMA, SWITCH_SCHEMA,
-    StatusReply, Switch, SwitchRequest, VolumeStatus,
+    PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest, Promotion, RESOLUTION_SCHEMA, Resolution,
+    ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply, Switch, SwitchRequest, VolumeStatus,
 };
 use crate::verdict;
 use crate::volume::{Answer, Ask};
@@ -164,6 +164,29 @@ impl Operations for Operator {
             volume: self.0.one_status(&volume).await?,
             to: request.to,
             milliseconds_without_writes: milliseconds(switched.without_writes),
+        })
+    }
+
+    async fn resolve(&self, volume: Name, request: ResolveRequest) -> Result<Resolution, Failure> {
+        let ResolveRequest { keep, dry_run } = request;
+        let host = match keep == self.0.name {
+            true => self.0.endpoint.id(),
+            false => self.0.peer_of(&volume, &keep).await?.host,
+        };
+        let resolved = self.0.order(&volume, |answer| Ask::Resolve(host, dry_run, answer)).await?;
+        let (verdict, alternative, action) = verdict::resolution(&volume, &keep, &resolved, !dry_run);
+        Ok(Resolution {
+            schema: RESOLUTION_SCHEMA.to_owned(),
+            volume: self.0.one_status(&volume).await?,
+            keep,
+            done: !dry_run,
+            loses: resolved.loses,
+            spares: resolved.spares,
+            in_sync_at: resolved.in_sync_at,
+            copies_everything: resolved.copies_everything,
+            verdict,
+            alternative,
+            action,
         })
     }
 

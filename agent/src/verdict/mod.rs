@@ -6,6 +6,7 @@
 
 mod primary;
 mod replica;
+mod resolution;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,8 @@ use crate::quantity::{Seconds, Size, per_cent};
 
 /// The action where there is nothing to do.
 pub const NO_ACTION: &str = "none";
+
+pub use resolution::resolution;
 
 /// What facts mean.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -130,11 +133,6 @@ fn reason(peer: &PeerStatus) -> String {
         Some(error) => format!(" ({error})"),
         None => String::new(),
     }
-}
-
-/// The command with which the operator decides whose content stays.
-fn resolve(facts: &VolumeFacts) -> String {
-    format!("blockmirror resolve {} --keep HOST", facts.name)
 }
 
 fn is_usable(data: Option<CopyState>) -> bool {

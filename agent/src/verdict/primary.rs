@@ -1,6 +1,6 @@
 //! The primary's view: how well its replicas cover it.
 
-use super::{Judgement, NO_ACTION, is_in_sync, is_usable, link, listed, progress, reason, resolve};
+use super::{Judgement, NO_ACTION, is_in_sync, is_usable, link, listed, progress, reason};
 use crate::config::Role;
 use crate::control::api::{Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState};
 use crate::quantity::{Seconds, Size};
@@ -117,7 +117,13 @@ fn worth(peer: &PeerStatus) -> String {
 fn remedy(facts: &VolumeFacts, peer: &PeerStatus) -> Option<String> {
     let (volume, name) = (&facts.name, &peer.name);
     match (peer.connection, peer.state) {
-        (_, Some(PeerState::SplitBrain)) => Some(resolve(facts)),
+        (_, Some(PeerState::SplitBrain | PeerState::Stranger)) => {
+            let own = facts.succession.own_name.as_deref().unwrap_or("HOST");
+            Some(format!(
+                "to keep this host's content, on {name}: blockmirror resolve {volume} --keep {own}; to keep {name}'s, \
+                 here: blockmirror demote {volume}, then blockmirror resolve {volume} --keep {name}"
+            ))
+        }
         (Connection::Paused, _) => Some(format!("blockmirror resume {volume} {name}")),
         (Connection::Connected, state) if state != Some(PeerState::Failed) => None,
         _ => Some(format!("on {name}: blockmirror status {volume}")),

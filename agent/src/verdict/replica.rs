@@ -1,6 +1,6 @@
 //! A replica's view: whether its copy can be used, and whether it is kept up.
 
-use super::{Judgement, NO_ACTION, is_usable, link, progress, resolve};
+use super::{Judgement, NO_ACTION, is_usable, link, progress};
 use crate::config::Role;
 use crate::control::api::{Connection, CopyState, PeerStatus, Rollback, VolumeFacts, VolumeState};
 use crate::quantity::{Seconds, clock};
@@ -74,7 +74,11 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
             since.unwrap_or_default(),
             copy(facts)
         );
-        return Some(Judgement::new(VolumeState::SplitBrain, verdict, resolve(facts)));
+        let action = format!(
+            "to keep {other}'s content: blockmirror resolve {} --keep {other}; --dry-run tells what that loses",
+            facts.name
+        );
+        return Some(Judgement::new(VolumeState::SplitBrain, verdict, action));
     }
     if succession.is_full {
         let verdict = format!("paused: no room for pre-images; {}", copy(facts));

@@ -3,8 +3,9 @@
 use super::*;
 use crate::config::{DeviceKind, Mode};
 use crate::control::api::{
-    DeviceStatus, FailureKind, HostStatus, Rollback, STATUS_SCHEMA, StatusReply, Succession,
+    DeviceStatus, FailureKind, HostStatus, Rollback, STATUS_SCHEMA, Stake, StatusReply, Succession,
 };
+use crate::volume::Resolved;
 
 fn peer(name: &str, role: Role) -> PeerStatus {
     PeerStatus {
@@ -329,17 +330,18 @@ fn a_superseded_primary_says_who_keeps_it_from_becoming_a_replica() {
 
 #[test]
 fn a_split_brain_is_told_on_both_sides_with_the_command() {
-    let resolve = "blockmirror resolve data --keep HOST";
     let split = PeerStatus {
         connection: Connection::Disconnected,
         state: Some(PeerState::SplitBrain),
         ..replica("b")
     };
+    let own = Succession { own_name: Some("a".to_owned()), ..Succession::default() };
     check(
-        facts(Role::Primary, vec![split]),
+        VolumeFacts { succession: own, ..facts(Role::Primary, vec![split]) },
         VolumeState::SplitBrain,
         "split brain: b and this host both wrote after they were last in sync, and neither takes the other's content",
-        resolve,
+        "to keep this host's content, on b: blockmirror resolve data --keep a; to keep b's, \
+         here: blockmirror demote data, then blockmirror resolve data --keep b",
     );
     let succession =
         Succession { split_from: Some("a".to_owned()), split_seconds: Some(60), ..Succession::default() };
@@ -348,8 +350,47 @@ fn a_split_brain_is_told_on_both_sides_with_the_command() {
         VolumeState::SplitBrain,
         "split brain since 1m: this host wrote alone after it was last in sync with a, and takes nothing from it; \
          this copy is consistent as of epoch 12",
-        resolve,
+        "to keep a's content: blockmirror resolve data --keep a; --dry-run tells what that loses",
     );
+}
+
+#[test]
+fn a_resolution_says_what_each_choice_loses_and_invents_no_times() {
+    let known = |bytes| Stake { blocks: Some(bytes / 4096), bytes: Some(bytes) };
+    let resolved = Resolved {
+        loses: known(40 << 10),
+        spares: known(0),
+        in_sync_at: None,
+        copies_everything: false,
+        is_kept_primary: true,
+    };
+    let (data, b): (Name, Name) = ("data".parse().unwrap(), "b".parse().unwrap());
+    assert_eq!(
+        resolution(&data, &b, &resolved, false),
+        (
+            "keeping b's content gives up what only this host wrote: at most 40K in 10 blocks; since when is not \
+             known; what differs is copied from b"
+                .to_owned(),
+            "keeping this host's content would give up what only b wrote: nothing".to_owned(),
+            "blockmirror resolve data --keep b".to_owned(),
+        )
+    );
+    let unknown = Stake { blocks: None, bytes: None };
+    let resolved = Resolved {
+        loses: unknown,
+        spares: known(4096),
+        in_sync_at: Some(1_000_000_000),
+        copies_everything: true,
+        is_kept_primary: false,
+    };
+    let (verdict, alternative, action) = resolution(&data, &b, &resolved, true);
+    assert!(
+        verdict.contains("it is not known how much; the two were last in sync at 01:46:40 UTC"),
+        "{verdict}"
+    );
+    assert!(verdict.contains("everything is copied from b"), "{verdict}");
+    assert!(alternative.ends_with("at most 4K in 1 block"), "{alternative}");
+    assert_eq!(action, "on b: blockmirror promote data --force");
 }
 
 #[test]

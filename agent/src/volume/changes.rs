@@ -83,13 +83,18 @@ impl Hands {
 impl Volume {
     /// From here on the shell is in the hands of the task that this is for.
     pub(super) fn begin_change(&mut self, words: &'static str) -> Hands {
-        let progress = Rc::new(Progress::default());
-        self.role = OpenRole::Changing(Changing { words, progress: progress.clone() });
+        let hands = self.hands();
+        self.role = OpenRole::Changing(Changing { words, progress: hands.progress.clone() });
+        hands
+    }
+
+    /// What a task needs that asks other hosts.
+    pub(super) fn hands(&self) -> Hands {
         Hands {
             config: self.config.borrow().clone(),
             own: self.surroundings.own.host,
             peers: self.surroundings.peers.clone(),
-            progress,
+            progress: Rc::default(),
             events: self.events.clone(),
         }
     }

@@ -12,6 +12,8 @@ mod opening;
 mod promotable;
 mod promotion;
 mod recoveries;
+mod resolution;
+mod resolvable;
 mod sessions;
 mod status;
 
@@ -32,6 +34,7 @@ pub use demotion::{Demoted, Switched};
 use devices::Devices;
 use opening::Others;
 pub use promotion::Promoted;
+pub use resolution::Resolved;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -99,6 +102,8 @@ pub enum Ask {
     Demote(Answer<Demoted>),
     /// Make this primary a replica, and that peer the primary.
     Switch(HostId, Answer<Switched>),
+    /// Give this host's content up for that host's; or, where it is only to be looked at, say what that would lose.
+    Resolve(HostId, bool, Answer<Resolved>),
     /// The primary, this host, was demoted for this one.
     TakeOver(HostId, ControlSender),
     /// Stop serving, in order.
@@ -281,6 +286,7 @@ impl Volume {
             Ask::Promote(force, answer) => self.promote(force, answer),
             Ask::Demote(answer) => self.demote(answer).await,
             Ask::Switch(host, answer) => self.switch(host, answer).await,
+            Ask::Resolve(keep, dry_run, answer) => self.resolve(keep, dry_run, answer).await,
             Ask::TakeOver(host, sender) => self.take_over(host, sender),
             Ask::Stop(_) => unreachable!("the loop takes it"),
         }

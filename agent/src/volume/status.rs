@@ -58,6 +58,7 @@ impl Volume {
                 facts.succession.fence = Some(superblock.fence.counter);
                 facts.succession.superseded_by = primary.superseded().map(|fence| self.name_of(fence.holder));
                 facts.succession.openers.clone_from(&self.openers);
+                facts.succession.own_name = Some(self.surroundings.own.name.clone());
                 facts.epoch = Some(epoch);
                 let now = primary.now();
                 facts.peers = config
@@ -108,6 +109,7 @@ impl Volume {
                 bytes,
             }),
             is_full: replica.report().is_full,
+            own_name: Some(self.surroundings.own.name.clone()),
             split_from: split.map(|(host, _)| self.name_of(host)),
             split_seconds: split.map(|(_, since)| since.elapsed().as_secs()),
             ..Succession::default()

@@ -338,7 +338,7 @@ pub struct Standing {
     pub marker: Position,
     /// On a primary, whether its device is being served.
     pub serves: bool,
-    /// What a session with the host that asks would have to copy, in bytes, as far as this one knows.
+    /// What this host has that the one that asks lacks, in bytes and at most; `u64::MAX` where it doesn't know.
     pub dirty_bytes: u64,
     /// When the two were last in sync, in seconds since 1970; 0 where that isn't known.
     pub in_sync_at: u64,

@@ -205,6 +205,28 @@ impl Operations for Fake {
         })
     }
 
+    /// Nothing is split in "other".
+    async fn resolve(&self, volume: Name, request: ResolveRequest) -> Result<Resolution, Failure> {
+        self.note(format!("resolve {volume} {}", serde_json::to_string(&request).unwrap()));
+        let keep = self.peer(&volume, &request.keep)?.name;
+        if volume.as_str() == "other" {
+            return Err(Failure::new(FailureKind::Refused, "nothing to resolve"));
+        }
+        Ok(Resolution {
+            schema: RESOLUTION_SCHEMA.to_owned(),
+            volume: self.find(&volume)?.clone(),
+            keep,
+            done: !request.dry_run,
+            loses: Stake { blocks: Some(10), bytes: Some(40960) },
+            spares: Stake { blocks: None, bytes: None },
+            in_sync_at: None,
+            copies_everything: false,
+            verdict: "keeping b's content gives up 40K".to_owned(),
+            alternative: "keeping this host's content would give up nothing".to_owned(),
+            action: "none".to_owned(),
+        })
+    }
+
     /// The copy of "other" differs.
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
         self.note(format!("compare {volume} {peer}"));

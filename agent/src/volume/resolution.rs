@@ -1,0 +1,141 @@
+//! `resolve`: the operator gives this host's content up for another's, where both went on after they were last in sync
+//! (L6). Whether that may be is decided by [`Resolver`], with what the other hosts say.
+//!
+//! All that happens here is that this host forgets its own generations, in one durable write. From then on it takes the
+//! winner's greeting, and the union of both maps since the fork is copied (D3); a crash leaves it done or not begun.
+
+use super::changes::{Hands, Next, failed, refused};
+use super::resolvable::{Resolver, Winner};
+use super::{Answer, OpenRole, Volume};
+use crate::control::api::{Failure, Stake};
+use crate::replica::Replica;
+use crate::standing::{self, Answered};
+use crate::stored::{self, Undelivered};
+use crate::words::with_causes;
+use blockmirror_protocol::disk::superblock::{Role, Superblock};
+use blockmirror_protocol::replica::resolve;
+use blockmirror_protocol::units::{GenerationId, HostId};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::task::spawn_local;
+
+/// How long other hosts may take to say how they stand.
+const STANDING_TIME: Duration = Duration::from_secs(3);
+
+/// What a split costs, and whether it is resolved.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Resolved {
+    /// What this host alone has, which goes.
+    pub loses: Stake,
+    /// What the other host alone has.
+    pub spares: Stake,
+    /// When the two were last in sync, in seconds since 1970.
+    pub in_sync_at: Option<u64>,
+    /// Whether this host's map does not reach back to the fork, so that everything is copied.
+    pub copies_everything: bool,
+    /// Whether the other host is the primary, and this one will follow it by itself.
+    pub is_kept_primary: bool,
+}
+
+/// What giving in means for this host.
+struct Yielding {
+    lineage: Vec<GenerationId>,
+    resolved: Resolved,
+}
+
+impl Volume {
+    /// Gives this host's content up for another's, or only says what that would lose.
+    pub(super) async fn resolve(&mut self, keep: HostId, dry_run: bool, answer: Answer<Resolved>) {
+        let resolver = match self.resolver().await {
+            Ok(resolver) => resolver,
+            Err(failure) => return drop(answer.send(Err(failure))),
+        };
+        let folder = self.surroundings.state_folder.clone();
+        match &self.role {
+            OpenRole::Replica(replica) if !dry_run => {
+                let replica = replica.clone();
+                let hands = self.begin_change("taking another host's content");
+                spawn_local(async move { give_in(hands, folder, resolver, replica, keep, answer).await });
+            }
+            _ => {
+                let hands = self.hands();
+                spawn_local(async move {
+                    let looked = look(&hands, &folder, &resolver, keep).await;
+                    drop(answer.send(looked.map(|yielding| yielding.resolved)));
+                });
+            }
+        }
+    }
+
+    async fn resolver(&self) -> Result<Resolver, Failure> {
+        let own = &self.surroundings.own;
+        let (superblock, openers) = match &self.role {
+            OpenRole::Replica(replica) if replica.is_recovering() => {
+                return Err(refused("a recovery reads this replica; wait for its end, or interrupt it"));
+            }
+            OpenRole::Replica(replica) => (replica.state().superblock(), None),
+            OpenRole::Primary(primary, _) => {
+                let is_superseded = primary.superseded().is_some();
+                let openers = if is_superseded { Some(self.devices.openers().await) } else { None };
+                (Superblock { role: Role::Primary, ..primary.state().superblock() }, openers)
+            }
+            OpenRole::Changing(change) => return Err(refused(format!("this host is just {}", change.words))),
+            OpenRole::Closed(text) => return Err(failed(format!("the volume is not open here: {text}"))),
+        };
+        Ok(Resolver { volume: self.name(), own: (own.host, own.name.clone()), superblock, openers })
+    }
+}
+
+async fn give_in(
+    hands: Hands,
+    folder: PathBuf,
+    resolver: Resolver,
+    replica: Rc<Replica>,
+    keep: HostId,
+    answer: Answer<Resolved>,
+) {
+    let yielding = match look(&hands, &folder, &resolver, keep).await {
+        Ok(yielding) => yielding,
+        Err(failure) => return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(failure)))),
+    };
+    replica.close().await;
+    let Yielding { lineage, resolved } = yielding;
+    let recorded = replica.state().change_superblock(|superblock| superblock.lineage = lineage).await;
+    drop(replica);
+    let done = recorded.map(|()| resolved).map_err(|error| failed(with_causes(&error)));
+    if done.is_ok() {
+        tracing::warn!(volume = %hands.config.name, "this host gave its content up; the operator resolved the split");
+    }
+    hands.end(Next::Reopen, move |_| drop(answer.send(done)));
+}
+
+/// Asks the others how they stand, and finds out what giving in means.
+async fn look(hands: &Hands, folder: &Path, resolver: &Resolver, keep: HostId) -> Result<Yielding, Failure> {
+    let config = hands.config.clone();
+    let answers: Vec<(_, Answered)> =
+        standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
+    let winner = resolver.winner(keep, &answers).map_err(refused)?;
+    let (folder, superblock) = (folder.to_owned(), resolver.superblock.clone());
+    let read = move || stored::undelivered(&folder, &config, &superblock, keep);
+    // A map can be large; the volume goes on meanwhile.
+    let undelivered = tokio::task::spawn_blocking(read).await.ok().flatten();
+    Ok(yielding(&resolver.superblock, undelivered.as_ref(), &winner))
+}
+
+fn yielding(superblock: &Superblock, undelivered: Option<&Undelivered>, winner: &Winner) -> Yielding {
+    let standing = &winner.standing;
+    let map = undelivered.map(|undelivered| undelivered.base);
+    let lineage = resolve::yielded(&superblock.lineage, &standing.lineage, map, superblock.adopted);
+    let loses = undelivered.filter(|_| !lineage.is_empty());
+    let block_bytes = superblock.block_size.bytes();
+    let spared = Some(standing.dirty_bytes).filter(|bytes| *bytes != u64::MAX);
+    let resolved = Resolved {
+        loses: Stake { blocks: loses.map(|loses| loses.blocks), bytes: loses.map(|loses| loses.bytes) },
+        spares: Stake { blocks: spared.map(|bytes| bytes.div_ceil(block_bytes)), bytes: spared },
+        in_sync_at: Some(standing.in_sync_at).filter(|at| *at > 0),
+        copies_everything: lineage.is_empty(),
+        is_kept_primary: standing.role == Role::Primary,
+    };
+    Yielding { lineage, resolved }
+}

@@ -1,0 +1,142 @@
+//! Split brain, as its operator meets it: told, measured, resolved, with real agents (L6).
+
+use blockmirror_agent::config::Role;
+use blockmirror_agent::control::api::{PeerState, Resolution, VolumeState};
+use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
+use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::nbd::Client;
+use blockmirror_tests::machines::patience::until;
+
+const MIB: u64 = 1 << 20;
+
+/// A client of whoever serves the volume.
+fn client_of(host: &Host) -> Client {
+    until("the volume is served", || Client::connect(&host.socket()).map_err(|error| error.to_string()))
+}
+
+/// Writes noise to a block in each of these MiB, and flushes.
+fn write_blocks(client: &mut Client, random: &mut Random, places: std::ops::Range<u64>) {
+    for place in places {
+        client.write(place * MIB, &noise(random, BLOCK_BYTES)).expect("a write");
+    }
+    client.flush().expect("a flush");
+}
+
+/// A volume whose two hosts were both primary after they were last in sync: `a`, which wrote ten blocks alone and was
+/// superseded, and `b`, which is the primary and wrote twenty others.
+fn split() -> (Mirror, Random) {
+    let mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(20);
+    let mut client = mirror.client();
+    for offset in (0..64 * MIB).step_by(MIB as usize) {
+        client.write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    client.flush().expect("a flush");
+    mirror.assert_identical();
+    let (a, b) = (&mirror.primary, mirror.replica());
+    for host in [a, b] {
+        host.link().cut();
+    }
+    mirror.wait_until_lost("b");
+    write_blocks(&mut client, &mut random, 0..10);
+    b.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+    b.succeed(&["promote", "data", "--force"]);
+    write_blocks(&mut client_of(b), &mut random, 5..25);
+    drop(client);
+    for host in [a, b] {
+        host.link().mend();
+    }
+    wait_until_split(b, a);
+    (mirror, random)
+}
+
+fn wait_until_split(primary: &Host, replica: &Host) {
+    primary.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
+    replica.wait_until("the split is told", |status| {
+        status.state == VolumeState::SplitBrain && status.facts.role == Role::Replica
+    });
+}
+
+/// Waits until the primary is in sync with its replicas, and nothing is on its way; then the two must be identical.
+fn assert_identical(primary: &Host, replica: &Host) {
+    primary.wait_until("all replicas are in sync", |status| {
+        status.state == VolumeState::Healthy
+            && status.facts.peers.iter().all(|peer| {
+                (peer.state, peer.out_of_sync_bytes, peer.lag_bytes)
+                    == (Some(PeerState::InSync), Some(0), Some(0))
+            })
+    });
+    until("the copies are identical", || match first_difference(&primary.backing(), &replica.backing()) {
+        None => Ok(()),
+        Some(at) => Err(format!("they differ at {at}")),
+    });
+}
+
+fn resolution(host: &Host, arguments: &[&str]) -> Resolution {
+    let said = host.succeed(&[&["resolve", "data", "--json"], arguments].concat());
+    serde_json::from_str(&said).expect("the answer is well formed")
+}
+
+#[test]
+fn the_loser_of_a_split_brain_is_measured_and_brought_back_by_map() {
+    let (mirror, mut random) = split();
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let status = a.status();
+    assert!(status.action.contains("blockmirror resolve data --keep b"), "{status:?}");
+    assert!(b.status().action.contains("on a: blockmirror resolve data --keep b"), "{:?}", b.status());
+
+    // Only the host whose content goes carries it out.
+    b.refuse(&["resolve", "data", "--keep", "b"], 5, &["on a: blockmirror resolve data --keep b"]);
+    b.refuse(&["resolve", "data", "--keep", "a"], 5, &["first: blockmirror demote data"]);
+    a.refuse(&["resolve", "data", "--keep", "a"], 5, &["on b: blockmirror demote data"]);
+    a.refuse(&["resolve", "data", "--keep", "x"], 4, &["no peer"]);
+
+    let looked = resolution(a, &["--keep", "b", "--dry-run"]);
+    assert_eq!((looked.done, looked.copies_everything), (false, false));
+    let lost = looked.loses.bytes.expect("the map says");
+    assert!((10 * BLOCK_BYTES..=10 * 4 * MIB).contains(&lost), "{looked:?}");
+    let spared = looked.spares.bytes.expect("b's map says");
+    assert!((20 * BLOCK_BYTES..=32 * MIB).contains(&spared), "{looked:?}");
+    assert_eq!(looked.action, "blockmirror resolve data --keep b");
+    assert_eq!(a.status().state, VolumeState::SplitBrain, "nothing was changed");
+
+    let before = a.link().bytes_to_host();
+    let done = resolution(a, &["--keep", "b"]);
+    assert_eq!((done.done, done.loses.bytes, done.action.as_str()), (true, Some(lost), "none"));
+    assert_identical(b, a);
+    let sent = a.link().bytes_to_host() - before;
+    assert!(sent <= lost + spared + 2 * MIB, "{sent} bytes were sent where {lost} and {spared} could differ");
+    a.refuse(&["resolve", "data", "--keep", "b"], 5, &["nothing to resolve"]);
+    b.refuse(&["resolve", "data", "--keep", "b"], 5, &["nothing to resolve"]);
+    write_blocks(&mut client_of(b), &mut random, 30..40);
+    assert_identical(b, a);
+}
+
+#[test]
+fn a_split_brain_can_be_resolved_for_the_host_that_was_superseded() {
+    let (mirror, mut random) = split();
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let said = until("nobody has the device open", || {
+        let said = b.tool(&["demote", "data"]);
+        if said.code == 0 { Ok(said) } else { Err(said.error) }
+    });
+    assert!(said.output.contains("a may lack something"), "{said:?}");
+    let done = resolution(b, &["--keep", "a"]);
+    assert_eq!(done.action, "on a: blockmirror promote data --force");
+    a.refuse(&["promote", "data"], 5, &["--force"]);
+    a.succeed(&["promote", "data", "--force"]);
+    assert_identical(a, b);
+    write_blocks(&mut client_of(a), &mut random, 30..40);
+    assert_identical(a, b);
+}
+
+#[test]
+fn a_loser_that_cannot_reach_the_winner_keeps_its_content() {
+    let (mut mirror, _) = split();
+    mirror.replica_mut().stop();
+    let a = &mirror.primary;
+    a.refuse(&["resolve", "data", "--keep", "b"], 5, &["b must say how it stands"]);
+    assert_eq!(a.status().facts.role, Role::Replica);
+}
