@@ -161,8 +161,9 @@ impl Volume {
         for peer in &config.peers {
             links.insert(peer.host, self.link(&primary, peer));
         }
-        self.devices = Devices::start(config, &self.surroundings, primary.clone(), &self.pool).await;
+        // Before anything is waited for: the first greeting tells who the hosts are.
         self.introduce(&links);
+        self.devices = Devices::start(config, &self.surroundings, primary.clone(), &self.pool).await;
         Ok(OpenRole::Primary(primary, links))
     }
 
