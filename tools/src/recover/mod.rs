@@ -98,6 +98,8 @@ struct Report {
     data: CopyState,
     target: PathBuf,
     size_bytes: u64,
+    /// How much this run copied; the rest of the size was there already.
+    copied_bytes: u64,
     digest: String,
     peer: String,
     seconds: u64,
@@ -112,6 +114,8 @@ struct Work {
     /// The target's digest, once it is complete.
     digest: Option<blake3::Hash>,
     retry: Duration,
+    /// How much content has come from the peer.
+    copied_bytes: u64,
     /// How far the verification got over any connection, in bytes.
     verified_bytes: u64,
     /// When a connection got further than those before, the last time.
@@ -165,8 +169,17 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     let journal = Journal::begin(state_path, state)?;
     let retry = Duration::from_secs(arguments.retry.0);
     let name = arguments.name;
-    let mut work =
-        Work { name, peer, target, journal, digest: None, retry, verified_bytes: 0, advanced: started };
+    let mut work = Work {
+        name,
+        peer,
+        target,
+        journal,
+        digest: None,
+        retry,
+        copied_bytes: 0,
+        verified_bytes: 0,
+        advanced: started,
+    };
     let outcome = tokio::select! {
         outcome = work.finish(opened) => outcome.map(Some),
         signal = tokio::signal::ctrl_c() => signal.map(|()| None).map_err(|error| Trouble::failed(&error).into_failure()),
@@ -358,6 +371,7 @@ impl Work {
         let meter = Rc::new(Meter::new(before, size_bytes));
         let copying = copy::copy_missing(opened, &self.target, &mut self.journal, &meter);
         let outcome = shown(&format!("recovering {}", self.name), &meter, copying).await;
+        self.copied_bytes += meter.done_bytes() - before;
         self.journal.commit(&self.target).await?;
         if self.journal.state().done_bytes() > before {
             self.advanced = Instant::now();
@@ -409,6 +423,7 @@ impl Work {
             data: opened.info.data.into(),
             target,
             size_bytes,
+            copied_bytes: self.copied_bytes,
             digest: digests.target.to_hex().to_string(),
             peer: opened.connection.peer().to_string(),
             seconds: took.as_secs(),
@@ -432,9 +447,10 @@ fn tell(report: &Report, json: bool, output: &mut Output) -> io::Result<()> {
         return output.json(report);
     }
     let (size, target, took) = (Size(report.size_bytes), report.target.display(), Seconds(report.seconds));
+    let copied = Size(report.copied_bytes);
     let mut lines = vec![
         format!(
-            "recovered {} into {target}: {size}, identical to the peer's copy (took {took})",
+            "recovered {} into {target}: {size}, identical to the peer's copy (copied {copied}, took {took})",
             report.volume
         ),
         format!("  digest:  {} (BLAKE3)", report.digest),

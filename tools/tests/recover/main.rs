@@ -209,6 +209,7 @@ fn the_result_is_also_told_as_json() {
     assert_eq!(json["schema"], "blockmirror/recovery/v1");
     assert_eq!((&json["volume"], &json["data"]), (&NAME.into(), &"consistent".into()));
     assert_eq!((&json["size_bytes"], &json["epoch"]), (&SIZE.into(), &1.into()));
+    assert_eq!(json["copied_bytes"], SIZE);
     assert_eq!(json["digest"], blake3::hash(&fs::read(scene.target()).unwrap()).to_string());
 }
 
