@@ -17,8 +17,8 @@ use blockmirror_protocol::disk::{
     MetadataError, PAGE_BYTES, Page, activity_log, dirty_map, marker, slot_offset, superblock,
 };
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::replica::promotion;
-use blockmirror_protocol::units::{HostId, Position};
+use blockmirror_protocol::replica::{promotion, undo};
+use blockmirror_protocol::units::{GenerationId, HostId, Position};
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -240,6 +240,25 @@ impl State {
         for peer in peers {
             let (map, file) = self.open_map(*peer).await?;
             let mut map = promotion::map_for(map, &superblock, restored);
+            self.write_map(&file, map.take_changes()).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the maps that say what an undo makes different (L6); `before` are the generations to which it leads back.
+    ///
+    /// # Errors
+    /// [`StateError`] when one can't be written.
+    pub async fn write_undone_maps(
+        &self,
+        peers: &[HostId],
+        before: &[GenerationId],
+        restored: &[ByteRange],
+    ) -> Result<(), StateError> {
+        let superblock = self.superblock();
+        for peer in peers {
+            let (map, file) = self.open_map(*peer).await?;
+            let mut map = undo::map_for(map, &superblock, *peer, before, restored);
             self.write_map(&file, map.take_changes()).await?;
         }
         Ok(())

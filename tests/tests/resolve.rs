@@ -1,13 +1,14 @@
 //! Split brain, as its operator meets it: told, measured, resolved, with real agents (L6).
 
 use blockmirror_agent::config::Role;
-use blockmirror_agent::control::api::{PeerState, Resolution, VolumeState};
+use blockmirror_agent::control::api::{PeerState, Resolution, Undoing, VolumeState};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
+use std::fs;
 
 const MIB: u64 = 1 << 20;
 
@@ -130,6 +131,103 @@ fn a_split_brain_can_be_resolved_for_the_host_that_was_superseded() {
     assert_identical(a, b);
     write_blocks(&mut client_of(a), &mut random, 30..40);
     assert_identical(a, b);
+}
+
+fn layers_of(host: &Host) -> usize {
+    let files = fs::read_dir(host.state("")).expect("the state folder");
+    files
+        .filter(|file| file.as_ref().expect("a file").file_name().to_string_lossy().starts_with("pre-images"))
+        .count()
+}
+
+#[test]
+fn a_resolution_is_undone_byte_for_byte_and_the_other_choice_is_made() {
+    let (mirror, mut random) = split();
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let before = mirror.folder.join("before.img");
+    fs::copy(a.backing(), &before).expect("a copy");
+    a.refuse(&["undo", "data"], 5, &["nothing is kept here"]);
+    a.refuse(&["forget", "data"], 5, &["nothing is kept here"]);
+
+    let done = resolution(a, &["--keep", "b"]);
+    assert_eq!(done.undo.as_deref(), Some("blockmirror undo data"));
+    assert_identical(b, a);
+    // What is written after the resync is saved as well.
+    write_blocks(&mut client_of(b), &mut random, 20..50);
+    assert_identical(b, a);
+    let status = a.status();
+    assert!(status.verdict.contains("kept for undo, of what this host had before"), "{status:?}");
+    a.refuse(&["undo", "data"], 5, &["b is connected", "blockmirror pause data b"]);
+    b.refuse(&["undo", "data"], 5, &["this host is the primary"]);
+
+    a.succeed(&["pause", "data", "b"]);
+    let said = until("the link is gone", || {
+        let said = a.tool(&["undo", "data", "--json"]);
+        if said.code == 0 { Ok(said.output) } else { Err(said.error) }
+    });
+    let undone: Undoing = serde_json::from_str(&said).expect("the answer is well formed");
+    assert!(undone.restored_bytes >= 45 * BLOCK_BYTES, "{undone:?}");
+    assert_eq!(first_difference(&a.backing(), &before), None, "all is as it was before the resolution");
+    assert_eq!(layers_of(a), 0, "what was restored is not kept any longer");
+    a.succeed(&["resume", "data", "b"]);
+    wait_until_split(b, a);
+
+    until("nobody has the device open", || {
+        let said = b.tool(&["demote", "data"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+    resolution(b, &["--keep", "a"]);
+    a.succeed(&["promote", "data", "--force"]);
+    assert_identical(a, b);
+    assert_eq!(first_difference(&a.backing(), &before), None, "a's content stayed");
+}
+
+#[test]
+fn what_is_kept_for_undo_outlives_restarts_and_is_forgotten_on_demand() {
+    let (mut mirror, mut random) = split();
+    resolution(&mirror.primary, &["--keep", "b"]);
+    assert_identical(mirror.replica(), &mirror.primary);
+    mirror.primary.kill();
+    write_blocks(&mut client_of(mirror.replica()), &mut random, 20..50);
+    mirror.primary.start();
+    let (a, b) = (&mirror.primary, mirror.replica());
+    assert_identical(b, a);
+    assert!(a.status().facts.succession.history.is_some());
+    assert_eq!(layers_of(a), 1, "the layer of the second resync has gone, that of the history is there");
+    let said = a.succeed(&["forget", "data"]);
+    assert!(said.starts_with("nothing of data is kept for undo any more; it was "), "{said}");
+    a.refuse(&["undo", "data"], 5, &["nothing is kept here"]);
+    assert_eq!(a.status().verdict, "following b; consistent");
+    until("its layer is gone", || if layers_of(a) == 0 { Ok(()) } else { Err("it is there".to_owned()) });
+    write_blocks(&mut client_of(b), &mut random, 0..50);
+    assert_identical(b, a);
+}
+
+#[test]
+fn a_history_that_finds_no_room_is_given_up_and_not_the_replica() {
+    let (mut mirror, mut random) = split();
+    mirror.primary.stop();
+    let file = mirror.primary.path("config/volumes/data.toml");
+    let text = fs::read_to_string(&file).expect("the volume's file");
+    let small =
+        text.lines().map(|line| if line.starts_with("pre_images") { "pre_images = \"1M\"" } else { line });
+    fs::write(&file, small.collect::<Vec<_>>().join("\n")).expect("the volume's file");
+    mirror.primary.start();
+    let (a, b) = (&mirror.primary, mirror.replica());
+    a.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
+    resolution(a, &["--keep", "b"]);
+    assert_identical(b, a);
+    for round in 0..8 {
+        let mut client = client_of(b);
+        for block in 0..64 {
+            let offset = (round * 64 + block) * 16 * BLOCK_BYTES;
+            client.write(offset, &noise(&mut random, BLOCK_BYTES)).expect("a write");
+        }
+        client.flush().expect("a flush");
+    }
+    assert_identical(b, a);
+    a.wait_until("it is given up", |status| status.facts.succession.history.is_none());
+    assert!(a.log().contains("what was kept for undo is given up"), "{}", a.log());
 }
 
 #[test]

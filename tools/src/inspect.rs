@@ -125,6 +125,10 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
         gap => page.row("rollback point", format!("layer {gap} of pre-images")),
     }
     page.row("layers begun", superblock.layers);
+    match superblock.history {
+        0 => page.row("kept for undo", "nothing"),
+        history => page.row("kept for undo", format!("layer {history} of pre-images")),
+    }
     page.row("released", if superblock.released { "yes, by a demoted primary" } else { "no" });
     for (index, generation) in superblock.lineage.iter().enumerate() {
         page.row(&format!("lineage {index}"), generation);

@@ -10,6 +10,7 @@ mod completions;
 mod config;
 mod create;
 mod demote;
+mod forget;
 mod inspect;
 mod invite;
 mod join;
@@ -23,6 +24,7 @@ mod recover;
 mod resolve;
 mod status;
 mod switch;
+mod undo;
 mod wait;
 
 use clap::{Parser, Subcommand};
@@ -70,6 +72,10 @@ enum Verb {
     Switch(switch::Arguments),
     /// Give this host's content up for another's, after a split brain
     Resolve(resolve::Arguments),
+    /// Bring back what this host had before its content was given up
+    Undo(undo::Arguments),
+    /// Give up for good what could be brought back
+    Forget(forget::Arguments),
     /// Compare this host's copy with a peer's, by digests
     Compare(compare::Arguments),
     /// Copy a volume's content from a peer into a disk or an image file
@@ -111,6 +117,8 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Demote(arguments) => demote::run(arguments, &client, output).await,
         Verb::Switch(arguments) => switch::run(arguments, &client, output).await,
         Verb::Resolve(arguments) => resolve::run(arguments, &client, output).await,
+        Verb::Undo(arguments) => undo::run(arguments, &client, output).await,
+        Verb::Forget(arguments) => forget::run(arguments, &client, output).await,
         Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
         Verb::Recover(arguments) => recover::run(arguments, &client, output).await,
         Verb::Inspect(arguments) => inspect::run(arguments, output),

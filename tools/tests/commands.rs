@@ -203,6 +203,24 @@ nothing was changed; to do it: blockmirror resolve data --keep b
 }
 
 #[test]
+fn undo_and_forget_say_how_much_came_back_or_went() {
+    let agent = Agent::start(healthy());
+    let ended = agent.tool(&["undo", "data"]);
+    let expected = "data is again what this host had at 01:46:40 UTC; 12M were restored\n";
+    assert!(ended.code == 0 && ended.output.starts_with(expected), "{ended:?}");
+    assert_eq!(agent.tool(&["undo", "other"]), bad(5, "nothing is kept here"));
+    assert_eq!(
+        agent.tool(&["forget", "data"]),
+        good("nothing of data is kept for undo any more; it was 12M\n")
+    );
+    let json: serde_json::Value =
+        serde_json::from_str(&agent.tool(&["undo", "data", "--json"]).output).unwrap();
+    assert_eq!(json["schema"], "blockmirror/undoing/v1");
+    assert_eq!(agent.tool(&["forget", "nope"]).code, 4);
+    assert_eq!(agent.asked(), ["undo data", "undo other", "forget data", "undo data", "forget nope"]);
+}
+
+#[test]
 fn mode_names_a_volume_a_peer_and_a_mode() {
     let agent = Agent::start(healthy());
     let expected = "data is mirrored to b in the mode semi-sync\n";

@@ -45,6 +45,7 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         adopted: 2,
         gap: 3,
         layers: 3,
+        history: 2,
         mode: Mode::Sync,
         released: false,
     }
@@ -121,6 +122,7 @@ superblock
   adopted:         2 times
   rollback point:  layer 3 of pre-images
   layers begun:    3
+  kept for undo:   layer 2 of pre-images
   released:        no
   lineage 0:       06060606060606060606060606060606
   lineage 1:       0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a

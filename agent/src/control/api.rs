@@ -25,6 +25,10 @@ pub const DEMOTION_SCHEMA: &str = "blockmirror/demotion/v1";
 pub const SWITCH_SCHEMA: &str = "blockmirror/switch/v1";
 /// The schema of [`Resolution`].
 pub const RESOLUTION_SCHEMA: &str = "blockmirror/resolution/v1";
+/// The schema of [`Undoing`].
+pub const UNDOING_SCHEMA: &str = "blockmirror/undoing/v1";
+/// The schema of [`Forgetting`].
+pub const FORGETTING_SCHEMA: &str = "blockmirror/forgetting/v1";
 
 /// Why a request failed, for the program: it decides the tool's exit code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -264,12 +268,38 @@ pub struct Resolution {
     pub in_sync_at: Option<u64>,
     /// Whether everything is copied, because this host's map does not reach back to where the two parted.
     pub copies_everything: bool,
+    /// The command that brings back what this host had; null where that is not kept.
+    pub undo: Option<String>,
     /// What the choice loses, in one sentence.
     pub verdict: String,
     /// What the opposite choice would lose, in one sentence.
     pub alternative: String,
     /// The command to run, or `none`.
     pub action: String,
+}
+
+/// A host that is again what it was before its content was given up.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Undoing {
+    /// [`UNDOING_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// How much was restored.
+    pub restored_bytes: u64,
+    /// When the content was so, in seconds since 1970.
+    pub back_to: u64,
+}
+
+/// A host that keeps nothing for an undo any more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Forgetting {
+    /// [`FORGETTING_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// How much had been kept.
+    pub forgotten_bytes: u64,
 }
 
 /// Sets when writes and flushes are answered while a peer is in sync. Answered by [`PeerStatus`].
@@ -434,6 +464,9 @@ pub struct Succession {
     pub demoted: bool,
     /// While a resync makes this copy a mixture: when it was what a promotion would roll back to.
     pub rollback: Option<Rollback>,
+    /// What is kept of what this copy was before its content was given up: an undo would bring it back.
+    #[serde(default)]
+    pub history: Option<Rollback>,
     /// Whether a resync waits for room for pre-images.
     pub is_full: bool,
     /// On a primary that must not write any more: the host that was promoted since.

@@ -11,9 +11,9 @@ mod server;
 
 use crate::config::Name;
 use api::{
-    AgentRecord, Comparison, CreateRequest, Demotion, Failure, Invitation, InviteRequest, JoinRequest,
-    ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest, StatusReply,
-    Switch, SwitchRequest,
+    AgentRecord, Comparison, CreateRequest, Demotion, Failure, Forgetting, Invitation, InviteRequest,
+    JoinRequest, ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest,
+    StatusReply, Switch, SwitchRequest, Undoing,
 };
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -97,6 +97,12 @@ pub trait Operations: Send + Sync + 'static {
         volume: Name,
         request: ResolveRequest,
     ) -> impl Future<Output = Result<Resolution, Failure>> + Send;
+
+    /// Brings back what this host had before its content was given up.
+    fn undo(&self, volume: Name) -> impl Future<Output = Result<Undoing, Failure>> + Send;
+
+    /// Gives up for good what could be brought back.
+    fn forget(&self, volume: Name) -> impl Future<Output = Result<Forgetting, Failure>> + Send;
 
     /// Compares all digests with a peer's. Takes as long as both hosts need to read the volume; how far it is shows
     /// in the status.

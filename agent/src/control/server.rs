@@ -39,6 +39,8 @@ pub(super) fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/volumes/{volume}/demote", post(demote::<O>))
         .route("/v1/volumes/{volume}/switch", post(switch::<O>))
         .route("/v1/volumes/{volume}/resolve", post(resolve::<O>))
+        .route("/v1/volumes/{volume}/undo", post(undo::<O>))
+        .route("/v1/volumes/{volume}/forget", post(forget::<O>))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
@@ -151,6 +153,20 @@ async fn resolve<O: Operations>(
 ) -> Response {
     match name(volume).and_then(|volume| Ok((volume, parse(body)?))) {
         Ok((volume, request)) => answer(operations.resolve(volume, request).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn undo<O: Operations>(State(operations): State<Arc<O>>, Path(volume): Path<String>) -> Response {
+    match name(volume) {
+        Ok(volume) => answer(operations.undo(volume).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn forget<O: Operations>(State(operations): State<Arc<O>>, Path(volume): Path<String>) -> Response {
+    match name(volume) {
+        Ok(volume) => answer(operations.forget(volume).await),
         Err(failure) => answer::<()>(Err(failure)),
     }
 }

@@ -74,6 +74,14 @@ impl Operations for Fake {
         Err(Failure::no_such_peer(&volume, &request.keep))
     }
 
+    async fn undo(&self, volume: Name) -> Result<Undoing, Failure> {
+        Err(Failure::no_such_volume(&volume))
+    }
+
+    async fn forget(&self, volume: Name) -> Result<Forgetting, Failure> {
+        Err(Failure::no_such_volume(&volume))
+    }
+
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
         if peer.as_str() == "endless" {
             let _guard = OnDrop(self.comparison_was_dropped.clone());
@@ -189,6 +197,8 @@ async fn requests_are_checked_before_they_reach_an_operation() {
                 404,
                 r#"no peer \"b\" of data"#,
             ),
+            ("POST", "/v1/volumes/data/undo", "", 404, "no-such-volume"),
+            ("POST", "/v1/volumes/data/forget", "", 404, "no-such-volume"),
             ("POST", "/v1/volumes/data/resolve", r#"{"keep":"b"}"#, 400, "missing field"),
         ];
         for (method, path, body, status, part) in table {

@@ -1,8 +1,11 @@
-//! The layer of pre-images of a replica in gap mode: begun, filled and ended as the machine asks (P2).
+//! The layers of pre-images of a replica: of the gap (P2) and of the history (L6), begun, filled and ended as the machine
+//! asks. The two may be one layer; where they are two, each saves what it lacks.
 
 use super::Replica;
 use crate::pre_images::{Layer, LayerError, PreImages, SaveError, Shortage};
+use crate::words::with_causes;
 use blockmirror_protocol::disk::pre_images::Header;
+use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::Saved;
 use blockmirror_protocol::units::Position;
@@ -10,6 +13,18 @@ use blockmirror_protocol::units::Position;
 impl Replica {
     /// Makes the layer that leads back to what the backing holds now.
     pub(super) async fn begin_layer(&self, point: Position) -> Saved {
+        match self.try_begin_layer(point).await {
+            Ok(_) => Saved::Done,
+            Err(LayerError::Full(shortage)) => self.note_shortage(&shortage),
+            Err(error) => {
+                self.keep_error(&error);
+                Saved::Failed
+            }
+        }
+    }
+
+    /// Makes the layer after the last one, and gives its number.
+    pub(super) async fn try_begin_layer(&self, point: Position) -> Result<u64, LayerError> {
         let superblock = self.state.superblock();
         let header = Header {
             layer: superblock.layers + 1,
@@ -21,66 +36,98 @@ impl Replica {
             began_unix_seconds: crate::quantity::unix_seconds(),
             lineage: superblock.lineage,
         };
-        match self.pre_images.begin(header).await {
-            Ok(layer) => {
-                self.point.set(Some(point_of(&layer)));
-                *self.layer.lock().await = Some(layer);
-                Saved::Done
-            }
-            Err(LayerError::Full(shortage)) => self.note_shortage(&shortage),
-            Err(error) => {
-                self.keep_error(&error);
-                Saved::Failed
-            }
-        }
+        let number = header.layer;
+        let layer = self.pre_images.begin(header).await?;
+        self.note_point(&layer);
+        self.layers.lock().await.push(layer);
+        Ok(number)
     }
 
-    /// Saves what these ranges hold.
+    /// Saves what these ranges hold, in every layer that lacks it.
     pub(super) async fn save_pre_images(&self, ranges: &[ByteRange]) -> Saved {
-        let mut layer = self.layer.lock().await;
-        let layer = layer.as_mut().expect("a gap has a layer");
-        match layer.save(&self.backing, ranges).await {
-            Ok(()) => {
-                self.point.set(Some(point_of(layer)));
-                Saved::Done
-            }
-            Err(SaveError::Full(shortage)) => self.note_shortage(&shortage),
-            Err(error @ SaveError::Storage(_)) => {
-                self.keep_error(&error);
-                Saved::Failed
+        let mut layers = self.layers.lock().await;
+        for layer in layers.iter_mut() {
+            match layer.save(&self.backing, ranges).await {
+                Ok(()) => self.note_point(layer),
+                Err(SaveError::Full(shortage)) => return self.note_shortage(&shortage),
+                Err(error @ SaveError::Storage(_)) => {
+                    self.keep_error(&error);
+                    return Saved::Failed;
+                }
             }
         }
+        Saved::Done
     }
 
     fn note_shortage(&self, shortage: &Shortage) -> Saved {
-        tracing::warn!("no room for pre-images: {}", crate::words::with_causes(shortage));
+        tracing::warn!(volume = %self.name, "no room for pre-images: {}", with_causes(shortage));
         Saved::Full
+    }
+
+    fn note_point(&self, layer: &Layer) {
+        let (number, point) = point_of(layer);
+        self.points.borrow_mut().insert(number, point);
     }
 
     /// Removes a layer that nothing needs any more.
     pub(super) async fn end_layer(&self, number: u64) {
-        let mut layer = self.layer.lock().await;
-        if layer.as_ref().is_some_and(|layer| layer.header().layer == number) {
-            *layer = None;
-        }
+        let mut layers = self.layers.lock().await;
+        layers.retain(|layer| layer.header().layer != number);
+        self.points.borrow_mut().remove(&number);
         if let Err(error) = self.pre_images.remove(number).await {
             // It takes room until the volume is opened again, and no more.
-            tracing::warn!("{}", crate::words::with_causes(&error));
+            tracing::warn!("{}", with_causes(&error));
         }
+    }
+
+    /// When the layer was begun to which a promotion would roll back, in seconds since 1970, and how many bytes it
+    /// takes; nothing outside of a gap.
+    #[must_use]
+    pub fn rollback_point(&self) -> Option<(u64, u64)> {
+        self.points.borrow().get(&self.state.superblock().gap).copied()
+    }
+
+    /// The same for what is kept for undo.
+    #[must_use]
+    pub fn history_point(&self) -> Option<(u64, u64)> {
+        self.points.borrow().get(&self.state.superblock().history).copied()
     }
 }
 
-/// When a layer was begun, in seconds since 1970, and how large it is.
-pub(super) fn point_of(layer: &Layer) -> (u64, u64) {
-    (layer.header().began_unix_seconds, layer.bytes())
+/// A layer's number, when it was begun, in seconds since 1970, and how large it is.
+pub(super) fn point_of(layer: &Layer) -> (u64, (u64, u64)) {
+    (layer.header().layer, (layer.header().began_unix_seconds, layer.bytes()))
 }
 
-/// The layer of the gap, and none of what others left behind.
-pub(super) async fn open_layer(pre_images: &PreImages, gap: u64) -> Result<Option<Layer>, LayerError> {
+/// The layers of the gap and of the history, and none of what others left behind. A history that can't be read is none.
+pub(super) async fn open_layers(
+    pre_images: &PreImages,
+    superblock: &Superblock,
+) -> Result<(Vec<Layer>, bool), LayerError> {
+    let Superblock { gap, history, .. } = *superblock;
     for (number, _) in pre_images.list()? {
-        if number != gap {
+        if number != gap && number != history {
             pre_images.remove(number).await?;
         }
     }
-    if gap == 0 { Ok(None) } else { pre_images.open(gap).await.map(Some) }
+    let mut layers = Vec::new();
+    if gap != 0 {
+        layers.push(pre_images.open(gap).await?);
+    }
+    if history == 0 || history == gap {
+        return Ok((layers, true));
+    }
+    match pre_images.open(history).await {
+        Ok(layer) => layers.push(layer),
+        Err(error) => {
+            tracing::warn!("what was kept for undo is given up: {}", with_causes(&error));
+            return Ok((layers, false));
+        }
+    }
+    Ok((layers, true))
+}
+
+/// What a layer has saved.
+pub(super) fn saved_in(layers: &[Layer], number: u64) -> Vec<ByteRange> {
+    layers.iter().filter(|layer| layer.header().layer == number).flat_map(Layer::saved).collect()
 }

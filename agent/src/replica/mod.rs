@@ -9,6 +9,7 @@
 
 mod gap;
 mod promotion;
+mod undo;
 
 use crate::buffer::BufferPool;
 use crate::config::{Name, VolumeConfig};
@@ -29,7 +30,7 @@ use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal};
 use bytes::Bytes;
 pub use promotion::{Progress, PromotionError};
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
@@ -48,10 +49,12 @@ pub struct Replica {
     state: Rc<State>,
     pool: BufferPool,
     pre_images: PreImages,
-    /// The layer of the gap, while there is one.
-    layer: tokio::sync::Mutex<Option<Layer>>,
-    /// When that was begun, in seconds since 1970, and how large it is; told while the layer is being saved into.
-    point: Cell<Option<(u64, u64)>>,
+    /// The layers of the gap and of the history.
+    layers: tokio::sync::Mutex<Vec<Layer>>,
+    /// When each was begun, in seconds since 1970, and how large it is; told while they are being saved into.
+    points: RefCell<BTreeMap<u64, (u64, u64)>>,
+    /// That a history was given up, or could not be.
+    forgotten: Notify,
     /// Since when greetings are refused because this host wrote alone (L3), and whose.
     split: Cell<Option<(HostId, Instant)>>,
     /// The volume's name, for words to the operator.
@@ -137,24 +140,31 @@ impl Replica {
         folder: &Path,
         config: &VolumeConfig,
     ) -> Result<Rc<Self>, OpenReplicaError> {
-        let superblock = state.superblock();
+        let mut superblock = state.superblock();
         let marker = state.recover_marker().await?;
         let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
         let pre_images = PreImages::new(folder, storage.clone(), pool.clone(), config.pre_images.0);
-        let layer = gap::open_layer(&pre_images, superblock.gap).await?;
+        let (layers, has_history) = gap::open_layers(&pre_images, &superblock).await?;
+        if !has_history {
+            state.change_superblock(|superblock| superblock.history = 0).await?;
+            superblock = state.superblock();
+        }
         let settings = Settings {
             sector_bytes: u32::try_from(backing.alignment()).expect("a sector is small"),
             window_bytes: config.window.0,
             space: config.when_full.into(),
         };
+        let (saved, kept) =
+            (gap::saved_in(&layers, superblock.gap), gap::saved_in(&layers, superblock.history));
         let stored = Stored {
             superblock,
             marker,
             log: state.recover_log().await?,
             maps: state.valid_maps(&peers).await?,
-            saved: layer.iter().flat_map(Layer::saved).collect(),
+            saved,
+            kept,
         };
-        let point = layer.as_ref().map(gap::point_of);
+        let points = layers.iter().map(gap::point_of).collect();
         let machine = replica::Replica::new(settings, stored);
         Ok(Rc::new_cyclic(|me| Self {
             me: me.clone(),
@@ -163,8 +173,9 @@ impl Replica {
             state: Rc::new(state),
             pool,
             pre_images,
-            layer: tokio::sync::Mutex::new(layer),
-            point: Cell::new(point),
+            layers: tokio::sync::Mutex::new(layers),
+            points: RefCell::new(points),
+            forgotten: Notify::new(),
             split: Cell::new(None),
             name: config.name.clone(),
             inner: RefCell::new(Inner { machine, next_frame: 0, payloads: HashMap::new(), outgoing: None }),
@@ -463,10 +474,15 @@ impl Replica {
                 });
             }
             Action::WriteState(change) => {
+                self.tell_of(inner, &change);
                 let me = self.me();
                 spawn_local(async move {
+                    let is_forgotten = change == StateChange::Forget;
                     let written = me.note_state(me.write_state(change).await);
                     me.drive(|inner| inner.machine.handle_state_written(written));
+                    if is_forgotten {
+                        me.forgotten.notify_waiters();
+                    }
                 });
             }
             Action::WriteLog { offset, record } => {
@@ -541,6 +557,24 @@ impl Replica {
             let written = replica.note(outcome);
             replica.drive(|inner| inner.machine.handle_applied(frame, written));
         });
+    }
+
+    /// What the operator should hear of.
+    fn tell_of(&self, inner: &Inner, change: &StateChange) {
+        let name = &self.name;
+        match change {
+            StateChange::Begin { source, keep: true, .. } => {
+                let bytes = inner.machine.undelivered_bytes(source.holder).unwrap_or(0);
+                tracing::warn!(
+                    volume = %name,
+                    "this host came back with at most {} that the primary lacks, and is overwritten; what it had is kept: \
+                     blockmirror undo {name}, or blockmirror forget {name}",
+                    crate::quantity::Size(bytes)
+                );
+            }
+            StateChange::Forget => tracing::warn!(volume = %name, "what was kept for undo is given up"),
+            _ => {}
+        }
     }
 
     async fn write_state(&self, change: StateChange) -> Result<(), crate::metadata::StateError> {

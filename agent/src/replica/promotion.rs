@@ -3,11 +3,12 @@
 //! A crash or an end of the agent between two of them leaves a replica that can be promoted again, or go on as one.
 
 use super::Replica;
+use super::gap::saved_in;
 use crate::metadata::StateError;
-use crate::pre_images::{Layer, LayerError, PreImage};
+use crate::pre_images::{LayerError, PreImage};
 use crate::storage;
-use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::promotion::{self, NotPromotable, Step};
+use blockmirror_protocol::replica::undo::NotUndoable;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::Fence;
 use std::cell::Cell;
@@ -27,6 +28,9 @@ pub enum PromotionError {
     /// It holds no legal image.
     #[error(transparent)]
     NotPromotable(#[from] NotPromotable),
+    /// Nothing was kept that could be brought back.
+    #[error(transparent)]
+    NotUndoable(#[from] NotUndoable),
     /// Its metadata can't be read or written.
     #[error(transparent)]
     State(#[from] StateError),
@@ -61,11 +65,10 @@ impl Replica {
         for step in steps {
             match step {
                 Step::WriteMaps => {
-                    let layer = self.layer.lock().await;
-                    let restored: Vec<ByteRange> = layer.iter().flat_map(Layer::saved).collect();
+                    let restored = saved_in(&self.layers.lock().await, superblock.gap);
                     self.state.write_promoted_maps(peers, &restored).await?;
                 }
-                Step::Restore { .. } => self.restore(progress).await?,
+                Step::Restore { layer } => self.restore(layer, progress).await?,
                 Step::Sync => storage::sync(&*self.storage, &self.backing).await?,
                 Step::Record => {
                     let change = |superblock: &mut blockmirror_protocol::disk::superblock::Superblock| {
@@ -76,16 +79,17 @@ impl Replica {
                 }
             }
         }
-        if superblock.gap != 0 {
-            self.end_layer(superblock.gap).await;
+        for layer in [superblock.gap, superblock.history].into_iter().filter(|layer| *layer != 0) {
+            self.end_layer(layer).await;
         }
         Ok(())
     }
 
-    /// Writes every pre-image of the gap's layer back.
-    async fn restore(&self, progress: &Progress) -> Result<(), PromotionError> {
-        let layer = self.layer.lock().await;
-        let layer = layer.as_ref().expect("a gap has a layer");
+    /// Writes every pre-image of a layer back.
+    pub(super) async fn restore(&self, number: u64, progress: &Progress) -> Result<(), PromotionError> {
+        let layers = self.layers.lock().await;
+        let layer = layers.iter().find(|layer| layer.header().layer == number);
+        let layer = layer.expect("what leads back is open");
         let total = layer.saved().map(|range| range.length).sum();
         progress.restored_bytes.set((0, total));
         let mut contents = layer.contents();
@@ -105,12 +109,5 @@ impl Replica {
             }
         }
         Ok(())
-    }
-
-    /// When the layer was begun to which a promotion would roll back, in seconds since 1970, and how many bytes that
-    /// would restore; nothing outside of a gap.
-    #[must_use]
-    pub fn rollback_point(&self) -> Option<(u64, u64)> {
-        self.point.get().filter(|_| self.state.superblock().gap != 0)
     }
 }

@@ -64,6 +64,7 @@ impl Supervisor {
             adopted: 0,
             gap: 0,
             layers: 0,
+            history: 0,
             mode: Mode::Async,
             released: false,
         };
@@ -104,6 +105,7 @@ impl Supervisor {
             adopted: 0,
             gap: 0,
             layers: 0,
+            history: 0,
             mode: Mode::Async,
             released: false,
         };

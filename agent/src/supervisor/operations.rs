@@ -4,10 +4,11 @@ use super::{Supervisor, failed};
 use crate::config::{Name, Role};
 use crate::control::Operations;
 use crate::control::api::{
-    COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference, Failure,
-    FailureKind, HostStatus, Invitation, InviteRequest, JoinRequest, ModeRequest, PEERS_SCHEMA,
-    PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest, Promotion, RESOLUTION_SCHEMA, Resolution,
-    ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply, Switch, SwitchRequest, VolumeStatus,
+    COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference, FORGETTING_SCHEMA,
+    Failure, FailureKind, Forgetting, HostStatus, Invitation, InviteRequest, JoinRequest, ModeRequest,
+    PEERS_SCHEMA, PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest, Promotion, RESOLUTION_SCHEMA,
+    Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply, Switch, SwitchRequest,
+    UNDOING_SCHEMA, Undoing, VolumeStatus,
 };
 use crate::verdict;
 use crate::volume::{Answer, Ask};
@@ -184,10 +185,27 @@ impl Operations for Operator {
             spares: resolved.spares,
             in_sync_at: resolved.in_sync_at,
             copies_everything: resolved.copies_everything,
+            undo: resolved.can_be_undone.then(|| format!("blockmirror undo {volume}")),
             verdict,
             alternative,
             action,
         })
+    }
+
+    async fn undo(&self, volume: Name) -> Result<Undoing, Failure> {
+        let undone = self.0.order(&volume, Ask::Undo).await?;
+        Ok(Undoing {
+            schema: UNDOING_SCHEMA.to_owned(),
+            volume: self.0.one_status(&volume).await?,
+            restored_bytes: undone.restored_bytes,
+            back_to: undone.back_to,
+        })
+    }
+
+    async fn forget(&self, volume: Name) -> Result<Forgetting, Failure> {
+        let forgotten_bytes = self.0.order(&volume, Ask::Forget).await?;
+        let volume = self.0.one_status(&volume).await?;
+        Ok(Forgetting { schema: FORGETTING_SCHEMA.to_owned(), volume, forgotten_bytes })
     }
 
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {

@@ -49,6 +49,7 @@ pub fn running(facts: VolumeFacts) -> VolumeStatus {
         (None, Role::Primary) => primary::judge(&facts),
         (None, Role::Replica) => replica::judge(&facts),
     };
+    judgement.verdict.push_str(&replica::kept(&facts));
     for device in &facts.devices {
         if let Some(error) = &device.error {
             judgement.verdict.push_str(&format!("; the {} device is not served ({error})", device.kind));

@@ -3,7 +3,7 @@
 use super::{Judgement, NO_ACTION, is_usable, link, progress};
 use crate::config::Role;
 use crate::control::api::{Connection, CopyState, PeerStatus, Rollback, VolumeFacts, VolumeState};
-use crate::quantity::{Seconds, clock};
+use crate::quantity::{Seconds, Size, clock};
 
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     let primary = facts.peers.iter().find(|peer| peer.role == Role::Primary);
@@ -96,6 +96,17 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
     };
     let action = format!("to go on here: blockmirror promote {}", facts.name);
     Some(Judgement::new(VolumeState::Waiting, verdict, action))
+}
+
+/// What could be brought back, and the commands for that and for giving it up.
+pub(super) fn kept(facts: &VolumeFacts) -> String {
+    let Some(history) = &facts.succession.history else { return String::new() };
+    let name = &facts.name;
+    format!(
+        "; {} kept for undo, of what this host had before {}: blockmirror undo {name}, or blockmirror forget {name}",
+        Size(history.bytes),
+        back(history)
+    )
 }
 
 /// `14:03:11 UTC, 2m ago`

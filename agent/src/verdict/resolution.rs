@@ -22,9 +22,16 @@ pub fn resolution(volume: &Name, keep: &Name, resolved: &Resolved, done: bool) -
         }
         false => format!("what differs is copied from {keep}"),
     };
+    let kept = match (resolved.can_be_undone, done) {
+        (true, true) => {
+            format!("; what is overwritten is kept, and comes back with: blockmirror undo {volume}")
+        }
+        (true, false) => "; what is overwritten is kept for an undo".to_owned(),
+        (false, _) => "; it can't be undone, because this copy is a mixture already".to_owned(),
+    };
     let gives_up = if done { "gave up" } else { "gives up" };
     let verdict = format!(
-        "keeping {keep}'s content {gives_up} what only this host wrote: {}{since}; {copied}",
+        "keeping {keep}'s content {gives_up} what only this host wrote: {}{since}; {copied}{kept}",
         stake(resolved.loses)
     );
     let alternative = format!(

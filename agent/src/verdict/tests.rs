@@ -363,13 +363,14 @@ fn a_resolution_says_what_each_choice_loses_and_invents_no_times() {
         in_sync_at: None,
         copies_everything: false,
         is_kept_primary: true,
+        can_be_undone: true,
     };
     let (data, b): (Name, Name) = ("data".parse().unwrap(), "b".parse().unwrap());
     assert_eq!(
         resolution(&data, &b, &resolved, false),
         (
             "keeping b's content gives up what only this host wrote: at most 40K in 10 blocks; since when is not \
-             known; what differs is copied from b"
+             known; what differs is copied from b; what is overwritten is kept for an undo"
                 .to_owned(),
             "keeping this host's content would give up what only b wrote: nothing".to_owned(),
             "blockmirror resolve data --keep b".to_owned(),
@@ -382,6 +383,7 @@ fn a_resolution_says_what_each_choice_loses_and_invents_no_times() {
         in_sync_at: Some(1_000_000_000),
         copies_everything: true,
         is_kept_primary: false,
+        can_be_undone: true,
     };
     let (verdict, alternative, action) = resolution(&data, &b, &resolved, true);
     assert!(
@@ -389,8 +391,22 @@ fn a_resolution_says_what_each_choice_loses_and_invents_no_times() {
         "{verdict}"
     );
     assert!(verdict.contains("everything is copied from b"), "{verdict}");
+    assert!(verdict.ends_with("comes back with: blockmirror undo data"), "{verdict}");
     assert!(alternative.ends_with("at most 4K in 1 block"), "{alternative}");
     assert_eq!(action, "on b: blockmirror promote data --force");
+}
+
+#[test]
+fn a_host_that_gave_its_content_up_says_that_it_can_come_back() {
+    let history = Some(Rollback { at_unix_seconds: 1_000_000_000, age_seconds: 120, bytes: 12 << 20 });
+    let succession = Succession { history, ..Succession::default() };
+    check(
+        VolumeFacts { succession, ..facts(Role::Replica, vec![peer("a", Role::Primary)]) },
+        VolumeState::Following,
+        "following a; consistent; 12M kept for undo, of what this host had before 01:46:40 UTC, 2m ago: \
+         blockmirror undo data, or blockmirror forget data",
+        "none",
+    );
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod resolution;
 mod resolvable;
 mod sessions;
 mod status;
+mod undoing;
 
 use crate::buffer::BufferPool;
 use crate::config::{Name, PeerConfig, Role, VolumeConfig};
@@ -44,6 +45,7 @@ use std::thread::JoinHandle;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::spawn_local;
+pub use undoing::Undone;
 
 /// How much free memory for buffers a volume keeps, in bytes.
 const POOL_BYTES: usize = 64 << 20;
@@ -104,6 +106,10 @@ pub enum Ask {
     Switch(HostId, Answer<Switched>),
     /// Give this host's content up for that host's; or, where it is only to be looked at, say what that would lose.
     Resolve(HostId, bool, Answer<Resolved>),
+    /// Bring back what this host had before its content was given up.
+    Undo(Answer<Undone>),
+    /// Give up for good what could be brought back; says how many bytes that were.
+    Forget(Answer<u64>),
     /// The primary, this host, was demoted for this one.
     TakeOver(HostId, ControlSender),
     /// Stop serving, in order.
@@ -287,6 +293,8 @@ impl Volume {
             Ask::Demote(answer) => self.demote(answer).await,
             Ask::Switch(host, answer) => self.switch(host, answer).await,
             Ask::Resolve(keep, dry_run, answer) => self.resolve(keep, dry_run, answer).await,
+            Ask::Undo(answer) => self.undo(answer),
+            Ask::Forget(answer) => self.forget(answer),
             Ask::TakeOver(host, sender) => self.take_over(host, sender),
             Ask::Stop(_) => unreachable!("the loop takes it"),
         }

@@ -219,6 +219,8 @@ async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<()
             let copy = CopyId(key::random());
             let change = |superblock: &mut Superblock| {
                 (superblock.copy, superblock.data) = (copy, DataState::Empty);
+                // What a layer holds is that of the old one.
+                (superblock.gap, superblock.history) = (0, 0);
             };
             state.change_superblock(change).await.map_err(state_error)?;
         }

@@ -163,6 +163,7 @@ mod tests {
             adopted: 1,
             gap: 0,
             layers: 0,
+            history: 0,
             mode,
             released: false,
         };

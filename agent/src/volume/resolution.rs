@@ -1,19 +1,21 @@
 //! `resolve`: the operator gives this host's content up for another's, where both went on after they were last in sync
 //! (L6). Whether that may be is decided by [`Resolver`], with what the other hosts say.
 //!
-//! All that happens here is that this host forgets its own generations, in one durable write. From then on it takes the
-//! winner's greeting, and the union of both maps since the fork is copied (D3); a crash leaves it done or not begun.
+//! All that happens here is that a layer of pre-images is begun and this host forgets its own generations, in one durable
+//! write. From then on it takes the winner's greeting, and the union of both maps since the fork is copied (D3), while
+//! what it overwrites is kept; a crash leaves it done or not begun.
 
 use super::changes::{Hands, Next, failed, refused};
 use super::resolvable::{Resolver, Winner};
 use super::{Answer, OpenRole, Volume};
 use crate::control::api::{Failure, Stake};
-use crate::replica::Replica;
+use crate::pre_images::LayerError;
+use crate::replica::{PromotionError, Replica};
 use crate::standing::{self, Answered};
 use crate::stored::{self, Undelivered};
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
-use blockmirror_protocol::replica::resolve;
+use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::units::{GenerationId, HostId};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -36,6 +38,8 @@ pub struct Resolved {
     pub copies_everything: bool,
     /// Whether the other host is the primary, and this one will follow it by itself.
     pub is_kept_primary: bool,
+    /// Whether what is overwritten is kept, so that it can be undone.
+    pub can_be_undone: bool,
 }
 
 /// What giving in means for this host.
@@ -101,9 +105,16 @@ async fn give_in(
     };
     replica.close().await;
     let Yielding { lineage, resolved } = yielding;
-    let recorded = replica.state().change_superblock(|superblock| superblock.lineage = lineage).await;
+    let yielded = replica.yield_to(lineage).await;
     drop(replica);
-    let done = recorded.map(|()| resolved).map_err(|error| failed(with_causes(&error)));
+    let done = match yielded {
+        Ok(can_be_undone) => Ok(Resolved { can_be_undone, ..resolved }),
+        Err(PromotionError::PreImages(LayerError::Full(shortage))) => Err(refused(format!(
+            "there is no room to keep what this host has: {}; nothing was given up",
+            with_causes(&shortage)
+        ))),
+        Err(error) => Err(failed(with_causes(&error))),
+    };
     if done.is_ok() {
         tracing::warn!(volume = %hands.config.name, "this host gave its content up; the operator resolved the split");
     }
@@ -136,6 +147,7 @@ fn yielding(superblock: &Superblock, undelivered: Option<&Undelivered>, winner: 
         in_sync_at: Some(standing.in_sync_at).filter(|at| *at > 0),
         copies_everything: lineage.is_empty(),
         is_kept_primary: standing.role == Role::Primary,
+        can_be_undone: resolve::keep(superblock, false) != Keep::Nothing,
     };
     Yielding { lineage, resolved }
 }

@@ -184,6 +184,7 @@ mod tests {
             adopted: 1,
             gap: 0,
             layers: 0,
+            history: 0,
             mode: Mode::Async,
             released: false,
         };

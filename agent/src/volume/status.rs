@@ -103,11 +103,8 @@ impl Volume {
             fence: Some(superblock.fence.counter).filter(|counter| *counter > 0),
             released: superblock.released,
             demoted: superblock.fence.holder == self.surroundings.own.host,
-            rollback: replica.rollback_point().map(|(began, bytes)| Rollback {
-                at_unix_seconds: began,
-                age_seconds: unix_seconds().saturating_sub(began),
-                bytes,
-            }),
+            rollback: replica.rollback_point().map(point),
+            history: replica.history_point().map(point),
             is_full: replica.report().is_full,
             own_name: Some(self.surroundings.own.name.clone()),
             split_from: split.map(|(host, _)| self.name_of(host)),
@@ -115,6 +112,11 @@ impl Volume {
             ..Succession::default()
         }
     }
+}
+
+/// A layer that was begun then and takes so many bytes.
+fn point((began, bytes): (u64, u64)) -> Rollback {
+    Rollback { at_unix_seconds: began, age_seconds: unix_seconds().saturating_sub(began), bytes }
 }
 
 /// What a change does, and how far it is.

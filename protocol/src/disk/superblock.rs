@@ -15,11 +15,11 @@
 //!  192 lineage: up to 64 generations of 16 bytes, newest first
 //! 1216 adopted (8)         1224 gap (8)         1232 layers (8)
 //! 1240 mode (1)  1241 released (1)  1242 zero (6)
-//! 1248 counter of the source's fence (8)          1256 zero
+//! 1248 counter of the source's fence (8)          1256 history (8)          1264 zero
 //! ```
 //!
 //! Version 1 had zeroes from 1216 on, which read as what was true of every copy then: nothing adopted, no gap, no
-//! layers, asynchronous, never released.
+//! layers, asynchronous, never released, no history.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
@@ -75,7 +75,8 @@ struct Raw {
     released: u8,
     zero_again: [u8; 6],
     source_counter: U64,
-    rest: [u8; PAGE_BYTES - 1256],
+    history: U64,
+    rest: [u8; PAGE_BYTES - 1264],
 }
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
@@ -102,7 +103,7 @@ pub struct Superblock {
     /// On a replica, the position that it last adopted by a commit; on a primary, one before all that it writes while
     /// it is open.
     pub position: Position,
-    /// On a replica, the fence of the primary that it follows, or whose resync made it inconsistent.
+    /// On a replica, the fence of the primary whose content it adopted last, or whose resync made it inconsistent.
     pub source: Fence,
     /// The generations, newest first; at most [`LINEAGE_LIMIT`].
     pub lineage: Vec<GenerationId>,
@@ -112,6 +113,9 @@ pub struct Superblock {
     pub gap: u64,
     /// The number of the last layer that was begun.
     pub layers: u64,
+    /// The layer that keeps what this host had before its content was given up, so that this can be undone (L6); else 0.
+    /// It may be that of the gap as well.
+    pub history: u64,
     /// The mode that the replica was last committed in (W4).
     pub mode: Mode,
     /// Whether the primary was demoted when this replica had everything: whoever is promoted next loses nothing.
@@ -166,7 +170,8 @@ impl Superblock {
             released: self.released.into(),
             zero_again: [0; 6],
             source_counter: U64::new(self.source.counter),
-            rest: [0; PAGE_BYTES - 1256],
+            history: U64::new(self.history),
+            rest: [0; PAGE_BYTES - 1264],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -228,6 +233,7 @@ impl Superblock {
             adopted: raw.adopted.get(),
             gap: raw.gap.get(),
             layers: raw.layers.get(),
+            history: raw.history.get(),
             mode: Mode::from_byte(raw.mode).ok_or_else(|| corrupted.clone())?,
             released: raw.released != 0,
         };
@@ -255,6 +261,7 @@ mod tests {
             adopted: 11,
             gap: 12,
             layers: 13,
+            history: 15,
             mode: Mode::Sync,
             released: true,
         }
@@ -263,10 +270,10 @@ mod tests {
     #[test]
     fn the_page_has_these_golden_bytes() {
         let page = sample().encode(11);
-        let bytes = page[..256].iter().chain(&page[1216..1256]);
+        let bytes = page[..256].iter().chain(&page[1216..1264]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(text, golden(include_str!("golden/superblock-2.hex")));
-        assert!(page[256..1216].iter().chain(&page[1256..]).all(|byte| *byte == 0));
+        assert!(page[256..1216].iter().chain(&page[1264..]).all(|byte| *byte == 0));
     }
 
     #[test]
@@ -280,6 +287,7 @@ mod tests {
             adopted: 0,
             gap: 0,
             layers: 0,
+            history: 0,
             mode: Mode::Async,
             released: false,
             source: Fence { counter: 0, holder: HostId([9; 32]) },

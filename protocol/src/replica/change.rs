@@ -17,9 +17,13 @@ pub enum StateChange {
         source: Fence,
         /// The layer, or the one that was there already; 0 for none.
         gap: u64,
+        /// Whether that layer is kept after the commit: this host had written what the primary lacks (L3).
+        keep: bool,
     },
     /// There is no room for pre-images, and the operator wants the resync to go on without (P2).
     GiveRollbackUp,
+    /// There is no room for what was kept for undo, or the operator wants it no more (L6).
+    Forget,
     /// A generation begins within a session (L1).
     Generation(GenerationId),
     /// The content is the primary's at this position (P1).
@@ -30,6 +34,8 @@ pub enum StateChange {
         lineage: Vec<GenerationId>,
         /// The mode in which the replica counts.
         mode: Mode,
+        /// The fence of the primary.
+        source: Fence,
     },
     /// The primary was demoted when this replica had everything.
     Release,
@@ -40,24 +46,34 @@ impl StateChange {
     pub fn apply(&self, superblock: &mut Superblock) {
         match self {
             Self::Follow(fence) => (superblock.fence, superblock.released) = (*fence, false),
-            Self::Begin { source, gap } => {
+            Self::Begin { source, gap, keep } => {
                 superblock.data = DataState::Inconsistent;
                 superblock.source = *source;
                 superblock.gap = *gap;
                 superblock.layers = superblock.layers.max(*gap);
+                if *keep {
+                    superblock.history = *gap;
+                }
             }
-            Self::GiveRollbackUp => superblock.gap = 0,
+            Self::GiveRollbackUp => {
+                if superblock.history == superblock.gap {
+                    superblock.history = 0;
+                }
+                superblock.gap = 0;
+            }
+            Self::Forget => superblock.history = 0,
             Self::Generation(generation) => {
                 if superblock.lineage.first() != Some(generation) {
                     lineage::begin(&mut superblock.lineage, *generation, &[], LINEAGE_LIMIT);
                 }
             }
-            Self::Commit { position, lineage, mode } => {
+            Self::Commit { position, lineage, mode, source } => {
                 superblock.data = DataState::Consistent;
                 superblock.position = *position;
                 superblock.lineage.clone_from(lineage);
                 superblock.lineage.truncate(LINEAGE_LIMIT);
                 superblock.mode = *mode;
+                superblock.source = *source;
                 superblock.gap = 0;
                 superblock.adopted += 1;
             }

@@ -5,6 +5,11 @@
 //! write, and ends with the commit. In it, every first overwrite of a block, by a copy or a live frame, waits until the
 //! block's old content is durable in the layer of pre-images. What has been saved is also what differs from the
 //! rollback point: a primary other than the one that resyncs must know of it (D3).
+//!
+//! What a host had before it gave its content up is kept in a layer of its own, the *history* (L6), beyond the commit:
+//! every first overwrite is saved into it, until the operator has no use for it any more or there is no room. The first
+//! resync after that shares its layer. A primary that comes back with writes which the new one lacks keeps the layer of
+//! its resync as history (L3).
 
 use super::{Action, FrameId, Replica, StateChange};
 use crate::dirty_map::DirtyMap;
@@ -46,6 +51,8 @@ pub enum Saved {
 pub(super) struct Gap {
     /// Blocks with a pre-image: those that may differ from the rollback point.
     overwritten: DirtyMap,
+    /// Blocks with a pre-image in the history.
+    kept: DirtyMap,
     /// Frames whose turn has come and whose blocks are not saved yet.
     waiting: VecDeque<FrameId>,
     /// Frames whose blocks are being saved.
@@ -54,36 +61,26 @@ pub(super) struct Gap {
     pub(super) beginning: bool,
     /// Whether there was no room.
     pub(super) is_full: bool,
+    /// Whether it is being recorded that the history is given up.
+    is_forgetting: bool,
 }
 
 impl Gap {
     /// What was saved before a restart.
-    pub(super) fn new(superblock: &Superblock, saved: &[ByteRange]) -> Self {
-        let Superblock { volume, size_bytes, block_size, .. } = *superblock;
-        let full = DirtyMap::full(volume, HostId::default(), size_bytes, block_size);
-        let mut overwritten = full.clean(Base::default());
-        for range in saved {
-            overwritten.mark(range.blocks(block_size));
+    pub(super) fn new(superblock: &Superblock, saved: &[ByteRange], kept: &[ByteRange]) -> Self {
+        Self {
+            overwritten: map_of(superblock, saved),
+            kept: map_of(superblock, kept),
+            waiting: VecDeque::new(),
+            saving: None,
+            beginning: false,
+            is_full: false,
+            is_forgetting: false,
         }
-        Self { overwritten, waiting: VecDeque::new(), saving: None, beginning: false, is_full: false }
     }
 
     pub(super) fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.saving.is_none() && !self.beginning
-    }
-
-    /// Whether this range may be overwritten.
-    fn has(&self, range: ByteRange, block_size: BlockSize) -> bool {
-        self.overwritten.split(range.blocks(block_size)).all(|(is_saved, _)| is_saved)
-    }
-
-    /// What is missing of this range, in whole blocks.
-    fn missing(&self, range: ByteRange, block_size: BlockSize, size_bytes: u64) -> Vec<ByteRange> {
-        let parts = self.overwritten.split(range.blocks(block_size));
-        parts
-            .filter(|(is_saved, _)| !is_saved)
-            .map(|(_, blocks)| ByteRange::of_blocks(blocks, block_size, size_bytes))
-            .collect()
     }
 
     /// Ranges that may differ from the rollback point.
@@ -94,6 +91,16 @@ impl Gap {
     ) -> impl Iterator<Item = ByteRange> {
         runs(&self.overwritten, block_size, size_bytes)
     }
+}
+
+/// A map of these ranges.
+fn map_of(superblock: &Superblock, ranges: &[ByteRange]) -> DirtyMap {
+    let Superblock { volume, size_bytes, block_size, .. } = *superblock;
+    let mut map = DirtyMap::full(volume, HostId::default(), size_bytes, block_size).clean(Base::default());
+    for range in ranges {
+        map.mark(range.blocks(block_size));
+    }
+    map
 }
 
 /// The dirty ranges of a map.
@@ -111,14 +118,31 @@ pub(super) fn runs(
 }
 
 impl Replica {
-    /// Whether overwriting must be preceded by saving.
+    /// Whether only rolling back gives a legal image.
     pub(super) fn is_in_gap(&self) -> bool {
         self.superblock.gap != 0
     }
 
-    /// A frame's turn has come in a gap: it is applied when its blocks are saved.
+    /// Whether overwriting must be preceded by saving.
+    pub(super) fn saves(&self) -> bool {
+        self.is_in_gap() || self.superblock.history != 0
+    }
+
+    /// What must be saved before this range is overwritten, in whole blocks; some may come twice.
+    fn missing(&self, range: ByteRange) -> Vec<ByteRange> {
+        let Superblock { block_size, size_bytes, gap, history, .. } = self.superblock;
+        let layers = [(gap, &self.gap.overwritten), (history, &self.gap.kept)];
+        let parts = layers.into_iter().filter(|(layer, _)| *layer != 0);
+        parts
+            .flat_map(|(_, map)| map.split(range.blocks(block_size)))
+            .filter(|(is_saved, _)| !is_saved)
+            .map(|(_, blocks)| ByteRange::of_blocks(blocks, block_size, size_bytes))
+            .collect()
+    }
+
+    /// A frame's turn has come where overwriting is preceded by saving: it is applied when its blocks are saved.
     pub(super) fn apply_when_saved(&mut self, frame: FrameId, range: ByteRange) {
-        if self.gap.has(range, self.superblock.block_size) {
+        if self.missing(range).is_empty() {
             self.apply(frame);
         } else {
             self.gap.waiting.push_back(frame);
@@ -127,13 +151,13 @@ impl Replica {
 
     /// Saves the blocks of the frames that wait, many at once.
     pub(super) fn start_saving(&mut self) {
-        if self.gap.saving.is_some() || self.gap.waiting.is_empty() || self.gap.is_full {
+        let is_held = self.gap.is_full || self.gap.is_forgetting;
+        if self.gap.saving.is_some() || self.gap.waiting.is_empty() || is_held {
             return;
         }
-        let (block_size, size_bytes) = (self.superblock.block_size, self.superblock.size_bytes);
         let (mut frames, mut ranges, mut bytes) = (Vec::new(), Vec::<ByteRange>::new(), 0);
         while let Some(frame) = self.gap.waiting.front().copied() {
-            let missing = self.gap.missing(self.items[&frame].body.range(), block_size, size_bytes);
+            let missing = self.missing(self.items[&frame].body.range());
             let more: u64 = missing.iter().map(|range| range.length).sum();
             if frames.len() >= SAVED_FRAMES || !frames.is_empty() && bytes + more > SAVED_BYTES {
                 break;
@@ -164,19 +188,53 @@ impl Replica {
         assert!(std::mem::take(&mut self.gap.beginning), "a layer begins once");
         let gap = match begun {
             Saved::Done => self.superblock.layers + 1,
+            Saved::Full if self.superblock.history != 0 => {
+                // What was kept makes room; then the resync that was announced begins.
+                if let Some(link) = &mut self.link {
+                    link.announced = true;
+                }
+                return self.forget_history();
+            }
             Saved::Full if self.settings.space == SpacePolicy::GoOn => 0,
             Saved::Full => return self.pause(),
             Saved::Failed => return self.fail(),
         };
-        self.gap = Gap::new(&self.superblock, &[]);
-        self.record_begin(gap);
+        self.gap.overwritten = map_of(&self.superblock, &[]);
+        let source = self.link.as_ref().map(|link| link.fence.holder);
+        let is_undelivered =
+            source.is_some_and(|host| self.undelivered_bytes(host).is_some_and(|bytes| bytes > 0));
+        self.record_begin(gap, gap != 0 && self.superblock.history == 0 && is_undelivered);
+        self.go_on();
+    }
+
+    /// The layer that a resync shares with the history, where nothing was overwritten since that began.
+    pub(super) fn unused_history(&self) -> Option<u64> {
+        Some(self.superblock.history).filter(|history| *history != 0 && self.gap.kept.is_clean())
+    }
+
+    /// How much this host wrote as a primary that another one may lack, in bytes and at most; nothing where it does not
+    /// know that it wrote anything.
+    #[must_use]
+    pub fn undelivered_bytes(&self, host: HostId) -> Option<u64> {
+        let Superblock { block_size, size_bytes, .. } = self.superblock;
+        let marked = runs(self.maps.get(&host)?, block_size, size_bytes);
+        let ranges: Vec<ByteRange> = marked.chain(self.log.suspects(size_bytes)).collect();
+        let map = map_of(&self.superblock, &ranges);
+        Some((map.dirty_blocks() * block_size.bytes()).min(size_bytes))
+    }
+
+    /// What was kept for undo is given up, durably first; nothing waits for that but what must be saved.
+    pub fn forget_history(&mut self) {
+        if self.superblock.history != 0 && !std::mem::replace(&mut self.gap.is_forgetting, true) {
+            self.change_state(StateChange::Forget, None);
+        }
         self.go_on();
     }
 
     /// The pre-images that [`Action::SavePreImages`] asked for are durable, or can't be saved.
     pub fn handle_saved(&mut self, saved: Saved) {
         let (frames, ranges) = self.gap.saving.take().expect("pre-images are saved once");
-        if !self.is_in_gap() {
+        if !self.saves() {
             // A commit has ended the gap, so they may be applied however saving ended.
             frames.into_iter().for_each(|frame| self.apply(frame));
             return self.go_on();
@@ -184,9 +242,15 @@ impl Replica {
         match saved {
             Saved::Done => {
                 for range in ranges {
-                    self.gap.overwritten.mark(range.blocks(self.superblock.block_size));
+                    let blocks = range.blocks(self.superblock.block_size);
+                    self.gap.overwritten.mark(blocks.clone());
+                    self.gap.kept.mark(blocks);
                 }
                 frames.into_iter().for_each(|frame| self.apply(frame));
+            }
+            Saved::Full if self.superblock.history != self.superblock.gap && self.superblock.history != 0 => {
+                frames.into_iter().rev().for_each(|frame| self.gap.waiting.push_front(frame));
+                return self.forget_history();
             }
             Saved::Full if self.settings.space == SpacePolicy::GoOn => {
                 // The frames wait until it is recorded that there is no way back.
@@ -214,10 +278,24 @@ impl Replica {
 
     /// A commit has ended the gap: what waited for pre-images is applied without.
     pub(super) fn end_gap(&mut self, layer: u64) {
-        let ended = std::mem::replace(&mut self.gap, Gap::new(&self.superblock, &[]));
-        self.gap.saving = ended.saving;
-        ended.waiting.into_iter().for_each(|frame| self.apply(frame));
-        if layer != 0 {
+        self.gap.overwritten = map_of(&self.superblock, &[]);
+        self.layer_is_unused(layer);
+    }
+
+    /// What was kept is given up: its layer can go, unless it is that of the gap.
+    pub(super) fn history_is_forgotten(&mut self, layer: u64) {
+        self.gap.is_forgetting = false;
+        self.gap.kept = map_of(&self.superblock, &[]);
+        self.layer_is_unused(layer);
+    }
+
+    /// A layer has lost one of its uses. What waited only for it is applied without.
+    fn layer_is_unused(&mut self, layer: u64) {
+        if !self.saves() {
+            let waiting = std::mem::take(&mut self.gap.waiting);
+            waiting.into_iter().for_each(|frame| self.apply(frame));
+        }
+        if layer != 0 && ![self.superblock.gap, self.superblock.history].contains(&layer) {
             self.actions.push_back(Action::EndLayer(layer));
         }
     }
@@ -225,9 +303,7 @@ impl Replica {
     /// There is no way back any more: what waited for pre-images is applied without, and the layer can go.
     pub(super) fn rollback_is_given_up(&mut self, layer: u64) {
         self.gap.is_full = false;
-        let waiting = std::mem::take(&mut self.gap.waiting);
-        waiting.into_iter().for_each(|frame| self.apply(frame));
-        self.actions.push_back(Action::EndLayer(layer));
+        self.layer_is_unused(layer);
     }
 
     /// Gives up the frames that wait for pre-images, when their session ends.

@@ -30,6 +30,7 @@ mod gap;
 pub mod promotion;
 mod receive;
 pub mod resolve;
+pub mod undo;
 
 pub use change::StateChange;
 pub use gap::{Saved, SpacePolicy};
@@ -91,12 +92,13 @@ pub enum Action {
     /// Make the layer after the superblock's last one, durably, with the marker as its point; then
     /// [`Replica::handle_layer_begun`].
     BeginLayer(Position),
-    /// Add the content of these ranges to the layer, durably; then [`Replica::handle_saved`].
+    /// Add the content of these ranges to the layer of the gap and to the history, where those lack it, durably; then
+    /// [`Replica::handle_saved`].
     SavePreImages {
         /// Whole blocks, in order.
         ranges: Vec<ByteRange>,
     },
-    /// The layer is not needed to roll back to any more.
+    /// The layer is needed neither to roll back nor to undo any more.
     EndLayer(u64),
     /// Read and digest (BLAKE3) a range; then [`Replica::handle_digest`].
     ReadDigest {
@@ -138,6 +140,8 @@ pub struct Stored {
     pub maps: BTreeMap<HostId, DirtyMap>,
     /// The ranges with a pre-image in the layer of the gap.
     pub saved: Vec<ByteRange>,
+    /// The ranges with a pre-image in the history.
+    pub kept: Vec<ByteRange>,
 }
 
 /// What a replica reports to status.
@@ -262,12 +266,12 @@ impl Replica {
     /// A replica as its metadata says.
     #[must_use]
     pub fn new(settings: Settings, stored: Stored) -> Self {
-        let Stored { superblock, marker, log, maps, saved } = stored;
+        let Stored { superblock, marker, log, maps, saved, kept } = stored;
         Self {
             settings,
             position: lineage::later(&superblock.lineage, superblock.position, marker),
             maps,
-            gap: Gap::new(&superblock, &saved),
+            gap: Gap::new(&superblock, &saved, &kept),
             log: Log::new(&log),
             superblock,
             order: Order::new(settings.sector_bytes.into()),
@@ -435,7 +439,7 @@ impl Replica {
         if !written {
             return self.fail();
         }
-        let layer = self.superblock.gap;
+        let (layer, history) = (self.superblock.gap, self.superblock.history);
         change.apply(&mut self.superblock);
         match change {
             StateChange::Commit { position, .. } => {
@@ -445,6 +449,7 @@ impl Replica {
                 self.end_gap(layer);
             }
             StateChange::GiveRollbackUp => self.rollback_is_given_up(layer),
+            StateChange::Forget => self.history_is_forgotten(history),
             StateChange::Generation(generation) => {
                 if let Some(link) = &mut self.link
                     && link.beginning
@@ -515,7 +520,7 @@ impl Replica {
     /// A frame's extents are in the log, where that is needed.
     fn apply_claimed(&mut self, frame: FrameId) {
         let range = self.items[&frame].body.range();
-        if self.is_in_gap() && !planted(Bug::OverwriteUnsaved) {
+        if self.saves() && !planted(Bug::OverwriteUnsaved) {
             self.apply_when_saved(frame, range);
         } else {
             self.apply(frame);
@@ -602,10 +607,13 @@ impl Replica {
         let Some(link) = self.link.as_mut().filter(|link| link.announced && !is_busy) else { return };
         link.announced = false;
         if self.superblock.data == DataState::Consistent {
+            if let Some(layer) = self.unused_history() {
+                return self.record_begin(layer, false);
+            }
             self.gap.beginning = true;
             self.actions.push_back(Action::BeginLayer(self.position));
         } else {
-            self.record_begin(self.superblock.gap);
+            self.record_begin(self.superblock.gap, false);
         }
     }
 
@@ -624,11 +632,11 @@ impl Replica {
         self.state_changes.push_back((StateChange::Release, Some(answer)));
     }
 
-    fn record_begin(&mut self, gap: u64) {
+    fn record_begin(&mut self, gap: u64, keep: bool) {
         let Some(link) = &self.link else { return };
         let (session, source) = (link.session, link.fence);
         let answer = (ResyncReady { session }.into(), session);
-        self.change_state(StateChange::Begin { source, gap }, Some(answer));
+        self.change_state(StateChange::Begin { source, gap, keep }, Some(answer));
     }
 
     /// Records a commit once its extents are in the log.
@@ -644,7 +652,8 @@ impl Replica {
             lineage.insert(0, link.generation);
         }
         let answer = (Committed { session, position }.into(), session);
-        self.state_changes.push_back((StateChange::Commit { position, lineage, mode }, Some(answer)));
+        let source = link.fence;
+        self.state_changes.push_back((StateChange::Commit { position, lineage, mode, source }, Some(answer)));
     }
 
     /// Writes the marker of the last durable epoch when the one before is durable.

@@ -86,7 +86,7 @@ pub fn record(superblock: &mut Superblock, host: HostId, position: Position) {
     superblock.fence = Fence { counter: superblock.fence.counter + 1, holder: host };
     superblock.data = DataState::Consistent;
     superblock.position = position;
-    superblock.gap = 0;
+    (superblock.gap, superblock.history) = (0, 0);
     superblock.released = false;
 }
 

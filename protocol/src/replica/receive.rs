@@ -315,13 +315,15 @@ mod tests {
             adopted: 0,
             gap: 0,
             layers: 0,
+            history: 0,
             mode: Mode::Async,
             released: false,
         };
         let settings = Settings { sector_bytes: 512, window_bytes: 1 << 20, space: SpacePolicy::Pause };
         let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
-        let (marker, maps, saved) = (Position::default(), BTreeMap::new(), Vec::new());
-        Replica::new(settings, Stored { superblock, marker, log, maps, saved })
+        let (marker, maps) = (Position::default(), BTreeMap::new());
+        let (saved, kept) = (Vec::new(), Vec::new());
+        Replica::new(settings, Stored { superblock, marker, log, maps, saved, kept })
     }
 
     fn hello(fence: Fence, generations: &str) -> Hello {

@@ -1,12 +1,14 @@
 //! Split brain: both hosts went on after a common past, and the operator decides whose content stays (L6).
 //!
 //! The host whose content goes yields: it forgets its own generations, so that the other's contain its newest one, and
-//! is brought back by the union of both maps since the fork. What it had is saved as it is overwritten, because it is
-//! consistent when the resync begins (P2).
+//! is brought back by the union of both maps since the fork. What it had is kept in a layer of pre-images, the history,
+//! for as long as the operator may want it back ([`super::undo`]).
 
 use crate::disk::dirty_map::Base;
+use crate::disk::superblock::Superblock;
 use crate::lineage;
 use crate::units::GenerationId;
+use crate::wire::message::DataState;
 
 /// The lineage of a host that yields to one with the lineage `winner`: what the two have in common, if this host's map
 /// for the other says everything that it wrote since, else none, which has everything copied. `map` is what that map
@@ -27,6 +29,36 @@ pub fn yielded(
             && lineage::map_covers(mine, base.generation, mine[fork])
     });
     if is_known { mine[fork..].to_vec() } else { Vec::new() }
+}
+
+/// Which layer is to keep what a host has that yields.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keep {
+    /// None: the host holds a mixture without a way back.
+    Nothing,
+    /// The one that leads back to it already.
+    Layer(u64),
+    /// A new one, which has to be there durably first. It takes the place of an older history.
+    NewLayer,
+}
+
+/// See [`Keep`]. `is_unused` tells whether the history that there is, if any, has no pre-image yet.
+#[must_use]
+pub fn keep(superblock: &Superblock, is_unused: bool) -> Keep {
+    match (superblock.data, superblock.gap, superblock.history) {
+        (DataState::Inconsistent, 0, _) | (DataState::Empty, _, _) => Keep::Nothing,
+        (DataState::Inconsistent, gap, _) => Keep::Layer(gap),
+        (DataState::Consistent, _, history) if history != 0 && is_unused => Keep::Layer(history),
+        (DataState::Consistent, _, _) => Keep::NewLayer,
+    }
+}
+
+/// What the superblock says once a host has yielded, in one durable write. `history` is the layer that keeps what it
+/// had; 0 for none.
+pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: u64) {
+    superblock.lineage = lineage;
+    superblock.history = history;
+    superblock.layers = superblock.layers.max(history);
 }
 
 #[cfg(test)]

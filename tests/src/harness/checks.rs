@@ -40,7 +40,10 @@ impl World {
         } else if let Some(image) = &mut it.mirror.image {
             image.check(&it.disk, host);
         } else if let Some(point) = &mut it.mirror.point {
-            point.check(&it.disk, &it.layer, host);
+            point.check(&it.disk, it.layers.get(point.layer), host);
+        }
+        if !it.is_primary() {
+            it.check_history();
         }
     }
 

@@ -71,7 +71,7 @@ impl World {
             } else if let Some(image) = &mut host.mirror.image {
                 image.check_changed(&host.disk, changed, host.number);
             } else if let Some(point) = &mut host.mirror.point {
-                point.check_changed(&host.disk, &host.layer, changed, host.number);
+                point.check_changed(&host.disk, host.layers.get(point.layer), changed, host.number);
             }
         }
         for link in self.links.ids() {

@@ -1,9 +1,11 @@
-//! The pre-images of a replica in gap mode: what it can be rolled back to (P2).
+//! The pre-images of a replica: what it can be rolled back to in gap mode (P2), and what an undo brings back (L6).
 
 use super::disk::{Disk, Value, sectors};
 use super::mirror::Image;
+use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::ranges::ByteRange;
-use std::collections::BTreeMap;
+use blockmirror_protocol::units::{GenerationId, Position};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One layer as the host's disk holds it: what sectors held when they were saved.
 #[derive(Clone, Debug, Default)]
@@ -48,6 +50,105 @@ impl Layer {
 
     fn has(&self, sector: u64) -> bool {
         self.saved.iter().any(|range| sectors(*range).contains(&sector))
+    }
+}
+
+/// The layers of a host, by their number.
+#[derive(Clone, Debug, Default)]
+pub struct Layers(BTreeMap<u64, Layer>);
+
+impl Layers {
+    /// Makes an empty layer.
+    pub fn begin(&mut self, number: u64) {
+        self.0.insert(number, Layer::new(number));
+    }
+
+    /// Removes a layer.
+    pub fn end(&mut self, number: u64) {
+        self.0.remove(&number);
+    }
+
+    /// Removes all layers but these.
+    pub fn keep(&mut self, numbers: [u64; 2]) {
+        self.0.retain(|number, _| numbers.contains(number));
+    }
+
+    /// A layer.
+    ///
+    /// # Panics
+    /// When there is none of this number.
+    #[must_use]
+    pub fn get(&self, number: u64) -> &Layer {
+        self.0.get(&number).unwrap_or_else(|| panic!("P2: there is no layer {number}"))
+    }
+
+    /// The ranges of a layer; none where the number is 0.
+    #[must_use]
+    pub fn saved(&self, number: u64) -> Vec<ByteRange> {
+        if number == 0 { Vec::new() } else { self.get(number).saved.clone() }
+    }
+
+    /// Saves what ranges held in every layer.
+    pub fn save(&mut self, ranges: &[ByteRange], contents: &BTreeMap<u64, Value>) {
+        for layer in self.0.values_mut() {
+            layer.save(ranges.to_vec(), contents.clone());
+        }
+    }
+}
+
+/// What a history leads back to (L6).
+#[derive(Clone, Debug)]
+pub struct HistoryPoint {
+    /// The layer.
+    pub layer: u64,
+    /// The generations of that time.
+    pub lineage: Vec<GenerationId>,
+    /// The position of that time.
+    pub position: Position,
+    /// Lives of primaries in which something was answered that the copy knew of.
+    pub known_lives: BTreeSet<(usize, u64)>,
+    /// What sectors may have held.
+    possible: BTreeMap<u64, BTreeSet<Value>>,
+}
+
+impl HistoryPoint {
+    /// The point that a layer leads back to, now.
+    #[must_use]
+    pub fn now(disk: &Disk, layer: &Layer, superblock: &Superblock, lives: &BTreeSet<(usize, u64)>) -> Self {
+        let touched = disk.touched().into_iter().chain(layer.contents.keys().copied());
+        let possible = touched.map(|sector| (sector, values(disk, layer, sector)));
+        Self {
+            layer: layer.number,
+            lineage: superblock.lineage.clone(),
+            position: superblock.position,
+            known_lives: lives.clone(),
+            possible: possible.collect(),
+        }
+    }
+
+    /// Checks that restoring gives what was there, also after a power loss.
+    ///
+    /// # Panics
+    /// When it might not.
+    pub fn check(&self, disk: &Disk, layer: &Layer, host: usize) {
+        let zero = BTreeSet::from([0]);
+        let touched = disk.touched().into_iter().chain(self.possible.keys().copied());
+        for sector in touched {
+            let legal = self.possible.get(&sector).unwrap_or(&zero);
+            let found = values(disk, layer, sector);
+            assert!(
+                found.is_subset(legal),
+                "L6: sector {sector} of host {host} may be {found:?} after an undo; it was one of {legal:?}"
+            );
+        }
+    }
+}
+
+/// What a sector may hold when a layer is restored.
+fn values(disk: &Disk, layer: &Layer, sector: u64) -> BTreeSet<Value> {
+    match layer.value(sector) {
+        Some(value) => BTreeSet::from([value]),
+        None => disk.possible(sector).into_iter().collect(),
     }
 }
 

@@ -5,7 +5,7 @@
 use super::application::Application;
 use super::disk::{Crash, Disk, DiskOperation};
 use super::files::{Batch, FileOperation, Files, Step};
-use super::gap::Layer;
+use super::gap::{HistoryPoint, Layers};
 use super::history::History;
 use super::links::LinkId;
 use super::mirror::Mirror;
@@ -72,8 +72,10 @@ pub struct Host {
     pub history: History,
     /// What the disk may hold, as a replica.
     pub mirror: Mirror,
-    /// The pre-images of the gap, if there is one.
-    pub layer: Layer,
+    /// The layers of pre-images: of the gap, and of the history, which may be the same.
+    pub layers: Layers,
+    /// What the history leads back to.
+    pub kept: Option<HistoryPoint>,
     /// What the disk must still hold, as a replica whose presence flushes waited for.
     pub expected: Option<Expected>,
     /// Whether an operator keeps greetings away.
@@ -133,6 +135,7 @@ impl Host {
             adopted: 0,
             gap: 0,
             layers: 0,
+            history: 0,
             mode: Mode::Async,
             released: false,
         };
@@ -149,7 +152,8 @@ impl Host {
             promises: Promises::default(),
             history: History::default(),
             mirror: Mirror::default(),
-            layer: Layer::default(),
+            layers: Layers::default(),
+            kept: None,
             expected: None,
             is_held: false,
             demotion: None,

@@ -228,7 +228,10 @@ impl Mirror {
                 self.data = DataState::Consistent;
                 self.commit_is_durable(Some(*position));
             }
-            StateChange::Follow(_) | StateChange::Generation(_) | StateChange::Release => {}
+            StateChange::Follow(_)
+            | StateChange::Generation(_)
+            | StateChange::Forget
+            | StateChange::Release => {}
         }
     }
 

@@ -46,7 +46,8 @@ impl World {
     fn change_roles(&mut self, primaries: &[usize]) {
         let hosts: Vec<usize> = (0..self.hosts.len()).collect();
         let host = self.random.pick(&hosts);
-        match (primaries.first(), self.random.below(3)) {
+        match (primaries.first(), self.random.below(4)) {
+            (_, 3) => drop(self.undo(host)),
             (Some(primary), 0) => self.demote(*primary, None),
             (Some(primary), 1) if *primary != host => self.demote(*primary, Some(host)),
             _ => self.promote(host),

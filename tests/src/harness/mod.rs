@@ -28,4 +28,5 @@ pub mod roles;
 pub mod script;
 pub mod seeds;
 pub mod settings;
+mod undo;
 pub mod world;

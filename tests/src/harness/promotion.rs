@@ -54,7 +54,7 @@ impl World {
             it.is_held = false;
             return;
         }
-        let restored = if it.superblock.gap == 0 { Vec::new() } else { it.layer.saved.clone() };
+        let restored = it.layers.saved(it.superblock.gap);
         let promotion = Promotion {
             steps: steps.into(),
             position: shell.machine.report().position,
@@ -136,7 +136,8 @@ impl World {
 
     fn restore(&mut self, host: usize) {
         let contents: Vec<(ByteRange, Data)> = {
-            let contents = self.hosts[host].layer.contents();
+            let it = &self.hosts[host];
+            let contents = it.layers.get(it.superblock.gap).contents();
             contents.map(|(range, held)| (range, Data::Sparse(held))).collect()
         };
         for (range, data) in contents {
@@ -165,6 +166,7 @@ impl World {
             other.expected.take_if(|expected| expected.primary == host);
         }
         let it = &mut self.hosts[host];
+        it.kept = None;
         it.mirror = Mirror::default();
         it.mirror.data = DataState::Consistent;
         self.differences.forget(host);

@@ -2,7 +2,6 @@
 
 use super::disk::{Data, DiskOperation, Ended, Value};
 use super::files::{Batch, FileOperation};
-use super::gap::Layer;
 use super::host::{Host, Shell, host_id};
 use super::links::{Channel, LinkId, Packet};
 use super::primary::digest;
@@ -64,13 +63,15 @@ impl ReplicaShell {
         let maps = (0..hosts).filter(|peer| *peer != host.number);
         let maps = maps.map(|peer| (host_id(peer), host.recover_map(peer)));
         let is_known = |map: &DirtyMap| !map.base().is_none();
-        let saved = if superblock.gap == 0 { Vec::new() } else { host.layer.saved.clone() };
+        let saved = host.layers.saved(superblock.gap);
+        let kept = host.layers.saved(superblock.history);
         let stored = replica::Stored {
             superblock,
             marker: position,
             log: host.recover_log(),
             maps: maps.filter(|(_, map)| is_known(map)).collect(),
             saved,
+            kept,
         };
         Self {
             machine: Replica::new(settings, stored),
@@ -109,6 +110,7 @@ impl World {
     /// Opens a host's volume as a replica.
     pub(super) fn start_replica(&mut self, host: usize) {
         let it = &mut self.hosts[host];
+        it.recover_history();
         let Superblock { data, position, gap, .. } = it.superblock;
         it.mirror.recovered(data, position, gap);
         let (window, space) = (self.settings.window_bytes, self.settings.space);
@@ -262,10 +264,7 @@ impl World {
                 self.start_replica_file(host, LAYERS, VecDeque::new(), FileWork::Saved(ranges, contents));
             }
             Action::EndLayer(number) => {
-                let it = &mut self.hosts[host];
-                if it.layer.number == number {
-                    it.layer = Layer::default();
-                }
+                self.hosts[host].layers.end(number);
             }
             Action::ReadDigest { frame, range } => {
                 let id = self.start_replica_disk(host, DiskWork::Digest(frame, range));
@@ -341,14 +340,14 @@ impl World {
             FileWork::Layer(number) => {
                 let begun = saved(good, is_full);
                 if begun == Saved::Done {
-                    it.layer = Layer::new(number);
+                    it.layers.begin(number);
                 }
                 shell.machine.handle_layer_begun(begun);
             }
             FileWork::Saved(ranges, contents) => {
                 let outcome = saved(good, is_full);
                 if outcome == Saved::Done {
-                    it.layer.save(ranges, contents);
+                    it.layers.save(&ranges, &contents);
                 }
                 shell.machine.handle_saved(outcome);
             }
@@ -356,6 +355,7 @@ impl World {
                 shell.machine.handle_state_written(good);
                 if good {
                     it.superblock_written();
+                    it.note_history(&change);
                     it.mirror.state_is_durable(&change);
                     if matches!(change, StateChange::Commit { .. }) {
                         it.expected.take_if(|expected| Some(expected.primary) != source);

@@ -28,6 +28,19 @@ impl World {
         }
         let end = self.now + SETTLING;
         self.make_room();
+        self.come_to_rest(end);
+        // An operator has second thoughts, and then decides for one of the two again.
+        let undone: Vec<usize> = (0..self.hosts.len()).filter(|host| self.undo(*host)).collect();
+        if !undone.is_empty() {
+            let host = self.random.pick(&undone);
+            if self.random.once_in(2) {
+                self.promote(host);
+            }
+            self.come_to_rest(self.now + SETTLING);
+        }
+    }
+
+    fn come_to_rest(&mut self, end: Duration) {
         self.agree_on_primary();
         while !self.is_settled() {
             assert!(self.step(end), "R2: the hosts do not come to rest: {}", self.describe());

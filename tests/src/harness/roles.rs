@@ -191,7 +191,8 @@ impl World {
         it.recover_superblock();
         let base = it.recover_map(primary).base();
         let lineage = resolve::yielded(&it.superblock.lineage, &winner, Some(base), it.superblock.adopted);
-        it.superblock.lineage = lineage;
+        let history = it.keep_what_it_has();
+        resolve::record(&mut it.superblock, lineage, history);
         it.expected = None;
         it.write_superblock_now();
         let known = self.hosts[primary].known_lives.clone();
@@ -217,7 +218,7 @@ impl World {
 }
 
 /// A generation's name.
-fn generation(host: usize, number: u64) -> GenerationId {
+pub(super) fn generation(host: usize, number: u64) -> GenerationId {
     let mut generation = GenerationId([host as u8; 16]);
     generation.0[..8].copy_from_slice(&number.to_le_bytes());
     generation

@@ -221,10 +221,28 @@ impl Operations for Fake {
             spares: Stake { blocks: None, bytes: None },
             in_sync_at: None,
             copies_everything: false,
+            undo: Some("blockmirror undo data".to_owned()),
             verdict: "keeping b's content gives up 40K".to_owned(),
             alternative: "keeping this host's content would give up nothing".to_owned(),
             action: "none".to_owned(),
         })
+    }
+
+    /// Nothing is kept of "other".
+    async fn undo(&self, volume: Name) -> Result<Undoing, Failure> {
+        self.note(format!("undo {volume}"));
+        let status = self.find(&volume)?.clone();
+        if volume.as_str() == "other" {
+            return Err(Failure::new(FailureKind::Refused, "nothing is kept here"));
+        }
+        let schema = UNDOING_SCHEMA.to_owned();
+        Ok(Undoing { schema, volume: status, restored_bytes: 12 << 20, back_to: 1_000_000_000 })
+    }
+
+    async fn forget(&self, volume: Name) -> Result<Forgetting, Failure> {
+        self.note(format!("forget {volume}"));
+        let status = self.find(&volume)?.clone();
+        Ok(Forgetting { schema: FORGETTING_SCHEMA.to_owned(), volume: status, forgotten_bytes: 12 << 20 })
     }
 
     /// The copy of "other" differs.

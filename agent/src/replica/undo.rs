@@ -1,0 +1,94 @@
+//! What the operator gives up on this host, and brings back (L6): a layer of pre-images keeps it in between.
+
+use super::Replica;
+use super::gap::saved_in;
+use super::promotion::{Progress, PromotionError};
+use crate::pre_images::Layer;
+use crate::storage;
+use crate::transport::key;
+use blockmirror_protocol::replica::resolve::{self, Keep};
+use blockmirror_protocol::replica::undo::{self, Step};
+use blockmirror_protocol::units::{GenerationId, HostId};
+
+impl Replica {
+    /// Gives this host's own generations up, durably, and keeps what it has for an undo. The session is over and nothing
+    /// is being written ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. Says
+    /// whether it can be undone.
+    ///
+    /// # Errors
+    /// [`PromotionError`] when there is no room to keep it, or something can't be written; nothing is given up then.
+    pub async fn yield_to(&self, lineage: Vec<GenerationId>) -> Result<bool, PromotionError> {
+        let superblock = self.state.superblock();
+        let is_unused = saved_in(&self.layers.lock().await, superblock.history).is_empty();
+        let history = match resolve::keep(&superblock, is_unused) {
+            Keep::Nothing => 0,
+            Keep::Layer(layer) => layer,
+            Keep::NewLayer => {
+                // What was kept before makes room.
+                let older = superblock.history;
+                if older != 0 {
+                    self.state.change_superblock(|superblock| superblock.history = 0).await?;
+                    self.end_layer(older).await;
+                }
+                storage::sync(&*self.storage, &self.backing).await?;
+                self.try_begin_layer(self.report().position).await?
+            }
+        };
+        self.state.change_superblock(|superblock| resolve::record(superblock, lineage, history)).await?;
+        Ok(history != 0)
+    }
+
+    /// Makes this copy what it was before its content was given up, durably; as for [`Replica::yield_to`] otherwise.
+    ///
+    /// # Errors
+    /// [`PromotionError`]; it can be undone again, unless there was nothing to bring back.
+    pub async fn undo(&self, peers: &[HostId], progress: &Progress) -> Result<(), PromotionError> {
+        let superblock = self.state.superblock();
+        let steps = undo::steps(&superblock)?;
+        let number = superblock.history;
+        let (header, saved) = {
+            let layers = self.layers.lock().await;
+            let layer = layers.iter().find(|layer| layer.header().layer == number);
+            let layer = layer.expect("a history has a layer");
+            (layer.header().clone(), layer.saved().collect::<Vec<_>>())
+        };
+        for step in steps {
+            match step {
+                Step::WriteMaps => self.state.write_undone_maps(peers, &header.lineage, &saved).await?,
+                Step::Begin => {
+                    let own = GenerationId(key::random());
+                    self.state
+                        .change_superblock(|superblock| undo::begin(superblock, &header.lineage, own))
+                        .await?;
+                }
+                Step::Restore => self.restore(number, progress).await?,
+                Step::Sync => storage::sync(&*self.storage, &self.backing).await?,
+                Step::Record => {
+                    self.state.change_superblock(|superblock| undo::record(superblock, header.point)).await?;
+                }
+            }
+        }
+        for layer in [superblock.gap, number].into_iter().filter(|layer| *layer != 0) {
+            self.end_layer(layer).await;
+        }
+        Ok(())
+    }
+
+    /// Gives up what was kept for undo, durably. Says whether there was anything. What is being received goes on.
+    pub async fn forget(&self) -> bool {
+        if self.state.superblock().history == 0 {
+            return false;
+        }
+        let told = self.forgotten.notified();
+        self.drive(|inner| inner.machine.forget_history());
+        told.await;
+        true
+    }
+
+    /// How many bytes were saved for undo.
+    pub async fn kept_bytes(&self) -> u64 {
+        let layers = self.layers.lock().await;
+        let kept = layers.iter().filter(|layer| layer.header().layer == self.state.superblock().history);
+        kept.flat_map(Layer::saved).map(|range| range.length).sum()
+    }
+}

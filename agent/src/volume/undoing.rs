@@ -1,0 +1,88 @@
+//! `undo` and `forget`: what this host had before its content was given up comes back, or is given up for good (L6).
+
+use super::changes::{Next, failed, refused};
+use super::{Answer, OpenRole, Volume};
+use crate::control::api::Failure;
+use crate::replica::Replica;
+use crate::words::with_causes;
+use std::rc::Rc;
+use tokio::task::spawn_local;
+
+/// An undo that was carried out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Undone {
+    /// How much was restored, in bytes.
+    pub restored_bytes: u64,
+    /// When the content was so, in seconds since 1970.
+    pub back_to: u64,
+}
+
+impl Volume {
+    /// Restores what this host had.
+    pub(super) fn undo(&mut self, answer: Answer<Undone>) {
+        let replica = match self.undoable() {
+            Ok(replica) => replica,
+            Err(failure) => return drop(answer.send(Err(failure))),
+        };
+        let hands = self.begin_change("being undone");
+        spawn_local(async move {
+            replica.close().await;
+            let back_to = replica.history_point().map_or(0, |(began, _)| began);
+            let restored_bytes = replica.kept_bytes().await;
+            let done = replica.undo(&hands.hosts(), &hands.progress).await;
+            drop(replica);
+            let done = done.map(|()| Undone { restored_bytes, back_to });
+            let done = done.map_err(|error| failed(with_causes(&error)));
+            hands.end(Next::Reopen, move |_| drop(answer.send(done)));
+        });
+    }
+
+    fn undoable(&self) -> Result<Rc<Replica>, Failure> {
+        let replica = self.keeper()?;
+        if replica.is_recovering() {
+            return Err(refused("a recovery reads this replica; wait for its end, or interrupt it"));
+        }
+        if replica.report().connected {
+            let (volume, fence) = (self.name(), replica.state().superblock().fence);
+            let primary = self.name_of(fence.holder);
+            return Err(refused(format!(
+                "{primary} is connected and writes here; first: blockmirror pause {volume} {primary}"
+            )));
+        }
+        Ok(replica)
+    }
+
+    /// Gives up what is kept for undo; says how many bytes that were.
+    pub(super) fn forget(&self, answer: Answer<u64>) {
+        let replica = match self.keeper() {
+            Ok(replica) => replica,
+            Err(failure) => return drop(answer.send(Err(failure))),
+        };
+        spawn_local(async move {
+            let bytes = replica.kept_bytes().await;
+            replica.forget().await;
+            let is_gone = replica.state().superblock().history == 0;
+            let text = || failed("it can't be recorded that nothing is kept; see the agent's log");
+            drop(answer.send(if is_gone { Ok(bytes) } else { Err(text()) }));
+        });
+    }
+
+    /// The replica, if it keeps anything for undo.
+    fn keeper(&self) -> Result<Rc<Replica>, Failure> {
+        match &self.role {
+            OpenRole::Replica(replica) if replica.has_failed() => Err(failed(format!(
+                "this replica's backing has failed ({}); check the disk, then restart the agent",
+                replica.error().unwrap_or_default()
+            ))),
+            OpenRole::Replica(replica) if replica.state().superblock().history == 0 => {
+                Err(refused("nothing is kept here that could be brought back"))
+            }
+            OpenRole::Replica(replica) => Ok(replica.clone()),
+            OpenRole::Primary(..) => {
+                Err(refused("this host is the primary; a promotion gives up what was kept for undo"))
+            }
+            OpenRole::Changing(change) => Err(refused(format!("this host is just {}", change.words))),
+            OpenRole::Closed(text) => Err(failed(format!("the volume is not open here: {text}"))),
+        }
+    }
+}
