@@ -46,11 +46,15 @@ pub enum Bug {
     OverwriteUnsaved,
     /// A flush in sync mode does not wait for the replica (W4).
     AnswerEarly,
+    /// What was kept for undo does not get what is overwritten after the commit (L6).
+    KeepUntilCommit,
+    /// An undo restores blocks that no map remembers (L6, D3).
+    UndoUnmarked,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -69,6 +73,8 @@ impl Bug {
         Self::TakeForEqual,
         Self::OverwriteUnsaved,
         Self::AnswerEarly,
+        Self::KeepUntilCommit,
+        Self::UndoUnmarked,
     ];
 }
 

@@ -15,6 +15,7 @@ use super::{Action, FrameId, Replica, StateChange};
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{BlockSize, HostId};
 use crate::wire::message::{Refusal, Refused};
@@ -125,7 +126,7 @@ impl Replica {
 
     /// Whether overwriting must be preceded by saving.
     pub(super) fn saves(&self) -> bool {
-        self.is_in_gap() || self.superblock.history != 0
+        self.is_in_gap() || self.superblock.history != 0 && !planted(Bug::KeepUntilCommit)
     }
 
     /// What must be saved before this range is overwritten, in whole blocks; some may come twice.

@@ -9,6 +9,7 @@ use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
 use crate::lineage;
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{GenerationId, HostId, Position};
 use crate::wire::message::DataState;
@@ -77,7 +78,7 @@ pub fn map_for(
             }
         }
     }
-    for range in restored {
+    for range in restored.iter().filter(|_| !planted(Bug::UndoUnmarked)) {
         map.mark(range.blocks(superblock.block_size));
     }
     map
