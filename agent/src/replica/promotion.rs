@@ -41,7 +41,7 @@ pub enum PromotionError {
     #[error(transparent)]
     Storage(#[from] storage::Error),
     /// The agent ends; the next promotion begins anew.
-    #[error("the agent stops before the rollback has ended; promote again when it runs")]
+    #[error("the agent stops before everything is restored; run the same command again when it runs")]
     Interrupted,
 }
 

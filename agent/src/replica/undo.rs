@@ -9,6 +9,10 @@ use crate::transport::key;
 use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::undo::{self, Step};
 use blockmirror_protocol::units::{GenerationId, HostId};
+use std::time::Duration;
+
+/// How long it may take to record that nothing is kept any more.
+const FORGET_TIME: Duration = Duration::from_secs(10);
 
 impl Replica {
     /// Gives this host's own generations up, durably, and keeps what it has for an undo. The session is over and nothing
@@ -74,15 +78,15 @@ impl Replica {
         Ok(())
     }
 
-    /// Gives up what was kept for undo, durably. Says whether there was anything. What is being received goes on.
+    /// Gives up what was kept for undo, durably. Says whether that was done; what is being received goes on.
     pub async fn forget(&self) -> bool {
         if self.state.superblock().history == 0 {
             return false;
         }
         let told = self.forgotten.notified();
         self.drive(|inner| inner.machine.forget_history());
-        told.await;
-        true
+        // A replica whose disk fails meanwhile records nothing any more.
+        tokio::time::timeout(FORGET_TIME, told).await.is_ok()
     }
 
     /// How many bytes were saved for undo.
