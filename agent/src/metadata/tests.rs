@@ -31,6 +31,7 @@ fn superblock() -> Superblock {
         adopted: 1,
         gap: 0,
         layers: 0,
+        history: 0,
         mode: Mode::Async,
         released: false,
     }
