@@ -2,6 +2,7 @@
 
 use blockmirror_agent::config::Role;
 use blockmirror_agent::control::api::{PeerState, Resolution, Undoing, VolumeState};
+use blockmirror_agent::quantity::Size;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
 use blockmirror_tests::machines::host::Host;
@@ -207,11 +208,7 @@ fn what_is_kept_for_undo_outlives_restarts_and_is_forgotten_on_demand() {
 fn a_history_that_finds_no_room_is_given_up_and_not_the_replica() {
     let (mut mirror, mut random) = split();
     mirror.primary.stop();
-    let file = mirror.primary.path("config/volumes/data.toml");
-    let text = fs::read_to_string(&file).expect("the volume's file");
-    let small =
-        text.lines().map(|line| if line.starts_with("pre_images") { "pre_images = \"1M\"" } else { line });
-    fs::write(&file, small.collect::<Vec<_>>().join("\n")).expect("the volume's file");
+    mirror.primary.configure(|volume| volume.pre_images = Size(1 << 20));
     mirror.primary.start();
     let (a, b) = (&mirror.primary, mirror.replica());
     a.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);

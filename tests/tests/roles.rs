@@ -2,6 +2,7 @@
 
 use blockmirror_agent::config::{ConfigFolder, Role};
 use blockmirror_agent::control::api::{Connection, PeerState, Promotion, Switch, VolumeState};
+use blockmirror_agent::quantity::Size;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
 use blockmirror_tests::machines::folder::Folder;
@@ -106,6 +107,22 @@ fn a_replica_takes_the_place_of_a_killed_primary_which_comes_back_as_its_replica
     mirror.primary.start();
     assert_identical(mirror.replica(), &mirror.primary);
     assert_eq!(mirror.replica().status().facts.succession.fence, Some(2));
+}
+
+#[test]
+fn a_replica_that_knows_that_it_is_behind_is_not_promoted_as_one_in_sync() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    set_sync(&mirror);
+    mirror.replica_mut().stop();
+    scatter(&mut mirror.client(), &mut Random::new(1), 64 * MIB / BLOCK_BYTES, 10);
+    // It comes back, hears of what it lacks, and can take none of it.
+    mirror.replica().configure(|volume| volume.pre_images = Size(0));
+    mirror.replica_mut().start();
+    mirror.replica().wait_until("it has no room", |status| status.facts.succession.is_full);
+    mirror.primary.kill();
+    let b = mirror.replica();
+    b.wait_until("the loss is noticed", |status| status.facts.peers[0].connection != Connection::Connected);
+    b.refuse(&["promote", "data"], 5, &["was not in sync in the mode sync", "--force"]);
 }
 
 #[test]
@@ -232,7 +249,7 @@ fn a_promotion_that_could_lose_or_split_something_is_refused_with_the_reason() {
     mirror.primary.kill();
     let b = mirror.replica();
     b.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
-    b.refuse(&["promote", "data"], 5, &["in the mode async", "--force"]);
+    b.refuse(&["promote", "data"], 5, &["not in sync in the mode sync", "--force"]);
     b.succeed(&["promote", "data", "--force"]);
     assert_eq!(b.status().facts.role, Role::Primary);
 }

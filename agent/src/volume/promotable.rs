@@ -88,10 +88,10 @@ impl Candidate {
         match self.superblock.mode {
             Mode::Sync => None,
             Mode::Async | Mode::SemiSync => Some(format!(
-                "the primary does not answer (this host last heard of it {} ago), and in the mode {} what it wrote \
-                 last may be missing here: all after epoch {}; --force promotes this copy without that",
+                "the primary does not answer (this host last heard of it {} ago), and when it did, this copy was not \
+                 in sync in the mode sync: what was written last may be missing here, all after epoch {}; \
+                 --force promotes this copy without that",
                 Seconds(self.link_seconds),
-                crate::config::Mode::from(self.superblock.mode),
                 self.position.epoch,
             )),
         }
@@ -244,7 +244,7 @@ mod tests {
             ),
             (gap, vec![silent()], "--force rolls it back to 01:44:40 UTC, 2m ago"),
             (candidate(Mode::Async), vec![silent()], "last heard of it 1m 30s ago"),
-            (candidate(Mode::SemiSync), vec![silent()], "in the mode semi-sync"),
+            (candidate(Mode::SemiSync), vec![silent()], "was not in sync in the mode sync"),
             (demoted, vec![silent()], "a may have been promoted since this host was demoted"),
         ] {
             let text = candidate.objection(&answers).unwrap_or_default();

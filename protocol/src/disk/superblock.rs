@@ -116,7 +116,8 @@ pub struct Superblock {
     /// The layer that keeps what this host had before its content was given up, so that this can be undone (L6); else 0.
     /// It may be that of the gap as well.
     pub history: u64,
-    /// The mode that the replica was last committed in (W4).
+    /// The mode that the replica was last committed in (W4); async from when it knows that something was replied without
+    /// it.
     pub mode: Mode,
     /// Whether the primary was demoted when this replica had everything: whoever is promoted next loses nothing.
     pub released: bool,

@@ -168,7 +168,7 @@ impl Replica {
         self.actions.push_back(Action::WriteLog { offset, record: Box::new(record) });
     }
 
-    /// Gives up the frames that wait for the log, when their session ends.
+    /// Gives up what waits for the log, when its session ends.
     pub(super) fn drop_unlogged(&mut self) {
         let claimed = std::mem::take(&mut self.log.claimed);
         for frame in &claimed {
@@ -177,5 +177,6 @@ impl Replica {
         self.forget_unclaimed(claimed);
         let homeless: Vec<FrameId> = self.log.homeless.drain(..).collect();
         self.forget_unclaimed(homeless);
+        self.log.adopting = None;
     }
 }

@@ -10,6 +10,9 @@ use crate::wire::message::{DataState, Fence, Mode};
 pub enum StateChange {
     /// A primary of this fence greeted: lower ones are refused from now on, and nobody was demoted for us any more (L5).
     Follow(Fence),
+    /// The primary went on without this replica, which so may lack what was replied: it counts for nothing until a
+    /// commit.
+    Behind,
     /// A resync begins: the content is no legal image until its commit, and the layer of pre-images, if there is one,
     /// leads back to what was (P1, P2).
     Begin {
@@ -46,6 +49,7 @@ impl StateChange {
     pub fn apply(&self, superblock: &mut Superblock) {
         match self {
             Self::Follow(fence) => (superblock.fence, superblock.released) = (*fence, false),
+            Self::Behind => superblock.mode = Mode::Async,
             Self::Begin { source, gap, keep } => {
                 superblock.data = DataState::Inconsistent;
                 superblock.source = *source;

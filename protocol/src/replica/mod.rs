@@ -457,7 +457,10 @@ impl Replica {
                     (link.beginning, link.generation) = (false, generation);
                 }
             }
-            StateChange::Follow(_) | StateChange::Begin { .. } | StateChange::Release => {}
+            StateChange::Follow(_)
+            | StateChange::Behind
+            | StateChange::Begin { .. }
+            | StateChange::Release => {}
         }
         if let Some((answer, session)) = answer
             && self.link.as_ref().is_some_and(|link| link.session == session)

@@ -15,7 +15,7 @@ use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{GenerationId, HostId, Position};
-use crate::wire::message::{DataState, Fence};
+use crate::wire::message::{DataState, Fence, Mode};
 
 /// Why a replica can't be promoted, whatever it would lose.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -106,4 +106,5 @@ pub fn record_demotion(
     superblock.fence = fence;
     superblock.source = fence;
     superblock.position = position;
+    superblock.mode = Mode::Async;
 }

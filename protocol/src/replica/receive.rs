@@ -15,7 +15,7 @@ use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{Epoch, Sequence};
 use crate::wire::message::{
-    DataState, Fence, Hello, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
+    DataState, Fence, Hello, Mode, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
 };
 use crate::wire::{Body, FrameHeader, VERSIONS};
 use std::collections::VecDeque;
@@ -117,6 +117,11 @@ impl Replica {
             let follow = StateChange::Follow(hello.fence);
             self.greeting = Some(hello);
             return self.change_state(follow, None);
+        }
+        if self.superblock.mode != Mode::Async && hello.lineage.first() != self.superblock.lineage.first() {
+            // Something was replied without this replica, which begins a generation (L1).
+            self.greeting = Some(hello);
+            return self.change_state(StateChange::Behind, None);
         }
         self.log.is_wanted = hello.members.len() > 2 && !planted(Bug::TakeForEqual);
         self.last_session = hello.session;
@@ -287,7 +292,7 @@ mod tests {
     use crate::units::{
         BlockSize, CopyId, GenerationId, HostId, Position, Session as SessionNumber, Stream, VolumeId,
     };
-    use crate::wire::message::Mode;
+    use crate::wire::message::Message;
     use std::collections::{BTreeMap, BTreeSet};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
@@ -368,6 +373,24 @@ mod tests {
             replica.greet(hello(old, "ca"));
             let told = Superseded { fence: fence(2, 2) };
             assert_eq!(replica.poll_action(), Some(Action::Send(told.into())));
+        }
+    }
+
+    #[test]
+    fn a_copy_that_is_told_of_replies_without_it_counts_no_more() {
+        for (theirs, mode) in [("a", Mode::Sync), ("ba", Mode::Async)] {
+            let mut replica = replica("a");
+            replica.superblock.mode = Mode::Sync;
+            replica.greet(hello(fence(2, 2), theirs));
+            loop {
+                match replica.poll_action().expect("it answers") {
+                    Action::WriteState(_) => replica.handle_state_written(true),
+                    Action::Send(Message::Welcome(_)) => break,
+                    Action::WriteLog { .. } => replica.handle_log_written(true),
+                    _ => panic!("it has nothing else to do"),
+                }
+            }
+            assert_eq!(replica.superblock.mode, mode, "durably, before it answers");
         }
     }
 }

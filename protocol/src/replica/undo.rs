@@ -12,7 +12,7 @@ use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{GenerationId, HostId, Position};
-use crate::wire::message::DataState;
+use crate::wire::message::{DataState, Mode};
 
 /// Why nothing can be undone.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -95,7 +95,7 @@ pub fn begin(superblock: &mut Superblock, before: &[GenerationId], own: Generati
     }
     superblock.data = DataState::Inconsistent;
     superblock.gap = superblock.history;
-    superblock.released = false;
+    (superblock.mode, superblock.released) = (Mode::Async, false);
 }
 
 /// What the superblock says when the history is restored; `point` is the position to which it leads back.
@@ -109,7 +109,7 @@ pub fn record(superblock: &mut Superblock, point: Position) {
 mod tests {
     use super::*;
     use crate::units::{BlockSize, CopyId, Session, VolumeId};
-    use crate::wire::message::{Fence, Mode};
+    use crate::wire::message::Fence;
 
     const B: HostId = HostId([2; 32]);
 

@@ -229,6 +229,7 @@ impl Mirror {
                 self.commit_is_durable(Some(*position));
             }
             StateChange::Follow(_)
+            | StateChange::Behind
             | StateChange::Generation(_)
             | StateChange::Forget
             | StateChange::Release => {}

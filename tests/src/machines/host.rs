@@ -4,6 +4,7 @@ use super::folder::Folder;
 use super::patience::until;
 use super::programs::{own, text};
 use super::relay::Relay;
+use blockmirror_agent::config::{ConfigFolder, VolumeConfig};
 use blockmirror_agent::control::api::{StatusReply, VolumeStatus};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
@@ -122,6 +123,17 @@ impl Host {
     #[must_use]
     pub fn state(&self, name: &str) -> PathBuf {
         self.path("state/data").join(name)
+    }
+
+    /// Changes the volume's configuration, which the agent reads when it starts.
+    ///
+    /// # Panics
+    /// When the file is not right, or can't be written.
+    pub fn configure(&self, change: impl FnOnce(&mut VolumeConfig)) {
+        let folder = ConfigFolder::new(self.path("config"));
+        let mut volume = folder.load_volume(&"data".parse().expect("a name")).expect("the file is right");
+        change(&mut volume);
+        folder.save_volume(&volume).expect("the file can be written");
     }
 
     /// Starts the agent, and waits until it answers.

@@ -5,7 +5,7 @@ use super::disk::{assert_identical, superblock};
 use super::ledger::Moment;
 use crate::machines::folder::Folder;
 use crate::machines::host::Host;
-use blockmirror_agent::config::{ConfigFolder, Mode};
+use blockmirror_agent::config::Mode;
 use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus};
 use blockmirror_protocol::units::GenerationId;
 
@@ -92,11 +92,7 @@ pub(super) fn make(folder: &Folder, names: &[&str], size_bytes: u64, mode: Mode)
 
 /// What the host does for each other one while it is the primary.
 fn set_mode(host: &Host, mode: Mode) {
-    let folder = ConfigFolder::new(host.path("config"));
-    let mut volume =
-        folder.load_volume(&"data".parse().expect("a name")).expect("the volume's file is right");
-    volume.peers.iter_mut().for_each(|peer| peer.mode = mode);
-    folder.save_volume(&volume).expect("the volume's file can be written");
+    host.configure(|volume| volume.peers.iter_mut().for_each(|peer| peer.mode = mode));
 }
 
 fn wait_until_in_sync(primary: &Host) {
