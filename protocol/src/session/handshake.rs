@@ -209,8 +209,9 @@ impl Greeting {
         let is_same_copy = base.copy == welcome.copy || base.copy.is_none() && !base.generation.is_none();
         let theirs = welcome.lineage.first().copied().unwrap_or_default();
         let is_covered = match welcome.data {
-            // A copy that was never in sync has no generation yet; its map was kept since its first session.
-            DataState::Inconsistent if welcome.lineage.is_empty() => base.copy == welcome.copy,
+            // A copy that was never in sync has no generation yet; its map was kept since its first session. One that
+            // gave its generations up (L6) has none either, and followed another primary.
+            DataState::Inconsistent if welcome.lineage.is_empty() => welcome.source == self.fence,
             _ => lineage::map_covers(&self.lineage, base.generation, theirs),
         };
         is_known && is_same_copy && is_covered && base.adopted == self.adopted
@@ -224,4 +225,69 @@ pub enum Handled {
     Nothing,
     /// To judge overlap in sectors of at least so many bytes (W1).
     Sector(u32),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{HostId, Position};
+
+    fn lineage(text: &str) -> Vec<GenerationId> {
+        text.bytes().map(|byte| GenerationId([byte; 16])).collect()
+    }
+
+    fn fence(holder: u8) -> Fence {
+        Fence { counter: 2, holder: HostId([holder; 32]) }
+    }
+
+    /// What a replica answers that holds this of the primary with that fence.
+    fn welcome(data: DataState, can_roll_back: bool, source: Fence, generations: &str) -> Welcome {
+        Welcome {
+            version: VERSIONS.1,
+            features: 0,
+            session: SessionNumber(1),
+            copy: CopyId([2; 16]),
+            data,
+            can_roll_back,
+            source,
+            marker: Position::default(),
+            fence: fence(1),
+            lineage: lineage(generations),
+            sector_bytes: 512,
+            window_bytes: 1 << 20,
+        }
+    }
+
+    #[test]
+    fn a_map_is_believed_only_for_what_the_copy_was_when_it_began() {
+        let greeting = Greeting {
+            session: SessionNumber(1),
+            stream: Stream(1),
+            fence: fence(1),
+            adopted: 0,
+            lineage: lineage("ba"),
+            welcome: None,
+        };
+        let base = Base { copy: CopyId([2; 16]), generation: GenerationId([b'a'; 16]), adopted: 0 };
+        let (consistent, mixture) = (DataState::Consistent, DataState::Inconsistent);
+        for (welcome, is_believed) in [
+            (welcome(consistent, false, fence(1), "a"), true),
+            (welcome(consistent, false, fence(1), "x"), false),
+            (welcome(consistent, false, fence(1), ""), false),
+            (welcome(DataState::Empty, false, fence(1), ""), false),
+            (welcome(mixture, true, fence(1), "a"), true),
+            (welcome(mixture, true, fence(2), "a"), true),
+            (welcome(mixture, false, fence(2), "a"), false),
+            // Its first sync was interrupted.
+            (welcome(mixture, false, fence(1), ""), true),
+            // It followed another primary, and gave that history up in the middle of a resync.
+            (welcome(mixture, true, fence(2), ""), false),
+        ] {
+            assert_eq!(greeting.vouches_for(base, &welcome), is_believed, "{welcome:?}");
+        }
+        let other = Base { copy: CopyId([3; 16]), ..base };
+        assert!(!greeting.vouches_for(other, &welcome(consistent, false, fence(1), "a")));
+        let adopted = Base { adopted: 1, ..base };
+        assert!(!greeting.vouches_for(adopted, &welcome(consistent, false, fence(1), "a")));
+    }
 }
