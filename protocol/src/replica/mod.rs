@@ -682,11 +682,13 @@ impl Replica {
             if let Body::EpochEnd { epoch, sequence, cut } = body {
                 link.ended = Some(Ended { epoch, sequence, cut });
             } else if let Body::Generation { generation } = body {
-                if self.superblock.data == DataState::Consistent {
+                let is_committing =
+                    self.state_changes.iter().any(|(change, _)| matches!(change, StateChange::Commit { .. }));
+                if self.superblock.data == DataState::Consistent || is_committing {
                     link.beginning = true;
                     self.state_changes.push_back((StateChange::Generation(generation), None));
                 } else {
-                    // A commit brings it.
+                    // A commit that is not being recorded yet brings it.
                     link.generation = generation;
                 }
             } else {

@@ -289,10 +289,11 @@ mod tests {
     use super::*;
     use crate::disk::activity_log::Recovered;
     use crate::disk::superblock::Role;
+    use crate::ranges::ByteRange;
     use crate::units::{
         BlockSize, CopyId, GenerationId, HostId, Position, Session as SessionNumber, Stream, VolumeId,
     };
-    use crate::wire::message::Message;
+    use crate::wire::message::{Commit, Message};
     use std::collections::{BTreeMap, BTreeSet};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
@@ -376,21 +377,55 @@ mod tests {
         }
     }
 
+    /// Does what the replica asks for, up to what is wanted.
+    fn drive(replica: &mut Replica, is_wanted: impl Fn(&Action) -> bool) -> Action {
+        loop {
+            match replica.poll_action().expect("it has something to do") {
+                action if is_wanted(&action) => return action,
+                Action::WriteState(_) => replica.handle_state_written(true),
+                Action::WriteLog { .. } => replica.handle_log_written(true),
+                Action::Send(_) | Action::EndLayer(_) | Action::Drop(_) => {}
+                _ => panic!("it has nothing else to do"),
+            }
+        }
+    }
+
+    fn is_welcome(action: &Action) -> bool {
+        matches!(action, Action::Send(Message::Welcome(_)))
+    }
+
     #[test]
     fn a_copy_that_is_told_of_replies_without_it_counts_no_more() {
         for (theirs, mode) in [("a", Mode::Sync), ("ba", Mode::Async)] {
             let mut replica = replica("a");
             replica.superblock.mode = Mode::Sync;
             replica.greet(hello(fence(2, 2), theirs));
-            loop {
-                match replica.poll_action().expect("it answers") {
-                    Action::WriteState(_) => replica.handle_state_written(true),
-                    Action::Send(Message::Welcome(_)) => break,
-                    Action::WriteLog { .. } => replica.handle_log_written(true),
-                    _ => panic!("it has nothing else to do"),
-                }
-            }
+            drive(&mut replica, is_welcome);
             assert_eq!(replica.superblock.mode, mode, "durably, before it answers");
         }
+    }
+
+    #[test]
+    fn a_generation_that_begins_while_a_commit_is_recorded_is_recorded_before_its_first_write() {
+        let mut replica = replica("a");
+        replica.superblock.data = DataState::Inconsistent;
+        replica.greet(hello(fence(2, 2), "a"));
+        drive(&mut replica, is_welcome);
+        let session = SessionNumber(1);
+        let position = Position { generation: lineage("a")[0], epoch: Epoch(1), sequence: Sequence(0) };
+        let (active, mode) = (Vec::new(), Mode::Async);
+        let commit = Commit { session, position, lineage: lineage("a"), active, mode };
+        replica.handle_message(commit.into()).unwrap();
+        drive(&mut replica, |action| matches!(action, Action::WriteState(StateChange::Commit { .. })));
+        let range = ByteRange::new(0, 512);
+        let write = Body::Write { range, epoch: Epoch(2), sequence: Sequence(1) };
+        for (frame, body) in [Body::Generation { generation: lineage("b")[0] }, write].into_iter().enumerate()
+        {
+            let header = FrameHeader { session, stream: Stream(1), body };
+            replica.handle_frame(FrameId(frame as u64), header).unwrap();
+        }
+        replica.handle_state_written(true);
+        drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
+        assert_eq!(replica.superblock.lineage, lineage("ba"));
     }
 }
