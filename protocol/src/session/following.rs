@@ -125,14 +125,6 @@ impl Session {
         }
     }
 
-    /// The last epoch that is durable on an in-sync replica.
-    pub(crate) fn durable(&self) -> Epoch {
-        match &self.state {
-            State::Linked(link) => link.durable,
-            _ => Epoch(0),
-        }
-    }
-
     /// Whether the replica left the stream since this was last asked.
     pub(crate) fn take_left(&mut self) -> bool {
         std::mem::take(&mut self.left)

@@ -34,15 +34,17 @@ impl Tracker {
             return;
         }
         let follows = || self.sessions.values().filter(|session| session.is_in_sync());
-        let everywhere = follows().map(|session| session.durable()).min();
-        let Some(everywhere) = everywhere else {
-            self.agreement.ended.clear();
-            return;
-        };
         let Agreement { ended, agreed, told, told_at } = &mut self.agreement;
-        while let Some((epoch, _)) =
-            ended.front().filter(|(epoch, last)| *epoch <= everywhere && *last <= self.local.durable)
-        {
+        if follows().next().is_none() {
+            // Whoever is committed next keeps extents of up to the last one.
+            let older = ended.len().saturating_sub(1);
+            ended.drain(..older);
+            return;
+        }
+        // A replica to which nothing of an epoch was streamed hears nothing of its end, so writes are compared.
+        let is_everywhere =
+            |last: Sequence| last <= self.local.durable && follows().all(|session| session.has_durably(last));
+        while let Some((epoch, _)) = ended.front().filter(|(_, last)| is_everywhere(*last)) {
             *agreed = *epoch;
             ended.pop_front();
         }

@@ -445,6 +445,8 @@ impl Tracker {
         if let Some((since, before)) = self.idle
             && now >= since.after(IDLE_TIME)
         {
+            // An epoch that a limit or a commit closed has had no sync here.
+            self.local.wanted |= self.local.durable < self.last;
             self.activity.let_idle_go(before, self.safe());
             self.write_maps();
             self.idle = (self.activity.len() > 0).then(|| (now, self.activity.clock()));
