@@ -181,12 +181,18 @@ impl State {
     /// # Errors
     /// [`StateError`] when the file can't be read or made, or is newer than this release.
     pub async fn open_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
+        let (map, file, _) = self.recover_map(peer).await?;
+        Ok((map, file))
+    }
+
+    /// The same, and whether the file was damaged.
+    async fn recover_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>, bool), StateError> {
         let superblock = self.superblock();
         let mut full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
         full.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
         let path = self.folder.join(dirty_map::file_name(peer));
         if !path.exists() {
-            return Ok((full, Rc::new(File::create_metadata(&path, dirty_map::page_offset(0))?)));
+            return Ok((full, Rc::new(File::create_metadata(&path, dirty_map::page_offset(0))?), false));
         }
         let file = open_file(path.clone()).await?;
         let stored = stored::read_map(&path)
@@ -197,19 +203,19 @@ impl State {
                     // What this copy adopted since is not in it (L2).
                     map.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
                 }
-                Ok((map, file))
+                Ok((map, file, false))
             }
             Err(MetadataError::TooNew { what, found, known }) => {
                 Err(metadata_error(&self.folder, MetadataError::TooNew { what, found, known }))
             }
             Err(damage) => {
                 tracing::warn!(path = %path.display(), "{damage}: all blocks count as dirty");
-                Ok((full, file))
+                Ok((full, file, true))
             }
         }
     }
 
-    /// The maps of these peers, where there are any that still hold.
+    /// The maps of these peers, where there are any that still hold. A damaged one may have said anything, so it is full.
     ///
     /// # Errors
     /// [`StateError`] when a file can't be read, or is newer than this release.
@@ -217,8 +223,8 @@ impl State {
         let mut maps = BTreeMap::new();
         for peer in peers {
             if self.folder.join(dirty_map::file_name(*peer)).exists() {
-                let (map, _) = self.open_map(*peer).await?;
-                if !map.base().is_none() {
+                let (map, _, is_damaged) = self.recover_map(*peer).await?;
+                if is_damaged || !map.base().is_none() {
                     maps.insert(*peer, map);
                 }
             }

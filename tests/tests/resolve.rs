@@ -1,8 +1,10 @@
 //! Split brain, as its operator meets it: told, measured, resolved, with real agents (L6).
 
 use blockmirror_agent::config::Role;
-use blockmirror_agent::control::api::{PeerState, Resolution, Undoing, VolumeState};
+use blockmirror_agent::control::api::{CopyState, PeerState, Resolution, Undoing, VolumeState};
 use blockmirror_agent::quantity::Size;
+use blockmirror_protocol::disk::PAGE_BYTES;
+use blockmirror_protocol::disk::pre_images::FIRST_BATCH;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
 use blockmirror_tests::machines::host::Host;
@@ -10,8 +12,11 @@ use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
 use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 const MIB: u64 = 1 << 20;
+const SIZE_BYTES: u64 = 64 * MIB;
 
 /// A client of whoever serves the volume.
 fn client_of(host: &Host) -> Client {
@@ -29,10 +34,10 @@ fn write_blocks(client: &mut Client, random: &mut Random, places: std::ops::Rang
 /// A volume whose two hosts were both primary after they were last in sync: `a`, which wrote ten blocks alone and was
 /// superseded, and `b`, which is the primary and wrote twenty others.
 fn split() -> (Mirror, Random) {
-    let mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mirror = Mirror::new(SIZE_BYTES, "nbd", &["b"]);
     let mut random = Random::new(20);
     let mut client = mirror.client();
-    for offset in (0..64 * MIB).step_by(MIB as usize) {
+    for offset in (0..SIZE_BYTES).step_by(MIB as usize) {
         client.write(offset, &noise(&mut random, MIB)).expect("a write");
     }
     client.flush().expect("a flush");
@@ -134,11 +139,13 @@ fn a_split_brain_can_be_resolved_for_the_host_that_was_superseded() {
     assert_identical(a, b);
 }
 
-fn layers_of(host: &Host) -> usize {
-    let files = fs::read_dir(host.state("")).expect("the state folder");
+/// The files of pre-images.
+fn layers_of(host: &Host) -> Vec<PathBuf> {
+    let files = fs::read_dir(host.state("")).expect("the state folder").map(|file| file.expect("a file"));
     files
-        .filter(|file| file.as_ref().expect("a file").file_name().to_string_lossy().starts_with("pre-images"))
-        .count()
+        .filter(|file| file.file_name().to_string_lossy().starts_with("pre-images"))
+        .map(|file| file.path())
+        .collect()
 }
 
 #[test]
@@ -169,7 +176,7 @@ fn a_resolution_is_undone_byte_for_byte_and_the_other_choice_is_made() {
     let undone: Undoing = serde_json::from_str(&said).expect("the answer is well formed");
     assert!(undone.restored_bytes >= 45 * BLOCK_BYTES, "{undone:?}");
     assert_eq!(first_difference(&a.backing(), &before), None, "all is as it was before the resolution");
-    assert_eq!(layers_of(a), 0, "what was restored is not kept any longer");
+    assert!(layers_of(a).is_empty(), "what was restored is not kept any longer");
     a.succeed(&["resume", "data", "b"]);
     wait_until_split(b, a);
 
@@ -184,6 +191,65 @@ fn a_resolution_is_undone_byte_for_byte_and_the_other_choice_is_made() {
 }
 
 #[test]
+fn a_host_that_is_killed_in_an_undo_is_undone_once_more() {
+    let (mut mirror, mut random) = split();
+    let before = mirror.folder.join("before.img");
+    fs::copy(mirror.primary.backing(), &before).expect("a copy");
+    resolution(&mirror.primary, &["--keep", "b"]);
+    // So that it takes a while: all of the volume is restored.
+    for offset in (0..SIZE_BYTES).step_by(MIB as usize) {
+        client_of(mirror.replica()).write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    assert_identical(mirror.replica(), &mirror.primary);
+    mirror.replica_mut().kill();
+    mirror.primary.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+    let mut running = mirror.primary.begin(&["undo", "data"]);
+    until("it is under way, or over", || {
+        let status = mirror.primary.status();
+        if running.has_ended() || status.state == VolumeState::Changing {
+            Ok(())
+        } else {
+            Err(status.verdict)
+        }
+    });
+    mirror.primary.kill();
+    drop(running);
+    mirror.primary.start();
+    let a = &mirror.primary;
+    if a.status().facts.succession.history.is_some() {
+        a.succeed(&["undo", "data"]);
+    }
+    assert_eq!(first_difference(&a.backing(), &before), None, "all is as it was before the resolution");
+    assert!(layers_of(a).is_empty());
+    mirror.replica_mut().start();
+    wait_until_split(mirror.replica(), &mirror.primary);
+}
+
+#[test]
+fn nothing_is_given_up_for_a_history_that_can_not_be_read() {
+    let (mut mirror, mut random) = split();
+    resolution(&mirror.primary, &["--keep", "b"]);
+    write_blocks(&mut client_of(mirror.replica()), &mut random, 0..50);
+    assert_identical(mirror.replica(), &mirror.primary);
+    mirror.replica_mut().kill();
+    let a = &mirror.primary;
+    a.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+    let layers = layers_of(a);
+    let [layer] = &layers[..] else { panic!("one layer is kept: {layers:?}") };
+    let file = fs::File::options().write(true).open(layer).expect("the layer");
+    file.write_all_at(b"rotten", FIRST_BATCH + PAGE_BYTES as u64).expect("a write");
+    let present = mirror.folder.join("present.img");
+    fs::copy(a.backing(), &present).expect("a copy");
+    let said = a.tool(&["undo", "data"]);
+    assert!(said.code == 1 && said.error.contains("can't be used"), "{said:?}");
+    assert_eq!(first_difference(&a.backing(), &present), None, "nothing was restored");
+    let status = a.status();
+    assert_eq!(status.facts.data, Some(CopyState::Consistent), "{status:?}");
+    a.succeed(&["promote", "data", "--force"]);
+    assert_eq!(a.status().facts.role, Role::Primary);
+}
+
+#[test]
 fn what_is_kept_for_undo_outlives_restarts_and_is_forgotten_on_demand() {
     let (mut mirror, mut random) = split();
     resolution(&mirror.primary, &["--keep", "b"]);
@@ -194,12 +260,19 @@ fn what_is_kept_for_undo_outlives_restarts_and_is_forgotten_on_demand() {
     let (a, b) = (&mirror.primary, mirror.replica());
     assert_identical(b, a);
     assert!(a.status().facts.succession.history.is_some());
-    assert_eq!(layers_of(a), 1, "the layer of the second resync has gone, that of the history is there");
+    assert_eq!(
+        layers_of(a).len(),
+        1,
+        "the layer of the second resync has gone, that of the history is there"
+    );
     let said = a.succeed(&["forget", "data"]);
     assert!(said.starts_with("nothing of data is kept for undo any more; it was "), "{said}");
     a.refuse(&["undo", "data"], 5, &["nothing is kept here"]);
     assert_eq!(a.status().verdict, "following b; consistent");
-    until("its layer is gone", || if layers_of(a) == 0 { Ok(()) } else { Err("it is there".to_owned()) });
+    until(
+        "its layer is gone",
+        || if layers_of(a).is_empty() { Ok(()) } else { Err("it is there".to_owned()) },
+    );
     write_blocks(&mut client_of(b), &mut random, 0..50);
     assert_identical(b, a);
 }

@@ -276,3 +276,19 @@ fn the_maps_of_a_promotion_know_what_is_restored_or_nothing() {
         .await;
     });
 }
+
+#[test]
+fn a_damaged_map_may_have_said_anything() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = open_with(Engine::Automatic).unwrap();
+        let state = State::create(folder.path(), storage, pool(), &superblock()).await.unwrap();
+        let (damaged, absent) = (HostId([7; 32]), HostId([8; 32]));
+        state.open_map(damaged).await.unwrap();
+        std::fs::write(folder.path().join(dirty_map::file_name(damaged)), vec![0xff; 3 * PAGE_BYTES])
+            .unwrap();
+        let maps = state.valid_maps(&[damaged, absent]).await.unwrap();
+        assert_eq!(maps.keys().collect::<Vec<_>>(), [&damaged]);
+        assert!(maps[&damaged].is_full(), "a replica tells its primary of all of it (D3)");
+    });
+}

@@ -45,7 +45,10 @@ use std::rc::Rc;
 #[derive(Debug, thiserror::Error)]
 pub enum Shortage {
     /// All layers together may not take more.
-    #[error("pre-images may take {limit_bytes} bytes: raise their limit, or remove old ones")]
+    #[error(
+        "pre-images may take {limit_bytes} bytes: raise `pre_images` in the volume's file, or `blockmirror forget` \
+         what is kept for undo, if anything is"
+    )]
     Limit {
         /// The limit.
         limit_bytes: u64,

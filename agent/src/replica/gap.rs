@@ -34,12 +34,16 @@ impl Replica {
             block_size: superblock.block_size,
             point,
             began_unix_seconds: crate::quantity::unix_seconds(),
-            lineage: superblock.lineage,
+            lineage: superblock.lineage.clone(),
         };
         let number = header.layer;
+        // A layer that is being removed makes room first. One that was begun for a session that was lost then, and never
+        // recorded, is begun again.
+        let mut layers = self.layers.lock().await;
+        layers.retain(|layer| [superblock.gap, superblock.history].contains(&layer.header().layer));
         let layer = self.pre_images.begin(header).await?;
         self.note_point(&layer);
-        self.layers.lock().await.push(layer);
+        layers.push(layer);
         Ok(number)
     }
 
@@ -99,7 +103,8 @@ pub(super) fn point_of(layer: &Layer) -> (u64, (u64, u64)) {
     (layer.header().layer, (layer.header().began_unix_seconds, layer.bytes()))
 }
 
-/// The layers of the gap and of the history, and none of what others left behind. A history that can't be read is none.
+/// The layers of the gap and of the history, and none of what others left behind. A history that is damaged is none:
+/// whether there is one is said too.
 pub(super) async fn open_layers(
     pre_images: &PreImages,
     superblock: &Superblock,
@@ -119,10 +124,12 @@ pub(super) async fn open_layers(
     }
     match pre_images.open(history).await {
         Ok(layer) => layers.push(layer),
-        Err(error) => {
+        Err(error @ LayerError::Unusable { .. }) => {
             tracing::warn!("what was kept for undo is given up: {}", with_causes(&error));
+            pre_images.remove(history).await?;
             return Ok((layers, false));
         }
+        Err(error) => return Err(error),
     }
     Ok((layers, true))
 }

@@ -45,7 +45,8 @@ impl Replica {
     /// Makes this copy what it was before its content was given up, durably; as for [`Replica::yield_to`] otherwise.
     ///
     /// # Errors
-    /// [`PromotionError`]; it can be undone again, unless there was nothing to bring back.
+    /// [`PromotionError`]; nothing was done where there is nothing to bring back or what was kept can't be read, else it
+    /// can be undone again.
     pub async fn undo(&self, peers: &[HostId], progress: &Progress) -> Result<(), PromotionError> {
         let superblock = self.state.superblock();
         let steps = undo::steps(&superblock)?;
@@ -54,6 +55,9 @@ impl Replica {
             let layers = self.layers.lock().await;
             let layer = layers.iter().find(|layer| layer.header().layer == number);
             let layer = layer.expect("a history has a layer");
+            // All of it must be good before the content that is there is given up for it.
+            let mut contents = layer.contents();
+            while contents.next().await?.is_some() {}
             (layer.header().clone(), layer.saved().collect::<Vec<_>>())
         };
         for step in steps {
@@ -78,15 +82,15 @@ impl Replica {
         Ok(())
     }
 
-    /// Gives up what was kept for undo, durably. Says whether that was done; what is being received goes on.
-    pub async fn forget(&self) -> bool {
+    /// Gives up what was kept for undo, durably; what is being received goes on.
+    pub async fn forget(&self) {
         if self.state.superblock().history == 0 {
-            return false;
+            return;
         }
         let told = self.forgotten.notified();
         self.drive(|inner| inner.machine.forget_history());
-        // A replica whose disk fails meanwhile records nothing any more.
-        tokio::time::timeout(FORGET_TIME, told).await.is_ok()
+        // A replica whose disk fails meanwhile records nothing any more; the superblock says what was done.
+        let _ = tokio::time::timeout(FORGET_TIME, told).await;
     }
 
     /// How many bytes were saved for undo.

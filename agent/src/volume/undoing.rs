@@ -5,6 +5,7 @@ use super::{Answer, OpenRole, Volume};
 use crate::control::api::Failure;
 use crate::replica::Replica;
 use crate::words::with_causes;
+use blockmirror_protocol::replica::undo::NotUndoable;
 use std::rc::Rc;
 use tokio::task::spawn_local;
 
@@ -75,12 +76,10 @@ impl Volume {
                 replica.error().unwrap_or_default()
             ))),
             OpenRole::Replica(replica) if replica.state().superblock().history == 0 => {
-                Err(refused("nothing is kept here that could be brought back"))
+                Err(refused(NotUndoable::NoHistory.to_string()))
             }
             OpenRole::Replica(replica) => Ok(replica.clone()),
-            OpenRole::Primary(..) => {
-                Err(refused("this host is the primary; a promotion gives up what was kept for undo"))
-            }
+            OpenRole::Primary(..) => Err(refused(NotUndoable::Primary.to_string())),
             OpenRole::Changing(change) => Err(refused(format!("this host is just {}", change.words))),
             OpenRole::Closed(text) => Err(failed(format!("the volume is not open here: {text}"))),
         }

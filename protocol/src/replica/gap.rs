@@ -47,6 +47,16 @@ pub enum Saved {
     Failed,
 }
 
+/// What is being saved.
+#[derive(Debug)]
+struct Saving {
+    /// The frames that wait for it.
+    frames: Vec<FrameId>,
+    ranges: Vec<ByteRange>,
+    /// The history when it was begun.
+    history: u64,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Gap {
@@ -56,8 +66,7 @@ pub(super) struct Gap {
     kept: DirtyMap,
     /// Frames whose turn has come and whose blocks are not saved yet.
     waiting: VecDeque<FrameId>,
-    /// Frames whose blocks are being saved.
-    saving: Option<(Vec<FrameId>, Vec<ByteRange>)>,
+    saving: Option<Saving>,
     /// The layer that is being made.
     pub(super) beginning: bool,
     /// Whether there was no room.
@@ -181,7 +190,7 @@ impl Replica {
             return frames.into_iter().for_each(|frame| self.apply(frame));
         }
         self.actions.push_back(Action::SavePreImages { ranges: merged.clone() });
-        self.gap.saving = Some((frames, merged));
+        self.gap.saving = Some(Saving { frames, ranges: merged, history: self.superblock.history });
     }
 
     /// The layer that [`Action::BeginLayer`] asked for is there, durably, or can't be had.
@@ -204,7 +213,11 @@ impl Replica {
         let source = self.link.as_ref().map(|link| link.fence.holder);
         let is_undelivered =
             source.is_some_and(|host| self.undelivered_bytes(host).is_some_and(|bytes| bytes > 0));
-        self.record_begin(gap, gap != 0 && self.superblock.history == 0 && is_undelivered);
+        let keep = gap != 0 && self.superblock.history == 0 && is_undelivered;
+        if keep {
+            self.gap.kept = map_of(&self.superblock, &[]);
+        }
+        self.record_begin(gap, keep);
         self.go_on();
     }
 
@@ -234,7 +247,7 @@ impl Replica {
 
     /// The pre-images that [`Action::SavePreImages`] asked for are durable, or can't be saved.
     pub fn handle_saved(&mut self, saved: Saved) {
-        let (frames, ranges) = self.gap.saving.take().expect("pre-images are saved once");
+        let Saving { frames, ranges, history } = self.gap.saving.take().expect("pre-images are saved once");
         if !self.saves() {
             // A commit has ended the gap, so they may be applied however saving ended.
             frames.into_iter().for_each(|frame| self.apply(frame));
@@ -249,13 +262,15 @@ impl Replica {
                 }
                 frames.into_iter().for_each(|frame| self.apply(frame));
             }
+            // What was kept was given up meanwhile, which makes room.
+            Saved::Full if self.superblock.history != history => self.wait_again(frames),
             Saved::Full if self.superblock.history != self.superblock.gap && self.superblock.history != 0 => {
-                frames.into_iter().rev().for_each(|frame| self.gap.waiting.push_front(frame));
+                self.wait_again(frames);
                 return self.forget_history();
             }
             Saved::Full if self.settings.space == SpacePolicy::GoOn => {
                 // The frames wait until it is recorded that there is no way back.
-                frames.into_iter().rev().for_each(|frame| self.gap.waiting.push_front(frame));
+                self.wait_again(frames);
                 self.gap.is_full = true;
                 self.change_state(StateChange::GiveRollbackUp, None);
             }
@@ -269,6 +284,11 @@ impl Replica {
             }
         }
         self.go_on();
+    }
+
+    /// Frames whose blocks could not be saved are the next ones again.
+    fn wait_again(&mut self, frames: Vec<FrameId>) {
+        frames.into_iter().rev().for_each(|frame| self.gap.waiting.push_front(frame));
     }
 
     /// The operator made room, or wants resyncs to go on without.

@@ -2,8 +2,8 @@
 //!
 //! The host is then what it was before: its content, its generations, and so the split. Every block that is restored is
 //! durably in its maps of all peers first: their own maps of this host were cleared while it followed them. From there to
-//! the end it counts as a mixture that the same layer leads back from, so a crash in the middle leaves a replica that no
-//! primary writes to, and that can be undone or promoted.
+//! the end it counts as a mixture that the same layer leads back from, so a crash in the middle leaves a replica that can
+//! be undone once more, or promoted.
 
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
@@ -56,7 +56,7 @@ pub fn steps(superblock: &Superblock) -> Result<[Step; 5], NotUndoable> {
 /// back.
 ///
 /// A map that still holds is kept, with the blocks that will be restored. For the primary whose content this copy adopted
-/// last, these are all that differ, but for what that one has in its own map; so the map reaches back to what the two
+/// since, these are all that differ, but for what that one has in its own map; so the map reaches back to what the two
 /// have in common. Of any other peer nothing is known: all may differ.
 #[must_use]
 pub fn map_for(
@@ -68,7 +68,9 @@ pub fn map_for(
 ) -> DirtyMap {
     let (base, adopted) = (map.base(), superblock.adopted);
     if base.is_none() || base.adopted != adopted {
-        let is_adopted = superblock.data == DataState::Consistent && superblock.source.holder == peer;
+        let is_before = superblock.lineage.first().is_none_or(|newest| before.contains(newest));
+        let is_consistent = superblock.data == DataState::Consistent;
+        let is_adopted = is_consistent && !is_before && superblock.source.holder == peer;
         let fork = before.iter().find(|generation| superblock.lineage.contains(generation));
         match fork.filter(|_| is_adopted) {
             Some(fork) => map = map.clean(Base { generation: *fork, adopted, ..Base::default() }),
@@ -179,9 +181,11 @@ mod tests {
         let source = of(void(), &adopted, B);
         assert_eq!((source.dirty_blocks(), source.is_dirty(2)), (1, true));
         assert_eq!((source.base().generation, source.base().adopted), (GenerationId([b'c'; 16]), 1));
-        // Nothing is known of others, nor in the middle of a resync.
+        // Nothing is known of others, nor before it has adopted anything, nor in the middle of a resync.
         let other = of(void(), &adopted, HostId([3; 32]));
         assert!(other.is_full() && other.base().generation == GenerationId([b'a'; 16]));
+        let yielded = Superblock { lineage: lineage("ca"), ..adopted.clone() };
+        assert!(of(void(), &yielded, B).is_full());
         let mixture = Superblock { data: DataState::Inconsistent, ..adopted.clone() };
         assert!(of(void(), &mixture, B).is_full());
         let mut kept = map(Base { generation: GenerationId([b'x'; 16]), adopted: 1, ..Base::default() });
