@@ -41,7 +41,10 @@ impl World {
             return;
         };
         let Ok(steps) = promotion::steps(&it.superblock) else {
-            it.is_held = false;
+            if std::mem::take(&mut it.is_held) {
+                // It was possible when its session was ended, and is no more: it goes on as a replica.
+                self.cut_off(host);
+            }
             return;
         };
         shell.machine.handle_disconnected();

@@ -29,7 +29,13 @@ impl World {
         let end = self.now + SETTLING;
         self.make_room();
         self.come_to_rest(end);
-        // An operator has second thoughts, and then decides for one of the two again.
+    }
+
+    /// An operator has second thoughts about what was given up, and then decides for one of the two again.
+    ///
+    /// # Panics
+    /// When coming to rest takes too long.
+    pub(super) fn think_again(&mut self) {
         let undone: Vec<usize> = (0..self.hosts.len()).filter(|host| self.undo(*host)).collect();
         if !undone.is_empty() {
             let host = self.random.pick(&undone);

@@ -142,6 +142,7 @@ impl World {
     pub fn finish(mut self) {
         self.start_all();
         self.settle();
+        self.think_again();
         self.compare_all();
         self.close();
     }

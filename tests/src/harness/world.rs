@@ -121,6 +121,7 @@ impl World {
         }
         self.run_until(self.settings.duration);
         self.settle();
+        self.think_again();
         self.compare_all();
         self.close();
     }
