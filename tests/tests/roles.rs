@@ -1,6 +1,6 @@
 //! Who may write: promotions, demotions, switches and superseded primaries, with real agents.
 
-use blockmirror_agent::config::{ConfigFolder, Role};
+use blockmirror_agent::config::{ConfigFolder, Mode, Role};
 use blockmirror_agent::control::api::{Connection, PeerState, Promotion, Switch, VolumeState};
 use blockmirror_agent::quantity::Size;
 use blockmirror_tests::harness::random::Random;
@@ -61,7 +61,7 @@ fn set_sync(mirror: &Mirror) {
     let said = mirror.primary.succeed(&["mode", "data", "b", "sync"]);
     assert_eq!(said, "data is mirrored to b in the mode sync\n");
     mirror.wait_for_peer("b", "the replica counts again", |peer| {
-        peer.mode == blockmirror_agent::config::Mode::Sync && peer.state == Some(PeerState::InSync)
+        peer.mode == Mode::Sync && peer.state == Some(PeerState::InSync)
     });
     // The replica records its mode with the commit of the session that the change began.
     mirror.wait_until_quiet();
@@ -107,6 +107,21 @@ fn a_replica_takes_the_place_of_a_killed_primary_which_comes_back_as_its_replica
     mirror.primary.start();
     assert_identical(mirror.replica(), &mirror.primary);
     assert_eq!(mirror.replica().status().facts.succession.fence, Some(2));
+}
+
+#[test]
+fn a_mode_goes_with_the_volume_and_is_set_on_the_primary() {
+    let mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    set_sync(&mirror);
+    let (a, b) = (&mirror.primary, mirror.replica());
+    a.succeed(&["switch", "data", "--to", "b"]);
+    b.wait_until("a is mirrored to as b was", |status| {
+        let peer = &status.facts.peers[0];
+        (peer.mode, peer.state) == (Mode::Sync, Some(PeerState::InSync))
+    });
+    a.refuse(&["mode", "data", "b", "async"], 5, &["on b: blockmirror mode data PEER async"]);
+    b.refuse(&["mode", "data", "c", "sync"], 5, &["no peer \"c\""]);
+    b.succeed(&["mode", "data", "a", "async"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //! `cargo test -p blockmirror-tests --features planted --test stories`
 
 use blockmirror_protocol::dirty_map::DirtyMap;
-use blockmirror_protocol::disk::activity_log::Recovered;
+use blockmirror_protocol::disk::activity_log::{CAPACITY, Recovered};
 use blockmirror_protocol::lineage::{Relation, relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::{self, Identity, PeerError, ReplicaState, Session};
@@ -438,6 +438,7 @@ fn a_refused_greeting_is_not_repeated() {
         lineage: lineage.clone(),
         first_epoch: Epoch(1),
         loss: ReplicaLoss::Continue,
+        active_extents: CAPACITY,
     };
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
     let mut tracker = Tracker::new(settings, &log, vec![session]);

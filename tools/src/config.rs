@@ -3,7 +3,7 @@
 use crate::client::Client;
 use crate::offline;
 use crate::output::{Error, Output};
-use blockmirror_agent::config::ConfigFolder;
+use blockmirror_agent::config::{ConfigFolder, Mistake, VolumeConfig};
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -32,7 +32,7 @@ pub fn check(arguments: CheckArguments, client: &Client, output: &mut Output) ->
     let found = folder.load_volumes();
     let good = found.as_ref().map_or(0, |found| found.volumes.len());
     let wrong = folder.load_agent().err().into_iter().chain(match found {
-        Ok(found) => found.mistakes,
+        Ok(found) => found.mistakes.into_iter().chain(shortfalls(&folder, &found.volumes)).collect(),
         Err(mistake) => vec![mistake],
     });
     let wrong: Vec<String> =
@@ -44,4 +44,11 @@ pub fn check(arguments: CheckArguments, client: &Client, output: &mut Output) ->
         1 => Err(Failure::new(FailureKind::Failed, format!("1 mistake in {path}")).into()),
         several => Err(Failure::new(FailureKind::Failed, format!("{several} mistakes in {path}")).into()),
     }
+}
+
+/// What each volume promises and can't keep. It is served all the same, so this is no mistake to the agent.
+fn shortfalls(folder: &ConfigFolder, volumes: &[VolumeConfig]) -> Vec<Mistake> {
+    let path = |volume: &VolumeConfig| folder.volume_path(&volume.name);
+    let found = volumes.iter().filter_map(|volume| Some((path(volume), volume.shortfall()?)));
+    found.map(|(path, what)| Mistake::Contradictory { path, what }).collect()
 }

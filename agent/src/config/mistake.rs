@@ -69,6 +69,17 @@ pub enum Contradiction {
     /// More than one host is the primary.
     #[error("more than one host is the primary; make all but one a replica")]
     TwoPrimaries,
+    /// Replies can't wait for so many replicas.
+    #[error(
+        "on_replica_loss is \"block\" and min_replicas is {wanted}, but {count} replicas have a mode that replies wait \
+         for; lower min_replicas, or give more replicas the mode sync or semi-sync"
+    )]
+    TooFewReplicas {
+        /// How many should be in sync.
+        wanted: usize,
+        /// How many could be.
+        count: usize,
+    },
     /// A volume's file has another name.
     #[error("the file of the volume \"{0}\" is called \"{0}.toml\"; rename the file or the volume")]
     FileName(Name),

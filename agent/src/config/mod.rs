@@ -5,6 +5,7 @@
 //! backings or the network: a configuration that fits no longer is found when the volume starts.
 
 mod folder;
+mod members;
 mod mistake;
 mod name;
 
@@ -13,10 +14,12 @@ pub use mistake::{Contradiction, Mistake};
 pub use name::{Address, NAME_LIMIT_BYTES, Name, NotAName, NotAnAddress};
 
 use crate::quantity::Size;
+use blockmirror_protocol::disk::activity_log::CAPACITY;
 use blockmirror_protocol::replica::SpacePolicy;
+use blockmirror_protocol::tracker::LEAST_ACTIVE_EXTENTS;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, HostId, SECTOR_BYTES, VolumeId};
-use blockmirror_protocol::wire::message::{self, Member};
+use blockmirror_protocol::wire::message;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::net::SocketAddr;
@@ -34,6 +37,9 @@ pub const DEFAULT_BLOCK_SECONDS: u64 = 30;
 
 /// How much room a replica's pre-images may take.
 pub const DEFAULT_PRE_IMAGES: Size = Size(8 << 30);
+/// What the activity log covers where nothing else is said: all that a record of it holds.
+pub const DEFAULT_ACTIVITY_LOG: Size = Size(CAPACITY as u64 * EXTENT_BYTES);
+const LEAST_ACTIVITY_LOG: Size = Size(LEAST_ACTIVE_EXTENTS as u64 * EXTENT_BYTES);
 
 /// The agent's own settings: `agent.toml`. All of them have defaults.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -211,6 +217,9 @@ pub struct VolumeConfig {
     /// How much of the live stream is kept unacknowledged in memory (W7).
     #[serde(default = "default_window", deserialize_with = "window")]
     pub window: Size,
+    /// How much of the volume can be active at once, in the activity log (W2).
+    #[serde(default = "default_activity_log", deserialize_with = "activity_log")]
+    pub activity_log: Size,
     /// What happens while a replica that writes should wait for is lost (W4).
     #[serde(default)]
     pub on_replica_loss: OnReplicaLoss,
@@ -288,6 +297,7 @@ impl VolumeConfig {
             devices: DeviceKind::defaults(),
             nbd_listen: None,
             window: DEFAULT_WINDOW,
+            activity_log: DEFAULT_ACTIVITY_LOG,
             on_replica_loss: OnReplicaLoss::default(),
             min_replicas: one(),
             block_seconds: DEFAULT_BLOCK_SECONDS,
@@ -327,13 +337,21 @@ impl VolumeConfig {
         }
     }
 
-    /// The volume's other hosts, as third ones are told of them.
-    pub fn members(&self) -> impl Iterator<Item = Member> + '_ {
-        self.peers.iter().map(|peer| Member {
-            name: peer.name.to_string(),
-            host: peer.host,
-            addresses: peer.addresses.iter().map(|address| address.as_str().to_owned()).collect(),
-        })
+    /// With `on_replica_loss = "block"`, what keeps that from being what it says: fewer replicas that writes could wait
+    /// for than must be in sync.
+    #[must_use]
+    pub fn shortfall(&self) -> Option<Contradiction> {
+        let count = self.peers.iter().filter(|peer| peer.mode != Mode::Async).count();
+        let is_short = self.role == Role::Primary
+            && self.on_replica_loss == OnReplicaLoss::Block
+            && count < self.min_replicas;
+        is_short.then_some(Contradiction::TooFewReplicas { wanted: self.min_replicas, count })
+    }
+
+    /// How many extents may be active at once.
+    #[must_use]
+    pub fn active_extents(&self) -> usize {
+        usize::try_from(self.activity_log.0 / EXTENT_BYTES).expect("it was checked")
     }
 
     /// What the machines do while a replica is lost.
@@ -365,6 +383,10 @@ fn default_block_seconds() -> u64 {
 
 fn default_pre_images() -> Size {
     DEFAULT_PRE_IMAGES
+}
+
+fn default_activity_log() -> Size {
+    DEFAULT_ACTIVITY_LOG
 }
 
 fn default_window() -> Size {
@@ -413,6 +435,14 @@ fn window<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> 
     match Size::deserialize(deserializer)? {
         Size(..0x10_0000) => Err(serde::de::Error::custom("the window is at least 1M")),
         window => Ok(window),
+    }
+}
+
+fn activity_log<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
+    let size = Size::deserialize(deserializer)?;
+    match (LEAST_ACTIVITY_LOG..=DEFAULT_ACTIVITY_LOG).contains(&size) {
+        true => Ok(size),
+        false => Err(serde::de::Error::custom("the activity log covers from 512M to 4064M")),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The configuration's files: what they look like, what is found wrong with them.
 
 use super::*;
+use blockmirror_protocol::wire::message::Member;
 use std::fs;
 
 const GOLDEN: &str = r#"# A volume of Blockmirror, kept by the agent. To change it, stop the agent, edit it,
@@ -14,6 +15,7 @@ block_size_bytes = 4096
 devices = ["nbd", "loop"]
 nbd_listen = "127.0.0.1:10809"
 window = "64M"
+activity_log = "1G"
 on_replica_loss = "block"
 min_replicas = 1
 block_seconds = 20
@@ -40,6 +42,7 @@ fn example() -> VolumeConfig {
         devices: DeviceKind::defaults(),
         nbd_listen: Some("127.0.0.1:10809".parse().unwrap()),
         window: DEFAULT_WINDOW,
+        activity_log: Size(1 << 30),
         on_replica_loss: OnReplicaLoss::Block,
         min_replicas: 1,
         block_seconds: 20,
@@ -106,8 +109,8 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest_one() {
     for (from, to, message) in [
         ("backing", "bakcing", r#"data.toml:6: unknown key "bakcing"; did you mean "backing"?"#),
         ("window", "windows", r#"data.toml:11: unknown key "windows"; did you mean "window"?"#),
-        ("paused", "pause", r#"data.toml:23: unknown key "pause"; did you mean "paused"?"#),
-        ("[[peer]]", "[[peers]]", r#"data.toml:18: unknown key "peers"; did you mean "peer"?"#),
+        ("paused", "pause", r#"data.toml:24: unknown key "pause"; did you mean "paused"?"#),
+        ("[[peer]]", "[[peers]]", r#"data.toml:19: unknown key "peers"; did you mean "peer"?"#),
         ("window", "quux", r#"data.toml:11: unknown key "quux"; remove it"#),
     ] {
         assert_eq!(mistake_in(&GOLDEN.replacen(from, to, 1)), message);
@@ -132,13 +135,14 @@ fn a_wrong_value_is_told_with_its_line() {
             r#"data.toml:11: "64Q" is not a size; write a whole number of bytes, or a number with K, M, G or T (powers of 1024)"#,
         ),
         ("\"64M\"", "\"64K\"", "data.toml:11: the window is at least 1M"),
+        ("\"1G\"", "\"8G\"", "data.toml:12: the activity log covers from 512M to 4064M"),
         ("/srv", "srv", r#"data.toml:6: the path of a backing begins with "/""#),
         ("000102", "00010", "data.toml:4: the id of a volume is 32 hexadecimal digits"),
-        ("\"0707", "\"xx07", "data.toml:21: the fingerprint of a host's key is 64 hexadecimal digits"),
+        ("\"0707", "\"xx07", "data.toml:22: the fingerprint of a host's key is 64 hexadecimal digits"),
         (
             "org:7447",
             "org",
-            r#"data.toml:22: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
+            r#"data.toml:23: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
         ),
         ("127.0.0.1:10809", "x", "data.toml:10: invalid socket address syntax"),
         ("role = \"primary\"\n", "", r#"data.toml:1: missing field "role""#),
@@ -233,4 +237,55 @@ fn the_agents_own_file_is_read() {
         mistake.ends_with("agent.toml:3: unknown key \"advertize\"; did you mean \"advertise\"?"),
         "{mistake}"
     );
+}
+
+fn member(name: &str, number: u8, mode: Mode) -> Member {
+    let (host, mode) = (HostId([number; 32]), mode.into());
+    Member { name: name.to_owned(), host, addresses: vec![format!("192.0.2.{number}:7447")], mode }
+}
+
+#[test]
+fn hosts_of_one_long_name_get_names_of_their_own() {
+    let mut config = example();
+    for number in 0..12 {
+        let peer = config.peer_of(&member(&"y".repeat(80), number, Mode::Async), Role::Replica);
+        config.peers.retain(|known| known.host != peer.host);
+        config.peers.push(peer);
+    }
+    config.check().unwrap();
+    assert!(config.peers.last().unwrap().name.as_str().ends_with("-12"));
+}
+
+#[test]
+fn a_replica_learns_the_promises_that_it_would_keep_as_the_primary() {
+    let mut config = VolumeConfig { role: Role::Replica, ..example() };
+    config.peers.clear();
+    let told = |own, third| [member("a", 1, Mode::Async), member("b", 2, own), member("c", 3, third)];
+    let known = |config: &VolumeConfig| -> Vec<_> {
+        config.peers.iter().map(|peer| (peer.name.to_string(), peer.role, peer.mode)).collect()
+    };
+    config.learn(&told(Mode::Sync, Mode::SemiSync), HostId([2; 32]));
+    let expected =
+        [("a".to_owned(), Role::Primary, Mode::Sync), ("c".to_owned(), Role::Replica, Mode::SemiSync)];
+    assert_eq!(known(&config), expected);
+    config.learn(&told(Mode::Async, Mode::Sync), HostId([2; 32]));
+    assert_eq!(config.peers.iter().map(|peer| peer.mode).collect::<Vec<_>>(), [Mode::Async, Mode::Sync]);
+    // A primary goes by its own word.
+    config.set_roles(Role::Primary, None);
+    config.learn(&told(Mode::Sync, Mode::Async), HostId([2; 32]));
+    assert_eq!(config.peers.iter().map(|peer| peer.mode).collect::<Vec<_>>(), [Mode::Async, Mode::Sync]);
+}
+
+#[test]
+fn replies_that_should_wait_for_more_replicas_than_can_count_are_a_mistake() {
+    let mut config = example();
+    assert_eq!(config.shortfall(), None);
+    config.min_replicas = 2;
+    let text = config.shortfall().unwrap().to_string();
+    assert!(text.contains("min_replicas is 2, but 1 replicas have a mode"), "{text}");
+    config.on_replica_loss = OnReplicaLoss::Continue;
+    assert_eq!(config.shortfall(), None);
+    config.on_replica_loss = OnReplicaLoss::Block;
+    config.role = Role::Replica;
+    assert_eq!(config.shortfall(), None, "it concerns a primary");
 }

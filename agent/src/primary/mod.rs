@@ -8,6 +8,7 @@ mod demotion;
 mod link;
 
 use crate::buffer::BufferPool;
+use crate::config::{PeerConfig, VolumeConfig};
 use crate::device::{Answer, Command, Errno, Geometry, Part, Reply, Request, Volume};
 use crate::metadata::State;
 use crate::storage::file::File;
@@ -92,9 +93,7 @@ impl Primary {
         backing: Rc<File>,
         state: State,
         pool: BufferPool,
-        peers: &[(HostId, Mode)],
-        loss: ReplicaLoss,
-        window_bytes: u64,
+        config: &VolumeConfig,
     ) -> Result<Rc<Self>, crate::metadata::StateError> {
         state
             .change_superblock(|superblock| {
@@ -106,25 +105,26 @@ impl Primary {
             })
             .await?;
         let superblock = state.superblock();
-        let hosts: Vec<HostId> = peers.iter().map(|(host, _)| *host).collect();
+        let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
         state.remove_other_maps(&hosts)?;
         let log = state.recover_log().await?;
         if let Recovered::Unsure { .. } = log {
             tracing::warn!("the activity log's newest record is not whole: all blocks count as dirty");
         }
         let (mut sessions, mut maps) = (Vec::new(), HashMap::new());
-        for (peer, mode) in peers {
-            let (map, file) = state.open_map(*peer).await?;
+        for (peer, mode) in config.peers.iter().map(PeerConfig::wanted) {
+            let (map, file) = state.open_map(peer).await?;
             let (size, block_size) = (superblock.size_bytes, superblock.block_size);
-            sessions.push(Session::new(*peer, map, size, block_size, window_bytes, *mode));
-            maps.insert(*peer, file);
+            sessions.push(Session::new(peer, map, size, block_size, config.window.0, mode));
+            maps.insert(peer, file);
         }
         let settings = tracker::Settings {
             size_bytes: superblock.size_bytes,
             sector_bytes: backing.alignment(),
             lineage: superblock.lineage,
             first_epoch: superblock.position.epoch,
-            loss,
+            loss: config.replica_loss(),
+            active_extents: config.active_extents(),
         };
         let tracker = Tracker::new(settings, &log, sessions);
         let primary = Rc::new_cyclic(|me| Self {

@@ -1,8 +1,7 @@
 //! Who is let in: invitations, and what their bearers may do.
 
-use super::making::peer_of;
 use super::{Supervisor, failed, refused};
-use crate::config::{Address, Name, Role, VolumeConfig};
+use crate::config::{Address, Mode, Name, Role, VolumeConfig};
 use crate::control::api::{Failure, INVITATION_SCHEMA, Invitation, InviteRequest};
 use crate::invitations::{InvitationError, Invitations};
 use crate::quantity::unix_seconds;
@@ -71,6 +70,7 @@ impl Supervisor {
             name: join.name,
             host: connection.peer(),
             addresses: seen_addresses(&join.listen, connection.remote_address()),
+            mode: Mode::default().into(),
         };
         if !join.ask_only {
             self.add_replica(&config, &member).await.map_err(|failure| other(failure.message))?;
@@ -132,7 +132,7 @@ impl Supervisor {
         if addresses.is_empty() {
             return Err(refused("the new host tells no address that this one could reach it at"));
         }
-        let peer = peer_of(config, member, Role::Replica);
+        let peer = config.peer_of(member, Role::Replica);
         self.change_config(&config.name, |config| {
             // A host that joins anew has an empty copy; where it listens may have changed.
             match config.peers.iter_mut().find(|known| known.host == peer.host) {

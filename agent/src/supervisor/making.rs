@@ -5,7 +5,7 @@
 
 use super::{Supervisor, failed, refused};
 use crate::buffer::BufferPool;
-use crate::config::{Name, PeerConfig, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
+use crate::config::{Name, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
 use crate::control::api::{CreateRequest, Failure, FailureKind, JoinRequest, StatusReply};
 use crate::metadata::State;
 use crate::storage::file::{Access, File, OpenError};
@@ -17,11 +17,8 @@ use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock}
 use blockmirror_protocol::units::{
     BlockSize, CopyId, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Member, Message, Mode};
+use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Message, Mode};
 use std::path::{Path, PathBuf};
-
-/// How long a name is at most.
-const NAME_LENGTH: usize = 63;
 
 /// A backing that was looked at, and made where it was missing.
 struct Prepared {
@@ -251,29 +248,12 @@ impl Supervisor {
         for (index, member) in joined.members.iter().enumerate() {
             if member.host != self.endpoint.id() {
                 let role = if index == 0 { Role::Primary } else { Role::Replica };
-                let peer = peer_of(&config, member, role);
+                let peer = config.peer_of(member, role);
                 config.peers.push(peer);
             }
         }
         config
     }
-}
-
-/// A member as a peer of this host, under a name that no other peer has.
-pub(super) fn peer_of(config: &VolumeConfig, member: &Member, role: Role) -> PeerConfig {
-    let nearest = Name::nearest(&member.name);
-    let is_taken =
-        |name: &Name| config.peers.iter().any(|peer| peer.name == *name && peer.host != member.host);
-    let numbered = (2..).map(|number: u32| {
-        let suffix = format!("-{number}");
-        // The suffix must not be cut off with the end of a long name.
-        let kept: String = nearest.as_str().chars().take(NAME_LENGTH - suffix.len()).collect();
-        Name::nearest(&format!("{kept}{suffix}"))
-    });
-    let name = std::iter::once(nearest.clone()).chain(numbered).find(|name| !is_taken(name));
-    let name = name.expect("there are more numbers than peers");
-    let addresses = member.addresses.iter().filter_map(|address| address.parse().ok()).collect();
-    PeerConfig::new(name, role, member.host, addresses)
 }
 
 /// Looks at a backing, and makes an image file where there is none and the size is known.
@@ -349,26 +329,4 @@ fn remove_made(path: &Path, made: bool) {
 
 fn usage(text: impl Into<String>) -> Failure {
     Failure::new(FailureKind::Usage, text)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use blockmirror_protocol::units::HostId;
-
-    #[test]
-    fn hosts_of_one_long_name_get_names_of_their_own() {
-        let text = format!(
-            "name = \"v\"\nid = \"{}\"\nrole = \"primary\"\nbacking = \"/x\"\nsize_bytes = 4096\nblock_size_bytes = 4096\n",
-            "00".repeat(16)
-        );
-        let mut config: VolumeConfig = toml::from_str(&text).unwrap();
-        for number in 0..12 {
-            let member = Member { name: "y".repeat(80), host: HostId([number; 32]), addresses: Vec::new() };
-            let peer = peer_of(&config, &member, Role::Replica);
-            config.peers.push(peer);
-        }
-        config.check().unwrap();
-        assert!(config.peers[11].name.as_str().ends_with("-12"));
-    }
 }

@@ -9,7 +9,7 @@ mod incoming;
 mod making;
 mod operations;
 
-use crate::config::{Address, ConfigFolder, Mistake, Name, PeerConfig, Role, VolumeConfig};
+use crate::config::{Address, ConfigFolder, Mistake, Mode, Name, PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
 use crate::transport::{Endpoint, Peers};
 use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
@@ -160,10 +160,15 @@ impl Supervisor {
         self.folders.state.join(name.as_str())
     }
 
-    /// This host, as others are told of it.
+    /// This host, as others are told of it. The primary is not mirrored to, so its mode says nothing.
     fn own_member(&self) -> Member {
         let addresses = self.own_addresses().iter().map(|address| address.as_str().to_owned()).collect();
-        Member { name: self.name.to_string(), host: self.endpoint.id(), addresses }
+        Member {
+            name: self.name.to_string(),
+            host: self.endpoint.id(),
+            addresses,
+            mode: Mode::default().into(),
+        }
     }
 
     fn own_addresses(&self) -> Vec<Address> {
@@ -183,10 +188,14 @@ impl Supervisor {
         volumes.values().find(|entry| entry.config.id == volume).map(|entry| entry.config.clone())
     }
 
-    async fn peer_of(&self, volume: &Name, peer: &Name) -> Result<PeerConfig, Failure> {
+    async fn config_of_name(&self, name: &Name) -> Result<VolumeConfig, Failure> {
         let volumes = self.volumes.lock().await;
-        let entry = volumes.get(volume).ok_or_else(|| Failure::no_such_volume(volume))?;
-        entry.config.peer(peer).cloned().ok_or_else(|| Failure::no_such_peer(volume, peer))
+        volumes.get(name).map(|entry| entry.config.clone()).ok_or_else(|| Failure::no_such_volume(name))
+    }
+
+    async fn peer_of(&self, volume: &Name, peer: &Name) -> Result<PeerConfig, Failure> {
+        let config = self.config_of_name(volume).await?;
+        config.peer(peer).cloned().ok_or_else(|| Failure::no_such_peer(volume, peer))
     }
 
     /// Changes a volume's configuration, on disk first, and tells the volume.
@@ -212,18 +221,7 @@ impl Supervisor {
         let own = self.endpoint.id();
         self.change_config(name, |config| match learned {
             Learned::Roles(role, primary) => config.set_roles(role, primary),
-            Learned::Members(members) => {
-                for member in members.iter().filter(|member| member.host != own) {
-                    let told = making::peer_of(config, member, Role::Replica);
-                    match config.peers.iter_mut().find(|peer| peer.host == member.host) {
-                        Some(known) => known.addresses = told.addresses,
-                        None => config.peers.push(told),
-                    }
-                }
-                if config.role == Role::Replica {
-                    config.set_roles(Role::Replica, members.first().map(|member| member.host));
-                }
-            }
+            Learned::Members(members) => config.learn(&members, own),
         })
         .await
     }

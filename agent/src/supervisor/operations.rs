@@ -1,7 +1,7 @@
 //! What the operator asks for, one answer each.
 
-use super::{Supervisor, failed};
-use crate::config::{Name, Role};
+use super::{Supervisor, failed, refused};
+use crate::config::{Mode, Name, Role, VolumeConfig};
 use crate::control::Operations;
 use crate::control::api::{
     COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference, FORGETTING_SCHEMA,
@@ -13,6 +13,7 @@ use crate::control::api::{
 use crate::verdict;
 use crate::volume::{Answer, Ask};
 use blockmirror_protocol::session::CompareResult;
+use blockmirror_protocol::units::HostId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
@@ -125,14 +126,21 @@ impl Operations for Operator {
     }
 
     async fn set_mode(&self, volume: Name, peer: Name, request: ModeRequest) -> Result<PeerStatus, Failure> {
-        let host = self.0.peer_of(&volume, &peer).await?.host;
-        self.0
-            .change_config(&volume, |config| {
-                for peer in config.peers.iter_mut().filter(|peer| peer.host == host) {
-                    peer.mode = request.mode;
-                }
-            })
-            .await?;
+        let mut wanted = self.0.config_of_name(&volume).await?;
+        let Some(host) = wanted.peer(&peer).map(|peer| peer.host) else {
+            return Err(refused(Failure::no_such_peer(&volume, &peer).message));
+        };
+        set_mode(&mut wanted, host, request.mode);
+        if let Some(primary) = wanted.peers.iter().find(|peer| peer.role == Role::Primary) {
+            let (primary, mode) = (&primary.name, request.mode);
+            return Err(refused(format!(
+                "the modes of {volume} are those of its primary; on {primary}: blockmirror mode {volume} PEER {mode}"
+            )));
+        }
+        if let Some(shortfall) = wanted.shortfall().filter(|_| request.mode == Mode::Async) {
+            return Err(refused(shortfall.to_string()));
+        }
+        self.0.change_config(&volume, |config| set_mode(config, host, request.mode)).await?;
         self.0.peer_status(volume, peer).await
     }
 
@@ -255,4 +263,10 @@ fn comparison(volume: Name, peer: Name, result: &CompareResult, began: Instant) 
 
 async fn finish(task: JoinHandle<Result<StatusReply, Failure>>) -> Result<StatusReply, Failure> {
     task.await.unwrap_or_else(|_| Err(failed("the agent failed inside; see its log")))
+}
+
+fn set_mode(config: &mut VolumeConfig, host: HostId, mode: Mode) {
+    for peer in config.peers.iter_mut().filter(|peer| peer.host == host) {
+        peer.mode = mode;
+    }
 }

@@ -360,6 +360,9 @@ impl Volume {
             OpenRole::Primary(primary, links) => {
                 let modes: Vec<_> = config.peers.iter().map(PeerConfig::wanted).collect();
                 primary.configure(&modes, config.replica_loss());
+                // A replica learns the modes, too: they go with the volume. Each link's next greeting tells of them.
+                self.introduce(links);
+                primary.tell_members(self.members());
                 for peer in &config.peers {
                     if let Some(link) = links.get(&peer.host) {
                         link.configure(peer);

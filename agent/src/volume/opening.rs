@@ -6,7 +6,7 @@
 
 use super::{Learned, OpenRole, Volume};
 use crate::backing;
-use crate::config::{PeerConfig, VolumeConfig};
+use crate::config::VolumeConfig;
 use crate::export::Export;
 use crate::metadata::State;
 use crate::primary::Primary;
@@ -152,9 +152,7 @@ impl Volume {
         backing: Rc<File>,
         state: State,
     ) -> Result<OpenRole, String> {
-        let peers: Vec<_> = config.peers.iter().map(PeerConfig::wanted).collect();
-        let (loss, window_bytes) = (config.replica_loss(), config.window.0);
-        let primary = Primary::open(storage, backing, state, self.pool.clone(), &peers, loss, window_bytes)
+        let primary = Primary::open(storage, backing, state, self.pool.clone(), config)
             .await
             .map_err(|error| with_causes(&error))?;
         let mut links = BTreeMap::new();

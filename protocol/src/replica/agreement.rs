@@ -42,7 +42,7 @@ impl Log {
             Recovered::Unsure { serial } => (*serial, BTreeSet::new(), true),
         };
         Self {
-            set: ActiveSet::new(serial),
+            set: ActiveSet::new(serial, activity_log::CAPACITY),
             inherited,
             is_unsure,
             is_wanted: false,

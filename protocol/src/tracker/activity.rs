@@ -18,6 +18,8 @@ const BATCH: usize = 64;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct ActiveSet {
+    /// How many extents there may be, but for adopted ones.
+    limit: usize,
     extents: BTreeMap<Extent, Entry>,
     serial: u64,
     writing: bool,
@@ -58,21 +60,26 @@ pub(crate) enum Claim {
 }
 
 impl ActiveSet {
-    /// The set after a restart: nothing is active, and the next record goes after `serial`.
-    pub(crate) fn new(serial: u64) -> Self {
-        Self { extents: BTreeMap::new(), serial, writing: false, shrunk: true, wanted: 0, clock: 0 }
+    /// The set after a restart: nothing is active, and the next record goes after `serial`. No more than `limit` extents
+    /// are active at once.
+    ///
+    /// # Panics
+    /// When a record doesn't hold so many.
+    pub(crate) fn new(serial: u64, limit: usize) -> Self {
+        assert!(limit <= activity_log::CAPACITY, "the active set fits into a record");
+        Self { limit, extents: BTreeMap::new(), serial, writing: false, shrunk: true, wanted: 0, clock: 0 }
     }
 
     /// Claims extents for one write. Where places are needed, the longest untouched extents whose last write is at
     /// most `safe` leave the set.
     pub(crate) fn claim(&mut self, extents: impl Iterator<Item = Extent> + Clone, safe: Sequence) -> Claim {
         let missing = extents.clone().filter(|extent| !self.extents.contains_key(extent)).count();
-        assert!(missing <= activity_log::CAPACITY, "a piece of a write touches few extents");
-        if self.extents.len() + missing > activity_log::CAPACITY {
+        assert!(missing <= self.limit, "a piece of a write touches few extents");
+        if self.extents.len() + missing > self.limit {
             let keep: BTreeSet<Extent> = extents.clone().collect();
-            let needed = self.extents.len() + missing - activity_log::CAPACITY;
+            let needed = self.extents.len() + missing - self.limit;
             self.evict(needed.max(BATCH), safe, &keep);
-            if self.extents.len() + missing > activity_log::CAPACITY {
+            if self.extents.len() + missing > self.limit {
                 return Claim::Full;
             }
         }
@@ -209,7 +216,7 @@ mod tests {
 
     #[test]
     fn arrivals_share_a_record_and_a_hot_extent_needs_none() {
-        let mut set = ActiveSet::new(0);
+        let mut set = ActiveSet::new(0, activity_log::CAPACITY);
         assert_eq!(set.claim(extents(0..2), Sequence(0)), Claim::Wait);
         assert_eq!(set.claim(extents(5..6), Sequence(0)), Claim::Wait);
         assert!(set.next_record(false).is_some());
@@ -224,7 +231,7 @@ mod tests {
 
     #[test]
     fn an_extent_leaves_only_when_its_last_write_is_safe() {
-        let mut set = ActiveSet::new(0);
+        let mut set = ActiveSet::new(0, activity_log::CAPACITY);
         let all = activity_log::CAPACITY as u32;
         assert_eq!(set.claim(extents(0..all), Sequence(0)), Claim::Wait);
         set.next_record(false).unwrap();
@@ -238,7 +245,7 @@ mod tests {
 
     #[test]
     fn idle_extents_leave_with_the_next_tidy_record() {
-        let mut set = ActiveSet::new(0);
+        let mut set = ActiveSet::new(0, activity_log::CAPACITY);
         set.claim(extents(0..3), Sequence(0));
         set.next_record(false).unwrap();
         set.record_written();

@@ -182,6 +182,7 @@ mod tests {
             lineage: vec![GenerationId([1; 16])],
             first_epoch: Epoch(1),
             loss: ReplicaLoss::Continue,
+            active_extents: crate::disk::activity_log::CAPACITY,
         };
         let mut tracker = Tracker::new(settings, &log, Vec::new());
         settle(&mut tracker, LocalWrite::Written, true);

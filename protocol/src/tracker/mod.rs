@@ -65,6 +65,8 @@ const IDLE_TIME: Duration = Duration::from_secs(5);
 const FULL_TIME: Duration = Duration::from_millis(100);
 /// An epoch holds at most this much, in bytes (W3).
 const EPOCH_BYTES: u64 = 16 << 20;
+/// An active set that is smaller than this would be written anew all the time.
+pub const LEAST_ACTIVE_EXTENTS: usize = 128;
 /// How many pieces of one request may be under way, so that a request of 4 GiB doesn't starve others (W6).
 const PIECES: u32 = 16;
 
@@ -161,6 +163,8 @@ pub struct Settings {
     pub first_epoch: Epoch,
     /// What happens while a replica that writes should wait for is lost.
     pub loss: ReplicaLoss,
+    /// How many extents may be active at once: at least [`LEAST_ACTIVE_EXTENTS`], at most [`activity_log::CAPACITY`].
+    pub active_extents: usize,
 }
 
 /// How a write to the backing ended.
@@ -238,7 +242,7 @@ impl Tracker {
     /// maps as recovered.
     #[must_use]
     pub fn new(settings: Settings, log: &Recovered, sessions: Vec<Session>) -> Self {
-        let Settings { size_bytes, sector_bytes, lineage, first_epoch, loss } = settings;
+        let Settings { size_bytes, sector_bytes, lineage, first_epoch, loss, active_extents } = settings;
         let serial = match log {
             Recovered::Active { serial, .. } | Recovered::Unsure { serial } => *serial,
         };
@@ -247,7 +251,7 @@ impl Tracker {
             generations: Generations::new(lineage),
             loss,
             order: Order::new(sector_bytes),
-            activity: ActiveSet::new(serial),
+            activity: ActiveSet::new(serial, active_extents),
             log_is_free: false,
             log_failed: false,
             requests: HashMap::new(),

@@ -62,6 +62,8 @@ pub struct Member {
     pub host: HostId,
     /// Where its agent listens, `address:port`.
     pub addresses: Vec<String>,
+    /// The mode in which the primary mirrors to it (W4).
+    pub mode: Mode,
 }
 
 /// Who may write: raised by each promotion (L5).
@@ -587,8 +589,12 @@ mod tests {
 
     #[test]
     fn the_handshake_reads_back() {
-        let member =
-            Member { name: "a".into(), host: HostId([1; 32]), addresses: vec!["10.0.0.1:7447".into()] };
+        let member = Member {
+            name: "a".into(),
+            host: HostId([1; 32]),
+            addresses: vec!["10.0.0.1:7447".into()],
+            mode: Mode::Sync,
+        };
         let hello = Hello {
             versions: (1, 1),
             features: 0,

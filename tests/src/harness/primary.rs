@@ -15,7 +15,7 @@ use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
 use blockmirror_protocol::session::{Identity, Session};
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{GenerationId, Position, Sequence, Time};
-use blockmirror_protocol::wire::message::Member;
+use blockmirror_protocol::wire::message::{Member, Mode};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ pub fn digest(range: ByteRange, data: &Data) -> [u8; 32] {
 
 /// A host as others are told of it.
 fn member(number: usize) -> Member {
-    Member { name: number.to_string(), host: host_id(number), addresses: Vec::new() }
+    Member { name: number.to_string(), host: host_id(number), addresses: Vec::new(), mode: Mode::Async }
 }
 
 impl PrimaryShell {
@@ -116,6 +116,7 @@ impl World {
             lineage: it.superblock.lineage.clone(),
             first_epoch: it.superblock.position.epoch,
             loss: self.settings.loss,
+            active_extents: self.settings.active_extents,
         };
         it.shell = Shell::Primary(Box::new(PrimaryShell {
             tracker: Tracker::new(settings, &log, sessions),

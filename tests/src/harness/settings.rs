@@ -1,7 +1,9 @@
 //! What a seed decides before anything happens.
 
 use super::random::Random;
+use blockmirror_protocol::disk::activity_log::CAPACITY;
 use blockmirror_protocol::replica::SpacePolicy;
+use blockmirror_protocol::tracker::LEAST_ACTIVE_EXTENTS;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::BlockSize;
 use blockmirror_protocol::wire::message::Mode;
@@ -58,6 +60,8 @@ pub struct Settings {
     pub duration: Duration,
     /// How long until the next mishap at most; none for no mishaps at all.
     pub mishaps: Option<Duration>,
+    /// How many extents a primary has active at once.
+    pub active_extents: usize,
 }
 
 impl Settings {
@@ -100,6 +104,7 @@ impl Settings {
             outage: Duration::from_secs(1),
             duration: Duration::ZERO,
             mishaps: None,
+            active_extents: CAPACITY,
         }
     }
 
@@ -224,6 +229,7 @@ impl Settings {
             outage: Duration::from_secs(1),
             duration: Duration::from_secs(seconds),
             mishaps: random.pick(&[Some(500), Some(3000), Some(3000), None]).map(Duration::from_millis),
+            active_extents: random.pick(&[LEAST_ACTIVE_EXTENTS, CAPACITY]),
         }
     }
 }
