@@ -387,8 +387,9 @@ impl World {
         let mut theirs = primary.known_lives.clone();
         let lives = |generation| self.generation_lives.get(generation).copied();
         theirs.extend(primary.superblock.lineage.iter().filter_map(lives));
-        if primary.superblock.lineage.len() == LINEAGE_LIMIT {
-            // Older ones were pruned.
+        let lineages = [&self.hosts[host].superblock.lineage, &primary.superblock.lineage];
+        if lineages.iter().any(|lineage| lineage.len() == LINEAGE_LIMIT) {
+            // Older ones were pruned; where that leaves nothing in common, the primary says so.
             return;
         }
         let forgotten: Vec<_> = mine.difference(&theirs).collect();
