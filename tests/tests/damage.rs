@@ -1,6 +1,7 @@
 //! Damaged metadata, mistakes in the configuration, disks that are full: what is concerned says so, the rest goes on.
 
 use blockmirror_agent::control::api::{PeerState, VolumeState};
+use blockmirror_protocol::disk::PAGE_BYTES;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
@@ -77,6 +78,38 @@ fn a_damaged_superblock_is_told_in_the_status_and_the_agent_runs_on() {
         let other = host.succeed(&["status", "other", "--json"]);
         assert!(other.contains("no replica has joined"), "{other}");
     }
+}
+
+#[test]
+fn metadata_of_a_newer_release_are_left_alone_and_no_order_is_taken() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.primary.stop();
+    let replica = mirror.replica_mut();
+    replica.stop();
+    let superblock = replica.state("superblock");
+    let mut before = fs::read(&superblock).expect("the superblock");
+    for slot in before.chunks_mut(PAGE_BYTES) {
+        // The magic number, the version, the checksum of all the rest.
+        slot[8..12].copy_from_slice(&99_u32.to_le_bytes());
+        let mut checksum = crc32fast::Hasher::new();
+        [&slot[..12], &slot[16..]].iter().for_each(|part| checksum.update(part));
+        slot[12..16].copy_from_slice(&checksum.finalize().to_le_bytes());
+    }
+    fs::write(&superblock, &before).expect("the superblock");
+    replica.start();
+    let status = replica.status();
+    let error = status.facts.backing_error.clone().unwrap_or_default();
+    assert!(
+        error.contains("has version 99") && error.contains("use the release that wrote it"),
+        "{status:?}"
+    );
+    let words = ["not open here", "use the release that wrote it"];
+    replica.refuse(&["promote", "data", "--force"], 5, &words);
+    replica.refuse(&["demote", "data"], 5, &words);
+    replica.refuse(&["switch", "data", "--to", "a"], 5, &words);
+    replica.refuse(&["resolve", "data", "--keep", "a"], 5, &words);
+    replica.refuse(&["undo", "data"], 5, &words);
+    assert!(fs::read(&superblock).expect("the superblock") == before, "nothing was changed");
 }
 
 #[test]

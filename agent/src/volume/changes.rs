@@ -214,6 +214,17 @@ pub(super) async fn close(primary: &Primary, limit: Duration) -> bool {
     closed.is_ok()
 }
 
+impl Volume {
+    /// Why a volume that is neither primary nor replica just now takes no order.
+    pub(super) fn not_open(&self) -> Failure {
+        match &self.role {
+            OpenRole::Changing(change) => refused(format!("this host is just {}", change.words)),
+            OpenRole::Closed(text) => refused(format!("the volume is not open here: {text}")),
+            OpenRole::Primary(..) | OpenRole::Replica(_) => unreachable!("it is open"),
+        }
+    }
+}
+
 pub(super) fn refused(text: impl Into<String>) -> Failure {
     Failure::new(FailureKind::Refused, text)
 }

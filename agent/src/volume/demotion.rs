@@ -102,8 +102,7 @@ impl Volume {
             OpenRole::Replica(_) => {
                 return Err(refused(format!("this host is a replica of {volume}; run this on the primary")));
             }
-            OpenRole::Changing(change) => return Err(refused(format!("this host is just {}", change.words))),
-            OpenRole::Closed(text) => return Err(failed(format!("the volume is not open here: {text}"))),
+            OpenRole::Changing(_) | OpenRole::Closed(_) => return Err(self.not_open()),
         };
         if let Some(fence) = primary.superseded() {
             let holder = self.name_of(fence.holder);

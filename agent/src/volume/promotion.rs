@@ -146,8 +146,7 @@ impl Volume {
                 ),
                 None => format!("{own} is the primary of {volume} already"),
             })),
-            OpenRole::Changing(change) => Err(refused(format!("this host is just {}", change.words))),
-            OpenRole::Closed(text) => Err(failed(format!("the volume is not open here: {text}"))),
+            OpenRole::Changing(_) | OpenRole::Closed(_) => Err(self.not_open()),
         }
     }
 

@@ -84,8 +84,7 @@ impl Volume {
                 let openers = if is_superseded { Some(self.devices.openers().await) } else { None };
                 (Superblock { role: Role::Primary, ..primary.state().superblock() }, openers)
             }
-            OpenRole::Changing(change) => return Err(refused(format!("this host is just {}", change.words))),
-            OpenRole::Closed(text) => return Err(failed(format!("the volume is not open here: {text}"))),
+            OpenRole::Changing(_) | OpenRole::Closed(_) => return Err(self.not_open()),
         };
         Ok(Resolver { volume: self.name(), own: (own.host, own.name.clone()), superblock, openers })
     }

@@ -80,8 +80,7 @@ impl Volume {
             }
             OpenRole::Replica(replica) => Ok(replica.clone()),
             OpenRole::Primary(..) => Err(refused(NotUndoable::Primary.to_string())),
-            OpenRole::Changing(change) => Err(refused(format!("this host is just {}", change.words))),
-            OpenRole::Closed(text) => Err(failed(format!("the volume is not open here: {text}"))),
+            OpenRole::Changing(_) | OpenRole::Closed(_) => Err(self.not_open()),
         }
     }
 }
