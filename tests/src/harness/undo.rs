@@ -11,6 +11,7 @@ use super::world::World;
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map};
 use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::{StateChange, undo};
+use blockmirror_protocol::wire::message::DataState;
 
 impl Host {
     /// A change of the superblock is durable: what was there before a history began is remembered.
@@ -83,12 +84,13 @@ impl World {
             return false;
         };
         self.note(|| format!("host {host} is undone"));
-        self.write_undone_maps(host, &point);
-        let number = self.next_operation();
-        let it = &mut self.hosts[host];
-        undo::begin(&mut it.superblock, &point.lineage, generation(host, number));
-        it.write_superblock_now();
-        self.restore_history(host, &point);
+        // At times the host stops in the middle, and is undone once more.
+        while !self.bring_back(host, &point) {
+            self.hosts[host].kept = Some(point.clone());
+            self.crash(host, Crash::Power);
+            self.hosts[host].recover_superblock();
+            self.hosts[host].recover_history();
+        }
         let it = &mut self.hosts[host];
         undo::record(&mut it.superblock, point.position);
         it.write_superblock_now();
@@ -101,6 +103,21 @@ impl World {
         self.differences.forget(host);
         self.start(host);
         true
+    }
+
+    /// Carries out the steps up to the sync. Says whether nothing came between.
+    fn bring_back(&mut self, host: usize, point: &HistoryPoint) -> bool {
+        self.write_undone_maps(host, point);
+        let number = self.next_operation();
+        let it = &mut self.hosts[host];
+        undo::begin(&mut it.superblock, &point.lineage, generation(host, number));
+        it.write_superblock_now();
+        // Only the history leads back from here.
+        it.mirror = Mirror::default();
+        it.mirror.data = DataState::Inconsistent;
+        let is_whole = !self.random.once_in(3);
+        self.restore_history(host, point, is_whole);
+        is_whole
     }
 
     fn write_undone_maps(&mut self, host: usize, point: &HistoryPoint) {
@@ -116,13 +133,20 @@ impl World {
         }
     }
 
-    fn restore_history(&mut self, host: usize, point: &HistoryPoint) {
-        let layers = std::mem::take(&mut self.hosts[host].layers);
-        for (range, held) in layers.get(point.layer).contents() {
+    /// Restores all of the history, and syncs; else some of it.
+    fn restore_history(&mut self, host: usize, point: &HistoryPoint, is_whole: bool) {
+        let contents: Vec<_> = self.hosts[host].layers.get(point.layer).contents().collect();
+        for (range, held) in contents {
+            if !is_whole && self.random.once_in(2) {
+                continue;
+            }
             let id = DiskOperation(self.next_operation());
             let it = &mut self.hosts[host];
             it.disk.write(id, range, &Data::Sparse(held), false);
             it.disk.end(id, false, &mut self.random);
+        }
+        if !is_whole {
+            return;
         }
         let id = DiskOperation(self.next_operation());
         let it = &mut self.hosts[host];
