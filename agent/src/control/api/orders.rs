@@ -1,0 +1,239 @@
+//! What the operator orders, and what came of it.
+
+use super::{PeerStatus, VolumeStatus};
+use crate::config::{Address, DeviceKind, Mode, Name};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Makes a volume with this host as its primary. Answered by [`super::StatusReply`] with that volume alone.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateRequest {
+    /// The new volume's name.
+    pub name: Name,
+    /// An image file, made where it is missing, or a block device; as an absolute path.
+    pub backing: PathBuf,
+    /// The volume's size in bytes; by default all of the backing.
+    pub size_bytes: Option<u64>,
+    /// What applications can open.
+    pub devices: Vec<DeviceKind>,
+    /// The unit of tracking in bytes; by default 4096.
+    pub block_size_bytes: Option<u64>,
+}
+
+/// Asks the primary for a one-time token.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InviteRequest {
+    /// How long the token is good for.
+    pub expires_seconds: u64,
+    /// Where the new host reaches this one; by default what the agent advertises.
+    pub addresses: Vec<Address>,
+}
+
+/// A one-time token.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Invitation {
+    /// [`super::INVITATION_SCHEMA`].
+    pub schema: String,
+    /// The volume that it is for.
+    pub volume: Name,
+    /// What to paste on the new host.
+    pub token: String,
+    /// How long it is good for.
+    pub expires_seconds: u64,
+    /// The addresses that it carries.
+    pub addresses: Vec<Address>,
+}
+
+/// Makes this host a replica. Answered by [`super::StatusReply`] with that volume alone.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JoinRequest {
+    /// What the primary's operator was given.
+    pub token: String,
+    /// An image file, made where it is missing, or a block device; as an absolute path.
+    pub backing: PathBuf,
+    /// Whether a backing that holds data may be used all the same.
+    pub overwrite: bool,
+}
+
+/// Makes this host the primary of a volume. Answered by [`Promotion`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromoteRequest {
+    /// Whether it is wanted even where something may be lost, or another host may go on as well.
+    pub force: bool,
+}
+
+/// A promotion that was carried out.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Promotion {
+    /// [`super::PROMOTION_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// How long it took until the devices were served.
+    pub milliseconds: u64,
+    /// When the content was so that it was rolled back to, in seconds since 1970; null where nothing was.
+    pub rolled_back_to: Option<u64>,
+    /// The hosts that did not say how they stand.
+    pub unanswered: Vec<String>,
+}
+
+/// A primary that was made a replica; nobody is the primary now.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Demotion {
+    /// [`super::DEMOTION_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// The replicas that have everything, and can be promoted without losing anything.
+    pub released: Vec<String>,
+    /// The others.
+    pub unreleased: Vec<String>,
+}
+
+/// Makes this primary a replica, and a replica the primary. Answered by [`Switch`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SwitchRequest {
+    /// The new primary.
+    pub to: Name,
+}
+
+/// A switch that was carried out.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Switch {
+    /// [`super::SWITCH_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands on the old primary.
+    pub volume: VolumeStatus,
+    /// The new primary.
+    pub to: Name,
+    /// How long nobody could write.
+    pub milliseconds_without_writes: u64,
+}
+
+/// Gives this host's content up for another's after a split brain. Answered by [`Resolution`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveRequest {
+    /// The host whose content stays.
+    pub keep: Name,
+    /// Whether it is only to be said what that would lose.
+    pub dry_run: bool,
+}
+
+/// What a host has that another one lacks; null where it isn't known. It is never more than this.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Stake {
+    /// How many blocks.
+    pub blocks: Option<u64>,
+    /// How many bytes.
+    pub bytes: Option<u64>,
+}
+
+/// A split that was resolved, or what resolving it would lose.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Resolution {
+    /// [`super::RESOLUTION_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// The host whose content stays.
+    pub keep: Name,
+    /// Whether it was carried out.
+    pub done: bool,
+    /// What this host has that the other one lacks: it goes.
+    pub loses: Stake,
+    /// What the other one has that this host lacks: it would go if this host's content stayed.
+    pub spares: Stake,
+    /// When the two were last in sync, in seconds since 1970; null where that isn't known.
+    pub in_sync_at: Option<u64>,
+    /// Whether everything is copied, because this host's map does not reach back to where the two parted.
+    pub copies_everything: bool,
+    /// The command that brings back what this host had; null where that is not kept.
+    pub undo: Option<String>,
+    /// What the choice loses, in one sentence.
+    pub verdict: String,
+    /// What the opposite choice would lose, in one sentence.
+    pub alternative: String,
+    /// The command to run, or `none`.
+    pub action: String,
+}
+
+/// A host that is again what it was before its content was given up.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Undoing {
+    /// [`super::UNDOING_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// How much was restored.
+    pub restored_bytes: u64,
+    /// When the content was so, in seconds since 1970.
+    pub back_to: u64,
+}
+
+/// A host that keeps nothing for an undo any more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Forgetting {
+    /// [`super::FORGETTING_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it stands now.
+    pub volume: VolumeStatus,
+    /// How much had been kept.
+    pub forgotten_bytes: u64,
+}
+
+/// Sets when writes and flushes are answered while a peer is in sync. Answered by [`PeerStatus`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModeRequest {
+    /// The mode.
+    pub mode: Mode,
+}
+
+/// The other hosts of a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeersReply {
+    /// [`super::PEERS_SCHEMA`].
+    pub schema: String,
+    /// The volume.
+    pub volume: Name,
+    /// Its other hosts.
+    pub peers: Vec<PeerStatus>,
+}
+
+/// What a comparison of all digests found.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Comparison {
+    /// [`super::COMPARISON_SCHEMA`].
+    pub schema: String,
+    /// The volume.
+    pub volume: Name,
+    /// The peer whose copy was compared with this host's.
+    pub peer: Name,
+    /// How much was compared.
+    pub compared_bytes: u64,
+    /// How much differs.
+    pub different_bytes: u64,
+    /// Where; the first of them, where they are many.
+    pub ranges: Vec<Difference>,
+    /// How long it took.
+    pub seconds: u64,
+    /// What that means.
+    pub verdict: String,
+    /// The command to run, or `none`.
+    pub action: String,
+}
+
+/// A range that differs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Difference {
+    /// Its first byte.
+    pub offset: u64,
+    /// How many bytes.
+    pub length: u64,
+}

@@ -1,0 +1,305 @@
+//! How the host, its volumes and their peers stand.
+
+use crate::config::{Address, DeviceKind, Mode, Name, PeerConfig, Role};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// How things stand.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StatusReply {
+    /// [`super::STATUS_SCHEMA`].
+    pub schema: String,
+    /// This host.
+    pub host: HostStatus,
+    /// The volumes that were asked for, in the order of their names.
+    pub volumes: Vec<VolumeStatus>,
+}
+
+/// This host and its agent.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// What peers call it.
+    pub name: Name,
+    /// The fingerprint of its key; null when the agent is not running.
+    pub fingerprint: Option<String>,
+    /// The agent's version; null when it is not running.
+    pub version: Option<String>,
+    /// Where the agent listens for peers; null when it is not running.
+    pub listen: Option<SocketAddr>,
+}
+
+/// One volume in one word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumeState {
+    /// Primary: every replica is in sync.
+    Healthy,
+    /// Primary: a replica is missing, paused, behind or failed, or there is none.
+    Degraded,
+    /// Primary: what a replica lacks is being copied.
+    Syncing,
+    /// This host's backing failed.
+    Failed,
+    /// Replica: consistent, and connected to the primary.
+    Following,
+    /// Replica: being copied to, and not usable.
+    Resyncing,
+    /// Replica: not connected to the primary.
+    Waiting,
+    /// The role of this host is just being changed.
+    Changing,
+    /// Primary: another host was promoted since, so this one takes no writes.
+    Superseded,
+    /// Both this host and another one wrote after they were last in sync: the operator decides whose content stays.
+    SplitBrain,
+    /// The agent is not running.
+    Stopped,
+}
+
+/// A volume, and what its facts mean. Made by [`crate::verdict::running`] or [`crate::verdict::stopped`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// What is known.
+    #[serde(flatten)]
+    pub facts: VolumeFacts,
+    /// In one word.
+    pub state: VolumeState,
+    /// In one sentence.
+    pub verdict: String,
+    /// The command to run, or `none`.
+    pub action: String,
+}
+
+/// What is known about a volume on this host.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeFacts {
+    /// The volume's name.
+    pub name: Name,
+    /// Its identity, in hexadecimal.
+    pub id: String,
+    /// What this host is for it.
+    pub role: Role,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// The unit of tracking in bytes.
+    pub block_size_bytes: u64,
+    /// What holds the bytes on this host.
+    pub backing: PathBuf,
+    /// How the backing failed, if it did.
+    pub backing_error: Option<String>,
+    /// What carries out I/O, `io_uring` or `threads`; null when the agent is not running.
+    pub storage: Option<String>,
+    /// What applications can open.
+    pub devices: Vec<DeviceStatus>,
+    /// What this host's copy holds.
+    pub data: Option<CopyState>,
+    /// The last epoch that is durable here.
+    pub epoch: Option<u64>,
+    /// What there is to say of who may write.
+    #[serde(default)]
+    pub succession: Succession,
+    /// The other hosts.
+    pub peers: Vec<PeerStatus>,
+}
+
+/// Who may write to a volume, who could, and what keeps a change of that from being whole.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Succession {
+    /// How many promotions there were, as far as this host knows; null where it doesn't.
+    pub fence: Option<u64>,
+    /// A change of the role that is under way, as in "this host is just being promoted".
+    pub change: Option<String>,
+    /// Whether the primary was demoted when this replica had everything.
+    pub released: bool,
+    /// Whether this host was the last primary and was demoted.
+    pub demoted: bool,
+    /// While a resync makes this copy a mixture: when it was what a promotion would roll back to.
+    pub rollback: Option<Rollback>,
+    /// What is kept of what this copy was before its content was given up: an undo would bring it back.
+    #[serde(default)]
+    pub history: Option<Rollback>,
+    /// Whether a resync waits for room for pre-images.
+    pub is_full: bool,
+    /// On a primary that must not write any more: the host that was promoted since.
+    pub superseded_by: Option<String>,
+    /// On a primary that must not write any more: who has its devices open.
+    pub openers: Vec<String>,
+    /// On a replica that wrote alone: the host whose content it does not take.
+    pub split_from: Option<String>,
+    /// Since when.
+    pub split_seconds: Option<u64>,
+    /// What others call this host; null when the agent is not running.
+    #[serde(default)]
+    pub own_name: Option<String>,
+}
+
+/// A point that a copy can be rolled back to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Rollback {
+    /// When the copy was so, in seconds since 1970.
+    pub at_unix_seconds: u64,
+    /// How long ago that was.
+    pub age_seconds: u64,
+    /// How much room the pre-images take that lead back to it.
+    pub bytes: u64,
+}
+
+/// What a copy holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyState {
+    /// Nothing yet.
+    Empty,
+    /// A mixture that is not usable: a resync is under way or was interrupted.
+    Inconsistent,
+    /// A legal crash image of the volume.
+    Consistent,
+}
+
+impl From<blockmirror_protocol::wire::message::DataState> for CopyState {
+    fn from(state: blockmirror_protocol::wire::message::DataState) -> Self {
+        use blockmirror_protocol::wire::message::DataState;
+        match state {
+            DataState::Empty => Self::Empty,
+            DataState::Inconsistent => Self::Inconsistent,
+            DataState::Consistent => Self::Consistent,
+        }
+    }
+}
+
+/// Something that applications can open.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// How to connect to it, for what is served by a protocol.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uri: Option<String>,
+    /// Where it is, for what has a place among the files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Why it is not served, if it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// The link to a peer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Connection {
+    /// A session is open.
+    Connected,
+    /// One is being opened.
+    Connecting,
+    /// The last attempt failed, or the link was lost.
+    Disconnected,
+    /// The operator paused it.
+    Paused,
+}
+
+/// A replica, as the primary sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PeerState {
+    /// It has everything but what is on its way (D4).
+    InSync,
+    /// What it lacks is being copied.
+    Resyncing,
+    /// It is connected and gets less than is written.
+    Behind,
+    /// It lacks something that is not being copied now.
+    OutOfSync,
+    /// Its backing failed.
+    Failed,
+    /// It wrote alone after the two were last in sync, as this host did: the operator decides whose content stays.
+    SplitBrain,
+    /// Its history has nothing in common with this host's.
+    Stranger,
+}
+
+/// Another host of a volume, as this one sees it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// What it is called.
+    pub name: Name,
+    /// The fingerprint of its key.
+    pub fingerprint: String,
+    /// What it is for the volume.
+    pub role: Role,
+    /// Where its agent is reached.
+    pub addresses: Vec<Address>,
+    /// The link to it.
+    pub connection: Connection,
+    /// How long the link has been so.
+    pub connection_seconds: Option<u64>,
+    /// What went wrong last, if the link or the peer is not well.
+    pub error: Option<String>,
+    /// When writes are answered while this host is the primary and that one is in sync.
+    #[serde(default)]
+    pub mode: Mode,
+    /// How far it is; null where this host doesn't know.
+    pub state: Option<PeerState>,
+    /// What its copy held when it last told.
+    pub data: Option<CopyState>,
+    /// What may differ there: what is marked, and what is on its way as soon as the peer is not in sync.
+    pub out_of_sync_bytes: Option<u64>,
+    /// What is on its way and not acknowledged as durable.
+    pub lag_bytes: Option<u64>,
+    /// The age of the oldest of that.
+    pub lag_seconds: Option<u64>,
+    /// The last epoch that is durable there; to be compared with the volume's own.
+    pub durable_epoch: Option<u64>,
+    /// The copying of what it lacks, while that is under way.
+    pub resync: Option<Progress>,
+    /// A comparison of digests, while that is under way.
+    pub compare: Option<Progress>,
+}
+
+impl PeerStatus {
+    /// A peer of which this host knows nothing now.
+    #[must_use]
+    pub fn unknown(peer: &PeerConfig) -> Self {
+        Self {
+            name: peer.name.clone(),
+            fingerprint: peer.host.to_string(),
+            role: peer.role,
+            addresses: peer.addresses.clone(),
+            connection: if peer.paused { Connection::Paused } else { Connection::Disconnected },
+            connection_seconds: None,
+            error: None,
+            mode: peer.mode,
+            state: None,
+            data: None,
+            out_of_sync_bytes: None,
+            lag_bytes: None,
+            lag_seconds: None,
+            durable_epoch: None,
+            resync: None,
+            compare: None,
+        }
+    }
+}
+
+/// How far a long job is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Progress {
+    /// How much is done.
+    pub done_bytes: u64,
+    /// How much there is to do in all.
+    pub total_bytes: u64,
+    /// Bytes per second.
+    pub rate: u64,
+    /// How long the rest will take at this rate; null while nothing moves.
+    pub eta_seconds: Option<u64>,
+}
+
+impl Progress {
+    /// A job's progress at a rate in bytes per second; the time left follows from the two.
+    #[must_use]
+    pub fn new(done_bytes: u64, total_bytes: u64, rate: u64) -> Self {
+        let left = total_bytes.saturating_sub(done_bytes);
+        let eta_seconds = (rate > 0).then(|| left.div_ceil(rate));
+        Self { done_bytes, total_bytes, rate, eta_seconds }
+    }
+}
