@@ -152,6 +152,9 @@ impl Volume {
         backing: Rc<File>,
         state: State,
     ) -> Result<OpenRole, String> {
+        if let Some(shortfall) = config.shortfall() {
+            tracing::warn!(volume = %config.name, "{shortfall}; all there are will do until then");
+        }
         let primary = Primary::open(storage, backing, state, self.pool.clone(), config)
             .await
             .map_err(|error| with_causes(&error))?;

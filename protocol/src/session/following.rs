@@ -104,7 +104,7 @@ impl Session {
         self.mode
     }
 
-    /// The operator chose another mode; it takes effect with the next session.
+    /// The operator chose another mode: replies go by it from now on, and the replica hears of it with the next session.
     pub(crate) fn set_mode(&mut self, mode: Mode) {
         self.mode = mode;
     }

@@ -490,8 +490,8 @@ impl Tracker {
         self.sessions.get(&peer).is_some_and(Session::is_comparing)
     }
 
-    /// The operator chose another mode for a replica, or what happens while one is lost. A mode takes effect with the
-    /// next session.
+    /// The operator chose another mode for a replica, or what happens while one is lost. Replies go by it from now on;
+    /// the replica hears of its mode with the next session.
     pub fn configure(&mut self, modes: &[(HostId, Mode)], loss: ReplicaLoss, now: Time) {
         self.loss = loss;
         for (peer, mode) in modes {
