@@ -45,8 +45,8 @@ use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Stream};
 use crate::wire::message::{
-    Acknowledgement, Commit, Committed, DataState, Digest, Hello, Message, Mode, Refusal, Refused, Release,
-    ReleaseRecorded, ResyncBegin, ResyncReady,
+    Acknowledgement, Commit, Committed, CopyDigest, DataState, Digest, Hello, Message, Mode, Refusal,
+    Refused, Release, ReleaseRecorded, ResyncBegin, ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
 use agreement::Log;
@@ -57,6 +57,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 const COPY_SYNC_BYTES: u64 = 8 << 20;
 /// No primary has more bytes of copies under way.
 const COPY_LIMIT_BYTES: u64 = 128 << 20;
+/// No primary asks for the digests of more bytes at the same time, each with what it takes beside its content: so much
+/// memory is used to read them.
+const DIGEST_LIMIT_BYTES: u64 = 64 << 20;
+const DIGEST_COST_BYTES: u64 = 16 << 10;
 
 /// Names a frame and its payload.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -229,6 +233,8 @@ struct Copies {
     durable: u64,
     under_way: usize,
     under_way_bytes: u64,
+    /// What digests under way take.
+    digest_bytes: u64,
     unsynced_bytes: u64,
     written_bytes: u64,
 }
@@ -382,17 +388,27 @@ impl Replica {
         self.go_on();
     }
 
-    /// A range was digested for a compare, or could not be read.
+    /// A range was digested for a compare or a resync, or could not be read.
     pub fn handle_digest(&mut self, frame: FrameId, digest: Option<[u8; 32]>) {
         let item = self.items.remove(&frame).expect("a range is digested once");
         let freed = self.order.finish(frame, item.body.range());
         self.run(freed);
         let Some(digest) = digest else { return self.fail() };
-        if let Some(link) = self.link.as_mut().filter(|link| link.session == item.session)
-            && let Body::Digest { number, .. } = item.body
-        {
-            link.live_under_way -= 1;
-            self.actions.push_back(Action::Send(Digest { session: item.session, number, digest }.into()));
+        let session = item.session;
+        if let Some(link) = self.link.as_mut().filter(|link| link.session == session) {
+            let answer = match item.body {
+                Body::Digest { number, .. } => {
+                    link.live_under_way -= 1;
+                    Digest { session, number, digest }.into()
+                }
+                Body::CopyDigest { number, range } => {
+                    link.copies.digest_bytes -= range.length + DIGEST_COST_BYTES;
+                    link.copies.ended(number, range);
+                    CopyDigest { session, number, digest }.into()
+                }
+                _ => unreachable!("only what asks for a digest is answered with one"),
+            };
+            self.actions.push_back(Action::Send(answer));
         }
         self.go_on();
     }
@@ -500,7 +516,7 @@ impl Replica {
             waiting_bytes: self.link.as_ref().map_or(0, |link| link.live_bytes),
             resync: self.link.as_ref().and_then(|link| {
                 let (before, expected) = link.resync?;
-                Some((link.copies.written_bytes - before, expected))
+                Some(((link.copies.written_bytes - before).min(expected), expected))
             }),
         }
     }
@@ -510,7 +526,9 @@ impl Replica {
             let body = self.items[&frame].body;
             let range = body.range();
             match body {
-                Body::Digest { .. } => self.actions.push_back(Action::ReadDigest { frame, range }),
+                Body::Digest { .. } | Body::CopyDigest { .. } => {
+                    self.actions.push_back(Action::ReadDigest { frame, range })
+                }
                 Body::Write { epoch, .. } | Body::Zero { epoch, .. } if self.log.is_wanted => {
                     self.items.get_mut(&frame).expect("it was looked at").claimed = Some(epoch);
                     self.apply_when_logged(frame, range);
@@ -739,6 +757,29 @@ impl Replica {
     }
 }
 
+impl Copies {
+    /// A frame with a number was taken in. Says whether that is as agreed.
+    fn begin(&mut self, number: u64) -> Result<(), PrimaryMisbehaved> {
+        if number != self.received + 1 {
+            return Err(PrimaryMisbehaved("its copies are not numbered without gaps"));
+        }
+        self.received = number;
+        self.under_way += 1;
+        Ok(())
+    }
+
+    /// A copy was written, or a digest was read. What was read may not be durable either (D2).
+    fn ended(&mut self, number: u64, range: ByteRange) {
+        self.under_way -= 1;
+        self.unsynced_bytes += range.length;
+        self.written_bytes += range.length;
+        self.written_beyond.insert(number);
+        while self.written_beyond.remove(&(self.written + 1)) {
+            self.written += 1;
+        }
+    }
+}
+
 impl Link {
     /// Whether a frame of this epoch may come now: epochs come one after the other, each up to its end. One in which
     /// nothing was streamed to this replica may be left out.
@@ -750,14 +791,8 @@ impl Link {
     fn applied(&mut self, body: Body) {
         match body {
             Body::Copy { number, range } | Body::CopyZero { number, range } => {
-                self.copies.under_way -= 1;
                 self.copies.under_way_bytes -= range.length;
-                self.copies.unsynced_bytes += range.length;
-                self.copies.written_bytes += range.length;
-                self.copies.written_beyond.insert(number);
-                while self.copies.written_beyond.remove(&(self.copies.written + 1)) {
-                    self.copies.written += 1;
-                }
+                self.copies.ended(number, range);
             }
             _ => {
                 self.live_under_way -= 1;

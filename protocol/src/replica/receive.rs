@@ -6,7 +6,8 @@
 
 use super::gap::runs;
 use super::{
-    Action, COPY_LIMIT_BYTES, Copies, FrameId, Item, Link, Marker, PrimaryMisbehaved, Replica, StateChange,
+    Action, COPY_LIMIT_BYTES, Copies, DIGEST_COST_BYTES, DIGEST_LIMIT_BYTES, FrameId, Item, Link, Marker,
+    PrimaryMisbehaved, Replica, StateChange,
 };
 use crate::disk::superblock::Superblock;
 use crate::lineage::{self, Relation};
@@ -245,14 +246,22 @@ impl Replica {
                 if self.superblock.data == DataState::Consistent {
                     return Err(PrimaryMisbehaved("it sent a copy without announcing a resync"));
                 }
-                if number != link.copies.received + 1 {
-                    return Err(PrimaryMisbehaved("its copies are not numbered without gaps"));
-                }
-                link.copies.received = number;
-                link.copies.under_way += 1;
+                link.copies.begin(number)?;
                 link.copies.under_way_bytes += range.length;
                 if link.copies.under_way_bytes > COPY_LIMIT_BYTES {
                     return Err(PrimaryMisbehaved("it sent more copies than agreed"));
+                }
+                self.admit(frame, header.body);
+                Ok(true)
+            }
+            Body::CopyDigest { number, range } => {
+                if self.superblock.data == DataState::Consistent {
+                    return Err(PrimaryMisbehaved("it compares for a resync that it did not announce"));
+                }
+                link.copies.begin(number)?;
+                link.copies.digest_bytes += range.length + DIGEST_COST_BYTES;
+                if link.copies.digest_bytes > DIGEST_LIMIT_BYTES {
+                    return Err(PrimaryMisbehaved("it asked for more digests than agreed"));
                 }
                 self.admit(frame, header.body);
                 Ok(true)
@@ -293,7 +302,7 @@ mod tests {
     use crate::units::{
         BlockSize, CopyId, GenerationId, HostId, Position, Session as SessionNumber, Stream, VolumeId,
     };
-    use crate::wire::message::{Commit, Message};
+    use crate::wire::message::{Commit, CopyDigest, Message};
     use std::collections::{BTreeMap, BTreeSet};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
@@ -403,6 +412,66 @@ mod tests {
             drive(&mut replica, is_welcome);
             assert_eq!(replica.superblock.mode, mode, "durably, before it answers");
         }
+    }
+
+    /// A replica whose resync was recorded.
+    fn resyncing() -> Replica {
+        let mut replica = replica("a");
+        replica.superblock.data = DataState::Inconsistent;
+        replica.greet(hello(fence(2, 2), "a"));
+        drive(&mut replica, is_welcome);
+        while let Some(action) = replica.poll_action() {
+            assert!(matches!(action, Action::Send(_)), "{action:?}");
+        }
+        replica
+    }
+
+    fn copy_frame(body: Body) -> FrameHeader {
+        FrameHeader { session: SessionNumber(1), stream: Stream(1), body }
+    }
+
+    #[test]
+    fn a_digest_for_a_resync_is_durable_with_the_sync_after_it() {
+        let mut replica = resyncing();
+        let range = ByteRange::new(0, 4096);
+        replica.handle_frame(FrameId(1), copy_frame(Body::CopyDigest { range, number: 1 })).unwrap();
+        assert_eq!(replica.poll_action(), Some(Action::ReadDigest { frame: FrameId(1), range }));
+        assert_eq!(replica.poll_action(), None);
+        replica.handle_digest(FrameId(1), Some([7; 32]));
+        let answer = CopyDigest { session: SessionNumber(1), number: 1, digest: [7; 32] };
+        assert_eq!(replica.poll_action(), Some(Action::Send(answer.into())));
+        assert_eq!(replica.poll_action(), Some(Action::Sync));
+        assert_eq!(replica.poll_action(), None, "not before the sync has ended");
+        replica.handle_synced(true);
+        let told = replica.poll_action();
+        let is_durable = |message: &Message| matches!(message, Message::Acknowledgement(acknowledgement) if acknowledgement.copies == 1);
+        assert!(matches!(&told, Some(Action::Send(message)) if is_durable(message)), "{told:?}");
+    }
+
+    #[test]
+    fn a_replica_that_can_not_read_for_a_digest_has_failed() {
+        let mut replica = resyncing();
+        let range = ByteRange::new(0, 4096);
+        replica.handle_frame(FrameId(1), copy_frame(Body::CopyDigest { range, number: 1 })).unwrap();
+        replica.handle_digest(FrameId(1), None);
+        assert!(replica.has_failed());
+    }
+
+    #[test]
+    fn a_primary_that_asks_for_digests_without_bound_or_resync_is_sent_away() {
+        let mut replica = resyncing();
+        let mut ask = |number| {
+            let range = ByteRange::new(0, 1 << 20);
+            replica.handle_frame(FrameId(number), copy_frame(Body::CopyDigest { range, number }))
+        };
+        let refused = (1..).find(|number| ask(*number).is_err());
+        assert_eq!(refused, Some(DIGEST_LIMIT_BYTES / ((1 << 20) + DIGEST_COST_BYTES) + 1));
+        let mut consistent = self::replica("a");
+        consistent.greet(hello(fence(2, 2), "a"));
+        drive(&mut consistent, is_welcome);
+        let range = ByteRange::new(0, 4096);
+        let header = copy_frame(Body::CopyDigest { range, number: 1 });
+        assert!(consistent.handle_frame(FrameId(1), header).is_err());
     }
 
     #[test]

@@ -284,6 +284,17 @@ pub struct Digest {
     pub digest: [u8; 32],
 }
 
+/// The digest of dirty blocks, asked for by a frame that is numbered as copies are.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct CopyDigest {
+    /// The session.
+    pub session: Session,
+    /// The request's number.
+    pub number: u64,
+    /// BLAKE3 of the range's bytes.
+    pub digest: [u8; 32],
+}
+
 /// There is a newer fence than that of whoever greeted, who must stop taking writes (L5).
 #[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
 pub struct Superseded {
@@ -528,6 +539,7 @@ messages! {
     24 => Standing,
     25 => TakeOver,
     26 => TookOver,
+    27 => CopyDigest,
 }
 
 /// The length of a message from its length field.
@@ -564,7 +576,8 @@ mod tests {
         let acknowledgement =
             Acknowledgement { session: Session(1), received: Sequence(0x0203), durable: Epoch(4), copies: 5 };
         let refused = Refused { refusal: Refusal::Busy, text: "no".into() };
-        let rows: [(Message, &str); 3] = [
+        let digest = CopyDigest { session: Session(6), number: 7, digest: [0xab; 32] };
+        let rows: [(Message, &str); 4] = [
             (
                 acknowledgement.into(),
                 "220000000900010000000000000003020000000000000400000000000000\
@@ -579,6 +592,11 @@ mod tests {
                 ReadContent { volume: VolumeId([9; 16]), range: ByteRange::new(512, 1024) }.into(),
                 "220000001000090909090909090909090909090909090002000000000000\
                  0004000000000000",
+            ),
+            (
+                digest.into(),
+                "320000001b0006000000000000000700000000000000abababababababab\
+                 abababababababababababababababababababababababab",
             ),
         ];
         for (message, bytes) in rows {

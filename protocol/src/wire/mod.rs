@@ -9,6 +9,7 @@
 //!
 //! | version | since | why |
 //! |---|---|---|
+//! | 3 | 0.3 | digests of doubtful blocks are compared before they are copied |
 //! | 2 | 0.2 | modes, generations that begin within a session, fences, promotion; ends of epochs that were cut short |
 //! | 1 | first release | |
 
@@ -26,7 +27,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const ALPN: &[u8] = b"blockmirror/1";
 
 /// The oldest and the newest version of frames and messages that this code speaks.
-pub const VERSIONS: (u16, u16) = (2, 2);
+pub const VERSIONS: (u16, u16) = (2, 3);
+
+/// The first version with [`Body::CopyDigest`].
+pub const COPY_DIGEST_VERSION: u16 = 3;
 
 /// No frame carries more payload than this, in bytes. A receiver may offer less.
 pub const PAYLOAD_LIMIT_BYTES: u32 = 1 << 20;
@@ -120,6 +124,13 @@ pub enum Body {
         /// What reads as zeroes from now on.
         range: ByteRange,
         /// The copy's number, counted with those of [`Body::Copy`].
+        number: u64,
+    },
+    /// A request for the digest of dirty blocks, which need not be copied where it is the primary's (R4).
+    CopyDigest {
+        /// What to read.
+        range: ByteRange,
+        /// The request's number, counted with those of [`Body::Copy`].
         number: u64,
     },
     /// A request, in the live stream's order, for the digest of a range as it is after all frames before.
@@ -233,6 +244,7 @@ impl Body {
                 let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("half of 16 bytes"));
                 fields(9, ByteRange::default(), number(first), number(second), false)
             }
+            Self::CopyDigest { range, number } => fields(10, range, 0, number, false),
         }
     }
 
@@ -316,6 +328,7 @@ impl FrameHeader {
             7 => Body::Content { range },
             8 => Body::ContentZero { range },
             9 => Body::Generation { generation: generation(epoch.0, number) },
+            10 => Body::CopyDigest { range, number },
             kind => return Err(FrameError::UnknownKind(kind)),
         };
         Ok(UncheckedFrame {
@@ -347,6 +360,7 @@ fn range_is_sound(raw: &RawHeader) -> bool {
     let (has_payload, limit) = match raw.kind {
         1 | 4 | 7 => (true, u64::from(PAYLOAD_LIMIT_BYTES)),
         6 => (false, crate::units::EXTENT_BYTES),
+        10 => (false, u64::from(PAYLOAD_LIMIT_BYTES)),
         _ => (false, ZERO_LIMIT_BYTES),
     };
     length > 0
@@ -403,6 +417,7 @@ mod tests {
             (Body::ContentZero { range }, 0),
             (Body::EpochEnd { epoch, sequence, cut: true }, 0),
             (Body::Generation { generation: GenerationId(*b"0123456789abcdef") }, 0),
+            (Body::CopyDigest { range, number: 8 }, 0),
         ]
     }
 
@@ -421,6 +436,15 @@ mod tests {
     }
 
     #[test]
+    fn a_request_for_a_digest_has_these_golden_bytes() {
+        let bytes = header(Body::CopyDigest { range: ByteRange::new(0x1000, 512), number: 9 }).encode(&[]);
+        let expected = "424d46310a0000000700000000000000020000000000000000100000000000000002000000000000\
+                        0000000000000000090000000000000000000000acb69887";
+        let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(text, expected);
+    }
+
+    #[test]
     fn every_kind_reads_back_with_its_payload() {
         for (body, length) in sample_bodies() {
             let payload = vec![0x5a; length];
@@ -432,7 +456,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_flipped_bit_is_never_taken_for_a_frame(which in 0usize..11, bit in 0usize..64 * 8 + 1024 * 8) {
+        fn a_flipped_bit_is_never_taken_for_a_frame(which in 0usize..12, bit in 0usize..64 * 8 + 1024 * 8) {
             let (body, length) = sample_bodies()[which];
             let mut bytes = header(body).encode(&vec![0x5a; length]).to_vec();
             bytes.resize(64 + length, 0x5a);
