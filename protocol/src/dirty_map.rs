@@ -27,7 +27,7 @@ pub struct DirtyMap {
     dirty_in_pages: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct MapPage {
     bits: Box<Bits>,
     dirty: u64,
@@ -118,6 +118,20 @@ impl DirtyMap {
             }
         }
         Ok(map)
+    }
+
+    /// The blocks that are dirty by a bit of their own, not because all from some page on are, as a map for memory alone.
+    #[must_use]
+    pub fn of_single_bits(&self) -> Self {
+        let header = Header { full_from: page_count(self.header.blocks), ..self.header };
+        Self {
+            header,
+            serial: 0,
+            header_changed: false,
+            pages: self.pages.clone(),
+            changed: BTreeSet::new(),
+            dirty_in_pages: self.dirty_in_pages,
+        }
     }
 
     /// What the map is relative to.

@@ -50,11 +50,13 @@ pub enum Bug {
     KeepUntilCommit,
     /// An undo restores blocks that no map remembers (L6, D3).
     UndoUnmarked,
+    /// A bit is cleared when the digests agree, not when what they agree on is durable on the replica (D2).
+    ClearOnMatch,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -75,6 +77,7 @@ impl Bug {
         Self::AnswerEarly,
         Self::KeepUntilCommit,
         Self::UndoUnmarked,
+        Self::ClearOnMatch,
     ];
 }
 

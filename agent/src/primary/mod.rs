@@ -391,10 +391,10 @@ impl Primary {
                     primary.drive(|inner, now| inner.tracker.handle_map_written(peer, written.is_ok(), now));
                 });
             }
-            session::Action::ReadCopy { read, range } => {
+            session::Action::ReadCopy { read, range, digest } => {
                 let primary = self.me();
                 spawn_local(async move {
-                    let (content, data) = primary.read_copy(range).await;
+                    let (content, data) = primary.read_copy(range, digest).await;
                     primary.drive(|inner, now| {
                         inner.copies.insert((peer, read), data);
                         inner.tracker.handle_copy_read(peer, read, content, now);
@@ -450,13 +450,14 @@ impl Primary {
         });
     }
 
-    /// Reads a range for a copy: nothing for zeroes, and nothing where the disk failed.
-    async fn read_copy(&self, range: ByteRange) -> (CopyContent, Bytes) {
+    /// Reads a range for a copy: nothing for zeroes, where its digest is wanted, and where the disk failed.
+    async fn read_copy(&self, range: ByteRange, digest: bool) -> (CopyContent, Bytes) {
         if self.backing.allocation(range).all(|part| part.is_ok_and(|part| part.hole)) {
             return (CopyContent::Zero, Bytes::new());
         }
         match storage::read(&*self.storage, &self.backing, &self.pool, range).await {
             Ok(buffer) if is_zero(&buffer) => (CopyContent::Zero, Bytes::new()),
+            Ok(buffer) if digest => (CopyContent::Digest(blake3::hash(&buffer).into()), Bytes::new()),
             Ok(buffer) => (CopyContent::Data, buffer.freeze()),
             Err(error) => {
                 tracing::error!("{}", crate::words::with_causes(&error));

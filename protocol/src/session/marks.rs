@@ -3,6 +3,7 @@
 use super::{Action, Session, State};
 use crate::ranges::ByteRange;
 use crate::units::{Sequence, Time};
+use std::ops::Range;
 
 impl Session {
     /// Everything up to this write is durable on the replica or durably in its map (D1); `last` is the newest write.
@@ -17,7 +18,7 @@ impl Session {
 
     /// Blocks of extents that were active before a restart, or that the replica reports, may differ.
     pub(crate) fn mark_suspect(&mut self, range: ByteRange, before: Sequence) {
-        self.mark(range.blocks(self.block_size), before.next());
+        self.mark_doubtful(range.blocks(self.block_size), before.next());
     }
 
     /// The map's file holds what [`Action::WriteMap`] said, or could not be written; then it is tried again later.
@@ -81,7 +82,14 @@ impl Session {
         !self.writing_map && !self.map.has_changes()
     }
 
-    pub(super) fn mark(&mut self, blocks: std::ops::Range<u64>, sequence: Sequence) {
+    /// A write that is not streamed: the blocks differ, and are not asked about before they are copied.
+    pub(super) fn mark(&mut self, blocks: Range<u64>, sequence: Sequence) {
+        self.certain.mark(blocks.clone());
+        self.mark_doubtful(blocks, sequence);
+    }
+
+    /// The blocks may differ, and may not (R4).
+    pub(super) fn mark_doubtful(&mut self, blocks: Range<u64>, sequence: Sequence) {
         // A block that is dirty already is in the file, or an earlier mark waits to be.
         if self.map.mark(blocks) {
             self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));

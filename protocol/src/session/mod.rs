@@ -26,6 +26,7 @@
 //! a restart puts the log's extents into the map. Cleared bits that were not written are set again after a crash:
 //! the blocks are copied once more.
 
+mod doubt;
 mod following;
 mod handshake;
 mod marks;
@@ -44,13 +45,14 @@ use crate::units::{
     BlockSize, Epoch, Extent, GenerationId, HostId, Sequence, Session as SessionNumber, Stream, Time,
 };
 use crate::wire::message::{
-    Acknowledgement, Committed, Message, Mode, ReleaseRecorded, ResyncBegin, ResyncReady,
+    Acknowledgement, Committed, CopyDigest, Message, Mode, ReleaseRecorded, ResyncBegin, ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
 pub use handshake::{Handled, Identity, PeerError};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::Duration;
 pub(crate) use stream::FRAME_COST_BYTES;
 use stream::Window;
@@ -87,6 +89,8 @@ pub enum Action {
         read: CopyRead,
         /// What to read.
         range: ByteRange,
+        /// Whether the digest of the content is wanted, and not the content.
+        digest: bool,
     },
     /// Send what the read gave, or drop it when there is no frame.
     SendCopy {
@@ -113,6 +117,9 @@ pub struct Session {
     window_limit_bytes: u64,
     mode: Mode,
     map: DirtyMap,
+    /// Blocks of the map that were written, or that were compared: the others may well be the same there (R4). Forgotten
+    /// at a restart, after which all that has a bit of its own counts as written.
+    certain: DirtyMap,
     /// The first write that was marked since the map was last handed out for writing.
     unwritten: Option<Sequence>,
     /// The same for what is being written now.
@@ -262,6 +269,7 @@ impl Session {
             size_bytes,
             window_limit_bytes,
             mode,
+            certain: map.of_single_bits(),
             map,
             unwritten: None,
             being_written: None,
@@ -343,13 +351,19 @@ impl Session {
     /// A local write failed: what the disk holds there now is unknown, and may differ from what was streamed (W5).
     pub(crate) fn handle_failed_write(&mut self, range: ByteRange, sequence: Sequence) {
         let blocks = range.blocks(self.block_size);
+        self.certain.mark(blocks.clone());
+        self.distrust(blocks, sequence);
+    }
+
+    /// Blocks may differ that were taken for clean.
+    fn distrust(&mut self, blocks: Range<u64>, sequence: Sequence) {
         if let State::Linked(link) = &mut self.state {
             link.resync.rewritten(&blocks);
             if link.phase.streams() {
                 self.left |= link.break_off();
             }
         }
-        self.mark(blocks, sequence);
+        self.mark_doubtful(blocks, sequence);
     }
 
     /// An epoch was closed (W3). The replica hears of it if it has frames of it, so that ends of epochs are as bounded
@@ -388,6 +402,7 @@ impl Session {
             stream: link.stream,
             body: match content {
                 CopyContent::Zero => Body::CopyZero { range, number },
+                CopyContent::Digest(_) => Body::CopyDigest { range, number },
                 CopyContent::Data | CopyContent::Failed => Body::Copy { range, number },
             },
         });
@@ -410,7 +425,7 @@ impl Session {
         self.next_read = link.resync.next_read();
         if let Some((oldest, _)) = link.window.oldest().filter(|_| !planted(Bug::ForgetWindow)) {
             for range in link.window.ranges() {
-                self.mark(range.blocks(self.block_size), oldest);
+                self.mark_doubtful(range.blocks(self.block_size), oldest);
             }
         }
     }
@@ -430,7 +445,7 @@ impl Session {
             let blocks = range.blocks(self.block_size);
             let State::Linked(link) = &mut self.state else { unreachable!("the state was matched above") };
             link.resync.rewritten(&blocks);
-            self.mark(blocks, oldest);
+            self.mark_doubtful(blocks, oldest);
         }
         self.write_map();
     }
@@ -465,9 +480,7 @@ impl Session {
                     return Err(PeerError::Misbehaved("it acknowledged a write that was never sent"));
                 }
                 link.received = link.received.max(received);
-                if !link.resync.durable(copies, &mut self.map, now) {
-                    return Err(PeerError::Misbehaved("it acknowledged a copy that was never sent"));
-                }
+                link.resync.durable(copies, &mut self.map, &mut self.certain, now)?;
                 link.durable = link.durable.max(durable);
                 link.window.durable(durable);
                 Ok(())
@@ -492,6 +505,9 @@ impl Session {
                     link.released = Some(true);
                 }
                 Ok(())
+            }
+            Message::CopyDigest(CopyDigest { session, number, digest }) if session == link.session => {
+                link.resync.compared(number, digest, &mut self.map, &mut self.certain)
             }
             Message::Digest(digest) if digest.session == link.session => {
                 self.handle_peer_digest(digest.number, digest.digest);
@@ -536,8 +552,8 @@ impl Session {
         }
         if link.phase == Phase::Resyncing {
             let waits = circumstances.application_waits;
-            while let Some((read, range)) = link.resync.pick(&self.map, order, waits, now) {
-                self.actions.push_back(Action::ReadCopy { read, range });
+            while let Some(action) = link.resync.pick(&self.map, &self.certain, order, waits, now) {
+                self.actions.push_back(action);
             }
             link.tail_since =
                 (self.map.dirty_blocks() <= TAIL_BLOCKS).then(|| link.tail_since.unwrap_or(now));

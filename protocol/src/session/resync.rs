@@ -4,9 +4,17 @@
 //! under way), *reading*, *sent*, *durable on the replica*; only then are its bits cleared, except for blocks that
 //! were written after it was picked. A write that finds its block dirty only marks it and is remembered in the copy.
 //!
+//! Blocks that may well be the same on the replica are compared first (R4; `doubt` says when that pays). A comparison
+//! goes the way of a copy, with a request for the replica's digest in the place of the content: *picked*, *digested*
+//! here, *asked*, *answered*. Where the digests are the same, its bits too are cleared when it is *durable*: what the
+//! replica read may not have been. Where they differ, the blocks are certain to, and are picked again. What reads as
+//! zeroes here is not compared: the frame that says so is as small as the question.
+//!
 //! The dirty map itself is the resumption point: what was copied is clean, so an interrupted resync goes on where it
 //! was (R5).
 
+use super::doubt::{Choice, Doubt};
+use super::{Action, PeerError};
 use crate::dirty_map::DirtyMap;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
@@ -18,6 +26,9 @@ use std::time::Duration;
 
 /// How many bytes one copy holds at most.
 const COPY_BYTES: u64 = 1 << 20;
+/// How many bytes are compared at once: little enough to copy when a single block of them differs, and much beside the
+/// two messages that it takes. More where there were only zeroes before, of which a frame may cover as much as a copy.
+const COMPARED_BYTES: u64 = 256 << 10;
 /// How many bytes of copies may be under way when no application waits.
 const IDLE_BYTES: u64 = 32 << 20;
 /// How many bytes of copies may be under way while an application's write waits (R3).
@@ -38,6 +49,8 @@ pub struct CopyRead(pub u64);
 pub enum CopyContent {
     /// Bytes that are not all zero.
     Data,
+    /// The BLAKE3 digest of such bytes, where that was asked for.
+    Digest([u8; 32]),
     /// Only zeroes (R4).
     Zero,
     /// The local disk failed to read.
@@ -47,7 +60,7 @@ pub enum CopyContent {
 /// How far a resync is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Progress {
-    /// Bytes copied and durable on the replica.
+    /// Bytes copied, or found to be the same, and durable on the replica.
     pub done_bytes: u64,
     /// Those and what is still dirty.
     pub total_bytes: u64,
@@ -71,6 +84,9 @@ pub(super) struct Resync {
     under_way: BTreeMap<u64, u64>,
     under_way_bytes: u64,
     blocked_until: Option<Time>,
+    doubt: Doubt,
+    /// How many bytes the next comparison takes at most.
+    compared_bytes: u64,
     done_bytes: u64,
     checkpoints: VecDeque<(Time, u64)>,
 }
@@ -79,10 +95,30 @@ pub(super) struct Resync {
 struct Copy {
     blocks: Range<u64>,
     rewritten: Vec<Range<u64>>,
+    step: Step,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// The blocks' content is read, or was sent.
+    Copy,
+    /// Their digest is read, or was asked for; then this is ours.
+    Compare(Option<[u8; 32]>),
+    /// The digests are the same.
+    Same,
+    /// They were not, and the blocks may be in another copy already. Keeps its number's place.
+    Different,
 }
 
 impl Resync {
-    pub(super) fn new(block_size: BlockSize, size_bytes: u64, first_read: CopyRead, now: Time) -> Self {
+    /// Nothing under way. `may_ask` says whether the replica can be asked for digests.
+    pub(super) fn new(
+        block_size: BlockSize,
+        size_bytes: u64,
+        first_read: CopyRead,
+        may_ask: bool,
+        now: Time,
+    ) -> Self {
         Self {
             block_size,
             size_bytes,
@@ -94,19 +130,22 @@ impl Resync {
             under_way: BTreeMap::new(),
             under_way_bytes: 0,
             blocked_until: None,
+            doubt: Doubt::new(may_ask),
+            compared_bytes: COMPARED_BYTES,
             done_bytes: 0,
             checkpoints: VecDeque::from([(now, 0)]),
         }
     }
 
-    /// The next blocks to read for a copy, if there is room for one.
+    /// The next blocks to read for a copy, if there is room for one. Those that are not `certain` may be compared first.
     pub(super) fn pick<Id>(
         &mut self,
         map: &DirtyMap,
+        certain: &DirtyMap,
         order: &Order<Id>,
         application_waits: bool,
         now: Time,
-    ) -> Option<(CopyRead, ByteRange)>
+    ) -> Option<Action>
     where
         Id: std::marker::Copy + PartialEq + std::fmt::Debug,
     {
@@ -119,16 +158,35 @@ impl Resync {
         if self.under_way_bytes >= budget || count >= COPIES {
             return None;
         }
-        let blocks =
+        let found =
             self.find(map, order, self.cursor, u64::MAX).or_else(|| self.find(map, order, 0, self.cursor))?;
+        let (blocks, step) = self.choose(found, certain)?;
         self.cursor = blocks.end;
         self.under_way.insert(blocks.start, blocks.end);
         let range = ByteRange::of_blocks(blocks.clone(), self.block_size, self.size_bytes);
         self.under_way_bytes += range.length;
         let id = self.next_read;
         self.next_read = CopyRead(id.0 + 1);
-        self.reading.insert(id, Copy { blocks, rewritten: Vec::new() });
-        Some((id, range))
+        self.reading.insert(id, Copy { blocks, rewritten: Vec::new(), step });
+        Some(Action::ReadCopy { read: id, range, digest: step != Step::Copy })
+    }
+
+    /// What of these blocks is copied or compared now; nothing while it is open whether to compare.
+    fn choose(&mut self, found: Range<u64>, certain: &DirtyMap) -> Option<(Range<u64>, Step)> {
+        let (is_certain, part) = certain.split(found.clone()).next().expect("something was found");
+        match self.doubt.choice() {
+            Choice::Copy => {
+                self.doubt.copied((found.end - found.start) * self.block_size.bytes());
+                Some((found, Step::Copy))
+            }
+            _ if is_certain => Some((part, Step::Copy)),
+            Choice::Wait => None,
+            Choice::Compare => {
+                self.doubt.asked();
+                let limit = (self.compared_bytes / self.block_size.bytes()).max(1);
+                Some((part.start..part.end.min(part.start + limit), Step::Compare(None)))
+            }
+        }
     }
 
     /// The first dirty blocks from `from` on that begin before `until`, are in no copy and under no unfinished write.
@@ -179,10 +237,22 @@ impl Resync {
         content: CopyContent,
         now: Time,
     ) -> Option<(u64, ByteRange)> {
-        let copy = self.reading.remove(&id)?;
+        let mut copy = self.reading.remove(&id)?;
         let range = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
+        copy.step = match (copy.step, content) {
+            (Step::Compare(_), CopyContent::Digest(digest)) => {
+                self.compared_bytes = COMPARED_BYTES;
+                Step::Compare(Some(digest))
+            }
+            (Step::Compare(_), _) => {
+                self.compared_bytes = (self.compared_bytes * 2).min(COPY_BYTES);
+                self.doubt.taken_back();
+                Step::Copy
+            }
+            (step, _) => step,
+        };
         if content == CopyContent::Failed {
-            self.forget(&copy);
+            self.forget(&copy.blocks);
             self.blocked_until = Some(now.after(READ_RETRY));
             return None;
         }
@@ -203,36 +273,70 @@ impl Resync {
         }
     }
 
-    /// All copies up to `number` are durable on the replica: their bits are cleared (D2).
-    ///
-    /// Answers whether such a number was ever sent.
-    #[must_use]
-    pub(super) fn durable(&mut self, number: u64, map: &mut DirtyMap, now: Time) -> bool {
+    /// The replica's digest of blocks that it was asked about.
+    pub(super) fn compared(
+        &mut self,
+        number: u64,
+        digest: [u8; 32],
+        map: &mut DirtyMap,
+        certain: &mut DirtyMap,
+    ) -> Result<(), PeerError> {
+        let index = number.checked_sub(self.first_number).and_then(|index| usize::try_from(index).ok());
+        let copy = index.and_then(|index| self.sent.get_mut(index));
+        let Some((copy, ours)) = copy.and_then(|copy| match copy.step {
+            Step::Compare(ours) => Some((copy, ours)),
+            _ => None,
+        }) else {
+            return Err(PeerError::Misbehaved("it sent a digest that it was not asked for"));
+        };
+        let is_same = ours == Some(digest);
+        copy.step = if is_same { Step::Same } else { Step::Different };
+        let blocks = copy.blocks.clone();
+        if !is_same {
+            certain.mark(blocks.clone());
+            self.forget(&blocks);
+        } else if planted(Bug::ClearOnMatch) {
+            map.clear(blocks);
+        }
+        self.doubt.answered(is_same);
+        Ok(())
+    }
+
+    /// All copies up to `number` are durable on the replica, and what it has of blocks that are the same: their bits are
+    /// cleared (D2).
+    pub(super) fn durable(
+        &mut self,
+        number: u64,
+        map: &mut DirtyMap,
+        certain: &mut DirtyMap,
+        now: Time,
+    ) -> Result<(), PeerError> {
         if number >= self.first_number + self.sent.len() as u64 {
-            return false;
+            return Err(PeerError::Misbehaved("it acknowledged a copy that was never sent"));
         }
         while self.first_number <= number {
-            let mut copy = self.sent.pop_front().expect("it was sent");
+            let copy = self.sent.pop_front().expect("it was sent");
             self.first_number += 1;
-            self.forget(&copy);
-            copy.rewritten.sort_unstable_by_key(|range| range.start);
-            let mut clean_from = copy.blocks.start;
-            for rewritten in copy.rewritten {
-                if clean_from < rewritten.start {
-                    map.clear(clean_from..rewritten.start);
+            match copy.step {
+                Step::Compare(_) => {
+                    return Err(PeerError::Misbehaved("it acknowledged a digest that it did not send"));
                 }
-                clean_from = clean_from.max(rewritten.end);
+                Step::Different => continue,
+                Step::Copy | Step::Same => {}
             }
-            if clean_from < copy.blocks.end {
-                map.clear(clean_from..copy.blocks.end);
+            self.forget(&copy.blocks);
+            self.done_bytes +=
+                ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes).length;
+            for clean in copy.clean() {
+                map.clear(clean.clone());
+                certain.clear(clean);
             }
-            self.done_bytes += ByteRange::of_blocks(copy.blocks, self.block_size, self.size_bytes).length;
         }
         self.checkpoints.push_back((now, self.done_bytes));
         while self.checkpoints.len() > 2 && now.since(self.checkpoints[1].0) >= RATE_WINDOW {
             self.checkpoints.pop_front();
         }
-        true
+        Ok(())
     }
 
     /// Whether no copy is under way.
@@ -261,9 +365,142 @@ impl Resync {
         }
     }
 
-    fn forget(&mut self, copy: &Copy) {
-        self.under_way.remove(&copy.blocks.start);
-        self.under_way_bytes -=
-            ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes).length;
+    fn forget(&mut self, blocks: &Range<u64>) {
+        self.under_way.remove(&blocks.start);
+        self.under_way_bytes -= ByteRange::of_blocks(blocks.clone(), self.block_size, self.size_bytes).length;
+    }
+}
+
+impl Copy {
+    /// The blocks that were not written since they were picked.
+    fn clean(mut self) -> Vec<Range<u64>> {
+        self.rewritten.sort_unstable_by_key(|range| range.start);
+        let mut clean = Vec::new();
+        let mut clean_from = self.blocks.start;
+        for rewritten in self.rewritten {
+            if clean_from < rewritten.start {
+                clean.push(clean_from..rewritten.start);
+            }
+            clean_from = clean_from.max(rewritten.end);
+        }
+        if clean_from < self.blocks.end {
+            clean.push(clean_from..self.blocks.end);
+        }
+        clean
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::dirty_map::Base;
+    use crate::units::{HostId, VolumeId};
+
+    const BLOCKS: u64 = 1024;
+
+    /// A resync of a replica of which every block is dirty and none is certain to differ.
+    struct Harness {
+        resync: Resync,
+        map: DirtyMap,
+        certain: DirtyMap,
+    }
+
+    impl Harness {
+        fn new(may_ask: bool) -> Self {
+            let size = BlockSize::default();
+            let map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), BLOCKS * size.bytes(), size);
+            let certain = map.of_single_bits().clean(Base::default());
+            let resync = Resync::new(size, BLOCKS * size.bytes(), CopyRead(0), may_ask, Time::default());
+            Self { resync, map, certain }
+        }
+
+        /// The reads that it asks for, with whether a digest is wanted.
+        fn picks(&mut self) -> Vec<(CopyRead, ByteRange, bool)> {
+            let order = Order::<u8>::new(512);
+            let picked = std::iter::from_fn(|| {
+                match self.resync.pick(&self.map, &self.certain, &order, false, Time::default())? {
+                    Action::ReadCopy { read, range, digest } => Some((read, range, digest)),
+                    action => panic!("it asks for {action:?}"),
+                }
+            });
+            picked.collect()
+        }
+
+        fn read(&mut self, read: CopyRead, content: CopyContent) -> u64 {
+            self.resync.read_ended(read, content, Time::default()).expect("it is sent").0
+        }
+
+        /// Asks about the next blocks, and gives the request's number and the blocks.
+        fn ask(&mut self) -> (u64, Range<u64>) {
+            let (read, range, digest) = self.picks()[0];
+            assert!(digest);
+            (self.read(read, CopyContent::Digest([1; 32])), range.blocks(BlockSize::default()))
+        }
+
+        fn compared(&mut self, number: u64, digest: [u8; 32]) -> Result<(), PeerError> {
+            self.resync.compared(number, digest, &mut self.map, &mut self.certain)
+        }
+
+        fn durable(&mut self, number: u64) -> Result<(), PeerError> {
+            self.resync.durable(number, &mut self.map, &mut self.certain, Time::default())
+        }
+    }
+
+    #[test]
+    fn blocks_that_are_the_same_are_clean_once_that_is_durable() {
+        let mut harness = Harness::new(true);
+        let (number, blocks) = harness.ask();
+        harness.resync.rewritten(&(3..5));
+        harness.compared(number, [1; 32]).unwrap();
+        assert!(harness.map.is_dirty(0), "what the replica read may be lost");
+        harness.durable(number).unwrap();
+        for block in blocks {
+            assert_eq!(harness.map.is_dirty(block), (3..5).contains(&block), "block {block}");
+        }
+    }
+
+    #[test]
+    fn blocks_that_differ_stay_dirty_and_are_copied() {
+        let mut harness = Harness::new(true);
+        let (number, blocks) = harness.ask();
+        harness.compared(number, [2; 32]).unwrap();
+        let picks = harness.picks();
+        let is_copy =
+            |(_, range, digest): &(_, ByteRange, _)| range.blocks(BlockSize::default()) == blocks && !digest;
+        let (read, ..) = *picks.iter().find(|pick| is_copy(pick)).expect("they are picked again");
+        harness.durable(number).unwrap();
+        assert!(blocks.clone().all(|block| harness.map.is_dirty(block)));
+        let copied = harness.read(read, CopyContent::Data);
+        harness.durable(copied).unwrap();
+        assert!(!blocks.clone().any(|block| harness.map.is_dirty(block) || harness.certain.is_dirty(block)));
+        let bytes = (blocks.end - blocks.start) * BlockSize::default().bytes();
+        assert_eq!(harness.resync.done_bytes, bytes, "they count once");
+    }
+
+    #[test]
+    fn written_blocks_are_not_asked_about() {
+        let mut harness = Harness::new(true);
+        harness.certain.mark(0..10);
+        let picks = harness.picks();
+        assert_eq!((picks[0].1.blocks(BlockSize::default()), picks[0].2), (0..10, false));
+        assert!(picks[1].2);
+    }
+
+    #[test]
+    fn a_replica_of_an_older_version_gets_copies() {
+        assert!(Harness::new(false).picks().iter().all(|(.., digest)| !digest));
+    }
+
+    #[test]
+    fn a_replica_that_makes_digests_up_is_found_out() {
+        let mut harness = Harness::new(true);
+        let (number, _) = harness.ask();
+        assert!(harness.compared(number + 1, [1; 32]).is_err(), "nothing of that number was asked");
+        assert!(harness.compared(number - 1, [1; 32]).is_err());
+        harness.compared(number, [1; 32]).unwrap();
+        assert!(harness.compared(number, [1; 32]).is_err(), "it answered that already");
+        let mut harness = Harness::new(true);
+        let (unanswered, _) = harness.ask();
+        assert!(harness.durable(unanswered).is_err(), "it has not answered that");
     }
 }

@@ -169,7 +169,7 @@ impl Session {
             let range = verify.range(number);
             verify.different.push(range);
             // No write is to blame, so nothing is safe until the mark is durable.
-            self.handle_failed_write(range, Sequence(1));
+            self.distrust(range.blocks(self.block_size), Sequence(1));
         }
     }
 }

@@ -47,7 +47,7 @@ impl World {
         }
     }
 
-    /// No more was copied than was dirty when the session began, and what became dirty since.
+    /// No more was copied than was dirty when the session began, and what became dirty since; nor was more compared.
     ///
     /// # Panics
     /// When more was.
@@ -56,10 +56,10 @@ impl World {
         let block = self.settings.block_size.bytes();
         let written_bytes = self.hosts[id.dialler].application.written_bytes - link.written_before_bytes;
         let limit = link.dirty_bytes.unwrap_or(0) + written_bytes + block;
-        let copied = link.copied_bytes;
+        let (copied, compared) = (link.copied_bytes, link.compared_bytes);
         assert!(
-            copied <= limit || self.settings.disk_failures > 0,
-            "R5: {copied} bytes were copied where {limit} were dirty"
+            copied.max(compared) <= limit || self.settings.disk_failures > 0,
+            "R5: {copied} bytes were copied and {compared} compared where {limit} were dirty"
         );
     }
 

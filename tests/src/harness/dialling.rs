@@ -112,8 +112,8 @@ impl World {
                 let work = FileWork::Map(link.listener);
                 self.start_primary_file(link.dialler, &name, batches_of_map(changes), work);
             }
-            session::Action::ReadCopy { read, range } => {
-                let work = DiskWork::Copy(link.listener, read, range);
+            session::Action::ReadCopy { read, range, digest } => {
+                let work = DiskWork::Copy(link.listener, read, range, digest);
                 let id = self.start_primary_disk(link.dialler, work);
                 self.hosts[link.dialler].disk.begin_read(id, range);
             }
@@ -163,7 +163,10 @@ impl World {
         let Some(header) = header else { return };
         assert_eq!(header.body.range(), range, "a copy is of what was read");
         if self.links[link].is_up {
-            self.links[link].copied_bytes += range.length;
+            let it = &mut self.links[link];
+            let is_digest = matches!(header.body, Body::CopyDigest { .. });
+            let bytes = if is_digest { &mut it.compared_bytes } else { &mut it.copied_bytes };
+            *bytes += range.length;
             self.check_copied(link);
         }
         self.send_frame(link, Channel::Bulk, header, data);

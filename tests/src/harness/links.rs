@@ -87,6 +87,8 @@ pub struct Link {
     pub listener_side: Option<u64>,
     /// Bytes of copies that were sent on this connection.
     pub copied_bytes: u64,
+    /// Bytes that the listener was asked to compare on this connection.
+    pub compared_bytes: u64,
     /// Bytes that were dirty when its first resync began.
     pub dirty_bytes: Option<u64>,
     /// The fence by which the dialler last took in what the listener said of itself: from then on its own memory says

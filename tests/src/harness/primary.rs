@@ -23,7 +23,8 @@ use std::time::Duration;
 pub(super) enum DiskWork {
     Write(Sequence, ByteRange, bool),
     Sync,
-    Copy(usize, CopyRead, ByteRange),
+    /// For a copy, or for its digest.
+    Copy(usize, CopyRead, ByteRange, bool),
     Digest(u64, ByteRange),
 }
 
@@ -196,10 +197,11 @@ impl World {
                 tracker.handle_local_written(sequence, ended, now);
             }
             (DiskWork::Sync, Ended::Done(good)) => tracker.handle_synced(good, now),
-            (DiskWork::Copy(peer, read, range), Ended::Read(data)) => {
+            (DiskWork::Copy(peer, read, range, is_digest), Ended::Read(data)) => {
                 let content = match &data {
                     _ if fails => CopyContent::Failed,
                     Data::Sparse(values) if values.is_empty() => CopyContent::Zero,
+                    data if is_digest => CopyContent::Digest(digest(range, data)),
                     _ => CopyContent::Data,
                 };
                 shell.copies.insert((peer, read), (range, data));
