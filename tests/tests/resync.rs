@@ -3,8 +3,10 @@
 use blockmirror_agent::control::api::{Comparison, Connection, Difference, VolumeState};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, noise};
+use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
+use blockmirror_tests::machines::programs::text;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -30,10 +32,7 @@ fn after_a_cut_hardly_more_than_the_dirty_blocks_is_sent() {
     let mirror = Mirror::new(256 * MIB, "nbd", &["b"]);
     let mut random = Random::new(1);
     let mut client = mirror.client();
-    for offset in (0..256 * MIB).step_by(MIB as usize) {
-        client.write(offset, &noise(&mut random, MIB)).expect("a write");
-    }
-    client.flush().expect("a flush");
+    fill(&mut client, &mut random, 256 * MIB);
     mirror.assert_identical();
 
     // A busy host loses datagrams, which are sent again. What the agent sends too much it sends each time.
@@ -56,6 +55,54 @@ fn after_a_cut_hardly_more_than_the_dirty_blocks_is_sent() {
         sent
     });
     assert!(tries.any(|sent| sent * 10 <= dirty_bytes * 11), "more was sent than that, each time");
+}
+
+/// Fills the whole volume with noise, and flushes.
+fn fill(client: &mut Client, random: &mut Random, volume_bytes: u64) {
+    for offset in (0..volume_bytes).step_by(MIB as usize) {
+        client.write(offset, &noise(random, MIB)).expect("a write");
+    }
+    client.flush().expect("a flush");
+}
+
+#[test]
+fn after_a_crash_digests_tell_what_of_the_active_extents_differs() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(5);
+    let mut client = mirror.client();
+    fill(&mut client, &mut random, 64 * MIB);
+    mirror.assert_identical();
+    scatter(&mut client, &mut random, 64 * MIB, 32);
+    mirror.wait_until_quiet();
+    mirror.replica().link().cut();
+    client.write_durably(9 * MIB, &noise(&mut random, BLOCK_BYTES)).expect("a write");
+    mirror.primary.kill();
+    mirror.primary.start();
+    let marked = mirror.peer("b").out_of_sync_bytes.expect("the volume is served");
+    assert!(marked >= 32 * MIB, "whole extents were active at the crash, not {marked} bytes");
+    let before = mirror.replica().link().bytes_to_host();
+    mirror.replica().link().mend();
+    mirror.assert_identical();
+    let sent = mirror.replica().link().bytes_to_host() - before;
+    println!("{sent} bytes of UDP payload for {marked} bytes that might differ");
+    assert!(sent < 2 * MIB, "one block differs, and {sent} bytes were sent");
+}
+
+#[test]
+fn a_host_that_joins_with_a_good_copy_is_sent_only_what_differs() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &[]);
+    let mut random = Random::new(6);
+    fill(&mut mirror.client(), &mut random, 64 * MIB);
+    let replica = Host::new(&mirror.folder, "b");
+    std::fs::copy(mirror.primary.backing(), replica.backing()).expect("a copy");
+    flip(&replica.backing(), 50 * MIB + 123);
+    let token = mirror.primary.invite();
+    replica.succeed(&["join", &token, "--backing", text(&replica.backing()), "--overwrite"]);
+    mirror.replicas.push(replica);
+    mirror.assert_identical();
+    let sent = mirror.replica().link().bytes_to_host();
+    println!("{sent} bytes of UDP payload to a copy that differs in one");
+    assert!(sent < 2 * MIB, "one block differs, and {sent} bytes were sent");
 }
 
 #[test]

@@ -95,9 +95,9 @@ fn a_replica_takes_the_place_of_a_killed_primary_which_comes_back_as_its_replica
     assert!(status.verdict.starts_with("following b; consistent; "), "{status:?}");
     assert!(status.verdict.contains("kept for undo"), "{status:?}");
     assert!(mirror.primary.log().contains("this host came back with at most"), "{}", mirror.primary.log());
-    // Whatever was active at the crash is copied again: extents of 4 MiB in 64 MiB, and all were.
+    // Whatever was active at the crash may differ: extents of 4 MiB in 64 MiB, and all were. Digests tell that little does.
     let sent = mirror.primary.link().bytes_to_host() - before;
-    assert!(sent <= 64 * MIB * 5 / 4, "{sent} bytes were sent");
+    assert!(sent <= 4 * MIB, "{sent} bytes were sent");
 
     // The new order outlives restarts of both.
     drop(client);
