@@ -40,19 +40,21 @@ pub(super) struct Doubt {
     next_pause_bytes: u64,
 }
 
-impl Doubt {
-    /// Nothing is known. `may_ask` says whether anything can be compared.
-    pub(super) fn new(may_ask: bool) -> Self {
+impl Default for Doubt {
+    /// Nothing is known.
+    fn default() -> Self {
         Self {
             is_worthwhile: false,
             open: 0,
             answered: 0,
             different: 0,
-            pause_bytes: if may_ask { 0 } else { u64::MAX },
+            pause_bytes: 0,
             next_pause_bytes: FIRST_PAUSE_BYTES,
         }
     }
+}
 
+impl Doubt {
     pub(super) fn choice(&self) -> Choice {
         if self.pause_bytes > 0 {
             Choice::Copy
@@ -93,9 +95,7 @@ impl Doubt {
 
     /// Blocks were picked for a copy without asking.
     pub(super) fn copied(&mut self, bytes: u64) {
-        if self.pause_bytes != u64::MAX {
-            self.pause_bytes = self.pause_bytes.saturating_sub(bytes);
-        }
+        self.pause_bytes = self.pause_bytes.saturating_sub(bytes);
     }
 }
 
@@ -124,19 +124,19 @@ mod tests {
 
     #[test]
     fn a_new_disk_is_hardly_asked_about() {
-        let asked = comparisons(&mut Doubt::new(true), |_| true, 1 << 20);
+        let asked = comparisons(&mut Doubt::default(), |_| true, 1 << 20);
         assert!(asked < 300, "{asked} comparisons for a tebibyte");
     }
 
     #[test]
     fn a_copy_that_is_good_but_for_its_beginning_is_asked_about() {
-        let asked = comparisons(&mut Doubt::new(true), |pick| pick < 16, 10_000);
+        let asked = comparisons(&mut Doubt::default(), |pick| pick < 16, 10_000);
         assert_eq!(asked, 10_000 - 64);
     }
 
     #[test]
     fn no_more_than_a_trial_is_asked_before_the_first_answers() {
-        let mut doubt = Doubt::new(true);
+        let mut doubt = Doubt::default();
         for _ in 0..TRIAL {
             assert_eq!(doubt.choice(), Choice::Compare);
             doubt.asked();
@@ -145,10 +145,5 @@ mod tests {
         // What reads as zeroes here tells nothing.
         doubt.taken_back();
         assert_eq!(doubt.choice(), Choice::Compare);
-    }
-
-    #[test]
-    fn who_can_not_be_asked_is_not() {
-        assert_eq!(comparisons(&mut Doubt::new(false), |_| false, 10_000), 0);
     }
 }

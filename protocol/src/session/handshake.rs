@@ -12,8 +12,8 @@ use crate::session::stream::Window;
 use crate::units::{
     BlockSize, CopyId, Epoch, GenerationId, Sequence, Session as SessionNumber, Stream, Time, VolumeId,
 };
+use crate::wire::VERSIONS;
 use crate::wire::message::{DataState, Fence, Hello, Member, Message, Refused, Union, Welcome};
-use crate::wire::{COPY_DIGEST_VERSION, VERSIONS};
 
 /// Who greets: what a primary says of itself and the volume.
 #[derive(Clone, Debug)]
@@ -176,7 +176,6 @@ impl Session {
         } else {
             Phase::Draining
         };
-        let may_ask = welcome.version >= COPY_DIGEST_VERSION;
         self.since = now;
         self.state = State::Linked(Box::new(Link {
             session: greeting.session,
@@ -185,7 +184,7 @@ impl Session {
             window: Window::default(),
             streamed: None,
             spilled: false,
-            resync: Resync::new(self.block_size, self.size_bytes, self.next_read, may_ask, now),
+            resync: Resync::new(self.block_size, self.size_bytes, self.next_read, now),
             phase,
             verify: None,
             durable: Epoch(0),

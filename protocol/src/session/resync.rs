@@ -111,14 +111,8 @@ enum Step {
 }
 
 impl Resync {
-    /// Nothing under way. `may_ask` says whether the replica can be asked for digests.
-    pub(super) fn new(
-        block_size: BlockSize,
-        size_bytes: u64,
-        first_read: CopyRead,
-        may_ask: bool,
-        now: Time,
-    ) -> Self {
+    /// Nothing under way.
+    pub(super) fn new(block_size: BlockSize, size_bytes: u64, first_read: CopyRead, now: Time) -> Self {
         Self {
             block_size,
             size_bytes,
@@ -130,7 +124,7 @@ impl Resync {
             under_way: BTreeMap::new(),
             under_way_bytes: 0,
             blocked_until: None,
-            doubt: Doubt::new(may_ask),
+            doubt: Doubt::default(),
             compared_bytes: COMPARED_BYTES,
             done_bytes: 0,
             checkpoints: VecDeque::from([(now, 0)]),
@@ -406,11 +400,11 @@ mod tests {
     }
 
     impl Harness {
-        fn new(may_ask: bool) -> Self {
+        fn new() -> Self {
             let size = BlockSize::default();
             let map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), BLOCKS * size.bytes(), size);
             let certain = map.of_single_bits().clean(Base::default());
-            let resync = Resync::new(size, BLOCKS * size.bytes(), CopyRead(0), may_ask, Time::default());
+            let resync = Resync::new(size, BLOCKS * size.bytes(), CopyRead(0), Time::default());
             Self { resync, map, certain }
         }
 
@@ -448,7 +442,7 @@ mod tests {
 
     #[test]
     fn blocks_that_are_the_same_are_clean_once_that_is_durable() {
-        let mut harness = Harness::new(true);
+        let mut harness = Harness::new();
         let (number, blocks) = harness.ask();
         harness.resync.rewritten(&(3..5));
         harness.compared(number, [1; 32]).unwrap();
@@ -461,7 +455,7 @@ mod tests {
 
     #[test]
     fn blocks_that_differ_stay_dirty_and_are_copied() {
-        let mut harness = Harness::new(true);
+        let mut harness = Harness::new();
         let (number, blocks) = harness.ask();
         harness.compared(number, [2; 32]).unwrap();
         let picks = harness.picks();
@@ -479,7 +473,7 @@ mod tests {
 
     #[test]
     fn written_blocks_are_not_asked_about() {
-        let mut harness = Harness::new(true);
+        let mut harness = Harness::new();
         harness.certain.mark(0..10);
         let picks = harness.picks();
         assert_eq!((picks[0].1.blocks(BlockSize::default()), picks[0].2), (0..10, false));
@@ -487,19 +481,14 @@ mod tests {
     }
 
     #[test]
-    fn a_replica_of_an_older_version_gets_copies() {
-        assert!(Harness::new(false).picks().iter().all(|(.., digest)| !digest));
-    }
-
-    #[test]
     fn a_replica_that_makes_digests_up_is_found_out() {
-        let mut harness = Harness::new(true);
+        let mut harness = Harness::new();
         let (number, _) = harness.ask();
         assert!(harness.compared(number + 1, [1; 32]).is_err(), "nothing of that number was asked");
         assert!(harness.compared(number - 1, [1; 32]).is_err());
         harness.compared(number, [1; 32]).unwrap();
         assert!(harness.compared(number, [1; 32]).is_err(), "it answered that already");
-        let mut harness = Harness::new(true);
+        let mut harness = Harness::new();
         let (unanswered, _) = harness.ask();
         assert!(harness.durable(unanswered).is_err(), "it has not answered that");
     }

@@ -27,10 +27,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const ALPN: &[u8] = b"blockmirror/1";
 
 /// The oldest and the newest version of frames and messages that this code speaks.
-pub const VERSIONS: (u16, u16) = (2, 3);
-
-/// The first version with [`Body::CopyDigest`].
-pub const COPY_DIGEST_VERSION: u16 = 3;
+pub const VERSIONS: (u16, u16) = (3, 3);
 
 /// No frame carries more payload than this, in bytes. A receiver may offer less.
 pub const PAYLOAD_LIMIT_BYTES: u32 = 1 << 20;
