@@ -3,6 +3,7 @@
 use super::host::host_id;
 use super::promises::Expected;
 use super::world::{Event, World};
+use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::{RequestId, Work};
 use blockmirror_protocol::units::Time;
@@ -100,8 +101,11 @@ impl World {
                 && self.hosts[host].tracker().is_some_and(|tracker| tracker.is_in_sync(host_id(peer)));
             let promises = &self.hosts[host].promises;
             let fresh = || Expected { primary: host, promises: promises.clone() };
-            // One that was promoted meanwhile, which this primary may not know, follows nobody.
-            let fresh = (counts && is_flush && good && !self.hosts[peer].is_primary()).then(fresh);
+            // One that was promoted meanwhile, or undone, follows nobody, which this primary may not know.
+            let (leader, it) = (&self.hosts[host].superblock, &self.hosts[peer]);
+            let relation = lineage::relation(&leader.lineage, &it.superblock.lineage);
+            let follows = !it.is_primary() && matches!(relation, Relation::Same | Relation::MineIsNewer);
+            let fresh = (counts && is_flush && good && follows).then(fresh);
             let it = &mut self.hosts[peer];
             match it.expected.as_mut().filter(|expected| expected.primary == host) {
                 Some(expected) if counts => expected.promises.reply(id, good),
