@@ -52,6 +52,10 @@ impl Default for Options {
 const CONNECTION_ID_BYTES: usize = 8;
 /// How much of what a known peer sends waits here to be read, at most, over all of its streams.
 const CONNECTION_WINDOW_BYTES: u32 = 256 << 20;
+/// How many of the largest packets may be on their way before the first acknowledgement. Ten packets are what QUIC begins
+/// with, of the smallest size; then the first probes of the path's MTU fill the window, and quinn-proto up to 0.11.19
+/// holds back the end of a connection while it is full (quinn issue 2785): a peer would notice by silence only.
+const INITIAL_PACKETS: u64 = 10;
 /// How many streams of each direction a known peer may have open at a time: some per volume, for hundreds of volumes.
 const STREAMS: u32 = 1024;
 /// The same for whoever has connected and is not known yet: anybody can make a key.
@@ -72,6 +76,8 @@ impl Options {
         discovery.upper_bound(self.packet_limit_bytes);
         let idle_timeout = IdleTimeout::try_from(self.idle_timeout)
             .expect("an idle time-out is shorter than QUIC's longest");
+        let mut congestion = CubicConfig::default();
+        congestion.initial_window(INITIAL_PACKETS * u64::from(self.packet_limit_bytes));
         let mut config = TransportConfig::default();
         config
             .keep_alive_interval(Some(self.keep_alive))
@@ -82,7 +88,7 @@ impl Options {
             .send_window(u64::from(self.connection_window_bytes))
             .max_concurrent_bidi_streams(VarInt::from_u32(streams))
             .max_concurrent_uni_streams(VarInt::from_u32(streams))
-            .congestion_controller_factory(Arc::new(CubicConfig::default()))
+            .congestion_controller_factory(Arc::new(congestion))
             .datagram_receive_buffer_size(None);
         config
     }
