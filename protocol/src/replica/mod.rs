@@ -24,19 +24,21 @@
 //! On the disk, every frame of the durable epochs and some of the next one: a state that a power cut could have left
 //! on the primary's disk. What was not acknowledged is in the primary's window or map, and comes again.
 
+mod action;
 mod agreement;
 mod change;
 mod gap;
 pub mod promotion;
 mod receive;
+mod recording;
 pub mod resolve;
 pub mod undo;
 
+pub use action::{Action, FrameId, PrimaryMisbehaved, Report, Settings, Stored};
 pub use change::StateChange;
 pub use gap::{Saved, SpacePolicy};
 
 use crate::dirty_map::DirtyMap;
-use crate::disk::activity_log::{self, Recovered};
 use crate::disk::superblock::Superblock;
 use crate::lineage;
 use crate::order::Order;
@@ -45,8 +47,8 @@ use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Stream};
 use crate::wire::message::{
-    Acknowledgement, Commit, Committed, CopyDigest, DataState, Digest, Hello, Message, Mode, Refusal,
-    Refused, Release, ReleaseRecorded, ResyncBegin, ResyncReady,
+    Acknowledgement, Commit, CopyDigest, DataState, Digest, Hello, Message, Mode, Refusal, Refused, Release,
+    ResyncBegin,
 };
 use crate::wire::{Body, FrameHeader};
 use agreement::Log;
@@ -61,109 +63,6 @@ const COPY_LIMIT_BYTES: u64 = 128 << 20;
 /// memory is used to read them.
 const DIGEST_LIMIT_BYTES: u64 = 64 << 20;
 const DIGEST_COST_BYTES: u64 = 16 << 10;
-
-/// Names a frame and its payload.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct FrameId(pub u64);
-
-/// What the shell must do.
-#[derive(Debug, PartialEq)]
-pub enum Action {
-    /// Write the frame's payload, or zeroes, to the backing; then [`Replica::handle_applied`].
-    Apply {
-        /// The frame.
-        frame: FrameId,
-        /// Where.
-        range: ByteRange,
-        /// For a write of zeroes, whether the space may be given back.
-        zero: Option<bool>,
-    },
-    /// Forget the frame's payload.
-    Drop(FrameId),
-    /// Make all ended writes durable on the backing; then [`Replica::handle_synced`].
-    Sync,
-    /// Write the marker, durably; then [`Replica::handle_marker_written`].
-    WriteMarker(Position),
-    /// Record this in the superblock, durably; then [`Replica::handle_state_written`].
-    WriteState(StateChange),
-    /// Write a record to the activity log, durably; then [`Replica::handle_log_written`].
-    WriteLog {
-        /// Where in the log, in bytes.
-        offset: u64,
-        /// What.
-        record: Box<activity_log::Record>,
-    },
-    /// Make the layer after the superblock's last one, durably, with the marker as its point; then
-    /// [`Replica::handle_layer_begun`].
-    BeginLayer(Position),
-    /// Add the content of these ranges to the layer of the gap and to the history, where those lack it, durably; then
-    /// [`Replica::handle_saved`].
-    SavePreImages {
-        /// Whole blocks, in order.
-        ranges: Vec<ByteRange>,
-    },
-    /// The layer is needed neither to roll back nor to undo any more.
-    EndLayer(u64),
-    /// Read and digest (BLAKE3) a range; then [`Replica::handle_digest`].
-    ReadDigest {
-        /// The frame that asked.
-        frame: FrameId,
-        /// What to read.
-        range: ByteRange,
-    },
-    /// Send a control message to the primary.
-    Send(Message),
-}
-
-/// The primary broke the protocol; the session must end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the primary broke the protocol: {0}")]
-pub struct PrimaryMisbehaved(pub &'static str);
-
-/// What is set for a replica while it is open.
-#[derive(Clone, Copy, Debug)]
-pub struct Settings {
-    /// The backing's physical sector, in bytes.
-    pub sector_bytes: u32,
-    /// How many bytes of live frames may wait in memory.
-    pub window_bytes: u64,
-    /// What happens when there is no room for pre-images.
-    pub space: SpacePolicy,
-}
-
-/// What a replica knows durably when it is opened.
-#[derive(Debug)]
-pub struct Stored {
-    /// The superblock.
-    pub superblock: Superblock,
-    /// The marker.
-    pub marker: Position,
-    /// The activity log: its own, or that of the primary that it was.
-    pub log: Recovered,
-    /// Its maps of other hosts, where they are not void.
-    pub maps: BTreeMap<HostId, DirtyMap>,
-    /// The ranges with a pre-image in the layer of the gap.
-    pub saved: Vec<ByteRange>,
-    /// The ranges with a pre-image in the history.
-    pub kept: Vec<ByteRange>,
-}
-
-/// What a replica reports to status.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Report {
-    /// Whether a session is open.
-    pub connected: bool,
-    /// What the backing holds.
-    pub data: DataState,
-    /// Whether a resync waits for room for pre-images.
-    pub is_full: bool,
-    /// The last durable epoch; in a gap, the rollback point.
-    pub position: Position,
-    /// Bytes received that are not durable yet.
-    pub waiting_bytes: u64,
-    /// How far a resync is: bytes written, and bytes expected.
-    pub resync: Option<(u64, u64)>,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -437,55 +336,6 @@ impl Replica {
         self.go_on();
     }
 
-    /// The marker is durable, or could not be written.
-    pub fn handle_marker_written(&mut self, written: bool) {
-        assert!(self.marker.writing, "a marker is written once");
-        self.marker.writing = false;
-        if !written {
-            return self.fail();
-        }
-        self.go_on();
-    }
-
-    /// The superblock is durable, or could not be written.
-    pub fn handle_state_written(&mut self, written: bool) {
-        assert!(self.writing_state, "a state is written once");
-        self.writing_state = false;
-        let (change, answer) = self.state_changes.pop_front().expect("it was being written");
-        if !written {
-            return self.fail();
-        }
-        let (layer, history) = (self.superblock.gap, self.superblock.history);
-        change.apply(&mut self.superblock);
-        match change {
-            StateChange::Commit { position, .. } => {
-                self.position = position;
-                self.maps.clear();
-                self.log_is_void();
-                self.end_gap(layer);
-            }
-            StateChange::GiveRollbackUp => self.rollback_is_given_up(layer),
-            StateChange::Forget => self.history_is_forgotten(history),
-            StateChange::Generation(generation) => {
-                if let Some(link) = &mut self.link
-                    && link.beginning
-                {
-                    (link.beginning, link.generation) = (false, generation);
-                }
-            }
-            StateChange::Follow(_)
-            | StateChange::Behind
-            | StateChange::Begin { .. }
-            | StateChange::Release => {}
-        }
-        if let Some((answer, session)) = answer
-            && self.link.as_ref().is_some_and(|link| link.session == session)
-        {
-            self.actions.push_back(Action::Send(answer));
-        }
-        self.go_on();
-    }
-
     /// Whether the backing failed: it must be reopened before the next session (W5).
     #[must_use]
     pub fn has_failed(&self) -> bool {
@@ -622,71 +472,6 @@ impl Replica {
         }
     }
 
-    /// Begins a resync that was announced, when nothing else is being recorded.
-    fn begin_resync(&mut self) {
-        let is_busy = self.commit.is_some() || !self.state_changes.is_empty() || !self.gap.is_idle();
-        let Some(link) = self.link.as_mut().filter(|link| link.announced && !is_busy) else { return };
-        link.announced = false;
-        if self.superblock.data == DataState::Consistent {
-            if let Some(layer) = self.unused_history() {
-                return self.record_begin(layer, false);
-            }
-            self.gap.beginning = true;
-            self.actions.push_back(Action::BeginLayer(self.position));
-        } else {
-            self.record_begin(self.superblock.gap, false);
-        }
-    }
-
-    /// Records a release once this replica has what it is about: the generation comes by another stream.
-    fn record_release(&mut self) {
-        let superblock = &self.superblock;
-        let Some(link) = &mut self.link else { return };
-        let has_all =
-            superblock.data == DataState::Consistent && link.queue.is_empty() && link.live_bytes == 0;
-        if !has_all || link.release.is_none() || superblock.lineage.first() != link.release.as_ref() {
-            return;
-        }
-        link.release = None;
-        let session = link.session;
-        let answer = (ReleaseRecorded { session }.into(), session);
-        self.state_changes.push_back((StateChange::Release, Some(answer)));
-    }
-
-    fn record_begin(&mut self, gap: u64, keep: bool) {
-        let Some(link) = &self.link else { return };
-        let (session, source) = (link.session, link.fence);
-        let answer = (ResyncReady { session }.into(), session);
-        self.change_state(StateChange::Begin { source, gap, keep }, Some(answer));
-    }
-
-    /// Records a commit once its extents are in the log.
-    fn start_commit(&mut self) {
-        if self.commit.is_none() || !self.has_adopted_extents() {
-            return;
-        }
-        let (commit, session) = self.commit.take().expect("it was looked at");
-        let Commit { position, mut lineage, mode, .. } = commit;
-        let Some(link) = self.link.as_ref().filter(|link| link.session == session) else { return };
-        if !lineage.contains(&link.generation) {
-            // It began after the commit was sent, and came by the other stream.
-            lineage.insert(0, link.generation);
-        }
-        let answer = (Committed { session, position }.into(), session);
-        let source = link.fence;
-        self.state_changes.push_back((StateChange::Commit { position, lineage, mode, source }, Some(answer)));
-    }
-
-    /// Writes the marker of the last durable epoch when the one before is durable.
-    fn write_marker(&mut self) {
-        if !self.marker.writing
-            && let Some(position) = self.marker.waiting.take()
-        {
-            self.marker.writing = true;
-            self.actions.push_back(Action::WriteMarker(position));
-        }
-    }
-
     /// Begins to write the queued frames of the epoch that may be written now.
     fn start_queued(&mut self) {
         while let Some(link) = &mut self.link {
@@ -729,20 +514,6 @@ impl Replica {
             copies.unsynced_bytes = 0;
             self.sync = Some(SyncScope { session: Some(link.session), epoch, copies: copies.written });
             self.actions.push_back(Action::Sync);
-        }
-    }
-
-    fn change_state(&mut self, change: StateChange, answer: Option<(Message, SessionNumber)>) {
-        self.state_changes.push_back((change, answer));
-        self.go_on();
-    }
-
-    fn write_state(&mut self) {
-        if !self.writing_state
-            && let Some((change, _)) = self.state_changes.front()
-        {
-            self.writing_state = true;
-            self.actions.push_back(Action::WriteState(change.clone()));
         }
     }
 

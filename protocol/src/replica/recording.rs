@@ -1,0 +1,136 @@
+//! What the replica records: markers and changes of its superblock, one after the other, each durably before what depends
+//! on it.
+
+use super::{Action, Replica, StateChange};
+use crate::units::Session as SessionNumber;
+use crate::wire::message::{Commit, Committed, DataState, Message, ReleaseRecorded, ResyncReady};
+
+impl Replica {
+    /// The marker is durable, or could not be written.
+    pub fn handle_marker_written(&mut self, written: bool) {
+        assert!(self.marker.writing, "a marker is written once");
+        self.marker.writing = false;
+        if !written {
+            return self.fail();
+        }
+        self.go_on();
+    }
+
+    /// The superblock is durable, or could not be written.
+    pub fn handle_state_written(&mut self, written: bool) {
+        assert!(self.writing_state, "a state is written once");
+        self.writing_state = false;
+        let (change, answer) = self.state_changes.pop_front().expect("it was being written");
+        if !written {
+            return self.fail();
+        }
+        let (layer, history) = (self.superblock.gap, self.superblock.history);
+        change.apply(&mut self.superblock);
+        match change {
+            StateChange::Commit { position, .. } => {
+                self.position = position;
+                self.maps.clear();
+                self.log_is_void();
+                self.end_gap(layer);
+            }
+            StateChange::GiveRollbackUp => self.rollback_is_given_up(layer),
+            StateChange::Forget => self.history_is_forgotten(history),
+            StateChange::Generation(generation) => {
+                if let Some(link) = &mut self.link
+                    && link.beginning
+                {
+                    (link.beginning, link.generation) = (false, generation);
+                }
+            }
+            StateChange::Follow(_)
+            | StateChange::Behind
+            | StateChange::Begin { .. }
+            | StateChange::Release => {}
+        }
+        if let Some((answer, session)) = answer
+            && self.link.as_ref().is_some_and(|link| link.session == session)
+        {
+            self.actions.push_back(Action::Send(answer));
+        }
+        self.go_on();
+    }
+
+    /// Begins a resync that was announced, when nothing else is being recorded.
+    pub(super) fn begin_resync(&mut self) {
+        let is_busy = self.commit.is_some() || !self.state_changes.is_empty() || !self.gap.is_idle();
+        let Some(link) = self.link.as_mut().filter(|link| link.announced && !is_busy) else { return };
+        link.announced = false;
+        if self.superblock.data == DataState::Consistent {
+            if let Some(layer) = self.unused_history() {
+                return self.record_begin(layer, false);
+            }
+            self.gap.beginning = true;
+            self.actions.push_back(Action::BeginLayer(self.position));
+        } else {
+            self.record_begin(self.superblock.gap, false);
+        }
+    }
+
+    /// Records a release once this replica has what it is about: the generation comes by another stream.
+    pub(super) fn record_release(&mut self) {
+        let superblock = &self.superblock;
+        let Some(link) = &mut self.link else { return };
+        let has_all =
+            superblock.data == DataState::Consistent && link.queue.is_empty() && link.live_bytes == 0;
+        if !has_all || link.release.is_none() || superblock.lineage.first() != link.release.as_ref() {
+            return;
+        }
+        link.release = None;
+        let session = link.session;
+        let answer = (ReleaseRecorded { session }.into(), session);
+        self.state_changes.push_back((StateChange::Release, Some(answer)));
+    }
+
+    pub(super) fn record_begin(&mut self, gap: u64, keep: bool) {
+        let Some(link) = &self.link else { return };
+        let (session, source) = (link.session, link.fence);
+        let answer = (ResyncReady { session }.into(), session);
+        self.change_state(StateChange::Begin { source, gap, keep }, Some(answer));
+    }
+
+    /// Records a commit once its extents are in the log.
+    pub(super) fn start_commit(&mut self) {
+        if self.commit.is_none() || !self.has_adopted_extents() {
+            return;
+        }
+        let (commit, session) = self.commit.take().expect("it was looked at");
+        let Commit { position, mut lineage, mode, .. } = commit;
+        let Some(link) = self.link.as_ref().filter(|link| link.session == session) else { return };
+        if !lineage.contains(&link.generation) {
+            // It began after the commit was sent, and came by the other stream.
+            lineage.insert(0, link.generation);
+        }
+        let answer = (Committed { session, position }.into(), session);
+        let source = link.fence;
+        self.state_changes.push_back((StateChange::Commit { position, lineage, mode, source }, Some(answer)));
+    }
+
+    /// Writes the marker of the last durable epoch when the one before is durable.
+    pub(super) fn write_marker(&mut self) {
+        if !self.marker.writing
+            && let Some(position) = self.marker.waiting.take()
+        {
+            self.marker.writing = true;
+            self.actions.push_back(Action::WriteMarker(position));
+        }
+    }
+
+    pub(super) fn change_state(&mut self, change: StateChange, answer: Option<(Message, SessionNumber)>) {
+        self.state_changes.push_back((change, answer));
+        self.go_on();
+    }
+
+    pub(super) fn write_state(&mut self) {
+        if !self.writing_state
+            && let Some((change, _)) = self.state_changes.front()
+        {
+            self.writing_state = true;
+            self.actions.push_back(Action::WriteState(change.clone()));
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! What goes into the tracker, and what it asks for.
+
+use super::replies::ReplicaLoss;
+use crate::disk::activity_log::Record;
+use crate::ranges::ByteRange;
+use crate::session;
+use crate::units::{Epoch, GenerationId, HostId, Sequence};
+
+/// Names a request of a front end.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RequestId(pub u64);
+
+/// What an application asks for. Reads change nothing and don't come here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Work {
+    /// Write a range; with `fua` durably before the reply.
+    Write {
+        /// Where.
+        range: ByteRange,
+        /// Whether it must be durable.
+        fua: bool,
+    },
+    /// Make a range read as zeroes.
+    Zero {
+        /// Where.
+        range: ByteRange,
+        /// Whether its space may be given back.
+        may_unmap: bool,
+        /// Whether it must be durable.
+        fua: bool,
+    },
+    /// Make everything durable that was answered before.
+    Flush,
+}
+
+/// What the shell must do.
+#[derive(Debug)]
+pub enum Action {
+    /// Write a record to the activity log, durably.
+    WriteLog {
+        /// Where in the log, in bytes.
+        offset: u64,
+        /// What.
+        record: Box<Record>,
+    },
+    /// Write to the backing.
+    WriteLocal {
+        /// Names the write.
+        sequence: Sequence,
+        /// The request whose data it is part of.
+        request: RequestId,
+        /// Where.
+        range: ByteRange,
+        /// For a write of zeroes, whether the space may be given back.
+        zero: Option<bool>,
+        /// Whether it must be durable when it ends.
+        durable: bool,
+    },
+    /// Make all ended writes durable on the backing.
+    SyncLocal,
+    /// Draw a generation's name and record it durably at the head of the lineage, by [`crate::lineage::begin`].
+    BeginGeneration {
+        /// Generations that are not to be pruned (L2).
+        kept: Vec<GenerationId>,
+    },
+    /// Answer a request. Its data is not needed any more.
+    Reply {
+        /// The request.
+        request: RequestId,
+        /// How it ended.
+        result: Result<(), WriteFailed>,
+    },
+    /// Read and digest (BLAKE3) a range that is held for a compare.
+    ReadDigest {
+        /// Names the hold.
+        hold: u64,
+        /// What to read.
+        range: ByteRange,
+    },
+    /// Something for one replica's session.
+    Peer {
+        /// The replica.
+        peer: HostId,
+        /// What.
+        action: session::Action,
+    },
+}
+
+/// What a tracker is opened with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The volume's size in bytes.
+    pub size_bytes: u64,
+    /// The backing's physical sector, in bytes.
+    pub sector_bytes: u64,
+    /// The volume's generations, newest first.
+    pub lineage: Vec<GenerationId>,
+    /// The number of the first epoch, by [`crate::lineage::first_epoch_after`]; durably recorded.
+    pub first_epoch: Epoch,
+    /// What happens while a replica that writes should wait for is lost.
+    pub loss: ReplicaLoss,
+    /// How many extents may be active at once: at least [`super::LEAST_ACTIVE_EXTENTS`], at most
+    /// [`crate::disk::activity_log::CAPACITY`].
+    pub active_extents: usize,
+}
+
+/// How a write to the backing ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocalWrite {
+    /// It is written, and durable if that was asked for.
+    Written,
+    /// It is not written, or in part. What was written before is none the worse for it.
+    Failed,
+    /// It was to be durable and may not be, and neither may what was written before: a failed sync (W5).
+    NotDurable,
+}
+
+/// The backing failed a write or a sync, or has failed before and was not reopened (W5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the backing failed")]
+pub struct WriteFailed;
