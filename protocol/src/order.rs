@@ -4,6 +4,7 @@
 //! Used for the writes of a primary and for the frames of a replica. Overlap is judged in the larger physical sector
 //! of the hosts, because whoever has the larger one reads, modifies and writes all of it.
 
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -21,12 +22,15 @@ impl<Id: Copy + PartialEq + std::fmt::Debug> Order<Id> {
     /// Nothing under way; overlap is judged in sectors of so many bytes.
     #[must_use]
     pub fn new(sector_bytes: u64) -> Self {
+        let sector_bytes = if planted(Bug::NarrowSectors) { 512 } else { sector_bytes };
         Self { sector_bytes, running: BTreeMap::new(), waiting: VecDeque::new() }
     }
 
     /// Judges overlap in sectors of at least so many bytes from now on.
     pub fn widen_sector(&mut self, sector_bytes: u64) {
-        self.sector_bytes = self.sector_bytes.max(sector_bytes);
+        if !planted(Bug::NarrowSectors) {
+            self.sector_bytes = self.sector_bytes.max(sector_bytes);
+        }
     }
 
     /// Admits an operation and says whether it may run now; else [`Order::finish`] will name it.

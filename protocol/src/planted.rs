@@ -52,11 +52,13 @@ pub enum Bug {
     UndoUnmarked,
     /// A bit is cleared when the digests agree, not when what they agree on is durable on the replica (D2).
     ClearOnMatch,
+    /// Overlap is judged in sectors of 512 bytes, whatever the disks have (W1).
+    NarrowSectors,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -78,6 +80,7 @@ impl Bug {
         Self::KeepUntilCommit,
         Self::UndoUnmarked,
         Self::ClearOnMatch,
+        Self::NarrowSectors,
     ];
 }
 
