@@ -106,7 +106,7 @@ impl Replica {
         self.go_on();
     }
 
-    /// Everything up to this epoch is durable wherever it may be missed.
+    /// Everything up to this epoch is durable wherever it may be missed, or a commit will tell of it.
     pub(super) fn agreed(&mut self, epoch: Epoch) {
         self.log.agreed = self.log.agreed.max(epoch);
         let safe = self.log.safe();
@@ -125,6 +125,8 @@ impl Replica {
 
     /// The extents of a commit go to the log before the commit is recorded.
     pub(super) fn adopt_extents(&mut self, extents: Vec<Extent>, epoch: Epoch) {
+        // What was agreed before the commit does not hold for what it brings.
+        self.log.agreed = Epoch(0);
         self.log.set.adopt(extents.iter().copied(), Sequence(epoch.0));
         self.log.adopting = Some(extents);
     }

@@ -8,6 +8,15 @@ use crate::units::{Epoch, GenerationId, Position, Sequence, Time};
 use crate::wire::message::{Agreed, Commit, Mode, Release};
 use crate::wire::{Body, FrameHeader};
 
+/// Up to the end of which epochs replicas need keep no extents (D5).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Told {
+    /// The last one that is durable on all hosts that follow the newest generation.
+    pub agreed: Epoch,
+    /// The last one that ended.
+    pub closed: Epoch,
+}
+
 impl Session {
     /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
     pub(super) fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
@@ -55,10 +64,24 @@ impl Session {
         }
     }
 
-    /// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
-    pub(crate) fn tell_agreed(&mut self, epoch: Epoch) {
-        let State::Linked(link) = &mut self.state else { return };
-        if link.phase == Phase::InSync && link.agreed < epoch {
+    /// Up to the end of which epoch the replica need keep no extents, where it was not told that (D5).
+    pub(crate) fn awaits(&self, told: Told) -> Option<Epoch> {
+        let State::Linked(link) = &self.state else { return None };
+        let epoch = match link.phase {
+            Phase::InSync => told.agreed,
+            // Its commit will say what is active then; before that it is nobody's equal. If it kept all, its log could be
+            // full before the commit.
+            Phase::Resyncing => told.closed,
+            Phase::Draining | Phase::Beginning | Phase::Committing { .. } => return None,
+        };
+        (link.agreed < epoch).then_some(epoch)
+    }
+
+    /// Tells the replica what it need not keep.
+    pub(crate) fn tell_agreed(&mut self, told: Told) {
+        if let Some(epoch) = self.awaits(told)
+            && let State::Linked(link) = &mut self.state
+        {
             link.agreed = epoch;
             self.actions.push_back(Action::Send(Agreed { session: link.session, epoch }.into()));
         }

@@ -5,7 +5,8 @@
 //! agreed in that time.
 
 use super::generation::Next;
-use super::{EPOCH_TIME, Session, Tracker};
+use super::{EPOCH_TIME, Tracker};
+use crate::session::Told;
 use crate::units::{Epoch, Sequence, Time};
 use std::collections::VecDeque;
 
@@ -15,7 +16,8 @@ pub(super) struct Agreement {
     /// Epochs that ended and are not agreed, with their last writes.
     ended: VecDeque<(Epoch, Sequence)>,
     agreed: Epoch,
-    told: Epoch,
+    /// The last epoch that ended.
+    closed: Epoch,
     told_at: Time,
 }
 
@@ -24,17 +26,27 @@ impl Tracker {
     pub(super) fn note_epoch_end(&mut self, epoch: Epoch, sequence: Sequence) {
         if self.has_several_replicas() {
             self.agreement.ended.push_back((epoch, sequence));
+            self.agreement.closed = epoch;
         }
     }
 
     /// Tells replicas what is agreed, now and then.
     pub(super) fn agree(&mut self, now: Time) {
-        self.note_left();
-        if self.generations.next == Next::Left || !self.has_several_replicas() {
+        if !self.has_several_replicas() {
             return;
         }
+        self.note_left();
+        self.advance_agreed();
+        if self.agreement_timeout().is_some_and(|due| now >= due) {
+            self.agreement.told_at = now;
+            let told = self.told();
+            self.sessions.values_mut().for_each(|session| session.tell_agreed(told));
+        }
+    }
+
+    fn advance_agreed(&mut self) {
         let follows = || self.sessions.values().filter(|session| session.is_in_sync());
-        let Agreement { ended, agreed, told, told_at } = &mut self.agreement;
+        let Agreement { ended, agreed, .. } = &mut self.agreement;
         if follows().next().is_none() {
             // Whoever is committed next keeps extents of up to the last one.
             let older = ended.len().saturating_sub(1);
@@ -44,22 +56,25 @@ impl Tracker {
         // A replica to which nothing of an epoch was streamed hears nothing of its end, so writes are compared.
         let is_everywhere =
             |last: Sequence| last <= self.local.durable && follows().all(|session| session.has_durably(last));
-        while let Some((epoch, _)) = ended.front().filter(|(_, last)| is_everywhere(*last)) {
+        while self.generations.next != Next::Left
+            && let Some((epoch, _)) = ended.front().filter(|(_, last)| is_everywhere(*last))
+        {
             *agreed = *epoch;
             ended.pop_front();
         }
-        if *told < *agreed && now >= told_at.after(EPOCH_TIME) {
-            (*told, *told_at) = (*agreed, now);
-            let agreed = *agreed;
-            self.sessions.values_mut().for_each(|session| session.tell_agreed(agreed));
-        }
+    }
+
+    /// What replicas are told.
+    fn told(&self) -> Told {
+        let Agreement { agreed, closed, .. } = self.agreement;
+        Told { agreed: if self.generations.next == Next::Left { Epoch(0) } else { agreed }, closed }
     }
 
     /// When replicas are told next.
     pub(super) fn agreement_timeout(&self) -> Option<Time> {
-        let Agreement { agreed, told, told_at, .. } = &self.agreement;
-        let is_told = self.generations.next != Next::Left && self.sessions.values().any(Session::is_in_sync);
-        (told < agreed && is_told).then(|| told_at.after(EPOCH_TIME))
+        let told = self.told();
+        let waits = self.sessions.values().any(|session| session.awaits(told).is_some());
+        waits.then(|| self.agreement.told_at.after(EPOCH_TIME))
     }
 
     pub(super) fn has_several_replicas(&self) -> bool {
