@@ -212,7 +212,9 @@ impl Greeting {
         let is_covered = match welcome.data {
             // A copy that was never in sync has no generation yet; its map was kept since its first session. One that
             // gave its generations up (L6) has none either, and followed another primary.
-            DataState::Inconsistent if welcome.lineage.is_empty() => welcome.source == self.fence,
+            DataState::Inconsistent if welcome.lineage.is_empty() => {
+                base.copy == welcome.copy && welcome.source == self.fence
+            }
             _ => lineage::map_covers(&self.lineage, base.generation, theirs),
         };
         is_known && is_same_copy && is_covered && base.adopted == self.adopted
@@ -286,6 +288,10 @@ mod tests {
         ] {
             assert_eq!(greeting.vouches_for(base, &welcome), is_believed, "{welcome:?}");
         }
+        // What a promotion wrote began with no copy at all.
+        let promoted = Base { copy: CopyId::default(), ..base };
+        assert!(greeting.vouches_for(promoted, &welcome(consistent, false, fence(1), "a")));
+        assert!(!greeting.vouches_for(promoted, &welcome(mixture, false, fence(1), "")));
         let other = Base { copy: CopyId([3; 16]), ..base };
         assert!(!greeting.vouches_for(other, &welcome(consistent, false, fence(1), "a")));
         let adopted = Base { adopted: 1, ..base };
