@@ -6,14 +6,14 @@ use blockmirror_tests::require;
 use blockmirror_tests::torture::{Settings, Torture};
 use std::time::Duration;
 
-/// Runs it for half a minute, with this seed or that of the environment. What real hosts make of it differs each time.
+/// Runs it for a minute, with this seed or that of the environment. What real hosts make of it differs each time.
 fn torture(seed: u64, mode: Mode, hosts: usize) {
     let given = std::env::var("BLOCKMIRROR_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = given.unwrap_or(seed);
     println!("seed {seed}; BLOCKMIRROR_SEED={seed} tries it again");
     let tally = Torture::new(Settings {
         seed,
-        time: Duration::from_secs(30),
+        time: Duration::from_secs(60),
         mode,
         hosts,
         promotions: true,

@@ -5,7 +5,8 @@
 //! extents for the other, and hears of the other's in the greeting (D3). A volume with one replica needs none of this.
 //!
 //! Until the next commit, the log also says what it said when the replica was opened: it may be that of a primary which
-//! has become a replica, with writes that it never synced or sent.
+//! has become a replica, with writes that it never synced or sent. The same holds for what it said when a resync began:
+//! a promotion in the middle of it rolls back to that time.
 
 use super::{Action, FrameId, Replica};
 use crate::disk::activity_log::{self, Recovered};
@@ -18,7 +19,7 @@ use std::collections::{BTreeSet, VecDeque};
 #[derive(Debug)]
 pub(super) struct Log {
     set: ActiveSet,
-    /// What the log said when the replica was opened, until a commit makes it void.
+    /// What the log said when the replica was opened, and when a resync began, until a commit makes it void.
     inherited: BTreeSet<Extent>,
     /// Whether it may have said anything.
     is_unsure: bool,
@@ -71,6 +72,16 @@ impl Log {
             .map(|start| ByteRange::between(start.min(size_bytes), (start + EXTENT_BYTES).min(size_bytes)))
             .filter(|range| !range.is_empty())
             .collect()
+    }
+
+    /// A resync begins: what the log says now belongs to the rollback point, and is kept until a commit makes that void.
+    /// So whatever is told of later epochs lets none of it go.
+    pub(super) fn keep_for_rollback(&mut self) {
+        self.inherited.extend(self.set.extents());
+        if self.inherited.len() > activity_log::CAPACITY {
+            self.inherited.clear();
+            self.is_unsure = true;
+        }
     }
 
     fn safe(&self) -> Sequence {
@@ -180,5 +191,27 @@ impl Replica {
         let homeless: Vec<FrameId> = self.log.homeless.drain(..).collect();
         self.forget_unclaimed(homeless);
         self.log.adopting = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_told_in_a_resync_lets_nothing_go_that_a_rollback_needs() {
+        let mut log = Log::new(&Recovered::Active { serial: 0, extents: BTreeSet::new() });
+        let write = |log: &mut Log, extent, epoch| {
+            assert_eq!(log.set.claim([Extent(extent)].into_iter(), log.safe()), Claim::Wait);
+            log.set.next_record(false).expect("a record is needed");
+            log.set.record_written();
+            log.set.give_back([Extent(extent)].into_iter(), Some(Sequence(epoch)));
+        };
+        write(&mut log, 5, 7);
+        log.keep_for_rollback();
+        write(&mut log, 6, 8);
+        log.set.let_idle_go(log.set.clock(), Sequence(9));
+        assert_eq!(log.set.extents().count(), 0, "all of it is safe");
+        assert_eq!(log.suspects(1 << 30), [ByteRange::new(5 * EXTENT_BYTES, EXTENT_BYTES)]);
     }
 }
