@@ -5,21 +5,23 @@
 //! extents for the other, and hears of the other's in the greeting (D3). A volume with one replica needs none of this.
 //!
 //! Until the next commit, the log also says what it said when the replica was opened: it may be that of a primary which
-//! has become a replica, with writes that it never synced or sent. The same holds for what it said when a resync began:
-//! a promotion in the middle of it rolls back to that time.
+//! has become a replica, with writes that it never synced or sent.
+//!
+//! No frame waits for room in the log: where it would name more extents than a record holds, the record says everything.
+//! In memory the set is exact, and has an entry for each extent of the volume at most.
 
 use super::{Action, FrameId, Replica};
 use crate::disk::activity_log::{self, Recovered};
 use crate::ranges::ByteRange;
 use crate::tracker::activity::{ActiveSet, Claim};
 use crate::units::{EXTENT_BYTES, Epoch, Extent, Sequence};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Log {
     set: ActiveSet,
-    /// What the log said when the replica was opened, and when a resync began, until a commit makes it void.
+    /// What the log said when the replica was opened, until a commit makes it void.
     inherited: BTreeSet<Extent>,
     /// Whether it may have said anything.
     is_unsure: bool,
@@ -28,9 +30,8 @@ pub(super) struct Log {
     agreed: Epoch,
     /// The count of claims when the last agreement came.
     clock: u64,
-    /// Frames whose turn has come and whose extents are not in a durable record, or have no place in the set.
+    /// Frames whose turn has come and whose extents are not in a durable record.
     claimed: Vec<FrameId>,
-    homeless: VecDeque<FrameId>,
     writing: bool,
     /// Extents of a commit that waits for their record.
     adopting: Option<Vec<Extent>>,
@@ -43,21 +44,20 @@ impl Log {
             Recovered::Unsure { serial } => (*serial, BTreeSet::new(), true),
         };
         Self {
-            set: ActiveSet::new(serial, activity_log::CAPACITY),
+            set: ActiveSet::new(serial, usize::MAX),
             inherited,
             is_unsure,
             is_wanted: false,
             agreed: Epoch(0),
             clock: 0,
             claimed: Vec::new(),
-            homeless: VecDeque::new(),
             writing: false,
             adopting: None,
         }
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        !self.writing && self.claimed.is_empty() && self.homeless.is_empty()
+        !self.writing && self.claimed.is_empty()
     }
 
     /// Ranges that another host may have otherwise.
@@ -74,16 +74,6 @@ impl Log {
             .collect()
     }
 
-    /// A resync begins: what the log says now belongs to the rollback point, and is kept until a commit makes that void.
-    /// So whatever is told of later epochs lets none of it go.
-    pub(super) fn keep_for_rollback(&mut self) {
-        self.inherited.extend(self.set.extents());
-        if self.inherited.len() > activity_log::CAPACITY {
-            self.inherited.clear();
-            self.is_unsure = true;
-        }
-    }
-
     fn safe(&self) -> Sequence {
         // The set's clock counts epochs here.
         Sequence(self.agreed.0)
@@ -96,7 +86,7 @@ impl Replica {
         match self.log.set.claim(range.extents(), self.log.safe()) {
             Claim::Active => self.apply_claimed(frame),
             Claim::Wait => self.log.claimed.push(frame),
-            Claim::Full => self.log.homeless.push_back(frame),
+            Claim::Full => unreachable!("a replica's set has no limit"),
         }
     }
 
@@ -117,15 +107,12 @@ impl Replica {
         self.go_on();
     }
 
-    /// Everything up to this epoch is durable wherever it may be missed, or a commit will tell of it.
+    /// Everything up to this epoch is durable wherever it may be missed.
     pub(super) fn agreed(&mut self, epoch: Epoch) {
         self.log.agreed = self.log.agreed.max(epoch);
         let safe = self.log.safe();
         self.log.set.let_idle_go(self.log.clock, safe);
         self.log.clock = self.log.set.clock();
-        for frame in std::mem::take(&mut self.log.homeless) {
-            self.apply_when_logged(frame, self.items[&frame].body.range());
-        }
         self.go_on();
     }
 
@@ -188,8 +175,6 @@ impl Replica {
             self.give_back(self.items[frame].body.range(), None);
         }
         self.forget_unclaimed(claimed);
-        let homeless: Vec<FrameId> = self.log.homeless.drain(..).collect();
-        self.forget_unclaimed(homeless);
         self.log.adopting = None;
     }
 }
@@ -199,19 +184,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_told_in_a_resync_lets_nothing_go_that_a_rollback_needs() {
+    fn a_log_that_a_record_can_not_hold_says_everything_and_lets_no_frame_wait() {
         let mut log = Log::new(&Recovered::Active { serial: 0, extents: BTreeSet::new() });
-        let write = |log: &mut Log, extent, epoch| {
-            assert_eq!(log.set.claim([Extent(extent)].into_iter(), log.safe()), Claim::Wait);
-            log.set.next_record(false).expect("a record is needed");
-            log.set.record_written();
-            log.set.give_back([Extent(extent)].into_iter(), Some(Sequence(epoch)));
-        };
-        write(&mut log, 5, 7);
-        log.keep_for_rollback();
-        write(&mut log, 6, 8);
-        log.set.let_idle_go(log.set.clock(), Sequence(9));
-        assert_eq!(log.set.extents().count(), 0, "all of it is safe");
-        assert_eq!(log.suspects(1 << 30), [ByteRange::new(5 * EXTENT_BYTES, EXTENT_BYTES)]);
+        let extents = (0..2 * activity_log::CAPACITY as u32).map(Extent);
+        for extent in extents.clone() {
+            assert_eq!(log.set.claim([extent].into_iter(), log.safe()), Claim::Wait);
+            log.set.give_back([extent].into_iter(), Some(Sequence(7)));
+        }
+        assert_eq!(log.set.len(), extents.len());
+        log.set.next_record(false).expect("a record is needed");
+        log.set.record_written();
+        log.agreed = Epoch(7);
+        let safe = log.safe();
+        log.set.let_idle_go(log.set.clock(), safe);
+        assert_eq!(log.set.len(), 0, "what is agreed leaves it");
     }
 }

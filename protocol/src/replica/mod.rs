@@ -228,9 +228,6 @@ impl Replica {
             Message::ResyncBegin(ResyncBegin { session: theirs, dirty_bytes }) if theirs == session => {
                 link.resync = Some((link.copies.written_bytes, dirty_bytes));
                 link.announced = true;
-                if self.superblock.data == DataState::Consistent {
-                    self.log.keep_for_rollback();
-                }
                 self.go_on();
                 Ok(())
             }

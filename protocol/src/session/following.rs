@@ -8,15 +8,6 @@ use crate::units::{Epoch, GenerationId, Position, Sequence, Time};
 use crate::wire::message::{Agreed, Commit, Mode, Release};
 use crate::wire::{Body, FrameHeader};
 
-/// Up to the end of which epochs replicas need keep no extents (D5).
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Told {
-    /// The last one that is durable on all hosts that follow the newest generation.
-    pub agreed: Epoch,
-    /// The last one that ended.
-    pub closed: Epoch,
-}
-
 impl Session {
     /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
     pub(super) fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
@@ -64,26 +55,25 @@ impl Session {
         }
     }
 
-    /// Up to the end of which epoch the replica need keep no extents, where it was not told that (D5).
-    pub(crate) fn awaits(&self, told: Told) -> Option<Epoch> {
-        let State::Linked(link) = &self.state else { return None };
-        let epoch = match link.phase {
-            Phase::InSync => told.agreed,
-            // Its commit will say what is active then; before that it is nobody's equal. If it kept all, its log could be
-            // full before the commit.
-            Phase::Resyncing => told.closed,
-            Phase::Draining | Phase::Beginning | Phase::Committing { .. } => return None,
-        };
-        (link.agreed < epoch).then_some(epoch)
+    /// Whether the replica is in sync, or may be: it was sent a commit.
+    pub(crate) fn may_follow(&self) -> bool {
+        matches!(&self.state, State::Linked(link) if link.phase.follows())
     }
 
-    /// Tells the replica what it need not keep.
-    pub(crate) fn tell_agreed(&mut self, told: Told) {
-        if let Some(epoch) = self.awaits(told)
+    /// Whether the replica is to be told that this epoch, with that last write, is agreed (D5). It must have all of it
+    /// itself: with its commit it took extents over that others need not keep any more.
+    pub(crate) fn awaits(&self, (epoch, last): (Epoch, Sequence)) -> bool {
+        let State::Linked(link) = &self.state else { return false };
+        link.phase == Phase::InSync && link.agreed < epoch && self.has_durably(last)
+    }
+
+    /// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
+    pub(crate) fn tell_agreed(&mut self, agreed: (Epoch, Sequence)) {
+        if self.awaits(agreed)
             && let State::Linked(link) = &mut self.state
         {
-            link.agreed = epoch;
-            self.actions.push_back(Action::Send(Agreed { session: link.session, epoch }.into()));
+            link.agreed = agreed.0;
+            self.actions.push_back(Action::Send(Agreed { session: link.session, epoch: agreed.0 }.into()));
         }
     }
 

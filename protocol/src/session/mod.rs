@@ -48,7 +48,6 @@ use crate::wire::message::{
     Acknowledgement, Committed, CopyDigest, Message, Mode, ReleaseRecorded, ResyncBegin, ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
-pub(crate) use following::Told;
 pub use handshake::{Handled, Identity, PeerError};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
@@ -496,8 +495,6 @@ impl Session {
                 if let Phase::Committing { sent: Some(generation), closed, .. } = link.phase {
                     link.durable = link.durable.max(closed.map_or(Epoch(0), |(epoch, _)| epoch));
                     link.phase = Phase::InSync;
-                    // What it was told before its commit does not hold for what that one brought.
-                    link.agreed = Epoch(0);
                     self.since = now;
                     self.map.confirm(link.copy, generation);
                 }

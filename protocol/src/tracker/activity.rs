@@ -8,7 +8,6 @@
 //! The set in memory is always a superset of what the newest record says, but for extents whose record is being
 //! written: those are not active yet, and nothing is written there.
 
-use crate::disk::activity_log;
 use crate::units::{Extent, Sequence};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -61,12 +60,8 @@ pub(crate) enum Claim {
 
 impl ActiveSet {
     /// The set after a restart: nothing is active, and the next record goes after `serial`. No more than `limit` extents
-    /// are active at once.
-    ///
-    /// # Panics
-    /// When a record doesn't hold so many.
+    /// are active at once, where the caller has records that hold no more.
     pub(crate) fn new(serial: u64, limit: usize) -> Self {
-        assert!(limit <= activity_log::CAPACITY, "the active set fits into a record");
         Self { limit, extents: BTreeMap::new(), serial, writing: false, shrunk: true, wanted: 0, clock: 0 }
     }
 
@@ -209,6 +204,7 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::activity_log;
 
     fn extents(range: std::ops::Range<u32>) -> impl Iterator<Item = Extent> + Clone {
         range.map(Extent)

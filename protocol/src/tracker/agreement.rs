@@ -6,7 +6,6 @@
 
 use super::generation::Next;
 use super::{EPOCH_TIME, Tracker};
-use crate::session::Told;
 use crate::units::{Epoch, Sequence, Time};
 use std::collections::VecDeque;
 
@@ -15,9 +14,8 @@ use std::collections::VecDeque;
 pub(super) struct Agreement {
     /// Epochs that ended and are not agreed, with their last writes.
     ended: VecDeque<(Epoch, Sequence)>,
-    agreed: Epoch,
-    /// The last epoch that ended.
-    closed: Epoch,
+    /// The last epoch that is agreed, and its last write.
+    agreed: (Epoch, Sequence),
     told_at: Time,
 }
 
@@ -26,7 +24,6 @@ impl Tracker {
     pub(super) fn note_epoch_end(&mut self, epoch: Epoch, sequence: Sequence) {
         if self.has_several_replicas() {
             self.agreement.ended.push_back((epoch, sequence));
-            self.agreement.closed = epoch;
         }
     }
 
@@ -39,13 +36,14 @@ impl Tracker {
         self.advance_agreed();
         if self.agreement_timeout().is_some_and(|due| now >= due) {
             self.agreement.told_at = now;
-            let told = self.told();
-            self.sessions.values_mut().for_each(|session| session.tell_agreed(told));
+            let agreed = self.told();
+            self.sessions.values_mut().for_each(|session| session.tell_agreed(agreed));
         }
     }
 
     fn advance_agreed(&mut self) {
-        let follows = || self.sessions.values().filter(|session| session.is_in_sync());
+        // One that was sent a commit may have recorded it, and be taken for an equal.
+        let follows = || self.sessions.values().filter(|session| session.may_follow());
         let Agreement { ended, agreed, .. } = &mut self.agreement;
         if follows().next().is_none() {
             // Whoever is committed next keeps extents of up to the last one.
@@ -57,23 +55,21 @@ impl Tracker {
         let is_everywhere =
             |last: Sequence| last <= self.local.durable && follows().all(|session| session.has_durably(last));
         while self.generations.next != Next::Left
-            && let Some((epoch, _)) = ended.front().filter(|(_, last)| is_everywhere(*last))
+            && ended.front().is_some_and(|(_, last)| is_everywhere(*last))
         {
-            *agreed = *epoch;
-            ended.pop_front();
+            *agreed = ended.pop_front().expect("it was looked at");
         }
     }
 
     /// What replicas are told.
-    fn told(&self) -> Told {
-        let Agreement { agreed, closed, .. } = self.agreement;
-        Told { agreed: if self.generations.next == Next::Left { Epoch(0) } else { agreed }, closed }
+    fn told(&self) -> (Epoch, Sequence) {
+        if self.generations.next == Next::Left { Default::default() } else { self.agreement.agreed }
     }
 
     /// When replicas are told next.
     pub(super) fn agreement_timeout(&self) -> Option<Time> {
-        let told = self.told();
-        let waits = self.sessions.values().any(|session| session.awaits(told).is_some());
+        let agreed = self.told();
+        let waits = self.sessions.values().any(|session| session.awaits(agreed));
         waits.then(|| self.agreement.told_at.after(EPOCH_TIME))
     }
 

@@ -38,7 +38,7 @@ pub mod replies;
 
 pub use action::{Action, LocalWrite, RequestId, Settings, Work, WriteFailed};
 
-use crate::disk::activity_log::Recovered;
+use crate::disk::activity_log::{CAPACITY, Recovered};
 use crate::order::Order;
 use crate::ranges::ByteRange;
 use crate::session::resync::{CopyContent, CopyRead};
@@ -133,6 +133,7 @@ impl Tracker {
     #[must_use]
     pub fn new(settings: Settings, log: &Recovered, sessions: Vec<Session>) -> Self {
         let Settings { size_bytes, sector_bytes, lineage, first_epoch, loss, active_extents } = settings;
+        assert!(active_extents <= CAPACITY, "the active set fits into a record");
         let serial = match log {
             Recovered::Active { serial, .. } | Recovered::Unsure { serial } => *serial,
         };

@@ -302,8 +302,7 @@ pub struct Superseded {
     pub fence: Fence,
 }
 
-/// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5); or, to a replica that is
-/// being copied to, will be told of with its commit.
+/// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
 pub struct Agreed {
     /// The session.
