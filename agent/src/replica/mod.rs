@@ -362,6 +362,11 @@ impl Replica {
         storage::drain(&*self.storage).await;
     }
 
+    /// The primary is kept away, and goes on alone.
+    pub fn note_behind(&self) {
+        self.drive(|inner| inner.machine.note_behind());
+    }
+
     /// Ends the session that is being served, if any; the primary may dial again.
     pub fn disconnect(&self) {
         self.take_over();

@@ -18,7 +18,7 @@ use crate::disk::superblock::Superblock;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{BlockSize, HostId};
-use crate::wire::message::{Mode, Refusal, Refused};
+use crate::wire::message::{Refusal, Refused};
 use std::collections::VecDeque;
 
 /// How many frames' blocks are saved together at most.
@@ -338,9 +338,7 @@ impl Replica {
         self.gap.is_full = true;
         self.actions.push_back(Action::Send(self.no_room().into()));
         self.unlink();
-        if self.superblock.mode != Mode::Async {
-            self.change_state(StateChange::Behind, None);
-        }
+        self.note_behind();
     }
 
     pub(super) fn no_room(&self) -> Refused {

@@ -228,6 +228,7 @@ impl Replica {
             Message::ResyncBegin(ResyncBegin { session: theirs, dirty_bytes }) if theirs == session => {
                 link.resync = Some((link.copies.written_bytes, dirty_bytes));
                 link.announced = true;
+                self.note_behind();
                 self.go_on();
                 Ok(())
             }
@@ -254,6 +255,14 @@ impl Replica {
                 Ok(())
             }
             _ => Err(PrimaryMisbehaved("it sent a message that does not fit the session")),
+        }
+    }
+
+    /// The primary goes on without this replica: it counts no more, durably, until a commit (W4).
+    pub fn note_behind(&mut self) {
+        let is_noted = self.state_changes.iter().any(|(change, _)| *change == StateChange::Behind);
+        if self.superblock.mode != Mode::Async && !is_noted {
+            self.change_state(StateChange::Behind, None);
         }
     }
 

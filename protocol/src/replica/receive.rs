@@ -223,12 +223,15 @@ impl Replica {
                 link.queue.push_back((frame, header.body));
                 Ok(true)
             }
-            Body::EpochEnd { epoch, .. } => {
+            Body::EpochEnd { epoch, cut, .. } => {
                 if !link.is_open(epoch) {
                     return Err(PrimaryMisbehaved("an epoch ended that was not open"));
                 }
                 (link.open, link.closed) = (None, epoch);
                 link.queue.push_back((frame, header.body));
+                if cut {
+                    self.note_behind();
+                }
                 Ok(false)
             }
             Body::Generation { .. } => {

@@ -454,7 +454,7 @@ impl Session {
     pub(crate) fn give_up(&mut self) {
         self.spill();
         let State::Linked(link) = &mut self.state else { return };
-        if link.phase == Phase::InSync {
+        if link.phase.follows() {
             self.left |= link.break_off();
         }
     }

@@ -118,7 +118,8 @@ impl Tracker {
         let required = || self.sessions.values().filter(|session| session.mode() != Mode::Async);
         let in_sync = required().filter(|session| session.is_in_sync()).count();
         let all = required().count();
-        if required().any(|session| session.is_in_sync() && !owed.is_settled_by(session)) {
+        // One that was sent a commit may have recorded it: promoted, it would be taken for one that was in sync.
+        if required().any(|session| session.may_follow() && !owed.is_settled_by(session)) {
             let is_late = now >= owed.since.after(ACKNOWLEDGEMENT_DEADLINE);
             return if is_late { Verdict::Late } else { Verdict::Wait };
         }
@@ -139,7 +140,7 @@ impl Tracker {
         let late = |owed: &&Owed| now >= owed.since.after(ACKNOWLEDGEMENT_DEADLINE);
         let late: Vec<Owed> = self.owed.iter().filter(late).copied().collect();
         for session in self.sessions.values_mut() {
-            let counts = session.mode() != Mode::Async && session.is_in_sync();
+            let counts = session.mode() != Mode::Async && session.may_follow();
             if counts && late.iter().any(|owed| !owed.is_settled_by(session)) {
                 session.give_up();
             }
