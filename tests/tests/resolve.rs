@@ -179,6 +179,8 @@ fn a_resolution_is_undone_byte_for_byte_and_the_other_choice_is_made() {
     assert!(layers_of(a).is_empty(), "what was restored is not kept any longer");
     a.succeed(&["resume", "data", "b"]);
     wait_until_split(b, a);
+    let looked = resolution(a, &["--keep", "b", "--dry-run"]);
+    assert_eq!(looked.spares.bytes, None, "b's map is of what a was while it followed: {looked:?}");
 
     until("nobody has the device open", || {
         let said = b.tool(&["demote", "data"]);
@@ -275,6 +277,24 @@ fn what_is_kept_for_undo_outlives_restarts_and_is_forgotten_on_demand() {
     );
     write_blocks(&mut client_of(b), &mut random, 0..50);
     assert_identical(b, a);
+}
+
+#[test]
+fn what_is_forgotten_before_the_resync_is_not_kept_by_it() {
+    let (mirror, _) = split();
+    let (a, b) = (&mirror.primary, mirror.replica());
+    // b can't dial a, and answers what a asks.
+    a.link().cut();
+    resolution(a, &["--keep", "b"]);
+    a.succeed(&["forget", "data"]);
+    a.link().mend();
+    assert_identical(b, a);
+    assert!(a.status().facts.succession.history.is_none());
+    assert!(!a.log().contains("kept for undo, came back"), "{}", a.log());
+    until(
+        "its layer is gone",
+        || if layers_of(a).is_empty() { Ok(()) } else { Err("it is there".to_owned()) },
+    );
 }
 
 #[test]

@@ -119,7 +119,7 @@ fn a_mode_goes_with_the_volume_and_is_set_on_the_primary() {
         let peer = &status.facts.peers[0];
         (peer.mode, peer.state) == (Mode::Sync, Some(PeerState::InSync))
     });
-    a.refuse(&["mode", "data", "b", "async"], 5, &["on b: blockmirror mode data PEER async"]);
+    a.refuse(&["mode", "data", "b", "async"], 5, &["on b: blockmirror mode data a async"]);
     b.refuse(&["mode", "data", "c", "sync"], 5, &["no peer \"c\""]);
     b.succeed(&["mode", "data", "a", "async"]);
 }

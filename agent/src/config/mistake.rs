@@ -71,8 +71,8 @@ pub enum Contradiction {
     TwoPrimaries,
     /// Replies can't wait for so many replicas.
     #[error(
-        "on_replica_loss is \"block\" and min_replicas is {wanted}, but {count} replicas have a mode that replies wait \
-         for; lower min_replicas, or give more replicas the mode sync or semi-sync"
+        "on_replica_loss is \"block\" and min_replicas is {wanted}, but the replicas of a mode that replies wait for are \
+         {count}; make min_replicas at least 1 and no more than those, or give more replicas the mode sync or semi-sync"
     )]
     TooFewReplicas {
         /// How many should be in sync.

@@ -344,7 +344,7 @@ impl VolumeConfig {
         let count = self.peers.iter().filter(|peer| peer.mode != Mode::Async).count();
         let is_short = self.role == Role::Primary
             && self.on_replica_loss == OnReplicaLoss::Block
-            && count < self.min_replicas;
+            && (count < self.min_replicas || self.min_replicas == 0);
         is_short.then_some(Contradiction::TooFewReplicas { wanted: self.min_replicas, count })
     }
 

@@ -282,7 +282,12 @@ fn replies_that_should_wait_for_more_replicas_than_can_count_are_a_mistake() {
     assert_eq!(config.shortfall(), None);
     config.min_replicas = 2;
     let text = config.shortfall().unwrap().to_string();
-    assert!(text.contains("min_replicas is 2, but 1 replicas have a mode"), "{text}");
+    assert!(
+        text.contains("min_replicas is 2, but the replicas of a mode that replies wait for are 1"),
+        "{text}"
+    );
+    config.min_replicas = 0;
+    assert!(config.shortfall().is_some(), "that is on_replica_loss = \"continue\" by another name");
     config.on_replica_loss = OnReplicaLoss::Continue;
     assert_eq!(config.shortfall(), None);
     config.on_replica_loss = OnReplicaLoss::Block;

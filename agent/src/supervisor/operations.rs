@@ -133,8 +133,9 @@ impl Operations for Operator {
         set_mode(&mut wanted, host, request.mode);
         if let Some(primary) = wanted.peers.iter().find(|peer| peer.role == Role::Primary) {
             let (primary, mode) = (&primary.name, request.mode);
+            let replica = if *primary == peer { &self.0.name } else { &peer };
             return Err(refused(format!(
-                "the modes of {volume} are those of its primary; on {primary}: blockmirror mode {volume} PEER {mode}"
+                "the modes of {volume} are those of its primary; on {primary}: blockmirror mode {volume} {replica} {mode}"
             )));
         }
         if let Some(shortfall) = wanted.shortfall().filter(|_| request.mode == Mode::Async) {

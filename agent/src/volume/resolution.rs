@@ -139,7 +139,8 @@ fn yielding(superblock: &Superblock, undelivered: Option<&Undelivered>, winner: 
     let lineage = resolve::yielded(&superblock.lineage, &standing.lineage, map, superblock.adopted);
     let loses = undelivered.filter(|_| !lineage.is_empty());
     let block_bytes = superblock.block_size.bytes();
-    let spared = Some(standing.dirty_bytes).filter(|bytes| *bytes != u64::MAX);
+    // The other's map is of what this copy was when it last followed.
+    let spared = Some(standing.dirty_bytes).filter(|bytes| *bytes != u64::MAX && !superblock.is_on_its_own());
     let resolved = Resolved {
         loses: Stake { blocks: loses.map(|loses| loses.blocks), bytes: loses.map(|loses| loses.bytes) },
         spares: Stake { blocks: spared.map(|bytes| bytes.div_ceil(block_bytes)), bytes: spared },

@@ -103,7 +103,8 @@ pub struct Superblock {
     /// On a replica, the position that it last adopted by a commit; on a primary, one before all that it writes while
     /// it is open.
     pub position: Position,
-    /// On a replica, the fence of the primary whose content it adopted last, or whose resync made it inconsistent.
+    /// On a replica, the fence of the primary whose content it adopted last, or whose resync made it inconsistent; none
+    /// once its content was given up or brought back, until it follows a primary again (L6).
     pub source: Fence,
     /// The generations, newest first; at most [`LINEAGE_LIMIT`].
     pub lineage: Vec<GenerationId>,
@@ -124,6 +125,13 @@ pub struct Superblock {
 }
 
 impl Superblock {
+    /// Whether this host gave its content up, or brought it back, and has adopted nothing since (L6): what others remember
+    /// of it is of another content.
+    #[must_use]
+    pub fn is_on_its_own(&self) -> bool {
+        self.source == Fence::default()
+    }
+
     /// The page to write at [`super::slot_offset`] of `serial`.
     ///
     /// # Panics

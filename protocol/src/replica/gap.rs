@@ -213,7 +213,9 @@ impl Replica {
         let source = self.link.as_ref().map(|link| link.fence.holder);
         let is_undelivered =
             source.is_some_and(|host| self.undelivered_bytes(host).is_some_and(|bytes| bytes > 0));
-        let keep = gap != 0 && self.superblock.history == 0 && is_undelivered;
+        // What the operator gave up and then forgot is not kept once more.
+        let may_keep = self.superblock.history == 0 && !self.superblock.is_on_its_own();
+        let keep = gap != 0 && may_keep && is_undelivered;
         if keep {
             self.gap.kept = map_of(&self.superblock, &[]);
         }

@@ -8,7 +8,7 @@ use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
 use crate::lineage;
 use crate::units::GenerationId;
-use crate::wire::message::{DataState, Mode};
+use crate::wire::message::{DataState, Fence, Mode};
 
 /// The lineage of a host that yields to one with the lineage `winner`: what the two have in common, if this host's map
 /// for the other says everything that it wrote since, else none, which has everything copied. `map` is what that map
@@ -58,7 +58,7 @@ pub fn keep(superblock: &Superblock, is_unused: bool) -> Keep {
 pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: u64) {
     superblock.lineage = lineage;
     superblock.history = history;
-    superblock.mode = Mode::Async;
+    (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
     superblock.layers = superblock.layers.max(history);
 }
 

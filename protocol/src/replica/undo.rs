@@ -12,7 +12,7 @@ use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{GenerationId, HostId, Position};
-use crate::wire::message::{DataState, Mode};
+use crate::wire::message::{DataState, Fence, Mode};
 
 /// Why nothing can be undone.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -97,7 +97,8 @@ pub fn begin(superblock: &mut Superblock, before: &[GenerationId], own: Generati
     }
     superblock.data = DataState::Inconsistent;
     superblock.gap = superblock.history;
-    (superblock.mode, superblock.released) = (Mode::Async, false);
+    (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
+    superblock.released = false;
 }
 
 /// What the superblock says when the history is restored; `point` is the position to which it leads back.
@@ -111,7 +112,6 @@ pub fn record(superblock: &mut Superblock, point: Position) {
 mod tests {
     use super::*;
     use crate::units::{BlockSize, CopyId, Session, VolumeId};
-    use crate::wire::message::Fence;
 
     const B: HostId = HostId([2; 32]);
 
