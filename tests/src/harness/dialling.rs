@@ -61,6 +61,9 @@ impl World {
         let message = Message::decode(&bytes[4..]).expect("a message reads back");
         self.note(|| format!("{link} back: {message:?}"));
         self.promote_amid_resync(link.listener, &message);
+        if let Message::Acknowledgement(acknowledgement) = &message {
+            self.links[link].copies.retain(|number, _| *number > acknowledgement.copies);
+        }
         let now = Time(self.now);
         let Some(tracker) = self.hosts[link.dialler].tracker_mut() else { return };
         match tracker.handle_message(host_id(link.listener), message, now) {
@@ -151,6 +154,8 @@ impl World {
             header.body
         {
             self.hosts[link.dialler].history.record(sequence, range, data.clone());
+            let both = self.links[link].copies.values().find(|copy| copy.overlaps(range));
+            assert_eq!(both, None, "R1: {range:?} is streamed over {link} while a copy of it is on its way");
             let connection = self.links[link].connection;
             self.hosts[link.listener].mirror.frame_is_sent((connection, epoch.0), sequence, range, &data);
         }
@@ -167,6 +172,9 @@ impl World {
             let is_digest = matches!(header.body, Body::CopyDigest { .. });
             let bytes = if is_digest { &mut it.compared_bytes } else { &mut it.copied_bytes };
             *bytes += range.length;
+            if let Body::Copy { number, .. } | Body::CopyZero { number, .. } = header.body {
+                it.copies.insert(number, range);
+            }
             self.check_copied(link);
         }
         self.send_frame(link, Channel::Bulk, header, data);

@@ -8,9 +8,10 @@ use super::disk::Data;
 use super::host::Shell;
 use super::random::Random;
 use super::world::{Event, World};
+use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::Fence;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::ops::{Index, IndexMut};
 use std::time::Duration;
@@ -87,6 +88,8 @@ pub struct Link {
     pub listener_side: Option<u64>,
     /// Bytes of copies that were sent on this connection.
     pub copied_bytes: u64,
+    /// Copies that were sent on this connection and are not known to be durable, by number.
+    pub copies: BTreeMap<u64, ByteRange>,
     /// Bytes that the listener was asked to compare on this connection.
     pub compared_bytes: u64,
     /// Bytes that were dirty when its first resync began.
