@@ -305,6 +305,7 @@ mod tests {
     use crate::units::{
         BlockSize, CopyId, GenerationId, HostId, Position, Session as SessionNumber, Stream, VolumeId,
     };
+    use crate::wire::message::ResyncBegin;
     use crate::wire::message::{Commit, CopyDigest, Message};
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -475,6 +476,36 @@ mod tests {
         let range = ByteRange::new(0, 4096);
         let header = copy_frame(Body::CopyDigest { range, number: 1 });
         assert!(consistent.handle_frame(FrameId(1), header).is_err());
+    }
+
+    /// A copy that was in sync in sync mode, and in a session.
+    fn in_sync() -> Replica {
+        let mut replica = replica("a");
+        replica.superblock.mode = Mode::Sync;
+        replica.greet(hello(fence(2, 2), "a"));
+        drive(&mut replica, is_welcome);
+        replica
+    }
+
+    #[test]
+    fn a_copy_is_behind_before_the_layer_of_a_resync_is_begun() {
+        let mut replica = in_sync();
+        let begin = ResyncBegin { session: SessionNumber(1), dirty_bytes: 512 };
+        replica.handle_message(begin.into()).unwrap();
+        drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
+        assert_eq!(replica.superblock.mode, Mode::Async, "there may be no layer to be had");
+    }
+
+    #[test]
+    fn a_copy_is_behind_when_an_epoch_is_cut_short() {
+        for cut in [true, false] {
+            let mut replica = in_sync();
+            let body = Body::EpochEnd { epoch: Epoch(1), sequence: Sequence(0), cut };
+            let header = FrameHeader { session: SessionNumber(1), stream: Stream(1), body };
+            replica.handle_frame(FrameId(1), header).unwrap();
+            let is_behind = |action| action == Action::WriteState(StateChange::Behind);
+            assert_eq!(std::iter::from_fn(|| replica.poll_action()).any(is_behind), cut);
+        }
     }
 
     #[test]
