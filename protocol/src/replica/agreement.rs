@@ -156,9 +156,14 @@ impl Replica {
     pub(super) fn write_log(&mut self) {
         let tidy = self.order.is_idle() && self.sync.is_none();
         let Some(serial) = self.log.set.next_record(tidy) else { return };
-        let all: BTreeSet<Extent> =
-            self.log.inherited.iter().copied().chain(self.log.set.extents()).collect();
-        let record = if self.log.is_unsure || all.len() > activity_log::CAPACITY {
+        let Log { set, inherited, .. } = &self.log;
+        // One that a record can't hold is not gathered first.
+        let is_everything = self.log.is_unsure || set.len() > activity_log::CAPACITY;
+        let all: BTreeSet<Extent> = match is_everything {
+            true => BTreeSet::new(),
+            false => inherited.iter().copied().chain(set.extents()).collect(),
+        };
+        let record = if is_everything || all.len() > activity_log::CAPACITY {
             activity_log::encode_everything(serial)
         } else {
             activity_log::encode(all, serial)
