@@ -150,3 +150,83 @@ impl Session {
         was_met && self.may_have_newest && !self.is_in_sync() && !self.map.is_clean()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Identity, LiveWrite};
+    use super::*;
+    use crate::dirty_map::DirtyMap;
+    use crate::disk::dirty_map::Base;
+    use crate::tracker::RequestId;
+    use crate::units::{BlockSize, CopyId, HostId, Session as SessionNumber, VolumeId};
+    use crate::wire::VERSIONS;
+    use crate::wire::message::{Acknowledgement, Committed, DataState, Fence, Union, Welcome};
+
+    const PEER: HostId = HostId([2; 32]);
+    const SESSION: SessionNumber = SessionNumber(1);
+    const NOW: Time = Time(std::time::Duration::ZERO);
+
+    /// A session with a replica that lacks nothing, up to the point where the commit is sent.
+    fn committing() -> Session {
+        let (size_bytes, block_size, copy) = (1 << 20, BlockSize::default(), CopyId([2; 16]));
+        let (lineage, fence) = (vec![GenerationId([1; 16])], Fence { counter: 1, holder: HostId([1; 32]) });
+        let base = Base { copy, generation: lineage[0], adopted: 0 };
+        let map = DirtyMap::full(VolumeId([1; 16]), PEER, size_bytes, block_size).clean(base);
+        let mut session = Session::new(PEER, map, size_bytes, block_size, 1 << 20, Mode::Sync);
+        let identity = Identity {
+            volume: VolumeId([1; 16]),
+            size_bytes,
+            block_size,
+            sector_bytes: 512,
+            copy: CopyId([1; 16]),
+            adopted: 0,
+            fence,
+            lineage: lineage.clone(),
+            members: Vec::new(),
+        };
+        session.handle_connected(SESSION, &identity);
+        let welcome = Welcome {
+            version: VERSIONS.1,
+            features: 0,
+            session: SESSION,
+            copy,
+            data: DataState::Consistent,
+            can_roll_back: false,
+            source: fence,
+            marker: Position::default(),
+            fence,
+            lineage: lineage.clone(),
+            sector_bytes: 512,
+            window_bytes: 1 << 20,
+        };
+        for message in [welcome.into(), Union { ranges: Vec::new(), last: true }.into()] {
+            session.handle_message(message, Sequence(0), NOW).unwrap();
+        }
+        let position = (Epoch(1), Sequence(0));
+        let (application_waits, may_commit, active) = (false, true, &[][..]);
+        session.commit(&Circumstances { application_waits, lineage: &lineage, position, may_commit, active });
+        session
+    }
+
+    #[test]
+    fn a_replica_that_was_sent_a_commit_may_follow_and_is_told_of_what_it_has_alone() {
+        let mut session = committing();
+        // It may have recorded the commit, and be promoted as an equal.
+        assert!(session.may_follow() && !session.is_in_sync());
+        let committed = Committed { session: SESSION, position: Position::default() };
+        session.handle_message(committed.into(), Sequence(0), NOW).unwrap();
+        assert!(session.may_follow() && session.is_in_sync());
+        let (range, request) = (ByteRange::new(0, 512), RequestId(1));
+        session.handle_write(
+            LiveWrite { request, range, epoch: Epoch(2), sequence: Sequence(1), zero: None },
+            NOW,
+        );
+        let agreed = (Epoch(2), Sequence(1));
+        assert!(!session.awaits(agreed), "its log may be the only one that names the write's extent");
+        session.handle_epoch_end(Epoch(2), Sequence(1));
+        let durable =
+            Acknowledgement { session: SESSION, received: Sequence(1), durable: Epoch(2), copies: 0 };
+        session.handle_message(durable.into(), Sequence(1), NOW).unwrap();
+        assert!(session.awaits(agreed));
+    }
+}
