@@ -7,6 +7,7 @@ pub mod control;
 pub mod device;
 pub mod durable;
 pub mod export;
+pub mod generations;
 pub mod invitations;
 pub mod metadata;
 pub mod pre_images;

@@ -7,6 +7,7 @@
 
 use crate::buffer::BufferPool;
 use crate::durable;
+use crate::generations;
 use crate::storage::file::{File, OpenError};
 use crate::storage::{self, Storage};
 use crate::stored;
@@ -86,6 +87,16 @@ impl State {
         write_page(&*storage, &Rc::new(file), slot_offset(1), &superblock.encode(1)).await?;
         drop(marker_file);
         Self::open(folder, storage, pool).await
+    }
+
+    /// Notes when a generation began that is durable now; in words only, so nobody waits for it.
+    pub fn note_generation(&self, generation: GenerationId) {
+        let folder = self.folder.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = generations::note(&folder, generation) {
+                tracing::warn!(%error, "cannot note when a generation began in {}", folder.display());
+            }
+        });
     }
 
     /// Opens the folder and reads its superblock.

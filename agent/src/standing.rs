@@ -5,6 +5,7 @@
 //! are both in the middle of a change, ask each other and must not wait for each other.
 
 use crate::config::{PeerConfig, VolumeConfig};
+use crate::generations;
 use crate::stored;
 use crate::transport::Peers;
 use crate::words::with_name;
@@ -79,10 +80,10 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, serves: bool) -
         can_roll_back: superblock.gap != 0,
         fence: superblock.fence,
         marker: lineage::later(&superblock.lineage, superblock.position, marker),
-        lineage: superblock.lineage,
         serves,
         dirty_bytes: undelivered.map_or(u64::MAX, |undelivered| undelivered.bytes),
-        in_sync_at: 0,
+        began: generations::of_lineage(folder, &superblock.lineage),
+        lineage: superblock.lineage,
     })
 }
 

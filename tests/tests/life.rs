@@ -1,5 +1,6 @@
 //! A volume's whole life under a file system: made, mounted, filled, given back, looked at on the replica.
 
+use blockmirror_agent::config::OnReplicaLoss;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{allocated_bytes, first_difference, noise};
 use blockmirror_tests::machines::folder::Mounted;
@@ -126,4 +127,38 @@ fn a_raw_device_carries_a_replica_as_well_as_an_image_does() {
     succeed("blockdev", &["--flushbufs", text(&device)]);
     assert_eq!(first_difference(&mirror.primary.backing(), &image), None);
     mirror.replicas.push(replica);
+}
+
+/// The loop driver synchronises the file that it is attached to: an agent whose volume was to wait for its replicas, of
+/// which none was there, had no device before that was given up.
+#[test]
+fn a_primary_that_waits_for_its_replicas_starts_without_them_and_says_that_writes_wait() {
+    require!("root");
+    let mut mirror = Mirror::new(8 * MIB, "loop,nbd", &["b"]);
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.wait_until_quiet();
+    mirror.replica_mut().stop();
+    mirror.primary.stop();
+    mirror.primary.configure(|volume| {
+        volume.on_replica_loss = OnReplicaLoss::Block;
+        volume.block_seconds = 3600;
+    });
+    mirror.primary.start();
+    let status = mirror.primary.wait_until("the devices are served", |status| {
+        status.facts.devices.iter().all(|device| device.error.is_none())
+    });
+    let blocked = status.facts.blocked.expect("a replica is missing");
+    assert_eq!((blocked.in_sync, blocked.required, blocked.requests), (0, 1, 0));
+
+    let mut client = mirror.client();
+    let writer = std::thread::spawn(move || client.write(0, &[7; 4096]));
+    let status = mirror.primary.wait_until("a write waits", |status| {
+        status.facts.blocked.is_some_and(|blocked| blocked.requests == 1)
+    });
+    assert!(status.verdict.starts_with("blocked: writes wait until 1 replica is in sync"), "{status:?}");
+    mirror.replica_mut().start();
+    writer.join().expect("it doesn't panic").expect("the write is answered when the replica is back");
+    mirror.wait_until_quiet();
+    assert_eq!(mirror.primary.status().facts.blocked, None);
+    mirror.assert_identical();
 }

@@ -3,6 +3,7 @@
 use blockmirror_agent::config::Role;
 use blockmirror_agent::control::api::{CopyState, PeerState, Resolution, Undoing, VolumeState};
 use blockmirror_agent::quantity::Size;
+use blockmirror_agent::quantity::unix_seconds;
 use blockmirror_protocol::disk::PAGE_BYTES;
 use blockmirror_protocol::disk::pre_images::FIRST_BATCH;
 use blockmirror_tests::harness::random::Random;
@@ -98,7 +99,7 @@ fn the_loser_of_a_split_brain_is_measured_and_brought_back_by_map() {
     b.refuse(&["resolve", "data", "--keep", "b"], 5, &["on a: blockmirror resolve data --keep b"]);
     b.refuse(&["resolve", "data", "--keep", "a"], 5, &["first: blockmirror demote data"]);
     a.refuse(&["resolve", "data", "--keep", "a"], 5, &["on b: blockmirror demote data"]);
-    a.refuse(&["resolve", "data", "--keep", "x"], 4, &["no peer"]);
+    a.refuse(&["resolve", "data", "--keep", "x"], 5, &["no peer"]);
 
     let looked = resolution(a, &["--keep", "b", "--dry-run"]);
     assert_eq!((looked.done, looked.copies_everything), (false, false));
@@ -106,6 +107,16 @@ fn the_loser_of_a_split_brain_is_measured_and_brought_back_by_map() {
     assert!((10 * BLOCK_BYTES..=10 * 4 * MIB).contains(&lost), "{looked:?}");
     let spared = looked.spares.bytes.expect("b's map says");
     assert!((20 * BLOCK_BYTES..=32 * MIB).contains(&spared), "{looked:?}");
+    let (lost_since, spared_since) = (looked.loses.since_unix_seconds, looked.spares.since_unix_seconds);
+    // a began its generation when b was gone, and b after its promotion; both are told by the clock of this machine.
+    assert!(
+        lost_since.is_some() && lost_since <= spared_since && spared_since <= Some(unix_seconds()),
+        "{looked:?}"
+    );
+    assert!(
+        looked.verdict.contains(" blocks, since ") && looked.alternative.contains(" blocks, since "),
+        "{looked:?}"
+    );
     assert_eq!(looked.action, "blockmirror resolve data --keep b");
     assert_eq!(a.status().state, VolumeState::SplitBrain, "nothing was changed");
 

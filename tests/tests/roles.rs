@@ -250,14 +250,14 @@ fn a_promotion_that_could_lose_or_split_something_is_refused_with_the_reason() {
     let (a, b) = (&mirror.primary, mirror.replica());
     a.refuse(&["promote", "data"], 5, &["a is the primary of data already"]);
     b.refuse(&["promote", "data"], 5, &["on a: blockmirror switch data --to b"]);
-    b.refuse(&["demote", "data"], 5, &["run this on the primary"]);
+    b.refuse(&["demote", "data"], 5, &["run this on a"]);
     // The link is paused, but the primary answers.
     a.succeed(&["pause", "data", "b"]);
     b.wait_until("the link is gone", |status| {
         status.facts.peers.iter().all(|peer| peer.connection != Connection::Connected)
     });
     b.refuse(&["promote", "data"], 5, &["on a: blockmirror switch data --to b"]);
-    a.refuse(&["switch", "data", "--to", "b"], 5, &["not connected and in sync"]);
+    a.refuse(&["switch", "data", "--to", "b"], 5, &["b is paused", "blockmirror resume data b"]);
     a.succeed(&["resume", "data", "b"]);
     scatter(&mut mirror.client(), &mut random, 64 * MIB / BLOCK_BYTES, 50);
     wait_until_in_sync(a);

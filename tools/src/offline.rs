@@ -88,6 +88,7 @@ fn facts(volume: &VolumeConfig, stored: &Stored) -> VolumeFacts {
         data: stored.superblock.as_ref().map(|superblock| superblock.data.into()),
         epoch: stored.marker.map(|position| position.epoch.0),
         succession: succession(stored),
+        blocked: None,
         peers: peers.map(|(config, out_of_sync)| peer(config, *out_of_sync)).collect(),
     }
 }

@@ -127,7 +127,7 @@ fn pause_and_resume_name_a_volume_and_a_peer() {
     assert_eq!(agent.asked(), ["pause data b", "resume data b"]);
     assert_eq!(
         agent.tool(&["pause", "data", "x"]),
-        bad(4, "no peer \"x\" of data; blockmirror peers data lists them")
+        bad(5, "no peer \"x\" of data; blockmirror peers data lists them")
     );
 }
 
@@ -172,7 +172,7 @@ c may lack something, and is promoted with --force only
     assert_eq!(agent.tool(&["demote", "data"]), good(expected));
     let expected = "b is the primary of data now; nobody could write for 0.8 s\n";
     assert_eq!(agent.tool(&["switch", "data", "--to", "b"]), good(expected));
-    assert_eq!(agent.tool(&["switch", "data", "--to", "x"]).code, 4);
+    assert_eq!(agent.tool(&["switch", "data", "--to", "x"]).code, 5);
     let json: serde_json::Value =
         serde_json::from_str(&agent.tool(&["switch", "data", "--to", "b", "--json"]).output).unwrap();
     assert_eq!(json["milliseconds_without_writes"], 850);
@@ -197,7 +197,7 @@ nothing was changed; to do it: blockmirror resolve data --keep b
         (&"blockmirror/resolution/v1".into(), &true.into(), &40960.into())
     );
     assert_eq!(agent.tool(&["resolve", "other", "--keep", "b"]), bad(5, "nothing to resolve"));
-    assert_eq!(agent.tool(&["resolve", "data", "--keep", "x"]).code, 4);
+    assert_eq!(agent.tool(&["resolve", "data", "--keep", "x"]).code, 5);
     assert_eq!(agent.tool(&["resolve", "data"]).code, 2);
     assert_eq!(agent.asked()[0], r#"resolve data {"keep":"b","dry_run":true}"#);
 }

@@ -41,7 +41,9 @@ impl Primary {
         let own = self.has_undelivered(fence.holder).then(|| GenerationId(crate::transport::key::random()));
         self.state
             .change_superblock(|superblock| promotion::record_demotion(superblock, fence, position, own))
-            .await
+            .await?;
+        own.into_iter().for_each(|generation| self.state.note_generation(generation));
+        Ok(())
     }
 
     /// Whether applications were answered what the host that was promoted doesn't have.

@@ -20,7 +20,7 @@ use blockmirror_protocol::lineage;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
-use blockmirror_protocol::tracker::replies::ReplicaLoss;
+use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, Work};
 use blockmirror_protocol::units::{GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
@@ -190,6 +190,12 @@ impl Primary {
     pub fn reports(&self) -> (u64, HashMap<HostId, session::Report>) {
         let inner = self.inner.borrow();
         (inner.tracker.position().0.0, inner.tracker.reports(self.now()).collect())
+    }
+
+    /// Whether writes wait, or would wait, until more replicas are in sync.
+    #[must_use]
+    pub fn blocked(&self) -> Option<Blocked> {
+        self.inner.borrow().tracker.blocked(self.now())
     }
 
     /// A replica joined: its blocks are all dirty.
@@ -368,6 +374,7 @@ impl Primary {
                 primary.error.borrow_mut().get_or_insert(text);
             }
             let generation = recorded.is_ok().then_some(generation);
+            generation.into_iter().for_each(|generation| primary.state.note_generation(generation));
             primary.drive(|inner, now| inner.tracker.handle_generation(generation, now));
         });
     }

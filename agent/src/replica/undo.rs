@@ -68,6 +68,7 @@ impl Replica {
                     self.state
                         .change_superblock(|superblock| undo::begin(superblock, &header.lineage, own))
                         .await?;
+                    self.state.note_generation(own);
                 }
                 Step::Restore => self.restore(number, progress).await?,
                 Step::Sync => storage::sync(&*self.storage, &self.backing).await?,

@@ -128,7 +128,7 @@ impl Operations for Operator {
     async fn set_mode(&self, volume: Name, peer: Name, request: ModeRequest) -> Result<PeerStatus, Failure> {
         let mut wanted = self.0.config_of_name(&volume).await?;
         let Some(host) = wanted.peer(&peer).map(|peer| peer.host) else {
-            return Err(refused(Failure::no_such_peer(&volume, &peer).message));
+            return Err(Failure::no_such_peer(&volume, &peer));
         };
         set_mode(&mut wanted, host, request.mode);
         if let Some(primary) = wanted.peers.iter().find(|peer| peer.role == Role::Primary) {
@@ -192,7 +192,6 @@ impl Operations for Operator {
             done: !dry_run,
             loses: resolved.loses,
             spares: resolved.spares,
-            in_sync_at: resolved.in_sync_at,
             copies_everything: resolved.copies_everything,
             undo: resolved.can_be_undone.then(|| format!("blockmirror undo {volume}")),
             verdict,
@@ -223,6 +222,10 @@ impl Operations for Operator {
             let text = format!(
                 "{peer} is the primary; a comparison runs there: on {peer}, compare {volume} with this host"
             );
+            return Err(Failure::new(FailureKind::Refused, text));
+        }
+        if known.paused {
+            let text = format!("{peer} is paused: blockmirror resume {volume} {peer}");
             return Err(Failure::new(FailureKind::Refused, text));
         }
         let host = known.host;

@@ -2,7 +2,7 @@
 
 use super::{Judgement, NO_ACTION, is_in_sync, is_usable, link, listed, progress, reason};
 use crate::config::Role;
-use crate::control::api::{Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState};
+use crate::control::api::{Blocked, Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState};
 use crate::quantity::{Seconds, Size};
 
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
@@ -25,11 +25,13 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
         _ if is_split => (VolumeState::SplitBrain, "split brain"),
         (true, _) => (VolumeState::Healthy, "healthy"),
         (false, true) => (VolumeState::Syncing, "syncing"),
+        _ if facts.blocked.is_some() => (VolumeState::Degraded, "blocked"),
         (false, false) if covering.is_empty() => (VolumeState::Degraded, "at risk"),
         (false, false) => (VolumeState::Degraded, "degraded"),
     };
     let action = lacking.iter().find_map(|peer| remedy(facts, peer));
-    let verdict = format!("{word}: {}", clauses.join("; "));
+    let waiting = facts.blocked.as_ref().map(waiting).unwrap_or_default();
+    let verdict = format!("{word}: {waiting}{}", clauses.join("; "));
     Judgement::new(state, verdict, action.unwrap_or_else(|| NO_ACTION.to_owned()))
 }
 
@@ -41,6 +43,22 @@ fn covered_by(covering: &[&PeerStatus]) -> Option<String> {
         [only] => Some(format!("{only} holds an identical copy")),
         several => Some(format!("{} hold identical copies", listed(several))),
     }
+}
+
+/// What writes wait for, where the operator chose that they do, in front of what else there is to say.
+fn waiting(blocked: &Blocked) -> String {
+    let Blocked { in_sync, required, requests, oldest_seconds, limit_seconds } = *blocked;
+    let replicas = if required == 1 { "replica is" } else { "replicas are" };
+    let so_far = if in_sync > 0 { format!(" ({in_sync} now)") } else { String::new() };
+    let those = match requests {
+        0 => "none waits now".to_owned(),
+        1 => format!("1 waits for {}", Seconds(oldest_seconds)),
+        several => format!("{several} wait, the oldest for {}", Seconds(oldest_seconds)),
+    };
+    format!(
+        "writes wait until {required} {replicas} in sync{so_far}, and fail after {} (on_replica_loss); {those}; ",
+        Seconds(limit_seconds)
+    )
 }
 
 /// Another host was promoted since.

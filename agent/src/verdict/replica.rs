@@ -89,6 +89,12 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
         );
         return Some(Judgement::new(VolumeState::Waiting, verdict, action));
     }
+    if succession.demoted && succession.history.is_some() {
+        let verdict = "nobody is the primary: this host gave its content up, and follows the other when that is \
+                       promoted";
+        let action = format!("on the host whose content stays: blockmirror promote {} --force", facts.name);
+        return Some(Judgement::new(VolumeState::Waiting, verdict, action));
+    }
     let verdict = match (succession.released, succession.demoted) {
         (true, _) => "nobody is the primary: it was demoted, and this copy has everything",
         (false, true) => "nobody is the primary: this host was demoted",
@@ -116,14 +122,12 @@ fn back(point: &Rollback) -> String {
 
 /// What this host's copy is good for.
 pub(super) fn copy(facts: &VolumeFacts) -> String {
-    match (facts.data, facts.epoch) {
-        (Some(CopyState::Consistent), Some(epoch)) => format!("this copy is consistent as of epoch {epoch}"),
-        (Some(CopyState::Consistent), None) => "this copy is consistent".to_owned(),
-        (Some(CopyState::Inconsistent), _) if facts.succession.rollback.is_some() => {
-            let point = facts.succession.rollback.as_ref().expect("it was looked at");
+    match (facts.data, &facts.succession.rollback) {
+        (Some(CopyState::Consistent), _) => "this copy is consistent".to_owned(),
+        (Some(CopyState::Inconsistent), Some(point)) => {
             format!("this copy can be rolled back to {}", back(point))
         }
-        (Some(CopyState::Inconsistent), _) => {
+        (Some(CopyState::Inconsistent), None) => {
             "this copy is not usable: its resync is not complete".to_owned()
         }
         (Some(CopyState::Empty), _) => "this copy is not usable: nothing was copied yet".to_owned(),

@@ -9,13 +9,6 @@ use crate::volume::Resolved;
 /// What keeping that host's content loses, what keeping this one's would lose, and the command to run next.
 #[must_use]
 pub fn resolution(volume: &Name, keep: &Name, resolved: &Resolved, done: bool) -> (String, String, String) {
-    let since = match resolved.in_sync_at {
-        Some(at) => {
-            let age = Seconds(unix_seconds().saturating_sub(at));
-            format!("; the two were last in sync at {}, {age} ago", clock(at))
-        }
-        None => "; since when is not known".to_owned(),
-    };
     let copied = match resolved.copies_everything {
         true => {
             format!("everything is copied from {keep}, because this host's map does not say what differs")
@@ -31,7 +24,7 @@ pub fn resolution(volume: &Name, keep: &Name, resolved: &Resolved, done: bool) -
     };
     let gives_up = if done { "gave up" } else { "gives up" };
     let verdict = format!(
-        "keeping {keep}'s content {gives_up} what only this host wrote: {}{since}; {copied}{kept}",
+        "keeping {keep}'s content {gives_up} what only this host wrote: {}; {copied}{kept}",
         stake(resolved.loses)
     );
     let alternative = format!(
@@ -46,13 +39,20 @@ pub fn resolution(volume: &Name, keep: &Name, resolved: &Resolved, done: bool) -
     (verdict, alternative, action)
 }
 
-/// `at most 40K in 10 blocks`
+/// `at most 40K in 10 blocks, since 14:03:11 UTC, 2m ago`
 fn stake(stake: Stake) -> String {
-    match (stake.bytes, stake.blocks) {
-        (Some(0), _) => "nothing".to_owned(),
+    let much = match (stake.bytes, stake.blocks) {
+        (Some(0), _) => return "nothing".to_owned(),
         (Some(bytes), Some(1)) => format!("at most {} in 1 block", Size(bytes)),
         (Some(bytes), Some(blocks)) => format!("at most {} in {blocks} blocks", Size(bytes)),
         (Some(bytes), None) => format!("at most {}", Size(bytes)),
         (None, _) => "it is not known how much".to_owned(),
+    };
+    match stake.since_unix_seconds {
+        Some(since) => {
+            let age = Seconds(unix_seconds().saturating_sub(since));
+            format!("{much}, since {}, {age} ago", clock(since))
+        }
+        None => much,
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::config::{DeviceKind, Mode};
 use crate::control::api::{
-    DeviceStatus, FailureKind, HostStatus, Rollback, STATUS_SCHEMA, Stake, StatusReply, Succession,
+    Blocked, DeviceStatus, FailureKind, HostStatus, Rollback, STATUS_SCHEMA, Stake, StatusReply, Succession,
 };
 use crate::volume::Resolved;
 
@@ -62,6 +62,7 @@ fn facts(role: Role, peers: Vec<PeerStatus>) -> VolumeFacts {
         data: Some(CopyState::Consistent),
         epoch: Some(12),
         succession: Succession::default(),
+        blocked: None,
         peers,
     }
 }
@@ -181,6 +182,23 @@ fn a_primary_says_how_well_it_is_covered() {
     }
 }
 
+#[test]
+fn writes_that_wait_for_a_replica_are_the_first_thing_that_is_said() {
+    let blocked = Blocked { in_sync: 0, required: 1, requests: 3, oldest_seconds: 12, limit_seconds: 30 };
+    let gone = || vec![away("b", Connection::Disconnected, 4096)];
+    check(
+        VolumeFacts { blocked: Some(blocked), ..facts(Role::Primary, gone()) },
+        VolumeState::Degraded,
+        "blocked: writes wait until 1 replica is in sync, and fail after 30s (on_replica_loss); 3 wait, the oldest for \
+         12s; b is disconnected since 3m; 4K not copied yet",
+        "on b: blockmirror status data",
+    );
+    let none_yet = Blocked { in_sync: 1, required: 2, requests: 0, oldest_seconds: 0, ..blocked };
+    let status = running(VolumeFacts { blocked: Some(none_yet), ..facts(Role::Primary, gone()) });
+    assert!(status.verdict.contains("until 2 replicas are in sync (1 now)"), "{}", status.verdict);
+    assert!(status.verdict.contains("none waits now"), "{}", status.verdict);
+}
+
 /// Other mirrors have said "UpToDate" over a map that was not empty.
 #[test]
 fn a_replica_is_never_called_in_sync_over_a_map_that_is_not_empty_or_not_known() {
@@ -256,7 +274,7 @@ fn a_replica_says_what_its_copy_is_good_for() {
             CopyState::Consistent,
             gone.clone(),
             VolumeState::Waiting,
-            "primary a is not connected since 5m; this copy is consistent as of epoch 12",
+            "primary a is not connected since 5m; this copy is consistent",
             promote,
         ),
         (
@@ -277,7 +295,7 @@ fn a_replica_says_what_its_copy_is_good_for() {
             CopyState::Consistent,
             PeerStatus { connection: Connection::Paused, ..primary },
             VolumeState::Waiting,
-            "primary a is paused since 3m; this copy is consistent as of epoch 12",
+            "primary a is paused since 3m; this copy is consistent",
             "blockmirror resume data a",
         ),
     ];
@@ -292,7 +310,7 @@ fn a_replica_says_what_its_copy_is_good_for() {
     check(
         facts(Role::Replica, vec![]),
         VolumeState::Waiting,
-        "no primary is known; this copy is consistent as of epoch 12",
+        "no primary is known; this copy is consistent",
         "none",
     );
     check(
@@ -349,18 +367,17 @@ fn a_split_brain_is_told_on_both_sides_with_the_command() {
         VolumeFacts { succession, ..facts(Role::Replica, vec![peer("a", Role::Primary)]) },
         VolumeState::SplitBrain,
         "split brain since 1m: this host wrote alone after it was last in sync with a, and takes nothing from it; \
-         this copy is consistent as of epoch 12",
+         this copy is consistent",
         "to keep a's content: blockmirror resolve data --keep a; --dry-run tells what that loses",
     );
 }
 
 #[test]
 fn a_resolution_says_what_each_choice_loses_and_invents_no_times() {
-    let known = |bytes| Stake { blocks: Some(bytes / 4096), bytes: Some(bytes) };
+    let known = |bytes| Stake { blocks: Some(bytes / 4096), bytes: Some(bytes), since_unix_seconds: None };
     let resolved = Resolved {
         loses: known(40 << 10),
         spares: known(0),
-        in_sync_at: None,
         copies_everything: false,
         is_kept_primary: true,
         can_be_undone: true,
@@ -369,27 +386,23 @@ fn a_resolution_says_what_each_choice_loses_and_invents_no_times() {
     assert_eq!(
         resolution(&data, &b, &resolved, false),
         (
-            "keeping b's content gives up what only this host wrote: at most 40K in 10 blocks; since when is not \
-             known; what differs is copied from b; what is overwritten is kept for an undo"
+            "keeping b's content gives up what only this host wrote: at most 40K in 10 blocks; what differs is copied \
+             from b; what is overwritten is kept for an undo"
                 .to_owned(),
             "keeping this host's content would give up what only b wrote: nothing".to_owned(),
             "blockmirror resolve data --keep b".to_owned(),
         )
     );
-    let unknown = Stake { blocks: None, bytes: None };
+    let unknown = Stake { blocks: None, bytes: None, since_unix_seconds: Some(1_000_000_000) };
     let resolved = Resolved {
         loses: unknown,
         spares: known(4096),
-        in_sync_at: Some(1_000_000_000),
         copies_everything: true,
         is_kept_primary: false,
         can_be_undone: true,
     };
     let (verdict, alternative, action) = resolution(&data, &b, &resolved, true);
-    assert!(
-        verdict.contains("it is not known how much; the two were last in sync at 01:46:40 UTC"),
-        "{verdict}"
-    );
+    assert!(verdict.contains("it is not known how much, since 01:46:40 UTC, "), "{verdict}");
     assert!(verdict.contains("everything is copied from b"), "{verdict}");
     assert!(verdict.ends_with("comes back with: blockmirror undo data"), "{verdict}");
     assert!(alternative.ends_with("at most 4K in 1 block"), "{alternative}");
@@ -482,7 +495,7 @@ fn a_stopped_agent_is_told_first() {
         (
             Role::Replica,
             Some(CopyState::Consistent),
-            "agent not running; this copy is not updated; this copy is consistent as of epoch 12",
+            "agent not running; this copy is not updated; this copy is consistent",
         ),
     ] {
         let status = stopped(VolumeFacts { data, ..facts(role, vec![]) });

@@ -100,7 +100,10 @@ impl Volume {
         let primary = match &self.role {
             OpenRole::Primary(primary, _) => primary,
             OpenRole::Replica(_) => {
-                return Err(refused(format!("this host is a replica of {volume}; run this on the primary")));
+                let config = self.config.borrow();
+                let primary = config.peers.iter().find(|peer| peer.role == crate::config::Role::Primary);
+                let there = primary.map_or_else(|| "the primary".to_owned(), |peer| peer.name.to_string());
+                return Err(refused(format!("this host is a replica of {volume}; run this on {there}")));
             }
             OpenRole::Changing(_) | OpenRole::Closed(_) => return Err(self.not_open()),
         };
@@ -128,8 +131,14 @@ impl Volume {
         let config = self.config.borrow();
         let (volume, peer) = (&config.name, config.peers.iter().find(|peer| peer.host == to));
         let Some(peer) = peer else { return Err(refused("that host is no replica of the volume")) };
+        let name = &peer.name;
+        if peer.paused {
+            return Err(refused(format!(
+                "{name} is paused, so it can't take over: blockmirror resume {volume} {name}, then \
+                 blockmirror wait {volume} --for in-sync"
+            )));
+        }
         if !primary.in_sync().contains(&to) {
-            let name = &peer.name;
             return Err(refused(format!(
                 "{name} is not connected and in sync, so it can't take over: blockmirror wait {volume} --for in-sync"
             )));

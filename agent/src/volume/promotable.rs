@@ -89,10 +89,9 @@ impl Candidate {
             Mode::Sync => None,
             Mode::Async | Mode::SemiSync => Some(format!(
                 "the primary does not answer (this host last heard of it {} ago), and when it did, this copy was not \
-                 in sync in the mode sync: what was written last may be missing here, all after epoch {}; \
-                 --force promotes this copy without that",
+                 in sync in the mode sync: what was written last may be missing here; --force promotes this copy without \
+                 that",
                 Seconds(self.link_seconds),
-                self.position.epoch,
             )),
         }
     }
@@ -193,7 +192,7 @@ mod tests {
             marker: position(epoch),
             serves: false,
             dirty_bytes: 0,
-            in_sync_at: 0,
+            began: Vec::new(),
         }
     }
 

@@ -9,6 +9,7 @@ use super::changes::{Hands, Next, failed, refused};
 use super::resolvable::{Resolver, Winner};
 use super::{Answer, OpenRole, Volume};
 use crate::control::api::{Failure, Stake};
+use crate::generations;
 use crate::pre_images::LayerError;
 use crate::replica::{PromotionError, Replica};
 use crate::standing::{self, Answered};
@@ -32,8 +33,6 @@ pub struct Resolved {
     pub loses: Stake,
     /// What the other host alone has.
     pub spares: Stake,
-    /// When the two were last in sync, in seconds since 1970.
-    pub in_sync_at: Option<u64>,
     /// Whether this host's map does not reach back to the fork, so that everything is copied.
     pub copies_everything: bool,
     /// Whether the other host is the primary, and this one will follow it by itself.
@@ -127,13 +126,29 @@ async fn look(hands: &Hands, folder: &Path, resolver: &Resolver, keep: HostId) -
         standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
     let winner = resolver.winner(keep, &answers).map_err(refused)?;
     let (folder, superblock) = (folder.to_owned(), resolver.superblock.clone());
-    let read = move || stored::undelivered(&folder, &config, &superblock, keep);
+    let read = move || {
+        let undelivered = stored::undelivered(&folder, &config, &superblock, keep);
+        (undelivered, generations::of_lineage(&folder, &superblock.lineage))
+    };
     // A map can be large; the volume goes on meanwhile.
-    let undelivered = tokio::task::spawn_blocking(read).await.ok().flatten();
-    Ok(yielding(&resolver.superblock, undelivered.as_ref(), &winner))
+    let (undelivered, began) = tokio::task::spawn_blocking(read).await.unwrap_or_default();
+    Ok(yielding(&resolver.superblock, &began, undelivered.as_ref(), &winner))
 }
 
-fn yielding(superblock: &Superblock, undelivered: Option<&Undelivered>, winner: &Winner) -> Yielding {
+/// When the oldest of the generations began that are in one lineage alone, where that is known: since then that history
+/// has gone on without the other. A lineage is given newest first, and the times in its order.
+fn alone_since(lineage: &[GenerationId], began: &[u64], other: &[GenerationId]) -> Option<u64> {
+    let alone = lineage.iter().zip(began).take_while(|(generation, _)| !other.contains(generation));
+    alone.last().map(|(_, began)| *began).filter(|began| *began > 0)
+}
+
+/// What giving in means. `began` is when the generations of this host's lineage began, in its order.
+fn yielding(
+    superblock: &Superblock,
+    began: &[u64],
+    undelivered: Option<&Undelivered>,
+    winner: &Winner,
+) -> Yielding {
     let standing = &winner.standing;
     let map = undelivered.map(|undelivered| undelivered.base);
     let lineage = resolve::yielded(&superblock.lineage, &standing.lineage, map, superblock.adopted);
@@ -142,12 +157,37 @@ fn yielding(superblock: &Superblock, undelivered: Option<&Undelivered>, winner: 
     // The other's map is of what this copy was when it last followed.
     let spared = Some(standing.dirty_bytes).filter(|bytes| *bytes != u64::MAX && !superblock.is_on_its_own());
     let resolved = Resolved {
-        loses: Stake { blocks: loses.map(|loses| loses.blocks), bytes: loses.map(|loses| loses.bytes) },
-        spares: Stake { blocks: spared.map(|bytes| bytes.div_ceil(block_bytes)), bytes: spared },
-        in_sync_at: Some(standing.in_sync_at).filter(|at| *at > 0),
+        loses: Stake {
+            blocks: loses.map(|loses| loses.blocks),
+            bytes: loses.map(|loses| loses.bytes),
+            since_unix_seconds: alone_since(&superblock.lineage, began, &standing.lineage),
+        },
+        spares: Stake {
+            blocks: spared.map(|bytes| bytes.div_ceil(block_bytes)),
+            bytes: spared,
+            since_unix_seconds: alone_since(&standing.lineage, &standing.began, &superblock.lineage),
+        },
         copies_everything: lineage.is_empty(),
         is_kept_primary: standing.role == Role::Primary,
         can_be_undone: resolve::keep(superblock, false) != Keep::Nothing,
     };
     Yielding { lineage, resolved }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_history_is_alone_since_its_oldest_own_generation_began() {
+        let lineage = |text: &str| text.bytes().map(|byte| GenerationId([byte; 16])).collect::<Vec<_>>();
+        let mine = lineage("dcba");
+        for (theirs, since) in
+            [("xba", Some(30)), ("dcba", None), ("x", None), ("xcba", Some(40)), ("", None)]
+        {
+            assert_eq!(alone_since(&mine, &[40, 30, 20, 0], &lineage(theirs)), since, "{theirs}");
+        }
+        assert_eq!(alone_since(&mine, &[40, 0, 20, 10], &lineage("ba")), None, "the oldest isn't known");
+        assert_eq!(alone_since(&mine, &[], &lineage("ba")), None);
+    }
 }

@@ -202,7 +202,7 @@ mod tests {
             marker: Position::default(),
             serves: true,
             dirty_bytes: 0,
-            in_sync_at: 0,
+            began: Vec::new(),
         }
     }
 

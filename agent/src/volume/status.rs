@@ -2,12 +2,15 @@
 
 use super::{Changing, OpenRole, Volume};
 use crate::config::{PeerConfig, Role};
-use crate::control::api::{Connection, PeerState, PeerStatus, Progress, Rollback, Succession, VolumeFacts};
+use crate::control::api::{
+    Blocked, Connection, PeerState, PeerStatus, Progress, Rollback, Succession, VolumeFacts,
+};
 use crate::primary::{LinkState, Split};
 use crate::quantity::{per_cent, unix_seconds};
 use crate::replica::Replica;
 use crate::stored;
 use blockmirror_protocol::session::{Connection as Link, ReplicaState, Report};
+use blockmirror_protocol::tracker;
 use blockmirror_protocol::units::Time;
 
 impl Volume {
@@ -26,6 +29,7 @@ impl Volume {
             data: None,
             epoch: None,
             succession: Succession::default(),
+            blocked: None,
             peers: Vec::new(),
         };
         match &self.role {
@@ -60,6 +64,7 @@ impl Volume {
                 facts.succession.openers.clone_from(&self.openers);
                 facts.succession.own_name = Some(self.surroundings.own.name.clone());
                 facts.epoch = Some(epoch);
+                facts.blocked = primary.blocked().map(blocked);
                 let now = primary.now();
                 facts.peers = config
                     .peers
@@ -111,6 +116,16 @@ impl Volume {
             split_seconds: split.map(|(_, since)| since.elapsed().as_secs()),
             ..Succession::default()
         }
+    }
+}
+
+fn blocked(blocked: tracker::replies::Blocked) -> Blocked {
+    Blocked {
+        in_sync: blocked.in_sync,
+        required: blocked.required,
+        requests: blocked.requests,
+        oldest_seconds: blocked.oldest.as_secs(),
+        limit_seconds: blocked.limit.as_secs(),
     }
 }
 

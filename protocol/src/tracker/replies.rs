@@ -28,6 +28,21 @@ pub enum ReplicaLoss {
     },
 }
 
+/// That too few replicas are in sync for a write to be answered, where the operator chose to wait.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Blocked {
+    /// How many replicas of a mode other than async are in sync.
+    pub in_sync: usize,
+    /// How many it takes.
+    pub required: usize,
+    /// How many requests wait.
+    pub requests: usize,
+    /// How long the oldest of them has waited.
+    pub oldest: Duration,
+    /// After how long they fail.
+    pub limit: Duration,
+}
+
 /// A request that is done here and waits for replicas.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Owed {
@@ -84,6 +99,19 @@ impl Tracker {
             self.give_late_ones_up(now);
             self.settle(now);
         }
+    }
+
+    /// Whether writes wait, or would wait, until more replicas are in sync.
+    #[must_use]
+    pub fn blocked(&self, now: Time) -> Option<Blocked> {
+        let ReplicaLoss::Block { min_replicas, limit } = self.loss else { return None };
+        let counting = self.sessions.values().filter(|session| session.mode() != Mode::Async);
+        let (in_sync, all) = counting
+            .fold((0, 0), |(in_sync, all), session| (in_sync + usize::from(session.is_in_sync()), all + 1));
+        let required = min_replicas.min(all);
+        let oldest = self.owed.iter().map(|owed| now.since(owed.since)).max().unwrap_or_default();
+        let blocked = Blocked { in_sync, required, requests: self.owed.len(), oldest, limit };
+        (in_sync < required).then_some(blocked)
     }
 
     /// When an answer must be thought about again.

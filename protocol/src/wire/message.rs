@@ -353,8 +353,8 @@ pub struct Standing {
     pub serves: bool,
     /// What this host has that the one that asks lacks, in bytes and at most; `u64::MAX` where it doesn't know.
     pub dirty_bytes: u64,
-    /// When the two were last in sync, in seconds since 1970; 0 where that isn't known.
-    pub in_sync_at: u64,
+    /// When each generation of its lineage began, in seconds since 1970; 0 where it doesn't know.
+    pub began: Vec<u64>,
 }
 
 /// The primary was demoted for this host, which is to be promoted in its place (`switch`).

@@ -9,6 +9,7 @@
 //!
 //! | version | since | why |
 //! |---|---|---|
+//! | 4 | 0.4 | hosts say when their generations began |
 //! | 3 | 0.3 | digests of doubtful blocks are compared before they are copied |
 //! | 2 | 0.2 | modes, generations that begin within a session, fences, promotion; ends of epochs that were cut short |
 //! | 1 | first release | |
@@ -27,7 +28,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const ALPN: &[u8] = b"blockmirror/1";
 
 /// The oldest and the newest version of frames and messages that this code speaks.
-pub const VERSIONS: (u16, u16) = (3, 3);
+pub const VERSIONS: (u16, u16) = (4, 4);
 
 /// No frame carries more payload than this, in bytes. A receiver may offer less.
 pub const PAYLOAD_LIMIT_BYTES: u32 = 1 << 20;

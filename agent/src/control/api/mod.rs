@@ -13,8 +13,8 @@ pub use orders::{
     SwitchRequest, Undoing,
 };
 pub use status::{
-    Connection, CopyState, DeviceStatus, HostStatus, PeerState, PeerStatus, Progress, Rollback, StatusReply,
-    Succession, VolumeFacts, VolumeState, VolumeStatus,
+    Blocked, Connection, CopyState, DeviceStatus, HostStatus, PeerState, PeerStatus, Progress, Rollback,
+    StatusReply, Succession, VolumeFacts, VolumeState, VolumeStatus,
 };
 
 use crate::config::Name;
@@ -116,7 +116,7 @@ impl Failure {
     #[must_use]
     pub fn no_such_peer(volume: &Name, peer: &Name) -> Self {
         let message = format!("no peer \"{peer}\" of {volume}; blockmirror peers {volume} lists them");
-        Self::new(FailureKind::NoSuchVolume, message)
+        Self::new(FailureKind::Refused, message)
     }
 }
 

@@ -132,6 +132,8 @@ pub struct Stake {
     pub blocks: Option<u64>,
     /// How many bytes.
     pub bytes: Option<u64>,
+    /// Since when it was written, in seconds since 1970.
+    pub since_unix_seconds: Option<u64>,
 }
 
 /// A split that was resolved, or what resolving it would lose.
@@ -149,8 +151,6 @@ pub struct Resolution {
     pub loses: Stake,
     /// What the other one has that this host lacks: it would go if this host's content stayed.
     pub spares: Stake,
-    /// When the two were last in sync, in seconds since 1970; null where that isn't known.
-    pub in_sync_at: Option<u64>,
     /// Whether everything is copied, because this host's map does not reach back to where the two parted.
     pub copies_everything: bool,
     /// The command that brings back what this host had; null where that is not kept.

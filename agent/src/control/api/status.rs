@@ -99,8 +99,26 @@ pub struct VolumeFacts {
     /// What there is to say of who may write.
     #[serde(default)]
     pub succession: Succession,
+    /// On a primary whose writes wait, or would wait, until more replicas are in sync: how it stands with that.
+    #[serde(default)]
+    pub blocked: Option<Blocked>,
     /// The other hosts.
     pub peers: Vec<PeerStatus>,
+}
+
+/// What `on_replica_loss = "block"` does at present.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Blocked {
+    /// How many replicas of a mode that writes wait for are in sync.
+    pub in_sync: usize,
+    /// How many it takes.
+    pub required: usize,
+    /// How many writes and flushes wait.
+    pub requests: usize,
+    /// How long the oldest of them has waited.
+    pub oldest_seconds: u64,
+    /// After how long they fail.
+    pub limit_seconds: u64,
 }
 
 /// Who may write to a volume, who could, and what keeps a change of that from being whole.

@@ -57,6 +57,8 @@ pub struct Server {
     geometry: Geometry,
     pool: BufferPool,
     session: Cell<Option<Session>>,
+    /// Whether anybody but the agent can have the file open.
+    is_public: Cell<bool>,
     waiting: RefCell<WaitingTable>,
 }
 
@@ -88,8 +90,15 @@ impl Server {
     ) -> io::Result<Rc<Self>> {
         // SAFETY: a `File` owns its descriptor, gives back the same one each time, and nothing here replaces it.
         let fuse = unsafe { AsyncFd::register_with_interest(fuse, EVENTS) }?;
-        let (session, geometry) = (Cell::new(session), volume.geometry());
-        Ok(Rc::new(Self { fuse, volume, geometry, pool, session, waiting: RefCell::default() }))
+        let (is_public, geometry) = (Cell::new(session.is_some()), volume.geometry());
+        let (session, waiting) = (Cell::new(session), RefCell::default());
+        Ok(Rc::new(Self { fuse, volume, geometry, pool, session, is_public, waiting }))
+    }
+
+    /// From here on, others than the agent may use the file. Before, the loop driver has it synchronised when it is
+    /// attached, which nobody asked for: that must not wait for replicas.
+    pub fn make_public(&self) {
+        self.is_public.set(true);
     }
 
     /// What was agreed on with the kernel, once that has happened: what another server of the same descriptor needs.
@@ -163,6 +172,7 @@ impl Server {
             Call::Read { offset, length } => self.read(unique, offset, length),
             Call::Write { offset, length } => self.write(unique, offset, length, inbox),
             Call::Allocate { offset, length, mode } => self.allocate(unique, offset, length, mode),
+            Call::Synchronise if !self.is_public.get() => self.send(unique, &[]),
             Call::Synchronise => self.submit(unique, Expected::Nothing, Command::Flush),
             Call::Statistics => self.send(unique, kernel::statistics(size_bytes).as_bytes()),
             Call::Notice => self.send(unique, &[]),

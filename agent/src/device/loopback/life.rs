@@ -124,14 +124,17 @@ pub(super) fn mount(options: &Options, read_only: bool) -> Result<(Place, File),
     }
 }
 
-/// Attaches a loop device to the served file and links to it. Undoes the first if the second fails.
+/// Attaches a loop device to the served file.
 pub(super) fn attach(place: &Place, read_only: bool) -> Result<LoopDevice, StartError> {
     let point = &place.mount_point;
     let file = OpenOptions::new().read(true).write(!read_only).open(point);
     let file = file.map_err(|source| StartError::io("open the volume's file", point, source))?;
-    let device = LoopDevice::attach(&file, &place.label(), read_only)?;
-    // The device holds the file from here on.
-    drop(file);
+    // The device holds the file when this one is closed.
+    Ok(LoopDevice::attach(&file, &place.label(), read_only)?)
+}
+
+/// Links to the loop device, or detaches it.
+pub(super) fn link(place: &Place, device: LoopDevice) -> Result<LoopDevice, StartError> {
     if let Err(source) = symlink(device.path(), &place.link) {
         if let Err(error) = device.detach() {
             tracing::warn!(device = %device.path().display(), %error, "cannot detach the loop device");

@@ -108,10 +108,16 @@ impl Loopback {
         let (place, fuse) = blocking(move || life::mount(&options, read_only)).await?;
         let attached = match fuse::Server::new(fuse, None, volume, pool) {
             Ok(server) => {
-                let serving = Serving::start(server, place.name.clone());
-                let place = place.clone();
-                let device = blocking(move || life::attach(&place, read_only)).await;
-                device.map(|device| (device, serving))
+                let serving = Serving::start(server.clone(), place.name.clone());
+                let (here, there) = (place.clone(), place.clone());
+                match blocking(move || life::attach(&here, read_only)).await {
+                    Ok(device) => {
+                        server.make_public();
+                        let linked = blocking(move || life::link(&there, device)).await;
+                        linked.map(|device| (device, serving))
+                    }
+                    Err(error) => Err(error),
+                }
             }
             Err(source) => Err(StartError::io("watch", Path::new("/dev/fuse"), source)),
         };
