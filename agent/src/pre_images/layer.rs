@@ -214,7 +214,7 @@ async fn content(
     pool: &BufferPool,
     range: ByteRange,
 ) -> Result<Option<Buffer>, storage::Error> {
-    if backing.allocation(range).all(|part| part.is_ok_and(|part| part.hole)) {
+    if backing.is_hole(range) {
         return Ok(None);
     }
     let data = storage::read(storage, backing, pool, range).await?;

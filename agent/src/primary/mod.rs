@@ -459,7 +459,7 @@ impl Primary {
 
     /// Reads a range for a copy: nothing for zeroes, where its digest is wanted, and where the disk failed.
     async fn read_copy(&self, range: ByteRange, digest: bool) -> (CopyContent, Bytes) {
-        if self.backing.allocation(range).all(|part| part.is_ok_and(|part| part.hole)) {
+        if self.backing.is_hole(range) {
             return (CopyContent::Zero, Bytes::new());
         }
         match storage::read(&*self.storage, &self.backing, &self.pool, range).await {

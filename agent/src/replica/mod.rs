@@ -548,7 +548,7 @@ impl Replica {
         let data = inner.payloads.remove(&frame).expect("a frame's payload is kept until it is written");
         let operation = match zero {
             Some(may_unmap) => {
-                if self.backing.allocation(range).all(|part| part.is_ok_and(|part| part.hole)) {
+                if self.backing.is_hole(range) {
                     // A hole reads as zeroes already.
                     let me = self.me();
                     spawn_local(async move { me.drive(|inner| inner.machine.handle_applied(frame, true)) });

@@ -312,6 +312,19 @@ impl File {
         self.descriptor.punches.load(Ordering::Relaxed)
     }
 
+    /// Whether all of a range is known to be a hole, which reads as zeroes.
+    ///
+    /// Asks the kernel once, for the next data: the end of data is never looked for, which takes some file systems
+    /// (tmpfs) a walk over all of it.
+    #[must_use]
+    pub fn is_hole(&self, range: ByteRange) -> bool {
+        self.kind() != Kind::BlockDevice
+            && match seek(self, SeekFrom::Data(range.offset)) {
+                Ok(data_at) => data_at >= range.end(),
+                Err(error) => error == rustix::io::Errno::NXIO,
+            }
+    }
+
     /// Which parts of a range are allocated, in order and without gaps; neighbours differ. Where that can't be told,
     /// as on a block device, everything is. A hole reads as zeroes.
     ///

@@ -245,6 +245,14 @@ fn holes_of_an_image_are_told_apart_from_data() {
     assert_eq!(parts(ByteRange::new(MEBIBYTE + 512, 1024)), [data(1024)]);
     assert_eq!(parts(ByteRange::new(0, 512)), [hole(512)]);
     assert_eq!(parts(ByteRange::new(512, 0)), []);
+    for (range, is_hole) in [
+        (ByteRange::new(0, MEBIBYTE), true),
+        (ByteRange::new(0, MEBIBYTE + 512), false),
+        (ByteRange::new(MEBIBYTE + 512, 512), false),
+        (ByteRange::new(2 * MEBIBYTE, 2 * MEBIBYTE), true),
+    ] {
+        assert_eq!(file.is_hole(range), is_hole, "{range:?}");
+    }
 }
 
 #[test]
