@@ -34,8 +34,6 @@ pub struct ReadAhead {
     pool: BufferPool,
     /// What was not begun yet.
     rest: ByteRange,
-    /// The end of the allocated part that `rest` begins in.
-    data_until: u64,
     depth: usize,
     under_way: VecDeque<UnderWay>,
 }
@@ -56,8 +54,7 @@ impl ReadAhead {
         range: ByteRange,
         depth: usize,
     ) -> Self {
-        let data_until = range.offset;
-        Self { storage, file, pool, rest: range, data_until, depth, under_way: VecDeque::new() }
+        Self { storage, file, pool, rest: range, depth, under_way: VecDeque::new() }
     }
 
     /// The next piece; nothing after the last.
@@ -83,14 +80,11 @@ impl ReadAhead {
     }
 
     fn begin(&mut self) -> Result<UnderWay, Error> {
-        if self.data_until <= self.rest.offset
-            && let Some(hole) = self.look()?
-        {
+        if let Some(hole) = self.hole()? {
             self.rest = ByteRange::between(hole.end(), self.rest.end());
             return Ok(UnderWay::Hole(hole));
         }
-        let end =
-            self.rest.end().min(self.data_until).min((self.rest.offset / PIECE_BYTES + 1) * PIECE_BYTES);
+        let end = self.rest.end().min((self.rest.offset / PIECE_BYTES + 1) * PIECE_BYTES);
         let range = ByteRange::between(self.rest.offset, end);
         self.rest = ByteRange::between(end, self.rest.end());
         let buffer = self.pool.take(range.length as usize);
@@ -100,19 +94,14 @@ impl ReadAhead {
         Ok(UnderWay::Read(range, outcome))
     }
 
-    /// Asks the file what `rest` begins with: a hole, or data up to a place that is noted. Holes count from sector to
-    /// sector, whatever the file system says.
-    fn look(&mut self) -> Result<Option<ByteRange>, Error> {
-        let part = self.file.allocation(self.rest).next().transpose();
-        let part = part.map_err(|source| self.error(self.rest.offset, source))?;
-        let part = part.expect("a range that is not empty has a part");
-        let end = self.rest.offset + part.length.min(HOLE_BYTES);
+    /// The hole that `rest` begins with, if it begins with one. Holes count from sector to sector, whatever the file
+    /// system says.
+    fn hole(&self) -> Result<Option<ByteRange>, Error> {
+        let length = self.file.hole_at(self.rest).map_err(|source| self.error(self.rest.offset, source))?;
+        let end = self.rest.offset + length.min(HOLE_BYTES);
         let whole_sectors = end - end % SECTOR_BYTES;
-        if part.hole && whole_sectors > self.rest.offset {
-            return Ok(Some(ByteRange::between(self.rest.offset, whole_sectors)));
-        }
-        self.data_until = end.next_multiple_of(SECTOR_BYTES).min(self.rest.end());
-        Ok(None)
+        let is_hole = whole_sectors > self.rest.offset;
+        Ok(is_hole.then(|| ByteRange::between(self.rest.offset, whole_sectors)))
     }
 
     fn error(&self, offset: u64, source: io::Error) -> Error {

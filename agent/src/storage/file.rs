@@ -313,16 +313,28 @@ impl File {
     }
 
     /// Whether all of a range is known to be a hole, which reads as zeroes.
+    #[must_use]
+    pub fn is_hole(&self, range: ByteRange) -> bool {
+        self.hole_at(range).is_ok_and(|length| length == range.length)
+    }
+
+    /// The length in bytes of the hole that a range begins with; 0 where it begins with data, or that can't be told.
     ///
     /// Asks the kernel once, for the next data: the end of data is never looked for, which takes some file systems
     /// (tmpfs) a walk over all of it.
-    #[must_use]
-    pub fn is_hole(&self, range: ByteRange) -> bool {
-        self.kind() != Kind::BlockDevice
-            && match seek(self, SeekFrom::Data(range.offset)) {
-                Ok(data_at) => data_at >= range.end(),
-                Err(error) => error == rustix::io::Errno::NXIO,
-            }
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn hole_at(&self, range: ByteRange) -> io::Result<u64> {
+        if self.kind() == Kind::BlockDevice {
+            return Ok(0);
+        }
+        match seek(self, SeekFrom::Data(range.offset)) {
+            Ok(data_at) => Ok(data_at.min(range.end()).saturating_sub(range.offset)),
+            Err(rustix::io::Errno::NXIO) => Ok(range.length),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(0),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Which parts of a range are allocated, in order and without gaps; neighbours differ. Where that can't be told,
@@ -345,22 +357,25 @@ impl File {
     /// The part that the range starts with.
     fn part_at(&self, range: ByteRange) -> io::Result<Part> {
         let whole = |hole| Ok(Part { length: range.length, hole });
+        match self.hole_at(range)? {
+            0 => {}
+            length => return Ok(Part { length, hole: true }),
+        }
         if self.kind() == Kind::BlockDevice {
             return whole(false);
         }
-        let data_at = match seek(self, SeekFrom::Data(range.offset)) {
-            Ok(data_at) => data_at,
-            Err(rustix::io::Errno::NXIO) => return whole(true),
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => return whole(false),
+        let end = match seek(self, SeekFrom::Hole(range.offset)) {
+            Ok(end) => end,
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NXIO) => {
+                return whole(false);
+            }
             Err(error) => return Err(error.into()),
         };
-        let hole = data_at > range.offset;
-        let end = if hole { data_at } else { seek(self, SeekFrom::Hole(range.offset))? };
         if end <= range.offset {
             // Somebody changed the file between the two questions; data is the safe answer.
             return whole(false);
         }
-        Ok(Part { length: end.min(range.end()) - range.offset, hole })
+        Ok(Part { length: end.min(range.end()) - range.offset, hole: false })
     }
 }
 
