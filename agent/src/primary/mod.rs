@@ -18,7 +18,7 @@ use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::lineage;
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
+use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, Work};
@@ -461,6 +461,9 @@ impl Primary {
     async fn read_copy(&self, range: ByteRange, digest: bool) -> (CopyContent, Bytes) {
         if self.backing.is_hole(range) {
             return (CopyContent::Zero, Bytes::new());
+        }
+        if range.length > COPY_BYTES {
+            return (CopyContent::NoHole, Bytes::new());
         }
         match storage::read(&*self.storage, &self.backing, &self.pool, range).await {
             Ok(buffer) if is_zero(&buffer) => (CopyContent::Zero, Bytes::new()),

@@ -57,7 +57,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// A sync is worth its time once so many bytes of copies wait for it, or when no more are under way.
 const COPY_SYNC_BYTES: u64 = 8 << 20;
-/// No primary has more bytes of copies under way.
+/// No primary has more bytes of copies under way, by their weight.
 const COPY_LIMIT_BYTES: u64 = 128 << 20;
 /// No primary asks for the digests of more bytes at the same time, each with what it takes beside its content: so much
 /// memory is used to read them.
@@ -571,7 +571,7 @@ impl Link {
     fn applied(&mut self, body: Body) {
         match body {
             Body::Copy { number, range } | Body::CopyZero { number, range } => {
-                self.copies.under_way_bytes -= range.length;
+                self.copies.under_way_bytes -= body.weight_bytes();
                 self.copies.ended(number, range);
             }
             _ => {

@@ -245,12 +245,12 @@ impl Replica {
                 link.queue.push_back((frame, header.body));
                 Ok(true)
             }
-            Body::Copy { number, range } | Body::CopyZero { number, range } => {
+            Body::Copy { number, .. } | Body::CopyZero { number, .. } => {
                 if self.superblock.data == DataState::Consistent {
                     return Err(PrimaryMisbehaved("it sent a copy without announcing a resync"));
                 }
                 link.copies.begin(number)?;
-                link.copies.under_way_bytes += range.length;
+                link.copies.under_way_bytes += header.body.weight_bytes();
                 if link.copies.under_way_bytes > COPY_LIMIT_BYTES {
                     return Err(PrimaryMisbehaved("it sent more copies than agreed"));
                 }

@@ -403,7 +403,7 @@ impl Session {
             body: match content {
                 CopyContent::Zero => Body::CopyZero { range, number },
                 CopyContent::Digest(_) => Body::CopyDigest { range, number },
-                CopyContent::Data | CopyContent::Failed => Body::Copy { range, number },
+                CopyContent::Data | CopyContent::Failed | CopyContent::NoHole => Body::Copy { range, number },
             },
         });
         if let Some(header) = header.filter(|_| planted(Bug::ClearOnSend)) {

@@ -20,12 +20,13 @@ use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{BlockSize, Time};
+use crate::wire::ZERO_LIMIT_BYTES;
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::time::Duration;
 
-/// How many bytes one copy holds at most.
-const COPY_BYTES: u64 = 1 << 20;
+/// How many bytes one copy reads at most.
+pub const COPY_BYTES: u64 = 1 << 20;
 /// How many bytes are compared at once: little enough to copy when a single block of them differs, and much beside the
 /// two messages that it takes. More where there were only zeroes before, of which a frame may cover as much as a copy.
 const COMPARED_BYTES: u64 = 256 << 10;
@@ -53,6 +54,8 @@ pub enum CopyContent {
     Digest([u8; 32]),
     /// Only zeroes (R4).
     Zero,
+    /// Nothing was read: the range is longer than [`COPY_BYTES`], which only a hole may be.
+    NoHole,
     /// The local disk failed to read.
     Failed,
 }
@@ -85,6 +88,9 @@ pub(super) struct Resync {
     under_way_bytes: u64,
     blocked_until: Option<Time>,
     doubt: Doubt,
+    /// How many bytes the next copy covers at most: more than one may read where there were only zeroes before, since a
+    /// hole of any size is found with one question, and told in one frame.
+    copied_bytes: u64,
     /// How many bytes the next comparison takes at most.
     compared_bytes: u64,
     done_bytes: u64,
@@ -96,6 +102,8 @@ struct Copy {
     blocks: Range<u64>,
     rewritten: Vec<Range<u64>>,
     step: Step,
+    /// What it takes of the budget, in bytes: a large range of zeroes is no more on the way than one copy.
+    weight_bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,6 +133,7 @@ impl Resync {
             under_way_bytes: 0,
             blocked_until: None,
             doubt: Doubt::default(),
+            copied_bytes: COPY_BYTES,
             compared_bytes: COMPARED_BYTES,
             done_bytes: 0,
             checkpoints: VecDeque::from([(now, 0)]),
@@ -158,10 +167,11 @@ impl Resync {
         self.cursor = blocks.end;
         self.under_way.insert(blocks.start, blocks.end);
         let range = ByteRange::of_blocks(blocks.clone(), self.block_size, self.size_bytes);
-        self.under_way_bytes += range.length;
+        let weight_bytes = range.length.min(COPY_BYTES);
+        self.under_way_bytes += weight_bytes;
         let id = self.next_read;
         self.next_read = CopyRead(id.0 + 1);
-        self.reading.insert(id, Copy { blocks, rewritten: Vec::new(), step });
+        self.reading.insert(id, Copy { blocks, rewritten: Vec::new(), step, weight_bytes });
         Some(Action::ReadCopy { read: id, range, digest: step != Step::Copy })
     }
 
@@ -188,7 +198,8 @@ impl Resync {
     where
         Id: std::marker::Copy + PartialEq + std::fmt::Debug,
     {
-        let limit = (COPY_BYTES / self.block_size.bytes()).max(1);
+        let blocks = |bytes: u64| (bytes / self.block_size.bytes()).max(1);
+        let mut limit = blocks(self.copied_bytes);
         let mut at = from;
         loop {
             let mut run = map.next_dirty(at, limit).filter(|run| run.start < until)?;
@@ -203,6 +214,10 @@ impl Resync {
             }
             let range = ByteRange::of_blocks(run.clone(), self.block_size, self.size_bytes);
             if order.is_busy(range) && !planted(Bug::CopyWhileWriting) {
+                if limit > blocks(COPY_BYTES) {
+                    limit = blocks(COPY_BYTES);
+                    continue;
+                }
                 // Another run, or the same one later, when the write has ended; narrow to a single block first so
                 // that one hot block doesn't hold up its neighbours.
                 let free = run.clone().find(|block| {
@@ -238,17 +253,31 @@ impl Resync {
                 self.compared_bytes = COMPARED_BYTES;
                 Step::Compare(Some(digest))
             }
-            (Step::Compare(_), _) => {
-                self.compared_bytes = (self.compared_bytes * 2).min(COPY_BYTES);
+            (Step::Compare(_), content) => {
+                self.compared_bytes = match content {
+                    CopyContent::NoHole => COMPARED_BYTES,
+                    _ => (self.compared_bytes * 2).min(ZERO_LIMIT_BYTES),
+                };
                 self.doubt.taken_back();
                 Step::Copy
             }
             (step, _) => step,
         };
-        if content == CopyContent::Failed {
-            self.forget(&copy.blocks);
-            self.blocked_until = Some(now.after(READ_RETRY));
-            return None;
+        match content {
+            CopyContent::Failed => {
+                self.forget(&copy.blocks, copy.weight_bytes);
+                self.blocked_until = Some(now.after(READ_RETRY));
+                return None;
+            }
+            CopyContent::NoHole => {
+                assert!(range.length > COPY_BYTES, "what one copy may read is read");
+                self.forget(&copy.blocks, copy.weight_bytes);
+                self.copied_bytes = COPY_BYTES;
+                self.cursor = self.cursor.min(copy.blocks.start);
+                return None;
+            }
+            CopyContent::Zero => self.copied_bytes = (self.copied_bytes * 2).min(ZERO_LIMIT_BYTES),
+            CopyContent::Data | CopyContent::Digest(_) => self.copied_bytes = COPY_BYTES,
         }
         self.sent.push_back(copy);
         Some((self.first_number + self.sent.len() as u64 - 1, range))
@@ -285,10 +314,10 @@ impl Resync {
         };
         let is_same = ours == Some(digest);
         copy.step = if is_same { Step::Same } else { Step::Different };
-        let blocks = copy.blocks.clone();
+        let (blocks, weight_bytes) = (copy.blocks.clone(), copy.weight_bytes);
         if !is_same {
             certain.mark(blocks.clone());
-            self.forget(&blocks);
+            self.forget(&blocks, weight_bytes);
         } else if planted(Bug::ClearOnMatch) {
             map.clear(blocks);
         }
@@ -318,7 +347,7 @@ impl Resync {
                 Step::Different => continue,
                 Step::Copy | Step::Same => {}
             }
-            self.forget(&copy.blocks);
+            self.forget(&copy.blocks, copy.weight_bytes);
             self.done_bytes +=
                 ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes).length;
             for clean in copy.clean() {
@@ -359,9 +388,9 @@ impl Resync {
         }
     }
 
-    fn forget(&mut self, blocks: &Range<u64>) {
+    fn forget(&mut self, blocks: &Range<u64>, weight_bytes: u64) {
         self.under_way.remove(&blocks.start);
-        self.under_way_bytes -= ByteRange::of_blocks(blocks.clone(), self.block_size, self.size_bytes).length;
+        self.under_way_bytes -= weight_bytes;
     }
 }
 
@@ -401,10 +430,14 @@ mod tests {
 
     impl Harness {
         fn new() -> Self {
+            Self::of(BLOCKS)
+        }
+
+        fn of(blocks: u64) -> Self {
             let size = BlockSize::default();
-            let map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), BLOCKS * size.bytes(), size);
+            let map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), blocks * size.bytes(), size);
             let certain = map.of_single_bits().clean(Base::default());
-            let resync = Resync::new(size, BLOCKS * size.bytes(), CopyRead(0), Time::default());
+            let resync = Resync::new(size, blocks * size.bytes(), CopyRead(0), Time::default());
             Self { resync, map, certain }
         }
 
@@ -469,6 +502,60 @@ mod tests {
         assert!(!blocks.clone().any(|block| harness.map.is_dirty(block) || harness.certain.is_dirty(block)));
         let bytes = (blocks.end - blocks.start) * BlockSize::default().bytes();
         assert_eq!(harness.resync.done_bytes, bytes, "they count once");
+    }
+
+    #[test]
+    fn holes_are_copied_in_large_ranges_and_nothing_else_is() {
+        for are_certain in [true, false] {
+            copy_a_half_that_is_a_hole(are_certain);
+        }
+    }
+
+    fn copy_a_half_that_is_a_hole(are_certain: bool) {
+        let blocks = 256 * BLOCKS;
+        let mut harness = Harness::of(blocks);
+        if are_certain {
+            harness.certain.mark(0..blocks);
+        }
+        let mut longest = 0;
+        let mut done = 0;
+        // The second half is no hole.
+        let half = blocks / 2 * BlockSize::default().bytes();
+        while harness.map.dirty_blocks() > 0 {
+            for (read, range, digest) in harness.picks() {
+                longest = longest.max(range.length);
+                let content = match () {
+                    () if range.end() <= half => CopyContent::Zero,
+                    () if range.length > COPY_BYTES => CopyContent::NoHole,
+                    () if digest => CopyContent::Digest([1; 32]),
+                    () => CopyContent::Data,
+                };
+                if content == CopyContent::NoHole {
+                    assert!(harness.resync.read_ended(read, content, Time::default()).is_none());
+                    continue;
+                }
+                let number = harness.read(read, content);
+                if let CopyContent::Digest(digest) = content {
+                    harness.compared(number, digest).unwrap();
+                }
+                harness.durable(number).unwrap();
+                done += range.length;
+            }
+        }
+        assert_eq!((done, harness.map.dirty_blocks()), (2 * half, 0));
+        assert_eq!(longest, ZERO_LIMIT_BYTES);
+    }
+
+    #[test]
+    fn a_write_in_a_large_range_narrows_it_no_further_than_a_copy() {
+        let mut harness = Harness::of(4 * BLOCKS);
+        harness.certain.mark(0..4 * BLOCKS);
+        harness.resync.copied_bytes = 4 * COPY_BYTES;
+        let mut order = Order::<u8>::new(512);
+        let _ = order.admit(1, ByteRange::new(3 * COPY_BYTES, 4096));
+        let picked = harness.resync.pick(&harness.map, &harness.certain, &order, false, Time::default());
+        let Some(Action::ReadCopy { range, .. }) = picked else { panic!("{picked:?}") };
+        assert_eq!(range, ByteRange::new(0, COPY_BYTES));
     }
 
     #[test]

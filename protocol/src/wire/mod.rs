@@ -9,7 +9,7 @@
 //!
 //! | version | since | why |
 //! |---|---|---|
-//! | 4 | 0.4 | hosts say when their generations began |
+//! | 4 | 0.4 | hosts say when their generations began; holes are copied in ranges of up to 64 MiB |
 //! | 3 | 0.3 | digests of doubtful blocks are compared before they are copied |
 //! | 2 | 0.2 | modes, generations that begin within a session, fences, promotion; ends of epochs that were cut short |
 //! | 1 | first release | |
@@ -251,6 +251,13 @@ impl Body {
     pub fn payload_bytes(self) -> u64 {
         let fields = self.fields();
         if fields.has_payload { fields.range.length } else { 0 }
+    }
+
+    /// What a copy takes of what may be under way, in bytes: a range of zeroes, however long, no more than the largest
+    /// payload.
+    #[must_use]
+    pub fn weight_bytes(self) -> u64 {
+        self.range().length.min(u64::from(PAYLOAD_LIMIT_BYTES))
     }
 
     /// The range that the frame is about, if any.

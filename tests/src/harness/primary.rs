@@ -11,7 +11,7 @@ use blockmirror_protocol::disk::activity_log;
 use blockmirror_protocol::disk::superblock::{self, LINEAGE_LIMIT, Superblock};
 use blockmirror_protocol::lineage;
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::session::resync::{CopyContent, CopyRead};
+use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{Identity, Session};
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{GenerationId, Position, Sequence, Time};
@@ -201,6 +201,7 @@ impl World {
                 let content = match &data {
                     _ if fails => CopyContent::Failed,
                     Data::Sparse(values) if values.is_empty() => CopyContent::Zero,
+                    _ if range.length > COPY_BYTES => CopyContent::NoHole,
                     data if is_digest => CopyContent::Digest(digest(range, data)),
                     _ => CopyContent::Data,
                 };
