@@ -154,7 +154,8 @@ async fn resolve(addresses: &[String], limit: Duration) -> (Vec<SocketAddr>, Vec
     (targets, failed)
 }
 
-async fn attempt(
+/// Dials one address of a host.
+pub(super) async fn attempt(
     dialler: &Dialler,
     address: SocketAddr,
     expected: HostId,

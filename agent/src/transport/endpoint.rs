@@ -91,10 +91,11 @@ impl Endpoint {
     /// [`BindError`].
     pub fn bind_with(listen: SocketAddr, key: &HostKey, options: &Options) -> Result<Self, BindError> {
         let runtime = ThreadsOwn::new().map_err(BindError::Thread)?;
-        let quic = open(listen, key, options, &runtime).map_err(|source| match source.kind() {
-            io::ErrorKind::AddrInUse => BindError::InUse(listen),
-            _ => BindError::Io { address: listen, source },
-        })?;
+        let quic =
+            open(listen, key, options, runtime.handle().clone()).map_err(|source| match source.kind() {
+                io::ErrorKind::AddrInUse => BindError::InUse(listen),
+                _ => BindError::Io { address: listen, source },
+            })?;
         let local_address = quic.local_addr().map_err(|source| BindError::Io { address: listen, source })?;
         let handle = runtime.handle().clone();
         let (accepted, accepted_receiver) = mpsc::channel(ACCEPTED);
@@ -183,16 +184,16 @@ impl Drop for Inner {
     }
 }
 
-/// Opens the socket and sets its tasks going on the thread's runtime.
-fn open(
+/// Opens the socket and sets its tasks going on a runtime, the thread's as a rule.
+pub(super) fn open(
     listen: SocketAddr,
     key: &HostKey,
     options: &Options,
-    runtime: &ThreadsOwn,
+    runtime: Handle,
 ) -> io::Result<quinn::Endpoint> {
     let socket = socket::open(listen, options.socket_buffer_bytes)?;
     let server = options.server(tls::server(key));
-    let runtime = ThreadRuntime::new(runtime.handle().clone(), options.packet_limit_bytes);
+    let runtime = ThreadRuntime::new(runtime, options.packet_limit_bytes);
     quinn::Endpoint::new(options.endpoint(key), Some(server), socket, Arc::new(runtime))
 }
 

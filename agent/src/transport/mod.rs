@@ -12,6 +12,7 @@
 //! Errors are named for who is to blame: [`Lost`] (reconnect), [`Misbehaviour`] (close), and the peer's own decision to
 //! end a stream.
 
+pub mod bare;
 mod connection;
 mod control;
 mod dial;
