@@ -2,6 +2,7 @@
 
 use super::programs::{run, succeed, text};
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -19,6 +20,14 @@ impl Folder {
     #[expect(clippy::new_without_default, reason = "making a folder is no default")]
     pub fn new() -> Self {
         Self { folder: tempfile::tempdir().expect("a temporary folder") }
+    }
+
+    /// A new one in another.
+    ///
+    /// # Errors
+    /// When it can't be made there.
+    pub fn within(parent: &Path) -> io::Result<Self> {
+        Ok(Self { folder: tempfile::Builder::new().prefix("bm-").tempdir_in(parent)? })
     }
 
     /// Where it is.

@@ -62,7 +62,12 @@ fn can_attach() -> bool {
         && ["/dev/fuse", "/dev/loop-control"].iter().all(|path| Path::new(path).exists())
 }
 
-fn has(program: &str) -> bool {
+/// Whether a program is installed.
+///
+/// # Panics
+/// When there is no shell to look for it.
+#[must_use]
+pub fn has(program: &str) -> bool {
     let found = Command::new("sh").args(["-c", "command -v \"$0\"", program]).stdout(Stdio::null()).status();
     found.expect("there is a shell").success()
 }

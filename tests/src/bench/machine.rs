@@ -1,0 +1,66 @@
+//! The machine and the peers' versions, for the reader of the figures. Not its name.
+
+use crate::machines::programs::{has, text};
+use serde_json::{Map, Value, json};
+use std::fs;
+use std::process::Command;
+
+/// A program, and what makes it tell its version.
+const PROGRAMS: [(&str, &str); 10] = [
+    ("fio", "--version"),
+    ("nbdkit", "--version"),
+    ("qemu-nbd", "--version"),
+    ("qemu-storage-daemon", "--version"),
+    ("qemu-img", "--version"),
+    ("nbd-server", "-V"),
+    ("nbdcopy", "--version"),
+    ("nbdfuse", "--version"),
+    ("rsync", "--version"),
+    ("ssh", "-V"),
+];
+
+/// The machine as JSON.
+#[must_use]
+pub fn describe() -> Value {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    json!({
+        "cpu": field("/proc/cpuinfo", "model name"),
+        "cores": cores,
+        "memory": field("/proc/meminfo", "MemTotal"),
+        "kernel": rustix::system::uname().release().to_string_lossy(),
+        "system": field("/etc/os-release", "PRETTY_NAME"),
+        "blockmirror": commit(),
+        "programs": versions(),
+    })
+}
+
+/// What stands behind a name in a file of names and values.
+fn field(path: &str, name: &str) -> String {
+    let content = fs::read_to_string(path).unwrap_or_default();
+    let line = content.lines().find_map(|line| line.trim_start().strip_prefix(name));
+    let value = line.map(|rest| rest.trim_start_matches([' ', '\t', ':', '=']).trim_matches('"'));
+    value.unwrap_or("unknown").to_owned()
+}
+
+/// Which state of the sources was measured.
+fn commit() -> String {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let arguments = ["-C", text(folder), "describe", "--always", "--dirty"];
+    first_line("git", &arguments).unwrap_or_else(|| "unknown".to_owned())
+}
+
+fn versions() -> Map<String, Value> {
+    let version = |(program, argument): &(&str, &str)| {
+        let line = has(program).then(|| first_line(program, &[argument])).flatten();
+        ((*program).to_owned(), line.map_or(Value::Null, Value::from))
+    };
+    PROGRAMS.iter().map(version).collect()
+}
+
+fn first_line(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    // Some say it on standard error.
+    let said = [output.stdout, output.stderr].concat();
+    let line = String::from_utf8_lossy(&said).lines().next()?.trim().to_owned();
+    Some(line)
+}
