@@ -103,6 +103,12 @@ impl Agent {
         self.server = None;
     }
 
+    /// What its peers call it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Its process.
     ///
     /// # Errors
@@ -132,12 +138,12 @@ impl Agent {
         Ok(())
     }
 
-    /// Makes this host a replica of the volume `data` of another one.
+    /// Makes this host a replica of another one's volume.
     ///
     /// # Errors
     /// When that fails.
-    pub fn join(&self, primary: &Self, backing: &Path) -> Result<()> {
-        let token = primary.tool(&["invite", "data"])?;
+    pub fn join(&self, primary: &Self, volume: &str, backing: &Path) -> Result<()> {
+        let token = primary.tool(&["invite", volume])?;
         self.tool(&["join", token.trim(), "--backing", path(backing)?])?;
         Ok(())
     }

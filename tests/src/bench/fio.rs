@@ -18,6 +18,8 @@ pub enum Pattern {
     Read,
     /// Writes one after the other.
     Write,
+    /// Random trims.
+    RandomTrim,
 }
 
 impl Pattern {
@@ -27,6 +29,7 @@ impl Pattern {
             Self::RandomWrite => "randwrite",
             Self::Read => "read",
             Self::Write => "write",
+            Self::RandomTrim => "randtrim",
         }
     }
 
@@ -82,6 +85,7 @@ impl Job {
             Pattern::RandomWrite => "random write",
             Pattern::Read => "sequential read",
             Pattern::Write => "sequential write",
+            Pattern::RandomTrim => "random trim",
         };
         format!("{} KiB {order}, depth {}", self.block_bytes >> 10, self.depth)
     }
@@ -181,9 +185,6 @@ pub fn measure(job: &Job, targets: &[Target], extent: Extent) -> Result<Measured
             fio.arg(format!("--io_size={bytes}"));
         }
     }
-    if job.flushes {
-        fio.arg("--fdatasync=1");
-    }
     if job.pattern.writes() {
         fio.arg("--end_fsync=1");
     }
@@ -193,9 +194,14 @@ pub fn measure(job: &Job, targets: &[Target], extent: Extent) -> Result<Measured
     for (number, target) in targets.iter().enumerate() {
         fio.arg(format!("--name=job{number}"));
         match target {
-            Target::Nbd(uri) => fio.arg("--ioengine=nbd").arg(format!("--uri={uri}")),
+            Target::Nbd(uri) => {
+                // NBD has one kind of flush, and fio's engine knows it by this name only.
+                fio.args(job.flushes.then_some("--fsync=1"));
+                fio.arg("--ioengine=nbd").arg(format!("--uri={uri}"))
+            }
             Target::File { path, is_direct } => {
                 let engine = if job.depth == 1 { "psync" } else { "io_uring" };
+                fio.args(job.flushes.then_some("--fdatasync=1"));
                 fio.arg(format!("--ioengine={engine}"));
                 fio.arg(format!("--direct={}", u8::from(*is_direct)));
                 fio.arg("--filename").arg(path)
@@ -212,7 +218,11 @@ fn understand(output: &[u8], job: &Job, jobs: usize) -> Result<Measured> {
     let value: Value = serde_json::from_slice(&output[begin..]).context("fio's words are no JSON")?;
     let result = &value["jobs"][0];
     ensure!(result["error"] == 0, "fio failed: {}", String::from_utf8_lossy(output));
-    let direction = &result[if job.pattern.writes() { "write" } else { "read" }];
+    let direction = &result[match job.pattern {
+        Pattern::RandomRead | Pattern::Read => "read",
+        Pattern::RandomWrite | Pattern::Write => "write",
+        Pattern::RandomTrim => "trim",
+    }];
     let number = |value: &Value| value.as_f64().unwrap_or(0.0);
     let percentile = |latency: &Value, name: &str| number(&latency["percentile"][name]) / 1e9;
     let (answered, flush) = (&direction["clat_ns"], &result["sync"]["lat_ns"]);

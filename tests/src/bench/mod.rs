@@ -17,9 +17,12 @@ pub mod fio;
 pub mod groups;
 pub mod loops;
 pub mod machine;
+pub mod mirror;
+pub mod network;
 pub mod peers;
 pub mod place;
 pub mod processes;
+pub mod qemu_mirror;
 pub mod quantity;
 pub mod quic;
 pub mod report;
@@ -159,8 +162,23 @@ impl Bench {
         work: impl Into<String>,
         contestants: Vec<Contestant<'_>>,
     ) -> Result<Outcome> {
+        self.compare_turns(group, place, work, contestants, usize::from(self.settings.turns))
+    }
+
+    /// The same with so many turns, for what takes long and hardly varies.
+    ///
+    /// # Errors
+    /// When the bench is interrupted.
+    pub fn compare_turns(
+        &self,
+        group: &'static str,
+        place: &'static str,
+        work: impl Into<String>,
+        contestants: Vec<Contestant<'_>>,
+        turns: usize,
+    ) -> Result<Outcome> {
         let outcome = Outcome { group, place, work: work.into(), ..Outcome::default() };
-        let outcome = take_turns(contestants, usize::from(self.settings.turns), outcome);
+        let outcome = take_turns(contestants, turns, outcome);
         println!("{}", show(&outcome));
         self.report.borrow_mut().outcomes.push(outcome.clone());
         processes::go_on()?;

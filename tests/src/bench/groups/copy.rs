@@ -8,6 +8,7 @@ use crate::bench::Bench;
 use crate::bench::agent::Agent;
 use crate::bench::comparison::{Contestant, Outcome, Part, Table, Turn};
 use crate::bench::fio::{Extent, Job, Pattern, Target, measure};
+use crate::bench::mirror::Mirror;
 use crate::bench::peers::{missing, qemu_nbd_tcp, tls_keys};
 use crate::bench::place::{Place, drop_cache};
 use crate::bench::processes::{self, command};
@@ -61,11 +62,11 @@ fn compare(bench: &Bench, place: &Place) -> Result<Outcome> {
     let source = place.filled("source.img", size_bytes)?;
     let quic = RawQuic::start(bench)?;
     let work = format!("{} of random data", blockmirror_agent::quantity::Size(size_bytes));
-    let agents = RefCell::new(None);
+    let mirror = RefCell::new(None);
     let copying = Copying { bench, place, source, size_bytes };
     let mut contestants = vec![
-        Contestant::new(SYNC, Part::Ours, || copying.initial_sync(&agents)),
-        Contestant::new(RECOVER, Part::Ours, || copying.recover(&agents)),
+        Contestant::new(SYNC, Part::Ours, || copying.initial_sync(&mirror)),
+        Contestant::new(RECOVER, Part::Ours, || copying.recover(&mirror)),
     ];
     contestants.extend(copying.nbd_clients()?);
     contestants.extend(copying.rsync()?);
@@ -99,36 +100,24 @@ impl<'a> Copying<'a> {
     }
 
     /// Makes a volume of the file and a replica of it. The time is from the command to join until nothing is missing.
-    fn initial_sync(&self, agents: &RefCell<Option<(Agent, Agent)>>) -> Result<Turn> {
-        // Those of the turn before are still there where nothing was recovered from them.
-        drop(agents.take());
-        let target = self.place.path("replica.img");
-        if target.exists() {
-            std::fs::remove_file(&target)?;
-        }
+    fn initial_sync(&self, made: &RefCell<Option<Mirror>>) -> Result<Turn> {
+        // That of the turn before is still there where nothing was recovered from it.
+        drop(made.take());
         drop_cache(&self.source)?;
-        let primary = Agent::start(self.bench, self.place, "a")?;
-        primary.create("data", &self.source, "nbd")?;
-        let replica = Agent::start(self.bench, self.place, "b")?;
-        let token = primary.tool(&["invite", "data"])?;
-        let target = target.to_str().context("paths are text")?;
-        let began = Instant::now();
-        replica.tool(&["join", token.trim(), "--backing", target])?;
-        let joined = began.elapsed().as_secs_f64();
-        primary.wait_until_in_sync()?;
-        let turn = self.turn(began.elapsed().as_secs_f64()).with(JOINED, joined);
-        *agents.borrow_mut() = Some((primary, replica));
-        Ok(turn)
+        let target = self.place.path("replica.img");
+        let (mirror, times) = Mirror::new(self.bench, self.place, &self.source, &target)?;
+        *made.borrow_mut() = Some(mirror);
+        Ok(self.turn(times.synced).with(JOINED, times.joined))
     }
 
     /// Fetches the content back from the replica that the turn before made. The digests of both sides are compared at
     /// the end, which is part of the time.
-    fn recover(&self, agents: &RefCell<Option<(Agent, Agent)>>) -> Result<Turn> {
-        let (primary, replica) = agents.take().context("the initial sync has failed")?;
+    fn recover(&self, made: &RefCell<Option<Mirror>>) -> Result<Turn> {
+        let mirror = made.take().context("the initial sync has failed")?;
         drop_cache(&self.place.path("replica.img"))?;
         // A replica that is being written to is not recovered from.
-        primary.tool(&["pause", "data", "b"])?;
-        let token = replica.tool(&["invite", "data"])?;
+        mirror.pause()?;
+        let token = mirror.replica.tool(&["invite", "data"])?;
         let host = Agent::prepare(self.bench, self.place, "c")?;
         let target = self.place.path("recovered.img");
         let to = target.to_str().context("paths are text")?;

@@ -2,6 +2,11 @@
 
 mod copy;
 mod devices;
+mod latency;
+mod replica;
+mod resync;
+mod sync;
+mod zeroes;
 
 use super::Bench;
 use anyhow::Result;
@@ -17,11 +22,20 @@ pub struct Group {
     pub run: fn(&Bench) -> Result<()>,
 }
 
+const fn group(name: &'static str, about: &'static str, run: fn(&Bench) -> Result<()>) -> Group {
+    Group { name, about, run }
+}
+
 /// All groups, in their order.
 pub const ALL: &[Group] = &[
-    Group { name: "nbd", about: "the NBD front end, without a replica", run: devices::nbd },
-    Group { name: "loop", about: "the loop device, without a replica", run: devices::loops },
-    Group { name: "copy", about: "initial sync and recover of random data", run: copy::run },
+    group("nbd", "the NBD front end, without a replica", devices::nbd),
+    group("loop", "the loop device, without a replica", devices::loops),
+    group("replica", "writing with one asynchronous replica on this machine", replica::run),
+    group("sync", "flushes and writes in mode sync", sync::run),
+    group("copy", "initial sync and recover of random data", copy::run),
+    group("zeroes", "first sync of a sparse volume", zeroes::run),
+    group("resync", "resync of random blocks: bytes on the link, and time", resync::run),
+    group("latency", "what applications feel of a resync", latency::run),
 ];
 
 /// Their names, for the command line.
