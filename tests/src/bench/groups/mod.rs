@@ -2,10 +2,14 @@
 
 mod copy;
 mod devices;
+mod growth;
 mod latency;
+mod memory;
 mod replica;
 mod resync;
 mod sync;
+mod volumes;
+mod wan;
 mod zeroes;
 
 use super::Bench;
@@ -35,6 +39,10 @@ pub const ALL: &[Group] = &[
     group("copy", "initial sync and recover of random data", copy::run),
     group("zeroes", "first sync of a sparse volume", zeroes::run),
     group("resync", "resync of random blocks: bytes on the link, and time", resync::run),
+    group("memory", "resident memory of the primary", memory::run),
+    group("volumes", "a hundred idle volumes", volumes::run),
+    group("growth", "how costs grow with sizes", growth::run),
+    group("wan", "first sync over a long-distance link", wan::run),
     group("latency", "what applications feel of a resync", latency::run),
 ];
 
