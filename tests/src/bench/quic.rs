@@ -22,6 +22,8 @@ const CHUNK_BYTES: u64 = 128 << 10;
 const WARM_UP_BYTES: u64 = 64 << 20;
 /// The size of a ping, in bytes: about a message's.
 const PING_BYTES: usize = 64;
+/// The other side says how much it took in so many bytes.
+const RECEIPT_BYTES: usize = 8;
 const LISTEN: &str = "127.0.0.1:0";
 
 /// A process of its own that takes everything and answers pings. Each turn connects anew, since between turns nobody
@@ -91,8 +93,8 @@ impl RawQuic {
             left -= length;
         }
         stream.finish()?;
-        let refused = stream.stopped().await?;
-        ensure!(refused.is_none(), "the other side does not take it");
+        let receipt = connection.accept_uni().await?.read_to_end(RECEIPT_BYTES).await?;
+        ensure!(receipt == bytes.to_le_bytes(), "not all of it has arrived");
         Ok(())
     }
 
@@ -142,7 +144,7 @@ async fn serve(connection: quinn::Connection) {
     loop {
         tokio::select! {
             stream = connection.accept_uni() => match stream {
-                Ok(stream) => drop(tokio::spawn(take(stream))),
+                Ok(stream) => drop(tokio::spawn(take(connection.clone(), stream))),
                 Err(_) => return,
             },
             streams = connection.accept_bi() => match streams {
@@ -153,9 +155,17 @@ async fn serve(connection: quinn::Connection) {
     }
 }
 
-async fn take(mut stream: quinn::RecvStream) {
+/// Takes a stream to its end, and says how much that was. A connection that is lost meanwhile is no mistake.
+async fn take(connection: quinn::Connection, mut stream: quinn::RecvStream) {
     let mut chunks: [Bytes; 64] = std::array::from_fn(|_| Bytes::new());
-    while let Ok(Some(_)) = stream.read_chunks(&mut chunks).await {}
+    let mut taken = 0;
+    while let Ok(Some(count)) = stream.read_chunks(&mut chunks).await {
+        taken += chunks[..count].iter().map(|chunk| chunk.len() as u64).sum::<u64>();
+    }
+    if let Ok(mut receipt) = connection.open_uni().await {
+        let _ = receipt.write_all(&taken.to_le_bytes()).await;
+        let _ = receipt.finish();
+    }
 }
 
 async fn echo(mut send: quinn::SendStream, mut receive: quinn::RecvStream) {
