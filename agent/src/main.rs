@@ -5,7 +5,7 @@ use blockmirror_agent::config::ConfigFolder;
 use blockmirror_agent::control::ControlSocket;
 use blockmirror_agent::control::api::AgentRecord;
 use blockmirror_agent::supervisor::{Folders, Operator, Supervisor};
-use blockmirror_agent::transport::{Endpoint, HostKey};
+use blockmirror_agent::transport::{Endpoint, HostKey, Options};
 use clap::Parser;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -56,7 +56,11 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         arguments.listen.or(settings.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 7447)));
     let _claim = blockmirror_agent::process::claim_folder(&state)?;
     let key = HostKey::load_or_create(&state)?;
-    let endpoint = Endpoint::bind(listen, &key)?;
+    let endpoint = Endpoint::bind_with(
+        listen,
+        &key,
+        &Options { congestion: settings.congestion, ..Options::default() },
+    )?;
     let record = AgentRecord {
         pid: std::process::id(),
         config: std::path::absolute(&arguments.config)?,

@@ -52,6 +52,22 @@ pub struct AgentConfig {
     /// Where peers reach this host: what tokens and introductions carry. Empty: the addresses of its interfaces.
     #[serde(default)]
     pub advertise: Vec<Address>,
+    /// How fast this host sends to peers.
+    #[serde(default)]
+    pub congestion: Congestion,
+}
+
+/// What decides how much may be on its way to a peer: QUIC's congestion control, by the names that it has there.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Congestion {
+    /// RFC 9438: takes a lost packet for a full link, and shares links well.
+    #[default]
+    Cubic,
+    /// RFC 9002, section 7: the same with a slower return to full speed.
+    NewReno,
+    /// Measures the link's rate and delay: for long links that lose packets without being full.
+    Bbr,
 }
 
 impl AgentConfig {

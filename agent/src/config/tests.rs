@@ -227,10 +227,15 @@ fn the_agents_own_file_is_read() {
     let (_temporary, folder) = folder();
     fs::create_dir_all(folder.path()).unwrap();
     let path = folder.path().join("agent.toml");
-    fs::write(&path, "name = \"a\"\nlisten = \"[::]:7447\"\nadvertise = [\"a:7447\"]\n").unwrap();
+    fs::write(
+        &path,
+        "name = \"a\"\nlisten = \"[::]:7447\"\nadvertise = [\"a:7447\"]\ncongestion = \"bbr\"\n",
+    )
+    .unwrap();
     let agent = folder.load_agent().unwrap();
     assert_eq!((agent.host_name().as_str(), agent.listen), ("a", Some("[::]:7447".parse().unwrap())));
     assert_eq!(agent.advertise, ["a:7447".parse().unwrap()]);
+    assert_eq!(agent.congestion, Congestion::Bbr);
     fs::write(&path, "\n\nadvertize = []\n").unwrap();
     let mistake = folder.load_agent().unwrap_err().to_string();
     assert!(

@@ -1,7 +1,8 @@
 //! The numbers of the transport, each with its reason.
 
 use super::key::{HostKey, random};
-use quinn::congestion::CubicConfig;
+use crate::config::Congestion;
+use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn::crypto::{CryptoError, HmacKey};
 use quinn::{
     ConnectionId, ConnectionIdGenerator, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig,
@@ -29,6 +30,8 @@ pub struct Options {
     /// The same for all streams of a connection together. It is many times a stream's, so that some volumes whose
     /// disks are stuck leave room for the others on the same connection.
     pub connection_window_bytes: u32,
+    /// What decides how much may be on its way.
+    pub congestion: Congestion,
 }
 
 impl Default for Options {
@@ -44,6 +47,7 @@ impl Default for Options {
             // 10 Gb/s over 13 ms, 1 Gb/s over 130 ms.
             stream_window_bytes: 16 << 20,
             connection_window_bytes: CONNECTION_WINDOW_BYTES,
+            congestion: Congestion::default(),
         }
     }
 }
@@ -76,8 +80,6 @@ impl Options {
         discovery.upper_bound(self.packet_limit_bytes);
         let idle_timeout = IdleTimeout::try_from(self.idle_timeout)
             .expect("an idle time-out is shorter than QUIC's longest");
-        let mut congestion = CubicConfig::default();
-        congestion.initial_window(INITIAL_PACKETS * u64::from(self.packet_limit_bytes));
         let mut config = TransportConfig::default();
         config
             .keep_alive_interval(Some(self.keep_alive))
@@ -88,9 +90,30 @@ impl Options {
             .send_window(u64::from(self.connection_window_bytes))
             .max_concurrent_bidi_streams(VarInt::from_u32(streams))
             .max_concurrent_uni_streams(VarInt::from_u32(streams))
-            .congestion_controller_factory(Arc::new(congestion))
+            .congestion_controller_factory(self.controller())
             .datagram_receive_buffer_size(None);
         config
+    }
+
+    fn controller(&self) -> Arc<dyn ControllerFactory + Send + Sync> {
+        let initial_window = INITIAL_PACKETS * u64::from(self.packet_limit_bytes);
+        match self.congestion {
+            Congestion::Cubic => {
+                let mut cubic = CubicConfig::default();
+                cubic.initial_window(initial_window);
+                Arc::new(cubic)
+            }
+            Congestion::NewReno => {
+                let mut new_reno = NewRenoConfig::default();
+                new_reno.initial_window(initial_window);
+                Arc::new(new_reno)
+            }
+            Congestion::Bbr => {
+                let mut bbr = BbrConfig::default();
+                bbr.initial_window(initial_window);
+                Arc::new(bbr)
+            }
+        }
     }
 
     pub(super) fn endpoint(&self, key: &HostKey) -> EndpointConfig {

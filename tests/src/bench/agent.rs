@@ -70,6 +70,15 @@ impl Agent {
         Ok(Self { server: None, name: name.to_owned(), home, run, listen, namespace })
     }
 
+    /// Sets one of the agent's own settings, a text, before it is started.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set(&self, key: &str, value: &str) -> Result<()> {
+        let mut file = fs::File::options().append(true).open(self.home.join("config/agent.toml"))?;
+        Ok(writeln!(file, "{key} = \"{value}\"")?)
+    }
+
     /// Starts it, and waits until it answers, which it does when all of its volumes are open.
     ///
     /// # Errors

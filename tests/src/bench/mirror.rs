@@ -61,11 +61,23 @@ impl Mirror {
     ///
     /// # Errors
     /// When it can't be made.
-    pub fn of(
+    pub fn of(agents: [Agent; 2], source: &Path, target: &Path) -> Result<(Self, FirstSync)> {
+        let (mirror, began) = Self::begin(agents, source, target)?;
+        let joined = began.elapsed().as_secs_f64();
+        mirror.primary.wait_until_in_sync()?;
+        let synced = began.elapsed().as_secs_f64();
+        Ok((mirror, FirstSync { joined, synced }))
+    }
+
+    /// The same, which has joined and is not waited for. Gives when it began to join, too.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn begin(
         [mut primary, mut replica]: [Agent; 2],
         source: &Path,
         target: &Path,
-    ) -> Result<(Self, FirstSync)> {
+    ) -> Result<(Self, Instant)> {
         if target.exists() {
             std::fs::remove_file(target)?;
         }
@@ -76,10 +88,7 @@ impl Mirror {
         let target = target.to_str().context("paths are text")?;
         let began = Instant::now();
         replica.tool(&["join", token.trim(), "--backing", target])?;
-        let joined = began.elapsed().as_secs_f64();
-        primary.wait_until_in_sync()?;
-        let synced = began.elapsed().as_secs_f64();
-        Ok((Self { primary, replica }, FirstSync { joined, synced }))
+        Ok((Self { primary, replica }, began))
     }
 
     /// What requests are sent to.
