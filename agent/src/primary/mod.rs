@@ -549,6 +549,7 @@ impl Volume for Primary {
 
 impl Primary {
     fn read(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
+        self.inner.borrow_mut().tracker.note_read(self.now());
         let length = usize::try_from(range.length).expect("front ends limit reads");
         let operation = Operation::Read { offset: range.offset, buffer: self.pool.take(length) };
         self.submit(&self.backing, operation, move |primary, outcome| {

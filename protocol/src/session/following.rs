@@ -203,8 +203,14 @@ mod tests {
             session.handle_message(message, Sequence(0), NOW).unwrap();
         }
         let position = (Epoch(1), Sequence(0));
-        let (application_waits, may_commit, active) = (false, true, &[][..]);
-        session.commit(&Circumstances { application_waits, lineage: &lineage, position, may_commit, active });
+        let (application_is_active, may_commit, active) = (false, true, &[][..]);
+        session.commit(&Circumstances {
+            application_is_active,
+            lineage: &lineage,
+            position,
+            may_commit,
+            active,
+        });
         session
     }
 

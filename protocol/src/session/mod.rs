@@ -224,8 +224,8 @@ pub(crate) struct LiveWrite {
 
 /// What the tracker knows that a session goes on by.
 pub(crate) struct Circumstances<'a> {
-    /// Whether an application's write is under way.
-    pub application_waits: bool,
+    /// Whether an application waits for the disk, or did a moment ago (R3).
+    pub application_is_active: bool,
     /// The volume's generations, newest first.
     pub lineage: &'a [GenerationId],
     /// The last epoch that was closed, and the last write.
@@ -551,7 +551,7 @@ impl Session {
             self.actions.push_back(Action::Send(ResyncBegin { session: link.session, dirty_bytes }.into()));
         }
         if link.phase == Phase::Resyncing {
-            let waits = circumstances.application_waits;
+            let waits = circumstances.application_is_active;
             while let Some(action) = link.resync.pick(&self.map, &self.certain, order, waits, now) {
                 self.actions.push_back(action);
             }
@@ -604,7 +604,7 @@ mod tests {
         map.take_changes();
         let mut session = Session::new(HostId([2; 32]), map, size_bytes, block_size, 1 << 20, Mode::Async);
         let circumstances = Circumstances {
-            application_waits: false,
+            application_is_active: false,
             lineage: &[],
             position: (Epoch(0), Sequence(0)),
             may_commit: true,

@@ -32,8 +32,10 @@ pub const COPY_BYTES: u64 = 1 << 20;
 const COMPARED_BYTES: u64 = 256 << 10;
 /// How many bytes of copies may be under way when no application waits.
 const IDLE_BYTES: u64 = 32 << 20;
-/// How many bytes of copies may be under way while an application's write waits (R3).
-const BUSY_BYTES: u64 = 4 << 20;
+/// How many bytes of copies may be under way while an application uses the volume, and how many one of them reads (R3):
+/// as much as keeps a disk that does nothing else going, and little to wait behind.
+const BUSY_BYTES: u64 = 1 << 20;
+const BUSY_COPY_BYTES: u64 = 256 << 10;
 /// How many copies may be under way, whatever their size.
 const COPIES: usize = 512;
 /// How long a range whose local read failed is left alone.
@@ -146,13 +148,13 @@ impl Resync {
         map: &DirtyMap,
         certain: &DirtyMap,
         order: &Order<Id>,
-        application_waits: bool,
+        application_is_active: bool,
         now: Time,
     ) -> Option<Action>
     where
         Id: std::marker::Copy + PartialEq + std::fmt::Debug,
     {
-        let budget = if application_waits { BUSY_BYTES } else { IDLE_BYTES };
+        let budget = if application_is_active { BUSY_BYTES } else { IDLE_BYTES };
         let count = self.reading.len() + self.sent.len();
         if self.blocked_until.is_some_and(|until| now < until) {
             return None;
@@ -163,7 +165,10 @@ impl Resync {
         }
         let found =
             self.find(map, order, self.cursor, u64::MAX).or_else(|| self.find(map, order, 0, self.cursor))?;
-        let (blocks, step) = self.choose(found, certain)?;
+        let in_holes = self.copied_bytes > COPY_BYTES;
+        let limit = (BUSY_COPY_BYTES / self.block_size.bytes()).max(1);
+        let end = if application_is_active && !in_holes { found.start + limit } else { found.end };
+        let (blocks, step) = self.choose(found.start..found.end.min(end), certain)?;
         self.cursor = blocks.end;
         self.under_way.insert(blocks.start, blocks.end);
         let range = ByteRange::of_blocks(blocks.clone(), self.block_size, self.size_bytes);

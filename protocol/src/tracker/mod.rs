@@ -66,6 +66,9 @@ const EPOCH_TIME: Duration = Duration::from_millis(250);
 const IDLE_TIME: Duration = Duration::from_secs(5);
 /// How long writes wait for replicas to acknowledge what fills the activity log.
 const FULL_TIME: Duration = Duration::from_millis(100);
+/// How long after its last request an application still counts as active, so that a resync makes way for the next one
+/// (R3): longer than most pauses between requests that wait for each other.
+const QUIET_TIME: Duration = Duration::from_millis(50);
 /// An epoch holds at most this much, in bytes (W3).
 const EPOCH_BYTES: u64 = 16 << 20;
 /// An active set that is smaller than this would be written anew all the time.
@@ -96,6 +99,8 @@ pub struct Tracker {
     last: Sequence,
     epoch: OpenEpoch,
     local: Local,
+    /// When an application last asked for something.
+    last_asked: Option<Time>,
     /// Failed requests whose error waits for the maps (W5).
     failed_replies: Vec<(RequestId, Sequence)>,
     /// Requests that are done here and wait for replicas, oldest first.
@@ -149,6 +154,7 @@ impl Tracker {
             arrivals: VecDeque::new(),
             claimed: Vec::new(),
             under_way: BTreeMap::new(),
+            last_asked: None,
             waiting: Vec::new(),
             last: Sequence(0),
             epoch: OpenEpoch { number: first_epoch, bytes: 0, since: None },
@@ -209,6 +215,7 @@ impl Tracker {
             Work::Flush => ByteRange::default(),
         };
         assert!(rest.end() <= self.size_bytes, "front ends check ranges");
+        self.last_asked = Some(now);
         let request = Request { work, rest, pieces: 0, failed: false, sequence: self.last };
         let known = self.requests.insert(id, request);
         assert!(known.is_none(), "a request has a name of its own");
@@ -225,6 +232,11 @@ impl Tracker {
             self.begin_arrivals(now);
         }
         self.drive(now);
+    }
+
+    /// An application reads, which is none of the tracker's business but for resyncs: they make way (R3).
+    pub fn note_read(&mut self, now: Time) {
+        self.last_asked = Some(now);
     }
 
     /// A record of the activity log is durable, or could not be written.
@@ -522,10 +534,12 @@ impl Tracker {
         let active: Vec<Extent> =
             if self.has_several_replicas() { self.activity.extents().collect() } else { Vec::new() };
         let may_commit: Vec<bool> = self.sessions.keys().map(|peer| self.may_commit(*peer)).collect();
+        let asked_lately = self.last_asked.is_some_and(|asked| now.since(asked) < QUIET_TIME);
+        let is_active = asked_lately || !self.under_way.is_empty();
         let (mut epoch_end, mut generation) = (false, false);
         for (session, may_commit) in self.sessions.values_mut().zip(may_commit) {
             let circumstances = Circumstances {
-                application_waits: !self.under_way.is_empty(),
+                application_is_active: is_active,
                 lineage: &self.generations.lineage,
                 position: (Epoch(self.epoch.number.0 - 1), self.last),
                 may_commit,
