@@ -30,6 +30,7 @@ mod doubt;
 mod following;
 mod handshake;
 mod marks;
+mod pace;
 mod report;
 pub mod resync;
 mod stream;

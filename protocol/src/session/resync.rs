@@ -14,6 +14,7 @@
 //! was (R5).
 
 use super::doubt::{Choice, Doubt};
+use super::pace::{BUSY_COPY_BYTES, Pace};
 use super::{Action, PeerError};
 use crate::dirty_map::DirtyMap;
 use crate::order::Order;
@@ -30,19 +31,10 @@ pub const COPY_BYTES: u64 = 1 << 20;
 /// How many bytes are compared at once: little enough to copy when a single block of them differs, and much beside the
 /// two messages that it takes. More where there were only zeroes before, of which a frame may cover as much as a copy.
 const COMPARED_BYTES: u64 = 256 << 10;
-/// How many bytes of copies may be under way when no application waits.
-const IDLE_BYTES: u64 = 32 << 20;
-/// How many bytes of copies may be under way while an application uses the volume, and how many one of them reads (R3):
-/// as much as keeps a disk that does nothing else going, and little to wait behind.
-const BUSY_BYTES: u64 = 1 << 20;
-const BUSY_COPY_BYTES: u64 = 256 << 10;
 /// How many copies may be under way, whatever their size.
 const COPIES: usize = 512;
 /// How long a range whose local read failed is left alone.
 const READ_RETRY: Duration = Duration::from_secs(5);
-/// How long a stretch the rate is measured over.
-const RATE_WINDOW: Duration = Duration::from_secs(2);
-
 /// Names a read of a copy. Never used twice for one replica, so that a read of a lost link is not taken for a new one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct CopyRead(pub u64);
@@ -95,8 +87,7 @@ pub(super) struct Resync {
     copied_bytes: u64,
     /// How many bytes the next comparison takes at most.
     compared_bytes: u64,
-    done_bytes: u64,
-    checkpoints: VecDeque<(Time, u64)>,
+    pace: Pace,
 }
 
 #[derive(Debug)]
@@ -106,6 +97,7 @@ struct Copy {
     step: Step,
     /// What it takes of the budget, in bytes: a large range of zeroes is no more on the way than one copy.
     weight_bytes: u64,
+    picked: Time,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,8 +129,7 @@ impl Resync {
             doubt: Doubt::default(),
             copied_bytes: COPY_BYTES,
             compared_bytes: COMPARED_BYTES,
-            done_bytes: 0,
-            checkpoints: VecDeque::from([(now, 0)]),
+            pace: Pace::new(now),
         }
     }
 
@@ -154,7 +145,7 @@ impl Resync {
     where
         Id: std::marker::Copy + PartialEq + std::fmt::Debug,
     {
-        let budget = if application_is_active { BUSY_BYTES } else { IDLE_BYTES };
+        let budget = self.pace.budget_bytes(application_is_active);
         let count = self.reading.len() + self.sent.len();
         if self.blocked_until.is_some_and(|until| now < until) {
             return None;
@@ -176,7 +167,7 @@ impl Resync {
         self.under_way_bytes += weight_bytes;
         let id = self.next_read;
         self.next_read = CopyRead(id.0 + 1);
-        self.reading.insert(id, Copy { blocks, rewritten: Vec::new(), step, weight_bytes });
+        self.reading.insert(id, Copy { blocks, rewritten: Vec::new(), step, weight_bytes, picked: now });
         Some(Action::ReadCopy { read: id, range, digest: step != Step::Copy })
     }
 
@@ -353,17 +344,14 @@ impl Resync {
                 Step::Copy | Step::Same => {}
             }
             self.forget(&copy.blocks, copy.weight_bytes);
-            self.done_bytes +=
-                ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes).length;
+            let range = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
+            self.pace.done(range.length, now.since(copy.picked));
             for clean in copy.clean() {
                 map.clear(clean.clone());
                 certain.clear(clean);
             }
         }
-        self.checkpoints.push_back((now, self.done_bytes));
-        while self.checkpoints.len() > 2 && now.since(self.checkpoints[1].0) >= RATE_WINDOW {
-            self.checkpoints.pop_front();
-        }
+        self.pace.note(now);
         Ok(())
     }
 
@@ -383,13 +371,11 @@ impl Resync {
     }
 
     pub(super) fn progress(&self, map: &DirtyMap, now: Time) -> Progress {
-        let (since, before) = self.checkpoints[0];
-        let seconds = now.since(since).as_secs_f64();
-        let rate = if seconds > 0.0 { (self.done_bytes - before) as f64 / seconds } else { 0.0 };
+        let done_bytes = self.pace.done_bytes();
         Progress {
-            done_bytes: self.done_bytes,
-            total_bytes: self.done_bytes + map.dirty_blocks() * self.block_size.bytes(),
-            rate_bytes: rate as u64,
+            done_bytes,
+            total_bytes: done_bytes + map.dirty_blocks() * self.block_size.bytes(),
+            rate_bytes: self.pace.rate_bytes(now),
         }
     }
 
@@ -506,7 +492,7 @@ mod tests {
         harness.durable(copied).unwrap();
         assert!(!blocks.clone().any(|block| harness.map.is_dirty(block) || harness.certain.is_dirty(block)));
         let bytes = (blocks.end - blocks.start) * BlockSize::default().bytes();
-        assert_eq!(harness.resync.done_bytes, bytes, "they count once");
+        assert_eq!(harness.resync.pace.done_bytes(), bytes, "they count once");
     }
 
     #[test]
