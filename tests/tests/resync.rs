@@ -119,7 +119,7 @@ fn a_paused_replica_misses_what_is_written_until_it_is_resumed() {
     let status = mirror.primary.status();
     assert_eq!((status.state, status.action.as_str()), (VolumeState::Degraded, "blockmirror resume data b"));
     mirror.primary.refuse(&["wait", "data", "--for", "in-sync", "--timeout", "1s"], 6, &["paused", "400K"]);
-    mirror.primary.refuse(&["compare", "data", "b"], 5, &["b is not in sync"]);
+    mirror.primary.refuse(&["compare", "data", "b"], 5, &["b is paused: blockmirror resume data b"]);
     mirror.primary.succeed(&["resume", "data", "b"]);
     mirror.assert_identical();
     assert_eq!(mirror.primary.status().state, VolumeState::Healthy);

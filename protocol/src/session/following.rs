@@ -35,7 +35,7 @@ impl Session {
             session: link.session,
             position: Position { generation, epoch, sequence },
             lineage: circumstances.lineage.to_vec(),
-            active: circumstances.active.to_vec(),
+            active: (circumstances.active)(),
             mode: self.mode,
         };
         self.actions.push_back(Action::Send(commit.into()));
@@ -203,7 +203,7 @@ mod tests {
             session.handle_message(message, Sequence(0), NOW).unwrap();
         }
         let position = (Epoch(1), Sequence(0));
-        let (application_is_active, may_commit, active) = (false, true, &[][..]);
+        let (application_is_active, may_commit, active) = (false, true, &Vec::new);
         session.commit(&Circumstances {
             application_is_active,
             lineage: &lineage,

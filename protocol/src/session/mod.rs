@@ -234,7 +234,7 @@ pub(crate) struct Circumstances<'a> {
     /// Whether the generation is one that a replica may be committed to (L1).
     pub may_commit: bool,
     /// The extents with writes that other replicas may lack; empty where there are no others (D5).
-    pub active: &'a [Extent],
+    pub active: &'a dyn Fn() -> Vec<Extent>,
 }
 
 /// What a session needs from the tracker to go on.
@@ -609,7 +609,7 @@ mod tests {
             lineage: &[],
             position: (Epoch(0), Sequence(0)),
             may_commit: true,
-            active: &[],
+            active: &Vec::new,
         };
         let order = Order::<u8>::new(512);
         session.map.clear(255..256);

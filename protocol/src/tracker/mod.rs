@@ -45,9 +45,7 @@ use crate::session::resync::{CopyContent, CopyRead};
 use crate::session::{
     self, Circumstances, CompareResult, FRAME_COST_BYTES, Handled, Identity, PeerError, Report, Session,
 };
-use crate::units::{
-    EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Sequence, Session as SessionNumber, Time,
-};
+use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use crate::wire::message::{Message, Mode};
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
 use activity::ActiveSet;
@@ -531,8 +529,9 @@ impl Tracker {
 
     fn drive_sessions(&mut self, now: Time) {
         self.note_left();
-        let active: Vec<Extent> =
-            if self.has_several_replicas() { self.activity.extents().collect() } else { Vec::new() };
+        let (activity, has_several) = (&self.activity, self.has_several_replicas());
+        // Asked for with a commit only.
+        let active = || if has_several { activity.extents().collect() } else { Vec::new() };
         let may_commit: Vec<bool> = self.sessions.keys().map(|peer| self.may_commit(*peer)).collect();
         let asked_lately = self.last_asked.is_some_and(|asked| now.since(asked) < QUIET_TIME);
         let is_active = asked_lately || !self.under_way.is_empty();
