@@ -24,10 +24,11 @@ const LIMIT_BYTES: usize = 64 << 10;
 /// The kernel's.
 pub fn note(folder: &Path, generation: GenerationId) -> io::Result<()> {
     let path = folder.join(FILE_NAME);
-    let known = std::fs::read_to_string(&path).unwrap_or_default();
+    let known = std::fs::read(&path).unwrap_or_default();
     if known.len() > LIMIT_BYTES {
-        let lines: Vec<&str> = known.lines().collect();
-        std::fs::write(&path, lines[lines.len() / 2..].join("\n") + "\n")?;
+        let newer = &known[known.len() / 2..];
+        let line = newer.iter().position(|byte| *byte == b'\n').map_or(newer.len(), |end| end + 1);
+        std::fs::write(&path, &newer[line..])?;
     }
     let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
     // One write, so that two of them don't mix.

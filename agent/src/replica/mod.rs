@@ -394,8 +394,12 @@ impl Replica {
     fn objection(&self, hello: &Hello) -> Option<Message> {
         let inner = self.inner.borrow();
         let Some(mut refused) = inner.machine.objection(hello) else {
-            self.split.set(None);
-            return inner.machine.supersedes(hello.fence).map(Message::from);
+            let superseded = inner.machine.supersedes(hello.fence);
+            // Whether a split is over is decided with the newest primary.
+            if superseded.is_none() {
+                self.split.set(None);
+            }
+            return superseded.map(Message::from);
         };
         if refused.refusal == Refusal::SplitBrain {
             let holder = hello.fence.holder;

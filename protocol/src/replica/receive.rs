@@ -16,7 +16,7 @@ use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{Epoch, Sequence};
 use crate::wire::message::{
-    DataState, Fence, Hello, Mode, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
+    DataState, Fence, Hello, Message, Mode, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
 };
 use crate::wire::{Body, FrameHeader, VERSIONS};
 use std::collections::VecDeque;
@@ -33,12 +33,8 @@ fn is_superseded(fence: Fence, newest: Fence) -> bool {
 
 impl Replica {
     pub(super) fn greet(&mut self, hello: Hello) {
-        if let Some(refused) = self.objection(&hello) {
-            self.actions.push_back(Action::Send(refused.into()));
-            return;
-        }
-        if is_superseded(hello.fence, self.superblock.fence) {
-            self.actions.push_back(Action::Send(Superseded { fence: self.superblock.fence }.into()));
+        if let Some(answer) = self.rejection(&hello) {
+            self.actions.push_back(Action::Send(answer));
             return;
         }
         self.unlink();
@@ -46,29 +42,37 @@ impl Replica {
         self.go_on();
     }
 
-    /// Why a greeting is refused, if it is. One that is not takes the place of the session that is open.
+    /// What a greeting is answered with that is not taken. One that is taken takes the place of the session that is open.
+    #[must_use]
+    pub fn rejection(&self, hello: &Hello) -> Option<Message> {
+        let refused = self.objection(hello).map(Message::from);
+        refused.or_else(|| self.supersedes(hello.fence).map(Message::from))
+    }
+
+    /// Why a greeting is refused, if it is. One from a host that another one was promoted after has another answer.
     #[must_use]
     pub fn objection(&self, hello: &Hello) -> Option<Refused> {
         let Superblock { volume, size_bytes, block_size, .. } = self.superblock;
         let refused = |refusal, text: &str| Some(Refused { refusal, text: text.into() });
-        if self.failed {
-            return refused(Refusal::Backing, "the replica's backing failed; see the replica's log");
-        }
         if hello.versions.0 > VERSIONS.1 || hello.versions.1 < VERSIONS.0 {
             return refused(Refusal::Version, "no common protocol version; upgrade the older agent");
         }
         if (hello.volume, hello.size_bytes, hello.block_size) != (volume, size_bytes, block_size) {
             return refused(Refusal::Unrelated, "the volume's identity, size or block size differs here");
         }
+        if is_superseded(hello.fence, self.superblock.fence) {
+            // It is told so, whatever else there is to say, and becomes a replica (L5); whose content counts is decided
+            // when another primary greets.
+            return None;
+        }
+        if self.failed {
+            return refused(Refusal::Backing, "the replica's backing failed; see the replica's log");
+        }
         if self.gap.is_full {
             return Some(self.no_room());
         }
         if hello.session <= self.last_session {
             return refused(Refusal::Other, "the session is not newer than the last one");
-        }
-        if is_superseded(hello.fence, self.superblock.fence) {
-            // It is told so, and becomes a replica; whose content counts is decided when another primary greets.
-            return None;
         }
         match lineage::relation(&self.superblock.lineage, &hello.lineage) {
             Relation::MineIsNewer | Relation::Forked(_) => refused(
@@ -109,9 +113,9 @@ impl Replica {
             return;
         }
         let Some(hello) = self.greeting.take() else { return };
-        if let Some(refused) = self.objection(&hello) {
+        if let Some(answer) = self.rejection(&hello) {
             // What was being recorded when it came may have changed the lineage (L3).
-            self.actions.push_back(Action::Send(refused.into()));
+            self.actions.push_back(Action::Send(answer));
             return;
         }
         if hello.fence != self.superblock.fence || self.superblock.released {
@@ -387,6 +391,23 @@ mod tests {
             replica.greet(hello(old, "ca"));
             let told = Superseded { fence: fence(2, 2) };
             assert_eq!(replica.poll_action(), Some(Action::Send(told.into())));
+        }
+    }
+
+    /// Of two primaries the one that was promoted first greeted replicas which had seen later sessions, those of the
+    /// other one: they refused it for that, and it never heard of the other.
+    #[test]
+    fn a_superseded_primary_is_told_so_whatever_else_there_is_to_say() {
+        let late = |replica: &mut Replica| replica.last_session = SessionNumber(9);
+        let failed = |replica: &mut Replica| replica.failed = true;
+        let full = |replica: &mut Replica| replica.gap.is_full = true;
+        for spoil in [late as fn(&mut Replica), failed, full] {
+            let mut replica = replica("ba");
+            spoil(&mut replica);
+            let told = Superseded { fence: fence(2, 2) };
+            assert_eq!(replica.rejection(&hello(fence(1, 3), "ba")), Some(told.into()));
+            let refused = replica.rejection(&hello(fence(2, 2), "ba"));
+            assert!(matches!(refused, Some(Message::Refused(_))), "{refused:?}");
         }
     }
 

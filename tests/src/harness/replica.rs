@@ -139,11 +139,9 @@ impl World {
         }
         let Shell::Replica(shell) = &mut self.hosts[link.listener].shell else { return self.cut(link) };
         if let Message::Hello(hello) = &message {
-            let refused = shell.machine.objection(hello).map(Message::from);
-            let superseded = || shell.machine.supersedes(hello.fence).map(Message::from);
-            if let Some(refused) = refused.or_else(superseded) {
+            if let Some(answer) = shell.machine.rejection(hello) {
                 // The session that is open goes on.
-                return self.send(link, Channel::ToDialler, Packet::Message(refused.encode()));
+                return self.send(link, Channel::ToDialler, Packet::Message(answer.encode()));
             }
             let before = shell.speaker.replace(link).filter(|before| *before != link);
             shell.speaker_life = life;
