@@ -6,10 +6,11 @@
 
 mod demotion;
 mod link;
+mod requests;
 
 use crate::buffer::BufferPool;
 use crate::config::{PeerConfig, VolumeConfig};
-use crate::device::{Answer, Command, Errno, Geometry, Part, Reply, Request, Volume};
+use crate::device::{Answer, Errno, Reply};
 use crate::metadata::State;
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
@@ -21,12 +22,13 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
-use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, Work};
+use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
 pub use link::{LinkState, Peer, Split};
+pub(crate) use requests::allocation;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
@@ -512,65 +514,6 @@ impl Primary {
     }
 }
 
-impl Volume for Primary {
-    fn geometry(&self) -> Geometry {
-        let preferred_bytes =
-            u32::try_from(self.backing.alignment().max(4096)).expect("an alignment is small");
-        Geometry { size_bytes: self.size_bytes, read_only: false, preferred_bytes }
-    }
-
-    fn submit(&self, request: Request) {
-        let Request { command, reply, cookie } = request;
-        let (work, offset, data) = match command {
-            Command::Read(range) => return self.read(range, reply, cookie),
-            Command::Allocation(range) => return self.answer_allocation(range, reply, cookie),
-            Command::Write { offset, data, fua } => {
-                let range = ByteRange::new(offset, data.len() as u64);
-                (Work::Write { range, fua }, offset, data)
-            }
-            Command::Zero { range, may_unmap, fua } => {
-                (Work::Zero { range, may_unmap, fua }, 0, Bytes::new())
-            }
-            Command::Flush => (Work::Flush, 0, Bytes::new()),
-        };
-        // A reply must not come before this returns, and the tracker may answer these at once.
-        let at_once = matches!(work, Work::Flush)
-            || self.superseded.get().is_some()
-            || self.inner.borrow().tracker.has_failed();
-        let reply: Rc<dyn Reply> = if at_once { Rc::new(Later(reply)) } else { reply };
-        self.drive(|inner, now| {
-            let id = RequestId(inner.next_request);
-            inner.next_request += 1;
-            inner.requests.insert(id, Pending { offset, data, reply, cookie });
-            inner.tracker.handle_request(id, work, now);
-        });
-    }
-}
-
-impl Primary {
-    fn read(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
-        self.inner.borrow_mut().tracker.note_read(self.now());
-        let length = usize::try_from(range.length).expect("front ends limit reads");
-        let operation = Operation::Read { offset: range.offset, buffer: self.pool.take(length) };
-        self.submit(&self.backing, operation, move |primary, outcome| {
-            let answer = match outcome {
-                Ok(buffer) => Ok(Answer::Data(buffer.expect("a read gives its buffer back"))),
-                Err(error) => {
-                    tracing::error!("{}", crate::words::with_causes(&error));
-                    let _ = primary;
-                    Err(Errno(libc::EIO))
-                }
-            };
-            reply.complete(cookie, answer);
-        });
-    }
-
-    fn answer_allocation(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
-        let backing = self.backing.clone();
-        spawn_local(async move { reply.complete(cookie, allocation(&backing, range)) });
-    }
-}
-
 impl Inner {
     fn data(&self, request: RequestId, range: ByteRange) -> Bytes {
         let pending = self.requests.get(&request).expect("a request's data is kept until its reply");
@@ -611,28 +554,9 @@ impl Inner {
     }
 }
 
-/// A reply that goes out after the call that caused it has returned.
-struct Later(Rc<dyn Reply>);
-
-impl Reply for Later {
-    fn complete(&self, cookie: u64, answer: Result<Answer, Errno>) {
-        let reply = self.0.clone();
-        spawn_local(async move { reply.complete(cookie, answer) });
-    }
-}
-
 /// Whether an operation failed because there was no room for it.
 fn is_full(error: &storage::Error) -> bool {
     matches!(error.source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
-}
-
-/// Which parts of a range are allocated.
-pub(crate) fn allocation(backing: &File, range: ByteRange) -> Result<Answer, Errno> {
-    let parts: Result<Vec<Part>, std::io::Error> = backing.allocation(range).take(256).collect();
-    match parts {
-        Ok(parts) => Ok(Answer::Allocation(parts)),
-        Err(error) => Err(Errno(error.raw_os_error().unwrap_or(libc::EIO))),
-    }
 }
 
 /// The BLAKE3 digest of a range of a backing.
