@@ -30,6 +30,9 @@ use std::time::Duration;
 const CLAIM_ATTEMPTS: u32 = 100;
 const CLAIM_PAUSE: Duration = Duration::from_millis(50);
 
+/// `RAMFS_MAGIC` of `linux/magic.h`.
+const RAMFS_MAGIC: i64 = 0x8584_58f6;
+
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -69,6 +72,8 @@ pub(super) struct Descriptor {
     /// Memory of calls starts at a multiple of this.
     pub(super) memory_alignment: usize,
     pub(super) direct: bool,
+    /// Whether the bytes are in memory, so that a call copies them and doesn't wait for a disk.
+    pub(super) in_memory: bool,
     /// Whether holes can be punched; cleared when the file refuses.
     pub(super) punches: AtomicBool,
     /// Whether ranges can be zeroed in place; cleared when the file refuses.
@@ -258,6 +263,7 @@ impl File {
             Kind::BlockDevice => direct::device_clears_itself(&fd)?,
             Kind::Image | Kind::Metadata => can_punch_beyond(&fd, size_bytes),
         };
+        let in_memory = is_in_memory(&fd)?;
         let descriptor = Descriptor {
             fd,
             path: path.to_path_buf(),
@@ -266,6 +272,7 @@ impl File {
             alignment: alignment.map_or(SECTOR_BYTES, |alignment| alignment.offset_bytes),
             memory_alignment: alignment.map_or(1, |alignment| alignment.memory_bytes),
             direct: alignment.is_some(),
+            in_memory,
             punches: AtomicBool::new(punches),
             zeroes_ranges: AtomicBool::new(true),
         };
@@ -408,6 +415,12 @@ fn create(path: &Path, fill: impl FnOnce(&mut fs::File) -> io::Result<()>) -> Re
         let _ = fs::remove_file(path);
     }
     made.map_err(about.cannot("create"))
+}
+
+/// Whether a file system keeps its files in memory alone.
+fn is_in_memory(fd: &OwnedFd) -> io::Result<bool> {
+    let file_system = rustix::fs::fstatfs(fd)?.f_type;
+    Ok(matches!(file_system, libc::TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
 fn write_zeroes(file: &mut fs::File, size_bytes: u64) -> io::Result<()> {

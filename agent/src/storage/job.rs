@@ -28,6 +28,17 @@ pub(super) enum Step {
     Sync,
 }
 
+impl Step {
+    /// How much it transfers or clears, in bytes.
+    pub(super) fn length(self) -> u64 {
+        match self {
+            Self::Read { length, .. } | Self::Write { length, .. } => length as u64,
+            Self::Fallocate { range, .. } => range.length,
+            Self::Sync => 0,
+        }
+    }
+}
+
 /// How much of a piece of memory went to or came from the file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Transfer {
@@ -130,6 +141,11 @@ impl Job {
     /// The descriptor that the steps go to.
     pub(super) fn fd(&self) -> RawFd {
         self.descriptor.fd.as_raw_fd()
+    }
+
+    /// Whether a step only copies memory, so that it may be made where nothing may wait.
+    pub(super) fn is_in_memory(&self) -> bool {
+        self.descriptor.in_memory
     }
 
     /// The next call to make; nothing when the operation has ended. The same again until [`Self::ended`] is told.

@@ -15,6 +15,7 @@ mod direct;
 pub mod faults;
 pub mod file;
 mod job;
+mod kernel;
 pub mod probe;
 pub mod ring;
 mod slots;

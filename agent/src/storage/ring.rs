@@ -12,14 +12,18 @@
 //! in between (`COOP_TASKRUN`, Linux 5.19): a wait for events ends with the completions in place. `DEFER_TASKRUN`
 //! (6.1) isn't used, since it does that part only within a further call, and the ring's descriptor doesn't become
 //! readable for what it has put off: a lone read or write took twice as many entries into the kernel with it.
+//!
+//! A file system in memory has no asynchronous I/O: the ring would hand each call to a thread of its own, and back,
+//! for a copy that takes less time than that. Such a call is made on the spot. Where its pages were swapped out, it
+//! waits for them.
 
 use super::file::File;
 use super::job::{Job, Step};
 use super::slots::Slots;
-use super::{Done, Operation, Outcome, Storage};
+use super::{Done, Operation, Outcome, Storage, kernel};
 use crate::buffer::BufferPool;
 use io_uring::types::{Fd, FsyncFlags};
-use io_uring::{Builder, IoUring, Probe, opcode, squeue};
+use io_uring::{Builder, IoUring, Probe, cqueue, opcode, squeue};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -34,6 +38,8 @@ use tokio::io::unix::AsyncFd;
 const SUBMISSIONS: u32 = 256;
 /// How many calls are with the kernel at most; what is submitted beyond that waits its turn.
 const COMPLETIONS: u32 = 1024;
+/// How much is copied or cleared on the spot in one turn, in bytes; then others have theirs.
+const BYTES_ON_THE_SPOT: u64 = 1 << 20;
 /// How much memory for unaligned operations is kept for reuse, in bytes.
 const POOL_BYTES: usize = 4 << 20;
 
@@ -275,22 +281,41 @@ impl Queues {
             || submission.cq_overflow()
     }
 
-    /// Moves waiting steps into the submission queue while there is room.
+    /// Moves waiting steps into the submission queue while there is room, or makes them on the spot.
     fn fill(&mut self) {
-        let mut submission = self.ring.submission();
-        while self.in_flight < COMPLETIONS as usize && !submission.is_full() {
-            let Some(index) = self.waiting.pop_front() else { return };
+        let mut copied = 0;
+        while self.in_flight < COMPLETIONS as usize && copied < BYTES_ON_THE_SPOT {
+            let Some(&index) = self.waiting.front() else { return };
             let (job, _) = self.jobs.get_mut(index);
-            let Some(step) = job.step() else {
-                let (job, done) = self.jobs.remove(index);
-                self.finished.push((done, job.finish()));
-                continue;
-            };
-            let entry = entry_of(step, Fd(job.fd())).user_data(index as u64);
-            // SAFETY: the memory that the entry names belongs to the job, which owns a share of the descriptor too.
-            // It stays in its slot until `reap` has seen the completion; `drop` waits for that as well.
-            unsafe { submission.push(&entry) }.expect("the queue is not full");
-            self.in_flight += 1;
+            match job.step() {
+                None => self.go_on(index),
+                Some(step) if job.is_in_memory() => {
+                    job.ended(kernel::call(job.fd(), step));
+                    copied += step.length();
+                    self.go_on(index);
+                }
+                Some(step) => {
+                    let entry = entry_of(step, Fd(job.fd())).user_data(index as u64);
+                    // SAFETY: the memory that the entry names belongs to the job, which owns a share of the descriptor
+                    // too. It stays in its slot until `reap` has seen the completion; `drop` waits for that as well.
+                    if unsafe { self.ring.submission().push(&entry) }.is_err() {
+                        return;
+                    }
+                    self.in_flight += 1;
+                }
+            }
+            self.waiting.pop_front();
+        }
+    }
+
+    /// A step of a job ended: the next one waits for its turn, or the job is done.
+    fn go_on(&mut self, index: usize) {
+        let (job, _) = self.jobs.get_mut(index);
+        if job.step().is_some() {
+            self.waiting.push_back(index);
+        } else {
+            let (job, done) = self.jobs.remove(index);
+            self.finished.push((done, job.finish()));
         }
     }
 
@@ -316,9 +341,13 @@ impl Queues {
         }
     }
 
+    fn next_completion(&mut self) -> Option<cqueue::Entry> {
+        self.ring.completion().next()
+    }
+
     /// Takes all completions.
     fn reap(&mut self) {
-        for completion in self.ring.completion() {
+        while let Some(completion) = self.next_completion() {
             let index = completion.user_data() as usize;
             let result = match completion.result() {
                 result if result < 0 => Err(io::Error::from_raw_os_error(-result)),
@@ -327,12 +356,7 @@ impl Queues {
             self.in_flight -= 1;
             let (job, _) = self.jobs.get_mut(index);
             job.ended(result);
-            if job.step().is_some() {
-                self.waiting.push_back(index);
-            } else {
-                let (job, done) = self.jobs.remove(index);
-                self.finished.push((done, job.finish()));
-            }
+            self.go_on(index);
         }
     }
 }

@@ -4,16 +4,14 @@
 //! thread. Each operation costs two hops between threads; otherwise the semantics are those of the ring.
 
 use super::file::File;
-use super::job::{Job, Step};
+use super::job::Job;
 use super::slots::Slots;
-use super::{Done, Operation, Storage};
+use super::{Done, Operation, Storage, kernel};
 use crate::buffer::BufferPool;
-use rustix::io::Errno;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::RawFd;
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
@@ -175,38 +173,10 @@ impl Drop for Shared {
 fn serve(work: &Work, finished: &UnboundedSender<(usize, Job)>) {
     while let Some((index, mut job)) = work.next() {
         while let Some(step) = job.step() {
-            job.ended(call(job.fd(), step));
+            job.ended(kernel::call(job.fd(), step));
         }
         if finished.send((index, job)).is_err() {
             return;
         }
     }
-}
-
-/// Makes a call. Its memory belongs to the job that the step came from, which the thread owns meanwhile.
-fn call(fd: RawFd, step: Step) -> io::Result<usize> {
-    let result = match step {
-        Step::Read { offset, start, length } => {
-            // SAFETY: the job owns `length` bytes at `start`, and nobody else reads or writes them now.
-            unsafe { libc::pread64(fd, start.cast(), length, signed(offset)?) }
-        }
-        Step::Write { offset, start, length, durable } => {
-            let memory = libc::iovec { iov_base: start.cast_mut().cast(), iov_len: length };
-            let flags = if durable { libc::RWF_DSYNC } else { 0 };
-            // SAFETY: the job owns `length` bytes at `start`, which the kernel only reads.
-            unsafe { libc::pwritev2(fd, &raw const memory, 1, signed(offset)?, flags) }
-        }
-        Step::Fallocate { mode, range } => {
-            let (offset, length) = (signed(range.offset)?, signed(range.length)?);
-            // SAFETY: no memory is passed.
-            unsafe { libc::fallocate64(fd, mode, offset, length) as isize }
-        }
-        // SAFETY: no memory is passed.
-        Step::Sync => unsafe { libc::fdatasync(fd) as isize },
-    };
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
-fn signed(bytes: u64) -> io::Result<i64> {
-    i64::try_from(bytes).map_err(|_| Errno::INVAL.into())
 }
