@@ -5,9 +5,10 @@ use blockmirror_agent::config::ConfigFolder;
 use blockmirror_agent::control::ControlSocket;
 use blockmirror_agent::control::api::AgentRecord;
 use blockmirror_agent::supervisor::{Folders, Operator, Supervisor};
-use blockmirror_agent::transport::{Endpoint, HostKey, Options};
+use blockmirror_agent::transport::{Endpoint, HostKey, Limit, Options};
 use clap::Parser;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -70,8 +71,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let control = ControlSocket::claim(&run, &record)?;
     tracing::info!(listen = %endpoint.local_address(), fingerprint = %endpoint.id(), "the agent starts");
     let folders = Folders { config, state, run, devices: arguments.devices };
+    let limit = Limit::new(settings.resync_limit.and_then(|limit| NonZeroU64::new(limit.0)));
     let (supervisor, learned) =
-        Supervisor::new(folders, settings.host_name(), endpoint, settings.advertise.clone());
+        Supervisor::new(folders, settings.host_name(), endpoint, settings.advertise.clone(), limit);
     let (mut terminated, mut interrupted) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let opening = supervisor.start_volumes().await?;

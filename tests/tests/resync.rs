@@ -1,6 +1,6 @@
 //! Copying what a replica lacks, no more than that, and finding what it should not lack.
 
-use blockmirror_agent::control::api::{Comparison, Connection, Difference, VolumeState};
+use blockmirror_agent::control::api::{Comparison, Connection, Difference, PeerStatus, VolumeState};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, noise};
 use blockmirror_tests::machines::host::Host;
@@ -55,6 +55,60 @@ fn after_a_cut_hardly_more_than_the_dirty_blocks_is_sent() {
         sent
     });
     assert!(tries.any(|sent| sent * 10 <= dirty_bytes * 11), "more was sent than that, each time");
+}
+
+/// Content of which no two blocks are the same, and which says everything four times.
+fn wordy(random: &mut Random, length: u64) -> Vec<u8> {
+    noise(random, length / 4).chunks(64).flat_map(|said| said.repeat(4)).collect()
+}
+
+#[test]
+fn over_a_long_link_what_shrinks_is_packed() {
+    let mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(11);
+    let mut client = mirror.client();
+    mirror.wait_until_in_sync();
+    // No compressor is slower than what may be on its way in so long a time.
+    mirror.replica().link().delay(100);
+    for (compression, offset) in [("lz4", 0), ("zstd", 32 * MIB)] {
+        let said = mirror.primary.succeed(&["tune", "data", "b", "--compression", compression]);
+        assert!(said.contains(&format!("compression {compression}")), "{said}");
+        mirror.replica().link().cut();
+        mirror.wait_until_lost("b");
+        client.write(offset, &wordy(&mut random, 16 * MIB)).expect("a write");
+        client.flush().expect("a flush");
+        let before = mirror.replica().link().bytes_to_host();
+        mirror.replica().link().mend();
+        mirror.wait_until_in_sync();
+        client.write(offset + 16 * MIB, &wordy(&mut random, 8 * MIB)).expect("a write");
+        mirror.assert_identical();
+        let sent = mirror.replica().link().bytes_to_host() - before;
+        println!("{compression}: {sent} bytes of UDP payload for {} bytes of content", 24 * MIB);
+        assert!(sent < 16 * MIB, "{compression}: {sent} bytes were sent");
+    }
+}
+
+#[test]
+fn a_limit_holds_a_resync_back_until_it_is_lifted() {
+    let mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(12);
+    let mut client = mirror.client();
+    mirror.wait_until_in_sync();
+    mirror.primary.refuse(&["tune", "data", "b", "--resync-limit", "1K"], 5, &["at least 64K", "pause"]);
+    mirror.primary.refuse(&["tune", "data", "c", "--resync-limit", "1M"], 5, &["no peer \"c\""]);
+    mirror.primary.succeed(&["tune", "data", "b", "--resync-limit", "64K"]);
+    assert_eq!(mirror.peer("b").resync_limit_bytes, Some(64 << 10));
+    mirror.replica().link().cut();
+    mirror.wait_until_lost("b");
+    fill(&mut client, &mut random, 64 * MIB);
+    mirror.replica().link().mend();
+    let some_is_done = |peer: &PeerStatus| peer.resync.as_ref().is_some_and(|resync| resync.done_bytes > 0);
+    let peer = mirror.wait_for_peer("b", "the resync moves", some_is_done);
+    let done = peer.resync.expect("it is under way").done_bytes;
+    assert!(done < 32 * MIB, "{done} bytes in a moment, where 64K a second are allowed");
+    mirror.primary.succeed(&["tune", "data", "b", "--resync-limit", "none"]);
+    assert_eq!(mirror.peer("b").resync_limit_bytes, None);
+    mirror.assert_identical();
 }
 
 /// Fills the whole volume with noise, and flushes.

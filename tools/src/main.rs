@@ -24,6 +24,7 @@ mod recover;
 mod resolve;
 mod status;
 mod switch;
+mod tune;
 mod undo;
 mod wait;
 
@@ -64,6 +65,8 @@ enum Verb {
     Resume(pause::Arguments),
     /// Set when writes to a volume are answered while a peer is in sync
     Mode(mode::Arguments),
+    /// Set how what goes to a peer is sent: compressed or not, and how fast a resync may be
+    Tune(tune::Arguments),
     /// Make this replica the primary: when the old one is gone, or was demoted
     Promote(promote::Arguments),
     /// Make this primary a replica; nobody is the primary then
@@ -113,6 +116,7 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Pause(arguments) => pause::run(pause::Wish::Pause, arguments, &client, output).await,
         Verb::Resume(arguments) => pause::run(pause::Wish::Resume, arguments, &client, output).await,
         Verb::Mode(arguments) => mode::run(arguments, &client, output).await,
+        Verb::Tune(arguments) => tune::run(arguments, &client, output).await,
         Verb::Promote(arguments) => promote::run(arguments, &client, output).await,
         Verb::Demote(arguments) => demote::run(arguments, &client, output).await,
         Verb::Switch(arguments) => switch::run(arguments, &client, output).await,

@@ -230,6 +230,19 @@ fn mode_names_a_volume_a_peer_and_a_mode() {
 }
 
 #[test]
+fn tune_names_what_is_to_change() {
+    let agent = Agent::start(healthy());
+    let expected = "to b, data goes with compression lz4, a resync at most 40.0M a second\n";
+    let said = agent.tool(&["tune", "data", "b", "--compression", "lz4", "--resync-limit", "40M"]);
+    assert_eq!(said, good(expected));
+    agent.tool(&["tune", "data", "b", "--resync-limit", "none"]);
+    assert_eq!(agent.asked(), ["tune data b Some(Lz4) Some(41943040)", "tune data b None Some(0)"]);
+    for wrong in [&["tune", "data", "b"][..], &["tune", "data", "b", "--resync-limit", "much"]] {
+        assert_eq!(agent.tool(wrong).code, 2);
+    }
+}
+
+#[test]
 fn compare_fails_when_the_copies_differ() {
     let agent = Agent::start(healthy());
     let identical = "identical: 100G compared with b, no difference (took 1m 30s)\n";

@@ -19,7 +19,7 @@ use blockmirror_protocol::replica::SpacePolicy;
 use blockmirror_protocol::tracker::LEAST_ACTIVE_EXTENTS;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, HostId, SECTOR_BYTES, VolumeId};
-use blockmirror_protocol::wire::message;
+use blockmirror_protocol::wire::{Packing, message};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::net::SocketAddr;
@@ -31,6 +31,9 @@ pub const VOLUME_LIMIT_BYTES: u64 = EXTENT_BYTES << 32;
 
 /// How much of the live stream the agent keeps unacknowledged in memory, where the volume's file names no `window`.
 pub const DEFAULT_WINDOW: Size = Size(64 << 20);
+
+/// A resync that is held shorter than this, in bytes a second, is better paused.
+pub const LEAST_RESYNC_LIMIT: Size = Size(64 << 10);
 
 /// How long a write waits for replicas at most, where it waits, in seconds.
 pub const DEFAULT_BLOCK_SECONDS: u64 = 30;
@@ -55,6 +58,9 @@ pub struct AgentConfig {
     /// How fast this host sends to peers.
     #[serde(default)]
     pub congestion: Congestion,
+    /// How many bytes a second all resyncs from this host may copy together; all that disk and link give by default.
+    #[serde(default, deserialize_with = "resync_limit", skip_serializing_if = "Option::is_none")]
+    pub resync_limit: Option<Size>,
 }
 
 /// What decides how much may be on its way to a peer: QUIC's congestion control, by the names that it has there.
@@ -68,6 +74,41 @@ pub enum Congestion {
     NewReno,
     /// Measures the link's rate and delay: for long links that lose packets without being full.
     Bbr,
+}
+
+/// Whether what goes to a peer is compressed where the link is slower than that takes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// It never is.
+    #[default]
+    Off,
+    /// LZ4: some hundred megabytes a second, shrinks less.
+    Lz4,
+    /// Zstandard at its fastest: slower, shrinks more.
+    Zstd,
+}
+
+impl Compression {
+    /// The same for the wire.
+    #[must_use]
+    pub fn packing(self) -> Option<Packing> {
+        match self {
+            Self::Off => None,
+            Self::Lz4 => Some(Packing::Lz4),
+            Self::Zstd => Some(Packing::Zstd),
+        }
+    }
+}
+
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Off => "off",
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+        })
+    }
 }
 
 impl AgentConfig {
@@ -276,13 +317,28 @@ pub struct PeerConfig {
     /// When writes and flushes are answered while this host is the primary and that one is in sync (W4).
     #[serde(default)]
     pub mode: Mode,
+    /// Whether what goes to it is compressed where that is faster.
+    #[serde(default)]
+    pub compression: Compression,
+    /// How many bytes a second a resync of it may copy; all that disk and link give by default.
+    #[serde(default, deserialize_with = "resync_limit", skip_serializing_if = "Option::is_none")]
+    pub resync_limit: Option<Size>,
 }
 
 impl PeerConfig {
     /// A peer of which nothing else was said.
     #[must_use]
     pub fn new(name: Name, role: Role, host: HostId, addresses: Vec<Address>) -> Self {
-        Self { name, role, host, addresses, paused: false, mode: Mode::default() }
+        Self {
+            name,
+            role,
+            host,
+            addresses,
+            paused: false,
+            mode: Mode::default(),
+            compression: Compression::default(),
+            resync_limit: None,
+        }
     }
 
     /// The peer and its mode, as the machines know it.
@@ -451,6 +507,15 @@ fn window<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> 
     match Size::deserialize(deserializer)? {
         Size(..0x10_0000) => Err(serde::de::Error::custom("the window is at least 1M")),
         window => Ok(window),
+    }
+}
+
+fn resync_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Size>, D::Error> {
+    match Size::deserialize(deserializer)? {
+        limit if limit < LEAST_RESYNC_LIMIT => {
+            Err(serde::de::Error::custom("the limit of a resync is at least 64K a second"))
+        }
+        limit => Ok(Some(limit)),
     }
 }
 

@@ -29,6 +29,8 @@ host = "0707070707070707070707070707070707070707070707070707070707070707"
 addresses = ["192.0.2.2:7447", "b.example.org:7447"]
 paused = false
 mode = "semi-sync"
+compression = "zstd"
+resync_limit = "100M"
 "#;
 
 fn example() -> VolumeConfig {
@@ -55,6 +57,8 @@ fn example() -> VolumeConfig {
             addresses: vec!["192.0.2.2:7447".parse().unwrap(), "b.example.org:7447".parse().unwrap()],
             paused: false,
             mode: Mode::SemiSync,
+            compression: Compression::Zstd,
+            resync_limit: Some(Size(100 << 20)),
         }],
     }
 }

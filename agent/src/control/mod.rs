@@ -13,7 +13,7 @@ use crate::config::Name;
 use api::{
     AgentRecord, Comparison, CreateRequest, Demotion, Failure, Forgetting, Invitation, InviteRequest,
     JoinRequest, ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest,
-    StatusReply, Switch, SwitchRequest, Undoing,
+    StatusReply, Switch, SwitchRequest, TuneRequest, Undoing,
 };
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -72,6 +72,14 @@ pub trait Operations: Send + Sync + 'static {
         volume: Name,
         peer: Name,
         request: ModeRequest,
+    ) -> impl Future<Output = Result<PeerStatus, Failure>> + Send;
+
+    /// Sets how what goes to a peer is sent.
+    fn tune(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: TuneRequest,
     ) -> impl Future<Output = Result<PeerStatus, Failure>> + Send;
 
     /// Makes this host the primary.

@@ -35,6 +35,7 @@ pub(super) fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/volumes/{volume}/peers/{peer}/resume", post(resume::<O>))
         .route("/v1/volumes/{volume}/peers/{peer}/compare", post(compare::<O>))
         .route("/v1/volumes/{volume}/peers/{peer}/mode", post(set_mode::<O>))
+        .route("/v1/volumes/{volume}/peers/{peer}/tune", post(tune::<O>))
         .route("/v1/volumes/{volume}/promote", post(promote::<O>))
         .route("/v1/volumes/{volume}/demote", post(demote::<O>))
         .route("/v1/volumes/{volume}/switch", post(switch::<O>))
@@ -113,6 +114,13 @@ async fn compare<O: Operations>(State(operations): State<Arc<O>>, pair: Pair) ->
 async fn set_mode<O: Operations>(State(operations): State<Arc<O>>, pair: Pair, body: Body) -> Response {
     match names(pair).and_then(|names| Ok((names, parse(body)?))) {
         Ok(((volume, peer), request)) => answer(operations.set_mode(volume, peer, request).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn tune<O: Operations>(State(operations): State<Arc<O>>, pair: Pair, body: Body) -> Response {
+    match names(pair).and_then(|names| Ok((names, parse(body)?))) {
+        Ok(((volume, peer), request)) => answer(operations.tune(volume, peer, request).await),
         Err(failure) => answer::<()>(Err(failure)),
     }
 }

@@ -58,6 +58,10 @@ impl Operations for Fake {
         Err(Failure::no_such_peer(&volume, &peer))
     }
 
+    async fn tune(&self, volume: Name, peer: Name, _: TuneRequest) -> Result<PeerStatus, Failure> {
+        Err(Failure::no_such_peer(&volume, &peer))
+    }
+
     async fn promote(&self, volume: Name, request: PromoteRequest) -> Result<Promotion, Failure> {
         Err(Failure::new(FailureKind::Refused, format!("{volume} has a primary; force: {}", request.force)))
     }
@@ -184,6 +188,7 @@ async fn requests_are_checked_before_they_reach_an_operation() {
             ("POST", "/v1/volumes/data/peers/b/resume", "", 409, "refused"),
             ("POST", "/v1/volumes/data/peers/b/compare", "", 409, "refused"),
             ("POST", "/v1/volumes/data/peers/b/mode", r#"{"mode":"sync"}"#, 409, "refused"),
+            ("POST", "/v1/volumes/data/peers/b/tune", r#"{"compression":"lz4"}"#, 409, "no peer"),
             ("POST", "/v1/volumes/data/peers/b/mode", r#"{"mode":"often"}"#, 400, "unknown variant"),
             ("POST", "/v1/volumes/data/promote", r#"{"force":true}"#, 409, "force: true"),
             ("POST", "/v1/volumes/data/promote", "", 400, "usage"),

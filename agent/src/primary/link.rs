@@ -5,10 +5,9 @@
 //! queues are dropped, the tracker puts what was not acknowledged into the map, and the task backs off and dials anew.
 
 use super::Primary;
-use crate::config::{Mode, Name, PeerConfig};
-use crate::transport::Connection;
-use crate::transport::FrameSender;
-use crate::transport::Peers;
+use crate::config::{Compression, Mode, Name, PeerConfig};
+use crate::transport::packing::{Frame, Packer};
+use crate::transport::{Connection, FrameSender, Limit, Peers};
 use blockmirror_protocol::session::PeerError;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Fence, Member, Message, Refusal};
@@ -27,8 +26,8 @@ const STABLE: Duration = Duration::from_secs(10);
 /// How many frames are handed to the transport at once.
 const BATCH: usize = 64;
 
-/// A frame in bytes.
-type Frame = ([u8; HEADER_BYTES], Bytes);
+/// So much payload is packed on another thread, in bytes: the volume's has better things to do meanwhile.
+const PACKED_ELSEWHERE_BYTES: usize = 32 << 10;
 
 /// What the tracker wants sent.
 pub(super) enum Queued {
@@ -82,6 +81,7 @@ pub struct Peer {
     changed: Notify,
     stopped: Cell<bool>,
     mode: Cell<Mode>,
+    compression: Cell<Compression>,
     /// The session is to begin anew.
     restart: Cell<bool>,
     superseded: Box<dyn Fn(Fence)>,
@@ -137,6 +137,7 @@ impl Peer {
             changed: Notify::new(),
             stopped: Cell::new(false),
             mode: Cell::new(config.mode),
+            compression: Cell::new(config.compression),
             restart: Cell::new(false),
             superseded: Box::new(superseded),
         })
@@ -160,6 +161,7 @@ impl Peer {
         if self.mode.replace(config.mode) != config.mode {
             self.restart.set(true);
         }
+        self.compression.set(config.compression);
         self.state.borrow_mut().paused = config.paused;
         self.changed.notify_one();
     }
@@ -259,13 +261,68 @@ impl Peer {
             Ok(())
         };
         let preamble = |kind| StreamPreamble { volume, session, kind };
+        let no_limit = Limit::default();
+        let live = self.send_frames(&connection, preamble(StreamKind::Live), &mut sources.live, &no_limit);
+        let limit = peers.resync_limit();
+        let bulk = self.send_frames(&connection, preamble(StreamKind::Bulk), &mut sources.bulk, limit);
         let ended: Result<(), LinkError> = tokio::select! {
             ended = receive => ended,
             ended = send_messages => ended,
-            ended = send_frames(&connection, preamble(StreamKind::Live), &mut sources.live) => ended,
-            ended = send_frames(&connection, preamble(StreamKind::Bulk), &mut sources.bulk) => ended,
+            ended = live => ended,
+            ended = bulk => ended,
         };
         ended
+    }
+
+    /// Sends the frames of one queue, many at a time, until the queue or the connection ends.
+    async fn send_frames(
+        &self,
+        connection: &Connection,
+        preamble: StreamPreamble,
+        source: &mut UnboundedReceiver<Frame>,
+        limit: &Limit,
+    ) -> Result<(), LinkError> {
+        let mut frames = Vec::with_capacity(BATCH);
+        let mut stream: Option<FrameSender> = None;
+        let mut packer = None;
+        while source.recv_many(&mut frames, BATCH).await > 0 {
+            limit.wait_for(payload_bytes(&frames) as u64).await;
+            self.pack(&mut frames, connection, &mut packer).await;
+            let sender = match &mut stream {
+                Some(sender) => sender,
+                none => none.insert(connection.open_frames(&preamble).await?),
+            };
+            for (header, payload) in frames.drain(..) {
+                sender.queue(&header, payload);
+            }
+            sender.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Packs what is about to be sent, if the operator wants that and the link is slow enough.
+    async fn pack(&self, frames: &mut Vec<Frame>, connection: &Connection, packer: &mut Option<Packer>) {
+        let Some(packing) = self.compression.get().packing() else {
+            *packer = None;
+            return;
+        };
+        let mut ours =
+            packer.take().filter(|ours| ours.packing() == packing).unwrap_or_else(|| Packer::new(packing));
+        let bytes = payload_bytes(frames);
+        if bytes > 0 && ours.wants(bytes, connection.speed()) {
+            if bytes < PACKED_ELSEWHERE_BYTES {
+                ours.pack(frames);
+            } else {
+                let mut sent = std::mem::take(frames);
+                let packed = tokio::task::spawn_blocking(move || {
+                    ours.pack(&mut sent);
+                    (ours, sent)
+                });
+                (ours, *frames) =
+                    packed.await.expect("packing does not panic, and the runtime outlives its tasks");
+            }
+        }
+        *packer = Some(ours);
     }
 }
 
@@ -273,23 +330,6 @@ fn addresses_of(config: &PeerConfig) -> Vec<String> {
     config.addresses.iter().map(|address| address.as_str().to_owned()).collect()
 }
 
-/// Sends the frames of one queue, many at a time, until the queue or the connection ends.
-async fn send_frames(
-    connection: &Connection,
-    preamble: StreamPreamble,
-    source: &mut UnboundedReceiver<Frame>,
-) -> Result<(), LinkError> {
-    let mut frames = Vec::with_capacity(BATCH);
-    let mut stream: Option<FrameSender> = None;
-    while source.recv_many(&mut frames, BATCH).await > 0 {
-        let sender = match &mut stream {
-            Some(sender) => sender,
-            none => none.insert(connection.open_frames(&preamble).await?),
-        };
-        for (header, payload) in frames.drain(..) {
-            sender.queue(&header, payload);
-        }
-        sender.flush().await?;
-    }
-    Ok(())
+fn payload_bytes(frames: &[Frame]) -> usize {
+    frames.iter().map(|(_, payload)| payload.len()).sum()
 }

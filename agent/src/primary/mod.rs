@@ -31,6 +31,7 @@ pub use link::{LinkState, Peer, Split};
 pub(crate) use requests::allocation;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
 use tokio::sync::{Notify, oneshot};
@@ -224,6 +225,11 @@ impl Primary {
     /// The operator chose other modes, or what happens while a replica is lost.
     pub fn configure(&self, modes: &[(HostId, Mode)], loss: ReplicaLoss) {
         self.drive(|inner, now| inner.tracker.configure(modes, loss, now));
+    }
+
+    /// How many bytes a second a resync of a replica may copy at most.
+    pub fn limit_resync(&self, peer: HostId, limit: Option<NonZeroU64>) {
+        self.drive(|inner, now| inner.tracker.limit_resync(peer, limit, now));
     }
 
     /// Compares the volume with a replica. Nothing when the replica is not in sync, or falls out of it meanwhile.

@@ -11,7 +11,7 @@ mod operations;
 
 use crate::config::{Address, ConfigFolder, Mistake, Mode, Name, PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
-use crate::transport::{Endpoint, Peers};
+use crate::transport::{Endpoint, Limit, Peers};
 use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
 use crate::words::with_causes;
 use blockmirror_protocol::units::{HostId, VolumeId};
@@ -75,12 +75,13 @@ impl Supervisor {
         name: Name,
         endpoint: Endpoint,
         advertised: Vec<Address>,
+        resync_limit: Limit,
     ) -> (Arc<Self>, UnboundedReceiver<News>) {
         let (learned, source) = unbounded_channel();
         let supervisor = Arc::new(Self {
             folders,
             name,
-            peers: Peers::new(endpoint.clone()),
+            peers: Peers::new(endpoint.clone(), resync_limit),
             endpoint,
             advertised,
             volumes: Mutex::default(),

@@ -1,15 +1,16 @@
 //! What the operator asks for, one answer each.
 
 use super::{Supervisor, failed, refused};
-use crate::config::{Mode, Name, Role, VolumeConfig};
+use crate::config::{LEAST_RESYNC_LIMIT, Mode, Name, Role, VolumeConfig};
 use crate::control::Operations;
 use crate::control::api::{
     COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference, FORGETTING_SCHEMA,
     Failure, FailureKind, Forgetting, HostStatus, Invitation, InviteRequest, JoinRequest, ModeRequest,
     PEERS_SCHEMA, PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest, Promotion, RESOLUTION_SCHEMA,
     Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply, Switch, SwitchRequest,
-    UNDOING_SCHEMA, Undoing, VolumeStatus,
+    TuneRequest, UNDOING_SCHEMA, Undoing, VolumeStatus,
 };
+use crate::quantity::Size;
 use crate::verdict;
 use crate::volume::{Answer, Ask};
 use blockmirror_protocol::session::CompareResult;
@@ -142,6 +143,26 @@ impl Operations for Operator {
             return Err(refused(shortfall.to_string()));
         }
         self.0.change_config(&volume, |config| set_mode(config, host, request.mode)).await?;
+        self.0.peer_status(volume, peer).await
+    }
+
+    async fn tune(&self, volume: Name, peer: Name, request: TuneRequest) -> Result<PeerStatus, Failure> {
+        let limit = request.resync_limit_bytes.map(Size);
+        if limit.is_some_and(|limit| limit.0 > 0 && limit < LEAST_RESYNC_LIMIT) {
+            return Err(refused(
+                "the limit of a resync is at least 64K a second; to stop it: pause".to_owned(),
+            ));
+        }
+        let host = self.0.peer_of(&volume, &peer).await?.host;
+        self.0
+            .change_config(&volume, |config| {
+                for peer in config.peers.iter_mut().filter(|peer| peer.host == host) {
+                    peer.compression = request.compression.unwrap_or(peer.compression);
+                    peer.resync_limit =
+                        limit.map_or(peer.resync_limit, |limit| (limit.0 > 0).then_some(limit));
+                }
+            })
+            .await?;
         self.0.peer_status(volume, peer).await
     }
 

@@ -90,6 +90,14 @@ impl Connection {
         self.quic.close_reason().is_none()
     }
 
+    /// How fast the link is, in bytes a second, as congestion control sees it: what may be on its way in the time of a
+    /// round trip. Less than the link could carry where it was never full.
+    #[must_use]
+    pub fn speed(&self) -> f64 {
+        let path = self.quic.stats().path;
+        path.cwnd as f64 / path.rtt.as_secs_f64().max(1e-6)
+    }
+
     /// Waits until the connection is lost or closed.
     pub async fn closed(&self) -> Lost {
         self.lost(self.quic.closed().await)

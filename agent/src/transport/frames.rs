@@ -2,9 +2,10 @@
 //!
 //! A sender hands the caller's own memory to the connection, which keeps it until the peer has acknowledged it. A
 //! receiver copies each payload once, from the packets into an aligned buffer that can go to the disk as it is, and
-//! checks the frame's checksum over that very memory (P4).
+//! checks the frame's checksum over that very memory (P4). A packed payload is unpacked in between.
 
 use super::error::{Misbehaviour, ReceiveError, SendError};
+use super::packing::Unpacker;
 use super::stream::{Inbound, Outbound};
 use crate::buffer::{Buffer, BufferPool};
 use blockmirror_protocol::units::HostId;
@@ -27,12 +28,14 @@ pub struct FrameReceiver {
     head: [u8; HEADER_BYTES],
     head_filled: usize,
     payload: Option<Payload>,
+    unpacker: Unpacker,
 }
 
 /// A frame whose header is there and whose payload is on its way.
 #[derive(Debug)]
 struct Payload {
     frame: UncheckedFrame,
+    /// As it is sent: packed, or not.
     buffer: Buffer,
     filled: usize,
 }
@@ -98,7 +101,7 @@ impl Drop for FrameSender {
 
 impl FrameReceiver {
     pub(super) fn new(stream: Inbound) -> Self {
-        Self { stream, head: [0; HEADER_BYTES], head_filled: 0, payload: None }
+        Self { stream, head: [0; HEADER_BYTES], head_filled: 0, payload: None, unpacker: Unpacker::default() }
     }
 
     /// The host that sends.
@@ -150,8 +153,13 @@ impl FrameReceiver {
         if payload.filled < payload.buffer.len() {
             return Ok(None);
         }
-        let Payload { frame, buffer, .. } = self.payload.take().expect("a payload was begun");
+        let Payload { frame, mut buffer, .. } = self.payload.take().expect("a payload was begun");
         self.head_filled = 0;
+        if let Some((packing, _)) = frame.packed() {
+            let packed = std::mem::replace(&mut buffer, pool.take(frame.payload_bytes()));
+            let unpacked = self.unpacker.unpack(&frame, packing, &packed, &mut buffer);
+            unpacked.map_err(|error| self.misbehaved(error))?;
+        }
         let header = frame.check(&buffer).map_err(|error| self.misbehaved(error))?;
         Ok(Some((header, if buffer.is_empty() { Bytes::new() } else { buffer.freeze() })))
     }
@@ -163,7 +171,7 @@ impl FrameReceiver {
             return Ok(false);
         }
         let frame = FrameHeader::decode(&self.head).map_err(|error| self.misbehaved(error))?;
-        let buffer = pool.take(frame.payload_bytes());
+        let buffer = pool.take(frame.packed().map_or(frame.payload_bytes(), |(_, bytes)| bytes));
         self.payload = Some(Payload { frame, buffer, filled: 0 });
         Ok(true)
     }

@@ -3,6 +3,7 @@
 use super::connection::{CloseReason, Connection};
 use super::dial::ConnectError;
 use super::endpoint::Endpoint;
+use super::limit::Limit;
 use blockmirror_protocol::units::HostId;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,13 +17,20 @@ type Outcome = Option<Result<Connection, Arc<ConnectError>>>;
 pub struct Peers {
     endpoint: Endpoint,
     dials: Arc<Mutex<HashMap<HostId, watch::Receiver<Outcome>>>>,
+    resync_limit: Limit,
 }
 
 impl Peers {
-    /// Connections that are dialled from this endpoint.
+    /// Connections that are dialled from this endpoint, and how fast resyncs may be over all of them.
     #[must_use]
-    pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, dials: Arc::default() }
+    pub fn new(endpoint: Endpoint, resync_limit: Limit) -> Self {
+        Self { endpoint, dials: Arc::default(), resync_limit }
+    }
+
+    /// How fast all resyncs together may be.
+    #[must_use]
+    pub fn resync_limit(&self) -> &Limit {
+        &self.resync_limit
     }
 
     /// The live connection to a host, or a new one. Callers that ask while a dial is under way share its outcome; it

@@ -1,7 +1,7 @@
 //! Facts and the words for them.
 
 use super::*;
-use crate::config::{DeviceKind, Mode};
+use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::{
     Blocked, DeviceStatus, FailureKind, HostStatus, Rollback, STATUS_SCHEMA, Stake, StatusReply, Succession,
 };
@@ -17,6 +17,8 @@ fn peer(name: &str, role: Role) -> PeerStatus {
         connection_seconds: Some(180),
         error: None,
         mode: Mode::Async,
+        compression: Compression::Lz4,
+        resync_limit_bytes: Some(120 << 20),
         state: Some(PeerState::InSync),
         data: Some(CopyState::Consistent),
         out_of_sync_bytes: Some(0),

@@ -38,6 +38,7 @@ pub use promotion::Promoted;
 pub use resolution::Resolved;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Mutex;
@@ -237,10 +238,17 @@ impl Volume {
     }
 
     fn link(&self, primary: &Rc<Primary>, peer: &PeerConfig) -> Rc<Peer> {
+        primary.limit_resync(peer.host, self.resync_limit(peer));
         let events = self.events.clone();
         let link = Peer::new(peer, move |fence| drop(events.send(Event::Superseded(fence))));
         spawn_local(link.clone().keep_linked(primary.clone(), self.surroundings.peers.clone()));
         link
+    }
+
+    /// How fast a resync of a peer may be: no faster than all together.
+    fn resync_limit(&self, peer: &PeerConfig) -> Option<NonZeroU64> {
+        let own = peer.resync_limit.and_then(|limit| NonZeroU64::new(limit.0));
+        own.into_iter().chain(self.surroundings.peers.resync_limit().rate_bytes()).min()
     }
 
     /// Tells all links who the volume's hosts are.
@@ -366,6 +374,7 @@ impl Volume {
                 for peer in &config.peers {
                     if let Some(link) = links.get(&peer.host) {
                         link.configure(peer);
+                        primary.limit_resync(peer.host, self.resync_limit(peer));
                     }
                 }
             }

@@ -7,6 +7,7 @@ use crate::ranges::ByteRange;
 use crate::units::{Epoch, GenerationId, Position, Sequence, Time};
 use crate::wire::message::{Agreed, Commit, Mode, Release};
 use crate::wire::{Body, FrameHeader};
+use std::num::NonZeroU64;
 
 impl Session {
     /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
@@ -120,6 +121,14 @@ impl Session {
     /// The operator chose another mode: replies go by it from now on, and the replica hears of it with the next session.
     pub(crate) fn set_mode(&mut self, mode: Mode) {
         self.mode = mode;
+    }
+
+    /// The operator chose how many bytes a second a resync may copy at most.
+    pub(crate) fn set_resync_limit(&mut self, limit: Option<NonZeroU64>) {
+        self.resync_limit = limit;
+        if let State::Linked(link) = &mut self.state {
+            link.resync.set_limit(limit);
+        }
     }
 
     /// Whether an in-sync replica has received every write up to this one.

@@ -184,7 +184,7 @@ impl Session {
             window: Window::default(),
             streamed: None,
             spilled: false,
-            resync: Resync::new(self.block_size, self.size_bytes, self.next_read, now),
+            resync: Resync::new(self.block_size, self.size_bytes, self.next_read, self.resync_limit, now),
             phase,
             verify: None,
             durable: Epoch(0),

@@ -53,6 +53,7 @@ pub use handshake::{Handled, Identity, PeerError};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::time::Duration;
 pub(crate) use stream::FRAME_COST_BYTES;
@@ -138,6 +139,8 @@ pub struct Session {
     may_have_newest: bool,
     /// What the next link's first read will be named.
     next_read: CopyRead,
+    /// How many bytes a second a resync may copy at most.
+    resync_limit: Option<NonZeroU64>,
     /// The number of the next compare's first step.
     next_step: u64,
     since: Time,
@@ -282,6 +285,7 @@ impl Session {
             left: false,
             may_have_newest: true,
             next_read: CopyRead(0),
+            resync_limit: None,
             next_step: 0,
             since: Time::default(),
             actions: VecDeque::new(),

@@ -14,7 +14,7 @@
 //! was (R5).
 
 use super::doubt::{Choice, Doubt};
-use super::pace::{BUSY_COPY_BYTES, Pace};
+use super::pace::Pace;
 use super::{Action, PeerError};
 use crate::dirty_map::DirtyMap;
 use crate::order::Order;
@@ -23,6 +23,7 @@ use crate::ranges::ByteRange;
 use crate::units::{BlockSize, Time};
 use crate::wire::ZERO_LIMIT_BYTES;
 use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -81,6 +82,8 @@ pub(super) struct Resync {
     under_way: BTreeMap<u64, u64>,
     under_way_bytes: u64,
     blocked_until: Option<Time>,
+    /// Until when the operator's limit holds back a copy for which there is room.
+    paced_until: Option<Time>,
     doubt: Doubt,
     /// How many bytes the next copy covers at most: more than one may read where there were only zeroes before, since a
     /// hole of any size is found with one question, and told in one frame.
@@ -114,7 +117,13 @@ enum Step {
 
 impl Resync {
     /// Nothing under way.
-    pub(super) fn new(block_size: BlockSize, size_bytes: u64, first_read: CopyRead, now: Time) -> Self {
+    pub(super) fn new(
+        block_size: BlockSize,
+        size_bytes: u64,
+        first_read: CopyRead,
+        limit: Option<NonZeroU64>,
+        now: Time,
+    ) -> Self {
         Self {
             block_size,
             size_bytes,
@@ -129,7 +138,8 @@ impl Resync {
             doubt: Doubt::default(),
             copied_bytes: COPY_BYTES,
             compared_bytes: COMPARED_BYTES,
-            pace: Pace::new(now),
+            pace: Pace::new(now, limit),
+            paced_until: None,
         }
     }
 
@@ -150,15 +160,19 @@ impl Resync {
         if self.blocked_until.is_some_and(|until| now < until) {
             return None;
         }
-        self.blocked_until = None;
+        (self.blocked_until, self.paced_until) = (None, None);
         if self.under_way_bytes >= budget || count >= COPIES {
+            return None;
+        }
+        self.paced_until = self.pace.waits_until(now);
+        if self.paced_until.is_some() {
             return None;
         }
         let found =
             self.find(map, order, self.cursor, u64::MAX).or_else(|| self.find(map, order, 0, self.cursor))?;
         let in_holes = self.copied_bytes > COPY_BYTES;
-        let limit = (BUSY_COPY_BYTES / self.block_size.bytes()).max(1);
-        let end = if application_is_active && !in_holes { found.start + limit } else { found.end };
+        let limit = (self.pace.copy_bytes(application_is_active) / self.block_size.bytes()).max(1);
+        let end = if in_holes { found.end } else { found.start + limit };
         let (blocks, step) = self.choose(found.start..found.end.min(end), certain)?;
         self.cursor = blocks.end;
         self.under_way.insert(blocks.start, blocks.end);
@@ -273,7 +287,11 @@ impl Resync {
                 return None;
             }
             CopyContent::Zero => self.copied_bytes = (self.copied_bytes * 2).min(ZERO_LIMIT_BYTES),
-            CopyContent::Data | CopyContent::Digest(_) => self.copied_bytes = COPY_BYTES,
+            CopyContent::Data => {
+                self.copied_bytes = COPY_BYTES;
+                self.pace.spend(range.length, now);
+            }
+            CopyContent::Digest(_) => self.copied_bytes = COPY_BYTES,
         }
         self.sent.push_back(copy);
         Some((self.first_number + self.sent.len() as u64 - 1, range))
@@ -360,9 +378,14 @@ impl Resync {
         self.reading.is_empty() && self.sent.is_empty()
     }
 
-    /// When to try again after a failed read.
+    /// When to try again after a failed read, or when the operator's limit allows it.
     pub(super) fn timeout(&self) -> Option<Time> {
-        self.blocked_until
+        self.blocked_until.or(self.paced_until)
+    }
+
+    /// The operator wants so many bytes a second at most.
+    pub(super) fn set_limit(&mut self, limit: Option<NonZeroU64>) {
+        self.pace.set_limit(limit);
     }
 
     /// Whether the last read failed.
@@ -428,7 +451,7 @@ mod tests {
             let size = BlockSize::default();
             let map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), blocks * size.bytes(), size);
             let certain = map.of_single_bits().clean(Base::default());
-            let resync = Resync::new(size, blocks * size.bytes(), CopyRead(0), Time::default());
+            let resync = Resync::new(size, blocks * size.bytes(), CopyRead(0), None, Time::default());
             Self { resync, map, certain }
         }
 
@@ -569,5 +592,28 @@ mod tests {
         let mut harness = Harness::new();
         let (unanswered, _) = harness.ask();
         assert!(harness.durable(unanswered).is_err(), "it has not answered that");
+    }
+
+    #[test]
+    fn a_limit_holds_copies_back_and_says_until_when() {
+        let mut harness = Harness::new();
+        harness.certain.mark(0..BLOCKS);
+        harness.resync.set_limit(NonZeroU64::new(1 << 20));
+        let picked = harness.picks();
+        let bytes: u64 = picked.iter().map(|(_, range, _)| range.length).sum();
+        assert_eq!(
+            (bytes, picked[0].1.length),
+            (512 << 10, 128 << 10),
+            "half a second's worth, in small copies"
+        );
+        let numbers: Vec<u64> =
+            picked.iter().map(|(read, _, _)| harness.read(*read, CopyContent::Data)).collect();
+        let last = *numbers.last().expect("something was sent");
+        harness.resync.durable(last, &mut harness.map, &mut harness.certain, Time::default()).unwrap();
+        assert_eq!(harness.picks(), [], "its share of the time is not over");
+        let until = Time::default().after(Duration::from_millis(500));
+        assert_eq!(harness.resync.timeout(), Some(until));
+        harness.resync.set_limit(None);
+        assert_eq!(harness.picks().len(), 4, "all that is left, in copies of a mebibyte");
     }
 }

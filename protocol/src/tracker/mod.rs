@@ -56,6 +56,7 @@ use patience::Waiting;
 use pieces::{Piece, Request};
 use replies::{Owed, ReplicaLoss};
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 /// How long writes may stay in an open epoch, unsynced here and unacknowledged there, at most.
@@ -399,6 +400,14 @@ impl Tracker {
             if let Some(session) = self.sessions.get_mut(peer) {
                 session.set_mode(*mode);
             }
+        }
+        self.drive(now);
+    }
+
+    /// The operator chose how many bytes a second a resync of a replica may copy at most.
+    pub fn limit_resync(&mut self, peer: HostId, limit: Option<NonZeroU64>, now: Time) {
+        if let Some(session) = self.sessions.get_mut(&peer) {
+            session.set_resync_limit(limit);
         }
         self.drive(now);
     }

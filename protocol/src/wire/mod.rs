@@ -9,14 +9,17 @@
 //!
 //! | version | since | why |
 //! |---|---|---|
+//! | 5 | 0.5 | payloads may be packed |
 //! | 4 | 0.4 | hosts say when their generations began; holes are copied in ranges of up to 64 MiB |
 //! | 3 | 0.3 | digests of doubtful blocks are compared before they are copied |
 //! | 2 | 0.2 | modes, generations that begin within a session, fences, promotion; ends of epochs that were cut short |
 //! | 1 | first release | |
 
 pub mod message;
+pub mod packing;
 pub mod preamble;
 
+pub use packing::Packing;
 pub use preamble::{StreamKind, StreamPreamble};
 
 use crate::ranges::ByteRange;
@@ -28,7 +31,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const ALPN: &[u8] = b"blockmirror/1";
 
 /// The oldest and the newest version of frames and messages that this code speaks.
-pub const VERSIONS: (u16, u16) = (4, 4);
+pub const VERSIONS: (u16, u16) = (5, 5);
 
 /// No frame carries more payload than this, in bytes. A receiver may offer less.
 pub const PAYLOAD_LIMIT_BYTES: u32 = 1 << 20;
@@ -50,8 +53,10 @@ const FLAG_CUT: u8 = 2;
 ///  8 session (8)     16 stream (4)           20 payload bytes (4)
 /// 24 offset (8)      32 length (8)
 /// 40 epoch (8)       48 number (8)
-/// 56 zero (4)        60 CRC-32 of bytes 0..60 and the payload (4)
+/// 56 packing (4)     60 CRC-32 of bytes 0..56, four zeroes, and the payload as it was before it was packed (4)
 /// ```
+///
+/// "Payload bytes" are those before packing, too. See [`packing`] for what follows the header where there is one.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
 #[repr(C)]
 struct RawHeader {
@@ -66,7 +71,7 @@ struct RawHeader {
     length: U64,
     epoch: U64,
     number: U64,
-    zero_too: U32,
+    packing: U32,
     crc: U32,
 }
 
@@ -166,6 +171,7 @@ pub struct FrameHeader {
 pub struct UncheckedFrame {
     header: FrameHeader,
     payload_bytes: u32,
+    packed: Option<(Packing, u32)>,
     crc_so_far: u32,
     crc: u32,
 }
@@ -191,6 +197,20 @@ pub enum FrameError {
         /// The range's bytes.
         length: u64,
         /// The payload's bytes.
+        payload: u32,
+    },
+    /// The payload is packed in a way that no sender of this version would.
+    #[error("the peer sent a frame whose packing is {word:08x}, for {payload} bytes of payload")]
+    BadPacking {
+        /// What the header says of the packing.
+        word: u32,
+        /// The payload's bytes, before it was packed.
+        payload: u32,
+    },
+    /// What came does not unpack to what the header promised.
+    #[error("the peer sent a packed payload that does not unpack to {payload} bytes")]
+    NotUnpacked {
+        /// The payload's bytes, before it was packed.
         payload: u32,
     },
     /// The checksum differs (P4).
@@ -292,11 +312,12 @@ impl FrameHeader {
             length: U64::new(fields.range.length),
             epoch: U64::new(fields.epoch),
             number: U64::new(fields.number),
-            zero_too: U32::ZERO,
+            packing: U32::ZERO,
             crc: U32::ZERO,
         };
         assert!(range_is_sound(&raw), "a frame's range is within its limits: {:?}", self.body);
         let mut crc = crc32fast::Hasher::new();
+        // The packing is zero so far.
         crc.update(&raw.as_bytes()[..60]);
         crc.update(payload);
         raw.crc = U32::new(crc.finalize());
@@ -336,14 +357,17 @@ impl FrameHeader {
             10 => Body::CopyDigest { range, number },
             kind => return Err(FrameError::UnknownKind(kind)),
         };
+        let mut covered = *bytes;
+        covered[packing::PLACE].fill(0);
         Ok(UncheckedFrame {
+            packed: packing::decode(raw.packing.get(), raw.payload_bytes.get())?,
             header: FrameHeader {
                 session: Session(raw.session.get()),
                 stream: Stream(raw.stream.get()),
                 body,
             },
             payload_bytes: raw.payload_bytes.get(),
-            crc_so_far: crc32fast::hash(&bytes[..60]),
+            crc_so_far: crc32fast::hash(&covered[..60]),
             crc: raw.crc.get(),
         })
     }
@@ -377,13 +401,25 @@ fn range_is_sound(raw: &RawHeader) -> bool {
 }
 
 impl UncheckedFrame {
-    /// How many bytes of payload follow the header; never more than [`PAYLOAD_LIMIT_BYTES`].
+    /// How many bytes the payload has, once it is unpacked; never more than [`PAYLOAD_LIMIT_BYTES`].
     #[must_use]
     pub fn payload_bytes(&self) -> usize {
         self.payload_bytes as usize
     }
 
-    /// The header, now that header and payload are known to be what the sender's buffer held (P4).
+    /// How the payload is packed, if it is, and how many bytes follow the header then: fewer than the payload has.
+    #[must_use]
+    pub fn packed(&self) -> Option<(Packing, usize)> {
+        self.packed.map(|(packing, bytes)| (packing, bytes as usize))
+    }
+
+    /// What to say of a payload that can't be unpacked.
+    #[must_use]
+    pub fn not_unpacked(&self) -> FrameError {
+        FrameError::NotUnpacked { payload: self.payload_bytes }
+    }
+
+    /// The header, now that header and unpacked payload are known to be what the sender's buffer held (P4).
     ///
     /// # Errors
     /// [`FrameError::Damaged`] when the checksum differs.

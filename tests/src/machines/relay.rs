@@ -1,4 +1,4 @@
-//! The link to a host: a relay of UDP datagrams that can be cut, and that counts what it forwards.
+//! The link to a host: a relay of UDP datagrams that can be cut or made longer, and that counts what it forwards.
 //!
 //! A host advertises its relay's address instead of its own, so all who dial it come through here. Each of them gets a
 //! socket of its own towards the host, as behind an address translator. A cut relay drops everything in both
@@ -9,9 +9,10 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often the threads look whether they are to end.
 const LOOK: Duration = Duration::from_millis(50);
@@ -32,6 +33,15 @@ struct Shared {
     is_over: AtomicBool,
     bytes_to_host: AtomicU64,
     bytes_from_host: AtomicU64,
+    delay_milliseconds: AtomicU64,
+}
+
+/// A datagram on its way to the host.
+struct Delayed {
+    due: Instant,
+    datagram: Vec<u8>,
+    from: Arc<UdpSocket>,
+    target: SocketAddr,
 }
 
 impl Relay {
@@ -74,6 +84,11 @@ impl Relay {
         self.shared.is_cut.store(false, Ordering::Relaxed);
     }
 
+    /// Makes the way to the host so much longer from now on.
+    pub fn delay(&self, milliseconds: u64) {
+        self.shared.delay_milliseconds.store(milliseconds, Ordering::Relaxed);
+    }
+
     /// How many bytes of UDP payload went to the host so far.
     #[must_use]
     pub fn bytes_to_host(&self) -> u64 {
@@ -110,6 +125,9 @@ fn forward(front: &Arc<UdpSocket>, shared: &Arc<Shared>) {
     let mut clients: HashMap<(SocketAddr, SocketAddr), Arc<UdpSocket>> = HashMap::new();
     let mut threads = Vec::new();
     let mut datagram = vec![0; 1 << 16];
+    let (way, delayed) = channel();
+    let for_thread = shared.clone();
+    threads.push(std::thread::spawn(move || deliver(&delayed, &for_thread)));
     while let Some(received) = receive(front, shared, &mut datagram) {
         let target = *shared.target.lock().expect("no holder panics");
         let (Some((length, client)), Some(target)) = (received, target) else { continue };
@@ -119,12 +137,33 @@ fn forward(front: &Arc<UdpSocket>, shared: &Arc<Shared>) {
             threads.push(std::thread::spawn(move || return_to(client, &front, &own, &shared)));
             back
         });
-        // What the host does not take is lost, as on any link.
-        if back.send_to(&datagram[..length], target).is_ok() {
-            shared.bytes_to_host.fetch_add(length as u64, Ordering::Relaxed);
+        let delay = Duration::from_millis(shared.delay_milliseconds.load(Ordering::Relaxed));
+        if delay.is_zero() {
+            hand_over(back, &datagram[..length], target, shared);
+        } else {
+            let (due, datagram, from) = (Instant::now() + delay, datagram[..length].to_vec(), back.clone());
+            way.send(Delayed { due, datagram, from, target }).expect("the thread lasts as long as the way");
         }
     }
+    drop(way);
     threads.into_iter().for_each(|thread| thread.join().expect("a way back ends well"));
+}
+
+/// Hands datagrams over when their time has come, until no more can come. What is still on its way then is lost.
+fn deliver(delayed: &Receiver<Delayed>, shared: &Shared) {
+    while let Ok(Delayed { due, datagram, from, target }) = delayed.recv() {
+        if !shared.is_over.load(Ordering::Relaxed) {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            hand_over(&from, &datagram, target, shared);
+        }
+    }
+}
+
+/// What the host does not take is lost, as on any link.
+fn hand_over(from: &UdpSocket, datagram: &[u8], target: SocketAddr, shared: &Shared) {
+    if from.send_to(datagram, target).is_ok() {
+        shared.bytes_to_host.fetch_add(datagram.len() as u64, Ordering::Relaxed);
+    }
 }
 
 fn return_to(client: SocketAddr, front: &UdpSocket, back: &UdpSocket, shared: &Shared) {

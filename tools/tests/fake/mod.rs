@@ -1,6 +1,6 @@
 //! An agent without volumes of its own: real socket and server, canned answers, and a list of what it was asked.
 
-use blockmirror_agent::config::{DeviceKind, Mode, Name, Role};
+use blockmirror_agent::config::{Compression, DeviceKind, Mode, Name, Role};
 use blockmirror_agent::control::api::*;
 use blockmirror_agent::control::{ControlSocket, Operations};
 use blockmirror_agent::verdict;
@@ -48,6 +48,8 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
             connection_seconds: Some(180),
             error: None,
             mode: Mode::Async,
+            compression: Compression::Off,
+            resync_limit_bytes: None,
             state: (role == Role::Primary).then_some(PeerState::InSync),
             data: Some(CopyState::Consistent),
             out_of_sync_bytes: (role == Role::Primary).then_some(0),
@@ -167,6 +169,13 @@ impl Operations for Fake {
     async fn set_mode(&self, volume: Name, peer: Name, request: ModeRequest) -> Result<PeerStatus, Failure> {
         self.note(format!("mode {volume} {peer} {}", request.mode));
         Ok(PeerStatus { mode: request.mode, ..self.peer(&volume, &peer)? })
+    }
+
+    async fn tune(&self, volume: Name, peer: Name, request: TuneRequest) -> Result<PeerStatus, Failure> {
+        let TuneRequest { compression, resync_limit_bytes } = request;
+        self.note(format!("tune {volume} {peer} {compression:?} {resync_limit_bytes:?}"));
+        let known = self.peer(&volume, &peer)?;
+        Ok(PeerStatus { compression: compression.unwrap_or_default(), resync_limit_bytes, ..known })
     }
 
     /// "data" has a primary that can be reached.

@@ -10,7 +10,7 @@ mod status;
 pub use orders::{
     Comparison, CreateRequest, Demotion, Difference, Forgetting, Invitation, InviteRequest, JoinRequest,
     ModeRequest, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest, Stake, Switch,
-    SwitchRequest, Undoing,
+    SwitchRequest, TuneRequest, Undoing,
 };
 pub use status::{
     Blocked, Connection, CopyState, DeviceStatus, HostStatus, PeerState, PeerStatus, Progress, Rollback,

@@ -1,7 +1,7 @@
 //! What the operator orders, and what came of it.
 
 use super::{PeerStatus, VolumeStatus};
-use crate::config::{Address, DeviceKind, Mode, Name};
+use crate::config::{Address, Compression, DeviceKind, Mode, Name};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -193,6 +193,16 @@ pub struct Forgetting {
 pub struct ModeRequest {
     /// The mode.
     pub mode: Mode,
+}
+
+/// Sets how what goes to a peer is sent; what isn't named stays. Answered by [`PeerStatus`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TuneRequest {
+    /// Whether it is compressed where that is faster.
+    pub compression: Option<Compression>,
+    /// How many bytes a second a resync of it may copy; 0: as many as disk and link give.
+    pub resync_limit_bytes: Option<u64>,
 }
 
 /// The other hosts of a volume.

@@ -1,6 +1,6 @@
 //! How the host, its volumes and their peers stand.
 
-use crate::config::{Address, DeviceKind, Mode, Name, PeerConfig, Role};
+use crate::config::{Address, Compression, DeviceKind, Mode, Name, PeerConfig, Role};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -256,6 +256,12 @@ pub struct PeerStatus {
     /// When writes are answered while this host is the primary and that one is in sync.
     #[serde(default)]
     pub mode: Mode,
+    /// Whether what this host sends to it is compressed where that is faster.
+    #[serde(default)]
+    pub compression: Compression,
+    /// How many bytes a second a resync of it may copy; null: as many as disk and link give.
+    #[serde(default)]
+    pub resync_limit_bytes: Option<u64>,
     /// How far it is; null where this host doesn't know.
     pub state: Option<PeerState>,
     /// What its copy held when it last told.
@@ -287,6 +293,8 @@ impl PeerStatus {
             connection_seconds: None,
             error: None,
             mode: peer.mode,
+            compression: peer.compression,
+            resync_limit_bytes: peer.resync_limit.map(|limit| limit.0),
             state: None,
             data: None,
             out_of_sync_bytes: None,

@@ -80,7 +80,7 @@ async fn one_endpoint_on_the_unspecified_address_serves_both_families() {
 #[tokio::test]
 async fn volumes_that_want_the_same_host_share_one_dial_and_its_successor() {
     let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
-    let peers = Peers::new(dialler);
+    let peers = Peers::new(dialler, Limit::default());
     let (host, addresses) = (acceptor.id(), [address_of(&acceptor)]);
     let (first, second) =
         tokio::join!(peers.connection_to(host, &addresses), peers.connection_to(host, &addresses));
@@ -100,7 +100,7 @@ async fn volumes_that_want_the_same_host_share_one_dial_and_its_successor() {
 async fn a_failed_dial_is_shared_and_tried_again_when_asked() {
     let silent = UdpSocket::bind(LOOPBACK).unwrap();
     let dialler = endpoint(&Options { connect_timeout: Duration::from_millis(300), ..Options::default() });
-    let peers = Peers::new(dialler);
+    let peers = Peers::new(dialler, Limit::default());
     let acceptor = endpoint(&Options::default());
     let dead = [silent.local_addr().unwrap().to_string()];
     let (first, second) =
