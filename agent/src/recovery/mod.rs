@@ -2,7 +2,8 @@
 //!
 //! The tool has been let in, and nothing writes to the backing while its connection lasts; both are the caller's duty.
 //! Each read comes on a stream of its own and is answered there with frames of content, in order, zeroes as ranges. A
-//! last stream asks for the digest of everything, so that the tool can tell that what it wrote is what was here.
+//! last stream asks for the digest of everything, so that the tool can tell that what it wrote is what was here. Reads
+//! of whole chunks are hashed on their way out, and the digest reads only what was not sent like that.
 //!
 //! Memory is bounded: so many reads are served at a time ([`READS`]), each with a few pieces in its hands; further ones
 //! wait. A backing that can't be read ends the stream; the reason goes to the caller, who tells it on the stream that
@@ -13,7 +14,7 @@ mod read_ahead;
 #[cfg(test)]
 mod tests;
 
-pub use digest::Digesting;
+pub use digest::{Digesting, Hashing, Reading, Subtrees};
 pub use read_ahead::{PIECE_BYTES, Piece, ReadAhead};
 
 use crate::buffer::BufferPool;
@@ -48,6 +49,7 @@ pub struct Source {
     backing: Rc<File>,
     pool: BufferPool,
     info: Recovering,
+    subtrees: Rc<Subtrees>,
     reads: Semaphore,
 }
 
@@ -83,7 +85,8 @@ impl Source {
     /// A backing's content, as `info` describes it.
     #[must_use]
     pub fn new(storage: Rc<dyn Storage>, backing: Rc<File>, pool: BufferPool, info: Recovering) -> Self {
-        Self { storage, backing, pool, info, reads: Semaphore::new(READS) }
+        let subtrees = Subtrees::new(info.size_bytes);
+        Self { storage, backing, pool, info, subtrees, reads: Semaphore::new(READS) }
     }
 
     /// What the tool was told.
@@ -147,15 +150,35 @@ async fn serve_content(source: &Source, range: ByteRange, sender: ControlSender)
     let (storage, backing) = (source.storage.clone(), source.backing.clone());
     let mut pieces = ReadAhead::new(storage, backing, source.pool.clone(), range, DEPTH);
     let mut answer = Answer { sender: sender.into_frames(), zeroes: ByteRange::new(range.offset, 0) };
+    let subtrees = &source.subtrees;
+    let mut hashing = subtrees.are_chunks(range).then(|| Hashing::new(subtrees.clone(), range));
     while let Some(piece) = pieces.next().await? {
+        if let Some(hashing) = &mut hashing {
+            hash(hashing, &piece).await;
+        }
         match piece {
             Piece::Hole(range) => answer.zeroes(range),
             Piece::Data(range, bytes) => answer.data(range, &bytes),
         }
         answer.sender.flush().await?;
+        tokio::task::yield_now().await;
     }
     answer.end_zeroes();
     Ok(answer.sender.finish().await?)
+}
+
+/// Hashes a piece that was just read, while the processor's cache has it. A hole takes several turns.
+async fn hash(hashing: &mut Hashing, piece: &Piece) {
+    match piece {
+        Piece::Data(_, bytes) => hashing.data(bytes),
+        Piece::Hole(range) => {
+            let mut rest_bytes = range.length;
+            while rest_bytes > 0 {
+                rest_bytes -= hashing.zeroes(rest_bytes);
+                tokio::task::yield_now().await;
+            }
+        }
+    }
 }
 
 /// Frames of content on their way out.
@@ -231,9 +254,11 @@ fn is_zero(bytes: &[u8]) -> bool {
 async fn serve_digest(source: &Source, mut sender: ControlSender) -> Result<(), ServeError> {
     let _permit = source.reads.acquire().await.expect("the semaphore is never closed");
     let (storage, backing) = (source.storage.clone(), source.backing.clone());
-    let mut digesting = Digesting::new(storage, backing, source.pool.clone(), source.info.size_bytes);
+    let mut digesting = Digesting::new(storage, backing, source.pool.clone(), source.subtrees.clone());
+    // What is known already is told at once.
+    let mut step_bytes = 0;
     loop {
-        let digest = match digesting.proceed(PROGRESS_BYTES).await {
+        let digest = match digesting.proceed(step_bytes).await {
             Ok(digest) => digest,
             Err(error) => {
                 sender.send(&unreadable(&error).into()).await?;
@@ -247,5 +272,6 @@ async fn serve_digest(source: &Source, mut sender: ControlSender) -> Result<(), 
         if digest.is_some() {
             return Ok(sender.finish().await?);
         }
+        step_bytes = PROGRESS_BYTES;
     }
 }

@@ -57,6 +57,11 @@ impl ReadAhead {
         Self { storage, file, pool, rest: range, depth, under_way: VecDeque::new() }
     }
 
+    /// The range whose pieces were not begun yet.
+    pub(super) fn rest(&self) -> ByteRange {
+        self.rest
+    }
+
     /// The next piece; nothing after the last.
     ///
     /// # Errors

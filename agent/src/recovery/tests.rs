@@ -4,6 +4,7 @@ use super::*;
 use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
 use crate::transport::{Connection, Endpoint, FrameReceiver, HostKey, Incoming, ReceiveError};
+use blockmirror_protocol::disk::recovery::CHUNK_BYTES;
 use blockmirror_protocol::units::{BlockSize, CopyId, Position};
 use blockmirror_protocol::wire::message::{AskDigest, DataState, ReadContent};
 use std::os::unix::fs::FileExt;
@@ -111,6 +112,19 @@ async fn frames(receiver: ControlReceiver) -> (Vec<(Body, Bytes)>, ReceiveError)
     }
 }
 
+/// A digest, and how far it was in each report.
+async fn digest(mut receiver: ControlReceiver) -> ([u8; 32], Vec<u64>) {
+    let mut reports = Vec::new();
+    loop {
+        let Ok(Message::WholeDigest(told)) = receiver.receive().await else { panic!("a digest") };
+        assert!(told.done_bytes <= SIZE);
+        reports.push(told.done_bytes);
+        if let Some(digest) = told.digest {
+            return (digest, reports);
+        }
+    }
+}
+
 #[test]
 fn a_read_is_answered_in_order_with_data_and_zeroes() {
     on_a_volumes_thread(async |fixture| {
@@ -140,19 +154,81 @@ fn a_read_is_answered_in_order_with_data_and_zeroes() {
 #[test]
 fn the_digest_is_that_of_all_bytes_and_progress_is_told() {
     on_a_volumes_thread(async |fixture| {
-        let (digest, served) = fixture
-            .ask(AskDigest { volume: VOLUME }, async |mut receiver: ControlReceiver| {
-                loop {
-                    let Ok(Message::WholeDigest(told)) = receiver.receive().await else { panic!("a digest") };
-                    assert!(told.done_bytes <= SIZE);
-                    if let Some(digest) = told.digest {
-                        return digest;
-                    }
-                }
-            })
-            .await;
+        let ((digest, reports), served) = fixture.ask(AskDigest { volume: VOLUME }, digest).await;
         served.unwrap();
         assert_eq!(digest, *blake3::hash(&fixture.content).as_bytes());
+        assert_eq!((reports[0], reports[reports.len() - 1]), (0, SIZE));
+        assert!(reports.is_sorted());
+    });
+}
+
+/// The chunks that the tool asks for.
+fn chunks() -> impl Iterator<Item = ByteRange> {
+    (0..SIZE)
+        .step_by(CHUNK_BYTES as usize)
+        .map(|start| ByteRange::between(start, SIZE.min(start + CHUNK_BYTES)))
+}
+
+#[test]
+fn what_was_served_is_not_read_again_for_the_digest() {
+    on_a_volumes_thread(async |fixture| {
+        let last = chunks().count() - 1;
+        for (index, chunk) in chunks().enumerate() {
+            if index != last {
+                fixture.ask(read(chunk.offset, chunk.length), frames).await.1.unwrap();
+            }
+        }
+        let before = fixture.faults.submitted();
+        let ((digest, reports), served) = fixture.ask(AskDigest { volume: VOLUME }, digest).await;
+        served.unwrap();
+        assert_eq!(digest, *blake3::hash(&fixture.content).as_bytes());
+        assert_eq!(reports, [SIZE - chunks().last().unwrap().length, SIZE], "what was served counts at once");
+        let reads = fixture.faults.submitted() - before;
+        assert_eq!(reads, 1, "the last sector lies in the chunk that was not served");
+
+        let (again, served) = fixture.ask(AskDigest { volume: VOLUME }, self::digest).await;
+        served.unwrap();
+        assert_eq!((again.0, fixture.faults.submitted() - before), (digest, 1), "it is known from then on");
+    });
+}
+
+#[test]
+fn parts_of_chunks_that_were_served_are_read_for_the_digest() {
+    on_a_volumes_thread(async |fixture| {
+        for part in [read(0, CHUNK_BYTES - 512), read(512, CHUNK_BYTES), read(512, CHUNK_BYTES - 512)] {
+            fixture.ask(part, frames).await.1.unwrap();
+        }
+        let ((digest, reports), served) = fixture.ask(AskDigest { volume: VOLUME }, digest).await;
+        served.unwrap();
+        assert_eq!(digest, *blake3::hash(&fixture.content).as_bytes());
+        assert_eq!(reports[0], 0, "none of the chunks has a value");
+    });
+}
+
+#[test]
+fn a_read_that_fails_leaves_no_value() {
+    on_a_volumes_thread(async |fixture| {
+        fixture.faults.fail(Calls::Reads, 3, libc::EIO);
+        let (_, served) = fixture.ask(read(0, CHUNK_BYTES), frames).await;
+        assert!(matches!(served, Err(ServeError::Storage(_))), "{served:?}");
+        let ((digest, reports), served) = fixture.ask(AskDigest { volume: VOLUME }, digest).await;
+        served.unwrap();
+        assert_eq!((digest, reports[0]), (*blake3::hash(&fixture.content).as_bytes(), 0));
+    });
+}
+
+#[test]
+fn a_chunk_that_reads_differently_the_second_time_is_read_once_more() {
+    // It can't where disk and memory are sound. Neither answer is believed; the disk is asked again.
+    on_a_volumes_thread(async |fixture| {
+        fixture.ask(read(0, CHUNK_BYTES), frames).await.1.unwrap();
+        let image = std::fs::OpenOptions::new().write(true).open(fixture.source.backing.path()).unwrap();
+        image.write_all_at(&[0; 512], 512).unwrap();
+        fixture.ask(read(0, CHUNK_BYTES), frames).await.1.unwrap();
+        image.write_all_at(&fixture.content[512..1024], 512).unwrap();
+        let ((digest, reports), served) = fixture.ask(AskDigest { volume: VOLUME }, digest).await;
+        served.unwrap();
+        assert_eq!((digest, reports[0]), (*blake3::hash(&fixture.content).as_bytes(), 0));
     });
 }
 
@@ -184,8 +260,16 @@ fn a_backing_that_cannot_be_read_ends_the_stream_and_says_why() {
 
         fixture.faults.fail(Calls::Reads, 1, libc::EIO);
         let ask = AskDigest { volume: VOLUME };
-        let (answer, served) =
-            fixture.ask(ask, async |mut receiver: ControlReceiver| receiver.receive().await).await;
+        let (answer, served) = fixture
+            .ask(ask, async |mut receiver: ControlReceiver| {
+                let begun = receiver.receive().await;
+                assert!(matches!(
+                    begun,
+                    Ok(Message::WholeDigest(WholeDigest { done_bytes: 0, digest: None }))
+                ));
+                receiver.receive().await
+            })
+            .await;
         assert!(
             matches!(answer, Ok(Message::Refused(Refused { refusal: Refusal::Backing, .. }))),
             "{answer:?}"

@@ -1,11 +1,13 @@
 //! Copies the chunks that the target lacks: several reads at a time, each frame written as soon as its checksum is
 //! found right. Frames of one chunk are written one after the other, so a disk with large sectors is safe, and a slow
-//! disk slows the network down.
+//! disk slows the network down. What is durable is read back meanwhile.
 
 use super::journal::Journal;
 use super::peer::{Opened, Trouble};
 use super::progress::Meter;
+use super::read_back::ReadBack;
 use super::target::Target;
+use blockmirror_agent::recovery::Subtrees;
 use blockmirror_agent::transport::{Connection, ReceiveError};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::VolumeId;
@@ -25,22 +27,24 @@ const COMMIT_BYTES: u64 = 1 << 30;
 /// How long the peer may take to say why it gave a read up.
 const REASON_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Copies what is missing. Whatever the outcome, nothing is being written when this returns; what was written by
-/// then is for the caller to commit.
+/// Copies what is missing. Whatever the outcome, nothing is being written or read back when this returns; what was
+/// written by then is for the caller to commit. `subtrees` has the values of the chunks that were read back by then.
 pub async fn copy_missing(
     opened: &mut Opened,
     target: &Rc<Target>,
     journal: &mut Journal,
+    subtrees: &Rc<Subtrees>,
     meter: &Rc<Meter>,
 ) -> Result<(), Trouble> {
-    let mut reads = JoinSet::new();
+    let (mut reads, mut read_back) = (JoinSet::new(), ReadBack::new(target.clone(), subtrees.clone()));
     let connection = opened.connection.clone();
     let outcome = tokio::select! {
         biased;
         trouble = opened.ended() => Err(trouble),
-        outcome = drive(&connection, target, journal, meter, &mut reads) => outcome,
+        outcome = drive(&connection, target, journal, meter, &mut reads, &mut read_back) => outcome,
     };
     reads.shutdown().await;
+    read_back.stop().await;
     target.drain().await;
     match outcome {
         Err(trouble @ Trouble::Passing(_)) if opened.connection.is_live() => {
@@ -59,6 +63,7 @@ async fn drive(
     journal: &mut Journal,
     meter: &Rc<Meter>,
     reads: &mut Reads,
+    read_back: &mut ReadBack,
 ) -> Result<(), Trouble> {
     let subject = journal.state().subject;
     let mut commits = tokio::time::interval(COMMIT_INTERVAL);
@@ -69,6 +74,7 @@ async fn drive(
             if !journal.state().has(next) {
                 let (connection, target, meter) = (connection.clone(), target.clone(), meter.clone());
                 let (chunk, range) = (next, subject.chunk(next));
+                read_back.forget(chunk);
                 reads.spawn_local(async move {
                     copy_range(&connection, subject.volume, range, &target, &meter).await.map(|()| chunk)
                 });
@@ -80,10 +86,11 @@ async fn drive(
                 None => return Ok(()),
                 Some(done) => journal.written(done.expect("a read neither panics nor is cancelled")?),
             },
-            _ = commits.tick() => journal.commit(target).await?,
+            _ = commits.tick() => read_back.begin(journal.commit(target).await?),
+            done = read_back.next() => done?,
         }
         if journal.pending_bytes() >= COMMIT_BYTES {
-            journal.commit(target).await?;
+            read_back.begin(journal.commit(target).await?);
         }
     }
 }

@@ -93,16 +93,17 @@ impl Journal {
         self.written.len() as u64 * CHUNK_BYTES
     }
 
-    /// Makes what was written durable, and notes that.
-    pub async fn commit(&mut self, target: &Target) -> Result<(), Failure> {
+    /// Makes what was written durable, and notes that. Gives the chunks that are durable now and weren't before.
+    pub async fn commit(&mut self, target: &Target) -> Result<Vec<u64>, Failure> {
         if self.written.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         // What is written while the sync is under way is not covered by it.
         let written = std::mem::take(&mut self.written);
         target.sync().await.map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
-        written.into_iter().for_each(|chunk| self.state.set(chunk));
-        self.store()
+        written.iter().for_each(|chunk| self.state.set(*chunk));
+        self.store()?;
+        Ok(written)
     }
 
     /// Removes the file: the recovery is complete.

@@ -3,13 +3,15 @@
 //!
 //! The peer's copy doesn't change while the connection lasts. What is durable in the target is noted on disk, so that
 //! an interrupted recovery goes on where it was, as long as the peer's copy is still the same; a lost connection is
-//! dialled again for a while. At the end both sides' digests of everything must agree.
+//! dialled again for a while. At the end both sides' digests of everything must agree; the target's is of what its disk
+//! gives back, which is read while more is copied.
 
 mod copy;
 mod identity;
 mod journal;
 mod peer;
 mod progress;
+mod read_back;
 mod target;
 mod verify;
 
@@ -20,6 +22,7 @@ use blockmirror_agent::backing;
 use blockmirror_agent::config::{Address, Name, Role};
 use blockmirror_agent::control::api::{CopyState, Failure, FailureKind};
 use blockmirror_agent::quantity::{Seconds, Size};
+use blockmirror_agent::recovery::Subtrees;
 use blockmirror_agent::storage;
 use blockmirror_agent::transport::CloseReason;
 use blockmirror_protocol::disk::recovery::{Key, RecoveryState, Subject};
@@ -111,8 +114,8 @@ struct Work {
     peer: Peer,
     target: Rc<Target>,
     journal: Journal,
-    /// The target's digest, once it is complete.
-    digest: Option<blake3::Hash>,
+    /// What was read back from the target.
+    subtrees: Rc<Subtrees>,
     retry: Duration,
     /// How much content has come from the peer.
     copied_bytes: u64,
@@ -166,6 +169,7 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
         backing::record_recovery_begun(folder, opened.connection.peer())
             .map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
     }
+    let subtrees = Subtrees::new(state.subject.size_bytes);
     let journal = Journal::begin(state_path, state)?;
     let retry = Duration::from_secs(arguments.retry.0);
     let name = arguments.name;
@@ -174,7 +178,7 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
         peer,
         target,
         journal,
-        digest: None,
+        subtrees,
         retry,
         copied_bytes: 0,
         verified_bytes: 0,
@@ -354,7 +358,7 @@ impl Work {
             return Err(Failure::new(FailureKind::Failed, message));
         }
         warn("the peer's copy has changed meanwhile; beginning from the start");
-        (self.digest, self.verified_bytes) = (None, 0);
+        (self.subtrees, self.verified_bytes) = (Subtrees::new(subject.size_bytes), 0);
         self.journal.begin_anew(RecoveryState::new(subject, state.target, state.key.clone()))
     }
 
@@ -369,7 +373,7 @@ impl Work {
         let (before, size_bytes) =
             (self.journal.state().done_bytes(), self.journal.state().subject.size_bytes);
         let meter = Rc::new(Meter::new(before, size_bytes));
-        let copying = copy::copy_missing(opened, &self.target, &mut self.journal, &meter);
+        let copying = copy::copy_missing(opened, &self.target, &mut self.journal, &self.subtrees, &meter);
         let outcome = shown(&format!("recovering {}", self.name), &meter, copying).await;
         self.copied_bytes += meter.done_bytes() - before;
         self.journal.commit(&self.target).await?;
@@ -382,7 +386,7 @@ impl Work {
     async fn verify(&mut self, opened: &mut Opened) -> Result<Digests, Trouble> {
         let subject = self.journal.state().subject;
         let meter = Meter::new(0, subject.size_bytes);
-        let verifying = verify::digests(opened, &self.target, &subject, &mut self.digest, &meter);
+        let verifying = verify::digests(opened, &self.target, subject.volume, &self.subtrees, &meter);
         let outcome = shown(&format!("verifying {}", self.name), &meter, verifying).await;
         if meter.done_bytes() > self.verified_bytes {
             (self.verified_bytes, self.advanced) = (meter.done_bytes(), Instant::now());
@@ -394,7 +398,7 @@ impl Work {
     async fn stop(mut self, failure: Failure) -> Failure {
         self.target.drain().await;
         let failure = match self.journal.commit(&self.target).await {
-            Ok(()) => failure,
+            Ok(_) => failure,
             Err(worse) => Failure::new(failure.kind, format!("{failure}; {worse}")),
         };
         self.peer.endpoint.close().await;

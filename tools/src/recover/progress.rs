@@ -20,13 +20,21 @@ const RATE_INTERVALS: usize = 25;
 /// Counts what is done. One hand counts, another shows.
 pub struct Meter {
     done_bytes: Cell<u64>,
+    /// How much of it was done before the work began, and doesn't count for the rate.
+    before_bytes: Cell<u64>,
     total_bytes: u64,
 }
 
 impl Meter {
     /// A meter of so much work, some of which is done.
     pub fn new(done_bytes: u64, total_bytes: u64) -> Self {
-        Self { done_bytes: Cell::new(done_bytes), total_bytes }
+        Self { done_bytes: Cell::new(done_bytes), before_bytes: Cell::new(done_bytes), total_bytes }
+    }
+
+    /// It turns out that so much was done before the work began.
+    pub fn begin_at(&self, bytes: u64) {
+        self.before_bytes.set(bytes);
+        self.set(bytes);
     }
 
     /// More is done.
@@ -69,6 +77,7 @@ fn measure(seen: &mut VecDeque<(Instant, u64)>, meter: &Meter) -> Progress {
         seen.pop_front();
     }
     let (since, before) = seen[0];
-    let rate = done.saturating_sub(before) as f64 / (now - since).as_secs_f64().max(0.001);
+    let rate = done.saturating_sub(before.max(meter.before_bytes.get())) as f64
+        / (now - since).as_secs_f64().max(0.001);
     Progress::new(done, meter.total_bytes, rate as u64)
 }

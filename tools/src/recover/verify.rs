@@ -1,14 +1,15 @@
-//! Compares the whole target, read back from its disk, with the whole content of the peer, by digests.
+//! Compares the whole target, read back from its disk, with the whole content of the peer, by digests. Most of both was
+//! hashed while it was copied; each side reads what it lacks.
 
 use super::peer::{Opened, Trouble};
 use super::progress::Meter;
 use super::target::Target;
-use blockmirror_agent::recovery::Digesting;
+use blockmirror_agent::recovery::{Digesting, Subtrees};
 use blockmirror_agent::transport::Connection;
-use blockmirror_protocol::disk::recovery::Subject;
 use blockmirror_protocol::units::VolumeId;
 use blockmirror_protocol::wire::message::{AskDigest, Message};
 use std::cell::Cell;
+use std::rc::Rc;
 
 /// How often the progress of our own digest is noted, in bytes.
 const STEP_BYTES: u64 = 16 << 20;
@@ -25,52 +26,64 @@ pub struct Digests {
 struct Both<'a> {
     meter: &'a Meter,
     target: Cell<u64>,
-    peer: Cell<u64>,
+    /// Nothing before the peer has told it.
+    peer: Cell<Option<u64>>,
 }
 
 impl Both<'_> {
-    fn show(&self) {
-        self.meter.set(self.target.get().min(self.peer.get()));
+    fn target_has(&self, bytes: u64) {
+        self.target.set(bytes);
+        if let Some(peer) = self.peer.get() {
+            self.meter.set(peer.min(bytes));
+        }
+    }
+
+    fn peer_has(&self, bytes: u64) {
+        let done = bytes.min(self.target.get());
+        match self.peer.replace(Some(bytes)) {
+            Some(_) => self.meter.set(done),
+            // That was done before.
+            None => self.meter.begin_at(done),
+        }
     }
 }
 
-/// Computes both digests at the same time. The target's is kept in `ours`, so that it is computed once however often
-/// the connection is lost.
+/// Computes both digests at the same time. What is known of the target's is in `subtrees`, so that each chunk is read
+/// once however often the connection is lost.
 pub async fn digests(
     opened: &mut Opened,
     target: &Target,
-    subject: &Subject,
-    ours: &mut Option<blake3::Hash>,
+    volume: VolumeId,
+    subtrees: &Rc<Subtrees>,
     meter: &Meter,
 ) -> Result<Digests, Trouble> {
-    let both = Both { meter, target: Cell::new(0), peer: Cell::new(0) };
+    let both = Both { meter, target: Cell::new(subtrees.known_bytes()), peer: Cell::new(None) };
     let connection = opened.connection.clone();
     let peers = async {
         tokio::select! {
             biased;
-            digest = peers_digest(&connection, subject.volume, &both) => digest,
+            digest = peers_digest(&connection, volume, &both) => digest,
             trouble = opened.ended() => Err(trouble),
         }
     };
-    let (target, peer) = tokio::join!(targets_digest(target, subject.size_bytes, ours, &both), peers);
+    let (target, peer) = tokio::join!(targets_digest(target, subtrees, &both), peers);
     Ok(Digests { target: target?, peer: peer? })
 }
 
 async fn targets_digest(
     target: &Target,
-    size_bytes: u64,
-    known: &mut Option<blake3::Hash>,
+    subtrees: &Rc<Subtrees>,
     both: &Both<'_>,
 ) -> Result<blake3::Hash, Trouble> {
     let (storage, file, pool) = (target.storage().clone(), target.file().clone(), target.pool().clone());
-    let mut digesting = Digesting::new(storage, file, pool, size_bytes);
-    while known.is_none() {
-        *known = digesting.proceed(STEP_BYTES).await.map_err(|error| Trouble::failed(&error))?;
-        both.target.set(digesting.done_bytes());
-        both.show();
+    let mut digesting = Digesting::new(storage, file, pool, subtrees.clone());
+    loop {
+        let digest = digesting.proceed(STEP_BYTES).await.map_err(|error| Trouble::failed(&error))?;
+        both.target_has(digesting.done_bytes());
+        if let Some(digest) = digest {
+            return Ok(digest);
+        }
     }
-    both.target.set(size_bytes);
-    Ok(known.expect("the digest is complete"))
 }
 
 async fn peers_digest(
@@ -83,8 +96,7 @@ async fn peers_digest(
     loop {
         match receiver.receive().await? {
             Message::WholeDigest(told) => {
-                both.peer.set(told.done_bytes);
-                both.show();
+                both.peer_has(told.done_bytes);
                 if let Some(digest) = told.digest {
                     return Ok(digest.into());
                 }

@@ -8,6 +8,15 @@ fn done(scene: &Scene) -> u64 {
     scene.state().map_or(0, |state| state.done_chunks())
 }
 
+/// Changes a byte of a file on disk.
+fn change(path: &Path, at: u64) {
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[!byte[0]], at).unwrap();
+    file.sync_all().unwrap();
+}
+
 #[test]
 fn a_recovery_that_is_killed_three_times_goes_on_where_it_was() {
     let scene = Scene::new();
@@ -113,11 +122,49 @@ fn a_recovery_by_token_goes_on_as_the_same_peer() {
 }
 
 #[test]
-fn content_that_changes_on_the_way_is_noticed() {
+fn a_copy_that_changes_while_it_is_read_is_recovered_from_the_start() {
+    // What was read back of the old content must not count for the new one.
     let scene = Scene::new();
-    scene.host.set(|knobs| knobs.change_at = Some(SIZE - 1));
+    scene.host.allow(4);
+    let mut running = scene.start(&[]);
+    running.wait_until(|| done(&scene) == 4);
+    change(&scene.path("image"), 0);
+    scene.host.set(|knobs| (knobs.epoch, knobs.cut_after) = (2, Some(12)));
+    scene.host.allow(u64::MAX);
+    let ended = running.end().good();
+    assert!(ended.errors.contains("has changed meanwhile; beginning from the start"), "{}", ended.errors);
+    scene.assert_recovered();
+}
+
+#[test]
+fn content_that_changes_between_two_connections_is_noticed() {
+    // As long as a connection lasts it can't change, and the digest is of what was sent. What came over an earlier
+    // connection is read for it.
+    let scene = Scene::new();
+    scene.host.allow(4);
+    let mut running = scene.start(&[]);
+    running.wait_until(|| done(&scene) == 4);
+    scene.host.set(|knobs| (knobs.cut_after, knobs.change_at) = (Some(12), Some(0)));
+    scene.host.allow(u64::MAX);
+    running.end().bad(1, "run the command again with --from-start");
+    assert_eq!(scene.host.seen().peers.len(), 2);
     scene.recover(&[]).bad(1, "run the command again with --from-start");
-    scene.recover(&[]).bad(1, "run the command again with --from-start");
+    scene.recover(&["--from-start"]).good();
+    scene.assert_recovered();
+}
+
+#[test]
+fn a_target_that_changes_behind_the_tools_back_is_noticed() {
+    let scene = Scene::new();
+    scene.host.allow(4);
+    let mut running = scene.start(&[]);
+    running.wait_until(|| done(&scene) == 4);
+    running.kill();
+    change(&scene.target(), CHUNK_BYTES + (5 << 20));
+    scene.host.allow(u64::MAX);
+    for _ in 0..2 {
+        scene.recover(&[]).bad(1, "the target is not what the peer has");
+    }
     scene.recover(&["--from-start"]).good();
     scene.assert_recovered();
 }
