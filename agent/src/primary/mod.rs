@@ -1,6 +1,6 @@
 //! The shell of a primary: drives the tracker, holds the requests' data, reads and writes the backing.
 //!
-//! Front ends call [`Volume::submit`] on the volume's own thread; the tracker decides, and its actions are carried out
+//! Front ends call [`submit`](crate::device::Volume::submit) on the volume's own thread; the tracker decides, and its actions are carried out
 //! on the spot: an operation is queued with the storage, a frame with its link, a reply with its front end. Nothing
 //! here waits, and nothing decides.
 

@@ -1,7 +1,8 @@
 //! The agent's one socket for peers, and the thread that drives it.
 //!
 //! Encryption and loss recovery of all connections happen on the transport's thread, so that they neither delay a
-//! volume's front end nor are delayed by it. Handshakes are taken in the background, a bounded number at a time: one
+//! volume's front end nor are delayed by it. One volume may live on the same thread ([`Endpoint::place`]): waking another
+//! one costs more than the work, which counts where each flush waits for a peer. Handshakes are taken in the background, a bounded number at a time: one
 //! that dawdles holds up nobody.
 
 use super::connection::{CloseReason, Connection};
@@ -15,11 +16,13 @@ use quinn::{TransportConfig, VarInt};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Deref;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{Mutex, Notify, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, LocalSet, spawn_local};
 use tokio::time::timeout;
 
 /// How many handshakes are under way at a time; more are refused.
@@ -44,8 +47,42 @@ struct Inner {
     handle: Handle,
     local_address: SocketAddr,
     accepted: Mutex<mpsc::Receiver<Connection>>,
+    guests: mpsc::UnboundedSender<Guest>,
+    taken: Arc<AtomicBool>,
     stop: Arc<Notify>,
     stopped: watch::Receiver<bool>,
+}
+
+/// Work that is not the transport's and is done on its thread.
+type Guest = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send>;
+
+/// A place on the transport's thread. It is free again when this, or the work that has it, is gone.
+#[derive(Debug)]
+pub struct Place {
+    taken: Arc<AtomicBool>,
+    guests: mpsc::UnboundedSender<Guest>,
+}
+
+impl Place {
+    /// Has the work done there. It is given up when [`Endpoint::close`] is called before it ends.
+    pub fn host(self, work: impl FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send + 'static) {
+        let guests = self.guests.clone();
+        let guest: Guest = Box::new(move || {
+            let work = work();
+            Box::pin(async move {
+                work.await;
+                drop(self);
+            })
+        });
+        // Where the thread is gone, so is what the work would be for.
+        drop(guests.send(guest));
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.taken.store(false, Ordering::Release);
+    }
 }
 
 /// What it takes to dial.
@@ -99,12 +136,14 @@ impl Endpoint {
         let local_address = quic.local_addr().map_err(|source| BindError::Io { address: listen, source })?;
         let handle = runtime.handle().clone();
         let (accepted, accepted_receiver) = mpsc::channel(ACCEPTED);
+        let (guests, guests_receiver) = mpsc::unbounded_channel();
         let (stopped, stopped_receiver) = watch::channel(false);
         let stop = Arc::new(Notify::new());
         let thread = Thread {
             runtime,
             quic: quic.clone(),
             accepted,
+            guests: guests_receiver,
             stop: stop.clone(),
             stopped,
             handshake_timeout: options.idle_timeout,
@@ -120,7 +159,9 @@ impl Endpoint {
             timeout: options.connect_timeout,
         });
         let accepted = Mutex::new(accepted_receiver);
-        let inner = Inner { dialler, handle, local_address, accepted, stop, stopped: stopped_receiver };
+        let stopped = stopped_receiver;
+        let inner =
+            Inner { dialler, handle, local_address, accepted, guests, taken: Arc::default(), stop, stopped };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -153,6 +194,15 @@ impl Endpoint {
     /// Waits for the next host that has connected. Nothing comes any more once the endpoint is closed. Cancel-safe.
     pub async fn accept(&self) -> Option<Connection> {
         self.inner.accepted.lock().await.recv().await
+    }
+
+    /// The place on the transport's thread for something else than its own work, unless it is taken: what lives there and
+    /// waits for packets needs no other thread to be woken.
+    #[must_use]
+    pub fn place(&self) -> Option<Place> {
+        let taken = self.inner.taken.clone();
+        let is_free = !taken.swap(true, Ordering::AcqRel);
+        is_free.then(|| Place { taken, guests: self.inner.guests.clone() })
     }
 
     /// Closes every connection, tells the peers, and ends the thread.
@@ -227,6 +277,7 @@ struct Thread {
     runtime: ThreadsOwn,
     quic: quinn::Endpoint,
     accepted: mpsc::Sender<Connection>,
+    guests: mpsc::UnboundedReceiver<Guest>,
     stop: Arc<Notify>,
     stopped: watch::Sender<bool>,
     handshake_timeout: Duration,
@@ -234,19 +285,31 @@ struct Thread {
 
 impl Thread {
     fn run(self) {
-        let Self { runtime, quic, accepted, stop, stopped, handshake_timeout } = self;
-        runtime.block_on(async {
+        let Self { runtime, quic, accepted, guests, stop, stopped, handshake_timeout } = self;
+        let local = LocalSet::new();
+        let serve = local.run_until(async {
             tokio::select! {
                 () = accept_all(&quic, accepted, handshake_timeout) => {}
+                () = take_in(guests) => {}
                 () = stop.notified() => {}
             }
             quic.close(VarInt::from_u32(CloseReason::ShuttingDown as u32), b"the agent is shutting down");
             // A peer that does not answer is not waited for: it will notice the silence.
             let _ = timeout(CLOSE_TIMEOUT, quic.wait_idle()).await;
         });
+        runtime.block_on(serve);
+        drop(local);
         drop((quic, runtime));
         stopped.send_replace(true);
     }
+}
+
+/// Begins what the thread is asked to do beside its own work.
+async fn take_in(mut guests: mpsc::UnboundedReceiver<Guest>) {
+    while let Some(guest) = guests.recv().await {
+        spawn_local(guest());
+    }
+    std::future::pending().await
 }
 
 async fn accept_all(quic: &quinn::Endpoint, accepted: mpsc::Sender<Connection>, limit: Duration) {

@@ -33,7 +33,7 @@ mod tls;
 pub use connection::{CloseReason, Connection, Incoming, Statistics};
 pub use control::{ControlReceiver, ControlSender};
 pub use dial::{AttemptError, ConnectError, FailedAttempt};
-pub use endpoint::{BindError, Endpoint};
+pub use endpoint::{BindError, Endpoint, Place};
 pub use error::{Lost, Misbehaviour, ReceiveError, SendError};
 pub use frames::{FrameReceiver, FrameSender};
 pub use key::{HostKey, KeyError};

@@ -27,6 +27,12 @@ impl Peers {
         Self { endpoint, dials: Arc::default(), resync_limit }
     }
 
+    /// What the connections are dialled from.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
     /// How fast all resyncs together may be.
     #[must_use]
     pub fn resync_limit(&self) -> &Limit {

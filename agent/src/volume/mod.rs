@@ -19,7 +19,7 @@ mod status;
 mod undoing;
 
 use crate::buffer::BufferPool;
-use crate::config::{Name, PeerConfig, Role, VolumeConfig};
+use crate::config::{Mode, Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{Failure, VolumeFacts};
 use crate::primary::{Peer, Primary};
 use crate::recovery;
@@ -127,13 +127,22 @@ pub struct Handle {
 pub type Opened = oneshot::Receiver<()>;
 
 impl Handle {
-    /// Starts the volume's thread. What it is asked before it is open waits.
+    /// Starts the volume on a thread of its own; or, where its writes wait for peers, on the transport's if no other volume
+    /// is there: then packets and what they bring wake no thread but one. What it is asked before it is open waits.
     ///
     /// # Errors
     /// When no thread can be had.
     pub fn start(config: VolumeConfig, surroundings: Surroundings) -> std::io::Result<(Self, Opened)> {
         let (asks, source) = unbounded_channel();
         let (opened, is_open) = oneshot::channel();
+        let waits_for_peers = config.peers.iter().any(|peer| peer.mode != Mode::Async);
+        let place = waits_for_peers.then(|| surroundings.peers.endpoint().place()).flatten();
+        if let Some(place) = place {
+            place.host(move || {
+                Box::pin(async move { tell(live(config, surroundings, source, opened).await) })
+            });
+            return Ok((Self { asks, thread: Mutex::new(None) }, is_open));
+        }
         let thread = std::thread::Builder::new()
             .name(config.name.as_str().chars().take(15).collect())
             .spawn(move || run(config, surroundings, source, opened))?;
@@ -175,16 +184,28 @@ fn run(
         Ok(runtime) => runtime,
         Err(error) => return tracing::error!(volume = %config.name, "no runtime for the volume: {error}"),
     };
-    let local = tokio::task::LocalSet::new();
-    let served = local.run_until(async move {
-        let (mut volume, events) = Volume::open(config, surroundings).await;
-        let _ = opened.send(());
-        volume.serve(source, events).await
-    });
-    let stopped = runtime.block_on(served);
-    // The last tasks end before the one that asked is told.
-    drop(local);
+    let stopped = runtime.block_on(live(config, surroundings, source, opened));
     drop(runtime);
+    tell(stopped);
+}
+
+/// A volume from its opening to its end; gives whom to tell of that. Its last tasks have ended by then.
+async fn live(
+    config: VolumeConfig,
+    surroundings: Surroundings,
+    source: UnboundedReceiver<Ask>,
+    opened: oneshot::Sender<()>,
+) -> Option<oneshot::Sender<()>> {
+    tokio::task::LocalSet::new()
+        .run_until(async move {
+            let (mut volume, events) = Volume::open(config, surroundings).await;
+            let _ = opened.send(());
+            volume.serve(source, events).await
+        })
+        .await
+}
+
+fn tell(stopped: Option<oneshot::Sender<()>>) {
     if let Some(stopped) = stopped {
         let _ = stopped.send(());
     }

@@ -97,6 +97,18 @@ impl Mirror {
         Target::Nbd(self.primary.uri("data"))
     }
 
+    /// Ends both agents and starts them again.
+    ///
+    /// # Errors
+    /// When they don't come up.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.primary.end();
+        self.replica.end();
+        self.replica.begin()?;
+        self.primary.begin()?;
+        self.primary.wait_until_in_sync()
+    }
+
     /// Stops mirroring, so that writes mark.
     ///
     /// # Errors

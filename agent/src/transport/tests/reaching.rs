@@ -78,6 +78,39 @@ async fn one_endpoint_on_the_unspecified_address_serves_both_families() {
 }
 
 #[tokio::test]
+async fn one_guest_at_a_time_lives_on_the_transports_thread() {
+    let refusal = || Message::from(Refused { refusal: Refusal::Token, text: "a guest speaks".to_owned() });
+    let Pair { dialler, acceptor: _kept, dialled, accepted } = pair().await;
+    let place = dialler.place().expect("nobody is there");
+    assert!(dialler.place().is_none());
+    let (told, tells) = tokio::sync::oneshot::channel();
+    place.host(move || {
+        Box::pin(async move {
+            let (mut sender, _receiver) = dialled.open_control().await.unwrap();
+            sender.send(&refusal()).await.unwrap();
+            sender.finish().await.unwrap();
+            let local = tokio::task::spawn_local(async { std::thread::current().name().map(str::to_owned) });
+            told.send(local.await.unwrap()).unwrap();
+        })
+    });
+    assert_eq!(tells.await.unwrap().as_deref(), Some("transport"));
+    let Ok(Incoming::Control(_, mut receiver)) = accepted.accept().await else { panic!("a stream came") };
+    assert_eq!(receiver.receive().await.unwrap(), refusal());
+    let freed = async {
+        while dialler.place().is_none() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), freed)
+        .await
+        .expect("the place is free when the guest is gone");
+
+    // Whoever doesn't use the place leaves it.
+    drop(dialler.place().expect("it is free"));
+    assert!(dialler.place().is_some());
+}
+
+#[tokio::test]
 async fn volumes_that_want_the_same_host_share_one_dial_and_its_successor() {
     let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
     let peers = Peers::new(dialler, Limit::default());

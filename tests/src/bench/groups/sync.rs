@@ -52,7 +52,12 @@ fn turn(measured: &Measured) -> Turn {
 fn compare(bench: &Bench, place: &Place) -> Result<Outcome> {
     let (size_bytes, extent) = (bench.settings.size.0, Extent::Seconds(bench.settings.seconds));
     let source = place.filled("primary.img", size_bytes)?;
-    let (mirror, _) = Mirror::new(bench, place, &source, &place.path("replica.img"))?;
+    let (mut mirror, _) = Mirror::new(bench, place, &source, &place.path("replica.img"))?;
+    // A volume that is in this mode when it is opened lives on the transport's thread.
+    mirror.primary.tool(&["mode", "data", "b", "sync"])?;
+    mirror.primary.wait_until_in_sync()?;
+    mirror.start_again()?;
+    let mirror = mirror;
     let file = |path: PathBuf| Target::File { path, is_direct: place.is_direct };
     let both = [file(place.filled("near.img", size_bytes)?), file(place.filled("far.img", size_bytes)?)];
     let quic = RawQuic::start(bench)?;
