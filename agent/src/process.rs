@@ -44,13 +44,14 @@ pub fn prepare() {
 fn lock_memory() {
     let is_unlimited = rustix::process::getrlimit(rustix::process::Resource::Memlock).current.is_none();
     if !is_unlimited && !rustix::process::geteuid().is_root() {
-        return tracing::info!(
-            "memory is not locked: the limit for that (LimitMEMLOCK, ulimit -l) is too low"
+        return tracing::warn!(
+            "memory is not locked, and a swapped-out agent can stall its own devices: the limit is too low; \
+             LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited"
         );
     }
     // SAFETY: the call takes plain numbers.
     if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) } != 0 {
-        tracing::info!("memory can't be locked: {}", io::Error::last_os_error());
+        tracing::warn!("memory can't be locked: {}", io::Error::last_os_error());
     }
 }
 

@@ -5,6 +5,7 @@
 //! and the path's MTU fell back to its smallest. And timers and tasks always belong to the transport's own thread,
 //! whichever thread dials.
 
+use crate::quantity::Size;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
 use rustix::io::Errno;
@@ -58,7 +59,22 @@ fn enlarge_buffers(socket: impl AsFd, bytes: usize) -> io::Result<()> {
         .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, bytes))?;
     sockopt::set_socket_send_buffer_size_force(socket, bytes)
         .or_else(|_| sockopt::set_socket_send_buffer_size(socket, bytes))?;
+    let had = sockopt::socket_recv_buffer_size(socket)?.min(sockopt::socket_send_buffer_size(socket)?);
+    if let Some(advice) = advice(had, bytes) {
+        tracing::warn!("{advice}");
+    }
     Ok(())
+}
+
+/// What to do about buffers that are smaller than was asked for. The kernel says twice what it has for data.
+fn advice(had_bytes: usize, wanted_bytes: usize) -> Option<String> {
+    let (had, wanted) = (Size(had_bytes as u64 / 2), Size(wanted_bytes as u64));
+    (had < wanted).then(|| {
+        format!(
+            "the network's buffers are {had} where {wanted} are wanted, and bursts of packets are lost: \
+             sysctl -w net.core.rmem_max={wanted_bytes} net.core.wmem_max={wanted_bytes}"
+        )
+    })
 }
 
 /// Puts quinn's timers, tasks and sockets onto the transport's thread.
@@ -175,6 +191,17 @@ fn parts(bundle: &[u8], packet_bytes: usize) -> impl Iterator<Item = &[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn buffers_that_are_too_small_come_with_the_command_that_helps() {
+        assert_eq!(advice(8 << 20, 4 << 20), None);
+        let advice = advice(416 << 10, 4 << 20).expect("the kernel's default is too small");
+        assert!(advice.contains("208K where 4M"), "{advice}");
+        assert!(
+            advice.ends_with("sysctl -w net.core.rmem_max=4194304 net.core.wmem_max=4194304"),
+            "{advice}"
+        );
+    }
 
     #[test]
     fn a_bundle_is_sent_in_parts_of_whole_packets_that_fit() {

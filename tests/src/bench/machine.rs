@@ -29,9 +29,25 @@ pub fn describe() -> Value {
         "memory": field("/proc/meminfo", "MemTotal"),
         "kernel": rustix::system::uname().release().to_string_lossy(),
         "system": field("/etc/os-release", "PRETTY_NAME"),
+        "storage": storage(),
         "blockmirror": commit(),
         "programs": versions(),
     })
+}
+
+/// What carries the agents' disk operations out, and why where that isn't io_uring.
+fn storage() -> String {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let opened = runtime.and_then(|runtime| {
+        tokio::task::LocalSet::new().block_on(&runtime, async { blockmirror_agent::storage::open() })
+    });
+    match opened {
+        Err(error) => format!("none: {error}"),
+        Ok(storage) => match storage.fallback_reason() {
+            Some(reason) => format!("{}: {reason}", storage.kind()),
+            None => storage.kind().to_owned(),
+        },
+    }
 }
 
 /// What stands behind a name in a file of names and values.

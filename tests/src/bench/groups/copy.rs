@@ -26,6 +26,7 @@ const SYNC: &str = "initial sync";
 const RECOVER: &str = "recover";
 const READ: &str = "disk read";
 const WRITE: &str = "disk write";
+const BOTH_WAYS: &str = "disk read and write at once";
 const QUIC: &str = "raw quinn";
 const NBDCOPY: &str = "nbdcopy";
 const NBDCOPY_TLS: &str = "nbdcopy, TLS";
@@ -76,6 +77,7 @@ fn compare(bench: &Bench, place: &Place) -> Result<Outcome> {
     contestants.push(Contestant::new(WRITE, Part::Limit, || {
         copying.disk(&job(Pattern::Write), &copying.new_target()?)
     }));
+    contestants.push(Contestant::new(BOTH_WAYS, Part::Limit, || copying.disk_both_ways(&job)));
     contestants.push(Contestant::new(QUIC, Part::Limit, || {
         Ok(Turn::new([(SPEED, size_bytes as f64 / quic.send(size_bytes)?)]))
     }));
@@ -97,6 +99,21 @@ impl<'a> Copying<'a> {
         let target = Target::File { path: file.to_owned(), is_direct: self.place.is_direct };
         let measured = measure(job, &[target], Extent::Bytes(self.size_bytes))?;
         Ok(self.turn(measured.seconds))
+    }
+
+    /// What a copy on one disk comes down to: one file is read while another is written.
+    fn disk_both_ways(&self, job: &impl Fn(Pattern) -> Job) -> Result<Turn> {
+        drop_cache(&self.source)?;
+        let target = |path| [Target::File { path, is_direct: self.place.is_direct }];
+        let (from, to) = (target(self.source.clone()), target(self.new_target()?));
+        let (reading, writing) = (job(Pattern::Read), job(Pattern::Write));
+        let extent = Extent::Bytes(self.size_bytes);
+        let (read, written) = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| measure(&reading, &from, extent));
+            let written = measure(&writing, &to, extent);
+            (reader.join().expect("measuring doesn't panic"), written)
+        });
+        Ok(self.turn(read?.seconds.max(written?.seconds)))
     }
 
     /// Makes a volume of the file and a replica of it. The time is from the command to join until nothing is missing.
@@ -227,6 +244,7 @@ fn bars(bench: &Bench, place: &Place, outcome: &Outcome) {
                 best,
             );
             bench.bar(&about, "the disk's slower direction", Wanted::Told, disk);
+            bench.bar(&about, BOTH_WAYS, Wanted::Told, between(&table, work, BOTH_WAYS));
             bench.bar(&about, QUIC, Wanted::Told, quic);
         }
         let wanted = [
