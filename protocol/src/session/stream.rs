@@ -23,8 +23,9 @@ struct WindowFrame {
     sent: Time,
 }
 
-/// What a frame takes besides its payload: its header and our own records of it.
-pub(crate) const FRAME_COST_BYTES: u64 = 128;
+/// What a frame takes at the most besides its payload: its header, and the records of it here, in the link and in the
+/// transport, whose queues double when they grow.
+pub(crate) const FRAME_COST_BYTES: u64 = 512;
 
 impl Window {
     /// Whether frames with so much payload each fit into `limit_bytes`; none always do.
