@@ -467,11 +467,10 @@ impl Primary {
 
     /// Reads a range for a copy: nothing for zeroes, where its digest is wanted, and where the disk failed.
     async fn read_copy(&self, range: ByteRange, digest: bool) -> (CopyContent, Bytes) {
-        if self.backing.is_hole(range) {
-            return (CopyContent::Zero, Bytes::new());
-        }
-        if range.length > COPY_BYTES {
-            return (CopyContent::NoHole, Bytes::new());
+        // Where it can't be told, there is none.
+        let hole_bytes = self.backing.hole_at(range).unwrap_or(0);
+        if hole_bytes == range.length || range.length > COPY_BYTES {
+            return (CopyContent::Hole(hole_bytes), Bytes::new());
         }
         match storage::read(&*self.storage, &self.backing, &self.pool, range).await {
             Ok(buffer) if is_zero(&buffer) => (CopyContent::Zero, Bytes::new()),

@@ -406,9 +406,9 @@ impl Session {
             session: link.session,
             stream: link.stream,
             body: match content {
-                CopyContent::Zero => Body::CopyZero { range, number },
+                CopyContent::Zero | CopyContent::Hole(_) => Body::CopyZero { range, number },
                 CopyContent::Digest(_) => Body::CopyDigest { range, number },
-                CopyContent::Data | CopyContent::Failed | CopyContent::NoHole => Body::Copy { range, number },
+                CopyContent::Data | CopyContent::Failed => Body::Copy { range, number },
             },
         });
         if let Some(header) = header.filter(|_| planted(Bug::ClearOnSend)) {

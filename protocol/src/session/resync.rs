@@ -15,7 +15,7 @@
 
 use super::doubt::{Choice, Doubt};
 use super::pace::Pace;
-use super::{Action, PeerError};
+use super::{Action, PeerError, TAIL_BLOCKS};
 use crate::dirty_map::DirtyMap;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
@@ -47,10 +47,11 @@ pub enum CopyContent {
     Data,
     /// The BLAKE3 digest of such bytes, where that was asked for.
     Digest([u8; 32]),
-    /// Only zeroes (R4).
+    /// Only zeroes were read (R4).
     Zero,
-    /// Nothing was read: the range is longer than [`COPY_BYTES`], which only a hole may be.
-    NoHole,
+    /// The range begins with a hole of so many bytes, which reads as zeroes. A range of up to [`COPY_BYTES`] is one
+    /// altogether, or is read; of a longer one the rest is left for another copy, and where it begins with data, all.
+    Hole(u64),
     /// The local disk failed to read.
     Failed,
 }
@@ -88,6 +89,10 @@ pub(super) struct Resync {
     /// How many bytes the next copy covers at most: more than one may read where there were only zeroes before, since a
     /// hole of any size is found with one question, and told in one frame.
     copied_bytes: u64,
+    /// How many copies may be read at once until it is known what is at the cursor: one where data begins after a hole,
+    /// twice as many for each that finds data. Else a lone piece of data would have many small copies of the hole
+    /// behind it.
+    reads: usize,
     /// How many bytes the next comparison takes at most.
     compared_bytes: u64,
     pace: Pace,
@@ -137,6 +142,7 @@ impl Resync {
             blocked_until: None,
             doubt: Doubt::default(),
             copied_bytes: COPY_BYTES,
+            reads: COPIES,
             compared_bytes: COMPARED_BYTES,
             pace: Pace::new(now, limit),
             paced_until: None,
@@ -161,10 +167,11 @@ impl Resync {
             return None;
         }
         (self.blocked_until, self.paced_until) = (None, None);
-        if self.under_way_bytes >= budget || count >= COPIES {
+        if self.under_way_bytes >= budget || count >= COPIES || self.reading.len() >= self.reads {
             return None;
         }
-        self.paced_until = self.pace.waits_until(now);
+        // The last blocks are free: writers may be waiting for their copies (R2).
+        self.paced_until = self.pace.waits_until(now).filter(|_| map.dirty_blocks() > TAIL_BLOCKS);
         if self.paced_until.is_some() {
             return None;
         }
@@ -257,44 +264,68 @@ impl Resync {
         now: Time,
     ) -> Option<(u64, ByteRange)> {
         let mut copy = self.reading.remove(&id)?;
-        let range = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
         copy.step = match (copy.step, content) {
             (Step::Compare(_), CopyContent::Digest(digest)) => {
                 self.compared_bytes = COMPARED_BYTES;
                 Step::Compare(Some(digest))
             }
-            (Step::Compare(_), content) => {
-                self.compared_bytes = match content {
-                    CopyContent::NoHole => COMPARED_BYTES,
-                    _ => (self.compared_bytes * 2).min(ZERO_LIMIT_BYTES),
-                };
+            (Step::Compare(_), _) => {
                 self.doubt.taken_back();
                 Step::Copy
             }
             (step, _) => step,
         };
+        if let CopyContent::Hole(bytes) = content {
+            self.keep_hole(&mut copy, bytes)?;
+        }
+        let range = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
         match content {
             CopyContent::Failed => {
                 self.forget(&copy.blocks, copy.weight_bytes);
                 self.blocked_until = Some(now.after(READ_RETRY));
                 return None;
             }
-            CopyContent::NoHole => {
-                assert!(range.length > COPY_BYTES, "what one copy may read is read");
-                self.forget(&copy.blocks, copy.weight_bytes);
-                self.copied_bytes = COPY_BYTES;
-                self.cursor = self.cursor.min(copy.blocks.start);
-                return None;
-            }
-            CopyContent::Zero => self.copied_bytes = (self.copied_bytes * 2).min(ZERO_LIMIT_BYTES),
+            CopyContent::Hole(_) | CopyContent::Zero => {}
             CopyContent::Data => {
-                self.copied_bytes = COPY_BYTES;
+                self.found_data();
                 self.pace.spend(range.length, now);
             }
-            CopyContent::Digest(_) => self.copied_bytes = COPY_BYTES,
+            CopyContent::Digest(_) => self.found_data(),
         }
         self.sent.push_back(copy);
         Some((self.first_number + self.sent.len() as u64 - 1, range))
+    }
+
+    /// Cuts a copy to the hole that its range begins with; nothing is left of it where that has no block. What is next is
+    /// read in large ranges as long as there is no end of holes, else with care.
+    fn keep_hole(&mut self, copy: &mut Copy, bytes: u64) -> Option<()> {
+        let range = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
+        if bytes >= range.length {
+            (self.copied_bytes, self.compared_bytes) = (ZERO_LIMIT_BYTES, ZERO_LIMIT_BYTES);
+            return Some(());
+        }
+        assert!(range.length > COPY_BYTES, "what one copy may read is read");
+        (self.copied_bytes, self.compared_bytes, self.reads) = (COPY_BYTES, COMPARED_BYTES, 1);
+        let whole =
+            std::mem::replace(&mut copy.blocks.end, copy.blocks.start + bytes / self.block_size.bytes());
+        self.cursor = self.cursor.min(copy.blocks.end);
+        self.forget(&(copy.blocks.start..whole), copy.weight_bytes);
+        if copy.blocks.is_empty() {
+            return None;
+        }
+        copy.rewritten.retain_mut(|written| {
+            written.end = written.end.min(copy.blocks.end);
+            written.start < written.end
+        });
+        copy.weight_bytes = bytes.min(COPY_BYTES);
+        self.under_way.insert(copy.blocks.start, copy.blocks.end);
+        self.under_way_bytes += copy.weight_bytes;
+        Some(())
+    }
+
+    fn found_data(&mut self) {
+        self.copied_bytes = COPY_BYTES;
+        self.reads = (self.reads * 2).min(COPIES);
     }
 
     /// A write was sequenced to blocks that are dirty: copies that were picked before it do not make them clean.
@@ -539,16 +570,17 @@ mod tests {
             for (read, range, digest) in harness.picks() {
                 longest = longest.max(range.length);
                 let content = match () {
-                    () if range.end() <= half => CopyContent::Zero,
-                    () if range.length > COPY_BYTES => CopyContent::NoHole,
+                    () if range.end() <= half || range.length > COPY_BYTES => {
+                        CopyContent::Hole(range.end().min(half).saturating_sub(range.offset))
+                    }
                     () if digest => CopyContent::Digest([1; 32]),
                     () => CopyContent::Data,
                 };
-                if content == CopyContent::NoHole {
-                    assert!(harness.resync.read_ended(read, content, Time::default()).is_none());
+                let sent = harness.resync.read_ended(read, content, Time::default());
+                let Some((number, range)) = sent else {
+                    assert_eq!(content, CopyContent::Hole(0));
                     continue;
-                }
-                let number = harness.read(read, content);
+                };
                 if let CopyContent::Digest(digest) = content {
                     harness.compared(number, digest).unwrap();
                 }
@@ -558,6 +590,29 @@ mod tests {
         }
         assert_eq!((done, harness.map.dirty_blocks()), (2 * half, 0));
         assert_eq!(longest, ZERO_LIMIT_BYTES);
+    }
+
+    #[test]
+    fn a_hole_behind_a_lone_piece_of_data_takes_few_copies() {
+        let mut harness = Harness::of(256 * BLOCKS);
+        harness.certain.mark(0..256 * BLOCKS);
+        let data = ByteRange::new(300 << 20, 1 << 20);
+        let mut copies = 0;
+        while harness.map.dirty_blocks() > 0 {
+            for (read, range, _) in harness.picks() {
+                let content = match range.overlaps(data) {
+                    true if range.length <= COPY_BYTES => CopyContent::Data,
+                    true => CopyContent::Hole(data.offset.saturating_sub(range.offset)),
+                    false => CopyContent::Hole(range.length),
+                };
+                if harness.resync.read_ended(read, content, Time::default()).is_some() {
+                    copies += 1;
+                }
+            }
+            let last = harness.resync.first_number + harness.resync.sent.len() as u64 - 1;
+            harness.durable(last).unwrap();
+        }
+        assert!(copies < 56, "{copies} copies of a gibibyte, 32 of them before the first was read");
     }
 
     #[test]
@@ -613,7 +668,9 @@ mod tests {
         assert_eq!(harness.picks(), [], "its share of the time is not over");
         let until = Time::default().after(Duration::from_millis(500));
         assert_eq!(harness.resync.timeout(), Some(until));
+        harness.map.clear(128..BLOCKS - 256);
+        assert_eq!(harness.picks().len(), 4, "the last blocks don't wait");
         harness.resync.set_limit(None);
-        assert_eq!(harness.picks().len(), 4, "all that is left, in copies of a mebibyte");
+        assert_eq!(harness.resync.pace.copy_bytes(false), COPY_BYTES);
     }
 }

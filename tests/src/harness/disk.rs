@@ -34,6 +34,18 @@ pub fn sectors(range: ByteRange) -> Range<u64> {
 }
 
 impl Data {
+    /// How many bytes the range begins with that hold nothing.
+    #[must_use]
+    pub fn hole_bytes(&self, range: ByteRange) -> u64 {
+        match self {
+            Self::Fill(_) => 0,
+            Self::Sparse(values) => {
+                let first = values.first().map_or(range.end(), |(sector, _)| sector * SECTOR_BYTES);
+                first - range.offset
+            }
+        }
+    }
+
     /// What a sector of the range holds.
     #[must_use]
     pub fn at(&self, sector: u64) -> Value {

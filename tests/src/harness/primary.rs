@@ -200,8 +200,10 @@ impl World {
             (DiskWork::Copy(peer, read, range, is_digest), Ended::Read(data)) => {
                 let content = match &data {
                     _ if fails => CopyContent::Failed,
-                    Data::Sparse(values) if values.is_empty() => CopyContent::Zero,
-                    _ if range.length > COPY_BYTES => CopyContent::NoHole,
+                    data if data.hole_bytes(range) == range.length && read.0 % 2 == 0 => CopyContent::Zero,
+                    data if data.hole_bytes(range) == range.length || range.length > COPY_BYTES => {
+                        CopyContent::Hole(data.hole_bytes(range))
+                    }
                     data if is_digest => CopyContent::Digest(digest(range, data)),
                     _ => CopyContent::Data,
                 };
