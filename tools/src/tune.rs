@@ -68,7 +68,7 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
     let answer: PeerStatus = client.post_body(&path, &request).await?;
     let limit = match answer.resync_limit_bytes {
         Some(bytes) => format!("at most {} a second", Size(bytes)),
-        None => "as fast as disk and link allow".to_owned(),
+        None => "without a limit of its own".to_owned(),
     };
     let (peer, compression) = (answer.name, answer.compression);
     output.line(&format!("to {peer}, {name} goes with compression {compression}, a resync {limit}"))?;

@@ -263,7 +263,8 @@ impl File {
             Kind::BlockDevice => direct::device_clears_itself(&fd)?,
             Kind::Image | Kind::Metadata => can_punch_beyond(&fd, size_bytes),
         };
-        let in_memory = is_in_memory(&fd)?;
+        // A device's node tells of the file system that the node is in.
+        let in_memory = kind != Kind::BlockDevice && is_in_memory(&fd)?;
         let descriptor = Descriptor {
             fd,
             path: path.to_path_buf(),

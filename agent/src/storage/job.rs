@@ -143,7 +143,7 @@ impl Job {
         self.descriptor.fd.as_raw_fd()
     }
 
-    /// Whether a step only copies memory, so that it may be made where nothing may wait.
+    /// Whether a step only copies memory, which takes less time than to wake another thread.
     pub(super) fn is_in_memory(&self) -> bool {
         self.descriptor.in_memory
     }

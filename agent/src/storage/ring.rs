@@ -15,7 +15,7 @@
 //!
 //! A file system in memory has no asynchronous I/O: the ring would hand each call to a thread of its own, and back,
 //! for a copy that takes less time than that. Such a call is made on the spot. Where its pages were swapped out, it
-//! waits for them.
+//! waits for them: swap must not lie on a volume whose own backing is in memory.
 
 use super::file::File;
 use super::job::{Job, Step};
@@ -38,7 +38,7 @@ use tokio::io::unix::AsyncFd;
 const SUBMISSIONS: u32 = 256;
 /// How many calls are with the kernel at most; what is submitted beyond that waits its turn.
 const COMPLETIONS: u32 = 1024;
-/// How much is copied or cleared on the spot in one turn, in bytes; then others have theirs.
+/// How much is copied or cleared on the spot in one turn, in bytes; then other tasks of the volume have theirs.
 const BYTES_ON_THE_SPOT: u64 = 1 << 20;
 /// How much memory for unaligned operations is kept for reuse, in bytes.
 const POOL_BYTES: usize = 4 << 20;

@@ -298,7 +298,10 @@ impl Thread {
             let _ = timeout(CLOSE_TIMEOUT, quic.wait_idle()).await;
         });
         runtime.block_on(serve);
+        // What is left of a guest ends as it lived.
+        let entered = runtime.enter();
         drop(local);
+        drop(entered);
         drop((quic, runtime));
         stopped.send_replace(true);
     }

@@ -33,7 +33,7 @@ impl Limit {
 
     /// When these bytes may go, if not now. The time that they take counts from then.
     fn reserve(&self, bytes: u64, now: Instant) -> Option<Instant> {
-        let rate = self.rate_bytes?;
+        let rate = self.rate_bytes.filter(|_| bytes > 0)?;
         let mut free_at = self.free_at.lock().expect("no holder of the limit's lock panics");
         let from = free_at.map_or(now, |free_at| free_at.max(now));
         *free_at = Some(from + Duration::from_secs_f64(bytes as f64 / rate.get() as f64));
@@ -53,6 +53,7 @@ mod tests {
         assert_eq!(limit.reserve(500, now), None);
         assert_eq!(other.reserve(1000, now), Some(after(500)));
         assert_eq!(limit.reserve(1000, after(100)), Some(after(1500)));
+        assert_eq!(limit.reserve(0, after(100)), None, "what has no content doesn't wait");
         assert_eq!(limit.reserve(1000, after(9000)), None, "time that was not used is not saved up");
         assert_eq!(Limit::default().reserve(u64::MAX, now), None);
     }

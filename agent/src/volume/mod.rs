@@ -1,5 +1,5 @@
-//! One volume on this host: a thread of its own that opens the backing and the metadata, serves the devices and drives
-//! the shell of its role. Everything between a front end and the disk stays on that thread.
+//! One volume on this host: a thread, its own as a rule, that opens the backing and the metadata, serves the devices and
+//! drives the shell of its role. Everything between a front end and the disk stays on that thread.
 //!
 //! Others talk to it by [`Ask`]s. A volume whose backing can't be opened is still there: it says why in its status,
 //! and refuses sessions. The role is what the superblock says; a change of it is a task of its own that has the shell to

@@ -5,8 +5,8 @@
 //! acknowledgement, more of them may be on the way, in proportion.
 //!
 //! The operator may set a limit in bytes a second. What was read and is not zero counts against it, before it is packed:
-//! the next copy begins when its share of the time is over. No more is under way then than half a second's worth, so
-//! that a copy doesn't grow old before it is there.
+//! the next copy begins when its share of the time is over. No more is under way then than half a second's worth, or one
+//! copy, so that a copy doesn't grow old before it is there.
 
 use super::resync::COPY_BYTES;
 use crate::units::Time;
@@ -47,7 +47,10 @@ impl Pace {
 
     /// The operator wants so many bytes a second at most.
     pub(super) fn set_limit(&mut self, limit: Option<NonZeroU64>) {
-        self.limit = limit;
+        if self.limit != limit {
+            // What was copied under another limit counts against that one.
+            (self.limit, self.free_at) = (limit, Time::default());
+        }
     }
 
     /// How many bytes of copies may be under way.
@@ -146,7 +149,9 @@ mod tests {
         assert_eq!((pace.waits_until(at(499)), pace.waits_until(at(500))), (Some(at(500)), None));
         pace.spend(1 << 20, at(9000));
         assert_eq!(pace.waits_until(at(9999)), Some(at(10_000)), "time that was not used is not saved up");
-        pace.set_limit(None);
-        assert_eq!(pace.waits_until(at(9999)), None);
+        pace.set_limit(NonZeroU64::new(1 << 20));
+        assert_eq!(pace.waits_until(at(9999)), Some(at(10_000)), "it is the same limit");
+        pace.set_limit(NonZeroU64::new(2 << 20));
+        assert_eq!(pace.waits_until(at(9999)), None, "what the old one cost is not paid under the new one");
     }
 }

@@ -201,7 +201,7 @@ pub struct ModeRequest {
 pub struct TuneRequest {
     /// Whether it is compressed where that is faster.
     pub compression: Option<Compression>,
-    /// How many bytes a second a resync of it may copy; 0: as many as disk and link give.
+    /// How many bytes a second a resync of it may copy; 0: no limit of its own.
     pub resync_limit_bytes: Option<u64>,
 }
 

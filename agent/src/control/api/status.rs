@@ -259,7 +259,7 @@ pub struct PeerStatus {
     /// Whether what this host sends to it is compressed where that is faster.
     #[serde(default)]
     pub compression: Compression,
-    /// How many bytes a second a resync of it may copy; null: as many as disk and link give.
+    /// How many bytes a second a resync of it may copy; null: it has no limit of its own, apart from the agent's for all.
     #[serde(default)]
     pub resync_limit_bytes: Option<u64>,
     /// How far it is; null where this host doesn't know.

@@ -48,6 +48,8 @@ fn places(size_bytes: u64) -> Vec<Place> {
     for (name, root) in [("image", "/var/tmp"), ("image in memory", "/dev/shm")] {
         let folder = tempfile::tempdir_in(root).expect("a folder");
         places.push(Place::image(name, folder.path().to_path_buf(), folder, size_bytes));
+        let in_memory = places[places.len() - 1].file.descriptor().in_memory;
+        assert_eq!(in_memory, name == "image in memory", "{name}");
     }
     let folder = tempfile::tempdir().expect("a folder");
     let file = File::create_metadata(folder.path().join("metadata"), size_bytes / 2).expect("it can be made");
@@ -56,6 +58,7 @@ fn places(size_bytes: u64) -> Vec<Place> {
         if let Some(device) = LoopDevice::new(size_bytes, sector) {
             let file = File::open_backing(&device.path, Access::ReadWrite).expect("it can be opened");
             assert_eq!((file.kind(), file.is_direct()), (Kind::BlockDevice, true));
+            assert!(!file.descriptor().in_memory, "its node is, and the device is not");
             assert_eq!((file.alignment(), file.size_bytes()), (u64::from(sector), size_bytes));
             places.push(Place::new(name, file, device));
         }
