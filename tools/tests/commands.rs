@@ -232,7 +232,7 @@ fn mode_names_a_volume_a_peer_and_a_mode() {
 #[test]
 fn tune_names_what_is_to_change() {
     let agent = Agent::start(healthy());
-    let expected = "to b, data goes with compression lz4, a resync at most 40.0M a second\n";
+    let expected = "to b, data goes with compression lz4, a resync at most 40M a second\n";
     let said = agent.tool(&["tune", "data", "b", "--compression", "lz4", "--resync-limit", "40M"]);
     assert_eq!(said, good(expected));
     agent.tool(&["tune", "data", "b", "--resync-limit", "none"]);

@@ -35,6 +35,24 @@ pub fn describe() -> Value {
     })
 }
 
+/// The same as a table.
+#[must_use]
+pub fn markdown(machine: &Value) -> String {
+    let mut text = String::from("| | |\n|---|---|\n");
+    for (name, value) in machine.as_object().into_iter().flatten() {
+        let words = match value {
+            Value::Object(programs) => {
+                let there = programs.values().filter_map(Value::as_str);
+                there.collect::<Vec<_>>().join("; ")
+            }
+            Value::String(words) => words.clone(),
+            value => value.to_string(),
+        };
+        text.push_str(&format!("| {name} | {words} |\n"));
+    }
+    text
+}
+
 /// What carries the agents' disk operations out, and why where that isn't io_uring.
 fn storage() -> String {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

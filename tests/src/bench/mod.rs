@@ -83,9 +83,14 @@ impl Bench {
                 self.report.borrow_mut().failed.push((group.name.to_owned(), format!("{error:#}")));
             }
             self.write_json(&machine)?;
+            self.write_page(&machine)?;
         }
         println!("\n{}", self.report.borrow().markdown());
-        println!("all values are in {}", self.settings.json.display());
+        println!(
+            "all values are in {}, the tables in {}",
+            self.settings.json.display(),
+            self.page().display()
+        );
         Ok(self.report.borrow().is_whole())
     }
 
@@ -100,6 +105,18 @@ impl Bench {
             std::fs::create_dir_all(folder)?;
         }
         Ok(std::fs::write(&self.settings.json, serde_json::to_vec_pretty(&value)?)?)
+    }
+
+    fn page(&self) -> PathBuf {
+        self.settings.json.with_extension("md")
+    }
+
+    /// The machine and all tables, for people.
+    fn write_page(&self, machine: &Value) -> Result<()> {
+        let Settings { turns, seconds, size, .. } = &self.settings;
+        let began = format!("`scripts/bench --turns {turns} --seconds {seconds} --size {size}`");
+        let page = format!("{began}\n\n{}\n{}", machine::markdown(machine), self.report.borrow().markdown());
+        Ok(std::fs::write(self.page(), page)?)
     }
 
     /// The places to measure at.
