@@ -5,12 +5,12 @@ use crate::output::{Error, Output};
 use blockmirror_agent::config::{Compression, Name};
 use blockmirror_agent::control::api::{PeerStatus, TuneRequest};
 use blockmirror_agent::quantity::Size;
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use std::str::FromStr;
 
 /// Which mirroring, and how. What isn't named stays.
 #[derive(Args)]
-#[group(required = true, multiple = true, args = ["compression", "resync_limit"])]
+#[command(group(ArgGroup::new("change").required(true).multiple(true).args(["compression", "resync_limit"])))]
 pub struct Arguments {
     /// The volume
     name: Name,
