@@ -261,8 +261,10 @@ async fn serve_digest(source: &Source, mut sender: ControlSender) -> Result<(), 
         let digest = match digesting.proceed(step_bytes).await {
             Ok(digest) => digest,
             Err(error) => {
-                sender.send(&unreadable(&error).into()).await?;
-                sender.finish().await?;
+                // A tool that goes away on hearing it, or before, doesn't make the backing any better.
+                if sender.send(&unreadable(&error).into()).await.is_ok() {
+                    let _ = sender.finish().await;
+                }
                 return Err(error.into());
             }
         };
