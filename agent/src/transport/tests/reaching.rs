@@ -84,9 +84,11 @@ async fn one_guest_at_a_time_lives_on_the_transports_thread() {
     let place = dialler.place().expect("nobody is there");
     assert!(dialler.place().is_none());
     let (told, tells) = tokio::sync::oneshot::channel();
+    // The connection outlives the guest.
+    let connection = dialled.clone();
     place.host(move || {
         Box::pin(async move {
-            let (mut sender, _receiver) = dialled.open_control().await.unwrap();
+            let (mut sender, _receiver) = connection.open_control().await.unwrap();
             sender.send(&refusal()).await.unwrap();
             sender.finish().await.unwrap();
             let local = tokio::task::spawn_local(async { std::thread::current().name().map(str::to_owned) });
