@@ -135,10 +135,16 @@ fn check(source: &Source, volume: VolumeId, range: ByteRange) -> Result<(), &'st
     }
 }
 
-async fn refuse(mut sender: ControlSender, what: &'static str) -> Result<(), ServeError> {
-    sender.send(&Refused { refusal: Refusal::Unrelated, text: what.to_owned() }.into()).await?;
-    sender.finish().await?;
+async fn refuse(sender: ControlSender, what: &'static str) -> Result<(), ServeError> {
+    tell(sender, Refused { refusal: Refusal::Unrelated, text: what.to_owned() }).await;
     Err(ServeError::PeerMisbehaved(what))
+}
+
+/// Tells the tool why there is nothing more. One that goes away on hearing it, or before, doesn't change the reason.
+async fn tell(mut sender: ControlSender, refused: Refused) {
+    if sender.send(&refused.into()).await.is_ok() {
+        let _ = sender.finish().await;
+    }
 }
 
 fn unreadable(error: &storage::Error) -> Refused {
@@ -261,10 +267,7 @@ async fn serve_digest(source: &Source, mut sender: ControlSender) -> Result<(), 
         let digest = match digesting.proceed(step_bytes).await {
             Ok(digest) => digest,
             Err(error) => {
-                // A tool that goes away on hearing it, or before, doesn't make the backing any better.
-                if sender.send(&unreadable(&error).into()).await.is_ok() {
-                    let _ = sender.finish().await;
-                }
+                tell(sender, unreadable(&error)).await;
                 return Err(error.into());
             }
         };
