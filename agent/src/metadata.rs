@@ -309,8 +309,8 @@ impl State {
         for (offset, page) in &changes.pages {
             storage::write(storage, file, *offset, self.page(&page[..]), false).await?;
         }
-        for offset in changes.holes {
-            storage::zero(storage, file, ByteRange::new(offset, PAGE_BYTES as u64), true).await?;
+        for hole in changes.holes {
+            storage::zero(storage, file, hole, true).await?;
         }
         if has_pages {
             storage::sync(storage, file).await?;

@@ -10,6 +10,7 @@ use crate::disk::dirty_map::{
     BLOCKS_PER_PAGE, Base, Bits, Header, WORDS_PER_PAGE, decode_bits, encode_bits, page_count, page_offset,
 };
 use crate::disk::{PAGE_BYTES, Page, slot_offset};
+use crate::ranges::ByteRange;
 use crate::units::{BlockSize, CopyId, GenerationId, HostId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -21,8 +22,10 @@ pub struct DirtyMap {
     serial: u64,
     header_changed: bool,
     pages: BTreeMap<u64, MapPage>,
-    /// Pages that differ from what was last handed out for writing.
+    /// Pages that differ from what was last handed out for writing, those below `unwritten_below` left out.
     changed: BTreeSet<u64>,
+    /// All pages below this one count as different, since it isn't known what the file holds of them.
+    unwritten_below: u64,
     /// The sum of the pages' counts.
     dirty_in_pages: u64,
 }
@@ -38,8 +41,8 @@ struct MapPage {
 pub struct MapChanges {
     /// Pages to write, by their offset in bytes.
     pub pages: Vec<(u64, Box<Page>)>,
-    /// Offsets of pages to make zero.
-    pub holes: Vec<u64>,
+    /// Where pages are to be made zero, in bytes.
+    pub holes: Vec<ByteRange>,
     /// The header and its offset, to be written last.
     pub header: Option<(u64, Box<Page>)>,
 }
@@ -49,6 +52,17 @@ impl MapChanges {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pages.is_empty() && self.holes.is_empty() && self.header.is_none()
+    }
+
+    fn add_hole(&mut self, pages: Range<u64>) {
+        if pages.is_empty() {
+            return;
+        }
+        let hole = ByteRange::new(page_offset(pages.start), (pages.end - pages.start) * PAGE_BYTES as u64);
+        match self.holes.last_mut() {
+            Some(before) if before.end() == hole.offset => before.length += hole.length,
+            _ => self.holes.push(hole),
+        }
     }
 }
 
@@ -70,6 +84,7 @@ impl DirtyMap {
             header_changed: true,
             pages: BTreeMap::new(),
             changed: BTreeSet::new(),
+            unwritten_below: 0,
             dirty_in_pages: 0,
         }
     }
@@ -78,8 +93,7 @@ impl DirtyMap {
     #[must_use]
     pub fn clean(self, base: Base) -> Self {
         let header = Header { base, full_from: page_count(self.header.blocks), ..self.header };
-        let mut map =
-            Self { header, pages: BTreeMap::new(), changed: BTreeSet::new(), dirty_in_pages: 0, ..self };
+        let mut map = Self { header, pages: BTreeMap::new(), dirty_in_pages: 0, ..self };
         // Whatever the file holds is overwritten.
         map.forget_written();
         map
@@ -109,6 +123,7 @@ impl DirtyMap {
             header_changed: false,
             pages: BTreeMap::new(),
             changed: BTreeSet::new(),
+            unwritten_below: 0,
             dirty_in_pages: 0,
         };
         for (page, bytes) in pages {
@@ -130,6 +145,7 @@ impl DirtyMap {
             header_changed: false,
             pages: self.pages.clone(),
             changed: BTreeSet::new(),
+            unwritten_below: 0,
             dirty_in_pages: self.dirty_in_pages,
         }
     }
@@ -172,6 +188,7 @@ impl DirtyMap {
         self.header_changed = true;
         self.pages.clear();
         self.changed.clear();
+        self.unwritten_below = 0;
         self.dirty_in_pages = 0;
     }
 
@@ -183,7 +200,7 @@ impl DirtyMap {
             let added = entry.set(part);
             if added > 0 {
                 self.dirty_in_pages += added;
-                self.changed.insert(page);
+                self.note_changed(page);
             }
         }
         self.dirty_in_pages > before
@@ -198,12 +215,12 @@ impl DirtyMap {
         for (page, part) in parts(blocks) {
             let Some(entry) = self.pages.get_mut(&page) else { continue };
             let removed = entry.unset(part);
-            if removed > 0 {
-                self.dirty_in_pages -= removed;
-                self.changed.insert(page);
-            }
             if entry.dirty == 0 {
                 self.pages.remove(&page);
+            }
+            if removed > 0 {
+                self.dirty_in_pages -= removed;
+                self.note_changed(page);
             }
         }
     }
@@ -242,19 +259,22 @@ impl DirtyMap {
     /// Whether the file lacks anything of what memory holds.
     #[must_use]
     pub fn has_changes(&self) -> bool {
-        self.header_changed || !self.changed.is_empty()
+        self.header_changed || self.unwritten_below > 0 || !self.changed.is_empty()
     }
 
     /// What to write so that the file says what memory says now.
     pub fn take_changes(&mut self) -> MapChanges {
         let mut changes = MapChanges::default();
-        for page in std::mem::take(&mut self.changed) {
-            match self.pages.get(&page) {
-                Some(entry) => {
-                    changes.pages.push((page_offset(page), Box::new(encode_bits(page, &entry.bits))));
-                }
-                None => changes.holes.push(page_offset(page)),
+        let unwritten = 0..std::mem::take(&mut self.unwritten_below);
+        let single = std::mem::take(&mut self.changed).into_iter().map(|page| page..page + 1);
+        for range in std::iter::once(unwritten).chain(single) {
+            let mut at = range.start;
+            for (page, entry) in self.pages.range(range.clone()) {
+                changes.add_hole(at..*page);
+                changes.pages.push((page_offset(*page), Box::new(encode_bits(*page, &entry.bits))));
+                at = page + 1;
             }
+            changes.add_hole(at..range.end);
         }
         if std::mem::take(&mut self.header_changed) {
             self.serial += 1;
@@ -266,7 +286,15 @@ impl DirtyMap {
     /// What was last handed out may not be in the file: everything is handed out again.
     pub fn forget_written(&mut self) {
         self.header_changed = true;
-        self.changed.extend(0..self.header.full_from.min(page_count(self.header.blocks)));
+        self.unwritten_below = self.header.full_from.min(page_count(self.header.blocks));
+        // Pages above are not looked at.
+        self.changed.clear();
+    }
+
+    fn note_changed(&mut self, page: u64) {
+        if page >= self.unwritten_below {
+            self.changed.insert(page);
+        }
     }
 
     fn full_from_block(&self) -> u64 {
@@ -280,7 +308,7 @@ impl DirtyMap {
             let mut entry = MapPage::clean();
             self.dirty_in_pages += entry.set(0..(self.header.blocks - first).min(BLOCKS_PER_PAGE) as usize);
             self.pages.insert(between, entry);
-            self.changed.insert(between);
+            self.note_changed(between);
         }
         self.header.full_from = page;
         self.header_changed = true;
@@ -420,8 +448,8 @@ mod tests {
             for (offset, page) in changes.pages {
                 self.pages.insert(number(offset), page);
             }
-            for offset in changes.holes {
-                self.pages.remove(&number(offset));
+            for hole in changes.holes {
+                self.pages.retain(|page, _| !(number(hole.offset)..number(hole.end())).contains(page));
             }
             if let Some((offset, page)) = changes.header {
                 self.header.resize(2 * PAGE_BYTES, 0);
@@ -441,6 +469,8 @@ mod tests {
         Clear(u64, u64),
         BeginAnew,
         Persist,
+        /// What was handed out is lost.
+        Fail,
     }
 
     fn any_step() -> impl Strategy<Value = Step> {
@@ -451,6 +481,7 @@ mod tests {
             8 => (place(), length()).prop_map(|(at, length)| Step::Clear(at, length)),
             1 => Just(Step::BeginAnew),
             4 => Just(Step::Persist),
+            2 => Just(Step::Fail),
         ]
     }
 
@@ -496,6 +527,10 @@ mod tests {
                         map.begin_anew(Base { copy: CopyId([7; 16]), ..map.base() });
                         model.fill(true);
                     }
+                    Step::Fail => {
+                        drop(map.take_changes());
+                        map.forget_written();
+                    }
                     Step::Persist => {
                         disk.apply(map.take_changes());
                         prop_assert!(!map.has_changes());
@@ -515,6 +550,21 @@ mod tests {
         map.clear(0..10);
         assert_eq!((map.pages.len(), map.take_changes().pages.len()), (1, 1));
         assert_eq!(map.next_dirty(0, u64::MAX), Some(10..1 << 32));
+    }
+
+    #[test]
+    fn a_clean_map_of_a_huge_volume_takes_no_memory_and_one_write() {
+        let map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), 16 << 40, BlockSize::default());
+        let mut map = map.clean(Base::default());
+        let pages = page_count((16 << 40) / 4096);
+        map.mark(BLOCKS_PER_PAGE..BLOCKS_PER_PAGE + 1);
+        assert_eq!((map.pages.len(), map.changed.len()), (1, 0));
+        let changes = map.take_changes();
+        let page = |number| page_offset(number)..page_offset(number + 1);
+        assert_eq!(changes.pages.len(), 1);
+        let holes: Vec<_> = changes.holes.iter().map(|hole| hole.offset..hole.end()).collect();
+        assert_eq!(holes, [page(0), page_offset(2)..page_offset(pages)]);
+        assert!(!map.has_changes());
     }
 
     #[test]

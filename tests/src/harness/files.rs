@@ -20,7 +20,8 @@ pub type Batch = Vec<(u64, Option<Box<Page>>)>;
 #[must_use]
 pub fn batches_of_map(changes: MapChanges) -> VecDeque<Batch> {
     let pages = changes.pages.into_iter().map(|(offset, page)| (offset, Some(page)));
-    let holes = changes.holes.into_iter().map(|offset| (offset, None));
+    let holes = changes.holes.iter().flat_map(|hole| (hole.offset..hole.end()).step_by(PAGE_BYTES));
+    let holes = holes.map(|offset| (offset, None));
     let header = changes.header.into_iter().map(|(offset, page)| (offset, Some(page)));
     let batches: [Batch; 2] = [pages.chain(holes).collect(), header.collect()];
     batches.into_iter().filter(|batch| !batch.is_empty()).collect()
