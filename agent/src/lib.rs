@@ -2,6 +2,7 @@
 
 pub mod backing;
 pub mod buffer;
+pub mod busy_poll;
 pub mod config;
 pub mod control;
 pub mod device;

@@ -56,6 +56,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let listen =
         arguments.listen.or(settings.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 7447)));
     let _claim = blockmirror_agent::process::claim_folder(&state)?;
+    blockmirror_agent::busy_poll::allow(settings.busy_poll());
     let key = HostKey::load_or_create(&state)?;
     let endpoint = Endpoint::bind_with(
         listen,

@@ -13,6 +13,7 @@ pub use folder::{ConfigFolder, Volumes};
 pub use mistake::{Contradiction, Mistake};
 pub use name::{Address, NAME_LIMIT_BYTES, Name, NotAName, NotAnAddress};
 
+use crate::busy_poll;
 use crate::quantity::Size;
 use blockmirror_protocol::disk::activity_log::CAPACITY;
 use blockmirror_protocol::replica::SpacePolicy;
@@ -34,6 +35,9 @@ pub const DEFAULT_WINDOW: Size = Size(64 << 20);
 
 /// A resync that is held shorter than this, in bytes a second, is better paused.
 pub const LEAST_RESYNC_LIMIT: Size = Size(64 << 10);
+
+/// Sleeping costs less than that.
+const MOST_BUSY_POLL_MICROSECONDS: u64 = 10_000;
 
 /// How long a write waits for replicas at most, where it waits, in seconds.
 pub const DEFAULT_BLOCK_SECONDS: u64 = 30;
@@ -61,6 +65,9 @@ pub struct AgentConfig {
     /// How many bytes a second all resyncs from this host may copy together; all that disk and link give by default.
     #[serde(default, deserialize_with = "resync_limit", skip_serializing_if = "Option::is_none")]
     pub resync_limit: Option<Size>,
+    /// How long a busy thread looks for its next event before it sleeps, in microseconds; never where it is 0.
+    #[serde(default, deserialize_with = "busy_poll_microseconds", skip_serializing_if = "Option::is_none")]
+    pub busy_poll_microseconds: Option<u64>,
 }
 
 /// What decides how much may be on its way to a peer: QUIC's congestion control, by the names that it has there.
@@ -118,6 +125,12 @@ impl AgentConfig {
         self.name
             .clone()
             .unwrap_or_else(|| Name::nearest(&rustix::system::uname().nodename().to_string_lossy()))
+    }
+
+    /// How long a busy thread looks for its next event before it sleeps.
+    #[must_use]
+    pub fn busy_poll(&self) -> Duration {
+        self.busy_poll_microseconds.map_or(busy_poll::DEFAULT_LONGEST, Duration::from_micros)
     }
 }
 
@@ -516,6 +529,15 @@ fn resync_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Siz
             Err(serde::de::Error::custom("the limit of a resync is at least 64K a second"))
         }
         limit => Ok(Some(limit)),
+    }
+}
+
+fn busy_poll_microseconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    match u64::deserialize(deserializer)? {
+        microseconds @ ..=MOST_BUSY_POLL_MICROSECONDS => Ok(Some(microseconds)),
+        _ => {
+            Err(serde::de::Error::custom("a thread looks for its next event for 10000 microseconds at most"))
+        }
     }
 }
 

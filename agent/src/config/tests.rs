@@ -240,6 +240,12 @@ fn the_agents_own_file_is_read() {
     assert_eq!((agent.host_name().as_str(), agent.listen), ("a", Some("[::]:7447".parse().unwrap())));
     assert_eq!(agent.advertise, ["a:7447".parse().unwrap()]);
     assert_eq!(agent.congestion, Congestion::Bbr);
+    assert_eq!(agent.busy_poll(), Duration::from_micros(200), "unless something else is said");
+    fs::write(&path, "busy_poll_microseconds = 0\n").unwrap();
+    assert_eq!(folder.load_agent().unwrap().busy_poll(), Duration::ZERO);
+    fs::write(&path, "busy_poll_microseconds = 10001\n").unwrap();
+    let mistake = folder.load_agent().unwrap_err().to_string();
+    assert!(mistake.contains("for 10000 microseconds at most"), "{mistake}");
     fs::write(&path, "\n\nadvertize = []\n").unwrap();
     let mistake = folder.load_agent().unwrap_err().to_string();
     assert!(

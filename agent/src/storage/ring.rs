@@ -22,6 +22,7 @@ use super::job::{Job, Step};
 use super::slots::Slots;
 use super::{Done, Operation, Outcome, Storage, kernel};
 use crate::buffer::BufferPool;
+use crate::busy_poll;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{Builder, IoUring, Probe, cqueue, opcode, squeue};
 use std::cell::{Cell, RefCell};
@@ -347,6 +348,9 @@ impl Queues {
 
     /// Takes all completions.
     fn reap(&mut self) {
+        if !self.ring.completion().is_empty() {
+            busy_poll::note_event();
+        }
         while let Some(completion) = self.next_completion() {
             let index = completion.user_data() as usize;
             let result = match completion.result() {

@@ -8,6 +8,7 @@ use super::job::Job;
 use super::slots::Slots;
 use super::{Done, Operation, Storage, kernel};
 use crate::buffer::BufferPool;
+use crate::busy_poll;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -140,6 +141,7 @@ impl Shared {
     fn turn(&self, context: &mut Context<'_>) -> Poll<()> {
         self.waker.replace(Some(context.waker().clone()));
         while let Poll::Ready(finished) = self.poll_finished(context) {
+            busy_poll::note_event();
             let (index, job) = finished.expect("threads end after this task");
             let done = self.done.borrow_mut().remove(index);
             done(job.finish());

@@ -11,6 +11,7 @@ use super::key::HostKey;
 use super::settings::Options;
 use super::socket::{self, ThreadRuntime};
 use super::tls;
+use crate::busy_poll;
 use blockmirror_protocol::units::HostId;
 use quinn::{TransportConfig, VarInt};
 use std::io;
@@ -288,6 +289,7 @@ impl Thread {
         let Self { runtime, quic, accepted, guests, stop, stopped, handshake_timeout } = self;
         let local = LocalSet::new();
         let serve = local.run_until(async {
+            spawn_local(busy_poll::stay_awake());
             tokio::select! {
                 () = accept_all(&quic, accepted, handshake_timeout) => {}
                 () = take_in(guests) => {}

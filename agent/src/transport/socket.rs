@@ -5,6 +5,7 @@
 //! and the path's MTU fell back to its smallest. And timers and tasks always belong to the transport's own thread,
 //! whichever thread dials.
 
+use crate::busy_poll;
 use crate::quantity::Size;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
@@ -133,6 +134,8 @@ impl AsyncUdpSocket for BundlingSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        // Another thread has something to send, or a packet is answered.
+        busy_poll::note_event();
         let Some(packet_bytes) = transmit.segment_size else { return self.inner.try_send(transmit) };
         self.largest_packet_bytes.fetch_max(packet_bytes, Ordering::Relaxed);
         for (index, contents) in parts(transmit.contents, packet_bytes).enumerate() {
@@ -159,7 +162,11 @@ impl AsyncUdpSocket for BundlingSocket {
         buffers: &mut [IoSliceMut<'_>],
         received: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        self.inner.poll_recv(context, buffers, received)
+        let arrived = self.inner.poll_recv(context, buffers, received);
+        if arrived.is_ready() {
+            busy_poll::note_event();
+        }
+        arrived
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {

@@ -4,6 +4,7 @@
 //! with its next call.
 
 use super::error::{Lost, Misbehaviour, ReceiveError, SendError};
+use crate::busy_poll;
 use blockmirror_protocol::units::HostId;
 use bytes::{Buf, Bytes};
 use quinn::{ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError};
@@ -135,6 +136,7 @@ impl Inbound {
         debug_assert!(self.unread.is_empty(), "everything that came before was taken");
         match self.quic.read_chunks(&mut self.pieces).await {
             Ok(Some(count)) => {
+                busy_poll::note_event();
                 self.unread = 0..count;
                 Ok(())
             }

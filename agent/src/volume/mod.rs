@@ -19,6 +19,7 @@ mod status;
 mod undoing;
 
 use crate::buffer::BufferPool;
+use crate::busy_poll;
 use crate::config::{Mode, Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{Failure, VolumeFacts};
 use crate::primary::{Peer, Primary};
@@ -198,6 +199,7 @@ async fn live(
 ) -> Option<oneshot::Sender<()>> {
     tokio::task::LocalSet::new()
         .run_until(async move {
+            spawn_local(busy_poll::stay_awake());
             let (mut volume, events) = Volume::open(config, surroundings).await;
             let _ = opened.send(());
             volume.serve(source, events).await

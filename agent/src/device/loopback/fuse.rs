@@ -13,6 +13,7 @@
 
 use super::kernel::{self, Call, Head, MAX_TRANSFER_BYTES, Malformed, Session, Unserved};
 use crate::buffer::{Buffer, BufferPool};
+use crate::busy_poll;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
@@ -117,7 +118,10 @@ impl Server {
             let mut ready = self.fuse.ready(EVENTS).await.map_err(ServeError::Read)?;
             for _ in 0..BATCH {
                 match self.receive(&mut inbox).map_err(ServeError::Read)? {
-                    Arrival::Request(received) => self.dispatch(&mut inbox, received)?,
+                    Arrival::Request(received) => {
+                        busy_poll::note_event();
+                        self.dispatch(&mut inbox, received)?;
+                    }
                     Arrival::Nothing => {
                         ready.clear_ready();
                         continue 'woken;

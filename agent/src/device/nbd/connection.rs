@@ -16,6 +16,7 @@ use super::negotiate::Agreed;
 use super::outgoing::{Frame, Outgoing};
 use super::request::{Judged, judge};
 use crate::buffer::{Buffer, BufferPool};
+use crate::busy_poll;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
 use blockmirror_protocol::nbd::Malformed;
 use blockmirror_protocol::nbd::transmission::{CommandKind, Failure, REQUEST_BYTES, RequestHeader};
@@ -213,6 +214,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             _ => ready!(self.input.poll_fill(&mut self.socket, cx, usize::MAX))?,
         };
+        busy_poll::note_event();
         if count == 0 {
             let between_requests = matches!(self.receiving, Receiving::Header) && self.input.is_empty();
             if !between_requests {
