@@ -5,8 +5,9 @@ use super::processes::{command, go_on, run};
 use crate::harness::random::Random;
 use anyhow::{Context, Result};
 use rustix::fs::{Advice, OFlags, fadvise};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{IoSliceMut, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -153,6 +154,31 @@ fn fill(piece: &mut [u8], random: &mut Random) {
     for word in piece.chunks_mut(8) {
         word.copy_from_slice(&random.next_number().to_le_bytes()[..word.len()]);
     }
+}
+
+/// Whether the page cache has a part of a file, of which many are looked at.
+///
+/// # Errors
+/// When it can't be opened or looked at.
+pub fn is_cached(path: &Path) -> Result<bool> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let step = (file.metadata()?.len() / 256).max(1);
+    let mut byte = [0];
+    for part in 0..256 {
+        let mut into = [IoSliceMut::new(&mut byte)];
+        match preadv2(&file, &mut into, part * step, ReadWriteFlags::NOWAIT) {
+            Ok(0) | Err(Errno::AGAIN) => {}
+            Ok(_) => return Ok(true),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(false)
+}
+
+/// Has memory of this size used and given back. A virtual machine's host may take back what was free for a while, and then
+/// the first to use it again waits for it several times as long as for what it does there.
+pub fn warm_memory(bytes: u64) {
+    std::hint::black_box(vec![1_u8; usize::try_from(bytes).unwrap_or(0)]);
 }
 
 /// Makes a file durable and lets the page cache forget it, so that the next reader pays for reading.

@@ -2,7 +2,7 @@
 //! against what the disk reads and writes, and against what raw quinn carries.
 //!
 //! Everybody copies the same file, which the page cache has forgotten, into a new file, and has ended when the copy is
-//! durable.
+//! durable. Before each turn, memory for that is used and given back, so that nobody pays for the host's.
 
 use crate::bench::Bench;
 use crate::bench::agent::Agent;
@@ -10,7 +10,7 @@ use crate::bench::comparison::{Contestant, Outcome, Part, Table, Turn};
 use crate::bench::fio::{Extent, Job, Pattern, Target, measure};
 use crate::bench::mirror::Mirror;
 use crate::bench::peers::{missing, qemu_nbd_tcp, tls_keys};
-use crate::bench::place::{Place, drop_cache};
+use crate::bench::place::{Place, drop_cache, warm_memory};
 use crate::bench::processes::{self, command};
 use crate::bench::quantity::{Quantity, SPEED, Unit};
 use crate::bench::quic::RawQuic;
@@ -90,12 +90,19 @@ impl<'a> Copying<'a> {
         self.place.sparse("target.img", self.size_bytes)
     }
 
+    /// What goes before each turn.
+    fn prepare(&self, source: &Path) -> Result<()> {
+        drop_cache(source)?;
+        warm_memory(2 * self.size_bytes);
+        Ok(())
+    }
+
     fn turn(&self, seconds: f64) -> Turn {
         Turn::new([(SPEED, self.size_bytes as f64 / seconds)])
     }
 
     fn disk(&self, job: &Job, file: &Path) -> Result<Turn> {
-        drop_cache(&self.source)?;
+        self.prepare(&self.source)?;
         let target = Target::File { path: file.to_owned(), is_direct: self.place.is_direct };
         let measured = measure(job, &[target], Extent::Bytes(self.size_bytes))?;
         Ok(self.turn(measured.seconds))
@@ -103,7 +110,7 @@ impl<'a> Copying<'a> {
 
     /// What a copy on one disk comes down to: one file is read while another is written.
     fn disk_both_ways(&self, job: &impl Fn(Pattern) -> Job) -> Result<Turn> {
-        drop_cache(&self.source)?;
+        self.prepare(&self.source)?;
         let target = |path| [Target::File { path, is_direct: self.place.is_direct }];
         let (from, to) = (target(self.source.clone()), target(self.new_target()?));
         let (reading, writing) = (job(Pattern::Read), job(Pattern::Write));
@@ -120,7 +127,7 @@ impl<'a> Copying<'a> {
     fn initial_sync(&self, made: &RefCell<Option<Mirror>>) -> Result<Turn> {
         // That of the turn before is still there where nothing was recovered from it.
         drop(made.take());
-        drop_cache(&self.source)?;
+        self.prepare(&self.source)?;
         let target = self.place.path("replica.img");
         let (mirror, times) = Mirror::new(self.bench, self.place, &self.source, &target)?;
         *made.borrow_mut() = Some(mirror);
@@ -131,7 +138,7 @@ impl<'a> Copying<'a> {
     /// the end, which is part of the time.
     fn recover(&self, made: &RefCell<Option<Mirror>>) -> Result<Turn> {
         let mirror = made.take().context("the initial sync has failed")?;
-        drop_cache(&self.place.path("replica.img"))?;
+        self.prepare(&self.place.path("replica.img"))?;
         // A replica that is being written to is not recovered from.
         mirror.pause()?;
         let token = mirror.replica.tool(&["invite", "data"])?;
@@ -155,7 +162,7 @@ impl<'a> Copying<'a> {
     ) -> Contestant<'a> {
         let (bench, place) = (self.bench, self.place);
         Contestant::new(name, Part::Peer, move || {
-            drop_cache(&self.source)?;
+            self.prepare(&self.source)?;
             let target = self.new_target()?;
             let (export, _) = qemu_nbd_tcp(bench, place, "target", &target, keys.as_deref())?;
             let began = Instant::now();
@@ -211,7 +218,7 @@ impl<'a> Copying<'a> {
     }
 
     fn rsync_turn(&self, mut command: Command) -> Result<Turn> {
-        drop_cache(&self.source)?;
+        self.prepare(&self.source)?;
         let target = self.place.path("rsync.img");
         let began = Instant::now();
         processes::run(&mut command)?;

@@ -22,7 +22,7 @@ pub const HUGE_BYTES: u64 = (16 << 40) - (4 << 20);
 const WINDOWS: u64 = 10;
 /// How long the replica is waited for until it no longer counts.
 const NOTICED: Duration = Duration::from_secs(60);
-/// Memory beyond that of the idle agent, as a multiple of the window.
+/// Memory beyond that of an agent whose replica answers, as a multiple of the window.
 const GROWTH: Quantity = Quantity::new("growth / window", Unit::Times);
 
 /// See the module.
@@ -70,16 +70,19 @@ fn stalled(bench: &Bench, place: &Place) -> Result<()> {
         primary.begin()?;
         primary.wait_until_in_sync()?;
         let mirror = Mirror { primary, ..mirror };
-        let server = mirror.primary.server()?;
-        let idle = server.resident_bytes()?;
-        mirror.replica.server()?.signal(Signal::STOP)?;
+        // What the same writes take while the replica answers: requests under way, and pages of the program.
         let job = Job::new(Pattern::Write, 128 << 10, 8);
+        measure(&job, &[mirror.target()], Extent::Bytes(window / 4))?;
+        mirror.primary.wait_until_in_sync()?;
+        let server = mirror.primary.server()?;
+        let before = server.resident_bytes()?;
+        mirror.replica.server()?.signal(Signal::STOP)?;
         measure(&job, &[mirror.target()], Extent::Bytes(window * WINDOWS))?;
         let peak = server.peak_bytes()?;
         until("the replica counts as behind", NOTICED, || {
             Ok(mirror.primary.peer()?.out_of_sync_bytes.filter(|bytes| *bytes > 0))
         })?;
-        let growth = peak.saturating_sub(idle) as f64 / window as f64;
+        let growth = peak.saturating_sub(before) as f64 / window as f64;
         Ok(resident(server)?.with(GROWTH, growth))
     })];
     let work = format!("{WINDOWS} times the window of {} to a stalled replica", Size(window));
