@@ -14,16 +14,20 @@ use blockmirror_protocol::units::VolumeId;
 use blockmirror_protocol::wire::Body;
 use blockmirror_protocol::wire::message::ReadContent;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 /// How many chunks are under way at a time.
 const READS: usize = 8;
-/// How often what was written is made durable and noted.
+/// What was written is made durable and noted at the latest after this time,
 const COMMIT_INTERVAL: Duration = Duration::from_secs(2);
-/// How much is written at most before that happens, in bytes.
-const COMMIT_BYTES: u64 = 1 << 30;
+/// and after so many bytes;
+const MOST_COMMIT_BYTES: u64 = 1 << 30;
+/// sooner, since only then it can be read back, where that takes no more than one part in so many of the time,
+const COMMIT_SHARE: u32 = 100;
+/// but not for less than so many bytes.
+const LEAST_COMMIT_BYTES: u64 = 64 << 20;
 /// How long the peer may take to say why it gave a read up.
 const REASON_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -68,7 +72,7 @@ async fn drive(
     let subject = journal.state().subject;
     let mut commits = tokio::time::interval(COMMIT_INTERVAL);
     commits.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut next = 0;
+    let (mut next, mut cheap_from) = (0, Instant::now());
     loop {
         while reads.len() < READS && next < subject.chunks() {
             if !journal.state().has(next) {
@@ -89,8 +93,11 @@ async fn drive(
             _ = commits.tick() => read_back.begin(journal.commit(target).await?),
             done = read_back.next() => done?,
         }
-        if journal.pending_bytes() >= COMMIT_BYTES {
+        let least = if Instant::now() < cheap_from { MOST_COMMIT_BYTES } else { LEAST_COMMIT_BYTES };
+        if journal.pending_bytes() >= least {
+            let began = Instant::now();
             read_back.begin(journal.commit(target).await?);
+            cheap_from = Instant::now() + began.elapsed() * COMMIT_SHARE;
         }
     }
 }
