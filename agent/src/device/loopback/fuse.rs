@@ -20,8 +20,10 @@ use blockmirror_protocol::units::SECTOR_BYTES;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::fs::File;
+use std::future::poll_fn;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::rc::Rc;
+use std::task::Poll;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use zerocopy::IntoBytes;
@@ -29,8 +31,11 @@ use zerocopy::IntoBytes;
 /// A connection that ends shows only as an error.
 const EVENTS: Interest = Interest::READABLE.add(Interest::ERROR);
 
-/// How many requests are taken in a row before the thread's other tasks get their turn.
+/// How many requests are taken in a row before the runtime looks for events.
 const BATCH: usize = 64;
+/// How many requests are taken in a row before they go to the disk: it is to work on the first while more are read, since
+/// each takes a call into the kernel.
+const HANDED_ON: usize = 8;
 
 /// A write of up to so many bytes is copied out of the memory that it was read into, which is large enough for any
 /// request. So it does not pin that memory while it is on its way to disks and replicas: what a write holds is at most
@@ -116,7 +121,7 @@ impl Server {
         let mut inbox = Inbox { head: [0; size_of::<Head>()], rest: self.pool.take(MAX_TRANSFER_BYTES) };
         'woken: loop {
             let mut ready = self.fuse.ready(EVENTS).await.map_err(ServeError::Read)?;
-            for _ in 0..BATCH {
+            for count in 1..=BATCH {
                 match self.receive(&mut inbox).map_err(ServeError::Read)? {
                     Arrival::Request(received) => {
                         busy_poll::note_event();
@@ -127,6 +132,9 @@ impl Server {
                         continue 'woken;
                     }
                     Arrival::End => return Ok(()),
+                }
+                if count % HANDED_ON == 0 {
+                    others_have_their_turn().await;
                 }
             }
             // Only after a full batch: yielding makes the runtime look for events once more, which is a system call.
@@ -278,6 +286,19 @@ impl Server {
         // A reply is taken whole or not at all, and never waits.
         self.fuse.get_ref().write_vectored(pieces).map(|_| ())
     }
+}
+
+/// Lets those of the thread's tasks go on that can, without a look for events.
+async fn others_have_their_turn() {
+    let mut had_it = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut had_it, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Whether a reply could not be delivered because nobody waits for it any more: the request was withdrawn, the mount
