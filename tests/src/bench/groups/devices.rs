@@ -91,6 +91,9 @@ impl FrontEnds {
     }
 }
 
+/// What the disk gives to a program that has it to itself.
+const THE_FILE: &str = "the file itself";
+const PLAIN_LOOP: &str = "plain loop";
 const OURS: (&str, Part, Passing) = ("blockmirror", Part::Ours, Passing::Through);
 
 /// The NBD front end.
@@ -131,6 +134,9 @@ fn nbd_servers(bench: &Bench, place: &Place) -> Result<FrontEnds> {
         let export = nbd_server(bench, "nbd-server", file)?;
         let target = Target::Nbd(export.uri.clone());
         Ok((export, target))
+    })?;
+    all.add((THE_FILE, Part::Limit, Passing::Through), &[], at, |file| {
+        Ok(((), Target::File { path: file.to_owned(), is_direct: place.is_direct }))
     })?;
     Ok(all)
 }
@@ -174,7 +180,7 @@ fn loop_devices(bench: &Bench, place: &Place) -> Result<FrontEnds> {
         let target = Target::direct(&device.device.path);
         Ok((device, target))
     })?;
-    all.add(("plain loop", Part::Limit, Passing::Through), &[], at, |file| {
+    all.add((PLAIN_LOOP, Part::Limit, Passing::Through), &[], at, |file| {
         let device = LoopDevice::attach(file)?;
         let target = Target::direct(&device.path);
         Ok((device, target))
@@ -198,9 +204,8 @@ fn compare(bench: &Bench, group: &'static str, place: &Place, front_ends: &Front
         let measure =
             best.map_or_else(|| "the best peer".to_owned(), |(_, name)| format!("{name}, the best peer"));
         bench.bar(&about, measure, Wanted::AtLeast(wanted), best.map(|(ratio, _)| ratio));
-        if group == "loop" {
-            bench.bar(about, "a plain loop device", Wanted::Told, table.ratio_to("plain loop"));
-        }
+        let limit = if group == "loop" { PLAIN_LOOP } else { THE_FILE };
+        bench.bar(about, limit, Wanted::Told, table.ratio_to(limit));
     }
     Ok(())
 }
