@@ -4,7 +4,7 @@
 //! another core out of its sleep, which is as long as a fast disk needs. So a thread that has just had an event looks for
 //! the next one for a moment before it sleeps ([`stay_awake`], a task beside its others, which yields to them).
 //!
-//! How long it looks is learned from the events themselves ([`Patience`]): up to the longest that is allowed where they
+//! How long it looks is learned from the events themselves (`Patience`): up to the longest that is allowed where they
 //! come closely, and not at all where they don't, so that an idle volume costs nothing. And it looks only on time that
 //! nobody wants: while fewer threads of this process have events than there are cores, which leaves one for the
 //! application; and not any longer once it gave its core to somebody who wanted it.
