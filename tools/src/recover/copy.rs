@@ -20,14 +20,14 @@ use tokio::time::MissedTickBehavior;
 
 /// How many chunks are under way at a time.
 const READS: usize = 8;
-/// What was written is made durable and noted at the latest after this time,
+/// How long what was written may wait until it is made durable and noted.
 const COMMIT_INTERVAL: Duration = Duration::from_secs(2);
-/// and after so many bytes;
+/// How much may wait, in bytes.
 const MOST_COMMIT_BYTES: u64 = 1 << 30;
-/// sooner, since only then it can be read back, where that takes no more than one part in so many of the time,
-const COMMIT_SHARE: u32 = 100;
-/// but not for less than so many bytes.
+/// How much is enough, in bytes, where making it durable is cheap: only what is durable can be read back.
 const LEAST_COMMIT_BYTES: u64 = 64 << 20;
+/// It is cheap when it was done last so many times as long ago as it took then.
+const COMMIT_SHARE: u32 = 100;
 /// How long the peer may take to say why it gave a read up.
 const REASON_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -85,19 +85,21 @@ async fn drive(
             }
             next += 1;
         }
+        let mut is_due = false;
         tokio::select! {
             done = reads.join_next() => match done {
                 None => return Ok(()),
                 Some(done) => journal.written(done.expect("a read neither panics nor is cancelled")?),
             },
-            _ = commits.tick() => read_back.begin(journal.commit(target).await?),
+            _ = commits.tick() => is_due = true,
             done = read_back.next() => done?,
         }
         let least = if Instant::now() < cheap_from { MOST_COMMIT_BYTES } else { LEAST_COMMIT_BYTES };
-        if journal.pending_bytes() >= least {
+        if is_due || journal.pending_bytes() >= least {
             let began = Instant::now();
             read_back.begin(journal.commit(target).await?);
             cheap_from = Instant::now() + began.elapsed() * COMMIT_SHARE;
+            commits.reset();
         }
     }
 }
