@@ -2,7 +2,7 @@
 //! against what the disk reads and writes, and against what raw quinn carries.
 //!
 //! Everybody copies the same file, which the page cache has forgotten, into a new file, and has ended when the copy is
-//! durable. Before each turn, memory for that is used and given back, so that nobody pays for the host's.
+//! durable. Before each copy, memory for it is used and given back, so that nobody pays for the host's.
 
 use crate::bench::Bench;
 use crate::bench::agent::Agent;

@@ -70,9 +70,10 @@ fn stalled(bench: &Bench, place: &Place) -> Result<()> {
         primary.begin()?;
         primary.wait_until_in_sync()?;
         let mirror = Mirror { primary, ..mirror };
-        // What the same writes take while the replica answers: requests under way, and pages of the program.
+        // What the same writes take while the replica answers: requests under way, and pages of the program. No more of
+        // them, since buffers that were once in the window stay in the pool.
         let job = Job::new(Pattern::Write, 128 << 10, 8);
-        measure(&job, &[mirror.target()], Extent::Bytes(window / 4))?;
+        measure(&job, &[mirror.target()], Extent::Bytes(job.block_bytes * u64::from(job.depth)))?;
         mirror.primary.wait_until_in_sync()?;
         let server = mirror.primary.server()?;
         let before = server.resident_bytes()?;
