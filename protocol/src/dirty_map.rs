@@ -468,9 +468,11 @@ mod tests {
         Mark(u64, u64),
         Clear(u64, u64),
         BeginAnew,
-        Persist,
-        /// What was handed out is lost.
-        Fail,
+        Clean,
+        /// What was handed out is written, and the map is read anew or lives on.
+        Persist(bool),
+        /// What was handed out is written in part, by these bits; not the header, which comes last.
+        Fail(u64),
     }
 
     fn any_step() -> impl Strategy<Value = Step> {
@@ -480,8 +482,9 @@ mod tests {
             8 => (place(), length()).prop_map(|(at, length)| Step::Mark(at, length)),
             8 => (place(), length()).prop_map(|(at, length)| Step::Clear(at, length)),
             1 => Just(Step::BeginAnew),
-            4 => Just(Step::Persist),
-            2 => Just(Step::Fail),
+            1 => Just(Step::Clean),
+            4 => any::<bool>().prop_map(Step::Persist),
+            2 => any::<u64>().prop_map(Step::Fail),
         ]
     }
 
@@ -527,14 +530,31 @@ mod tests {
                         map.begin_anew(Base { copy: CopyId([7; 16]), ..map.base() });
                         model.fill(true);
                     }
-                    Step::Fail => {
-                        drop(map.take_changes());
+                    Step::Clean => {
+                        map = map.clean(Base::default());
+                        model.fill(false);
+                    }
+                    Step::Fail(bits) => {
+                        let mut changes = map.take_changes();
+                        let mut left = bits;
+                        let mut is_written = || {
+                            left = left.rotate_right(1);
+                            left & 1 == 1
+                        };
+                        changes.pages.retain(|_| is_written());
+                        changes.holes.retain(|_| is_written());
+                        changes.header = None;
+                        disk.apply(changes);
                         map.forget_written();
                     }
-                    Step::Persist => {
+                    Step::Persist(reads_anew) => {
                         disk.apply(map.take_changes());
                         prop_assert!(!map.has_changes());
-                        map = disk.recover();
+                        let recovered = disk.recover();
+                        assert_same(&recovered, &model);
+                        if reads_anew {
+                            map = recovered;
+                        }
                     }
                 }
                 assert_same(&map, &model);
