@@ -7,10 +7,11 @@
 //! How long it looks is learned from the events themselves (`Patience`): up to the longest that is allowed where they
 //! come closely, and not at all where they don't, so that an idle volume costs nothing. And it looks only on time that
 //! nobody wants: while fewer threads of this process have events than there are cores, which leaves one for the
-//! application; and not any longer once it gave its core to somebody who wanted it.
+//! application; and when it looked in vain it offers its core to others, and sleeps if somebody took it.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
@@ -23,7 +24,7 @@ pub const DEFAULT_LONGEST: Duration = Duration::from_micros(200);
 const SHORTEST: Duration = Duration::from_micros(4);
 /// A thread that gives its core away and has it again sooner than this was alone on it.
 const ALONE: Duration = Duration::from_micros(25);
-/// A thread without an event for so long doesn't count as busy any more.
+/// A thread without an event for so long, and for longer than any looks for one, doesn't count as busy.
 const BUSY: Duration = Duration::from_millis(1);
 /// How many threads take part; others sleep at once.
 const PLACES: usize = 64;
@@ -59,16 +60,24 @@ pub async fn stay_awake() {
     let Some(_place) = Place::take() else { return };
     loop {
         poll_fn(|context| THREAD.with(|thread| thread.poll_event(context.waker()))).await;
+        let mut in_vain = 0;
         while THREAD.with(Thread::looks_on) {
-            let before = Instant::now();
-            std::thread::yield_now();
-            if before.elapsed() > ALONE {
-                break;
-            }
             // The runtime looks for events, and its other tasks have their turn.
             tokio::task::yield_now().await;
+            in_vain = if THREAD.with(|thread| thread.is_new.take()) { 0 } else { in_vain + 1 };
+            // What the runtime has just found may wait behind this task, so one look in vain means nothing.
+            if in_vain > 1 && !is_alone() {
+                break;
+            }
         }
     }
+}
+
+/// Offers the core to others. Whether nobody took it for long.
+fn is_alone() -> bool {
+    let before = Instant::now();
+    std::thread::yield_now();
+    before.elapsed() < ALONE
 }
 
 struct Thread {
@@ -99,32 +108,37 @@ impl Thread {
         }
         LAST_EVENTS[place].store(stamp(now), Ordering::Relaxed);
         self.is_new.set(true);
-        if !self.patience.get().0.is_zero()
-            && let Some(waker) = self.waker.borrow_mut().take()
-        {
-            waker.wake();
+        if !self.patience.get().0.is_zero() {
+            let waker = self.waker.take();
+            waker.into_iter().for_each(Waker::wake);
         }
     }
 
     /// Ready when it pays to look for an event that follows the last one.
     fn poll_event(&self, waker: &Waker) -> Poll<()> {
-        if self.is_new.take() && !self.patience.get().0.is_zero() && has_time(Instant::now()) {
+        if self.is_new.take() && self.looks_on() {
             return Poll::Ready(());
         }
-        *self.waker.borrow_mut() = Some(waker.clone());
+        self.waker.replace(Some(waker.clone()));
         Poll::Pending
     }
 
     fn looks_on(&self) -> bool {
-        self.last.get().is_some_and(|last| last.elapsed() < self.patience.get().0)
+        let Some(last) = self.last.get() else { return false };
+        let now = Instant::now();
+        self.patience.get().lasts(now - last) && has_time(busy_threads(now), cores())
     }
 }
 
-/// Whether this process leaves a core to others even if each of its busy threads keeps one.
-fn has_time(now: Instant) -> bool {
-    let since = stamp(now).saturating_sub(nanos(BUSY));
+/// Whether a core is left to others even if each busy thread of this process keeps one.
+fn has_time(busy: usize, cores: usize) -> bool {
+    busy < cores
+}
+
+fn busy_threads(now: Instant) -> usize {
+    let since = stamp(now).saturating_sub(nanos(BUSY.max(longest())));
     let places = &LAST_EVENTS[..PLACES_USED.load(Ordering::Relaxed)];
-    busy(places.iter().map(|last| last.load(Ordering::Relaxed)), since) < cores()
+    busy(places.iter().map(|last| last.load(Ordering::Relaxed)), since)
 }
 
 /// How many threads had their last event after this.
@@ -137,6 +151,11 @@ fn busy(last_events: impl Iterator<Item = u64>, since: u64) -> usize {
 struct Patience(Duration);
 
 impl Patience {
+    /// Whether there is still some, so long after the last event.
+    fn lasts(self, waited: Duration) -> bool {
+        waited < self.0
+    }
+
     /// What another event teaches, which came so long after the one before: more patience would have met it, or no
     /// patience that is allowed.
     fn after(self, gap: Duration, longest: Duration) -> Self {
@@ -151,8 +170,8 @@ impl Patience {
     }
 }
 
-/// A thread's place among those that count. Free again when it is dropped.
-struct Place(usize);
+/// The calling thread's place among those that count, which it keeps to itself. Free again when it is dropped.
+struct Place(usize, PhantomData<*const ()>);
 
 impl Place {
     fn take() -> Option<Self> {
@@ -165,7 +184,7 @@ impl Place {
         let index = LAST_EVENTS.iter().position(is_free)?;
         PLACES_USED.fetch_max(index + 1, Ordering::Relaxed);
         THREAD.with(|thread| thread.place.set(Some(index)));
-        Some(Self(index))
+        Some(Self(index, PhantomData))
     }
 }
 
@@ -173,7 +192,11 @@ impl Drop for Place {
     fn drop(&mut self) {
         LAST_EVENTS[self.0].store(0, Ordering::Relaxed);
         // At the thread's own end there is nothing left to reset.
-        let _ = THREAD.try_with(|thread| thread.place.set(None));
+        let _ = THREAD.try_with(|thread| {
+            thread.place.set(None);
+            thread.is_new.set(false);
+            drop(thread.waker.take());
+        });
     }
 }
 
@@ -230,6 +253,14 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_looks_as_long_as_its_patience_lasts_and_a_core_is_left() {
+        let patience = Patience(Duration::from_micros(64));
+        assert!(patience.lasts(Duration::from_micros(63)) && !patience.lasts(Duration::from_micros(64)));
+        assert!(!Patience(Duration::ZERO).lasts(Duration::ZERO), "there is none");
+        assert!(has_time(1, 2) && !has_time(2, 2) && !has_time(1, 1));
+    }
+
+    #[test]
     fn only_threads_with_recent_events_are_busy() {
         assert_eq!(busy([0, 5, 11, 12].into_iter(), 10), 2);
         assert_eq!(busy([0, 0].into_iter(), 0), 0, "where there is no thread there is no event");
@@ -237,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_thread_has_one_place_and_gives_it_back() {
-        let place = Place::take().expect("there are more places than tests");
+        let place = Place::take().expect("64 threads are more than a test has");
         let index = place.0;
         assert!(Place::take().is_none(), "it has one");
         assert_ne!(LAST_EVENTS[index].load(Ordering::Relaxed), 0);
@@ -249,17 +280,22 @@ mod tests {
     fn a_thread_sleeps_again_when_nothing_follows() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            allow(LONGEST);
+            LONGEST_NANOS.store(nanos(LONGEST), Ordering::Relaxed);
             let awake = tokio::spawn(stay_awake());
             tokio::task::yield_now().await;
             for _ in 0..100 {
                 note_event();
             }
             let sleeps = || THREAD.with(|thread| !thread.is_new.get() && thread.waker.borrow().is_some());
-            while !sleeps() {
-                assert!(!awake.is_finished());
+            assert!(!sleeps(), "there were events");
+            for _ in 0..10_000_000 {
+                if sleeps() {
+                    break;
+                }
                 tokio::task::yield_now().await;
             }
+            assert!(sleeps() && !awake.is_finished());
+            allow(Duration::ZERO);
             awake.abort();
             assert!(awake.await.unwrap_err().is_cancelled());
             assert_eq!(THREAD.with(|thread| thread.place.get()), None);

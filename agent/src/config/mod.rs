@@ -36,7 +36,7 @@ pub const DEFAULT_WINDOW: Size = Size(64 << 20);
 /// A resync that is held shorter than this, in bytes a second, is better paused.
 pub const LEAST_RESYNC_LIMIT: Size = Size(64 << 10);
 
-/// Sleeping costs less than that.
+/// The most that `busy_poll_microseconds` may be: to be woken costs less than that everywhere.
 const MOST_BUSY_POLL_MICROSECONDS: u64 = 10_000;
 
 /// How long a write waits for replicas at most, where it waits, in seconds.
@@ -535,9 +535,9 @@ fn resync_limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Siz
 fn busy_poll_microseconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     match u64::deserialize(deserializer)? {
         microseconds @ ..=MOST_BUSY_POLL_MICROSECONDS => Ok(Some(microseconds)),
-        _ => {
-            Err(serde::de::Error::custom("a thread looks for its next event for 10000 microseconds at most"))
-        }
+        _ => Err(serde::de::Error::custom(format!(
+            "a thread looks for its next event for {MOST_BUSY_POLL_MICROSECONDS} microseconds at most"
+        ))),
     }
 }
 

@@ -133,7 +133,7 @@ impl Server {
                     }
                     Arrival::End => return Ok(()),
                 }
-                if count % HANDED_ON == 0 {
+                if count % HANDED_ON == 0 && count < BATCH {
                     others_have_their_turn().await;
                 }
             }
@@ -288,7 +288,7 @@ impl Server {
     }
 }
 
-/// Lets those of the thread's tasks go on that can, without a look for events.
+/// Lets those of the volume's tasks go on that can, without a look for events.
 async fn others_have_their_turn() {
     let mut had_it = false;
     poll_fn(|context| {
