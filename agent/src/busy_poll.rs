@@ -279,9 +279,9 @@ mod tests {
     #[test]
     fn a_thread_sleeps_again_when_nothing_follows() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
+        tokio::task::LocalSet::new().block_on(&runtime, async {
             LONGEST_NANOS.store(nanos(LONGEST), Ordering::Relaxed);
-            let awake = tokio::spawn(stay_awake());
+            let awake = tokio::task::spawn_local(stay_awake());
             tokio::task::yield_now().await;
             for _ in 0..100 {
                 note_event();
