@@ -102,8 +102,8 @@ pub enum SessionError {
     /// The primary broke the protocol.
     #[error(transparent)]
     Misbehaved(#[from] PrimaryMisbehaved),
-    /// A newer session took its place.
-    #[error("a newer session took this one's place")]
+    /// A newer session took its place, or this host ended it.
+    #[error("this host ended the session, or a newer one took its place")]
     Superseded,
 }
 
@@ -275,8 +275,8 @@ impl Replica {
     ) -> Result<(), SessionError> {
         if let Some(no) = self.objection(&hello) {
             // The session that is being served goes on.
-            sender.send(&no).await?;
-            return Ok(sender.finish().await?);
+            sender.end_with(no);
+            return Ok(());
         }
         let session = self.take_over();
         let (outgoing, mut source) = unbounded_channel();
@@ -300,15 +300,14 @@ impl Replica {
         };
         let send = async {
             while let Some(message) = source.recv().await {
-                let is_last = matches!(message, Message::Refused(_) | Message::Superseded(_));
-                sender.send(&message).await?;
-                if is_last {
-                    break;
+                if matches!(message, Message::Refused(_) | Message::Superseded(_)) {
+                    return Ok(message);
                 }
+                sender.send(&message).await?;
             }
-            Ok(())
+            Err(SessionError::Superseded)
         };
-        let ended: Result<(), SessionError> = tokio::select! {
+        let ended: Result<Message, SessionError> = tokio::select! {
             ended = receive => ended,
             ended = send => ended,
             () = self.is_superseded(session) => Err(SessionError::Superseded),
@@ -320,11 +319,9 @@ impl Replica {
                 inner.machine.handle_disconnected();
             });
         }
-        if ended.is_ok() {
-            // The refusal must arrive before the stream is gone.
-            sender.finish().await?;
-        }
-        ended
+        // Whoever waits for the end of this session must not wait for a primary that doesn't answer any more.
+        sender.end_with(ended?);
+        Ok(())
     }
 
     /// Takes in the frames of one stream until it or its session ends.

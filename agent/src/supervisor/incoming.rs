@@ -99,7 +99,7 @@ impl Supervisor {
             Ok(Ok(Message::Join(join))) => match self.admit(join, &connection).await {
                 Ok(joined) => {
                     connection.trust();
-                    return answer(sender, joined.into()).await;
+                    return sender.end_with(joined);
                 }
                 Err(no) => Err((no, sender)),
             },
@@ -108,7 +108,7 @@ impl Supervisor {
                 self.take_read(message, &connection, sender, receiver).await
             }
             Ok(Ok(Message::AskStanding(ask))) => match self.stand(ask, connection.peer()).await {
-                Ok(standing) => return answer(sender, standing.into()).await,
+                Ok(standing) => return sender.end_with(standing),
                 Err(no) => Err((no, sender)),
             },
             Ok(Ok(Message::TakeOver(wish))) => self.take_over(wish, &connection, sender).await,
@@ -234,13 +234,6 @@ impl Supervisor {
             volumes.values().any(|entry| entry.config.peers.iter().any(|peer| peer.host == host))
         };
         is_member || self.admitted.lock().await.iter().any(|(_, admitted)| *admitted == host)
-    }
-}
-
-async fn answer(mut sender: ControlSender, message: Message) {
-    if sender.send(&message).await.is_ok() {
-        // An error means that the peer has gone.
-        let _ = sender.finish().await;
     }
 }
 

@@ -46,6 +46,21 @@ impl ControlSender {
         self.stream.finish().await
     }
 
+    /// Sends a last message, and sees to it that it arrives while the connection lasts: in a task of its own, because a
+    /// host that has just died is waited for until the connection is given up, and the caller has better to do.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn end_with(mut self, message: impl Into<Message>) {
+        let message = message.into();
+        tokio::spawn(async move {
+            if self.send(&message).await.is_ok() {
+                // An error means that the peer has gone.
+                let _ = self.finish().await;
+            }
+        });
+    }
+
     /// Goes on with frames instead of messages: the answer to a read. They have the priority of bulk.
     #[must_use]
     pub fn into_frames(self) -> FrameSender {

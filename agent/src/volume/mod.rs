@@ -422,11 +422,6 @@ impl Volume {
 }
 
 /// Says no on a control stream, and sees to it that it arrives.
-pub(crate) fn refuse(mut sender: ControlSender, refusal: Refusal, text: String) {
-    tokio::task::spawn(async move {
-        if sender.send(&Refused { refusal, text }.into()).await.is_ok() {
-            // An error means that the peer has gone.
-            let _ = sender.finish().await;
-        }
-    });
+pub(crate) fn refuse(sender: ControlSender, refusal: Refusal, text: String) {
+    sender.end_with(Refused { refusal, text });
 }

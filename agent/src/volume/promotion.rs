@@ -77,7 +77,7 @@ impl Volume {
     }
 
     /// The primary was demoted for this host, and says so.
-    pub(super) fn take_over(&mut self, host: HostId, mut sender: ControlSender) {
+    pub(super) fn take_over(&mut self, host: HostId, sender: ControlSender) {
         let replica = match self.promotable() {
             Ok(replica) => replica,
             Err(failure) => return refuse(sender, Refusal::Role, failure.message),
@@ -92,13 +92,7 @@ impl Volume {
             let done = carry_out(&hands, replica, superblock.fence).await;
             hands.end(Next::Reopen, move |role| match (done.and_then(|()| is_primary(role)), role) {
                 (Ok(()), OpenRole::Primary(primary, _)) => {
-                    let fence = primary.state().superblock().fence;
-                    spawn_local(async move {
-                        if sender.send(&TookOver { fence }.into()).await.is_ok() {
-                            // An error means that the other host has gone.
-                            let _ = sender.finish().await;
-                        }
-                    });
+                    sender.end_with(TookOver { fence: primary.state().superblock().fence });
                 }
                 (done, _) => {
                     let text = done.err().map_or_else(String::new, |failure| failure.message);

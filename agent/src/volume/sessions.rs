@@ -5,7 +5,7 @@ use super::{Event, Learned, OpenRole, Volume, refuse};
 use crate::transport::{ControlReceiver, ControlSender, FrameReceiver};
 use crate::words::{with_causes, with_name};
 use blockmirror_protocol::wire::StreamPreamble;
-use blockmirror_protocol::wire::message::{Fence, Hello, Refusal, Superseded};
+use blockmirror_protocol::wire::message::{Hello, Refusal, Superseded};
 use tokio::task::spawn_local;
 
 impl Volume {
@@ -34,7 +34,7 @@ impl Volume {
                 if hello.fence.counter < ours.counter
                     || hello.fence.counter == ours.counter && hello.fence.holder != ours.holder
                 {
-                    return supersede(sender, ours);
+                    return sender.end_with(Superseded { fence: ours });
                 }
                 self.supersede(hello.fence).await;
                 let text = "this host was the primary until just now; it becomes a replica when nobody has its \
@@ -80,14 +80,4 @@ impl Volume {
             }
         });
     }
-}
-
-/// Tells whoever greets of a newer fence than its own, and sees to it that it arrives.
-fn supersede(mut sender: ControlSender, fence: Fence) {
-    spawn_local(async move {
-        if sender.send(&Superseded { fence }.into()).await.is_ok() {
-            // An error means that the peer has gone.
-            let _ = sender.finish().await;
-        }
-    });
 }
