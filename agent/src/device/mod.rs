@@ -9,6 +9,7 @@ pub mod loopback;
 pub mod memory;
 pub mod nbd;
 pub mod openers;
+mod row;
 
 use crate::buffer::Buffer;
 use blockmirror_protocol::ranges::ByteRange;

@@ -14,6 +14,7 @@
 use super::kernel::{self, Call, Head, MAX_TRANSFER_BYTES, Malformed, Session, Unserved};
 use crate::buffer::{Buffer, BufferPool};
 use crate::busy_poll;
+use crate::device::row::Row;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
@@ -33,9 +34,6 @@ const EVENTS: Interest = Interest::READABLE.add(Interest::ERROR);
 
 /// How many requests are taken in a row before the runtime looks for events.
 const BATCH: usize = 64;
-/// How many requests are taken in a row before they go to the disk: it is to work on the first while more are read, since
-/// each takes a call into the kernel.
-const HANDED_ON: usize = 8;
 
 /// A write of up to so many bytes is copied out of the memory that it was read into, which is large enough for any
 /// request. So it does not pin that memory while it is on its way to disks and replicas: what a write holds is at most
@@ -121,11 +119,13 @@ impl Server {
         let mut inbox = Inbox { head: [0; size_of::<Head>()], rest: self.pool.take(MAX_TRANSFER_BYTES) };
         'woken: loop {
             let mut ready = self.fuse.ready(EVENTS).await.map_err(ServeError::Read)?;
+            let mut row = Row::first();
             for count in 1..=BATCH {
                 match self.receive(&mut inbox).map_err(ServeError::Read)? {
                     Arrival::Request(received) => {
                         busy_poll::note_event();
                         self.dispatch(&mut inbox, received)?;
+                        row.take();
                     }
                     Arrival::Nothing => {
                         ready.clear_ready();
@@ -133,8 +133,9 @@ impl Server {
                     }
                     Arrival::End => return Ok(()),
                 }
-                if count % HANDED_ON == 0 && count < BATCH {
+                if row.is_complete() && count < BATCH {
                     others_have_their_turn().await;
+                    row.next();
                 }
             }
             // Only after a full batch: yielding makes the runtime look for events once more, which is a system call.

@@ -17,6 +17,7 @@ use super::outgoing::{Frame, Outgoing};
 use super::request::{Judged, judge};
 use crate::buffer::{Buffer, BufferPool};
 use crate::busy_poll;
+use crate::device::row::Row;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
 use blockmirror_protocol::nbd::Malformed;
 use blockmirror_protocol::nbd::transmission::{CommandKind, Failure, REQUEST_BYTES, RequestHeader};
@@ -68,6 +69,7 @@ pub(super) struct Connection<S> {
     /// its header is fetched alone.
     expects_long_payload: bool,
     submitted: Submitted,
+    row: Row,
     replies: Rc<Replies>,
     answers: Vec<(u64, Result<Answer, Errno>)>,
     outgoing: Outgoing,
@@ -90,6 +92,8 @@ enum Receiving {
 enum Stuck {
     /// The next message is not whole yet.
     WantsInput,
+    /// Those that were taken are to go on first.
+    RowComplete,
     /// Others must be finished first.
     AtLimit,
     /// There will be none.
@@ -108,6 +112,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             receiving: Receiving::Header,
             expects_long_payload: false,
             submitted: Submitted::default(),
+            row: Row::first(),
             replies: Rc::default(),
             answers: Vec::new(),
             outgoing: Outgoing::default(),
@@ -131,6 +136,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Receiving::Header => {
                     if self.is_at_limit() {
                         return Ok(Stuck::AtLimit);
+                    }
+                    if self.row.is_complete() {
+                        return Ok(Stuck::RowComplete);
                     }
                     let Some(header) = self.input.take_array::<REQUEST_BYTES>() else {
                         return Ok(Stuck::WantsInput);
@@ -196,6 +204,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn submit(&mut self, request: RequestHeader, command: Command) {
+        self.row.take();
         let cookie = self.submitted.insert(request);
         self.volume.submit(Request { command, reply: self.replies.clone(), cookie });
     }
@@ -232,6 +241,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let connection = self.get_mut();
         connection.replies.wake_by(cx.waker());
+        connection.row.next();
         loop {
             connection.collect_answers();
             let sent = connection.outgoing.poll_send(&mut connection.socket, cx)?.is_ready();
@@ -240,7 +250,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
                 continue;
             }
             match stuck {
-                Stuck::WantsInput => ready!(connection.poll_receive(cx))?,
+                Stuck::WantsInput => {
+                    let received = connection.poll_receive(cx);
+                    if received.is_pending() {
+                        connection.row = Row::first();
+                    }
+                    ready!(received)?;
+                }
+                Stuck::RowComplete => {
+                    // The storage, which was woken before, has its turn first.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 Stuck::Ended if sent && connection.submitted.count == 0 => return Poll::Ready(Ok(())),
                 Stuck::Ended | Stuck::AtLimit => return Poll::Pending,
             }

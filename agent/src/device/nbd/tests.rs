@@ -277,8 +277,11 @@ fn an_answer_that_comes_after_the_connections_end_is_dropped() {
         set_up(script.bytes, vec![1 << 20, 0, 0, 0], Agreed::default());
     let mut connection = Box::pin(connection);
     let mut context = Context::from_waker(Waker::noop());
-    assert!(connection.as_mut().poll(&mut context).is_pending());
-    assert_eq!(volume.waiting.borrow().len(), 2);
+    // The first goes on by itself.
+    for submitted in [1, 2] {
+        assert!(connection.as_mut().poll(&mut context).is_pending());
+        assert_eq!(volume.waiting.borrow().len(), submitted);
+    }
     volume.answer_one(0);
     drop(connection);
     volume.answer_one(0);
