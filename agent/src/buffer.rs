@@ -5,9 +5,11 @@
 //! thread that happens. A buffer's content is not cleared between uses: whoever takes one fills all that it hands on.
 
 use bytes::Bytes;
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use std::alloc::{Layout, handle_alloc_error};
+use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::sync::{Arc, Mutex};
 
 /// The alignment of every buffer's start, in bytes: enough for direct I/O on any disk.
@@ -16,6 +18,8 @@ pub const ALIGNMENT: usize = 4096;
 /// Capacities are powers of two from this one on, so that freed memory fits the next request.
 const SMALLEST: usize = 4096;
 const CLASSES: usize = 16;
+/// How much is mapped at a time for buffers that are no larger, in bytes.
+const RUN_BYTES: usize = 1 << 20;
 
 /// A shared pool of aligned memory. Clones are handles to the same pool.
 #[derive(Clone)]
@@ -24,7 +28,7 @@ pub struct BufferPool {
 }
 
 struct Shared {
-    /// How many free bytes the pool keeps; more goes back to the allocator.
+    /// How many free bytes the pool keeps; more goes back to the kernel.
     keep_bytes: usize,
     free: Mutex<Free>,
 }
@@ -36,7 +40,7 @@ struct Free {
 }
 
 impl BufferPool {
-    /// A pool that keeps at most `keep_bytes` of free memory for reuse.
+    /// A pool that keeps at most `keep_bytes` of used memory for reuse.
     #[must_use]
     pub fn new(keep_bytes: usize) -> Self {
         Self { shared: Arc::new(Shared { keep_bytes, free: Mutex::default() }) }
@@ -48,7 +52,7 @@ impl BufferPool {
         let capacity = length.max(SMALLEST).next_power_of_two();
         let class = class_of(capacity);
         let reused = (class < CLASSES).then(|| self.shared.lock().take(class)).flatten();
-        let memory = reused.unwrap_or_else(|| Memory::new(capacity));
+        let memory = reused.unwrap_or_else(|| self.shared.grow(capacity));
         Buffer { memory: Some(memory), length, pool: self.shared.clone() }
     }
 }
@@ -56,6 +60,22 @@ impl BufferPool {
 impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, Free> {
         self.free.lock().expect("no holder of the pool's lock panics")
+    }
+}
+
+impl Shared {
+    /// A new piece of memory; small ones are mapped by the run, and what is left of that is free for the next.
+    fn grow(&self, capacity: usize) -> Memory {
+        let keeps_runs = self.keep_bytes >= RUN_BYTES;
+        let count = if keeps_runs { (RUN_BYTES / capacity).max(1) } else { 1 };
+        let mut pieces = Run::cut(capacity, count);
+        let memory = pieces.pop().expect("a run has a piece");
+        if !pieces.is_empty() {
+            let mut free = self.lock();
+            free.bytes += pieces.len() * capacity;
+            free.by_class[class_of(capacity)].extend(pieces);
+        }
+        memory
     }
 }
 
@@ -71,39 +91,62 @@ fn class_of(capacity: usize) -> usize {
     (capacity / SMALLEST).trailing_zeros() as usize
 }
 
-/// One allocation.
+/// Memory of the kernel, cut into pieces of one size. It goes back when the last piece is dropped.
+///
+/// The general allocator keeps a header before each piece of memory, which costs a whole page where pieces are aligned
+/// to pages: buffers of 4 KiB would take twice their size.
+struct Run {
+    start: NonNull<c_void>,
+    bytes: usize,
+}
+
+// SAFETY: the memory is owned by this value and its pieces alone, and any thread may give it back.
+unsafe impl Send for Run {}
+// SAFETY: shared references give no access to the memory.
+unsafe impl Sync for Run {}
+
+impl Run {
+    /// `count` pieces of `capacity` bytes, a power of two from [`SMALLEST`] on. They take no memory before they are
+    /// written to.
+    fn cut(capacity: usize, count: usize) -> Vec<Memory> {
+        let bytes = capacity * count;
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        // SAFETY: a new mapping at a place of the kernel's choice replaces nothing.
+        let mapped = unsafe { mmap_anonymous(null_mut(), bytes, protection, flags) };
+        let start = mapped.ok().and_then(NonNull::new).unwrap_or_else(|| {
+            handle_alloc_error(
+                Layout::from_size_align(bytes, ALIGNMENT).expect("a run is shorter than memory"),
+            )
+        });
+        let run = Arc::new(Self { start, bytes });
+        let piece = |index| {
+            // SAFETY: the piece lies within the mapping.
+            let start = unsafe { start.cast::<u8>().add(index * capacity) };
+            Memory { start, capacity, _run: run.clone() }
+        };
+        (0..count).map(piece).collect()
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `cut` with this length, and no piece is left.
+        let unmapped = unsafe { munmap(self.start.as_ptr(), self.bytes) };
+        debug_assert!(unmapped.is_ok(), "{unmapped:?}");
+    }
+}
+
+/// A piece of a run, which is never handed out twice.
 struct Memory {
     start: NonNull<u8>,
     capacity: usize,
+    _run: Arc<Run>,
 }
 
-// SAFETY: the memory is owned by this value alone and freed by the global allocator, which any thread may call.
+// SAFETY: the memory belongs to this value alone.
 unsafe impl Send for Memory {}
 // SAFETY: shared references give no access to the memory.
 unsafe impl Sync for Memory {}
-
-impl Memory {
-    fn layout(capacity: usize) -> Layout {
-        Layout::from_size_align(capacity, ALIGNMENT).expect("a capacity is a power of two below isize::MAX")
-    }
-
-    fn new(capacity: usize) -> Self {
-        let layout = Self::layout(capacity);
-        // SAFETY: the layout's size is not zero.
-        let start = unsafe { alloc(layout) };
-        let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
-        // SAFETY: the allocation is `capacity` bytes long; from here on all of it is initialised.
-        unsafe { start.as_ptr().write_bytes(0, capacity) };
-        Self { start, capacity }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this very layout.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.capacity)) };
-    }
-}
 
 /// Aligned memory with one owner.
 pub struct Buffer {
@@ -196,5 +239,24 @@ mod tests {
         let pool = BufferPool::new(8192);
         drop([pool.take(4096), pool.take(4096), pool.take(4096), pool.take(1 << 31)]);
         assert_eq!(pool.shared.lock().bytes, 8192);
+    }
+
+    #[test]
+    fn small_buffers_lie_side_by_side() {
+        let pool = BufferPool::new(RUN_BYTES);
+        let mut buffers: Vec<Buffer> = (0..RUN_BYTES / SMALLEST).map(|_| pool.take(512)).collect();
+        let mut starts: Vec<usize> = buffers.iter().map(|buffer| buffer.as_ptr() as usize).collect();
+        starts.sort_unstable();
+        assert!(starts.windows(2).all(|pair| pair[1] - pair[0] == SMALLEST), "{starts:x?}");
+        assert_eq!(pool.shared.lock().bytes, 0);
+        for (index, buffer) in (0u32..).zip(&mut buffers) {
+            buffer.fill(index as u8);
+        }
+        let second_run = pool.take(512);
+        assert!(
+            buffers.iter().zip(0u32..).all(|(buffer, index)| buffer.iter().all(|byte| *byte == index as u8))
+        );
+        drop((buffers, second_run));
+        assert_eq!(pool.shared.lock().bytes, RUN_BYTES, "no more is kept");
     }
 }

@@ -32,7 +32,10 @@ const GROWTH: Quantity = Quantity::new("growth / window", Unit::Times);
 pub fn run(bench: &Bench) -> Result<()> {
     let place = bench.main_place()?;
     idle(bench, &place)?;
-    stalled(bench, &place)?;
+    // Few large buffers, and many small ones.
+    for job in [Job::new(Pattern::Write, 128 << 10, 8), Job::new(Pattern::RandomWrite, 4 << 10, 32)] {
+        stalled(bench, &place, job)?;
+    }
     // Where a trim of a hole costs nothing, since it is marking that is looked at.
     dirty(bench, &bench.place(PlaceKind::Tmpfs)?)
 }
@@ -58,7 +61,7 @@ fn idle(bench: &Bench, place: &Place) -> Result<()> {
     place.clear()
 }
 
-fn stalled(bench: &Bench, place: &Place) -> Result<()> {
+fn stalled(bench: &Bench, place: &Place, job: Job) -> Result<()> {
     let window = DEFAULT_WINDOW.0;
     let size_bytes = bench.settings.size.0.max(window * WINDOWS);
     let source = place.filled("primary.img", size_bytes)?;
@@ -72,7 +75,6 @@ fn stalled(bench: &Bench, place: &Place) -> Result<()> {
         let mirror = Mirror { primary, ..mirror };
         // What the same writes take while the replica answers: requests under way, and pages of the program. No more of
         // them, since buffers that were once in the window stay in the pool.
-        let job = Job::new(Pattern::Write, 128 << 10, 8);
         measure(&job, &[mirror.target()], Extent::Bytes(job.block_bytes * u64::from(job.depth)))?;
         mirror.primary.wait_until_in_sync()?;
         let server = mirror.primary.server()?;
@@ -86,9 +88,10 @@ fn stalled(bench: &Bench, place: &Place) -> Result<()> {
         let growth = peak.saturating_sub(before) as f64 / window as f64;
         Ok(resident(server)?.with(GROWTH, growth))
     })];
-    let work = format!("{WINDOWS} times the window of {} to a stalled replica", Size(window));
+    let work =
+        format!("{WINDOWS} times the window of {} to a stalled replica, {}", Size(window), job.words());
     let outcome = bench.compare("memory", place.name(), work, contestants)?;
-    let about = "memory: a stalled replica, growth at the most";
+    let about = format!("memory: a stalled replica, growth at the most, {}", job.words());
     bench.bar(about, "the window", Wanted::AtMost(1.0), outcome.table(GROWTH).ours());
     place.clear()
 }
