@@ -56,8 +56,8 @@ use std::collections::VecDeque;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::time::Duration;
-pub(crate) use stream::FRAME_COST_BYTES;
 use stream::Window;
+pub(crate) use stream::{FRAME_COST_BYTES, frame_cost_bytes};
 pub use verify::CompareResult;
 use verify::Verify;
 

@@ -26,11 +26,19 @@ struct WindowFrame {
 /// What a frame takes at the most besides its payload: its header, and the records of it here, in the link and in the
 /// transport, whose queues double when they grow.
 pub(crate) const FRAME_COST_BYTES: u64 = 512;
+/// The smallest buffer that a payload is held in; the next ones are twice as large each.
+const BUFFER_BYTES: u64 = 4096;
+
+/// What a frame with so much payload takes at the most, in bytes: a write of one sector holds a whole buffer.
+pub(crate) fn frame_cost_bytes(payload_bytes: u64) -> u64 {
+    let held_bytes = if payload_bytes == 0 { 0 } else { payload_bytes.next_power_of_two().max(BUFFER_BYTES) };
+    held_bytes + FRAME_COST_BYTES
+}
 
 impl Window {
     /// Whether frames with so much payload each fit into `limit_bytes`; none always do.
     pub(super) fn has_room(&self, payload_bytes: impl Iterator<Item = u64>, limit_bytes: u64) -> bool {
-        let cost_bytes: u64 = payload_bytes.map(|bytes| bytes + FRAME_COST_BYTES).sum();
+        let cost_bytes: u64 = payload_bytes.map(frame_cost_bytes).sum();
         cost_bytes == 0 || self.cost_bytes + cost_bytes <= limit_bytes
     }
 
@@ -42,7 +50,7 @@ impl Window {
         payload_bytes: u64,
         sent: Time,
     ) {
-        let cost_bytes = payload_bytes + FRAME_COST_BYTES;
+        let cost_bytes = frame_cost_bytes(payload_bytes);
         self.cost_bytes += cost_bytes;
         self.frames.push_back(WindowFrame { sequence, epoch, range, cost_bytes, sent });
     }
@@ -72,5 +80,19 @@ impl Window {
     /// All ranges in the window, oldest first.
     pub(super) fn ranges(&self) -> impl Iterator<Item = ByteRange> + '_ {
         self.frames.iter().map(|frame| frame.range)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_costs_the_buffer_that_holds_its_payload() {
+        for (payload_bytes, held_bytes) in
+            [(0, 0), (512, 4096), (4096, 4096), (4608, 8192), (128 << 10, 128 << 10), (768 << 10, 1 << 20)]
+        {
+            assert_eq!(frame_cost_bytes(payload_bytes), held_bytes + FRAME_COST_BYTES, "{payload_bytes}");
+        }
     }
 }

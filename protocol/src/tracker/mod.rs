@@ -42,9 +42,7 @@ use crate::disk::activity_log::{CAPACITY, Recovered};
 use crate::order::Order;
 use crate::ranges::ByteRange;
 use crate::session::resync::{CopyContent, CopyRead};
-use crate::session::{
-    self, Circumstances, CompareResult, FRAME_COST_BYTES, Handled, Identity, PeerError, Report, Session,
-};
+use crate::session::{self, Circumstances, CompareResult, Handled, Identity, PeerError, Report, Session};
 use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use crate::wire::message::{Message, Mode};
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};

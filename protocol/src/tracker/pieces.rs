@@ -2,8 +2,8 @@
 
 use super::activity::Claim;
 use super::{
-    Action, Admitted, EPOCH_BYTES, FRAME_COST_BYTES, PAYLOAD_LIMIT_BYTES, PIECES, RequestId, Session,
-    Tracker, Work, ZERO_LIMIT_BYTES,
+    Action, Admitted, EPOCH_BYTES, PAYLOAD_LIMIT_BYTES, PIECES, RequestId, Session, Tracker, Work,
+    ZERO_LIMIT_BYTES,
 };
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
@@ -107,7 +107,7 @@ impl Tracker {
             session.handle_write(write, now);
         }
         self.epoch.since.get_or_insert(now);
-        self.epoch.bytes += if zero.is_some() { 0 } else { range.length } + FRAME_COST_BYTES;
+        self.epoch.bytes += session::frame_cost_bytes(if zero.is_some() { 0 } else { range.length });
         self.idle.get_or_insert((now, self.activity.clock()));
         self.collect();
         if self.order.admit(Admitted::Write(sequence), range) {
