@@ -7,6 +7,7 @@
 use bytes::Bytes;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use std::alloc::{Layout, handle_alloc_error};
+use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{NonNull, null_mut};
@@ -20,6 +21,8 @@ const SMALLEST: usize = 4096;
 const CLASSES: usize = 16;
 /// How much is mapped at a time for buffers that are no larger, in bytes.
 const RUN_BYTES: usize = 1 << 20;
+/// A pool that keeps less has each buffer mapped by itself: what is left of some runs would fill it.
+const SMALLEST_WITH_RUNS: usize = 16 * RUN_BYTES;
 
 /// A shared pool of aligned memory. Clones are handles to the same pool.
 #[derive(Clone)]
@@ -36,7 +39,8 @@ struct Shared {
 #[derive(Default)]
 struct Free {
     bytes: usize,
-    by_class: [Vec<Memory>; CLASSES],
+    /// The last one is used next, and the first one given up.
+    by_class: [VecDeque<Memory>; CLASSES],
 }
 
 impl BufferPool {
@@ -66,8 +70,8 @@ impl Shared {
 impl Shared {
     /// A new piece of memory; small ones are mapped by the run, and what is left of that is free for the next.
     fn grow(&self, capacity: usize) -> Memory {
-        let keeps_runs = self.keep_bytes >= RUN_BYTES;
-        let count = if keeps_runs { (RUN_BYTES / capacity).max(1) } else { 1 };
+        let has_runs = self.keep_bytes >= SMALLEST_WITH_RUNS;
+        let count = if has_runs { (RUN_BYTES / capacity).max(1) } else { 1 };
         let mut pieces = Run::cut(capacity, count);
         let memory = pieces.pop().expect("a run has a piece");
         if !pieces.is_empty() {
@@ -81,9 +85,31 @@ impl Shared {
 
 impl Free {
     fn take(&mut self, class: usize) -> Option<Memory> {
-        let memory = self.by_class[class].pop()?;
+        let memory = self.by_class[class].pop_back()?;
         self.bytes -= memory.capacity;
         Some(memory)
+    }
+
+    /// Keeps memory for reuse, and gives what is too much then: memory of other sizes first, because it is this size that
+    /// is in use. A piece that isn't kept stays mapped until all of its run is given up, so it must not happen to each.
+    fn put(&mut self, memory: Memory, keep_bytes: usize) -> Vec<Memory> {
+        let class = class_of(memory.capacity);
+        let mut too_much = Vec::new();
+        if class >= CLASSES || memory.capacity > keep_bytes {
+            return vec![memory];
+        }
+        while self.bytes + memory.capacity > keep_bytes {
+            let mut others = (0..CLASSES).rev().filter(|other| *other != class);
+            let Some(other) = others.find_map(|other| self.by_class[other].pop_front()) else {
+                too_much.push(memory);
+                return too_much;
+            };
+            self.bytes -= other.capacity;
+            too_much.push(other);
+        }
+        self.bytes += memory.capacity;
+        self.by_class[class].push_back(memory);
+        too_much
     }
 }
 
@@ -122,7 +148,7 @@ impl Run {
         let piece = |index| {
             // SAFETY: the piece lies within the mapping.
             let start = unsafe { start.cast::<u8>().add(index * capacity) };
-            Memory { start, capacity, _run: run.clone() }
+            Memory { start, capacity, run: run.clone() }
         };
         (0..count).map(piece).collect()
     }
@@ -140,7 +166,9 @@ impl Drop for Run {
 struct Memory {
     start: NonNull<u8>,
     capacity: usize,
-    _run: Arc<Run>,
+    /// Mapped as long as this is.
+    #[cfg_attr(not(test), expect(dead_code, reason = "it is kept to be dropped"))]
+    run: Arc<Run>,
 }
 
 // SAFETY: the memory belongs to this value alone.
@@ -206,18 +234,16 @@ impl std::fmt::Debug for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let memory = self.memory.take().expect("a buffer is dropped once");
-        let class = class_of(memory.capacity);
-        let mut free = self.pool.lock();
-        if class < CLASSES && free.bytes + memory.capacity <= self.pool.keep_bytes {
-            free.bytes += memory.capacity;
-            free.by_class[class].push(memory);
-        }
+        let too_much = self.pool.lock().put(memory, self.pool.keep_bytes);
+        // Without the lock: it may go back to the kernel.
+        drop(too_much);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
 
     #[test]
     fn memory_is_aligned_and_comes_back_with_the_last_clone() {
@@ -243,7 +269,7 @@ mod tests {
 
     #[test]
     fn small_buffers_lie_side_by_side() {
-        let pool = BufferPool::new(RUN_BYTES);
+        let pool = BufferPool::new(SMALLEST_WITH_RUNS);
         let mut buffers: Vec<Buffer> = (0..RUN_BYTES / SMALLEST).map(|_| pool.take(512)).collect();
         let mut starts: Vec<usize> = buffers.iter().map(|buffer| buffer.as_ptr() as usize).collect();
         starts.sort_unstable();
@@ -257,6 +283,27 @@ mod tests {
             buffers.iter().zip(0u32..).all(|(buffer, index)| buffer.iter().all(|byte| *byte == index as u8))
         );
         drop((buffers, second_run));
-        assert_eq!(pool.shared.lock().bytes, RUN_BYTES, "no more is kept");
+        assert_eq!(pool.shared.lock().bytes, 2 * RUN_BYTES);
+    }
+
+    #[test]
+    fn what_is_in_use_is_kept_in_place_of_what_was() {
+        let pool = BufferPool::new(SMALLEST_WITH_RUNS);
+        let large: Vec<Buffer> = (0..16).map(|_| pool.take(1 << 20)).collect();
+        drop(large);
+        assert_eq!(pool.shared.lock().bytes, SMALLEST_WITH_RUNS);
+        // One in ten stays, as in a window that a replica doesn't acknowledge.
+        let mut window = Vec::new();
+        for _ in 0..2000 {
+            let reads: Vec<Buffer> = (0..9).map(|_| pool.take(4096)).collect();
+            window.push(pool.take(4096));
+            drop(reads);
+        }
+        let runs =
+            window.iter().map(|buffer| Arc::as_ptr(&buffer.memory.as_ref().expect("it has memory").run));
+        let runs = runs.collect::<HashSet<_>>().len();
+        assert!(runs <= window.len() * 4096 / RUN_BYTES + 2, "{runs} runs for {} pieces", window.len());
+        let kept = pool.shared.lock().bytes;
+        assert!(kept <= SMALLEST_WITH_RUNS, "{kept}");
     }
 }
