@@ -36,10 +36,17 @@ pub(crate) fn frame_cost_bytes(payload_bytes: u64) -> u64 {
 }
 
 impl Window {
-    /// Whether frames with so much payload each fit into `limit_bytes`; none always do.
+    /// Whether frames with so much payload each fit into `limit_bytes`; none always do. An empty window takes what the
+    /// replica lets pass, which counts the payload alone: one that never has room would break the stream off each time.
     pub(super) fn has_room(&self, payload_bytes: impl Iterator<Item = u64>, limit_bytes: u64) -> bool {
-        let cost_bytes: u64 = payload_bytes.map(frame_cost_bytes).sum();
-        cost_bytes == 0 || self.cost_bytes + cost_bytes <= limit_bytes
+        let (mut cost_bytes, mut bare_bytes) = (0, 0);
+        for bytes in payload_bytes {
+            cost_bytes += frame_cost_bytes(bytes);
+            bare_bytes += bytes + FRAME_COST_BYTES;
+        }
+        self.cost_bytes + cost_bytes <= limit_bytes
+            || cost_bytes == 0
+            || self.frames.is_empty() && bare_bytes <= limit_bytes
     }
 
     pub(super) fn push(
@@ -94,5 +101,17 @@ mod tests {
         {
             assert_eq!(frame_cost_bytes(payload_bytes), held_bytes + FRAME_COST_BYTES, "{payload_bytes}");
         }
+    }
+
+    #[test]
+    fn an_empty_window_takes_whatever_the_replica_does() {
+        let (limit_bytes, large_bytes) = (1 << 20, 768 << 10);
+        let mut window = Window::default();
+        assert!(window.has_room([large_bytes].into_iter(), limit_bytes));
+        assert!(!window.has_room([limit_bytes].into_iter(), limit_bytes), "the replica would not");
+        window.push(Sequence(1), Epoch(1), ByteRange::new(0, 512), 512, Time::default());
+        assert!(!window.has_room([large_bytes].into_iter(), limit_bytes));
+        assert!(window.has_room([4096, 4096].into_iter(), limit_bytes));
+        assert!(window.has_room([].into_iter(), 0));
     }
 }
