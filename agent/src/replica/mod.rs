@@ -1,14 +1,11 @@
 //! The shell of a replica: drives the pure replica, holds the frames' payload, writes the backing and its metadata.
 //!
-//! One session at a time. A session is a control stream, on which the primary's greeting came, and the streams of
-//! frames that carry its number. A newer greeting takes the place of an older session at once; the machine answers it
-//! only when everything of the old one has ended (R1).
-//!
 //! After a failure of the backing the machine takes nothing any more (W5). The next greeting finds
 //! [`Replica::has_failed`], and the volume's thread opens the backing anew.
 
 mod gap;
 mod promotion;
+mod session;
 mod undo;
 
 use crate::buffer::BufferPool;
@@ -17,29 +14,21 @@ use crate::metadata::State;
 use crate::pre_images::{Layer, LayerError, PreImages};
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
-use crate::transport::FrameReceiver;
-use crate::transport::{ControlReceiver, ControlSender};
-use crate::transport::{ReceiveError, SendError};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::replica::{
-    self, Action, FrameId, PrimaryMisbehaved, Settings, StateChange, Stored,
-};
-use blockmirror_protocol::units::{HostId, Session as SessionNumber};
-use blockmirror_protocol::wire::FrameHeader;
-use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal};
+use blockmirror_protocol::replica::{self, Action, FrameId, Settings, StateChange, Stored};
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::{Member, Message};
 use bytes::Bytes;
 pub use promotion::{Progress, PromotionError};
+pub use session::SessionError;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
 use tokio::sync::Notify;
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::spawn_local;
-
-/// How many frames are taken in before others get their turn.
-const BATCH: usize = 32;
 
 /// A volume on a replica. Lives on the volume's thread.
 pub struct Replica {
@@ -65,6 +54,8 @@ pub struct Replica {
     current: Cell<u64>,
     superseded: Notify,
     idle: Notify,
+    /// How many layers are being removed, which takes long where they are large.
+    ending_layers: Cell<usize>,
     /// When the connection of the primary came or went.
     since: Cell<Instant>,
     /// How many recoveries read the backing; no primary may write meanwhile.
@@ -88,34 +79,6 @@ pub enum OpenReplicaError {
     /// Its pre-images, without which it can't be rolled back.
     #[error(transparent)]
     PreImages(#[from] LayerError),
-}
-
-/// Why a session ended.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// The primary can't be heard.
-    #[error(transparent)]
-    Receive(#[from] ReceiveError),
-    /// The primary can't be told.
-    #[error(transparent)]
-    Send(#[from] SendError),
-    /// The primary broke the protocol.
-    #[error(transparent)]
-    Misbehaved(#[from] PrimaryMisbehaved),
-    /// A newer session took its place, or this host ended it.
-    #[error("this host ended the session, or a newer one took its place")]
-    Superseded,
-}
-
-impl SessionError {
-    /// Whether the connection or the stream just ended.
-    #[must_use]
-    pub fn is_lost(&self) -> bool {
-        matches!(
-            self,
-            Self::Receive(ReceiveError::Lost(_) | ReceiveError::Ended(_) | ReceiveError::Abandoned(_))
-        )
-    }
 }
 
 /// Keeps primaries away while a recovery reads; see [`Replica::begin_recovery`].
@@ -183,6 +146,7 @@ impl Replica {
             current: Cell::new(0),
             superseded: Notify::new(),
             idle: Notify::new(),
+            ending_layers: Cell::new(0),
             since: Cell::new(Instant::now()),
             recoveries: Cell::new(0),
             members: RefCell::default(),
@@ -255,100 +219,10 @@ impl Replica {
         Some(recovery)
     }
 
-    /// Waits until nothing is being written.
+    /// Waits until nothing is being written or removed.
     async fn settle(&self) {
-        while !self.inner.borrow().machine.is_idle() {
+        while !self.inner.borrow().machine.is_idle() || self.ending_layers.get() > 0 {
             self.idle.notified().await;
-        }
-    }
-
-    /// Serves a session from its greeting to its end. `learned` is called when the primary tells the volume's hosts.
-    ///
-    /// # Errors
-    /// [`SessionError`]; the primary dials again by itself.
-    pub async fn serve(
-        &self,
-        hello: Hello,
-        mut sender: ControlSender,
-        mut receiver: ControlReceiver,
-        learned: impl Fn(Vec<Member>),
-    ) -> Result<(), SessionError> {
-        if let Some(no) = self.objection(&hello) {
-            // The session that is being served goes on.
-            sender.end_with(no);
-            return Ok(());
-        }
-        let session = self.take_over();
-        let (outgoing, mut source) = unbounded_channel();
-        self.since.set(Instant::now());
-        let members = hello.members.clone();
-        self.drive(|inner| {
-            inner.outgoing = Some(outgoing);
-            inner.machine.handle_message(hello.into())
-        })?;
-        *self.members.borrow_mut() = members.clone();
-        learned(members);
-        let receive = async {
-            loop {
-                let message = receiver.receive().await?;
-                if let Message::Members(members) = &message {
-                    *self.members.borrow_mut() = members.members.clone();
-                    learned(members.members.clone());
-                }
-                self.drive(|inner| inner.machine.handle_message(message))?;
-            }
-        };
-        let send = async {
-            while let Some(message) = source.recv().await {
-                if matches!(message, Message::Refused(_) | Message::Superseded(_)) {
-                    return Ok(message);
-                }
-                sender.send(&message).await?;
-            }
-            Err(SessionError::Superseded)
-        };
-        let ended: Result<Message, SessionError> = tokio::select! {
-            ended = receive => ended,
-            ended = send => ended,
-            () = self.is_superseded(session) => Err(SessionError::Superseded),
-        };
-        if self.current.get() == session {
-            self.since.set(Instant::now());
-            self.drive(|inner| {
-                inner.outgoing = None;
-                inner.machine.handle_disconnected();
-            });
-        }
-        // Whoever waits for the end of this session must not wait for a primary that doesn't answer any more.
-        sender.end_with(ended?);
-        Ok(())
-    }
-
-    /// Takes in the frames of one stream until it or its session ends.
-    ///
-    /// # Errors
-    /// [`SessionError`] when the primary can't be heard or broke the protocol.
-    pub async fn take_frames(
-        &self,
-        session: SessionNumber,
-        mut frames: FrameReceiver,
-    ) -> Result<(), SessionError> {
-        let current = self.current.get();
-        let mut count = 0;
-        loop {
-            let (header, payload) = tokio::select! {
-                frame = frames.receive(&self.pool) => frame?,
-                () = self.is_superseded(current) => return Ok(()),
-            };
-            self.take_frame(session, header, payload)?;
-            while let Some((header, payload)) = frames.receive_now(&self.pool)? {
-                self.take_frame(session, header, payload)?;
-                count += 1;
-                if count % BATCH == 0 {
-                    tokio::task::yield_now().await;
-                }
-            }
-            self.drive(|inner| inner.machine.acknowledge_receipt());
         }
     }
 
@@ -364,91 +238,10 @@ impl Replica {
         self.drive(|inner| inner.machine.note_behind());
     }
 
-    /// Ends the session that is being served, if any; the primary may dial again.
-    pub fn disconnect(&self) {
-        self.take_over();
-        self.since.set(Instant::now());
-        self.drive(|inner| {
-            inner.outgoing = None;
-            inner.machine.handle_disconnected();
-        });
-    }
-
-    /// Ends the session of this number, unless a newer one took its place.
-    pub fn end_session(&self, session: SessionNumber) {
-        if self.inner.borrow().machine.session() == Some(session) {
-            self.disconnect();
-        }
-    }
-
     /// The operator made room for pre-images, or wants resyncs to go on without.
     pub fn configure(&self, config: &VolumeConfig) {
         self.pre_images.set_limit(config.pre_images.0);
         self.drive(|inner| inner.machine.handle_room(config.when_full.into()));
-    }
-
-    /// Why a greeting is not taken, if it is not.
-    fn objection(&self, hello: &Hello) -> Option<Message> {
-        let inner = self.inner.borrow();
-        let Some(mut refused) = inner.machine.objection(hello) else {
-            let superseded = inner.machine.supersedes(hello.fence);
-            // Whether a split is over is decided with the newest primary.
-            if superseded.is_none() {
-                self.split.set(None);
-            }
-            return superseded.map(Message::from);
-        };
-        if refused.refusal == Refusal::SplitBrain {
-            let holder = hello.fence.holder;
-            let known = self.split.get().filter(|(host, _)| *host == holder);
-            self.split.set(known.or_else(|| Some((holder, Instant::now()))));
-            let name = &self.name;
-            refused
-                .text
-                .push_str(&format!("; `blockmirror resolve {name} --keep HOST` decides whose content stays"));
-        }
-        Some(refused.into())
-    }
-
-    /// Whose greetings are refused because this host wrote alone after the two were last in sync, and since when.
-    #[must_use]
-    pub fn split(&self) -> Option<(HostId, Instant)> {
-        self.split.get()
-    }
-
-    /// Tells the session that is being served to end, and names the next one.
-    fn take_over(&self) -> u64 {
-        let session = self.current.get() + 1;
-        self.current.set(session);
-        self.superseded.notify_waiters();
-        session
-    }
-
-    async fn is_superseded(&self, session: u64) {
-        loop {
-            let told = self.superseded.notified();
-            if self.current.get() != session {
-                return;
-            }
-            told.await;
-        }
-    }
-
-    fn take_frame(
-        &self,
-        session: SessionNumber,
-        header: FrameHeader,
-        payload: Bytes,
-    ) -> Result<(), PrimaryMisbehaved> {
-        if header.session != session {
-            return Err(PrimaryMisbehaved("a frame carries another session than its stream"));
-        }
-        self.drive(|inner| {
-            let frame = FrameId(inner.next_frame);
-            inner.next_frame += 1;
-            inner.payloads.insert(frame, payload);
-            inner.machine.handle_frame(frame, header)
-        })
     }
 
     /// Feeds the machine an event, then carries out what it asks for.
@@ -517,7 +310,12 @@ impl Replica {
             }
             Action::EndLayer(layer) => {
                 let me = self.me();
-                spawn_local(async move { me.end_layer(layer).await });
+                self.ending_layers.set(self.ending_layers.get() + 1);
+                spawn_local(async move {
+                    me.end_layer(layer).await;
+                    me.ending_layers.set(me.ending_layers.get() - 1);
+                    me.idle.notify_one();
+                });
             }
             Action::ReadDigest { frame, range } => {
                 let me = self.me();

@@ -99,7 +99,7 @@ impl Supervisor {
             Ok(Ok(Message::Join(join))) => match self.admit(join, &connection).await {
                 Ok(joined) => {
                     connection.trust();
-                    return sender.end_with(joined);
+                    return sender.end_with(joined, Some(receiver));
                 }
                 Err(no) => Err((no, sender)),
             },
@@ -108,7 +108,7 @@ impl Supervisor {
                 self.take_read(message, &connection, sender, receiver).await
             }
             Ok(Ok(Message::AskStanding(ask))) => match self.stand(ask, connection.peer()).await {
-                Ok(standing) => return sender.end_with(standing),
+                Ok(standing) => return sender.end_with(standing, Some(receiver)),
                 Err(no) => Err((no, sender)),
             },
             Ok(Ok(Message::TakeOver(wish))) => self.take_over(wish, &connection, sender).await,

@@ -49,15 +49,19 @@ impl ControlSender {
     /// Sends a last message, and sees to it that it arrives while the connection lasts: in a task of its own, because a
     /// host that has just died is waited for until the connection is given up, and the caller has better to do.
     ///
+    /// A peer that may be sending too must not be told to stop before it has the message: then `receiver` is kept until
+    /// it does.
+    ///
     /// # Panics
     /// Outside of a tokio runtime.
-    pub fn end_with(mut self, message: impl Into<Message>) {
+    pub fn end_with(mut self, message: impl Into<Message>, receiver: Option<ControlReceiver>) {
         let message = message.into();
         tokio::spawn(async move {
             if self.send(&message).await.is_ok() {
                 // An error means that the peer has gone.
                 let _ = self.finish().await;
             }
+            drop(receiver);
         });
     }
 

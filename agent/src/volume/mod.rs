@@ -423,5 +423,5 @@ impl Volume {
 
 /// Says no on a control stream, and sees to it that it arrives.
 pub(crate) fn refuse(sender: ControlSender, refusal: Refusal, text: String) {
-    sender.end_with(Refused { refusal, text });
+    sender.end_with(Refused { refusal, text }, None);
 }

@@ -92,7 +92,7 @@ impl Volume {
             let done = carry_out(&hands, replica, superblock.fence).await;
             hands.end(Next::Reopen, move |role| match (done.and_then(|()| is_primary(role)), role) {
                 (Ok(()), OpenRole::Primary(primary, _)) => {
-                    sender.end_with(TookOver { fence: primary.state().superblock().fence });
+                    sender.end_with(TookOver { fence: primary.state().superblock().fence }, None);
                 }
                 (done, _) => {
                     let text = done.err().map_or_else(String::new, |failure| failure.message);

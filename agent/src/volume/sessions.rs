@@ -34,7 +34,7 @@ impl Volume {
                 if hello.fence.counter < ours.counter
                     || hello.fence.counter == ours.counter && hello.fence.holder != ours.holder
                 {
-                    return sender.end_with(Superseded { fence: ours });
+                    return sender.end_with(Superseded { fence: ours }, Some(receiver));
                 }
                 self.supersede(hello.fence).await;
                 let text = "this host was the primary until just now; it becomes a replica when nobody has its \
