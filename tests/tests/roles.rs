@@ -428,3 +428,29 @@ fn a_switch_that_does_not_come_to_be_leaves_the_primary_as_it_was() {
     b.link().mend();
     assert_identical(a, b);
 }
+
+#[test]
+fn a_switch_to_a_host_that_can_not_open_its_volume_makes_no_second_primary() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(9);
+    scatter(&mut mirror.client(), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    mirror.wait_until_quiet();
+    // It has its backing open, records that it is the primary, and then doesn't find the backing again.
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let away = b.path("away");
+    fs::rename(b.backing(), &away).expect("the backing is there");
+    let said = until("nobody has the device open", || {
+        let said = a.tool(&["switch", "data", "--to", "b"]);
+        if said.error.contains("in use") { Err(said.error) } else { Ok(said) }
+    });
+    assert_eq!(said.code, 1, "{said:?}");
+    assert!(said.error.contains("b is the primary now, but does not serve the volume"), "{said:?}");
+    assert_eq!(a.status().facts.role, Role::Replica);
+    fs::rename(&away, b.backing()).expect("nothing else is there");
+    mirror.replica_mut().stop();
+    mirror.replica_mut().start();
+    let (a, b) = (&mirror.primary, mirror.replica());
+    b.wait_until("it serves", |status| status.facts.role == Role::Primary);
+    scatter(&mut client_of(b), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    assert_identical(b, a);
+}

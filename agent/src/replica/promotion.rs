@@ -34,6 +34,9 @@ pub enum PromotionError {
     /// Its metadata can't be read or written.
     #[error(transparent)]
     State(#[from] StateError),
+    /// Whether the last step was recorded can't be told.
+    #[error("it can't be told whether the promotion was recorded")]
+    Unrecorded(#[source] StateError),
     /// Its pre-images can't be read.
     #[error(transparent)]
     PreImages(#[from] LayerError),
@@ -51,7 +54,7 @@ impl Replica {
     /// fence that any host told of.
     ///
     /// # Errors
-    /// [`PromotionError`]; it is a replica still, unless the last step could not be recorded for certain.
+    /// [`PromotionError`]; it is a replica still, unless that is [`PromotionError::Unrecorded`].
     pub async fn promote(
         &self,
         host: HostId,
@@ -75,7 +78,8 @@ impl Replica {
                         superblock.fence.counter = superblock.fence.counter.max(newest.counter);
                         promotion::record(superblock, host, position);
                     };
-                    self.state.change_superblock(change).await?;
+                    let recorded = self.state.change_superblock(change).await;
+                    recorded.map_err(PromotionError::Unrecorded)?;
                 }
             }
         }

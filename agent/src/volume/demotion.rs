@@ -11,7 +11,7 @@ use crate::primary::{Peer, Primary};
 use crate::standing;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Fence, Message, TakeOver};
+use blockmirror_protocol::wire::message::{Fence, Message, TakeOver, TookOver};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -41,6 +41,14 @@ pub struct Demoted {
 pub struct Switched {
     /// How long nobody could write.
     pub without_writes: Duration,
+}
+
+/// What is known of a replica that took over.
+struct Taken {
+    /// The fence that it holds.
+    fence: Fence,
+    /// Whether its devices are served.
+    serves: bool,
 }
 
 /// A primary that was taken out of service.
@@ -174,13 +182,21 @@ impl Retiring {
             );
             return Err((Next::PromoteAgain, failed(text)));
         }
-        let fence = take_over(&self.hands, peer, primary.state().superblock().fence).await?;
+        let taken = take_over(&self.hands, peer, primary.state().superblock().fence).await?;
         // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
-        let known = primary.state().change_superblock(|superblock| superblock.fence = fence).await;
+        let known = primary.state().change_superblock(|superblock| superblock.fence = taken.fence).await;
         if let Err(error) = known {
             tracing::warn!("{}", crate::words::with_causes(&error));
         }
-        Ok(())
+        if taken.serves {
+            return Ok(());
+        }
+        let text = format!(
+            "{name} is the primary now, but does not serve the volume; this host is its replica. \
+             On {name}: blockmirror status {}",
+            self.hands.config.name
+        );
+        Err((Next::Reopen, failed(text)))
     }
 
     /// Stops the devices, makes everything durable, records that this is a replica, and tells the others.
@@ -210,11 +226,11 @@ impl Retiring {
 
 /// Has a replica take over, and gives the fence that it holds then. When its answer is lost, it is asked how it stands:
 /// to go on here as well would make two primaries.
-async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Fence, (Next, Failure)> {
+async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Taken, (Next, Failure)> {
     let (volume, name) = (&hands.config.name, &peer.name);
     let told = standing::converse(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
     let lost = match tokio::time::timeout(TAKE_OVER_TIME, told).await {
-        Ok(Ok(Message::TookOver(taken))) => return Ok(taken.fence),
+        Ok(Ok(Message::TookOver(TookOver { fence }))) => return Ok(Taken { fence, serves: true }),
         Ok(Ok(Message::Refused(no))) => {
             let text = format!("{name} does not take over ({}); this host goes on as the primary", no.text);
             return Err((Next::PromoteAgain, failed(text)));
@@ -229,7 +245,7 @@ async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Fenc
             && standing.role == Role::Primary
             && standing.fence.counter > ours.counter
         {
-            return Ok(standing.fence);
+            return Ok(Taken { fence: standing.fence, serves: standing.serves });
         }
     }
     let text = format!(

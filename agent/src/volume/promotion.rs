@@ -7,7 +7,7 @@ use super::{Answer, OpenRole, Volume, refuse};
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
 use crate::quantity::unix_seconds;
-use crate::replica::Replica;
+use crate::replica::{PromotionError, Replica};
 use crate::standing::{self, Answered};
 use crate::transport::ControlSender;
 use crate::words::with_causes;
@@ -64,7 +64,7 @@ impl Volume {
                 .map(|(peer, _)| peer.name.to_string())
                 .collect();
             let rolled_back_to = candidate.rollback_at;
-            let done = carry_out(&hands, replica, newest).await;
+            let done = carry_out(&hands, replica, newest).await.map_err(|error| failed(with_causes(&error)));
             hands.end(Next::Reopen, move |role| {
                 let promoted = done.and_then(|()| is_primary(role)).map(|()| Promoted {
                     took: began.elapsed(),
@@ -88,15 +88,21 @@ impl Volume {
             return refuse(sender, Refusal::Role, text.to_owned());
         }
         let hands = self.begin_change("taking over as the primary");
+        let volume = self.name();
         spawn_local(async move {
             let done = carry_out(&hands, replica, superblock.fence).await;
-            hands.end(Next::Reopen, move |role| match (done.and_then(|()| is_primary(role)), role) {
-                (Ok(()), OpenRole::Primary(primary, _)) => {
+            hands.end(Next::Reopen, move |role| match (done, role) {
+                (_, OpenRole::Primary(primary, _)) => {
                     sender.end_with(TookOver { fence: primary.state().superblock().fence }, None);
                 }
+                (Err(error), _) if !matches!(error, PromotionError::Unrecorded(_)) => {
+                    refuse(sender, Refusal::Backing, with_causes(&error));
+                }
+                // The superblock says, or may say, that this host is the primary. A refusal would make one of the other
+                // host as well; without an answer it asks how this one stands.
                 (done, _) => {
-                    let text = done.err().map_or_else(String::new, |failure| failure.message);
-                    refuse(sender, Refusal::Backing, text);
+                    let text = done.err().map_or_else(String::new, |error| with_causes(&error));
+                    tracing::error!(%volume, "took over, but serves nothing; see the error above: {text}");
                 }
             });
         });
@@ -114,8 +120,8 @@ impl Volume {
         let hands = self.begin_change("becoming the primary again");
         spawn_local(async move {
             let fence = replica.state().superblock().fence;
-            if let Err(failure) = carry_out(&hands, replica, fence).await {
-                tracing::error!(volume = %hands.config.name, "{}", failure.message);
+            if let Err(error) = carry_out(&hands, replica, fence).await {
+                tracing::error!(volume = %hands.config.name, "{}", with_causes(&error));
             }
             hands.end(Next::Reopen, then);
         });
@@ -177,10 +183,9 @@ async fn is_left(replica: &Replica) -> bool {
 }
 
 /// Ends the session and carries the promotion out; the shell is given up.
-async fn carry_out(hands: &Hands, replica: Rc<Replica>, newest: Fence) -> Result<(), Failure> {
+async fn carry_out(hands: &Hands, replica: Rc<Replica>, newest: Fence) -> Result<(), PromotionError> {
     replica.close().await;
-    let promoted = replica.promote(hands.own, &hands.hosts(), newest, &hands.progress).await;
-    promoted.map_err(|error| failed(with_causes(&error)))
+    replica.promote(hands.own, &hands.hosts(), newest, &hands.progress).await
 }
 
 /// Whether the volume opened as a primary.
