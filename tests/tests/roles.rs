@@ -446,6 +446,11 @@ fn a_switch_to_a_host_that_can_not_open_its_volume_makes_no_second_primary() {
     assert_eq!(said.code, 1, "{said:?}");
     assert!(said.error.contains("b is the primary now, but does not serve the volume"), "{said:?}");
     assert_eq!(a.status().facts.role, Role::Replica);
+    let log = b.log();
+    assert!(
+        log.contains("was to take over as the primary and serves nothing") && log.contains("is gone"),
+        "{log}"
+    );
     fs::rename(&away, b.backing()).expect("nothing else is there");
     mirror.replica_mut().stop();
     mirror.replica_mut().start();

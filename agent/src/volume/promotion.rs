@@ -100,9 +100,17 @@ impl Volume {
                 }
                 // The superblock says, or may say, that this host is the primary. A refusal would make one of the other
                 // host as well; without an answer it asks how this one stands.
-                (done, _) => {
-                    let text = done.err().map_or_else(String::new, |error| with_causes(&error));
-                    tracing::error!(%volume, "took over, but serves nothing; see the error above: {text}");
+                (done, role) => {
+                    let text = match (done, role) {
+                        (Err(error), _) => with_causes(&error),
+                        (Ok(()), OpenRole::Closed(text)) => text.clone(),
+                        (Ok(()), _) => "it is a replica still".to_owned(),
+                    };
+                    tracing::error!(
+                        %volume,
+                        "this host was to take over as the primary and serves nothing: {text}; mend that, restart the \
+                         agent, and look at `blockmirror status {volume}` here and on the other host"
+                    );
                 }
             });
         });
