@@ -65,9 +65,7 @@ impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, Free> {
         self.free.lock().expect("no holder of the pool's lock panics")
     }
-}
 
-impl Shared {
     /// A new piece of memory; small ones are mapped by the run, and what is left of that is free for the next.
     fn grow(&self, capacity: usize) -> Memory {
         let has_runs = self.keep_bytes >= SMALLEST_WITH_RUNS;

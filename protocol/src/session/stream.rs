@@ -1,7 +1,7 @@
 //! The live stream's window: frames that were sent and that the replica has not acknowledged as durable (W7).
 //!
 //! The window holds no payload, only what is needed to put its blocks into the dirty map when the link drops. Its
-//! limit counts the payload all the same, because the transport and the replica hold that.
+//! limit counts the buffers of the payload all the same, because the transport and the replica hold those.
 
 use crate::ranges::ByteRange;
 use crate::units::{Epoch, Sequence, Time};
