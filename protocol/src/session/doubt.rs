@@ -93,7 +93,7 @@ impl Doubt {
         }
     }
 
-    /// Blocks were picked for a copy without asking.
+    /// So much content was read for a copy. A hole is none: nothing is asked about it either.
     pub(super) fn copied(&mut self, bytes: u64) {
         self.pause_bytes = self.pause_bytes.saturating_sub(bytes);
     }

@@ -28,6 +28,7 @@
 
 mod doubt;
 mod following;
+mod ground;
 mod handshake;
 mod marks;
 mod pace;

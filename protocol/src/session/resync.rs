@@ -14,6 +14,7 @@
 //! was (R5).
 
 use super::doubt::{Choice, Doubt};
+use super::ground::Ground;
 use super::pace::Pace;
 use super::{Action, PeerError, TAIL_BLOCKS};
 use crate::dirty_map::DirtyMap;
@@ -86,15 +87,7 @@ pub(super) struct Resync {
     /// Until when the operator's limit holds back a copy for which there is room.
     paced_until: Option<Time>,
     doubt: Doubt,
-    /// How many bytes the next copy covers at most: more than one may read where there were only zeroes before, since a
-    /// hole of any size is found with one question, and told in one frame.
-    copied_bytes: u64,
-    /// How many copies may be read at once until it is known what is at the cursor: one where data begins after a hole,
-    /// twice as many for each that finds data. Else a lone piece of data would have many small copies of the hole
-    /// behind it.
-    reads: usize,
-    /// How many bytes the next comparison takes at most.
-    compared_bytes: u64,
+    ground: Ground,
     pace: Pace,
 }
 
@@ -141,9 +134,7 @@ impl Resync {
             under_way_bytes: 0,
             blocked_until: None,
             doubt: Doubt::default(),
-            copied_bytes: COPY_BYTES,
-            reads: COPIES,
-            compared_bytes: COMPARED_BYTES,
+            ground: Ground::HOLE,
             pace: Pace::new(now, limit),
             paced_until: None,
         }
@@ -167,7 +158,7 @@ impl Resync {
             return None;
         }
         (self.blocked_until, self.paced_until) = (None, None);
-        if self.under_way_bytes >= budget || count >= COPIES || self.reading.len() >= self.reads {
+        if self.under_way_bytes >= budget || count >= COPIES || matches!(self.ground, Ground::Asked { .. }) {
             return None;
         }
         // The last blocks are free: writers may be waiting for their copies (R2).
@@ -177,10 +168,15 @@ impl Resync {
         }
         let found =
             self.find(map, order, self.cursor, u64::MAX).or_else(|| self.find(map, order, 0, self.cursor))?;
-        let in_holes = self.copied_bytes > COPY_BYTES;
-        let limit = (self.pace.copy_bytes(application_is_active) / self.block_size.bytes()).max(1);
-        let end = if in_holes { found.end } else { found.start + limit };
-        let (blocks, step) = self.choose(found.start..found.end.min(end), certain)?;
+        let (mut blocks, step) = self.choose(found, certain)?;
+        let asks = self.ground.may_be_hole() && blocks.end - blocks.start > self.blocks(COPY_BYTES);
+        if !asks {
+            let most = match step {
+                Step::Copy => self.pace.copy_bytes(application_is_active),
+                _ => COMPARED_BYTES,
+            };
+            blocks.end = blocks.end.min(blocks.start + self.blocks(most));
+        }
         self.cursor = blocks.end;
         self.under_way.insert(blocks.start, blocks.end);
         let range = ByteRange::of_blocks(blocks.clone(), self.block_size, self.size_bytes);
@@ -188,6 +184,11 @@ impl Resync {
         self.under_way_bytes += weight_bytes;
         let id = self.next_read;
         self.next_read = CopyRead(id.0 + 1);
+        self.ground = match self.ground {
+            Ground::Piece { copies, .. } if asks => Ground::Asked { read: id, copies },
+            Ground::Piece { copies, left } => Ground::Piece { copies, left: left.saturating_sub(1) },
+            ground => ground,
+        };
         self.reading.insert(id, Copy { blocks, rewritten: Vec::new(), step, weight_bytes, picked: now });
         Some(Action::ReadCopy { read: id, range, digest: step != Step::Copy })
     }
@@ -196,16 +197,12 @@ impl Resync {
     fn choose(&mut self, found: Range<u64>, certain: &DirtyMap) -> Option<(Range<u64>, Step)> {
         let (is_certain, part) = certain.split(found.clone()).next().expect("something was found");
         match self.doubt.choice() {
-            Choice::Copy => {
-                self.doubt.copied((found.end - found.start) * self.block_size.bytes());
-                Some((found, Step::Copy))
-            }
+            Choice::Copy => Some((found, Step::Copy)),
             _ if is_certain => Some((part, Step::Copy)),
             Choice::Wait => None,
             Choice::Compare => {
                 self.doubt.asked();
-                let limit = (self.compared_bytes / self.block_size.bytes()).max(1);
-                Some((part.start..part.end.min(part.start + limit), Step::Compare(None)))
+                Some((part, Step::Compare(None)))
             }
         }
     }
@@ -215,8 +212,7 @@ impl Resync {
     where
         Id: std::marker::Copy + PartialEq + std::fmt::Debug,
     {
-        let blocks = |bytes: u64| (bytes / self.block_size.bytes()).max(1);
-        let mut limit = blocks(self.copied_bytes);
+        let mut limit = self.blocks(if self.ground.may_be_hole() { ZERO_LIMIT_BYTES } else { COPY_BYTES });
         let mut at = from;
         loop {
             let mut run = map.next_dirty(at, limit).filter(|run| run.start < until)?;
@@ -231,8 +227,8 @@ impl Resync {
             }
             let range = ByteRange::of_blocks(run.clone(), self.block_size, self.size_bytes);
             if order.is_busy(range) && !planted(Bug::CopyWhileWriting) {
-                if limit > blocks(COPY_BYTES) {
-                    limit = blocks(COPY_BYTES);
+                if limit > self.blocks(COPY_BYTES) {
+                    limit = self.blocks(COPY_BYTES);
                     continue;
                 }
                 // Another run, or the same one later, when the write has ended; narrow to a single block first so
@@ -265,16 +261,15 @@ impl Resync {
     ) -> Option<(u64, ByteRange)> {
         let mut copy = self.reading.remove(&id)?;
         copy.step = match (copy.step, content) {
-            (Step::Compare(_), CopyContent::Digest(digest)) => {
-                self.compared_bytes = COMPARED_BYTES;
-                Step::Compare(Some(digest))
-            }
+            (Step::Compare(_), CopyContent::Digest(digest)) => Step::Compare(Some(digest)),
             (Step::Compare(_), _) => {
                 self.doubt.taken_back();
                 Step::Copy
             }
             (step, _) => step,
         };
+        let picked = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
+        self.ground = self.ground.found(id, content, picked.length);
         if let CopyContent::Hole(bytes) = content {
             self.keep_hole(&mut copy, bytes)?;
         }
@@ -285,27 +280,23 @@ impl Resync {
                 self.blocked_until = Some(now.after(READ_RETRY));
                 return None;
             }
-            CopyContent::Hole(_) | CopyContent::Zero => {}
             CopyContent::Data => {
-                self.found_data();
+                self.doubt.copied(range.length);
                 self.pace.spend(range.length, now);
             }
-            CopyContent::Digest(_) => self.found_data(),
+            CopyContent::Hole(_) | CopyContent::Zero | CopyContent::Digest(_) => {}
         }
         self.sent.push_back(copy);
         Some((self.first_number + self.sent.len() as u64 - 1, range))
     }
 
-    /// Cuts a copy to the hole that its range begins with; nothing is left of it where that has no block. What is next is
-    /// read in large ranges as long as there is no end of holes, else with care.
+    /// Cuts a copy to the hole that its range begins with; nothing is left of it where that has no block.
     fn keep_hole(&mut self, copy: &mut Copy, bytes: u64) -> Option<()> {
         let range = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
         if bytes >= range.length {
-            (self.copied_bytes, self.compared_bytes) = (ZERO_LIMIT_BYTES, ZERO_LIMIT_BYTES);
             return Some(());
         }
         assert!(range.length > COPY_BYTES, "what one copy may read is read");
-        (self.copied_bytes, self.compared_bytes, self.reads) = (COPY_BYTES, COMPARED_BYTES, 1);
         let whole =
             std::mem::replace(&mut copy.blocks.end, copy.blocks.start + bytes / self.block_size.bytes());
         self.cursor = self.cursor.min(copy.blocks.end);
@@ -321,11 +312,6 @@ impl Resync {
         self.under_way.insert(copy.blocks.start, copy.blocks.end);
         self.under_way_bytes += copy.weight_bytes;
         Some(())
-    }
-
-    fn found_data(&mut self) {
-        self.copied_bytes = COPY_BYTES;
-        self.reads = (self.reads * 2).min(COPIES);
     }
 
     /// A write was sequenced to blocks that are dirty: copies that were picked before it do not make them clean.
@@ -433,6 +419,11 @@ impl Resync {
         }
     }
 
+    /// How many blocks so many bytes are; at least one.
+    fn blocks(&self, bytes: u64) -> u64 {
+        (bytes / self.block_size.bytes()).max(1)
+    }
+
     fn forget(&mut self, blocks: &Range<u64>, weight_bytes: u64) {
         self.under_way.remove(&blocks.start);
         self.under_way_bytes -= weight_bytes;
@@ -459,218 +450,4 @@ impl Copy {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::disk::dirty_map::Base;
-    use crate::units::{HostId, VolumeId};
-
-    const BLOCKS: u64 = 1024;
-
-    /// A resync of a replica of which every block is dirty and none is certain to differ.
-    struct Harness {
-        resync: Resync,
-        map: DirtyMap,
-        certain: DirtyMap,
-    }
-
-    impl Harness {
-        fn new() -> Self {
-            Self::of(BLOCKS)
-        }
-
-        fn of(blocks: u64) -> Self {
-            let size = BlockSize::default();
-            let map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), blocks * size.bytes(), size);
-            let certain = map.of_single_bits().clean(Base::default());
-            let resync = Resync::new(size, blocks * size.bytes(), CopyRead(0), None, Time::default());
-            Self { resync, map, certain }
-        }
-
-        /// The reads that it asks for, with whether a digest is wanted.
-        fn picks(&mut self) -> Vec<(CopyRead, ByteRange, bool)> {
-            let order = Order::<u8>::new(512);
-            let picked = std::iter::from_fn(|| {
-                match self.resync.pick(&self.map, &self.certain, &order, false, Time::default())? {
-                    Action::ReadCopy { read, range, digest } => Some((read, range, digest)),
-                    action => panic!("it asks for {action:?}"),
-                }
-            });
-            picked.collect()
-        }
-
-        fn read(&mut self, read: CopyRead, content: CopyContent) -> u64 {
-            self.resync.read_ended(read, content, Time::default()).expect("it is sent").0
-        }
-
-        /// Asks about the next blocks, and gives the request's number and the blocks.
-        fn ask(&mut self) -> (u64, Range<u64>) {
-            let (read, range, digest) = self.picks()[0];
-            assert!(digest);
-            (self.read(read, CopyContent::Digest([1; 32])), range.blocks(BlockSize::default()))
-        }
-
-        fn compared(&mut self, number: u64, digest: [u8; 32]) -> Result<(), PeerError> {
-            self.resync.compared(number, digest, &mut self.map, &mut self.certain)
-        }
-
-        fn durable(&mut self, number: u64) -> Result<(), PeerError> {
-            self.resync.durable(number, &mut self.map, &mut self.certain, Time::default())
-        }
-    }
-
-    #[test]
-    fn blocks_that_are_the_same_are_clean_once_that_is_durable() {
-        let mut harness = Harness::new();
-        let (number, blocks) = harness.ask();
-        harness.resync.rewritten(&(3..5));
-        harness.compared(number, [1; 32]).unwrap();
-        assert!(harness.map.is_dirty(0), "what the replica read may be lost");
-        harness.durable(number).unwrap();
-        for block in blocks {
-            assert_eq!(harness.map.is_dirty(block), (3..5).contains(&block), "block {block}");
-        }
-    }
-
-    #[test]
-    fn blocks_that_differ_stay_dirty_and_are_copied() {
-        let mut harness = Harness::new();
-        let (number, blocks) = harness.ask();
-        harness.compared(number, [2; 32]).unwrap();
-        let picks = harness.picks();
-        let is_copy =
-            |(_, range, digest): &(_, ByteRange, _)| range.blocks(BlockSize::default()) == blocks && !digest;
-        let (read, ..) = *picks.iter().find(|pick| is_copy(pick)).expect("they are picked again");
-        harness.durable(number).unwrap();
-        assert!(blocks.clone().all(|block| harness.map.is_dirty(block)));
-        let copied = harness.read(read, CopyContent::Data);
-        harness.durable(copied).unwrap();
-        assert!(!blocks.clone().any(|block| harness.map.is_dirty(block) || harness.certain.is_dirty(block)));
-        let bytes = (blocks.end - blocks.start) * BlockSize::default().bytes();
-        assert_eq!(harness.resync.pace.done_bytes(), bytes, "they count once");
-    }
-
-    #[test]
-    fn holes_are_copied_in_large_ranges_and_nothing_else_is() {
-        for are_certain in [true, false] {
-            copy_a_half_that_is_a_hole(are_certain);
-        }
-    }
-
-    fn copy_a_half_that_is_a_hole(are_certain: bool) {
-        let blocks = 256 * BLOCKS;
-        let mut harness = Harness::of(blocks);
-        if are_certain {
-            harness.certain.mark(0..blocks);
-        }
-        let mut longest = 0;
-        let mut done = 0;
-        // The second half is no hole.
-        let half = blocks / 2 * BlockSize::default().bytes();
-        while harness.map.dirty_blocks() > 0 {
-            for (read, range, digest) in harness.picks() {
-                longest = longest.max(range.length);
-                let content = match () {
-                    () if range.end() <= half || range.length > COPY_BYTES => {
-                        CopyContent::Hole(range.end().min(half).saturating_sub(range.offset))
-                    }
-                    () if digest => CopyContent::Digest([1; 32]),
-                    () => CopyContent::Data,
-                };
-                let sent = harness.resync.read_ended(read, content, Time::default());
-                let Some((number, range)) = sent else {
-                    assert_eq!(content, CopyContent::Hole(0));
-                    continue;
-                };
-                if let CopyContent::Digest(digest) = content {
-                    harness.compared(number, digest).unwrap();
-                }
-                harness.durable(number).unwrap();
-                done += range.length;
-            }
-        }
-        assert_eq!((done, harness.map.dirty_blocks()), (2 * half, 0));
-        assert_eq!(longest, ZERO_LIMIT_BYTES);
-    }
-
-    #[test]
-    fn a_hole_behind_a_lone_piece_of_data_takes_few_copies() {
-        let mut harness = Harness::of(256 * BLOCKS);
-        harness.certain.mark(0..256 * BLOCKS);
-        let data = ByteRange::new(300 << 20, 1 << 20);
-        let mut copies = 0;
-        while harness.map.dirty_blocks() > 0 {
-            for (read, range, _) in harness.picks() {
-                let content = match range.overlaps(data) {
-                    true if range.length <= COPY_BYTES => CopyContent::Data,
-                    true => CopyContent::Hole(data.offset.saturating_sub(range.offset)),
-                    false => CopyContent::Hole(range.length),
-                };
-                if harness.resync.read_ended(read, content, Time::default()).is_some() {
-                    copies += 1;
-                }
-            }
-            let last = harness.resync.first_number + harness.resync.sent.len() as u64 - 1;
-            harness.durable(last).unwrap();
-        }
-        assert!(copies < 56, "{copies} copies of a gibibyte, 32 of them before the first was read");
-    }
-
-    #[test]
-    fn a_write_in_a_large_range_narrows_it_no_further_than_a_copy() {
-        let mut harness = Harness::of(4 * BLOCKS);
-        harness.certain.mark(0..4 * BLOCKS);
-        harness.resync.copied_bytes = 4 * COPY_BYTES;
-        let mut order = Order::<u8>::new(512);
-        let _ = order.admit(1, ByteRange::new(3 * COPY_BYTES, 4096));
-        let picked = harness.resync.pick(&harness.map, &harness.certain, &order, false, Time::default());
-        let Some(Action::ReadCopy { range, .. }) = picked else { panic!("{picked:?}") };
-        assert_eq!(range, ByteRange::new(0, COPY_BYTES));
-    }
-
-    #[test]
-    fn written_blocks_are_not_asked_about() {
-        let mut harness = Harness::new();
-        harness.certain.mark(0..10);
-        let picks = harness.picks();
-        assert_eq!((picks[0].1.blocks(BlockSize::default()), picks[0].2), (0..10, false));
-        assert!(picks[1].2);
-    }
-
-    #[test]
-    fn a_replica_that_makes_digests_up_is_found_out() {
-        let mut harness = Harness::new();
-        let (number, _) = harness.ask();
-        assert!(harness.compared(number + 1, [1; 32]).is_err(), "nothing of that number was asked");
-        assert!(harness.compared(number - 1, [1; 32]).is_err());
-        harness.compared(number, [1; 32]).unwrap();
-        assert!(harness.compared(number, [1; 32]).is_err(), "it answered that already");
-        let mut harness = Harness::new();
-        let (unanswered, _) = harness.ask();
-        assert!(harness.durable(unanswered).is_err(), "it has not answered that");
-    }
-
-    #[test]
-    fn a_limit_holds_copies_back_and_says_until_when() {
-        let mut harness = Harness::new();
-        harness.certain.mark(0..BLOCKS);
-        harness.resync.set_limit(NonZeroU64::new(1 << 20));
-        let picked = harness.picks();
-        let bytes: u64 = picked.iter().map(|(_, range, _)| range.length).sum();
-        assert_eq!(
-            (bytes, picked[0].1.length),
-            (512 << 10, 128 << 10),
-            "half a second's worth, in small copies"
-        );
-        let numbers: Vec<u64> =
-            picked.iter().map(|(read, _, _)| harness.read(*read, CopyContent::Data)).collect();
-        let last = *numbers.last().expect("something was sent");
-        harness.resync.durable(last, &mut harness.map, &mut harness.certain, Time::default()).unwrap();
-        assert_eq!(harness.picks(), [], "its share of the time is not over");
-        let until = Time::default().after(Duration::from_millis(500));
-        assert_eq!(harness.resync.timeout(), Some(until));
-        harness.map.clear(128..BLOCKS - 256);
-        assert_eq!(harness.picks().len(), 4, "the last blocks don't wait");
-        harness.resync.set_limit(None);
-        assert_eq!(harness.resync.pace.copy_bytes(false), COPY_BYTES);
-    }
-}
+mod tests;

@@ -1,0 +1,253 @@
+//! What is copied, compared and left alone, without a tracker around it.
+
+use super::*;
+use crate::disk::dirty_map::Base;
+use crate::units::{HostId, VolumeId};
+
+const BLOCKS: u64 = 1024;
+
+/// A resync of a replica of which every block is dirty and none is certain to differ.
+struct Harness {
+    resync: Resync,
+    map: DirtyMap,
+    certain: DirtyMap,
+}
+
+impl Harness {
+    /// Where there are no holes, as is known.
+    fn new() -> Self {
+        let mut harness = Self::of(BLOCKS);
+        harness.resync.ground = Ground::Data;
+        harness
+    }
+
+    fn of(blocks: u64) -> Self {
+        let size = BlockSize::default();
+        let map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), blocks * size.bytes(), size);
+        let certain = map.of_single_bits().clean(Base::default());
+        let resync = Resync::new(size, blocks * size.bytes(), CopyRead(0), None, Time::default());
+        Self { resync, map, certain }
+    }
+
+    /// The reads that it asks for, with whether a digest is wanted.
+    fn picks(&mut self) -> Vec<(CopyRead, ByteRange, bool)> {
+        let order = Order::<u8>::new(512);
+        let picked = std::iter::from_fn(|| {
+            match self.resync.pick(&self.map, &self.certain, &order, false, Time::default())? {
+                Action::ReadCopy { read, range, digest } => Some((read, range, digest)),
+                action => panic!("it asks for {action:?}"),
+            }
+        });
+        picked.collect()
+    }
+
+    fn read(&mut self, read: CopyRead, content: CopyContent) -> u64 {
+        self.resync.read_ended(read, content, Time::default()).expect("it is sent").0
+    }
+
+    /// Asks about the next blocks, and gives the request's number and the blocks.
+    fn ask(&mut self) -> (u64, Range<u64>) {
+        let (read, range, digest) = self.picks()[0];
+        assert!(digest);
+        (self.read(read, CopyContent::Digest([1; 32])), range.blocks(BlockSize::default()))
+    }
+
+    fn compared(&mut self, number: u64, digest: [u8; 32]) -> Result<(), PeerError> {
+        self.resync.compared(number, digest, &mut self.map, &mut self.certain)
+    }
+
+    fn durable(&mut self, number: u64) -> Result<(), PeerError> {
+        self.resync.durable(number, &mut self.map, &mut self.certain, Time::default())
+    }
+}
+
+#[test]
+fn blocks_that_are_the_same_are_clean_once_that_is_durable() {
+    let mut harness = Harness::new();
+    let (number, blocks) = harness.ask();
+    harness.resync.rewritten(&(3..5));
+    harness.compared(number, [1; 32]).unwrap();
+    assert!(harness.map.is_dirty(0), "what the replica read may be lost");
+    harness.durable(number).unwrap();
+    for block in blocks {
+        assert_eq!(harness.map.is_dirty(block), (3..5).contains(&block), "block {block}");
+    }
+}
+
+#[test]
+fn blocks_that_differ_stay_dirty_and_are_copied() {
+    let mut harness = Harness::new();
+    let (number, blocks) = harness.ask();
+    harness.compared(number, [2; 32]).unwrap();
+    let picks = harness.picks();
+    let is_copy =
+        |(_, range, digest): &(_, ByteRange, _)| range.blocks(BlockSize::default()) == blocks && !digest;
+    let (read, ..) = *picks.iter().find(|pick| is_copy(pick)).expect("they are picked again");
+    harness.durable(number).unwrap();
+    assert!(blocks.clone().all(|block| harness.map.is_dirty(block)));
+    let copied = harness.read(read, CopyContent::Data);
+    harness.durable(copied).unwrap();
+    assert!(!blocks.clone().any(|block| harness.map.is_dirty(block) || harness.certain.is_dirty(block)));
+    let bytes = (blocks.end - blocks.start) * BlockSize::default().bytes();
+    assert_eq!(harness.resync.pace.done_bytes(), bytes, "they count once");
+}
+
+#[test]
+fn holes_are_copied_in_large_ranges_and_nothing_else_is() {
+    for are_certain in [true, false] {
+        copy_a_half_that_is_a_hole(are_certain);
+    }
+}
+
+fn copy_a_half_that_is_a_hole(are_certain: bool) {
+    let blocks = 256 * BLOCKS;
+    let mut harness = Harness::of(blocks);
+    if are_certain {
+        harness.certain.mark(0..blocks);
+    }
+    let mut longest = 0;
+    let mut done = 0;
+    // The second half is no hole.
+    let half = blocks / 2 * BlockSize::default().bytes();
+    while harness.map.dirty_blocks() > 0 {
+        for (read, range, digest) in harness.picks() {
+            longest = longest.max(range.length);
+            let content = match () {
+                () if range.end() <= half || range.length > COPY_BYTES => {
+                    CopyContent::Hole(range.end().min(half).saturating_sub(range.offset))
+                }
+                () if digest => CopyContent::Digest([1; 32]),
+                () => CopyContent::Data,
+            };
+            let sent = harness.resync.read_ended(read, content, Time::default());
+            let Some((number, range)) = sent else {
+                assert_eq!(content, CopyContent::Hole(0));
+                continue;
+            };
+            if let CopyContent::Digest(digest) = content {
+                harness.compared(number, digest).unwrap();
+            }
+            harness.durable(number).unwrap();
+            done += range.length;
+        }
+    }
+    assert_eq!((done, harness.map.dirty_blocks()), (2 * half, 0));
+    assert_eq!(longest, ZERO_LIMIT_BYTES);
+}
+
+/// Copies a volume that is a hole but for these pieces, of which the replica has none, and gives how many reads and
+/// how many comparisons of data that took. No read of data ends while anything else can be picked.
+fn copy_pieces(harness: &mut Harness, pieces: &[ByteRange]) -> (usize, usize) {
+    let (mut reads, mut comparisons) = (0, 0);
+    let mut slow = VecDeque::new();
+    while harness.map.dirty_blocks() > 0 {
+        let mut answers = Vec::new();
+        for (read, range, digest) in harness.picks() {
+            reads += 1;
+            let first = pieces.iter().find(|piece| piece.overlaps(range));
+            match first {
+                Some(_) if range.length <= COPY_BYTES => slow.push_back((read, digest)),
+                Some(piece) => {
+                    let bytes = piece.offset.saturating_sub(range.offset);
+                    answers.push((read, CopyContent::Hole(bytes)));
+                }
+                None => answers.push((read, CopyContent::Hole(range.length))),
+            }
+        }
+        if answers.is_empty() {
+            let (read, digest) = slow.pop_front().expect("something is under way");
+            comparisons += usize::from(digest);
+            answers.push((read, if digest { CopyContent::Digest([1; 32]) } else { CopyContent::Data }));
+        }
+        for (read, content) in answers {
+            let sent = harness.resync.read_ended(read, content, Time::default());
+            let Some((number, _)) = sent else { continue };
+            if content == CopyContent::Digest([1; 32]) {
+                harness.compared(number, [2; 32]).unwrap();
+            }
+            harness.durable(number).unwrap();
+        }
+    }
+    (reads, comparisons)
+}
+
+#[test]
+fn a_lone_piece_of_data_in_a_hole_takes_few_reads() {
+    let mut harness = Harness::of(4096 * BLOCKS);
+    harness.certain.mark(0..4096 * BLOCKS);
+    let pieces: Vec<_> = (0..160).map(|piece| ByteRange::new((piece * 100) << 20, 1 << 20)).collect();
+    let (reads, _) = copy_pieces(&mut harness, &pieces);
+    assert!(reads <= 160 * 4 + 16, "{reads} reads: the piece, and three times the hole behind it");
+}
+
+#[test]
+fn a_long_stretch_of_data_in_a_hole_is_asked_about_a_few_times() {
+    let mut harness = Harness::of(1024 * BLOCKS);
+    harness.certain.mark(0..1024 * BLOCKS);
+    let (reads, _) = copy_pieces(&mut harness, &[ByteRange::new(1 << 30, 1 << 30)]);
+    let (data, holes) = (1024, 3 << 30 >> 26);
+    assert!(reads <= data + holes + 50, "{reads} reads: 32 at most in the hole behind it");
+}
+
+#[test]
+fn a_hole_brings_no_trial_nearer() {
+    let mut harness = Harness::of(4096 * BLOCKS);
+    let pieces: Vec<_> = (0..160).map(|piece| ByteRange::new((piece * 100) << 20, 1 << 20)).collect();
+    let (_, comparisons) = copy_pieces(&mut harness, &pieces);
+    assert_eq!(comparisons, 2 * 16, "at the beginning and after 64 MiB, and not yet after 128 more");
+}
+
+#[test]
+fn a_write_in_a_large_range_narrows_it_no_further_than_a_copy() {
+    let mut harness = Harness::of(4 * BLOCKS);
+    harness.certain.mark(0..4 * BLOCKS);
+    harness.resync.ground = Ground::HOLE;
+    let mut order = Order::<u8>::new(512);
+    let _ = order.admit(1, ByteRange::new(3 * COPY_BYTES, 4096));
+    let picked = harness.resync.pick(&harness.map, &harness.certain, &order, false, Time::default());
+    let Some(Action::ReadCopy { range, .. }) = picked else { panic!("{picked:?}") };
+    assert_eq!(range, ByteRange::new(0, COPY_BYTES));
+}
+
+#[test]
+fn written_blocks_are_not_asked_about() {
+    let mut harness = Harness::new();
+    harness.certain.mark(0..10);
+    let picks = harness.picks();
+    assert_eq!((picks[0].1.blocks(BlockSize::default()), picks[0].2), (0..10, false));
+    assert!(picks[1].2);
+}
+
+#[test]
+fn a_replica_that_makes_digests_up_is_found_out() {
+    let mut harness = Harness::new();
+    let (number, _) = harness.ask();
+    assert!(harness.compared(number + 1, [1; 32]).is_err(), "nothing of that number was asked");
+    assert!(harness.compared(number - 1, [1; 32]).is_err());
+    harness.compared(number, [1; 32]).unwrap();
+    assert!(harness.compared(number, [1; 32]).is_err(), "it answered that already");
+    let mut harness = Harness::new();
+    let (unanswered, _) = harness.ask();
+    assert!(harness.durable(unanswered).is_err(), "it has not answered that");
+}
+
+#[test]
+fn a_limit_holds_copies_back_and_says_until_when() {
+    let mut harness = Harness::new();
+    harness.certain.mark(0..BLOCKS);
+    harness.resync.set_limit(NonZeroU64::new(1 << 20));
+    let picked = harness.picks();
+    let bytes: u64 = picked.iter().map(|(_, range, _)| range.length).sum();
+    assert_eq!((bytes, picked[0].1.length), (512 << 10, 128 << 10), "half a second's worth, in small copies");
+    let numbers: Vec<u64> =
+        picked.iter().map(|(read, _, _)| harness.read(*read, CopyContent::Data)).collect();
+    let last = *numbers.last().expect("something was sent");
+    harness.resync.durable(last, &mut harness.map, &mut harness.certain, Time::default()).unwrap();
+    assert_eq!(harness.picks(), [], "its share of the time is not over");
+    let until = Time::default().after(Duration::from_millis(500));
+    assert_eq!(harness.resync.timeout(), Some(until));
+    harness.map.clear(128..BLOCKS - 256);
+    assert_eq!(harness.picks().len(), 4, "the last blocks don't wait");
+    harness.resync.set_limit(None);
+    assert_eq!(harness.resync.pace.copy_bytes(false), COPY_BYTES);
+}
