@@ -11,7 +11,8 @@
 /// chance doesn't decide, and no more than 4 MiB to read.
 const TRIAL: u32 = 16;
 /// Where most of a trial differed, so much is copied without asking before the next one; each time twice as much, so
-/// that trials are a vanishing share of a copy to a disk with nothing in common.
+/// that trials are a vanishing share of a copy to a disk with nothing in common. What is being read when that is over
+/// comes on top.
 const FIRST_PAUSE_BYTES: u64 = 64 << 20;
 
 /// What to do with doubtful blocks.
@@ -93,7 +94,7 @@ impl Doubt {
         }
     }
 
-    /// So much content was read for a copy. A hole is none: nothing is asked about it either.
+    /// So much content was read for a copy. Zeroes are none: comparing them comes to nothing.
     pub(super) fn copied(&mut self, bytes: u64) {
         self.pause_bytes = self.pause_bytes.saturating_sub(bytes);
     }

@@ -7,8 +7,8 @@
 
 use super::resync::{CopyContent, CopyRead};
 
-/// After how many copies of data in a row no hole is asked for, until one is found.
-const LONE_COPIES: usize = 32;
+/// After a gap of so many copies without a hole, none is asked for until one is found.
+const LONGEST_GAP: usize = 32;
 
 /// See the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,19 +22,19 @@ pub(super) enum Ground {
 }
 
 impl Ground {
-    /// A hole, as far as one may ask.
-    pub(super) const HOLE: Self = Self::Piece { copies: 1, left: 0 };
+    /// A hole was found, or nothing is known: the next copy asks.
+    pub(super) const HOLE: Self = Self::Piece { copies: 0, left: 0 };
 
     /// Data for so many copies.
     fn data(copies: usize) -> Self {
-        if copies > LONE_COPIES { Self::Data } else { Self::Piece { copies, left: copies } }
+        if copies > LONGEST_GAP { Self::Data } else { Self::Piece { copies, left: copies } }
     }
 
     /// What is expected now that a read of so many bytes has ended.
     pub(super) fn found(self, read: CopyRead, content: CopyContent, bytes: u64) -> Self {
         match (self, content) {
             (Self::Asked { read: asked, copies }, _) if asked == read => match content {
-                CopyContent::Hole(0) => Self::data(copies * 2),
+                CopyContent::Hole(0) => Self::data((copies * 2).max(1)),
                 CopyContent::Hole(hole) if hole < bytes => Self::data(1),
                 CopyContent::Hole(_) | CopyContent::Zero => Self::HOLE,
                 CopyContent::Data | CopyContent::Digest(_) | CopyContent::Failed => Self::Data,
@@ -45,7 +45,7 @@ impl Ground {
         }
     }
 
-    /// Whether a hole is asked for next.
+    /// Whether a hole is asked for, where enough is dirty.
     pub(super) fn may_be_hole(self) -> bool {
         matches!(self, Self::Piece { left: 0, .. })
     }

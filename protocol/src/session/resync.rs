@@ -31,7 +31,7 @@ use std::time::Duration;
 /// How many bytes one copy reads at most.
 pub const COPY_BYTES: u64 = 1 << 20;
 /// How many bytes are compared at once: little enough to copy when a single block of them differs, and much beside the
-/// two messages that it takes. More where there were only zeroes before, of which a frame may cover as much as a copy.
+/// two messages that it takes.
 const COMPARED_BYTES: u64 = 256 << 10;
 /// How many copies may be under way, whatever their size.
 const COPIES: usize = 512;
@@ -171,10 +171,8 @@ impl Resync {
         let (mut blocks, step) = self.choose(found, certain)?;
         let asks = self.ground.may_be_hole() && blocks.end - blocks.start > self.blocks(COPY_BYTES);
         if !asks {
-            let most = match step {
-                Step::Copy => self.pace.copy_bytes(application_is_active),
-                _ => COMPARED_BYTES,
-            };
+            let copy_bytes = self.pace.copy_bytes(application_is_active);
+            let most = if step == Step::Copy { copy_bytes } else { copy_bytes.min(COMPARED_BYTES) };
             blocks.end = blocks.end.min(blocks.start + self.blocks(most));
         }
         self.cursor = blocks.end;

@@ -31,9 +31,14 @@ impl Harness {
 
     /// The reads that it asks for, with whether a digest is wanted.
     fn picks(&mut self) -> Vec<(CopyRead, ByteRange, bool)> {
+        self.picks_while(false)
+    }
+
+    fn picks_while(&mut self, application_is_active: bool) -> Vec<(CopyRead, ByteRange, bool)> {
         let order = Order::<u8>::new(512);
+        let active = application_is_active;
         let picked = std::iter::from_fn(|| {
-            match self.resync.pick(&self.map, &self.certain, &order, false, Time::default())? {
+            match self.resync.pick(&self.map, &self.certain, &order, active, Time::default())? {
                 Action::ReadCopy { read, range, digest } => Some((read, range, digest)),
                 action => panic!("it asks for {action:?}"),
             }
@@ -207,6 +212,23 @@ fn a_write_in_a_large_range_narrows_it_no_further_than_a_copy() {
     let picked = harness.resync.pick(&harness.map, &harness.certain, &order, false, Time::default());
     let Some(Action::ReadCopy { range, .. }) = picked else { panic!("{picked:?}") };
     assert_eq!(range, ByteRange::new(0, COPY_BYTES));
+}
+
+#[test]
+fn copies_and_comparisons_are_small_while_an_application_waits() {
+    for (are_certain, active, bytes) in
+        [(true, false, 1024), (true, true, 128), (false, false, 256), (false, true, 128)]
+    {
+        let mut harness = Harness::new();
+        if are_certain {
+            harness.certain.mark(0..BLOCKS);
+        }
+        let picks = harness.picks_while(active);
+        let is_as_long = |(_, range, digest): &(_, ByteRange, bool)| {
+            (range.length, *digest) == (bytes << 10, !are_certain)
+        };
+        assert!(!picks.is_empty() && picks.iter().all(is_as_long), "{picks:?}");
+    }
 }
 
 #[test]
