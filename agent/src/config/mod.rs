@@ -516,9 +516,11 @@ fn block_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BlockSize, D
     BlockSize::new(u64::deserialize(deserializer)?).map_err(serde::de::Error::custom)
 }
 
+/// The smallest window takes the largest frame with what that costs besides its payload; one that never has room would
+/// break the stream off with each large write.
 fn window<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
     match Size::deserialize(deserializer)? {
-        Size(..0x10_0000) => Err(serde::de::Error::custom("the window is at least 1M")),
+        Size(..0x20_0000) => Err(serde::de::Error::custom("the window is at least 2M")),
         window => Ok(window),
     }
 }
