@@ -1,5 +1,5 @@
 //! Tortures real agents for a while: `torture [--seed S] [--seconds T] [--mode async|semi-sync|sync] [--hosts 2|3]
-//! [--promotions] [--keep FOLDER]`.
+//! [--promotions never|sometimes|mostly] [--keep FOLDER]`.
 //!
 //! Needs root. A signal ends it early and in order. When something is not as it must be, it says what, with the
 //! command that tries the same seed again, and leaves everything in the folder of `--keep`.
@@ -7,7 +7,7 @@
 use anyhow::{Context, Result, bail};
 use blockmirror_agent::config::Mode;
 use blockmirror_tests::machines::programs::{obstacle, own};
-use blockmirror_tests::torture::{IS_OVER, Settings, Torture, writer};
+use blockmirror_tests::torture::{IS_OVER, Promotions, Settings, Torture, writer};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -18,15 +18,11 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Settings> {
         time: Duration::from_secs(60),
         mode: Mode::Async,
         hosts: 2,
-        promotions: false,
+        promotions: Promotions::Never,
         writer: own("torture"),
         keep: None,
     };
     while let Some(name) = arguments.next() {
-        if name == "--promotions" {
-            settings.promotions = true;
-            continue;
-        }
         let value = arguments.next().with_context(|| format!("{name} needs a value"))?;
         let number = || value.parse().with_context(|| format!("{name} needs a number, not {value}"));
         match name.as_str() {
@@ -34,6 +30,12 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Settings> {
             "--seconds" => settings.time = Duration::from_secs(number()?),
             "--hosts" if matches!(value.as_str(), "2" | "3") => settings.hosts = number()? as usize,
             "--hosts" => bail!("there are 2 or 3 hosts, not {value}"),
+            "--promotions" => {
+                let promotions =
+                    Promotions::ALL.into_iter().find(|promotions| promotions.to_string() == value);
+                settings.promotions = promotions
+                    .with_context(|| format!("{value} is not how often: never, sometimes, mostly"))?;
+            }
             "--keep" => settings.keep = Some(value.into()),
             "--mode" => {
                 let modes = [Mode::Async, Mode::SemiSync, Mode::Sync];
@@ -42,7 +44,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Settings> {
                     mode.with_context(|| format!("{value} is no mode: async, semi-sync, sync"))?;
             }
             _ => bail!(
-                "unknown option {name}; use --seed S, --seconds T, --mode MODE, --hosts N, --promotions, --keep FOLDER"
+                "unknown option {name}; use --seed S, --seconds T, --mode MODE, --hosts N, --promotions HOW_OFTEN, \
+                 --keep FOLDER"
             ),
         }
     }
@@ -77,12 +80,12 @@ fn main() -> Result<()> {
     }
     end_in_order_by_signals();
     let again = format!(
-        "scripts/torture --seed {} --seconds {} --mode {} --hosts {}{}",
+        "scripts/torture --seed {} --seconds {} --mode {} --hosts {} --promotions {}",
         settings.seed,
         settings.time.as_secs(),
         settings.mode,
         settings.hosts,
-        if settings.promotions { " --promotions" } else { "" },
+        settings.promotions,
     );
     println!("{again}");
     match std::panic::catch_unwind(|| Torture::new(settings).run()) {

@@ -1,8 +1,8 @@
 //! What happens. Each leaves a primary that is written to; the rest may stay as broken as it is.
 
-use super::Torture;
 use super::disk::{promotable_copy, superblock};
 use super::sites::{Condition, is_in_sync};
+use super::{Promotions, Torture};
 use crate::machines::patience::until;
 use blockmirror_agent::config::Mode;
 use std::fs;
@@ -14,6 +14,9 @@ const MOMENT: Duration = Duration::from_millis(2500);
 impl Torture {
     /// One thing of all that can happen.
     pub(super) fn let_happen(&mut self) {
+        if self.settings.promotions == Promotions::Mostly {
+            return self.let_roles_change();
+        }
         let replica = self.some_replica();
         match self.random.below(100) {
             0..42 => self.change_replica(replica),
@@ -26,8 +29,19 @@ impl Torture {
                 self.say("everything is healed");
                 self.wait_until_in_sync();
             }
-            _ if self.settings.promotions => self.hand_over(),
+            _ if self.settings.promotions == Promotions::Sometimes => self.hand_over(),
             _ => self.change_replica(replica),
+        }
+    }
+
+    /// One thing of those after which another host may be the primary, or of what makes that harder.
+    fn let_roles_change(&mut self) {
+        let replica = self.some_replica();
+        match self.random.below(10) {
+            0..2 => self.change_replica(replica),
+            2..5 => self.lose_primary(),
+            5 => self.restart_primary(),
+            _ => self.hand_over(),
         }
     }
 
@@ -141,7 +155,7 @@ impl Torture {
             self.sites[victim].make_sure_that_it_is_down();
         }
         self.abandon_load();
-        if self.settings.promotions && self.random.once_in(2) && self.promote_another() {
+        if self.settings.promotions != Promotions::Never && self.random.once_in(2) && self.promote_another() {
             return;
         }
         self.sites[primary].host.start();

@@ -57,12 +57,38 @@ pub struct Settings {
     pub mode: Mode,
     /// How many hosts there are: 2 or 3.
     pub hosts: usize,
-    /// Whether replicas are promoted, and primaries demoted.
-    pub promotions: bool,
+    /// How often replicas are promoted, and primaries demoted.
+    pub promotions: Promotions,
     /// The program that is the writer when its first argument is `writer`.
     pub writer: PathBuf,
     /// Where everything is copied to when it fails.
     pub keep: Option<PathBuf>,
+}
+
+/// How often another host becomes the primary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Promotions {
+    /// Not at all.
+    Never,
+    /// Now and then, among all else that can happen.
+    Sometimes,
+    /// Whenever a primary is lost or stopped, and in between; little else happens.
+    Mostly,
+}
+
+impl Promotions {
+    /// All there are.
+    pub const ALL: [Self; 3] = [Self::Never, Self::Sometimes, Self::Mostly];
+}
+
+impl std::fmt::Display for Promotions {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Never => "never",
+            Self::Sometimes => "sometimes",
+            Self::Mostly => "mostly",
+        })
+    }
 }
 
 /// What a run was worth.
