@@ -332,6 +332,23 @@ fn a_history_that_finds_no_room_is_given_up_and_not_the_replica() {
 }
 
 #[test]
+fn a_history_whose_file_is_gone_is_given_up_and_not_the_replica() {
+    let (mut mirror, _) = split();
+    resolution(&mirror.primary, &["--keep", "b"]);
+    assert_identical(mirror.replica(), &mirror.primary);
+    assert!(mirror.primary.status().facts.succession.history.is_some());
+    mirror.primary.stop();
+    let layers = layers_of(&mirror.primary);
+    assert!(!layers.is_empty());
+    layers.iter().for_each(|layer| fs::remove_file(layer).expect("a file"));
+    mirror.primary.start();
+    assert_identical(mirror.replica(), &mirror.primary);
+    let (facts, log) = (mirror.primary.status().facts, mirror.primary.log());
+    assert_eq!((facts.backing_error, facts.succession.history.is_some()), (None, false));
+    assert!(log.contains("what was kept for undo is given up"), "{log}");
+}
+
+#[test]
 fn a_loser_that_cannot_reach_the_winner_keeps_its_content() {
     let (mut mirror, _) = split();
     mirror.replica_mut().stop();

@@ -1,14 +1,18 @@
 //! The layers of pre-images of a replica: of the gap (P2) and of the history (L6), begun, filled and ended as the machine
 //! asks. The two may be one layer; where they are two, each saves what it lacks.
 
-use super::Replica;
+use super::{OpenReplicaError, Replica};
+use crate::metadata::State;
 use crate::pre_images::{Layer, LayerError, PreImages, SaveError, Shortage};
+use crate::storage::file::OpenError;
 use crate::words::with_causes;
+use blockmirror_protocol::disk::MetadataError;
 use blockmirror_protocol::disk::pre_images::Header;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::Saved;
 use blockmirror_protocol::units::Position;
+use std::collections::BTreeSet;
 
 impl Replica {
     /// Makes the layer that leads back to what the backing holds now.
@@ -103,35 +107,48 @@ pub(super) fn point_of(layer: &Layer) -> (u64, (u64, u64)) {
     (layer.header().layer, (layer.header().began_unix_seconds, layer.bytes()))
 }
 
-/// The layers of the gap and of the history, and none of what others left behind. A history that is damaged is none:
-/// whether there is one is said too.
+/// The layers of the gap and of the history. One that is damaged or gone is given up, durably: a copy that the primary
+/// still brings up to date is worth more than one that is not opened. What others left behind is removed then.
 pub(super) async fn open_layers(
     pre_images: &PreImages,
-    superblock: &Superblock,
-) -> Result<(Vec<Layer>, bool), LayerError> {
-    let Superblock { gap, history, .. } = *superblock;
+    state: &State,
+) -> Result<Vec<Layer>, OpenReplicaError> {
+    let Superblock { gap, history, .. } = state.superblock();
+    let mut layers = Vec::new();
+    for number in BTreeSet::from([gap, history]).into_iter().filter(|number| *number != 0) {
+        match pre_images.open(number).await {
+            Ok(layer) => layers.push(layer),
+            Err(error) if is_lost(&error) => {
+                let what =
+                    if number == gap { "the rollback point of the resync" } else { "what was kept for undo" };
+                tracing::error!("{what} is given up: {}", with_causes(&error));
+                state
+                    .change_superblock(|superblock| {
+                        for layer in [&mut superblock.gap, &mut superblock.history] {
+                            *layer = if *layer == number { 0 } else { *layer };
+                        }
+                    })
+                    .await?;
+                pre_images.remove(number).await?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let Superblock { gap, history, .. } = state.superblock();
     for (number, _) in pre_images.list()? {
         if number != gap && number != history {
             pre_images.remove(number).await?;
         }
     }
-    let mut layers = Vec::new();
-    if gap != 0 {
-        layers.push(pre_images.open(gap).await?);
+    Ok(layers)
+}
+
+/// Whether no later attempt could read the layer.
+fn is_lost(error: &LayerError) -> bool {
+    match error {
+        LayerError::Unusable { source, .. } => !matches!(source, MetadataError::TooNew { .. }),
+        error => matches!(error, LayerError::Open(OpenError::NotFound { .. })),
     }
-    if history == 0 || history == gap {
-        return Ok((layers, true));
-    }
-    match pre_images.open(history).await {
-        Ok(layer) => layers.push(layer),
-        Err(error @ LayerError::Unusable { .. }) => {
-            tracing::warn!("what was kept for undo is given up: {}", with_causes(&error));
-            pre_images.remove(history).await?;
-            return Ok((layers, false));
-        }
-        Err(error) => return Err(error),
-    }
-    Ok((layers, true))
 }
 
 /// What a layer has saved.

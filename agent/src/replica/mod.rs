@@ -103,15 +103,11 @@ impl Replica {
         folder: &Path,
         config: &VolumeConfig,
     ) -> Result<Rc<Self>, OpenReplicaError> {
-        let mut superblock = state.superblock();
         let marker = state.recover_marker().await?;
         let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
         let pre_images = PreImages::new(folder, storage.clone(), pool.clone(), config.pre_images.0);
-        let (layers, has_history) = gap::open_layers(&pre_images, &superblock).await?;
-        if !has_history {
-            state.change_superblock(|superblock| superblock.history = 0).await?;
-            superblock = state.superblock();
-        }
+        let layers = gap::open_layers(&pre_images, &state).await?;
+        let superblock = state.superblock();
         let settings = Settings {
             sector_bytes: u32::try_from(backing.alignment()).expect("a sector is small"),
             window_bytes: config.window.0,

@@ -43,6 +43,11 @@ pub enum PromotionError {
     /// Its backing can't be written.
     #[error(transparent)]
     Storage(#[from] storage::Error),
+    /// Its disk or its metadata failed while the session ended.
+    #[error(
+        "the replica's disk or state folder failed as its session ended; see its log, and run the same command again"
+    )]
+    Failed,
     /// The agent ends; the next promotion begins anew.
     #[error("the agent stops before everything is restored; run the same command again when it runs")]
     Interrupted,
@@ -62,6 +67,7 @@ impl Replica {
         newest: Fence,
         progress: &Progress,
     ) -> Result<(), PromotionError> {
+        self.must_be_sound()?;
         let superblock = self.state.superblock();
         let steps = promotion::steps(&superblock)?;
         let position = self.report().position;
@@ -71,6 +77,7 @@ impl Replica {
                     let restored = saved_in(&self.layers.lock().await, superblock.gap);
                     self.state.write_promoted_maps(peers, &restored).await?;
                 }
+                Step::Begin => self.state.change_superblock(promotion::begin).await?,
                 Step::Restore { layer } => self.restore(layer, progress).await?,
                 Step::Sync => storage::sync(&*self.storage, &self.backing).await?,
                 Step::Record => {
@@ -87,6 +94,12 @@ impl Replica {
             self.end_layer(layer).await;
         }
         Ok(())
+    }
+
+    /// Where something failed as the session ended, what is on disk may be newer than what is known here: a commit that
+    /// was recorded all the same, to which a rollback would not lead back.
+    pub(super) fn must_be_sound(&self) -> Result<(), PromotionError> {
+        if self.has_failed() { Err(PromotionError::Failed) } else { Ok(()) }
     }
 
     /// Writes every pre-image of a layer back.

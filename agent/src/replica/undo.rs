@@ -22,6 +22,7 @@ impl Replica {
     /// # Errors
     /// [`PromotionError`] when there is no room to keep it, or something can't be written; nothing is given up then.
     pub async fn yield_to(&self, lineage: Vec<GenerationId>) -> Result<bool, PromotionError> {
+        self.must_be_sound()?;
         let superblock = self.state.superblock();
         let is_unused = saved_in(&self.layers.lock().await, superblock.history).is_empty();
         let history = match resolve::keep(&superblock, is_unused) {
@@ -48,6 +49,7 @@ impl Replica {
     /// [`PromotionError`]; nothing was done where there is nothing to bring back or what was kept can't be read, else it
     /// can be undone again.
     pub async fn undo(&self, peers: &[HostId], progress: &Progress) -> Result<(), PromotionError> {
+        self.must_be_sound()?;
         let superblock = self.state.superblock();
         let steps = undo::steps(&superblock)?;
         let number = superblock.history;

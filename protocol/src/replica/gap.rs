@@ -250,6 +250,9 @@ impl Replica {
     /// The pre-images that [`Action::SavePreImages`] asked for are durable, or can't be saved.
     pub fn handle_saved(&mut self, saved: Saved) {
         let Saving { frames, ranges, history } = self.gap.saving.take().expect("pre-images are saved once");
+        if self.failed {
+            return self.forget(frames);
+        }
         if !self.saves() {
             // A commit has ended the gap, so they may be applied however saving ended.
             frames.into_iter().for_each(|frame| self.apply(frame));

@@ -530,6 +530,8 @@ impl Replica {
     fn fail(&mut self) {
         if !self.failed {
             self.failed = true;
+            // What is not being recorded yet never will be.
+            self.state_changes.truncate(usize::from(self.writing_state));
             let text = "the replica's disk failed or is full; see the replica's log".into();
             self.actions.push_back(Action::Send(Refused { refusal: Refusal::Backing, text }.into()));
         }

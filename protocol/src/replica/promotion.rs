@@ -36,6 +36,8 @@ pub enum NotPromotable {
 pub enum Step {
     /// Write a map for every peer, by [`map_for`].
     WriteMaps,
+    /// Record that what the last primary copied is being taken back, by [`begin`].
+    Begin,
     /// Write every pre-image of this layer back.
     Restore {
         /// The layer.
@@ -59,7 +61,7 @@ pub fn steps(superblock: &Superblock) -> Result<Vec<Step>, NotPromotable> {
         (DataState::Consistent, _) => Ok(vec![Step::WriteMaps, Step::Sync, Step::Record]),
         (DataState::Inconsistent, 0) => Err(NotPromotable::Inconsistent),
         (DataState::Inconsistent, layer) => {
-            Ok(vec![Step::WriteMaps, Step::Restore { layer }, Step::Sync, Step::Record])
+            Ok(vec![Step::WriteMaps, Step::Begin, Step::Restore { layer }, Step::Sync, Step::Record])
         }
         (DataState::Empty, _) => Err(NotPromotable::Empty),
     }
@@ -78,6 +80,13 @@ pub fn map_for(mut map: DirtyMap, superblock: &Superblock, restored: &[ByteRange
         map.mark(range.blocks(superblock.block_size));
     }
     map
+}
+
+/// What the superblock says while a layer is restored: the content is no primary's any more. Where that is cut short and
+/// the primary of the resync comes back, the bits that it cleared are told to it again; and where there are no generations
+/// that its map could be relative to, the map counts for nothing.
+pub fn begin(superblock: &mut Superblock) {
+    superblock.source = Fence::default();
 }
 
 /// What the superblock says once `host` is promoted; `position` is the replica's last one.

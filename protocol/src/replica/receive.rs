@@ -301,7 +301,7 @@ impl Replica {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Settings, SpacePolicy, Stored};
+    use super::super::{Settings, SpacePolicy, StateChange, Stored, promotion};
     use super::*;
     use crate::disk::activity_log::Recovered;
     use crate::disk::superblock::Role;
@@ -323,7 +323,11 @@ mod tests {
 
     /// A copy that follows the fence (2, host 2), with these generations.
     fn replica(generations: &str) -> Replica {
-        let superblock = Superblock {
+        replica_of(superblock(generations), Vec::new())
+    }
+
+    fn superblock(generations: &str) -> Superblock {
+        Superblock {
             volume: VolumeId([1; 16]),
             copy: CopyId([2; 16]),
             size_bytes: 1 << 20,
@@ -341,11 +345,14 @@ mod tests {
             history: 0,
             mode: Mode::Async,
             released: false,
-        };
+        }
+    }
+
+    fn replica_of(superblock: Superblock, saved: Vec<ByteRange>) -> Replica {
         let settings = Settings { sector_bytes: 512, window_bytes: 1 << 20, space: SpacePolicy::Pause };
         let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
         let (marker, maps) = (Position::default(), BTreeMap::new());
-        let (saved, kept) = (Vec::new(), Vec::new());
+        let kept = Vec::new();
         Replica::new(settings, Stored { superblock, marker, log, maps, saved, kept })
     }
 
@@ -422,6 +429,37 @@ mod tests {
                 _ => panic!("it has nothing else to do"),
             }
         }
+    }
+
+    /// A host that gave up what it had, all of it, and was being resynced has no map that could tell of what a rollback
+    /// has restored: the primary of the resync went on with the bits that it had cleared.
+    #[test]
+    fn what_a_rollback_began_to_restore_is_told_to_the_primary_of_the_resync() {
+        let saved = ByteRange::new(8192, 4096);
+        for (is_rolled_back, told) in [(false, vec![]), (true, vec![saved])] {
+            let mut superblock = superblock("");
+            (superblock.data, superblock.gap, superblock.layers) = (DataState::Inconsistent, 1, 1);
+            if is_rolled_back {
+                promotion::begin(&mut superblock);
+            }
+            let mut replica = replica_of(superblock, vec![saved]);
+            replica.greet(hello(fence(2, 2), "ba"));
+            let union = drive(&mut replica, |action| matches!(action, Action::Send(Message::Union(_))));
+            assert_eq!(union, Action::Send(Union { ranges: told, last: true }.into()));
+        }
+    }
+
+    #[test]
+    fn a_replica_that_failed_comes_to_rest() {
+        let mut replica = replica("a");
+        replica.change_state(StateChange::Forget, None);
+        replica.change_state(StateChange::Behind, None);
+        replica.handle_log_written(true);
+        replica.fail();
+        replica.change_state(StateChange::Behind, None);
+        assert!(!replica.is_idle(), "one is being recorded");
+        replica.handle_state_written(false);
+        assert!(replica.is_idle(), "nothing is waited for that will never be");
     }
 
     fn is_welcome(action: &Action) -> bool {

@@ -120,7 +120,11 @@ impl Replica {
         }
     }
 
+    /// Records a change after those before it; nothing where the replica has failed.
     pub(super) fn change_state(&mut self, change: StateChange, answer: Option<(Message, SessionNumber)>) {
+        if self.failed {
+            return;
+        }
         self.state_changes.push_back((change, answer));
         self.go_on();
     }

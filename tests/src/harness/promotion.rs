@@ -96,6 +96,13 @@ impl World {
             let is_done = match step {
                 Step::WriteMaps => !self.write_next_map(host),
                 _ if std::mem::replace(&mut promotion.has_begun_step, true) => true,
+                Step::Begin => {
+                    let it = &mut self.hosts[host];
+                    promotion::begin(&mut it.superblock);
+                    let batches = it.superblock_batches();
+                    self.promotion_file(host, superblock::FILE_NAME, batches);
+                    false
+                }
                 Step::Restore { .. } => {
                     self.restore(host);
                     false
