@@ -8,8 +8,8 @@
 //! is not what its maps are relative to.
 //!
 //! The record's first line is the identity, or what a recovery says of itself; a second line may name a file or disk that
-//! a recovery filled elsewhere, for when the configuration is changed to it. Where nothing tells disks from each other,
-//! as loop devices, their path has to do.
+//! a recovery filled elsewhere, for when the configuration is changed to it. A disk that has no name of its own, as many
+//! virtual ones, is known by where it is plugged in: one that takes its place there is not told from it.
 
 use crate::durable;
 use blockmirror_protocol::units::HostId;
@@ -98,15 +98,11 @@ pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingErro
         }
         Err(error) => return Err(io_error("read", &record)(error)),
     };
-    let (expected, elsewhere) = recorded.split_once('\n').unwrap_or((&recorded, ""));
-    if let Some(source) = expected.strip_prefix(RECOVERED) {
+    let recovered = recorded.lines().filter_map(|line| line.strip_prefix(RECOVERED)?.split_once(INTO));
+    if let Some((source, _)) = recovered.into_iter().find(|(_, target)| *target == found) {
         return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
     }
-    if let Some((source, target)) = elsewhere.strip_prefix(RECOVERED).and_then(|rest| rest.split_once(INTO))
-        && target == found
-    {
-        return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
-    }
+    let expected = recorded.lines().next().unwrap_or_default();
     if expected.starts_with(RECOVERING) {
         return Err(BackingError::HalfRecovered { path: backing.to_owned(), record });
     }
@@ -115,6 +111,12 @@ pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingErro
     }
     let expected = expected.to_owned();
     Err(BackingError::Replaced { path: backing.to_owned(), expected, found, record })
+}
+
+/// Whether the state folder is of a volume that was opened: not what an attempt to make one has left.
+#[must_use]
+pub fn is_on_record(state_folder: &Path) -> bool {
+    state_folder.join(FILE_NAME).exists()
 }
 
 /// Records durably which backing the volume has from now on.
@@ -126,12 +128,12 @@ pub fn record(state_folder: &Path, identity: &str) -> Result<(), BackingError> {
     durable::replace(&record, format!("{identity}\n").as_bytes()).map_err(io_error("write", &record))
 }
 
-/// Records durably that the backing was filled with a peer's content: the next one that is opened is taken for it.
+/// Records durably that the backing was filled with a peer's content, and may be opened again.
 ///
 /// # Errors
-/// [`BackingError::Io`] when the record can't be written.
-pub fn record_recovery(state_folder: &Path, source: HostId) -> Result<(), BackingError> {
-    record(state_folder, &format!("{RECOVERED}{source}"))
+/// [`BackingError::Io`] when the record can't be written, or the backing not looked at.
+pub fn record_recovery(state_folder: &Path, backing: &Path, source: HostId) -> Result<(), BackingError> {
+    record(state_folder, &recovered_into(backing, source)?)
 }
 
 /// Records durably that a recovery writes to the backing: until it has ended, the volume is not opened from it.
@@ -157,9 +159,13 @@ pub fn record_recovery_elsewhere(
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
         read => read.map_err(io_error("read", &path))?,
     };
-    let identity = identity(target).map_err(io_error("look at", target))?;
     let expected = recorded.lines().next().unwrap_or("nothing");
-    record(state_folder, &format!("{expected}\n{RECOVERED}{source}{INTO}{identity}"))
+    record(state_folder, &format!("{expected}\n{}", recovered_into(target, source)?))
+}
+
+fn recovered_into(target: &Path, source: HostId) -> Result<String, BackingError> {
+    let identity = identity(target).map_err(io_error("look at", target))?;
+    Ok(format!("{RECOVERED}{source}{INTO}{identity}"))
 }
 
 fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BackingError {
@@ -171,16 +177,26 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> B
 fn identity(path: &Path) -> io::Result<String> {
     let status = std::fs::metadata(path)?;
     if !status.is_file() {
-        return Ok(disk_identity(status.rdev()).unwrap_or_else(|| format!("the disk at {}", path.display())));
+        return disk_identity(status.rdev());
     }
     let born =
         status.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
     Ok(format!("image {} of {}.{:09}", status.ino(), born.as_secs(), born.subsec_nanos()))
 }
 
-/// The name that sysfs knows for a disk or a partition (Documentation/ABI/testing/sysfs-block).
-fn disk_identity(device: u64) -> Option<String> {
+/// The name that sysfs knows for a disk or a partition (Documentation/ABI/testing/sysfs-block), or else the place that
+/// the kernel sees it at, down to the slot. A path in /dev is neither: the next start may lead it to another disk.
+fn disk_identity(device: u64) -> io::Result<String> {
     let folder = PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device)));
+    if let Some(name) = disk_name(folder.clone()) {
+        return Ok(name);
+    }
+    let place = std::fs::canonicalize(folder)?;
+    let place = place.strip_prefix("/sys/devices").unwrap_or(&place);
+    Ok(format!("the disk at {}", place.display()))
+}
+
+fn disk_name(folder: PathBuf) -> Option<String> {
     let read = |file: PathBuf| {
         let text = std::fs::read_to_string(file).ok()?.trim().to_owned();
         (!text.is_empty()).then_some(text)
@@ -223,8 +239,10 @@ mod tests {
         record_recovery_begun(folder.path(), HostId([7; 32])).unwrap();
         let half = compare(folder.path(), &backing);
         assert!(matches!(half, Err(BackingError::HalfRecovered { .. })), "{half:?}");
-        record_recovery(folder.path(), HostId([7; 32])).unwrap();
+        record_recovery(folder.path(), &backing, HostId([7; 32])).unwrap();
         let adopted = compare(folder.path(), &backing).unwrap();
         assert!(matches!(adopted, Match::Adopted { source: Some(HostId([7, ..])), .. }), "{adopted:?}");
+        let other = compare(folder.path(), &moved);
+        assert!(matches!(other, Err(BackingError::Replaced { .. })), "it was not recovered into: {other:?}");
     }
 }

@@ -4,6 +4,7 @@ use blockmirror_agent::config::ConfigFolder;
 use blockmirror_protocol::disk::recovery::RecoveryState;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{first_difference, noise, stamped};
+use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::text;
@@ -117,11 +118,11 @@ fn a_backing_whose_recovery_was_interrupted_is_not_served() {
         ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite", "--retry", "0s"];
     let mut running = mirror.primary.begin(&recover);
     until("the recovery has begun", || {
-        let record = record(&mirror);
+        let record = record(&mirror.primary);
         if running.has_ended() || record.starts_with("being recovered") { Ok(()) } else { Err(record) }
     });
     drop(running);
-    if record(&mirror).starts_with("being recovered") {
+    if record(&mirror.primary).starts_with("being recovered") {
         mirror.primary.start();
         let status = mirror.primary.status();
         let error = status.facts.backing_error.expect("it is refused");
@@ -129,7 +130,7 @@ fn a_backing_whose_recovery_was_interrupted_is_not_served() {
         mirror.primary.stop();
     }
     mirror.primary.succeed(&recover);
-    assert!(record(&mirror).starts_with("recovered from"));
+    assert!(record(&mirror.primary).starts_with("recovered from"));
     mirror.primary.start();
     mirror.assert_identical();
 }
@@ -154,7 +155,79 @@ fn a_volume_moves_to_the_disk_that_it_was_recovered_into() {
     assert!(fs::read(&other).expect("the new backing") == replica);
 }
 
-/// What the primary's state folder says of its backing.
-fn record(mirror: &Mirror) -> String {
-    fs::read_to_string(mirror.primary.state("backing")).unwrap_or_default()
+#[test]
+fn a_replicas_backing_whose_recovery_was_interrupted_is_not_opened_either() {
+    // A replica that counts as consistent could be promoted, and its primary would copy only what its map says.
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    fill(&mirror, 64 * MIB);
+    mirror.assert_identical();
+    mirror.primary.succeed(&["demote", "data"]);
+    mirror.replica_mut().stop();
+    let (backing, address) = (mirror.replica().backing(), mirror.primary.link().address().to_string());
+    let recover =
+        ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite", "--retry", "0s"];
+    let mut running = mirror.replica().begin(&recover);
+    until("the recovery has begun", || {
+        let record = record(mirror.replica());
+        if running.has_ended() || record.starts_with("being recovered") { Ok(()) } else { Err(record) }
+    });
+    drop(running);
+    if record(mirror.replica()).starts_with("being recovered") {
+        mirror.replica_mut().start();
+        let error = mirror.replica().status().facts.backing_error.expect("it is refused");
+        assert!(error.contains("is not complete: run `blockmirror recover` again"), "{error}");
+        mirror.replica_mut().stop();
+    }
+    mirror.replica().succeed(&recover);
+    assert!(record(mirror.replica()).starts_with("recovered from"));
+    mirror.replica_mut().start();
+    until("the recovery that was killed is known to be gone", || {
+        let said = mirror.primary.tool(&["promote", "data"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+    mirror.assert_identical();
+}
+
+#[test]
+fn a_recovery_into_another_volumes_backing_is_refused() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let mail = mirror.primary.path("mail.img");
+    mirror.primary.succeed(&[
+        "create",
+        "mail",
+        "--backing",
+        text(&mail),
+        "--size",
+        "16M",
+        "--device",
+        "none",
+    ]);
+    mirror.primary.stop();
+    fs::write(&mail, noise(&mut Random::new(2), 16 * MIB)).expect("the other volume's content");
+    let before = fs::read(&mail).expect("the other volume's content");
+    let address = mirror.replica().link().address().to_string();
+    let recover = ["recover", "data", "--from", &address, "--to", text(&mail), "--overwrite"];
+    mirror.primary.refuse(&recover, 5, &["is the backing of the volume mail on this host"]);
+    assert!(fs::read(&mail).expect("the other volume's content") == before, "nothing is lost");
+}
+
+#[test]
+fn a_recovery_that_the_volume_cannot_learn_of_leaves_the_backing_as_it_is() {
+    // Emptied and not on record, it would have been served as the volume.
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    fill(&mirror, 16 * MIB);
+    mirror.assert_identical();
+    mirror.primary.stop();
+    let (backing, obstacle) = (mirror.primary.backing(), mirror.primary.state("backing"));
+    fs::remove_file(&obstacle).and_then(|()| fs::create_dir(&obstacle)).expect("an obstacle");
+    let before = fs::read(&backing).expect("the backing");
+    let address = mirror.replica().link().address().to_string();
+    let recover = ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite"];
+    mirror.primary.refuse(&recover, 1, &["cannot write"]);
+    assert!(fs::read(&backing).expect("the backing") == before, "nothing is lost");
+}
+
+/// What a host's state folder says of its backing.
+fn record(host: &Host) -> String {
+    fs::read_to_string(host.state("backing")).unwrap_or_default()
 }

@@ -5,7 +5,7 @@
 //! durable there first, and whoever reads the file later finds it corrected.
 
 use super::{Learned, OpenRole, Volume};
-use crate::backing;
+use crate::backing::{self, BackingError};
 use crate::config::VolumeConfig;
 use crate::export::Export;
 use crate::metadata::State;
@@ -68,8 +68,13 @@ impl Volume {
         }
         self.correct_roles(&state.superblock());
         let config = self.config.borrow().clone();
+        let folder = &self.surroundings.state_folder;
+        if let Err(error @ BackingError::HalfRecovered { .. }) = backing::compare(folder, &config.backing) {
+            // What is filled may not even have its size yet.
+            return Err(with_causes(&error));
+        }
         let backing = open_backing(&config).await?;
-        adopt(&config, &self.surroundings.state_folder, &state).await?;
+        adopt(&config, folder, &state).await?;
         if !backing.is_direct() {
             tracing::warn!(volume = %config.name, "the backing refuses direct I/O; it is written through the cache");
         }

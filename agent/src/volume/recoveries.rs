@@ -30,9 +30,16 @@ impl Volume {
         }
         let data = replica.report().data;
         if data == DataState::Empty || data == DataState::Inconsistent && !accept_inconsistent {
-            let text = "this copy is not consistent: its first sync or a resync did not end; \
-                        use another replica, or accept a mixture with --accept-inconsistent";
-            return refuse(sender, Refusal::Backing, text.to_owned());
+            let text = "this copy is not consistent: its first sync or a resync did not end";
+            let advice = match replica.rollback_point() {
+                Some(_) => format!(
+                    "it can be rolled back to what it was before: there, blockmirror promote {} --force; or use \
+                     another replica; --accept-inconsistent takes the mixture",
+                    self.name()
+                ),
+                None => "use another replica, or accept a mixture with --accept-inconsistent".to_owned(),
+            };
+            return refuse(sender, Refusal::Backing, format!("{text}; {advice}"));
         }
         let Some(guard) = replica.begin_recovery().await else {
             let text = "the primary is connected and writes to this replica; stop it or pause the link first";

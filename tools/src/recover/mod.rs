@@ -9,6 +9,7 @@
 mod copy;
 mod identity;
 mod journal;
+mod own_volume;
 mod peer;
 mod progress;
 mod read_back;
@@ -18,24 +19,24 @@ mod verify;
 use crate::client::Client;
 use crate::offline;
 use crate::output::{Error, Output, warn};
-use blockmirror_agent::backing;
-use blockmirror_agent::config::{Address, Name, Role};
+use blockmirror_agent::config::{Address, Name};
 use blockmirror_agent::control::api::{CopyState, Failure, FailureKind};
 use blockmirror_agent::quantity::{Seconds, Size};
 use blockmirror_agent::recovery::Subtrees;
 use blockmirror_agent::storage;
 use blockmirror_agent::transport::CloseReason;
 use blockmirror_protocol::disk::recovery::{Key, RecoveryState, Subject};
-use blockmirror_protocol::units::{HostId, VolumeId};
+use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::Recover;
 use clap::Args;
 use journal::Journal;
+use own_volume::OwnVolume;
 use peer::{Opened, Peer, Trouble};
 use progress::Meter;
 use serde::Serialize;
 use std::convert::Infallible;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 use target::{Found, Target};
@@ -161,14 +162,15 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
         },
     };
     let opened = peer.open().await.map_err(Trouble::into_failure)?;
+    found.must_hold(opened.info.size_bytes)?;
     let ring = storage::open()?;
+    let own = OwnVolume::find(opened.info.volume, &path, client)?;
+    if let Some(own) = &own {
+        // Before the first byte of the target is lost.
+        own.begin(opened.connection.peer())?;
+    }
     let target = Rc::new(found.prepare(opened.info.size_bytes, kept.is_some(), ring)?);
     let state = go_on_or_begin(&opened, kept, &target, identity.kept, arguments.from_start)?;
-    let own = own_volume(&arguments.name, opened.info.volume, &path, client)?;
-    if let Some(OwnVolume { folder, file: None }) = &own {
-        backing::record_recovery_begun(folder, opened.connection.peer())
-            .map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
-    }
     let subtrees = Subtrees::new(state.subject.size_bytes);
     let journal = Journal::begin(state_path, state)?;
     let retry = Duration::from_secs(arguments.retry.0);
@@ -194,7 +196,9 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
             opened.connection.close(CloseReason::Done, "the recovery is complete");
             must_agree(&digests)?;
             // The volume learns of it before the recovery's own notes are gone.
-            hand_over(own.as_ref(), &report.target, opened.connection.peer())?;
+            if let Some(own) = &own {
+                own.hand_over(&report.target, opened.connection.peer())?;
+            }
             work.complete().await?;
             Ok(tell(&report, json, output)?)
         }
@@ -215,56 +219,6 @@ fn must_agree(digests: &Digests) -> Result<(), Failure> {
         );
         return Err(Failure::new(FailureKind::Failed, message));
     }
-    Ok(())
-}
-
-/// This host's own volume of what is recovered.
-struct OwnVolume {
-    /// Its state folder.
-    folder: PathBuf,
-    /// Its configuration, where that names another backing than the target.
-    file: Option<PathBuf>,
-}
-
-/// This host's own volume, if it is the primary of what is recovered.
-fn own_volume(
-    name: &Name,
-    id: VolumeId,
-    target: &Path,
-    client: &Client,
-) -> Result<Option<OwnVolume>, Failure> {
-    let Ok(volume) = offline::config_folder(client.run())?.load_volume(name) else { return Ok(None) };
-    if volume.id != id || volume.role != Role::Primary {
-        return Ok(None);
-    }
-    let folder = offline::state_folder(client.run())?.join(name.as_str());
-    if !folder.exists() {
-        // With its state gone too, there is nothing that could take the old content for the new.
-        return Ok(None);
-    }
-    let is_backing = volume.backing.canonicalize().ok() == target.canonicalize().ok();
-    let file = offline::config_folder(client.run())?.volume_path(name);
-    Ok(Some(OwnVolume { folder, file: (!is_backing).then_some(file) }))
-}
-
-/// Tells this host's own volume where the peer's content is now.
-fn hand_over(own: Option<&OwnVolume>, target: &Path, source: HostId) -> Result<(), Failure> {
-    let Some(OwnVolume { folder, file }) = own else { return Ok(()) };
-    let (recorded, advice) = match file {
-        None => {
-            let advice = "start the agent (or restart it) to serve the volume from what was recovered";
-            (backing::record_recovery(folder, source), advice.to_owned())
-        }
-        Some(file) => {
-            let (shown, file) = (target.display(), file.display());
-            let advice = format!(
-                "to serve the volume from {shown}, name it as the backing in {file} and restart the agent"
-            );
-            (backing::record_recovery_elsewhere(folder, target, source), advice)
-        }
-    };
-    recorded.map_err(|error| Failure::from_error(FailureKind::Failed, &error))?;
-    warn(&advice);
     Ok(())
 }
 

@@ -70,11 +70,22 @@ impl Found {
         })
     }
 
+    /// Refuses a disk that is too small.
+    pub fn must_hold(&self, size_bytes: u64) -> Result<(), Failure> {
+        match &self.file {
+            Some(file) if file.kind() == Kind::BlockDevice && file.size_bytes() < size_bytes => {
+                let (has, needed, path) = (Size(file.size_bytes()), Size(size_bytes), file.path().display());
+                Err(failed(&format!("{path} has {has} and the volume {needed}; use a larger disk")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Gives the target the volume's size and opens it. What an image file that is not `ours` held is gone then.
     pub fn prepare(self, size_bytes: u64, ours: bool, storage: Rc<dyn Storage>) -> Result<Target, Failure> {
         let Self { path, file } = self;
         let file = match file {
-            Some(file) if file.kind() == Kind::BlockDevice => large_enough(file, size_bytes)?,
+            Some(file) if file.kind() == Kind::BlockDevice => file,
             Some(file) if ours && file.size_bytes() == size_bytes => file,
             Some(file) => {
                 resize(&path, &file, size_bytes)?;
@@ -166,14 +177,6 @@ fn open_failure(error: &OpenError) -> Failure {
         _ => FailureKind::Failed,
     };
     Failure::from_error(kind, error)
-}
-
-fn large_enough(file: File, size_bytes: u64) -> Result<File, Failure> {
-    if file.size_bytes() >= size_bytes {
-        return Ok(file);
-    }
-    let (has, needed, path) = (Size(file.size_bytes()), Size(size_bytes), file.path().display());
-    Err(failed(&format!("{path} has {has} and the volume {needed}; use a larger disk")))
 }
 
 /// Empties an image file and gives it a size. The claim on the file holds meanwhile.
