@@ -204,3 +204,39 @@ fn two_agents_do_not_share_a_state_folder() {
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("another agent uses") && error.contains("folders of its own"), "{error}");
 }
+
+#[test]
+fn the_state_of_a_volume_whose_configuration_is_gone_is_not_taken_for_a_failed_attempt() {
+    let folder = Folder::new();
+    let mut host = Host::new(&folder, "a");
+    host.create(16 * MIB, "none");
+    host.stop();
+    let (file, aside) = (host.path("config/volumes/data.toml"), host.path("data.toml"));
+    fs::rename(&file, &aside).expect("the volume's file");
+    host.start();
+    let new = host.path("new.img");
+    let arguments = ["create", "data", "--backing", text(&new), "--size", "1M"];
+    host.refuse(
+        &arguments,
+        5,
+        &["holds the state of a volume data", "put", "back, or move that folder away"],
+    );
+    host.stop();
+    fs::rename(&aside, &file).expect("the volume's file");
+    host.start();
+    assert_eq!(host.status().facts.backing_error, None);
+}
+
+#[test]
+fn a_host_of_the_primarys_name_is_not_taken_in() {
+    let folder = Folder::new();
+    let one = Host::new(&folder, "a");
+    one.create(16 * MIB, "none");
+    let other = Host::prepare(&folder, "b");
+    let file = other.path("config/agent.toml");
+    let settings = fs::read_to_string(&file).expect("settings").replace("name = \"b\"", "name = \"a\"");
+    fs::write(&file, settings).expect("settings");
+    let mut other = other;
+    other.start();
+    refuse_join(&other, &one.invite(), &other.backing(), 5, &["are both called a", "agent.toml"]);
+}

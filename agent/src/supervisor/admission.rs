@@ -65,6 +65,13 @@ impl Supervisor {
                 "the new host's name or addresses are too long, or there are too many hosts".to_owned(),
             ));
         }
+        if join.name == self.name.as_str() {
+            // Commands name hosts, and neither would know which one is meant.
+            return Err(other(format!(
+                "the new host and this one are both called {}: give one of them another `name` in agent.toml",
+                join.name
+            )));
+        }
         self.use_secret(&config.name, &Secret(join.secret), join.ask_only)?;
         let member = Member {
             name: join.name,
@@ -133,6 +140,7 @@ impl Supervisor {
             return Err(refused("the new host tells no address that this one could reach it at"));
         }
         let peer = config.peer_of(member, Role::Replica);
+        let (host, is_new) = (peer.host, config.peers.iter().all(|known| known.host != peer.host));
         self.change_config(&config.name, |config| {
             // A host that joins anew has an empty copy; where it listens may have changed.
             match config.peers.iter_mut().find(|known| known.host == peer.host) {
@@ -143,7 +151,13 @@ impl Supervisor {
         .await?;
         let handle = self.handle_of(&config.name).await?;
         let added = handle.answer(|answer| Ask::AddPeer(peer, answer)).await;
-        added.unwrap_or_else(|| Err("the volume's thread has ended".to_owned())).map_err(failed)
+        let added = added.unwrap_or_else(|| Err("the volume's thread has ended".to_owned())).map_err(failed);
+        if added.is_err() && is_new {
+            // Nothing of it is left there, so nothing of it is left here.
+            self.change_config(&config.name, |config| config.peers.retain(|known| known.host != host))
+                .await?;
+        }
+        added
     }
 }
 

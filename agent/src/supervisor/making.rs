@@ -4,6 +4,7 @@
 //! interrupted attempt left is removed by the next one.
 
 use super::{Supervisor, failed, refused};
+use crate::backing;
 use crate::buffer::BufferPool;
 use crate::config::{Name, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
 use crate::control::api::{CreateRequest, Failure, FailureKind, JoinRequest, StatusReply};
@@ -19,6 +20,10 @@ use blockmirror_protocol::units::{
 };
 use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Message, Mode};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a primary may take to take a host in: others wait meanwhile that want to be made or to join here.
+const JOIN_TIME: Duration = Duration::from_secs(60);
 
 /// A backing that was looked at, and made where it was missing.
 struct Prepared {
@@ -194,8 +199,16 @@ impl Supervisor {
             return Err(refused(text));
         }
         drop(volumes);
-        // An attempt that was interrupted before its configuration was written never became a volume.
         let folder = self.state_folder(name);
+        if backing::is_on_record(&folder) {
+            return Err(refused(format!(
+                "{} holds the state of a volume {name} that is not configured any more: put {} back, or move that \
+                 folder away",
+                folder.display(),
+                path.display()
+            )));
+        }
+        // An attempt that was interrupted before its configuration was written never became a volume.
         match std::fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 let folder = folder.display();
@@ -221,7 +234,10 @@ impl Supervisor {
             ask_only,
         };
         sender.send(&join.into()).await.map_err(|error| failed(with_causes(&error)))?;
-        match receiver.receive().await.map_err(|error| failed(with_causes(&error)))? {
+        let answer = tokio::time::timeout(JOIN_TIME, receiver.receive()).await.map_err(|_| {
+            failed("the primary does not answer; look at `blockmirror status` there, then try again with a new token")
+        })?;
+        match answer.map_err(|error| failed(with_causes(&error)))? {
             Message::Joined(joined) if joined.volume == token.volume => Ok(joined),
             Message::Refused(no) => Err(refused(no.text)),
             _ => Err(failed("the primary answered with something else; is it of another version?")),

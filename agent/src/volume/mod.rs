@@ -355,10 +355,14 @@ impl Volume {
     }
 
     async fn add_peer(&mut self, peer: PeerConfig) -> Result<(), String> {
-        let OpenRole::Primary(primary, _) = &self.role else {
-            return Err("only a primary takes replicas in".to_owned());
+        let primary = match &self.role {
+            OpenRole::Primary(primary, _) => primary.clone(),
+            OpenRole::Replica(_) => return Err("only a primary takes replicas in".to_owned()),
+            OpenRole::Closed(text) => return Err(format!("the primary's volume is not open: {text}")),
+            OpenRole::Changing(change) => {
+                return Err(format!("the primary is just {}; try again later", change.words));
+            }
         };
-        let primary = primary.clone();
         let window_bytes = self.config.borrow().window.0;
         if matches!(&self.role, OpenRole::Primary(_, links) if links.contains_key(&peer.host)) {
             return Ok(());
