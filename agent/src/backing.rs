@@ -7,9 +7,10 @@
 //! and from whom; an operator who made a true copy himself removes it. Either way the volume is told that the content
 //! is not what its maps are relative to.
 //!
-//! The record's first line is the identity, or what a recovery says of itself; a second line may name a file or disk that
-//! a recovery filled elsewhere, for when the configuration is changed to it. A disk that has no name of its own, as many
-//! virtual ones, is known by where it is plugged in: one that takes its place there is not told from it.
+//! The record's first line is the identity of what was served last. A recovery adds, or puts in its place where that is
+//! the target, that the target is being filled, and at the end, that it was: the configuration may be changed to it
+//! then. A disk that has no name of its own, as many virtual ones, is known by where it is plugged in: one that takes its
+//! place there is not told from it.
 
 use crate::durable;
 use blockmirror_protocol::units::HostId;
@@ -24,6 +25,8 @@ const FILE_NAME: &str = "backing";
 const RECOVERED: &str = "recovered from ";
 /// What stands between the source and the target.
 const INTO: &str = " into ";
+/// What an identity begins with that is no name.
+const PLACE: &str = "the disk at ";
 /// What it begins with as long as the recovery is not complete.
 const RECOVERING: &str = "being recovered from ";
 
@@ -73,8 +76,13 @@ pub enum BackingError {
 /// How a backing and its record go together.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Match {
-    /// It is the one on record, or nothing tells.
+    /// It is the one on record.
     Same,
+    /// It is the one on record, which an earlier release knew by this path; [`record`] ends that.
+    Renamed {
+        /// What is to be recorded.
+        identity: String,
+    },
     /// It takes the place of the one before; [`record`] ends that.
     Adopted {
         /// What is to be recorded.
@@ -98,25 +106,59 @@ pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingErro
         }
         Err(error) => return Err(io_error("read", &record)(error)),
     };
-    let recovered = recorded.lines().filter_map(|line| line.strip_prefix(RECOVERED)?.split_once(INTO));
-    if let Some((source, _)) = recovered.into_iter().find(|(_, target)| *target == found) {
-        return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
-    }
-    let expected = recorded.lines().next().unwrap_or_default();
-    if expected.starts_with(RECOVERING) {
+    let lines = || recorded.lines();
+    if lines().any(|line| line.starts_with(RECOVERING) && is_into(line, &found)) {
         return Err(BackingError::HalfRecovered { path: backing.to_owned(), record });
     }
+    if let Some(source) = lines().filter(|line| is_into(line, &found)).find_map(source_of) {
+        return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
+    }
+    let expected = lines().next().unwrap_or_default().to_owned();
     if expected == found {
         return Ok(Match::Same);
     }
-    let expected = expected.to_owned();
+    if expected == at_path(backing) {
+        return Ok(Match::Renamed { identity: found });
+    }
     Err(BackingError::Replaced { path: backing.to_owned(), expected, found, record })
+}
+
+/// Whether a line is about a recovery into this file or disk. Earlier releases did not say into what.
+fn is_into(line: &str, identity: &str) -> bool {
+    (line.starts_with(RECOVERED) || line.starts_with(RECOVERING))
+        && line.split_once(INTO).is_none_or(|(_, target)| target == identity)
+}
+
+/// Whom the content of a finished recovery is from.
+fn source_of(line: &str) -> Option<&str> {
+    let rest = line.strip_prefix(RECOVERED)?;
+    Some(rest.split_once(INTO).map_or(rest, |(source, _)| source))
+}
+
+/// Whether a file or disk is one that the record names. One that can't be looked at is none.
+#[must_use]
+pub fn is_named(state_folder: &Path, path: &Path) -> bool {
+    let recorded = std::fs::read_to_string(state_folder.join(FILE_NAME)).unwrap_or_default();
+    identity(path).is_ok_and(|found| recorded.lines().any(|line| is_about(line, &found)))
+}
+
+fn is_about(line: &str, identity: &str) -> bool {
+    line == identity || line.split_once(INTO).is_some_and(|(_, target)| target == identity)
 }
 
 /// Whether the state folder is of a volume that was opened: not what an attempt to make one has left.
 #[must_use]
 pub fn is_on_record(state_folder: &Path) -> bool {
     state_folder.join(FILE_NAME).exists()
+}
+
+/// Removes the record, durably: the volume did not come to be.
+///
+/// # Errors
+/// [`BackingError::Io`] when it can't be removed.
+pub fn forget(state_folder: &Path) -> Result<(), BackingError> {
+    let record = state_folder.join(FILE_NAME);
+    durable::remove(&record).map_err(io_error("remove", &record))
 }
 
 /// Records durably which backing the volume has from now on.
@@ -128,44 +170,37 @@ pub fn record(state_folder: &Path, identity: &str) -> Result<(), BackingError> {
     durable::replace(&record, format!("{identity}\n").as_bytes()).map_err(io_error("write", &record))
 }
 
-/// Records durably that the backing was filled with a peer's content, and may be opened again.
-///
-/// # Errors
-/// [`BackingError::Io`] when the record can't be written, or the backing not looked at.
-pub fn record_recovery(state_folder: &Path, backing: &Path, source: HostId) -> Result<(), BackingError> {
-    record(state_folder, &recovered_into(backing, source)?)
-}
-
-/// Records durably that a recovery writes to the backing: until it has ended, the volume is not opened from it.
-///
-/// # Errors
-/// [`BackingError::Io`] when the record can't be written.
-pub fn record_recovery_begun(state_folder: &Path, source: HostId) -> Result<(), BackingError> {
-    record(state_folder, &format!("{RECOVERING}{source}"))
-}
-
-/// Records durably that a peer's content was recovered into another file or disk than the backing, which may take the
-/// backing's place.
+/// Records durably that a recovery writes to a file or disk: until it has ended, no volume is opened from that.
 ///
 /// # Errors
 /// [`BackingError::Io`] when the record can't be read or written, or the target not looked at.
-pub fn record_recovery_elsewhere(
-    state_folder: &Path,
-    target: &Path,
-    source: HostId,
-) -> Result<(), BackingError> {
+pub fn record_recovery_begun(state_folder: &Path, target: &Path, source: HostId) -> Result<(), BackingError> {
+    record_recovering(state_folder, target, &format!("{RECOVERING}{source}{INTO}"))
+}
+
+/// Records durably that a file or disk was filled with a peer's content, and may be opened as the volume's backing.
+///
+/// # Errors
+/// [`BackingError::Io`] when the record can't be read or written, or the target not looked at.
+pub fn record_recovery(state_folder: &Path, target: &Path, source: HostId) -> Result<(), BackingError> {
+    record_recovering(state_folder, target, &format!("{RECOVERED}{source}{INTO}"))
+}
+
+/// Puts a line about the target in the place of whatever the record says of it.
+fn record_recovering(state_folder: &Path, target: &Path, what: &str) -> Result<(), BackingError> {
     let path = state_folder.join(FILE_NAME);
     let recorded = match std::fs::read_to_string(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
         read => read.map_err(io_error("read", &path))?,
     };
-    let expected = recorded.lines().next().unwrap_or("nothing");
-    record(state_folder, &format!("{expected}\n{}", recovered_into(target, source)?))
-}
-
-fn recovered_into(target: &Path, source: HostId) -> Result<String, BackingError> {
     let identity = identity(target).map_err(io_error("look at", target))?;
-    Ok(format!("{RECOVERED}{source}{INTO}{identity}"))
+    let other = recorded.lines().filter(|line| !is_about(line, &identity) && !is_into(line, &identity));
+    let lines: Vec<String> = other
+        .filter(|line| *line != at_path(target))
+        .map(str::to_owned)
+        .chain([format!("{what}{identity}")])
+        .collect();
+    record(state_folder, &lines.join("\n"))
 }
 
 fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BackingError {
@@ -177,23 +212,50 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> B
 fn identity(path: &Path) -> io::Result<String> {
     let status = std::fs::metadata(path)?;
     if !status.is_file() {
-        return disk_identity(status.rdev());
+        return Ok(disk_identity(status.rdev()).unwrap_or_else(|| at_path(path)));
     }
     let born =
         status.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
     Ok(format!("image {} of {}.{:09}", status.ino(), born.as_secs(), born.subsec_nanos()))
 }
 
-/// The name that sysfs knows for a disk or a partition (Documentation/ABI/testing/sysfs-block), or else the place that
-/// the kernel sees it at, down to the slot. A path in /dev is neither: the next start may lead it to another disk.
-fn disk_identity(device: u64) -> io::Result<String> {
+/// What a disk is called that nothing else is known of.
+fn at_path(path: &Path) -> String {
+    format!("{PLACE}{}", path.display())
+}
+
+/// The name that sysfs knows for a disk or a partition (Documentation/ABI/testing/sysfs-block), or else where it is
+/// plugged in. A path in /dev is neither: the next start may lead it to another disk.
+fn disk_identity(device: u64) -> Option<String> {
     let folder = PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device)));
-    if let Some(name) = disk_name(folder.clone()) {
-        return Ok(name);
-    }
-    let place = std::fs::canonicalize(folder)?;
-    let place = place.strip_prefix("/sys/devices").unwrap_or(&place);
-    Ok(format!("the disk at {}", place.display()))
+    disk_name(folder.clone()).or_else(|| {
+        let place = place_of(&std::fs::canonicalize(&folder).ok()?)?;
+        let partition = std::fs::read_to_string(folder.join("partition"));
+        Some(match partition {
+            Ok(number) => format!("partition {} of {PLACE}{place}", number.trim()),
+            Err(_) => format!("{PLACE}{place}"),
+        })
+    })
+}
+
+/// The slot of a disk, by its folder in sysfs, without what the kernel counts as it finds devices. A virtual device has
+/// none.
+fn place_of(folder: &Path) -> Option<String> {
+    let place = folder.strip_prefix("/sys/devices").ok()?.to_str()?;
+    let (place, _) = place.split_once("/block/").filter(|_| !place.starts_with("virtual/"))?;
+    let is_counted = |part: &&str| {
+        let counted = ["virtio", "host"].iter().find_map(|name| part.strip_prefix(name));
+        !counted.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    // Of a SCSI address, "2:0:0:1" and "target2:0:0", the first number is the host's. A PCI address has two colons.
+    let without_host = |part: &str| {
+        let address = part.strip_prefix("target").or((part.matches(':').count() == 3).then_some(part));
+        match address.and_then(|address| address.split_once(':')) {
+            Some((_, rest)) => format!("*:{rest}"),
+            None => part.to_owned(),
+        }
+    };
+    Some(place.split('/').filter(is_counted).map(without_host).collect::<Vec<_>>().join("/"))
 }
 
 fn disk_name(folder: PathBuf) -> Option<String> {
@@ -203,7 +265,16 @@ fn disk_name(folder: PathBuf) -> Option<String> {
     };
     let partition = read(folder.join("partition"));
     let disk = if partition.is_some() { folder.join("..") } else { folder };
-    let names = ["dm/uuid", "wwid", "device/wwid", "device/serial", "serial", "md/uuid"];
+    let names = [
+        "dm/uuid",
+        "wwid",
+        "device/wwid",
+        "device/serial",
+        "serial",
+        "md/uuid",
+        "dm/name",
+        "loop/backing_file",
+    ];
     let name = names.iter().find_map(|name| read(disk.join(name)))?;
     Some(match partition {
         Some(number) => format!("partition {number} of disk {name}"),
@@ -232,17 +303,60 @@ mod tests {
         std::fs::copy(&moved, &backing).unwrap();
         let refused = compare(folder.path(), &backing);
         assert!(matches!(refused, Err(BackingError::Replaced { .. })), "{refused:?}");
-        record_recovery_elsewhere(folder.path(), &backing, HostId([8; 32])).unwrap();
-        assert_eq!(compare(folder.path(), &moved).unwrap(), Match::Same);
-        let adopted = compare(folder.path(), &backing).unwrap();
-        assert!(matches!(adopted, Match::Adopted { source: Some(HostId([8, ..])), .. }), "{adopted:?}");
-        record_recovery_begun(folder.path(), HostId([7; 32])).unwrap();
+        let record_path = folder.path().join(FILE_NAME);
+        for source in [8, 7] {
+            record_recovery_begun(folder.path(), &backing, HostId([source; 32])).unwrap();
+            let half = compare(folder.path(), &backing);
+            assert!(matches!(half, Err(BackingError::HalfRecovered { .. })), "{half:?}");
+            assert_eq!(compare(folder.path(), &moved).unwrap(), Match::Same, "it was not written to");
+            record_recovery(folder.path(), &backing, HostId([source; 32])).unwrap();
+            let source = Some(HostId([source; 32]));
+            assert_eq!(
+                compare(folder.path(), &backing).unwrap(),
+                Match::Adopted { identity: super::identity(&backing).unwrap(), source }
+            );
+            assert_eq!(compare(folder.path(), &moved).unwrap(), Match::Same);
+            assert_eq!(std::fs::read_to_string(&record_path).unwrap().lines().count(), 2);
+        }
+        assert!(is_named(folder.path(), &moved) && is_named(folder.path(), &backing));
+        // What was served is filled anew: then it is not what was served.
+        record_recovery_begun(folder.path(), &moved, HostId([7; 32])).unwrap();
+        let half = compare(folder.path(), &moved);
+        assert!(matches!(half, Err(BackingError::HalfRecovered { .. })), "{half:?}");
+        assert!(matches!(compare(folder.path(), &backing), Ok(Match::Adopted { .. })), "it is whole");
+        std::fs::remove_file(&moved).unwrap();
+        std::fs::write(&moved, [2; 512]).unwrap();
+        let other = compare(folder.path(), &moved);
+        assert!(matches!(other, Err(BackingError::Replaced { .. })), "it was not recovered into: {other:?}");
+    }
+
+    #[test]
+    fn what_earlier_releases_recorded_is_understood() {
+        let folder = tempfile::tempdir().unwrap();
+        let backing = folder.path().join("image");
+        std::fs::write(&backing, [0; 512]).unwrap();
+        record(folder.path(), &format!("{RECOVERED}{}", HostId([8; 32]))).unwrap();
+        let adopted = compare(folder.path(), &backing);
+        assert!(matches!(adopted, Ok(Match::Adopted { source: Some(HostId([8, ..])), .. })), "{adopted:?}");
+        record(folder.path(), &format!("{RECOVERING}{}", HostId([8; 32]))).unwrap();
         let half = compare(folder.path(), &backing);
         assert!(matches!(half, Err(BackingError::HalfRecovered { .. })), "{half:?}");
         record_recovery(folder.path(), &backing, HostId([7; 32])).unwrap();
-        let adopted = compare(folder.path(), &backing).unwrap();
-        assert!(matches!(adopted, Match::Adopted { source: Some(HostId([7, ..])), .. }), "{adopted:?}");
-        let other = compare(folder.path(), &moved);
-        assert!(matches!(other, Err(BackingError::Replaced { .. })), "it was not recovered into: {other:?}");
+        let adopted = compare(folder.path(), &backing);
+        assert!(matches!(adopted, Ok(Match::Adopted { source: Some(HostId([7, ..])), .. })), "{adopted:?}");
+    }
+
+    #[test]
+    fn a_slot_is_told_without_what_the_kernel_counts() {
+        for (folder, place) in [
+            ("pci0000:00/0000:00:02.0/virtio1/block/vda", Some("pci0000:00/0000:00:02.0")),
+            (
+                "pci0000:00/0000:00:10.0/host2/target2:0:0/2:0:0:1/block/sdb/sdb1",
+                Some("pci0000:00/0000:00:10.0/*:0:0/*:0:0:1"),
+            ),
+            ("virtual/block/loop3", None),
+        ] {
+            assert_eq!(place_of(&Path::new("/sys/devices").join(folder)).as_deref(), place, "{folder}");
+        }
     }
 }

@@ -207,8 +207,24 @@ fn a_recovery_into_another_volumes_backing_is_refused() {
     let before = fs::read(&mail).expect("the other volume's content");
     let address = mirror.replica().link().address().to_string();
     let recover = ["recover", "data", "--from", &address, "--to", text(&mail), "--overwrite"];
-    mirror.primary.refuse(&recover, 5, &["is the backing of the volume mail on this host"]);
+    mirror.primary.refuse(&recover, 5, &["is the backing of another volume on this host", "mail.toml"]);
     assert!(fs::read(&mail).expect("the other volume's content") == before, "nothing is lost");
+}
+
+#[test]
+fn a_recovery_is_on_record_though_the_volumes_configuration_was_moved_away() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    fill(&mirror, 16 * MIB);
+    mirror.assert_identical();
+    mirror.primary.stop();
+    let (file, aside) = (mirror.primary.path("config/volumes/data.toml"), mirror.primary.path("data.toml"));
+    fs::rename(&file, &aside).expect("the volume's file");
+    let (backing, token) = (mirror.primary.backing(), mirror.replica().invite());
+    mirror.primary.succeed(&["recover", "data", "--token", &token, "--to", text(&backing), "--overwrite"]);
+    assert!(record(&mirror.primary).starts_with("recovered from"));
+    fs::rename(&aside, &file).expect("the volume's file");
+    mirror.primary.start();
+    mirror.assert_identical();
 }
 
 #[test]
@@ -223,7 +239,7 @@ fn a_recovery_that_the_volume_cannot_learn_of_leaves_the_backing_as_it_is() {
     let before = fs::read(&backing).expect("the backing");
     let address = mirror.replica().link().address().to_string();
     let recover = ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite"];
-    mirror.primary.refuse(&recover, 1, &["cannot write"]);
+    mirror.primary.refuse(&recover, 1, &["cannot read"]);
     assert!(fs::read(&backing).expect("the backing") == before, "nothing is lost");
 }
 

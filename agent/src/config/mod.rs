@@ -517,10 +517,11 @@ fn block_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BlockSize, D
 }
 
 /// The smallest window takes the largest frame with what that costs besides its payload; one that never has room would
-/// break the stream off with each large write.
+/// break the stream off with each large write. What was allowed once counts as that.
 fn window<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
     match Size::deserialize(deserializer)? {
-        Size(..0x20_0000) => Err(serde::de::Error::custom("the window is at least 2M")),
+        Size(..0x10_0000) => Err(serde::de::Error::custom("the window is at least 2M")),
+        Size(..0x20_0000) => Ok(Size(0x20_0000)),
         window => Ok(window),
     }
 }

@@ -138,7 +138,7 @@ fn a_wrong_value_is_told_with_its_line() {
             "\"64Q\"",
             r#"data.toml:11: "64Q" is not a size; write a whole number of bytes, or a number with K, M, G or T (powers of 1024)"#,
         ),
-        ("\"64M\"", "\"1M\"", "data.toml:11: the window is at least 2M"),
+        ("\"64M\"", "\"64K\"", "data.toml:11: the window is at least 2M"),
         ("\"1G\"", "\"8G\"", "data.toml:12: the activity log covers from 512M to 4064M"),
         ("/srv", "srv", r#"data.toml:6: the path of a backing begins with "/""#),
         ("000102", "00010", "data.toml:4: the id of a volume is 32 hexadecimal digits"),

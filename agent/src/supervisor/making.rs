@@ -144,6 +144,10 @@ impl Supervisor {
         if let Some(entry) = entry {
             entry.handle.stop().await;
         }
+        // The next attempt removes what is left, unless it was a volume.
+        if let Err(error) = backing::forget(&self.state_folder(name)) {
+            tracing::warn!("{}", with_causes(&error));
+        }
         let path = self.folders.config.volume_path(name);
         if let Err(error) = std::fs::remove_file(&path) {
             tracing::warn!("{} can't be removed: {error}", path.display());

@@ -210,7 +210,12 @@ async fn open_backing(config: &VolumeConfig) -> Result<Rc<File>, String> {
 /// all maps are full but that of the peer it was recovered from, and a replica's copy is a new one.
 async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<(), String> {
     let compared = backing::compare(folder, &config.backing).map_err(|error| with_causes(&error))?;
-    let backing::Match::Adopted { identity, source } = compared else { return Ok(()) };
+    let record = |identity: &str| backing::record(folder, identity).map_err(|error| with_causes(&error));
+    let (identity, source) = match compared {
+        backing::Match::Same => return Ok(()),
+        backing::Match::Renamed { identity } => return record(&identity),
+        backing::Match::Adopted { identity, source } => (identity, source),
+    };
     let state_error = |error: crate::metadata::StateError| with_causes(&error);
     match state.superblock().role {
         Role::Primary => {
@@ -232,5 +237,5 @@ async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<()
         }
     }
     // Only now: a crash before this does it all again.
-    backing::record(folder, &identity).map_err(|error| with_causes(&error))
+    record(&identity)
 }

@@ -167,9 +167,13 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     let own = OwnVolume::find(opened.info.volume, &path, client)?;
     if let Some(own) = &own {
         // Before the first byte of the target is lost.
-        own.begin(opened.connection.peer())?;
+        own.begin(&path, opened.connection.peer())?;
     }
     let target = Rc::new(found.prepare(opened.info.size_bytes, kept.is_some(), ring)?);
+    if let Some(own) = &own {
+        // It may just have been made.
+        own.begin(&path, opened.connection.peer())?;
+    }
     let state = go_on_or_begin(&opened, kept, &target, identity.kept, arguments.from_start)?;
     let subtrees = Subtrees::new(state.subject.size_bytes);
     let journal = Journal::begin(state_path, state)?;

@@ -1,5 +1,5 @@
-//! This host's own volume of what is recovered, whatever its role: it must not be opened from a target that is half
-//! filled, and must learn that what it is opened from next is a peer's content.
+//! This host's own volume of what is recovered, whatever its role and even without its configuration: it must not be
+//! opened from a target that is half filled, and must learn that what it is opened from next is a peer's content.
 
 use crate::client::Client;
 use crate::offline;
@@ -7,80 +7,114 @@ use crate::output::warn;
 use blockmirror_agent::backing::{self, BackingError};
 use blockmirror_agent::config::{Role, VolumeConfig};
 use blockmirror_agent::control::api::{Failure, FailureKind};
+use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::units::{HostId, VolumeId};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// See the module.
 pub struct OwnVolume {
-    role: Role,
     /// Its state folder.
     folder: PathBuf,
-    /// Its configuration's file.
+    config: Option<Configured>,
+}
+
+/// What the configuration says of it.
+struct Configured {
+    role: Role,
     file: PathBuf,
     /// Whether the target is its backing.
     is_target: bool,
 }
 
 impl OwnVolume {
-    /// Finds it, if there is one that has state. Refuses a target that is another volume's backing.
+    /// Finds it, if there is state of one. Refuses a target that is another volume's backing.
     pub fn find(id: VolumeId, target: &Path, client: &Client) -> Result<Option<Self>, Failure> {
         let config = offline::config_folder(client.run())?;
-        let found =
-            config.load_volumes().map_err(|mistake| Failure::from_error(FailureKind::Failed, &mistake))?;
+        let found = config.load_volumes().map_err(|mistake| failure(&mistake))?;
         for mistake in &found.mistakes {
-            warn(&format!("{mistake}; nothing is known of that volume"));
+            warn(&mistake.to_string());
         }
         let target_place = place(target);
         let is_target = |volume: &VolumeConfig| place(&volume.backing) == target_place;
         if let Some(other) = found.volumes.iter().find(|volume| volume.id != id && is_target(volume)) {
-            let (name, target, file) = (&other.name, target.display(), config.volume_path(&other.name));
-            let message = format!(
-                "{target} is the backing of the volume {name} on this host, which is another one: use another \
-                 target, or take that volume away first ({})",
-                file.display()
-            );
-            return Err(Failure::new(FailureKind::Refused, message));
+            return Err(is_of_another(target, &config.volume_path(&other.name)));
         }
-        let Some(volume) = found.volumes.iter().find(|volume| volume.id == id) else { return Ok(None) };
-        let folder = offline::state_folder(client.run())?.join(volume.name.as_str());
-        // With its state gone too, there is nothing that could take the old content for the new.
-        Ok(folder.exists().then(|| Self {
+        let mut own = None;
+        for (folder, volume) in states(&offline::state_folder(client.run())?)? {
+            if volume == id {
+                own = Some(folder);
+            } else if backing::is_named(&folder, target) {
+                return Err(is_of_another(target, &folder));
+            }
+        }
+        let volume = found.volumes.iter().find(|volume| volume.id == id);
+        let config = volume.map(|volume| Configured {
             role: volume.role,
-            folder,
             file: config.volume_path(&volume.name),
             is_target: is_target(volume),
-        }))
+        });
+        Ok(own.map(|folder| Self { folder, config }))
     }
 
-    /// Records that the target is being written to, where it is the backing.
-    pub fn begin(&self, source: HostId) -> Result<(), Failure> {
-        match self.is_target {
-            true => backing::record_recovery_begun(&self.folder, source).map_err(|error| failure(&error)),
+    /// Records that the target is being written to, if it is there.
+    pub fn begin(&self, target: &Path, source: HostId) -> Result<(), Failure> {
+        match target.exists() {
+            true => {
+                backing::record_recovery_begun(&self.folder, target, source).map_err(|error| failure(&error))
+            }
             false => Ok(()),
         }
     }
 
     /// Records that the target is what the source has, and says how to go on.
     pub fn hand_over(&self, target: &Path, source: HostId) -> Result<(), Failure> {
-        let (shown, file) = (target.display(), self.file.display());
-        let recorded = match self.is_target {
-            true => backing::record_recovery(&self.folder, target, source),
-            false => backing::record_recovery_elsewhere(&self.folder, target, source),
+        backing::record_recovery(&self.folder, target, source)
+            .map_err(|error: BackingError| failure(&error))?;
+        let shown = target.display();
+        let how = match &self.config {
+            None => format!(
+                "write the volume's configuration anew, with {shown} as the backing, and restart the agent"
+            ),
+            Some(config) if config.is_target => "start the agent (or restart it)".to_owned(),
+            Some(config) => {
+                format!("name {shown} as the backing in {} and restart the agent", config.file.display())
+            }
         };
-        recorded.map_err(|error| failure(&error))?;
-        let how = match self.is_target {
-            true => "start the agent (or restart it)".to_owned(),
-            false => format!("name {shown} as the backing in {file} and restart the agent"),
-        };
-        warn(&match self.role {
-            Role::Primary => format!("to serve the volume from what was recovered, {how}"),
-            Role::Replica => format!("{how}; this host is a replica, and its primary copies what differs"),
+        warn(&match &self.config {
+            Some(Configured { role: Role::Replica, .. }) => {
+                format!("{how}; this host is a replica, and its primary copies what differs")
+            }
+            _ => format!("to serve the volume from what was recovered, {how}"),
         });
         Ok(())
     }
 }
 
-fn failure(error: &BackingError) -> Failure {
+/// The state folders of volumes, and whose they are. What has no superblock that can be read is none.
+fn states(folder: &Path) -> Result<Vec<(PathBuf, VolumeId)>, Failure> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|error| failure(&error))?,
+    };
+    let volume = |path: PathBuf| {
+        let bytes = fs::read(path.join(superblock::FILE_NAME)).ok()?;
+        Some((path, Superblock::recover(&bytes).ok()?.1.volume))
+    };
+    Ok(entries.filter_map(|entry| volume(entry.ok()?.path())).collect())
+}
+
+fn is_of_another(target: &Path, by: &Path) -> Failure {
+    let message = format!(
+        "{} is the backing of another volume on this host: use another target, or take that volume away first ({})",
+        target.display(),
+        by.display()
+    );
+    Failure::new(FailureKind::Refused, message)
+}
+
+fn failure(error: &dyn std::error::Error) -> Failure {
     Failure::from_error(FailureKind::Failed, error)
 }
 
