@@ -21,14 +21,14 @@ use std::time::UNIX_EPOCH;
 
 /// The record's name in the volume's state folder.
 const FILE_NAME: &str = "backing";
-/// What the record of a recovery begins with, before the source's fingerprint.
+/// What the line of a recovery begins with, before the source's fingerprint.
 const RECOVERED: &str = "recovered from ";
-/// What stands between the source and the target.
-const INTO: &str = " into ";
-/// What an identity begins with that is no name.
-const PLACE: &str = "the disk at ";
 /// What it begins with as long as the recovery is not complete.
 const RECOVERING: &str = "being recovered from ";
+/// What stands between the source and the target's identity.
+const INTO: &str = " into ";
+/// What the identity of a disk begins with that has no name.
+const PLACE: &str = "the disk at ";
 
 /// Why a backing is not opened.
 #[derive(Debug, thiserror::Error)]

@@ -116,21 +116,7 @@ fn a_backing_whose_recovery_was_interrupted_is_not_served() {
     let (backing, address) = (mirror.primary.backing(), mirror.replica().link().address().to_string());
     let recover =
         ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite", "--retry", "0s"];
-    let mut running = mirror.primary.begin(&recover);
-    until("the recovery has begun", || {
-        let record = record(&mirror.primary);
-        if running.has_ended() || record.starts_with("being recovered") { Ok(()) } else { Err(record) }
-    });
-    drop(running);
-    if record(&mirror.primary).starts_with("being recovered") {
-        mirror.primary.start();
-        let status = mirror.primary.status();
-        let error = status.facts.backing_error.expect("it is refused");
-        assert!(error.contains("is not complete: run `blockmirror recover` again"), "{error}");
-        mirror.primary.stop();
-    }
-    mirror.primary.succeed(&recover);
-    assert!(record(&mirror.primary).starts_with("recovered from"));
+    recover_in_two_runs(&mut mirror.primary, &recover);
     mirror.primary.start();
     mirror.assert_identical();
 }
@@ -166,20 +152,7 @@ fn a_replicas_backing_whose_recovery_was_interrupted_is_not_opened_either() {
     let (backing, address) = (mirror.replica().backing(), mirror.primary.link().address().to_string());
     let recover =
         ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite", "--retry", "0s"];
-    let mut running = mirror.replica().begin(&recover);
-    until("the recovery has begun", || {
-        let record = record(mirror.replica());
-        if running.has_ended() || record.starts_with("being recovered") { Ok(()) } else { Err(record) }
-    });
-    drop(running);
-    if record(mirror.replica()).starts_with("being recovered") {
-        mirror.replica_mut().start();
-        let error = mirror.replica().status().facts.backing_error.expect("it is refused");
-        assert!(error.contains("is not complete: run `blockmirror recover` again"), "{error}");
-        mirror.replica_mut().stop();
-    }
-    mirror.replica().succeed(&recover);
-    assert!(record(mirror.replica()).starts_with("recovered from"));
+    recover_in_two_runs(mirror.replica_mut(), &recover);
     mirror.replica_mut().start();
     until("the recovery that was killed is known to be gone", || {
         let said = mirror.primary.tool(&["promote", "data"]);
@@ -241,6 +214,25 @@ fn a_recovery_that_the_volume_cannot_learn_of_leaves_the_backing_as_it_is() {
     let recover = ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite"];
     mirror.primary.refuse(&recover, 1, &["cannot read"]);
     assert!(fs::read(&backing).expect("the backing") == before, "nothing is lost");
+}
+
+/// Begins a recovery into the backing of a host whose agent is stopped, interrupts it, sees that the volume is not opened
+/// then, and completes it. A first run that ends before it is interrupted shows less.
+fn recover_in_two_runs(host: &mut Host, recover: &[&str]) {
+    let mut running = host.begin(recover);
+    until("the recovery has begun", || {
+        let record = record(host);
+        if running.has_ended() || record.starts_with("being recovered") { Ok(()) } else { Err(record) }
+    });
+    drop(running);
+    if record(host).starts_with("being recovered") {
+        host.start();
+        let error = host.status().facts.backing_error.expect("it is refused");
+        assert!(error.contains("is not complete: run `blockmirror recover` again"), "{error}");
+        host.stop();
+    }
+    host.succeed(recover);
+    assert!(record(host).starts_with("recovered from"));
 }
 
 /// What a host's state folder says of its backing.
