@@ -139,7 +139,7 @@ pub(super) fn link(place: &Place, device: LoopDevice) -> Result<LoopDevice, Star
         if let Err(error) = device.detach() {
             tracing::warn!(device = %device.path().display(), %error, "cannot detach the loop device");
         }
-        wait_until(|| device.attached_to().is_none());
+        wait_until(|| !holds(device, place));
         return Err(StartError::io("make the link", &place.link, source));
     }
     Ok(device)

@@ -1,10 +1,10 @@
 //! What a killed agent leaves, and how the next one deals with it.
 
 use super::{
-    Folders, Mounted, Orders, Served, exercise_file_system, memory, obstacle, require, run, serve, text,
+    Attachment, Folders, Mounted, Orders, Served, exercise_file_system, memory, obstacle, require, run,
+    serve, text,
 };
 use crate::device::loopback::Options;
-use crate::device::loopback::loop_device::LoopDevice;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -97,6 +97,7 @@ fn a_file_system_still_mounted_after_a_crash_keeps_its_device_and_the_volume_get
     let old_device = crashing.0.device.clone();
     run("mkfs.ext4", &["-q", &old_device]);
     let mounted = Mounted::new(&old_device);
+    let old = Attachment::of(Path::new(&old_device));
     crashing.0.kill();
 
     let memory = memory();
@@ -106,10 +107,9 @@ fn a_file_system_still_mounted_after_a_crash_keeps_its_device_and_the_volume_get
     exercise_file_system(served.path());
     served.stop().expect("a clean stop");
     assert_eq!(folders.leftovers(), [""; 0]);
-    let old_name = &old_device[5..];
-    assert!(Path::new("/sys/block").join(old_name).join("loop/backing_file").exists());
+    assert!(old.file().is_some());
     drop(mounted);
-    assert!(!Path::new("/sys/block").join(old_name).join("loop/backing_file").exists(), "it detached itself");
+    assert_eq!(old.file(), None, "it detached itself");
 }
 
 #[test]
@@ -120,9 +120,9 @@ fn a_device_whose_mount_went_with_the_crashed_agent_is_found_by_its_link() {
     // As when the agent had a tree of mounts of its own, which ends with it.
     run("umount", &["--lazy", text(&folders.mount_point())]);
     crashing.0.kill();
-    let device = LoopDevice::at(Path::new(&crashing.0.device)).expect("a loop device");
-    assert_eq!(device.attached_to().expect("a file"), Path::new("/"));
+    let old = Attachment::of(Path::new(&crashing.0.device));
+    assert_eq!(old.file().expect("a file"), Path::new("/"));
     folders.clean_up().expect("a clean-up");
-    assert_eq!(device.attached_to(), None);
+    assert_eq!(old.file(), None);
     assert_eq!(folders.leftovers(), [""; 0]);
 }

@@ -1,7 +1,6 @@
 //! Starting and stopping.
 
-use super::{Folders, MIB, Mounted, Served, memory, obstacle, require, run};
-use crate::device::loopback::loop_device::LoopDevice;
+use super::{Attachment, Folders, MIB, Mounted, Served, memory, obstacle, require, run};
 use crate::device::loopback::{StartError, StopError, mounts};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -65,10 +64,11 @@ fn a_connection_that_is_aborted_by_hand_is_noticed_and_can_be_stopped() {
     require!();
     let (folders, memory) = (Folders::new(), memory());
     let served = Served::start(&folders, &memory).expect("a device");
+    let attachment = Attachment::of(&served.device);
     mounts::unmount_by_force(&folders.mount_point()).expect("an unmount");
     served.ended.recv().expect("the end is reported");
-    let device = served.device.clone();
+    assert!(attachment.file().is_some());
     served.stop().expect("a clean stop");
     assert_eq!(folders.leftovers(), [""; 0]);
-    assert_eq!(LoopDevice::at(&device).expect("a loop device").attached_to(), None);
+    assert_eq!(attachment.file(), None);
 }

@@ -8,6 +8,7 @@ mod devices;
 mod life;
 mod opened;
 
+use super::loop_device::LoopDevice;
 use super::{Loopback, Options, StartError, StopError, clean_up_stale, mounts};
 use crate::buffer::BufferPool;
 use crate::device::memory::Memory;
@@ -95,7 +96,7 @@ impl Folders {
         left.extend(
             (mounts::count_ours(&point).expect("a table of mounts") > 0).then(|| "a mount".to_owned()),
         );
-        let devices = super::LoopDevice::all_attached_to(&point).expect("/sys/block");
+        let devices = LoopDevice::all_attached_to(&point).expect("/sys/block");
         left.extend(devices.iter().map(|device| device.path().display().to_string()));
         for path in [point, self.options().device_folder.join("data")] {
             // A file under a dead mount is there, but says nothing about itself.
@@ -103,6 +104,30 @@ impl Folders {
             left.extend((!missing).then(|| path.display().to_string()));
         }
         left
+    }
+}
+
+/// A loop device's being attached to one file. Others may attach a device to theirs as soon as it is free, so what is
+/// attached now says nothing about that; the kernel counts a device's changes of content (`diskseq`).
+struct Attachment {
+    device: LoopDevice,
+    sequence: String,
+}
+
+impl Attachment {
+    fn of(device: &Path) -> Self {
+        let device = LoopDevice::at(device).expect("a loop device");
+        Self { device, sequence: Self::sequence(device) }
+    }
+
+    fn sequence(device: LoopDevice) -> String {
+        fs::read_to_string(device.system_folder().join("diskseq")).expect("a count")
+    }
+
+    /// The path of the file, as long as it is attached.
+    fn file(&self) -> Option<PathBuf> {
+        let file = self.device.attached_to()?;
+        (Self::sequence(self.device) == self.sequence).then_some(file)
     }
 }
 
@@ -131,10 +156,21 @@ impl Served {
         Ok(Self { device, link, ended, questions, stop: Some(stop), thread: Some(thread) })
     }
 
+    /// Who has the device open to stay. Whoever looks for a free loop device, as other tests do, opens one that was
+    /// taken meanwhile, and a process that is being started has for a moment what its parent has; these are waited for.
     fn openers(&self) -> Vec<String> {
-        let (answer, wait) = oneshot::channel();
-        self.questions.send(answer).expect("the serving thread runs");
-        wait.blocking_recv().expect("the serving thread answers")
+        let own = format!("(pid {})", std::process::id());
+        let passes = |user: &String| {
+            user.starts_with("open by ") && !user.starts_with("open by sleep ") && !user.contains(&own)
+        };
+        loop {
+            let (answer, wait) = oneshot::channel();
+            self.questions.send(answer).expect("the serving thread runs");
+            let found = wait.blocking_recv().expect("the serving thread answers");
+            if !found.iter().any(passes) {
+                return found;
+            }
+        }
     }
 
     fn stop(mut self) -> Stopped {

@@ -42,13 +42,7 @@ fn a_process_that_has_the_device_open_is_named_once_with_its_number() {
     let _own = File::open(&served.device).expect("a device");
     assert_eq!(served.openers(), [""; 0], "what this process has open does not count");
     let process = Holding::new(&served.link);
-    // Between the start of a process and its program it has our name.
-    let expected = format!("(pid {})", process.0.id());
-    let found = served.openers();
-    assert!(
-        found.len() == 1 && found[0].starts_with("open by ") && found[0].ends_with(&expected),
-        "{found:?}"
-    );
+    assert_eq!(served.openers(), [format!("open by sleep (pid {})", process.0.id())]);
     drop(process);
     assert_eq!(served.openers(), [""; 0]);
 }
