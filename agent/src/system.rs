@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// A line of `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
@@ -158,6 +159,20 @@ pub fn with_partitions(number: u64) -> io::Result<Vec<u64>> {
         }
     }
     Ok(numbers)
+}
+
+/// A block device's path and those of what shares its content: its partitions, or the disk that it is a partition of.
+/// Just the path where it is no block device.
+///
+/// # Errors
+/// When the kernel's folders can't be read.
+pub fn sharing_content(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let number = fs::metadata(path).ok().filter(|status| status.file_type().is_block_device());
+    let Some(number) = number.map(|status| status.rdev()) else { return Ok(vec![path.to_owned()]) };
+    let folder = device_folder(number);
+    let disk = folder.join("partition").exists().then(|| folder.parent().map(node)).flatten();
+    let partitions = with_partitions(number)?.into_iter().skip(1).map(device_path);
+    Ok(std::iter::once(path.to_owned()).chain(partitions).chain(disk).collect())
 }
 
 /// A device that another is a part of: one of the device mapper, of md, of bcache.

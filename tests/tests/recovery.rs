@@ -4,12 +4,14 @@ use blockmirror_agent::config::ConfigFolder;
 use blockmirror_protocol::disk::recovery::RecoveryState;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{first_difference, noise, stamped};
+use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::patience::until;
-use blockmirror_tests::machines::programs::text;
-use std::fs;
-use std::path::Path;
+use blockmirror_tests::machines::programs::{succeed, text};
+use blockmirror_tests::require;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 
 const MIB: u64 = 1 << 20;
 
@@ -180,8 +182,42 @@ fn a_recovery_into_another_volumes_backing_is_refused() {
     let before = fs::read(&mail).expect("the other volume's content");
     let address = mirror.replica().link().address().to_string();
     let recover = ["recover", "data", "--from", &address, "--to", text(&mail), "--overwrite"];
-    mirror.primary.refuse(&recover, 5, &["is the backing of another volume on this host", "mail.toml"]);
+    mirror.primary.refuse(&recover, 5, &["the backing of another volume on this host", "mail.toml"]);
     assert!(fs::read(&mail).expect("the other volume's content") == before, "nothing is lost");
+}
+
+#[test]
+fn a_recovery_into_the_disk_of_another_volumes_partition_is_refused() {
+    require!("root", "losetup", "sfdisk");
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let folder = Folder::new();
+    let image = folder.join("disk");
+    File::create(&image).and_then(|file| file.set_len(64 * MIB)).expect("a disk");
+    let script =
+        format!("printf 'start=2048, size=32768\\nstart=40960, size=32768\\n' | sfdisk -q {}", text(&image));
+    succeed("sh", &["-c", &script]);
+    let disk = PathBuf::from(succeed("losetup", &["--find", "--show", "--partscan", text(&image)]).trim());
+    let partition = |number: u32| format!("{}p{number}", disk.display());
+    if !Path::new(&partition(1)).exists() {
+        return eprintln!("skipped: needs nodes of partitions in /dev");
+    }
+    mirror.primary.succeed(&["create", "mail", "--backing", &partition(1), "--device", "none"]);
+    mirror.primary.stop();
+    let file = mirror.primary.path("config/volumes/mail.toml");
+    let address = mirror.replica().link().address().to_string();
+    let recover =
+        |to: &str| ["recover", "data", "--from", &address, "--overwrite", "--to", to].map(str::to_owned);
+    let refused = |mirror: &Mirror, to: &str, by: &str| {
+        let arguments = recover(to);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        mirror.primary.refuse(&arguments, 5, &["shares a disk with, the backing of another volume", by]);
+    };
+    refused(&mirror, text(&disk), "mail.toml");
+    refused(&mirror, &partition(1), "mail.toml");
+    // By what is on record, without the configuration.
+    fs::rename(&file, mirror.primary.path("aside")).expect("the volume's file");
+    refused(&mirror, text(&disk), "mail");
+    mirror.primary.succeed(&["recover", "data", "--from", &address, "--to", &partition(2)]);
 }
 
 #[test]

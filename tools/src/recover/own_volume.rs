@@ -7,6 +7,7 @@ use crate::output::warn;
 use blockmirror_agent::backing::{self, BackingError};
 use blockmirror_agent::config::{Role, VolumeConfig};
 use blockmirror_agent::control::api::{Failure, FailureKind};
+use blockmirror_agent::system;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::units::{HostId, VolumeId};
 use std::fs;
@@ -29,23 +30,26 @@ struct Configured {
 }
 
 impl OwnVolume {
-    /// Finds it, if there is state of one. Refuses a target that is another volume's backing.
+    /// Finds it, if there is state of one. Refuses a target that is another volume's backing, a partition of it, or the
+    /// disk that it is a partition of.
     pub fn find(id: VolumeId, target: &Path, client: &Client) -> Result<Option<Self>, Failure> {
         let config = offline::config_folder(client.run())?;
         let found = config.load_volumes().map_err(|mistake| failure(&mistake))?;
         for mistake in &found.mistakes {
             warn(&mistake.to_string());
         }
-        let target_place = place(target);
-        let is_target = |volume: &VolumeConfig| place(&volume.backing) == target_place;
-        if let Some(other) = found.volumes.iter().find(|volume| volume.id != id && is_target(volume)) {
+        let sharing = system::sharing_content(target).map_err(|error| failure(&error))?;
+        let places: Vec<PathBuf> = sharing.iter().map(|path| place(path)).collect();
+        let is_target = |volume: &VolumeConfig| place(&volume.backing) == places[0];
+        let is_shared = |volume: &&VolumeConfig| volume.id != id && places.contains(&place(&volume.backing));
+        if let Some(other) = found.volumes.iter().find(is_shared) {
             return Err(is_of_another(target, &config.volume_path(&other.name)));
         }
         let mut own = None;
         for (folder, volume) in states(&offline::state_folder(client.run())?)? {
             if volume == id {
                 own = Some(folder);
-            } else if backing::is_named(&folder, target) {
+            } else if sharing.iter().any(|path| backing::is_named(&folder, path)) {
                 return Err(is_of_another(target, &folder));
             }
         }
@@ -107,7 +111,8 @@ fn states(folder: &Path) -> Result<Vec<(PathBuf, VolumeId)>, Failure> {
 
 fn is_of_another(target: &Path, by: &Path) -> Failure {
     let message = format!(
-        "{} is the backing of another volume on this host: use another target, or take that volume away first ({})",
+        "{} is, or shares a disk with, the backing of another volume on this host: use another target, or take that \
+         volume away first ({})",
         target.display(),
         by.display()
     );
