@@ -228,7 +228,10 @@ impl DirtyMap {
     /// The first run of blocks at or after `from` that are all dirty, at most `limit` long.
     #[must_use]
     pub fn next_dirty(&self, from: u64, limit: u64) -> Option<Range<u64>> {
-        self.next_run(from, limit, true)
+        let start = self.find(from, true, u64::MAX)?;
+        let wanted_end = start.saturating_add(limit).min(self.header.blocks);
+        let end = self.find(start, false, wanted_end).map_or(wanted_end, |end| end.min(wanted_end));
+        (start < end).then_some(start..end)
     }
 
     /// The parts of `blocks` in order, each all dirty or all clean.
@@ -239,7 +242,7 @@ impl DirtyMap {
                 return None;
             }
             let dirty = self.is_dirty(at);
-            let end = self.next_run(at, blocks.end - at, !dirty).map_or(blocks.end, |run| run.start);
+            let end = self.find(at, !dirty, blocks.end).unwrap_or(blocks.end);
             let part = at..end.min(blocks.end);
             at = part.end;
             Some((dirty, part))
@@ -325,19 +328,11 @@ impl DirtyMap {
         self.dirty_in_pages -= replaced.map_or(0, |replaced| replaced.dirty);
     }
 
-    /// The first run of blocks at or after `from` whose state is `dirty`, at most `limit` long.
-    fn next_run(&self, from: u64, limit: u64, dirty: bool) -> Option<Range<u64>> {
-        let start = self.find(from, dirty)?;
-        let wanted_end = start.saturating_add(limit).min(self.header.blocks);
-        let end = self.find(start, !dirty).map_or(wanted_end, |end| end.min(wanted_end));
-        (start < end).then_some(start..end)
-    }
-
-    /// The first block at or after `from` whose state is `dirty`.
-    fn find(&self, from: u64, dirty: bool) -> Option<u64> {
+    /// The first block at or after `from` whose state is `dirty`; no page from `until` on is looked at.
+    fn find(&self, from: u64, dirty: bool, until: u64) -> Option<u64> {
         let full_from = self.full_from_block();
         let mut at = from;
-        while at < full_from {
+        while at < full_from.min(until) {
             let page = at / BLOCKS_PER_PAGE;
             let Some(entry) = self.pages.get(&page) else {
                 if !dirty {
@@ -353,6 +348,9 @@ impl DirtyMap {
                 return (found < self.header.blocks).then_some(found);
             }
             at = (page + 1) * BLOCKS_PER_PAGE;
+        }
+        if at < full_from {
+            return None;
         }
         let at = at.max(full_from);
         (dirty && at < self.header.blocks).then_some(at)

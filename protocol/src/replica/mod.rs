@@ -94,7 +94,10 @@ pub struct Replica {
 struct Link {
     session: SessionNumber,
     stream: Stream,
+    /// The newest generation here, as far as this session knows.
     generation: GenerationId,
+    /// Whether it came by a frame, and no commit since.
+    generation_came: bool,
     /// A resync was announced and is not recorded yet.
     announced: bool,
     /// A release that was announced and is not recorded yet: the generation that it is of.
@@ -501,7 +504,7 @@ impl Replica {
                     self.state_changes.push_back((StateChange::Generation(generation), None));
                 } else {
                     // A commit that is not being recorded yet brings it.
-                    link.generation = generation;
+                    (link.generation, link.generation_came) = (generation, true);
                 }
             } else {
                 link.live_under_way += 1;

@@ -136,6 +136,7 @@ impl Replica {
             session: hello.session,
             stream: hello.stream,
             generation: hello.lineage.first().copied().unwrap_or_default(),
+            generation_came: false,
             announced: false,
             release: None,
             beginning: false,
@@ -589,5 +590,53 @@ mod tests {
         replica.handle_state_written(true);
         drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
         assert_eq!(replica.superblock.lineage, lineage("ba"));
+    }
+
+    /// A primary whose replicas left the stream often within one session had no room for the generation that the session
+    /// began with: the commit took it for one that had just begun, and the next greeting for a split.
+    #[test]
+    fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
+        let mut replica = replica("a");
+        replica.superblock.data = DataState::Inconsistent;
+        replica.greet(hello(fence(2, 2), "a"));
+        drive(&mut replica, is_welcome);
+        let session = SessionNumber(1);
+        let position = Position { generation: lineage("c")[0], epoch: Epoch(1), sequence: Sequence(0) };
+        let commit =
+            Commit { session, position, lineage: lineage("cb"), active: Vec::new(), mode: Mode::Async };
+        replica.handle_message(commit.into()).unwrap();
+        drive(&mut replica, |action| matches!(action, Action::Send(Message::Committed(_))));
+        assert_eq!(replica.superblock.lineage, lineage("cb"));
+        let body = Body::EpochEnd { epoch: Epoch(2), sequence: Sequence(0), cut: false };
+        replica.handle_frame(FrameId(1), FrameHeader { session, stream: Stream(1), body }).unwrap();
+        drive(&mut replica, |action| matches!(action, Action::Sync));
+        replica.handle_synced(true);
+        let marker = drive(&mut replica, |action| matches!(action, Action::WriteMarker(_)));
+        assert_eq!(marker, Action::WriteMarker(Position { epoch: Epoch(2), ..position }));
+    }
+
+    #[test]
+    fn a_generation_that_comes_before_the_commit_that_it_overtook_is_in_what_is_committed() {
+        for is_recorded in [false, true] {
+            let mut replica = replica("a");
+            replica.greet(hello(fence(2, 2), "a"));
+            drive(&mut replica, is_welcome);
+            let session = SessionNumber(1);
+            let body = Body::Generation { generation: lineage("b")[0] };
+            replica.handle_frame(FrameId(1), FrameHeader { session, stream: Stream(1), body }).unwrap();
+            drive(&mut replica, |action| matches!(action, Action::WriteState(StateChange::Generation(_))));
+            if is_recorded {
+                replica.handle_state_written(true);
+            }
+            let position = Position { generation: lineage("a")[0], epoch: Epoch(1), sequence: Sequence(0) };
+            let (active, mode) = (Vec::new(), Mode::Async);
+            let commit = Commit { session, position, lineage: lineage("a"), active, mode };
+            replica.handle_message(commit.into()).unwrap();
+            if !is_recorded {
+                replica.handle_state_written(true);
+            }
+            drive(&mut replica, |action| matches!(action, Action::Send(Message::Committed(_))));
+            assert_eq!(replica.superblock.lineage, lineage("ba"), "{is_recorded}");
+        }
     }
 }

@@ -32,6 +32,12 @@ impl Replica {
                 self.maps.clear();
                 self.log_is_void();
                 self.end_gap(layer);
+                let session = answer.as_ref().map(|(_, session)| *session);
+                if let Some(link) = self.link.as_mut().filter(|link| Some(link.session) == session) {
+                    // Those that began while this copy was being resynced were not streamed.
+                    link.generation = self.superblock.lineage.first().copied().unwrap_or_default();
+                    link.generation_came = false;
+                }
             }
             StateChange::GiveRollbackUp => self.rollback_is_given_up(layer),
             StateChange::Forget => self.history_is_forgotten(history),
@@ -39,7 +45,8 @@ impl Replica {
                 if let Some(link) = &mut self.link
                     && link.beginning
                 {
-                    (link.beginning, link.generation) = (false, generation);
+                    link.beginning = false;
+                    (link.generation, link.generation_came) = (generation, true);
                 }
             }
             StateChange::Follow(_)
@@ -101,9 +108,16 @@ impl Replica {
         let (commit, session) = self.commit.take().expect("it was looked at");
         let Commit { position, mut lineage, mode, .. } = commit;
         let Some(link) = self.link.as_ref().filter(|link| link.session == session) else { return };
-        if !lineage.contains(&link.generation) {
-            // It began after the commit was sent, and came by the other stream.
-            lineage.insert(0, link.generation);
+        // One that began after the commit was sent may have come before it, by the other stream: one at the most. What
+        // was the newest before a resync may be so old by now that the primary's lineage has no room for it.
+        let being_recorded = self.state_changes.iter().filter_map(|(change, _)| match change {
+            StateChange::Generation(generation) => Some(*generation),
+            _ => None,
+        });
+        for came in link.generation_came.then_some(link.generation).into_iter().chain(being_recorded) {
+            if !lineage.contains(&came) {
+                lineage.insert(0, came);
+            }
         }
         let answer = (Committed { session, position }.into(), session);
         let source = link.fence;

@@ -47,7 +47,8 @@ impl Session {
     pub(crate) fn handle_generation(&mut self, generation: GenerationId) {
         self.may_have_newest = false;
         let State::Linked(link) = &mut self.state else { return };
-        if link.phase.streams() {
+        // One that had everything from the beginning follows with its commit, though nothing was streamed yet.
+        if link.phase.streams() || link.phase.follows() {
             // One that is being resynced records it with its commit only.
             self.may_have_newest = link.phase.follows();
             let body = Body::Generation { generation };

@@ -18,7 +18,12 @@ impl Session {
 
     /// Blocks of extents that were active before a restart, or that the replica reports, may differ.
     pub(crate) fn mark_suspect(&mut self, range: ByteRange, before: Sequence) {
-        self.mark_doubtful(range.blocks(self.block_size), before.next());
+        if range.length < self.size_bytes || self.map.is_full() {
+            return self.mark_doubtful(range.blocks(self.block_size), before.next());
+        }
+        // The header says it, in place of a bit for each block in memory and on disk.
+        self.map.begin_anew(self.map.base());
+        self.note_unwritten(before.next());
     }
 
     /// The map's file holds what [`Action::WriteMap`] said, or could not be written; then it is tried again later.
@@ -28,6 +33,9 @@ impl Session {
         self.map_written_at = now;
         self.map_failed = !written;
         self.map_failures = if written { 0 } else { self.map_failures + 1 };
+        if let State::Linked(link) = &mut self.state {
+            link.union_is_durable |= written && self.writing_union;
+        }
         let first = self.being_written.take();
         if !written {
             // What the file holds is unknown: all of it is written again.
@@ -62,6 +70,7 @@ impl Session {
             return;
         }
         self.writing_map = true;
+        self.writing_union = matches!(self.state, State::Linked(_));
         self.being_written = self.unwritten.take();
         self.actions.push_back(Action::WriteMap(self.map.take_changes()));
     }
@@ -92,7 +101,11 @@ impl Session {
     pub(super) fn mark_doubtful(&mut self, blocks: Range<u64>, sequence: Sequence) {
         // A block that is dirty already is in the file, or an earlier mark waits to be.
         if self.map.mark(blocks) {
-            self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));
+            self.note_unwritten(sequence);
         }
+    }
+
+    fn note_unwritten(&mut self, sequence: Sequence) {
+        self.unwritten = Some(self.unwritten.map_or(sequence, |first| first.min(sequence)));
     }
 }

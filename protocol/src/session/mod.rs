@@ -128,6 +128,8 @@ pub struct Session {
     /// The same for what is being written now.
     being_written: Option<Sequence>,
     writing_map: bool,
+    /// Whether what is being written now has all that the linked replica said of itself.
+    writing_union: bool,
     map_written_at: Time,
     map_failed: bool,
     /// How often in a row the map's file could not be written.
@@ -165,6 +167,9 @@ struct Link {
     streamed: Option<Sequence>,
     /// While draining: the window's blocks are in the map too, so nothing depends on the replica's answer.
     spilled: bool,
+    /// Whether what the replica said of itself is durable in the map. It is forgotten there when it adopts our content
+    /// (D3).
+    union_is_durable: bool,
     resync: Resync,
     phase: Phase,
     verify: Option<Verify>,
@@ -279,6 +284,7 @@ impl Session {
             unwritten: None,
             being_written: None,
             writing_map: false,
+            writing_union: false,
             map_written_at: Time::default(),
             map_failed: false,
             map_failures: 0,
@@ -546,8 +552,9 @@ impl Session {
             self.left |= link.break_off();
         }
         if link.phase == Phase::Draining && link.window.is_empty() {
-            if !is_written {
-                // What the replica said of itself is forgotten there when it adopts our content (D3).
+            link.union_is_durable |= is_written;
+            if !link.union_is_durable {
+                // Marks of writes need not be: the activity log has them, and under load some are always new.
                 self.write_map();
                 return Wants::default();
             }
