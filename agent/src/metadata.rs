@@ -126,7 +126,8 @@ impl State {
         self.superblock.borrow().1.clone()
     }
 
-    /// Changes the superblock durably; one change after the other.
+    /// Changes the superblock durably; one change after the other. Not cancel-safe: what was begun would be written all
+    /// the same, perhaps over the next change.
     ///
     /// # Errors
     /// [`StateError`] when it can't be written; what [`State::superblock`] says is then unchanged.

@@ -255,11 +255,16 @@ impl Primary {
     }
 
     /// The number of a new session, higher than any before, durably.
-    async fn next_session(&self) -> Result<SessionNumber, crate::metadata::StateError> {
-        let _one_at_a_time = self.session_numbers.lock().await;
-        let next = self.state.superblock().next_session();
-        self.state.change_superblock(|superblock| superblock.session = next).await?;
-        Ok(next)
+    async fn next_session(self: &Rc<Self>) -> Result<SessionNumber, crate::metadata::StateError> {
+        let primary = self.clone();
+        let recording = async move {
+            let _one_at_a_time = primary.session_numbers.lock().await;
+            let next = primary.state.superblock().next_session();
+            primary.state.change_superblock(|superblock| superblock.session = next).await?;
+            Ok(next)
+        };
+        // A link that is interrupted must not leave its write under way where the next change begins its own.
+        spawn_local(recording).await.expect("recording neither panics nor is cancelled")
     }
 
     fn identity(&self, members: Vec<Member>) -> Identity {
