@@ -3,7 +3,7 @@
 use blockmirror_agent::config::{ConfigFolder, Role};
 use blockmirror_agent::control::api::{Connection, PeerState, VolumeState};
 use blockmirror_tests::harness::random::Random;
-use blockmirror_tests::machines::content::{BLOCK_BYTES, noise};
+use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
@@ -160,4 +160,37 @@ fn a_replica_that_its_primary_does_not_know_joins_again() {
     );
     mirror.replica().join(&mirror.primary, &mirror.replica().backing());
     mirror.assert_identical();
+}
+
+/// A replica that was alone with its primary keeps no activity log. It must begin with one when another one joins, or
+/// what it has and the other lacks is known to nobody when it is promoted (D5).
+#[test]
+fn a_second_replica_gets_what_only_the_first_had_when_their_primary_died() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut random = Random::new(5);
+    write_blocks(&mut mirror.client(), &mut random, 0..500);
+    mirror.assert_identical();
+    mirror.add("c");
+    mirror.assert_identical();
+    write_blocks(&mut mirror.client(), &mut random, 0..10);
+    mirror.assert_identical();
+
+    mirror.replicas[1].link().cut();
+    write_blocks(&mut mirror.client(), &mut random, 2000..2010);
+    mirror.wait_for_peer("b", "b has everything", |peer| {
+        peer.state == Some(PeerState::InSync)
+            && (peer.out_of_sync_bytes, peer.lag_bytes) == (Some(0), Some(0))
+    });
+    mirror.primary.kill();
+    mirror.replicas[1].link().mend();
+    mirror.replicas[0].succeed(&["promote", "data", "--force"]);
+    mirror.replicas[0].wait_until("c has everything", |status| {
+        status.facts.peers.iter().any(|peer| {
+            peer.name.as_str() == "c"
+                && peer.state == Some(PeerState::InSync)
+                && (peer.out_of_sync_bytes, peer.lag_bytes) == (Some(0), Some(0))
+        })
+    });
+    let difference = first_difference(&mirror.replicas[0].backing(), &mirror.replicas[1].backing());
+    assert_eq!(difference, None, "c differs from b at this byte");
 }

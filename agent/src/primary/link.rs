@@ -154,6 +154,18 @@ impl Peer {
         *self.members.borrow_mut() = members;
     }
 
+    /// The replica.
+    #[must_use]
+    pub fn host(&self) -> HostId {
+        self.host
+    }
+
+    /// Ends the session; the next one tells the replica who the volume's hosts are.
+    pub fn greet_anew(&self) {
+        self.restart.set(true);
+        self.changed.notify_one();
+    }
+
     /// The operator paused the link or lets it go on, or chose another mode, which a new session begins with, or the
     /// replica is reached elsewhere.
     pub fn configure(&self, config: &PeerConfig) {

@@ -377,6 +377,11 @@ impl Volume {
         }
         if let OpenRole::Primary(primary, links) = &self.role {
             self.introduce(links);
+            if links.len() == 2 {
+                // The one that was alone keeps no activity log (D5). It is greeted anew, and does then, before the new
+                // one can have followed.
+                links.values().filter(|link| link.host() != peer.host).for_each(|link| link.greet_anew());
+            }
             primary.tell_members(self.members());
         }
         Ok(())
