@@ -4,19 +4,21 @@
 //! Every step of a change is durable before the next, so a change that is cut short is like a crash.
 
 use super::opening::Others;
-use super::{OpenRole, Volume};
+use super::{OpenRole, Volume, refuse};
 use crate::config::VolumeConfig;
 use crate::control::api::{Failure, FailureKind};
 use crate::primary::Primary;
 use crate::replica::{Progress, Replica};
 use crate::transport::Peers;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::Fence;
+use blockmirror_protocol::wire::message::{Fence, Refusal};
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::task::spawn_local;
 
+/// How long a host that was demoted for this one waits for the end of a change: surely not until it has given up.
+const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(30);
 /// How often the users of a superseded primary's devices are looked for.
 const LOOK_TIME: Duration = Duration::from_secs(1);
 /// How long a superseded primary may take to make durable what it knows.
@@ -108,7 +110,23 @@ impl Volume {
                     self.correct_roles(&replica.state().superblock());
                 }
             }
-            Event::Changed(next, then) => self.go_on(next, then).await,
+            Event::Changed(next, then) => {
+                self.go_on(next, then).await;
+                if !matches!(self.role, OpenRole::Changing(_)) {
+                    self.answer_those_who_wait();
+                }
+            }
+        }
+    }
+
+    /// Takes over, where this host was demoted for meanwhile.
+    fn answer_those_who_wait(&mut self) {
+        for (host, sender, since) in std::mem::take(&mut self.taking_over) {
+            if since.elapsed() < TAKE_OVER_PATIENCE {
+                self.take_over(host, sender);
+            } else {
+                refuse(sender, Refusal::Role, "this host was changing its role for too long".to_owned());
+            }
         }
     }
 

@@ -176,13 +176,16 @@ impl Retiring {
         self.give_up();
         let released = released.map_err(|failure| (Next::Reopen, failure))?;
         let name = &peer.name;
-        if !released.contains(&peer.host) {
+        let ours = primary.state().superblock().fence;
+        let taken = if released.contains(&peer.host) {
+            take_over(&self.hands, peer, ours).await?
+        } else {
+            // It may have, and its operator may have promoted it at once.
             let text = format!(
                 "{name} did not record in time that it has everything; this host goes on as the primary"
             );
-            return Err((Next::PromoteAgain, failed(text)));
-        }
-        let taken = take_over(&self.hands, peer, primary.state().superblock().fence).await?;
+            promoted(&self.hands, peer, ours, 1).await.ok_or((Next::PromoteAgain, failed(text)))?
+        };
         // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
         let known = primary.state().change_superblock(|superblock| superblock.fence = taken.fence).await;
         if let Err(error) = known {
@@ -230,27 +233,37 @@ async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Take
     let (volume, name) = (&hands.config.name, &peer.name);
     let told = standing::converse(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
     let lost = match tokio::time::timeout(TAKE_OVER_TIME, told).await {
-        Ok(Ok(Message::TookOver(TookOver { fence }))) => return Ok(Taken { fence, serves: true }),
+        Ok(Ok(Message::TookOver(TookOver { fence }))) if fence.counter > ours.counter => {
+            return Ok(Taken { fence, serves: true });
+        }
         Ok(Ok(Message::Refused(no))) => {
             let text = format!("{name} does not take over ({}); this host goes on as the primary", no.text);
-            return Err((Next::PromoteAgain, failed(text)));
+            return promoted(hands, peer, ours, 1).await.ok_or((Next::PromoteAgain, failed(text)));
         }
         Ok(Ok(_)) => "it answered with something else".to_owned(),
         Ok(Err(text)) => text,
         Err(_) => "it does not answer".to_owned(),
     };
-    for _ in 0..STANDING_ATTEMPTS {
-        let stands = standing::ask(&hands.peers, hands.config.id, peer, STANDING_TIME).await;
-        if let Ok(standing) = stands
-            && standing.role == Role::Primary
-            && standing.fence.counter > ours.counter
-        {
-            return Ok(Taken { fence: standing.fence, serves: standing.serves });
-        }
+    if let Some(taken) = promoted(hands, peer, ours, STANDING_ATTEMPTS).await {
+        return Ok(taken);
     }
     let text = format!(
         "{name} was told to take over, and it is not known whether it did ({lost}); this host is demoted. \
          On {name}: blockmirror status {volume}; if it is no primary: blockmirror promote {volume}, there or here"
     );
     Err((Next::Reopen, failed(text)))
+}
+
+/// What a host says that was promoted after this one; nothing where it says otherwise so often, or is silent.
+async fn promoted(hands: &Hands, peer: &PeerConfig, ours: Fence, attempts: u32) -> Option<Taken> {
+    for _ in 0..attempts {
+        let stands = standing::ask(&hands.peers, hands.config.id, peer, STANDING_TIME).await;
+        if let Ok(standing) = stands
+            && standing.role == Role::Primary
+            && standing.fence.counter > ours.counter
+        {
+            return Some(Taken { fence: standing.fence, serves: standing.serves });
+        }
+    }
+    None
 }

@@ -44,6 +44,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Mutex;
 use std::thread::JoinHandle;
+use std::time::Instant;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::spawn_local;
@@ -223,6 +224,8 @@ struct Volume {
     devices: Devices,
     /// Who keeps a superseded primary's devices open, as last seen, in words.
     openers: Vec<String>,
+    /// Hosts that were demoted for this one while it changed its role, and since when they wait.
+    taking_over: Vec<(HostId, ControlSender, Instant)>,
     recovery: Rc<RefCell<Option<Rc<recovery::Source>>>>,
     /// Reads of recoveries that failed, for the streams on which they were asked for.
     refusals: broadcast::Sender<Refused>,
@@ -248,6 +251,7 @@ impl Volume {
             role: OpenRole::Closed(String::new()),
             devices: Devices::default(),
             openers: Vec::new(),
+            taking_over: Vec::new(),
             recovery: Rc::default(),
             refusals: broadcast::channel(1).0,
             events,

@@ -76,8 +76,16 @@ impl Volume {
         });
     }
 
-    /// The primary was demoted for this host, and says so.
+    /// The primary was demoted for this host, and says so. Where this host's operator was quicker, it has taken over: a
+    /// refusal would make the other host a primary as well.
     pub(super) fn take_over(&mut self, host: HostId, sender: ControlSender) {
+        match &self.role {
+            OpenRole::Changing(_) => return self.taking_over.push((host, sender, Instant::now())),
+            OpenRole::Primary(primary, _) if primary.superseded().is_none() => {
+                return sender.end_with(TookOver { fence: primary.state().superblock().fence }, None);
+            }
+            _ => {}
+        }
         let replica = match self.promotable() {
             Ok(replica) => replica,
             Err(failure) => return refuse(sender, Refusal::Role, failure.message),
