@@ -141,6 +141,20 @@ fn a_replica_that_knows_that_it_is_behind_is_not_promoted_as_one_in_sync() {
 }
 
 #[test]
+fn a_copy_that_its_primarys_operator_paused_is_not_promoted_as_one_in_sync() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    set_sync(&mirror);
+    mirror.primary.succeed(&["pause", "data", "b"]);
+    let b = mirror.replica();
+    b.wait_until("the pause is noticed", |status| status.facts.peers[0].connection != Connection::Connected);
+    // Answered, and nowhere but here.
+    scatter(&mut mirror.client(), &mut Random::new(1), 64 * MIB / BLOCK_BYTES, 10);
+    mirror.primary.kill();
+    let b = mirror.replica();
+    b.refuse(&["promote", "data"], 5, &["was not in sync in the mode sync", "--force"]);
+}
+
+#[test]
 fn a_primary_that_was_stopped_in_order_comes_back_by_map() {
     let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
     set_sync(&mirror);

@@ -9,8 +9,8 @@ use crate::config::{Compression, Mode, Name, PeerConfig};
 use crate::transport::packing::{Frame, Packer};
 use crate::transport::{Connection, FrameSender, Limit, Peers};
 use blockmirror_protocol::session::PeerError;
-use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Fence, Member, Message, Refusal};
+use blockmirror_protocol::units::{HostId, Session as SessionNumber};
+use blockmirror_protocol::wire::message::{Fence, Member, Message, Parting, Refusal};
 use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -23,6 +23,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// A link that lived so long begins its pauses anew.
 const STABLE: Duration = Duration::from_secs(10);
+/// How long a replica that is left may take to hear of it.
+const PARTING_TIME: Duration = Duration::from_secs(1);
 /// How many frames are handed to the transport at once.
 const BATCH: usize = 64;
 
@@ -84,6 +86,10 @@ pub struct Peer {
     compression: Cell<Compression>,
     /// The session is to begin anew.
     restart: Cell<bool>,
+    /// The replica is to be told that it is left.
+    parts: Cell<bool>,
+    /// Where messages of the session that is open go, and its number.
+    session: RefCell<Option<(UnboundedSender<Message>, SessionNumber)>>,
     superseded: Box<dyn Fn(Fence)>,
 }
 
@@ -139,6 +145,8 @@ impl Peer {
             mode: Cell::new(config.mode),
             compression: Cell::new(config.compression),
             restart: Cell::new(false),
+            parts: Cell::new(false),
+            session: RefCell::default(),
             superseded: Box::new(superseded),
         })
     }
@@ -172,9 +180,12 @@ impl Peer {
         *self.addresses.borrow_mut() = addresses_of(config);
         if self.mode.replace(config.mode) != config.mode {
             self.restart.set(true);
+            self.parts.set(true);
         }
         self.compression.set(config.compression);
-        self.state.borrow_mut().paused = config.paused;
+        if !std::mem::replace(&mut self.state.borrow_mut().paused, config.paused) && config.paused {
+            self.parts.set(true);
+        }
         self.changed.notify_one();
     }
 
@@ -197,11 +208,23 @@ impl Peer {
                 continue;
             }
             self.restart.set(false);
+            self.parts.set(false);
             let began = Instant::now();
-            let ended = tokio::select! {
-                ended = self.link(&primary, &peers) => Some(ended),
-                () = self.interrupted() => None,
+            let ended = {
+                let link = self.link(&primary, &peers);
+                tokio::pin!(link);
+                tokio::select! {
+                    ended = &mut link => Some(ended),
+                    () = self.interrupted() => {
+                        if self.parts.take() && self.say_parting() {
+                            // It ends when the message has arrived.
+                            let _ = tokio::time::timeout(PARTING_TIME, link).await;
+                        }
+                        None
+                    }
+                }
             };
+            self.session.take();
             primary.disconnected(self.host);
             let Some(Err(error)) = ended else { continue };
             self.note(&error, primary.state().superblock().fence);
@@ -217,6 +240,13 @@ impl Peer {
         while self.may_link() && !self.restart.take() {
             self.changed.notified().await;
         }
+    }
+
+    /// What is replied from now on may be missing on the replica, and only the operator can say by how much: it is not to
+    /// count for its mode (W4). Says whether there is a session to say so in.
+    fn say_parting(&self) -> bool {
+        let session = self.session.take();
+        session.is_some_and(|(control, session)| control.send(Parting { session }.into()).is_ok())
     }
 
     /// Says once what is wrong; the same again is not news.
@@ -252,6 +282,7 @@ impl Peer {
         let (mut sender, mut receiver) = connection.open_control().await?;
         let session = primary.next_session().await?;
         let (queues, mut sources) = LinkQueues::new();
+        *self.session.borrow_mut() = Some((queues.control.clone(), session));
         let identity = primary.identity(self.members.borrow().clone());
         primary.connected(self.host, session, &identity, queues);
         let volume = identity.volume;
@@ -269,8 +300,11 @@ impl Peer {
         let send_messages = async {
             while let Some(message) = sources.control.recv().await {
                 sender.send(&message).await?;
+                if matches!(message, Message::Parting(_)) {
+                    break;
+                }
             }
-            Ok(())
+            Ok(sender.finish().await?)
         };
         let preamble = |kind| StreamPreamble { volume, session, kind };
         let no_limit = Limit::default();

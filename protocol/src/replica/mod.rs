@@ -47,8 +47,8 @@ use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Stream};
 use crate::wire::message::{
-    Acknowledgement, Commit, CopyDigest, DataState, Digest, Hello, Message, Mode, Refusal, Refused, Release,
-    ResyncBegin,
+    Acknowledgement, Commit, CopyDigest, DataState, Digest, Hello, Message, Mode, Parting, Refusal, Refused,
+    Release, ResyncBegin,
 };
 use crate::wire::{Body, FrameHeader};
 use agreement::Log;
@@ -246,6 +246,10 @@ impl Replica {
                 self.adopt_extents(extents, commit.position.epoch);
                 self.commit = Some((commit, session));
                 self.go_on();
+                Ok(())
+            }
+            Message::Parting(Parting { session: theirs }) if theirs == session => {
+                self.note_behind();
                 Ok(())
             }
             Message::Agreed(agreed) if agreed.session == session => {

@@ -220,6 +220,14 @@ pub struct Refused {
     pub text: String,
 }
 
+/// The primary goes on without this replica, by its operator's wish: what it replies from now on may be missing there, so
+/// the replica counts no more until a commit (W4).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Parting {
+    /// The session.
+    pub session: Session,
+}
+
 /// The primary is about to send copies: the replica's data counts as inconsistent from now on.
 #[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
 pub struct ResyncBegin {
@@ -540,6 +548,7 @@ messages! {
     25 => TakeOver,
     26 => TookOver,
     27 => CopyDigest,
+    28 => Parting,
 }
 
 /// The length of a message from its length field.
