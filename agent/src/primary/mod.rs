@@ -7,6 +7,8 @@
 mod demotion;
 mod link;
 mod requests;
+#[cfg(test)]
+mod tests;
 
 use crate::buffer::BufferPool;
 use crate::config::{PeerConfig, VolumeConfig};
@@ -450,7 +452,9 @@ impl Primary {
         };
         let is_zero = zero.is_some();
         self.submit(&self.backing, operation, move |primary, outcome| {
-            let had_room = !outcome.as_ref().is_err_and(is_full);
+            // A zeroing makes no sync, so what it fails for is its own.
+            let has_own_reason = is_zero || primary.backing.is_direct();
+            let ended = how_ended(&outcome, durable, has_own_reason);
             let written = primary.note(outcome);
             if written && is_zero && durable {
                 // A zeroing has no durable form of its own.
@@ -460,12 +464,6 @@ impl Primary {
                     primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, ended, now));
                 });
             }
-            let ended = match written {
-                true => LocalWrite::Written,
-                // The kernel doesn't tell whether the write or its sync failed, but a full disk is the former.
-                false if durable && had_room => LocalWrite::NotDurable,
-                false => LocalWrite::Failed,
-            };
             primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, ended, now));
         });
     }
@@ -561,6 +559,18 @@ impl Inner {
                 drop(sender.send(result));
             }
         }
+    }
+}
+
+/// How a write to the backing ended. `has_own_reason`: an error is about this very write, not about what the kernel's
+/// cache lost before.
+fn how_ended(outcome: &storage::Outcome, durable: bool, has_own_reason: bool) -> LocalWrite {
+    match outcome {
+        Ok(_) => LocalWrite::Written,
+        // The kernel doesn't tell whether a durable write or its sync failed. A full disk is the former, but for the
+        // cache: its sync tells of earlier writes that found no room, and tells it once.
+        Err(error) if durable && !(has_own_reason && is_full(error)) => LocalWrite::NotDurable,
+        Err(_) => LocalWrite::Failed,
     }
 }
 
