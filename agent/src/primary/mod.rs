@@ -470,7 +470,7 @@ impl Primary {
 
     /// Reads a range for a copy: nothing for zeroes, where its digest is wanted, and where the disk failed.
     async fn read_copy(&self, range: ByteRange, digest: bool) -> (CopyContent, Bytes) {
-        // Where it can't be told, there is none.
+        // Where it can't be told, or the backing was cut off, the read tells.
         let hole_bytes = self.backing.hole_at(range).unwrap_or(0);
         if hole_bytes == range.length || range.length > COPY_BYTES {
             return (CopyContent::Hole(hole_bytes), Bytes::new());

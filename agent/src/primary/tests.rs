@@ -1,6 +1,7 @@
 //! What a failure of the backing means for the volume and for whoever wrote.
 
 use super::*;
+use crate::storage::file::Access;
 use std::io;
 
 fn failure(errno: i32) -> storage::Outcome {
@@ -31,4 +32,15 @@ fn a_full_disk_excuses_a_durable_write_only_where_the_error_is_its_own() {
             "{outcome:?}, {durable}, {has_own_reason}"
         );
     }
+}
+
+#[test]
+fn what_a_backing_has_lost_is_told_as_an_error_not_as_a_hole() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("image");
+    File::create_image(&path, 1 << 20).expect("it can be made");
+    let backing = File::open_backing(&path, Access::ReadWrite).expect("it can be opened");
+    rustix::fs::ftruncate(&backing, 1 << 19).expect("it can be cut off");
+    let lost = allocation(&backing, ByteRange::new(1 << 19, 1 << 19));
+    assert!(matches!(lost, Err(Errno(libc::EIO))));
 }

@@ -332,17 +332,28 @@ impl File {
     /// (tmpfs) a walk over all of it.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's; and as a read's, when the backing was cut off below it and ends before the range does.
     pub fn hole_at(&self, range: ByteRange) -> io::Result<u64> {
         if self.kind() == Kind::BlockDevice {
             return Ok(0);
         }
         match seek(self, SeekFrom::Data(range.offset)) {
             Ok(data_at) => Ok(data_at.min(range.end()).saturating_sub(range.offset)),
-            Err(rustix::io::Errno::NXIO) => Ok(range.length),
+            // The same answer for a hole up to the file's end and for what lies beyond that.
+            Err(rustix::io::Errno::NXIO) => self.check_end(range).map(|()| range.length),
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(0),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Refuses a range that the file doesn't hold any more, as a read of it does. What a metadata file has beyond its
+    /// end reads as zeroes.
+    fn check_end(&self, range: ByteRange) -> io::Result<()> {
+        let size_bytes = rustix::fs::fstat(self)?.st_size.cast_unsigned();
+        if self.kind() != Kind::Metadata && size_bytes < range.end() {
+            return Err(super::job::cut_off());
+        }
+        Ok(())
     }
 
     /// Which parts of a range are allocated, in order and without gaps; neighbours differ. Where that can't be told,

@@ -87,7 +87,7 @@ impl Transfer {
         let unit_cut_short = descriptor.direct && !(self.done as u64).is_multiple_of(descriptor.alignment);
         if !self.is_complete() && (length == 0 || unit_cut_short) {
             if descriptor.kind != Kind::Metadata {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the backing ends before its size"));
+                return Err(cut_off());
             }
             memory[self.done..].fill(0);
             self.done = memory.len();
@@ -177,6 +177,11 @@ impl Job {
             }),
         }
     }
+}
+
+/// The error of whoever asks for what a backing has lost to a truncation.
+pub(super) fn cut_off() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the backing ends before its size")
 }
 
 fn is_transient(error: &io::Error) -> bool {

@@ -1,6 +1,7 @@
 //! Which files are refused as backings, and why.
 
 use super::{LargeSectors, LoopDevice, Undo, command, text};
+use crate::buffer::BufferPool;
 use crate::device::Part;
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::users::User;
@@ -253,6 +254,31 @@ fn holes_of_an_image_are_told_apart_from_data() {
     ] {
         assert_eq!(file.is_hole(range), is_hole, "{range:?}");
     }
+}
+
+#[test]
+fn what_an_image_has_lost_is_no_hole() {
+    // The kernel answers alike for a hole up to the end and for what lies beyond it: an image that somebody cut off
+    // below a volume was copied, kept as pre-images and told to clients as zeroes.
+    let (_folder, path) = image(4 * MEBIBYTE);
+    let file = File::open_backing(&path, Access::ReadWrite).expect("it can be opened");
+    rustix::fs::ftruncate(&file, 2 * MEBIBYTE).expect("it can be cut off");
+    let is_lost = |error: std::io::Error| error.kind() == std::io::ErrorKind::UnexpectedEof;
+    for (range, is_there) in [
+        (ByteRange::new(0, 2 * MEBIBYTE), true),
+        (ByteRange::new(0, 2 * MEBIBYTE + 512), false),
+        (ByteRange::new(3 * MEBIBYTE, 512), false),
+    ] {
+        assert_eq!(file.is_hole(range), is_there, "{range:?}");
+        assert_eq!(file.hole_at(range).is_err_and(is_lost), !is_there, "{range:?}");
+    }
+    let whole = ByteRange::new(0, 4 * MEBIBYTE);
+    rustix::io::pwrite(&file, &BufferPool::new(0).take(4096), 0).expect("it can be written");
+    assert!(file.allocation(whole).any(|part| part.is_err_and(is_lost)));
+    drop(file);
+    let metadata = path.with_extension("metadata");
+    let file = File::create_metadata(&metadata, 4096).expect("it can be made");
+    assert!(file.is_hole(ByteRange::new(4096, 4096)), "a metadata file reads as zeroes beyond its end");
 }
 
 #[test]
