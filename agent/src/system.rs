@@ -1,10 +1,10 @@
 //! What the kernel tells in `/proc` and `/sys` about block devices: mounts, swap space, partitions, and the devices
 //! that others are part of.
 //!
-//! Only text and names are read: no file system is asked about anything, and no device is opened. One of them may be
-//! ours, served by the very thread that asks, or dead.
+//! Only text, names and what the kernel remembers of open files are read: no server behind a file system is asked about
+//! anything, and no device is opened. One of them may be ours, served by the very thread that asks, or dead.
 
-use rustix::fs::{major, makedev, minor};
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, major, makedev, minor, statx};
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
@@ -115,11 +115,22 @@ impl Process {
         Some(String::from_utf8_lossy(&name).into_owned())
     }
 
-    /// The paths of what it has open, as far as we may know. Of a process that has ended, nothing.
-    pub fn open_files(self) -> impl Iterator<Item = PathBuf> {
+    /// The numbers of the block devices that it has open, as far as we may know. Of a process that has ended, nothing.
+    ///
+    /// A device's name is the process's own: a container can have its node under any other.
+    pub fn open_devices(self) -> impl Iterator<Item = u64> {
         let descriptors = fs::read_dir(self.folder().join("fd")).into_iter().flatten().flatten();
-        descriptors.filter_map(|descriptor| fs::read_link(descriptor.path()).ok())
+        descriptors.filter_map(|descriptor| open_device(&descriptor.path()))
     }
+}
+
+/// The number of the block device that a descriptor of `/proc/PID/fd` is open on, if it is one.
+///
+/// The link leads to the open file itself, by no path, and the kernel tells what it remembers of that.
+fn open_device(descriptor: &Path) -> Option<u64> {
+    let status = statx(CWD, descriptor, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
+    let is_device = FileType::from_raw_mode(status.stx_mode.into()) == FileType::BlockDevice;
+    is_device.then(|| makedev(status.stx_rdev_major, status.stx_rdev_minor))
 }
 
 /// All processes but this one, in no order.

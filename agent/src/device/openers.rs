@@ -147,7 +147,8 @@ impl Part {
     }
 
     fn processes(&self) -> Vec<String> {
-        let opened = system::processes().filter(|process| process.open_files().any(|path| path == self.node));
+        let opened =
+            system::processes().filter(|process| process.open_devices().any(|number| number == self.number));
         opened.map(|process| format!("open by {}{}", in_words(process), self.addition)).collect()
     }
 }

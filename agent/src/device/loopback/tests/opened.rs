@@ -2,8 +2,10 @@
 
 use super::{Folders, MIB, Mounted, Served, memory, obstacle, require, run, text};
 use crate::device::openers::openers;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -42,6 +44,27 @@ fn a_process_that_has_the_device_open_is_named_once_with_its_number() {
     let _own = File::open(&served.device).expect("a device");
     assert_eq!(served.openers(), [""; 0], "what this process has open does not count");
     let process = Holding::new(&served.link);
+    assert_eq!(served.openers(), [format!("open by sleep (pid {})", process.0.id())]);
+    drop(process);
+    assert_eq!(served.openers(), [""; 0]);
+}
+
+#[test]
+fn a_process_that_has_the_device_open_by_another_name_is_named() {
+    // A container that has the device under a name of its own was missed, and a switch went on while it wrote.
+    require!();
+    let (folders, memory) = (Folders::new(), memory());
+    let served = Served::start(&folders, &memory).expect("a device");
+    let number = std::fs::metadata(&served.device).expect("a device").rdev();
+    let node = folders.folder.path().join("disk in a container");
+    let (mode, kind) = (Mode::RUSR | Mode::WUSR, FileType::BlockDevice);
+    let made = mknodat(CWD, &node, kind, mode, number).map_err(std::io::Error::from);
+    let _own = match made.and_then(|()| File::open(&node)) {
+        Ok(own) => own,
+        Err(error) => return eprintln!("skipped: needs device nodes in temporary folders: {error}"),
+    };
+    assert_eq!(served.openers(), [""; 0], "what this process has open does not count");
+    let process = Holding::new(&node);
     assert_eq!(served.openers(), [format!("open by sleep (pid {})", process.0.id())]);
     drop(process);
     assert_eq!(served.openers(), [""; 0]);
