@@ -5,8 +5,9 @@
 //! end in the one volume, a flush on one covers the replies given on all of them.
 //!
 //! What a client does can end its own connection only. A client that goes away leaves its requests to the volume,
-//! which finishes them; their answers are dropped. Retained per connection: a read buffer, and the requests within
-//! the bounds of `connection`; connections are bounded by [`CONNECTION_LIMIT`].
+//! which finishes them; their answers are dropped. Over TCP one that vanished without a word is gone after a minute.
+//! Retained per connection: a read buffer, and the requests within the bounds of `connection`; connections are bounded
+//! by [`CONNECTION_LIMIT`].
 //!
 //! NBD over TCP neither encrypts nor asks who is there. Whoever can reach the address can read and write the volume.
 
@@ -22,6 +23,7 @@ mod unix_socket;
 use super::Volume;
 use crate::buffer::BufferPool;
 use connection::{Connection, Ended};
+use rustix::net::sockopt;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -48,6 +50,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How much of its answers a connection may have in its Unix socket, in bytes. The kernel's default of 208 KiB costs
 /// large reads a wait for the client in the middle of each answer.
 const UNIX_SEND_BUFFER_BYTES: usize = 1 << 20;
+
+/// When a client over TCP that says nothing is asked whether it is still there, how often, and after how many questions
+/// without an answer it is gone.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 3;
+
+/// How long a client over TCP may leave an answer unacknowledged, or not take it, until it is gone.
+const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(60);
 
 /// A server that could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -260,15 +271,27 @@ impl Listener {
             Self::Tcp(listener) => {
                 let (socket, address) = listener.accept().await?;
                 socket.set_nodelay(true)?;
+                notice_vanishing(&socket)?;
                 Ok(Accepted::Tcp(socket, Client::Address(address)))
             }
         }
     }
 }
 
+/// Lets the kernel end the connection of a client whose host or network is gone: it would count as a user of the volume
+/// for ever, and keep one of the places for connections.
+fn notice_vanishing(socket: &TcpStream) -> io::Result<()> {
+    sockopt::set_tcp_keepidle(socket, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(socket, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)?;
+    sockopt::set_socket_keepalive(socket, true)?;
+    let limit = u32::try_from(UNACKNOWLEDGED_LIMIT.as_millis()).expect("the limit is short");
+    Ok(sockopt::set_tcp_user_timeout(socket, limit)?)
+}
+
 /// Allows for more unread answers, as far as the kernel lets this process: without it large reads are merely slower.
 fn enlarge_send_buffer(socket: &UnixStream) {
-    use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
+    use sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
     let forced = set_socket_send_buffer_size_force(socket, UNIX_SEND_BUFFER_BYTES);
     if let Err(error) = forced.or_else(|_| set_socket_send_buffer_size(socket, UNIX_SEND_BUFFER_BYTES)) {
         tracing::debug!(%error, "an nbd client keeps the default send buffer");

@@ -2,16 +2,19 @@
 
 use super::connection::{Connection, Ended};
 use super::negotiate::Agreed;
+use super::{Accepted, Listener, listen_tcp};
 use crate::buffer::BufferPool;
 use crate::device::{Answer, Command, Geometry, Reply, Request, Volume};
 use blockmirror_protocol::nbd::transmission::*;
 use proptest::prelude::*;
+use rustix::net::sockopt;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 const SIZE: usize = 256 << 10;
@@ -287,4 +290,22 @@ fn an_answer_that_comes_after_the_connections_end_is_dropped() {
     volume.answer_one(0);
     assert!(output.borrow().is_empty());
     assert!(volume.waiting.borrow().is_empty());
+}
+
+#[test]
+fn a_tcp_client_that_vanishes_is_noticed_by_the_kernel_within_a_minute() {
+    // A client whose host had lost its power counted as a user of the volume for ever.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (listener, address) = listen_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let _client = std::net::TcpStream::connect(address).unwrap();
+        let Accepted::Tcp(socket, _) = Listener::Tcp(listener).accept().await.unwrap() else {
+            panic!("a client over TCP comes over TCP");
+        };
+        assert!(sockopt::socket_keepalive(&socket).unwrap());
+        let idle = sockopt::tcp_keepidle(&socket).unwrap();
+        let questions = sockopt::tcp_keepintvl(&socket).unwrap() * sockopt::tcp_keepcnt(&socket).unwrap();
+        let unacknowledged = Duration::from_millis(sockopt::tcp_user_timeout(&socket).unwrap().into());
+        assert_eq!([idle + questions, unacknowledged], [Duration::from_secs(60); 2]);
+    });
 }
