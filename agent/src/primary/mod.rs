@@ -24,7 +24,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
-use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
+use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, WriteFailed};
 use blockmirror_protocol::units::{GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
@@ -85,6 +85,8 @@ struct Pending {
     data: Bytes,
     reply: Rc<dyn Reply>,
     cookie: u64,
+    /// What its first piece that failed failed for.
+    failure: Option<Errno>,
 }
 
 impl Primary {
@@ -361,7 +363,10 @@ impl Primary {
             }),
             Action::Reply { request, result } => {
                 let pending = inner.requests.remove(&request).expect("a request is answered once");
-                let answer = result.map(|()| Answer::Done).map_err(|_| Errno(libc::EIO));
+                let answer = match result {
+                    Ok(()) => Ok(Answer::Done),
+                    Err(WriteFailed) => Err(pending.failure.unwrap_or(Errno(libc::EIO))),
+                };
                 pending.reply.complete(pending.cookie, answer);
             }
             Action::ReadDigest { hold, range } => {
@@ -455,16 +460,23 @@ impl Primary {
             // A zeroing makes no sync, so what it fails for is its own.
             let has_own_reason = is_zero || primary.backing.is_direct();
             let ended = how_ended(&outcome, durable, has_own_reason);
+            let found_no_room = outcome.as_ref().is_err_and(is_full);
             let written = primary.note(outcome);
             if written && is_zero && durable {
                 // A zeroing has no durable form of its own.
                 return primary.submit(&primary.backing, Operation::Sync, move |primary, outcome| {
                     let synced = primary.note(outcome);
                     let ended = if synced { LocalWrite::Written } else { LocalWrite::NotDurable };
-                    primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, ended, now));
+                    primary.drive(|inner, now| {
+                        inner.note_failure(request, ended, false);
+                        inner.tracker.handle_local_written(sequence, ended, now);
+                    });
                 });
             }
-            primary.drive(|inner, now| inner.tracker.handle_local_written(sequence, ended, now));
+            primary.drive(|inner, now| {
+                inner.note_failure(request, ended, found_no_room);
+                inner.tracker.handle_local_written(sequence, ended, now);
+            });
         });
     }
 
@@ -537,6 +549,18 @@ impl Inner {
             return Bytes::copy_from_slice(&data);
         }
         data
+    }
+
+    /// Keeps why a piece of a request was not written, for its answer. Only while the backing is as good as before is
+    /// a lack of space told, for which an application may wait and try again.
+    fn note_failure(&mut self, request: RequestId, ended: LocalWrite, found_no_room: bool) {
+        let errno = match ended {
+            LocalWrite::Written => return,
+            LocalWrite::Failed if found_no_room => libc::ENOSPC,
+            LocalWrite::Failed | LocalWrite::NotDurable => libc::EIO,
+        };
+        let pending = self.requests.get_mut(&request).expect("a request is answered after its last piece");
+        pending.failure.get_or_insert(Errno(errno));
     }
 
     /// Hands something to the sender of a link; dropped where the link is gone.

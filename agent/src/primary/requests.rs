@@ -39,7 +39,7 @@ impl Volume for Primary {
         self.drive(|inner, now| {
             let id = RequestId(inner.next_request);
             inner.next_request += 1;
-            inner.requests.insert(id, Pending { offset, data, reply, cookie });
+            inner.requests.insert(id, Pending { offset, data, reply, cookie, failure: None });
             inner.tracker.handle_request(id, work, now);
         });
     }

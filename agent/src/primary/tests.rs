@@ -1,8 +1,80 @@
 //! What a failure of the backing means for the volume and for whoever wrote.
 
 use super::*;
+use crate::device::{Command, Request, Volume};
+use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
+use crate::storage::{Engine, open_with};
+use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::units::{BlockSize, CopyId, VolumeId};
+use blockmirror_protocol::wire::message::DataState;
 use std::io;
+use std::path::Path;
+
+const SIZE_BYTES: u64 = 1 << 20;
+
+/// Runs a test the way a volume's thread runs.
+fn run<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    tokio::task::LocalSet::new().block_on(&runtime, test)
+}
+
+/// A volume without peers, and the storage that its backing and its activity log are on.
+async fn open(folder: &Path) -> (Rc<Primary>, Rc<Faults>) {
+    let path = folder.join("image");
+    File::create_image(&path, SIZE_BYTES).expect("it can be made");
+    let backing = Rc::new(File::open_backing(&path, Access::ReadWrite).expect("it can be opened"));
+    let config = format!(
+        "name = \"data\"\nid = \"{}\"\nrole = \"primary\"\nbacking = \"{}\"\nsize_bytes = {SIZE_BYTES}\n\
+         block_size_bytes = 65536\n",
+        "01".repeat(16),
+        path.display()
+    );
+    let config: VolumeConfig = toml::from_str(&config).expect("a configuration");
+    let superblock = Superblock {
+        volume: VolumeId([1; 16]),
+        copy: CopyId([2; 16]),
+        size_bytes: SIZE_BYTES,
+        block_size: BlockSize::default(),
+        role: Role::Primary,
+        data: DataState::Consistent,
+        session: SessionNumber(0),
+        fence: Fence { counter: 1, holder: HostId([3; 32]) },
+        position: Position::default(),
+        source: Fence::default(),
+        lineage: vec![GenerationId([5; 16])],
+        adopted: 1,
+        gap: 0,
+        layers: 0,
+        history: 0,
+        mode: Mode::Async,
+        released: false,
+    };
+    let storage = open_with(Engine::Automatic).expect("a storage");
+    let pool = BufferPool::new(1 << 20);
+    let state = State::create(&folder.join("state"), storage.clone(), pool.clone(), &superblock).await;
+    let faults = Faults::new(storage);
+    let primary = Primary::open(faults.clone(), backing, state.expect("a state folder"), pool, &config).await;
+    (primary.expect("a volume"), faults)
+}
+
+/// Takes one answer.
+struct Taker(Cell<Option<oneshot::Sender<Result<Answer, Errno>>>>);
+
+impl Reply for Taker {
+    fn complete(&self, _: u64, answer: Result<Answer, Errno>) {
+        let sender = self.0.take().expect("a request is answered once");
+        sender.send(answer).unwrap_or_else(|_| panic!("the test waits"));
+    }
+}
+
+/// The error of a request, if it fails.
+async fn error_of(primary: &Primary, command: Command) -> Option<i32> {
+    let (sender, answer) = oneshot::channel();
+    let reply = Rc::new(Taker(Cell::new(Some(sender))));
+    Volume::submit(primary, Request { command, reply, cookie: 1 });
+    answer.await.expect("it is answered").err().map(|errno| errno.0)
+}
 
 fn failure(errno: i32) -> storage::Outcome {
     let source = io::Error::from_raw_os_error(errno);
@@ -43,4 +115,29 @@ fn what_a_backing_has_lost_is_told_as_an_error_not_as_a_hole() {
     rustix::fs::ftruncate(&backing, 1 << 19).expect("it can be cut off");
     let lost = allocation(&backing, ByteRange::new(1 << 19, 1 << 19));
     assert!(matches!(lost, Err(Errno(libc::EIO))));
+}
+
+#[test]
+fn a_write_that_finds_no_room_is_answered_so_and_the_next_one_goes_well() {
+    // Applications were told of an I/O error: a guest saw a broken disk where its host would have paused it.
+    run(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (primary, faults) = open(folder.path()).await;
+        let write = || Command::Write { offset: 0, data: Bytes::from(vec![1; 4096]), fua: false };
+        let zero = || Command::Zero { range: ByteRange::new(0, 4096), may_unmap: true, fua: false };
+        assert_eq!(error_of(&primary, write()).await, None);
+        for (errno, told) in
+            [(libc::ENOSPC, libc::ENOSPC), (libc::EDQUOT, libc::ENOSPC), (libc::EIO, libc::EIO)]
+        {
+            faults.fail(Calls::Writes, 1, errno);
+            assert_eq!(error_of(&primary, write()).await, Some(told));
+            assert_eq!(error_of(&primary, write()).await, None);
+            faults.fail(Calls::Zeroings, 1, errno);
+            assert_eq!(error_of(&primary, zero()).await, Some(told));
+            assert_eq!(error_of(&primary, zero()).await, None);
+        }
+        faults.fail(Calls::Syncs, 1, libc::ENOSPC);
+        assert_eq!(error_of(&primary, Command::Flush).await, Some(libc::EIO), "what was answered is lost");
+        assert_eq!(error_of(&primary, write()).await, Some(libc::EIO), "and the backing failed");
+    });
 }
