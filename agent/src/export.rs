@@ -5,7 +5,7 @@
 
 use crate::buffer::BufferPool;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
-use crate::primary::allocation;
+use crate::primary::{Reads, allocation};
 use crate::storage::file::File;
 use crate::storage::{Operation, Storage};
 use std::rc::Rc;
@@ -17,13 +17,14 @@ pub struct Export {
     backing: Rc<File>,
     pool: BufferPool,
     size_bytes: u64,
+    reads: Rc<Reads>,
 }
 
 impl Export {
     /// The first `size_bytes` of a backing, to read.
     #[must_use]
     pub fn new(storage: Rc<dyn Storage>, backing: Rc<File>, pool: BufferPool, size_bytes: u64) -> Rc<Self> {
-        Rc::new(Self { storage, backing, pool, size_bytes })
+        Rc::new(Self { storage, backing, pool, size_bytes, reads: Rc::default() })
     }
 }
 
@@ -40,16 +41,8 @@ impl Volume for Export {
             Command::Read(range) => {
                 let length = usize::try_from(range.length).expect("front ends limit reads");
                 let operation = Operation::Read { offset: range.offset, buffer: self.pool.take(length) };
-                let done = move |outcome: crate::storage::Outcome| {
-                    let answer = match outcome {
-                        Ok(buffer) => Ok(Answer::Data(buffer.expect("a read gives its buffer back"))),
-                        Err(error) => {
-                            tracing::error!("{}", crate::words::with_causes(&error));
-                            Err(Errno(libc::EIO))
-                        }
-                    };
-                    reply.complete(cookie, answer);
-                };
+                let reads = self.reads.clone();
+                let done = move |outcome| reply.complete(cookie, reads.answer(outcome));
                 self.storage.submit(&self.backing, operation, Box::new(done));
             }
             Command::Allocation(range) => later(reply, cookie, allocation(&self.backing, range)),

@@ -30,7 +30,7 @@ use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode}
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
 pub use link::{LinkState, Peer, Split};
-pub(crate) use requests::allocation;
+pub(crate) use requests::{Reads, allocation};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
@@ -61,6 +61,7 @@ pub struct Primary {
     earlier: Notify,
     /// What became of the backing, in words, once it failed.
     error: RefCell<Option<String>>,
+    reads: Reads,
     closed: Notify,
     /// Told of everything that a replica says.
     heard: Notify,
@@ -154,6 +155,7 @@ impl Primary {
             armed: Cell::new(None),
             earlier: Notify::new(),
             error: RefCell::new(None),
+            reads: Reads::default(),
             closed: Notify::new(),
             heard: Notify::new(),
             retired: Cell::new(false),

@@ -2,11 +2,12 @@
 
 use super::{Pending, Primary};
 use crate::device::{Answer, Command, Errno, Geometry, Part, Reply, Request, Volume};
-use crate::storage::Operation;
 use crate::storage::file::File;
+use crate::storage::{self, Operation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::{RequestId, Work};
 use bytes::Bytes;
+use std::cell::Cell;
 use std::rc::Rc;
 use tokio::task::spawn_local;
 
@@ -51,21 +52,41 @@ impl Primary {
         let length = usize::try_from(range.length).expect("front ends limit reads");
         let operation = Operation::Read { offset: range.offset, buffer: self.pool.take(length) };
         self.submit(&self.backing, operation, move |primary, outcome| {
-            let answer = match outcome {
-                Ok(buffer) => Ok(Answer::Data(buffer.expect("a read gives its buffer back"))),
-                Err(error) => {
-                    tracing::error!("{}", crate::words::with_causes(&error));
-                    let _ = primary;
-                    Err(Errno(libc::EIO))
-                }
-            };
-            reply.complete(cookie, answer);
+            reply.complete(cookie, primary.reads.answer(outcome));
         });
     }
 
     fn answer_allocation(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
         let backing = self.backing.clone();
         spawn_local(async move { reply.complete(cookie, allocation(&backing, range)) });
+    }
+}
+
+/// How the last read of a volume went.
+#[derive(Default)]
+pub(crate) struct Reads {
+    have_failed: Cell<bool>,
+}
+
+impl Reads {
+    /// The answer to a read. Clients try again and again, and whoever logs waits for it: a failure is an error in the
+    /// log once, until a read succeeds.
+    pub(crate) fn answer(&self, outcome: storage::Outcome) -> Result<Answer, Errno> {
+        let is_news = self.is_news(outcome.is_err());
+        outcome.map(|buffer| Answer::Data(buffer.expect("a read gives its buffer back"))).map_err(|error| {
+            let text = crate::words::with_causes(&error);
+            if is_news {
+                tracing::error!("{text}");
+            } else {
+                tracing::debug!("{text}");
+            }
+            Errno(libc::EIO)
+        })
+    }
+
+    /// Whether a read failed, and the one before it did not.
+    pub(super) fn is_news(&self, has_failed: bool) -> bool {
+        !self.have_failed.replace(has_failed) && has_failed
     }
 }
 

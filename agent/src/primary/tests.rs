@@ -141,3 +141,21 @@ fn a_write_that_finds_no_room_is_answered_so_and_the_next_one_goes_well() {
         assert_eq!(error_of(&primary, write()).await, Some(libc::EIO), "and the backing failed");
     });
 }
+
+#[test]
+fn a_read_that_fails_is_news_once_until_one_succeeds() {
+    // A client that tried a dead disk again and again filled the log, and the volume's thread waited for each line.
+    let reads = Reads::default();
+    let news = [false, true, true, true, false, true, true].map(|has_failed| reads.is_news(has_failed));
+    assert_eq!(news, [false, true, false, false, false, true, false]);
+    run(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (primary, faults) = open(folder.path()).await;
+        let read = || Command::Read(ByteRange::new(0, 4096));
+        faults.fail(Calls::Reads, 1, libc::EIO);
+        assert_eq!(error_of(&primary, read()).await, Some(libc::EIO));
+        assert!(!primary.reads.is_news(true), "it was told");
+        assert_eq!(error_of(&primary, read()).await, None);
+        assert!(primary.reads.is_news(true), "a read has succeeded since");
+    });
+}
