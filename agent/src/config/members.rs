@@ -1,6 +1,6 @@
 //! A volume's hosts, as they tell each other of them, and as each keeps them.
 
-use super::{Mode, NAME_LIMIT_BYTES, Name, PeerConfig, Role, VolumeConfig};
+use super::{Address, Mode, NAME_LIMIT_BYTES, Name, PeerConfig, Role, VolumeConfig};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::Member;
 
@@ -45,7 +45,13 @@ impl VolumeConfig {
             let mode = if primary == Some(member.host) { own_mode } else { Some(member.mode) };
             match self.peers.iter_mut().find(|peer| peer.host == member.host) {
                 Some(known) => {
-                    known.addresses = told.addresses;
+                    // A primary that started before its network was up knows no address of its own but this.
+                    let leads_nowhere = told.addresses.iter().all(Address::is_loopback);
+                    if !leads_nowhere
+                        || !told.addresses.is_empty() && known.addresses.iter().all(Address::is_loopback)
+                    {
+                        known.addresses = told.addresses;
+                    }
                     known.mode = mode.filter(|_| is_replica).map_or(known.mode, Mode::from);
                 }
                 None => self.peers.push(PeerConfig { mode: mode.map_or(told.mode, Mode::from), ..told }),

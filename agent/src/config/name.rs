@@ -100,6 +100,14 @@ impl Address {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether it leads nowhere but to the host that dials it.
+    #[must_use]
+    pub fn is_loopback(&self) -> bool {
+        let host = self.0.rsplit_once(':').map_or("", |(host, _)| host);
+        let ip = self.0.parse::<std::net::SocketAddr>().map(|address| address.ip());
+        ip.map_or(host == "localhost", |ip| ip.to_canonical().is_loopback())
+    }
 }
 
 impl TryFrom<String> for Address {

@@ -292,6 +292,24 @@ fn a_replica_learns_the_promises_that_it_would_keep_as_the_primary() {
 }
 
 #[test]
+fn addresses_that_lead_nowhere_take_no_others_place() {
+    let mut config = VolumeConfig { role: Role::Replica, ..example() };
+    config.peers.clear();
+    let mut tells = |addresses: &[&str]| {
+        let addresses = addresses.iter().map(|&address| address.to_owned()).collect();
+        config.learn(&[Member { addresses, ..member("a", 1, Mode::Async) }], HostId([2; 32]));
+        config.peers[0].addresses.iter().map(|address| address.as_str().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(tells(&["127.0.0.1:1"]), ["127.0.0.1:1"]);
+    assert_eq!(tells(&["127.0.0.1:2"]), ["127.0.0.1:2"], "there is nothing better");
+    assert_eq!(tells(&["192.0.2.1:3"]), ["192.0.2.1:3"]);
+    for nowhere in [&["127.0.0.1:2", "[::1]:2", "localhost:2"][..], &[]] {
+        assert_eq!(tells(nowhere), ["192.0.2.1:3"], "{nowhere:?}");
+    }
+    assert_eq!(tells(&["127.0.0.1:2", "192.0.2.2:4"]), ["127.0.0.1:2", "192.0.2.2:4"]);
+}
+
+#[test]
 fn replies_that_should_wait_for_more_replicas_than_can_count_are_a_mistake() {
     let mut config = example();
     assert_eq!(config.shortfall(), None);
