@@ -137,6 +137,11 @@ impl Supervisor {
         if !is_member(&config, peer) {
             return Err((unknown_key(peer), sender));
         }
+        if hello.fence.holder != peer {
+            // A primary holds its fence itself. Another host's would have its frames taken for that one's.
+            let text = "the greeting carries the fence of another host".to_owned();
+            return Err((Refused { refusal: Refusal::Role, text }, sender));
+        }
         if config.peers.iter().any(|known| known.host == peer && known.paused) {
             let text = "the operator of the replica paused the link".to_owned();
             return Err((Refused { refusal: Refusal::Busy, text }, sender));
