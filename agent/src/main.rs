@@ -9,6 +9,7 @@ use blockmirror_agent::transport::{Endpoint, HostKey, Limit, Options};
 use clap::Parser;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -47,8 +48,11 @@ fn main() -> anyhow::Result<()> {
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = ConfigFolder::new(&arguments.config);
     let settings = config.load_agent()?;
-    for folder in [&arguments.state, &arguments.run] {
-        std::fs::create_dir_all(folder)
+    for (folder, mode) in [(&arguments.state, 0o700), (&arguments.run, 0o755)] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(folder)
             .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
     let state = arguments.state.canonicalize()?;

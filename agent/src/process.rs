@@ -1,7 +1,8 @@
 //! What the process as a whole needs, because it sits under file systems.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// From linux/prctl.h.
@@ -55,6 +56,17 @@ fn lock_memory() {
     }
 }
 
+/// Opens a file that is there to be locked, for its owner alone: whoever may read one may lock it, and so keep the agent
+/// from starting.
+///
+/// # Errors
+/// When it can't be made, or its rights can't be set.
+pub fn open_lock(path: &Path) -> io::Result<File> {
+    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    Ok(file)
+}
+
 /// Claims a state folder for this process, as long as the answer lives.
 ///
 /// # Errors
@@ -62,10 +74,28 @@ fn lock_memory() {
 pub fn claim_folder(folder: &Path) -> Result<File, ClaimError> {
     let path = folder.join("lock");
     let io_error = |source| ClaimError::Io { path: path.clone(), source };
-    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(io_error)?;
+    let file = open_lock(&path).map_err(io_error)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(ClaimError::Held(folder.to_owned())),
         Err(std::fs::TryLockError::Error(source)) => Err(io_error(source)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_is_for_its_owner_alone_also_one_of_an_earlier_release() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        for mode in [None, Some(0o644)] {
+            if let Some(mode) = mode {
+                std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            }
+            let lock = open_lock(&path).unwrap();
+            assert_eq!(lock.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        }
     }
 }

@@ -10,6 +10,7 @@ pub mod api;
 mod server;
 
 use crate::config::Name;
+use crate::process::open_lock;
 use api::{
     AgentRecord, Comparison, CreateRequest, Demotion, Failure, Forgetting, Invitation, InviteRequest,
     JoinRequest, ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest,
@@ -187,7 +188,7 @@ impl Drop for ControlSocket {
 
 fn lock(run: &Path) -> Result<File, ControlError> {
     let path = run.join("agent.lock");
-    let file = File::create(&path).map_err(|source| ControlError::io("create", &path, source))?;
+    let file = open_lock(&path).map_err(|source| ControlError::io("create", &path, source))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(ControlError::AgentRunning(run.to_owned())),

@@ -28,6 +28,9 @@ use tokio::time::timeout;
 
 /// How many handshakes are under way at a time; more are refused.
 const HANDSHAKES: usize = 128;
+/// From so many on, whoever dials must first prove to receive what is sent to its address: forged ones must not take all
+/// the room.
+const UNPROVEN_HANDSHAKES: usize = 32;
 
 /// How many connections wait for [`Endpoint::accept`].
 const ACCEPTED: usize = 64;
@@ -324,6 +327,10 @@ async fn accept_all(quic: &quinn::Endpoint, accepted: mpsc::Sender<Connection>, 
             incoming = quic.accept() => match incoming {
                 None => return,
                 Some(incoming) if handshakes.len() >= HANDSHAKES => incoming.refuse(),
+                Some(incoming) if handshakes.len() >= UNPROVEN_HANDSHAKES && incoming.may_retry() => {
+                    // It may, so there is no error.
+                    let _ = incoming.retry();
+                }
                 Some(incoming) => drop(handshakes.spawn(shake_hands(incoming, accepted.clone(), limit))),
             },
             Some(_) = handshakes.join_next() => {}
