@@ -52,6 +52,8 @@ pub struct Replica {
     error: RefCell<Option<String>>,
     /// The session that is being served, and how it is told to end.
     current: Cell<u64>,
+    /// The host whose greeting was taken last: frames come from nobody else.
+    greeter: Cell<Option<HostId>>,
     superseded: Notify,
     idle: Notify,
     /// How many layers are being removed, which takes long where they are large.
@@ -140,6 +142,7 @@ impl Replica {
             inner: RefCell::new(Inner { machine, next_frame: 0, payloads: HashMap::new(), outgoing: None }),
             error: RefCell::new(None),
             current: Cell::new(0),
+            greeter: Cell::new(None),
             superseded: Notify::new(),
             idle: Notify::new(),
             ending_layers: Cell::new(0),

@@ -63,6 +63,7 @@ impl Replica {
             return Ok(());
         }
         let session = self.take_over();
+        self.greeter.set(Some(receiver.peer()));
         let (outgoing, mut source) = unbounded_channel();
         self.since.set(Instant::now());
         let members = hello.members.clone();
@@ -124,9 +125,9 @@ impl Replica {
                 frame = frames.receive(&self.pool) => frame?,
                 () = self.is_superseded(current) => return Ok(()),
             };
-            self.take_frame(session, header, payload)?;
+            self.take_frame(session, frames.peer(), header, payload)?;
             while let Some((header, payload)) = frames.receive_now(&self.pool)? {
-                self.take_frame(session, header, payload)?;
+                self.take_frame(session, frames.peer(), header, payload)?;
                 count += 1;
                 if count % BATCH == 0 {
                     tokio::task::yield_now().await;
@@ -182,6 +183,12 @@ impl Replica {
         self.split.get()
     }
 
+    /// Whose greeting was taken last.
+    #[must_use]
+    pub fn greeter(&self) -> Option<HostId> {
+        self.greeter.get()
+    }
+
     /// Tells the session that is being served to end, and names the next one.
     fn take_over(&self) -> u64 {
         let session = self.current.get() + 1;
@@ -203,9 +210,13 @@ impl Replica {
     fn take_frame(
         &self,
         session: SessionNumber,
+        sender: HostId,
         header: FrameHeader,
         payload: Bytes,
     ) -> Result<(), PrimaryMisbehaved> {
+        if self.greeter.get() != Some(sender) {
+            return Err(PrimaryMisbehaved("a frame comes from another host than the greeting"));
+        }
         if header.session != session {
             return Err(PrimaryMisbehaved("a frame carries another session than its stream"));
         }

@@ -137,8 +137,9 @@ impl Supervisor {
         if !is_member(&config, peer) {
             return Err((unknown_key(peer), sender));
         }
-        if hello.fence.holder != peer {
-            // A primary holds its fence itself. Another host's would have its frames taken for that one's.
+        let holder = hello.fence.holder;
+        if holder != peer && (holder == self.endpoint.id() || is_member(&config, holder)) {
+            // A primary holds its fence itself, by the key that it had when it was promoted.
             let text = "the greeting carries the fence of another host".to_owned();
             return Err((Refused { refusal: Refusal::Role, text }, sender));
         }

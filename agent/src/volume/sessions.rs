@@ -70,17 +70,16 @@ impl Volume {
     pub(super) fn take_frames(&self, preamble: StreamPreamble, frames: FrameReceiver) {
         let OpenRole::Replica(replica) = &self.role else { return };
         let (replica, name) = (replica.clone(), self.config.borrow().name.clone());
-        // Whom it follows is recorded before that one's greeting is answered, and so before its frames.
-        if replica.state().superblock().fence.holder != frames.peer() {
-            return tracing::warn!(volume = %name, peer = %frames.peer(), "frames of a host that is not the primary");
-        }
+        let sender = frames.peer();
         spawn_local(async move {
             if let Err(error) = replica.take_frames(preamble.session, frames).await {
                 // The end of the control stream is told; this is news only where the frames themselves are wrong.
                 if !error.is_lost() {
                     tracing::warn!(volume = %name, "{}", with_causes(&error));
                 }
-                replica.end_session(preamble.session);
+                if replica.greeter() == Some(sender) {
+                    replica.end_session(preamble.session);
+                }
             }
         });
     }
