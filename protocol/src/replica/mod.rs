@@ -590,3 +590,6 @@ impl Link {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

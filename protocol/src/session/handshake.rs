@@ -236,26 +236,25 @@ pub enum Handled {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::Circumstances;
+pub(super) mod tests {
     use super::*;
-    use crate::dirty_map::DirtyMap;
-    use crate::order::Order;
-    use crate::ranges::ByteRange;
     use crate::units::{HostId, Position};
-    use crate::wire::Body;
-    use crate::wire::message::Mode;
 
-    fn lineage(text: &str) -> Vec<GenerationId> {
+    pub(in super::super) fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()
     }
 
-    fn fence(holder: u8) -> Fence {
+    pub(in super::super) fn fence(holder: u8) -> Fence {
         Fence { counter: 2, holder: HostId([holder; 32]) }
     }
 
     /// What a replica answers that holds this of the primary with that fence.
-    fn welcome(data: DataState, can_roll_back: bool, source: Fence, generations: &str) -> Welcome {
+    pub(in super::super) fn welcome(
+        data: DataState,
+        can_roll_back: bool,
+        source: Fence,
+        generations: &str,
+    ) -> Welcome {
         Welcome {
             version: VERSIONS.1,
             features: 0,
@@ -307,113 +306,5 @@ mod tests {
         assert!(!greeting.vouches_for(other, &welcome(consistent, false, fence(1), "a")));
         let adopted = Base { adopted: 1, ..base };
         assert!(!greeting.vouches_for(adopted, &welcome(consistent, false, fence(1), "a")));
-    }
-
-    const BLOCKS: u64 = 256;
-
-    fn session_with(map: impl Fn(DirtyMap) -> DirtyMap) -> Session {
-        let (peer, block_size) = (HostId([2; 32]), BlockSize::default());
-        let size_bytes = BLOCKS * block_size.bytes();
-        let map = map(DirtyMap::full(VolumeId([1; 16]), peer, size_bytes, block_size));
-        Session::new(peer, map, size_bytes, block_size, 1 << 20, Mode::Async)
-    }
-
-    /// The primary with these generations greets, and this is the answer.
-    fn greet(session: &mut Session, generations: &str, welcome: Welcome) {
-        let identity = Identity {
-            volume: VolumeId([1; 16]),
-            size_bytes: BLOCKS * BlockSize::default().bytes(),
-            block_size: BlockSize::default(),
-            sector_bytes: 512,
-            copy: CopyId([1; 16]),
-            adopted: 0,
-            fence: fence(1),
-            lineage: lineage(generations),
-            members: Vec::new(),
-        };
-        session.handle_connected(SessionNumber(1), &identity);
-        for message in [welcome.into(), Union { ranges: Vec::new(), last: true }.into()] {
-            session.handle_message(message, Sequence(0), Time::default()).unwrap();
-        }
-    }
-
-    fn relative_to(copy: u8) -> Base {
-        Base { copy: CopyId([copy; 16]), generation: GenerationId([b'a'; 16]), adopted: 0 }
-    }
-
-    /// The full map was relative to the primary's newest generation, which the replica only has when it was committed:
-    /// each interruption began a copy of the whole volume anew.
-    #[test]
-    fn what_was_copied_by_a_full_map_counts_after_an_interruption() {
-        let mut session = session_with(|map| map.clean(relative_to(9)));
-        greet(&mut session, "ba", welcome(DataState::Consistent, false, fence(1), "a"));
-        assert!(session.map().is_full(), "the map was another copy's");
-        session.map.clear(0..100);
-        session.handle_disconnected(Time::default());
-        greet(&mut session, "ba", welcome(DataState::Inconsistent, false, fence(1), "a"));
-        assert_eq!(session.map().dirty_blocks(), BLOCKS - 100);
-    }
-
-    #[test]
-    fn a_generation_that_begins_before_a_clean_replica_has_recorded_its_commit_is_told_to_it() {
-        let mut session = session_with(|map| map.clean(relative_to(2)));
-        greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
-        let circumstances = Circumstances {
-            application_is_active: false,
-            lineage: &lineage("a"),
-            position: (Epoch(7), Sequence(3)),
-            may_commit: true,
-            active: &Vec::new,
-        };
-        session.drive(&Order::<u8>::new(512), &circumstances, Time::default());
-        session.handle_generation(GenerationId([b'b'; 16]));
-        let told = std::iter::from_fn(|| session.poll_action()).filter_map(|action| match action {
-            Action::Send(Message::Commit(commit)) => Some(commit.position.generation),
-            Action::SendFrame { header, .. } => match header.body {
-                Body::Generation { generation } => Some(generation),
-                _ => None,
-            },
-            _ => None,
-        });
-        assert_eq!(told.collect::<Vec<_>>(), [GenerationId([b'a'; 16]), GenerationId([b'b'; 16])]);
-    }
-
-    /// Under load some write had always been marked since the map was last written, so that a resync never began.
-    #[test]
-    fn a_resync_begins_when_the_replicas_union_is_durable_whatever_is_written_meanwhile() {
-        let mut session = session_with(|map| map.clean(relative_to(2)));
-        let begins = |session: &mut Session| {
-            let circumstances = Circumstances {
-                application_is_active: true,
-                lineage: &lineage("a"),
-                position: (Epoch(7), Sequence(3)),
-                may_commit: true,
-                active: &Vec::new,
-            };
-            session.drive(&Order::<u8>::new(512), &circumstances, Time::default());
-            let mut actions = std::iter::from_fn(|| session.poll_action());
-            actions.any(|action| matches!(action, Action::Send(Message::ResyncBegin(_))))
-        };
-        session.mark(7..8, Sequence(1));
-        session.write_map();
-        greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
-        session.mark_suspect(ByteRange::new(0, 4096), Sequence(1));
-        assert!(!begins(&mut session));
-        session.handle_map_written(true, Time::default());
-        assert!(!begins(&mut session), "what was being written then had not all of it");
-        session.mark(8..9, Sequence(2));
-        session.handle_map_written(true, Time::default());
-        assert!(session.first_unwritten().is_some());
-        assert!(begins(&mut session));
-    }
-
-    #[test]
-    fn that_everything_may_differ_takes_no_more_than_the_header() {
-        let mut session = session_with(|map| map.clean(relative_to(2)));
-        session.mark_suspect(ByteRange::new(0, BLOCKS * BlockSize::default().bytes()), Sequence(4));
-        assert_eq!(session.map().dirty_blocks(), BLOCKS);
-        assert_eq!(session.first_unwritten(), Some(Sequence(5)));
-        let changes = session.map.take_changes();
-        assert!(changes.pages.is_empty() && changes.header.is_some(), "{changes:?}");
     }
 }

@@ -602,39 +602,4 @@ impl Session {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::units::VolumeId;
-
-    /// The map's file could not be written twice in a row, and only clean blocks were to be noted. All blocks are dirty
-    /// in memory then, but clean in the file: a write to one of them was taken for safe, and its extent left the
-    /// activity log before anything on disk remembered it.
-    #[test]
-    fn nothing_is_safe_until_a_map_that_was_given_up_is_written() {
-        let (size_bytes, block_size) = (1 << 20, BlockSize::default());
-        let mut map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), size_bytes, block_size);
-        map.clear(0..255);
-        map.take_changes();
-        let mut session = Session::new(HostId([2; 32]), map, size_bytes, block_size, 1 << 20, Mode::Async);
-        let circumstances = Circumstances {
-            application_is_active: false,
-            lineage: &[],
-            position: (Epoch(0), Sequence(0)),
-            may_commit: true,
-            active: &Vec::new,
-        };
-        let order = Order::<u8>::new(512);
-        session.map.clear(255..256);
-        for second in [1, 3] {
-            session.drive(&order, &circumstances, Time(Duration::from_secs(second)));
-            session.handle_map_written(false, Time(Duration::from_secs(second)));
-        }
-        assert!(session.map().is_full());
-        session.mark(7..8, Sequence(5));
-        assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0));
-        session.drive(&order, &circumstances, Time(Duration::from_secs(5)));
-        assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0), "the header is being written");
-        session.handle_map_written(true, Time(Duration::from_secs(5)));
-        assert_eq!(session.safe_up_to(Sequence(5)), Sequence(5));
-    }
-}
+mod tests;

@@ -1,0 +1,344 @@
+//! What a replica answers, records and refuses: greetings, commits and generations, digests, rollbacks.
+
+use super::*;
+use crate::disk::activity_log::Recovered;
+use crate::disk::superblock::Role;
+use crate::units::{BlockSize, CopyId, GenerationId, HostId, Stream, VolumeId};
+use crate::wire::VERSIONS;
+use crate::wire::message::{Fence, Parting, Superseded, Union};
+use std::collections::{BTreeMap, BTreeSet};
+
+fn lineage(text: &str) -> Vec<GenerationId> {
+    text.bytes().map(|byte| GenerationId([byte; 16])).collect()
+}
+
+fn fence(counter: u64, holder: u8) -> Fence {
+    Fence { counter, holder: HostId([holder; 32]) }
+}
+
+/// A copy that follows the fence (2, host 2), with these generations.
+fn replica(generations: &str) -> Replica {
+    replica_of(superblock(generations), Vec::new())
+}
+
+fn superblock(generations: &str) -> Superblock {
+    Superblock {
+        volume: VolumeId([1; 16]),
+        copy: CopyId([2; 16]),
+        size_bytes: 1 << 20,
+        block_size: BlockSize::default(),
+        role: Role::Replica,
+        data: DataState::Consistent,
+        session: SessionNumber(0),
+        fence: fence(2, 2),
+        position: Position::default(),
+        source: fence(2, 2),
+        lineage: lineage(generations),
+        adopted: 0,
+        gap: 0,
+        layers: 0,
+        history: 0,
+        mode: Mode::Async,
+        released: false,
+    }
+}
+
+fn replica_of(superblock: Superblock, saved: Vec<ByteRange>) -> Replica {
+    let settings = Settings { sector_bytes: 512, window_bytes: 1 << 20, space: SpacePolicy::Pause };
+    let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
+    let (marker, maps) = (Position::default(), BTreeMap::new());
+    let kept = Vec::new();
+    Replica::new(settings, Stored { superblock, marker, log, maps, saved, kept })
+}
+
+fn hello(fence: Fence, generations: &str) -> Hello {
+    Hello {
+        versions: VERSIONS,
+        features: 0,
+        volume: VolumeId([1; 16]),
+        size_bytes: 1 << 20,
+        block_size: BlockSize::default(),
+        sector_bytes: 512,
+        copy: CopyId([3; 16]),
+        session: SessionNumber(1),
+        stream: Stream(1),
+        fence,
+        lineage: lineage(generations),
+        mode: Mode::Async,
+        members: Vec::new(),
+    }
+}
+
+#[test]
+fn a_copy_with_writes_of_its_own_lets_no_primary_overwrite_them() {
+    for (mine, theirs, refusal) in [
+        ("ba", "ba", None),
+        ("a", "ba", None),
+        ("", "ba", None),
+        ("ca", "ba", Some(Refusal::SplitBrain)),
+        ("cba", "ba", Some(Refusal::SplitBrain)),
+        // The primary says that there is nothing in common.
+        ("x", "ba", None),
+    ] {
+        let refused = replica(mine).objection(&hello(fence(3, 3), theirs));
+        assert_eq!(refused.map(|refused| refused.refusal), refusal, "{mine} {theirs}");
+    }
+}
+
+#[test]
+fn a_superseded_primary_is_told_so_before_histories_are_compared() {
+    let mut replica = replica("ba");
+    for old in [fence(1, 3), fence(2, 3)] {
+        assert_eq!(replica.objection(&hello(old, "ca")), None);
+        replica.greet(hello(old, "ca"));
+        let told = Superseded { fence: fence(2, 2) };
+        assert_eq!(replica.poll_action(), Some(Action::Send(told.into())));
+    }
+}
+
+/// Of two primaries the one that was promoted first greeted replicas which had seen later sessions, those of the
+/// other one: they refused it for that, and it never heard of the other.
+#[test]
+fn a_superseded_primary_is_told_so_whatever_else_there_is_to_say() {
+    let late = |replica: &mut Replica| replica.last_session = SessionNumber(9);
+    let failed = |replica: &mut Replica| replica.failed = true;
+    let full = |replica: &mut Replica| replica.gap.is_full = true;
+    for spoil in [late as fn(&mut Replica), failed, full] {
+        let mut replica = replica("ba");
+        spoil(&mut replica);
+        let told = Superseded { fence: fence(2, 2) };
+        assert_eq!(replica.rejection(&hello(fence(1, 3), "ba")), Some(told.into()));
+        let refused = replica.rejection(&hello(fence(2, 2), "ba"));
+        assert!(matches!(refused, Some(Message::Refused(_))), "{refused:?}");
+    }
+}
+
+/// Does what the replica asks for, up to what is wanted.
+fn drive(replica: &mut Replica, is_wanted: impl Fn(&Action) -> bool) -> Action {
+    loop {
+        match replica.poll_action().expect("it has something to do") {
+            action if is_wanted(&action) => return action,
+            Action::WriteState(_) => replica.handle_state_written(true),
+            Action::WriteLog { .. } => replica.handle_log_written(true),
+            Action::Send(_) | Action::EndLayer(_) | Action::Drop(_) => {}
+            _ => panic!("it has nothing else to do"),
+        }
+    }
+}
+
+/// A host that gave up what it had, all of it, and was being resynced has no map that could tell of what a rollback
+/// has restored: the primary of the resync went on with the bits that it had cleared.
+#[test]
+fn what_a_rollback_began_to_restore_is_told_to_the_primary_of_the_resync() {
+    let saved = ByteRange::new(8192, 4096);
+    for (is_rolled_back, told) in [(false, vec![]), (true, vec![saved])] {
+        let mut superblock = superblock("");
+        (superblock.data, superblock.gap, superblock.layers) = (DataState::Inconsistent, 1, 1);
+        if is_rolled_back {
+            promotion::begin(&mut superblock);
+        }
+        let mut replica = replica_of(superblock, vec![saved]);
+        replica.greet(hello(fence(2, 2), "ba"));
+        let union = drive(&mut replica, |action| matches!(action, Action::Send(Message::Union(_))));
+        assert_eq!(union, Action::Send(Union { ranges: told, last: true }.into()));
+    }
+}
+
+#[test]
+fn a_replica_that_failed_comes_to_rest() {
+    let mut replica = replica("a");
+    replica.change_state(StateChange::Forget, None);
+    replica.change_state(StateChange::Behind, None);
+    replica.handle_log_written(true);
+    replica.fail();
+    replica.change_state(StateChange::Behind, None);
+    assert!(!replica.is_idle(), "one is being recorded");
+    replica.handle_state_written(false);
+    assert!(replica.is_idle(), "nothing is waited for that will never be");
+}
+
+fn is_welcome(action: &Action) -> bool {
+    matches!(action, Action::Send(Message::Welcome(_)))
+}
+
+#[test]
+fn a_copy_that_is_told_of_replies_without_it_counts_no_more() {
+    for (theirs, mode) in [("a", Mode::Sync), ("ba", Mode::Async)] {
+        let mut replica = replica("a");
+        replica.superblock.mode = Mode::Sync;
+        replica.greet(hello(fence(2, 2), theirs));
+        drive(&mut replica, is_welcome);
+        assert_eq!(replica.superblock.mode, mode, "durably, before it answers");
+    }
+}
+
+/// A replica whose resync was recorded.
+fn resyncing() -> Replica {
+    let mut replica = replica("a");
+    replica.superblock.data = DataState::Inconsistent;
+    replica.greet(hello(fence(2, 2), "a"));
+    drive(&mut replica, is_welcome);
+    while let Some(action) = replica.poll_action() {
+        assert!(matches!(action, Action::Send(_)), "{action:?}");
+    }
+    replica
+}
+
+fn copy_frame(body: Body) -> FrameHeader {
+    FrameHeader { session: SessionNumber(1), stream: Stream(1), body }
+}
+
+#[test]
+fn a_digest_for_a_resync_is_durable_with_the_sync_after_it() {
+    let mut replica = resyncing();
+    let range = ByteRange::new(0, 4096);
+    replica.handle_frame(FrameId(1), copy_frame(Body::CopyDigest { range, number: 1 })).unwrap();
+    assert_eq!(replica.poll_action(), Some(Action::ReadDigest { frame: FrameId(1), range }));
+    assert_eq!(replica.poll_action(), None);
+    replica.handle_digest(FrameId(1), Some([7; 32]));
+    let answer = CopyDigest { session: SessionNumber(1), number: 1, digest: [7; 32] };
+    assert_eq!(replica.poll_action(), Some(Action::Send(answer.into())));
+    assert_eq!(replica.poll_action(), Some(Action::Sync));
+    assert_eq!(replica.poll_action(), None, "not before the sync has ended");
+    replica.handle_synced(true);
+    let told = replica.poll_action();
+    let is_durable = |message: &Message| matches!(message, Message::Acknowledgement(acknowledgement) if acknowledgement.copies == 1);
+    assert!(matches!(&told, Some(Action::Send(message)) if is_durable(message)), "{told:?}");
+}
+
+#[test]
+fn a_replica_that_can_not_read_for_a_digest_has_failed() {
+    let mut replica = resyncing();
+    let range = ByteRange::new(0, 4096);
+    replica.handle_frame(FrameId(1), copy_frame(Body::CopyDigest { range, number: 1 })).unwrap();
+    replica.handle_digest(FrameId(1), None);
+    assert!(replica.has_failed());
+}
+
+#[test]
+fn a_primary_that_asks_for_digests_without_bound_or_resync_is_sent_away() {
+    let mut replica = resyncing();
+    let mut ask = |number| {
+        let range = ByteRange::new(0, 1 << 20);
+        replica.handle_frame(FrameId(number), copy_frame(Body::CopyDigest { range, number }))
+    };
+    let refused = (1..).find(|number| ask(*number).is_err());
+    assert_eq!(refused, Some(DIGEST_LIMIT_BYTES / ((1 << 20) + DIGEST_COST_BYTES) + 1));
+    let mut consistent = self::replica("a");
+    consistent.greet(hello(fence(2, 2), "a"));
+    drive(&mut consistent, is_welcome);
+    let range = ByteRange::new(0, 4096);
+    let header = copy_frame(Body::CopyDigest { range, number: 1 });
+    assert!(consistent.handle_frame(FrameId(1), header).is_err());
+}
+
+/// A copy that was in sync in sync mode, and in a session.
+fn in_sync() -> Replica {
+    let mut replica = replica("a");
+    replica.superblock.mode = Mode::Sync;
+    replica.greet(hello(fence(2, 2), "a"));
+    drive(&mut replica, is_welcome);
+    replica
+}
+
+/// What the primary of the session commits a copy to.
+fn commit(position: Position, generations: &str) -> Message {
+    let (lineage, active, mode) = (lineage(generations), Vec::new(), Mode::Async);
+    Commit { session: SessionNumber(1), position, lineage, active, mode }.into()
+}
+
+#[test]
+fn a_copy_is_behind_before_the_layer_of_a_resync_is_begun() {
+    let mut replica = in_sync();
+    let begin = ResyncBegin { session: SessionNumber(1), dirty_bytes: 512 };
+    replica.handle_message(begin.into()).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
+    assert_eq!(replica.superblock.mode, Mode::Async, "there may be no layer to be had");
+}
+
+#[test]
+fn a_copy_is_behind_when_its_primary_parts_with_it() {
+    let mut replica = in_sync();
+    replica.handle_message(Parting { session: SessionNumber(1) }.into()).unwrap();
+    drive(&mut replica, |action| *action == Action::WriteState(StateChange::Behind));
+    replica.handle_disconnected();
+    replica.handle_state_written(true);
+    assert_eq!(replica.superblock.mode, Mode::Async, "also when the link is gone by then");
+}
+
+#[test]
+fn a_copy_is_behind_when_an_epoch_is_cut_short() {
+    for cut in [true, false] {
+        let mut replica = in_sync();
+        let body = Body::EpochEnd { epoch: Epoch(1), sequence: Sequence(0), cut };
+        let header = FrameHeader { session: SessionNumber(1), stream: Stream(1), body };
+        replica.handle_frame(FrameId(1), header).unwrap();
+        let is_behind = |action| action == Action::WriteState(StateChange::Behind);
+        assert_eq!(std::iter::from_fn(|| replica.poll_action()).any(is_behind), cut);
+    }
+}
+
+#[test]
+fn a_generation_that_begins_while_a_commit_is_recorded_is_recorded_before_its_first_write() {
+    let mut replica = replica("a");
+    replica.superblock.data = DataState::Inconsistent;
+    replica.greet(hello(fence(2, 2), "a"));
+    drive(&mut replica, is_welcome);
+    let session = SessionNumber(1);
+    let position = Position { generation: lineage("a")[0], epoch: Epoch(1), sequence: Sequence(0) };
+    replica.handle_message(commit(position, "a")).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::WriteState(StateChange::Commit { .. })));
+    let range = ByteRange::new(0, 512);
+    let write = Body::Write { range, epoch: Epoch(2), sequence: Sequence(1) };
+    for (frame, body) in [Body::Generation { generation: lineage("b")[0] }, write].into_iter().enumerate() {
+        let header = FrameHeader { session, stream: Stream(1), body };
+        replica.handle_frame(FrameId(frame as u64), header).unwrap();
+    }
+    replica.handle_state_written(true);
+    drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
+    assert_eq!(replica.superblock.lineage, lineage("ba"));
+}
+
+/// A primary whose replicas left the stream often within one session had no room for the generation that the session
+/// began with: the commit took it for one that had just begun, and the next greeting for a split.
+#[test]
+fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
+    let mut replica = replica("a");
+    replica.superblock.data = DataState::Inconsistent;
+    replica.greet(hello(fence(2, 2), "a"));
+    drive(&mut replica, is_welcome);
+    let session = SessionNumber(1);
+    let position = Position { generation: lineage("c")[0], epoch: Epoch(1), sequence: Sequence(0) };
+    replica.handle_message(commit(position, "cb")).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::Send(Message::Committed(_))));
+    assert_eq!(replica.superblock.lineage, lineage("cb"));
+    let body = Body::EpochEnd { epoch: Epoch(2), sequence: Sequence(0), cut: false };
+    replica.handle_frame(FrameId(1), FrameHeader { session, stream: Stream(1), body }).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::Sync));
+    replica.handle_synced(true);
+    let marker = drive(&mut replica, |action| matches!(action, Action::WriteMarker(_)));
+    assert_eq!(marker, Action::WriteMarker(Position { epoch: Epoch(2), ..position }));
+}
+
+#[test]
+fn a_generation_that_comes_before_the_commit_that_it_overtook_is_in_what_is_committed() {
+    for is_recorded in [false, true] {
+        let mut replica = replica("a");
+        replica.greet(hello(fence(2, 2), "a"));
+        drive(&mut replica, is_welcome);
+        let session = SessionNumber(1);
+        let body = Body::Generation { generation: lineage("b")[0] };
+        replica.handle_frame(FrameId(1), FrameHeader { session, stream: Stream(1), body }).unwrap();
+        drive(&mut replica, |action| matches!(action, Action::WriteState(StateChange::Generation(_))));
+        if is_recorded {
+            replica.handle_state_written(true);
+        }
+        let position = Position { generation: lineage("a")[0], epoch: Epoch(1), sequence: Sequence(0) };
+        replica.handle_message(commit(position, "a")).unwrap();
+        if !is_recorded {
+            replica.handle_state_written(true);
+        }
+        drive(&mut replica, |action| matches!(action, Action::Send(Message::Committed(_))));
+        assert_eq!(replica.superblock.lineage, lineage("ba"), "{is_recorded}");
+    }
+}
