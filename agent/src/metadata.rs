@@ -364,4 +364,4 @@ fn folder_error(folder: &Path, source: std::io::Error) -> StateError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

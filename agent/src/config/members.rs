@@ -45,11 +45,10 @@ impl VolumeConfig {
             let mode = if primary == Some(member.host) { own_mode } else { Some(member.mode) };
             match self.peers.iter_mut().find(|peer| peer.host == member.host) {
                 Some(known) => {
-                    // A primary that started before its network was up knows no address of its own but this.
-                    let leads_nowhere = told.addresses.iter().all(Address::is_loopback);
-                    if !leads_nowhere
-                        || !told.addresses.is_empty() && known.addresses.iter().all(Address::is_loopback)
-                    {
+                    // A primary that started before its network was up knows none of its own but loopback.
+                    let lead_nowhere = |addresses: &[Address]| addresses.iter().all(Address::is_loopback);
+                    let is_better = !lead_nowhere(&told.addresses) || lead_nowhere(&known.addresses);
+                    if !told.addresses.is_empty() && is_better {
                         known.addresses = told.addresses;
                     }
                     known.mode = mode.filter(|_| is_replica).map_or(known.mode, Mode::from);

@@ -15,7 +15,8 @@ use std::cell::Cell;
 const SIZE_BYTES: u64 = 1 << 30;
 const PEERS: [HostId; 2] = [HostId([3; 32]), HostId([4; 32])];
 
-fn superblock() -> Superblock {
+/// What a replica's state folder says that is in sync.
+pub(crate) fn superblock() -> Superblock {
     Superblock {
         volume: VolumeId([1; 16]),
         copy: CopyId([2; 16]),

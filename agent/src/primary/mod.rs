@@ -31,6 +31,7 @@ use bytes::Bytes;
 use link::{LinkQueues, Queued};
 pub use link::{LinkState, Peer, Split};
 pub(crate) use requests::{Reads, allocation};
+use requests::{how_ended, is_full};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
@@ -553,18 +554,6 @@ impl Inner {
         data
     }
 
-    /// Keeps why a piece of a request was not written, for its answer. Only while the backing is as good as before is
-    /// a lack of space told, for which an application may wait and try again.
-    fn note_failure(&mut self, request: RequestId, ended: LocalWrite, found_no_room: bool) {
-        let errno = match ended {
-            LocalWrite::Written => return,
-            LocalWrite::Failed if found_no_room => libc::ENOSPC,
-            LocalWrite::Failed | LocalWrite::NotDurable => libc::EIO,
-        };
-        let pending = self.requests.get_mut(&request).expect("a request is answered after its last piece");
-        pending.failure.get_or_insert(Errno(errno));
-    }
-
     /// Hands something to the sender of a link; dropped where the link is gone.
     fn queue(&mut self, peer: HostId, queued: Queued) {
         if let Some(link) = self.links.get(&peer) {
@@ -586,23 +575,6 @@ impl Inner {
             }
         }
     }
-}
-
-/// How a write to the backing ended. `has_own_reason`: an error is about this very write, not about what the kernel's
-/// cache lost before.
-fn how_ended(outcome: &storage::Outcome, durable: bool, has_own_reason: bool) -> LocalWrite {
-    match outcome {
-        Ok(_) => LocalWrite::Written,
-        // The kernel doesn't tell whether a durable write or its sync failed. A full disk is the former, but for the
-        // cache: its sync tells of earlier writes that found no room, and tells it once.
-        Err(error) if durable && !(has_own_reason && is_full(error)) => LocalWrite::NotDurable,
-        Err(_) => LocalWrite::Failed,
-    }
-}
-
-/// Whether an operation failed because there was no room for it.
-fn is_full(error: &storage::Error) -> bool {
-    matches!(error.source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 /// The BLAKE3 digest of a range of a backing.

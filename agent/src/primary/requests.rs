@@ -1,11 +1,12 @@
-//! What front ends ask of a volume: reads go straight to the backing, all else to the tracker.
+//! What front ends ask of a volume: reads go straight to the backing, all else to the tracker. And what they are answered
+//! where the backing fails.
 
-use super::{Pending, Primary};
+use super::{Inner, Pending, Primary};
 use crate::device::{Answer, Command, Errno, Geometry, Part, Reply, Request, Volume};
 use crate::storage::file::File;
 use crate::storage::{self, Operation};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::tracker::{RequestId, Work};
+use blockmirror_protocol::tracker::{LocalWrite, RequestId, Work};
 use bytes::Bytes;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -60,6 +61,37 @@ impl Primary {
         let backing = self.backing.clone();
         spawn_local(async move { reply.complete(cookie, allocation(&backing, range)) });
     }
+}
+
+impl Inner {
+    /// Keeps why a piece of a request was not written, for its answer. Only while the backing is as good as before is
+    /// a lack of space told, for which an application may wait and try again.
+    pub(super) fn note_failure(&mut self, request: RequestId, ended: LocalWrite, found_no_room: bool) {
+        let errno = match ended {
+            LocalWrite::Written => return,
+            LocalWrite::Failed if found_no_room => libc::ENOSPC,
+            LocalWrite::Failed | LocalWrite::NotDurable => libc::EIO,
+        };
+        let pending = self.requests.get_mut(&request).expect("a request is answered after its last piece");
+        pending.failure.get_or_insert(Errno(errno));
+    }
+}
+
+/// How a write to the backing ended. `has_own_reason`: an error is about this very write, not about what the kernel's
+/// cache lost before.
+pub(super) fn how_ended(outcome: &storage::Outcome, durable: bool, has_own_reason: bool) -> LocalWrite {
+    match outcome {
+        Ok(_) => LocalWrite::Written,
+        // The kernel doesn't tell whether a durable write or its sync failed. A full disk is the former, but for the
+        // cache: its sync tells of earlier writes that found no room, and tells it once.
+        Err(error) if durable && !(has_own_reason && is_full(error)) => LocalWrite::NotDurable,
+        Err(_) => LocalWrite::Failed,
+    }
+}
+
+/// Whether an operation failed because there was no room for it.
+pub(super) fn is_full(error: &storage::Error) -> bool {
+    matches!(error.source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 /// How the last read of a volume went.

@@ -2,12 +2,11 @@
 
 use super::*;
 use crate::device::{Command, Request, Volume};
+use crate::metadata::tests::superblock;
 use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
 use crate::storage::{Engine, open_with};
 use blockmirror_protocol::disk::superblock::Role;
-use blockmirror_protocol::units::{BlockSize, CopyId, VolumeId};
-use blockmirror_protocol::wire::message::DataState;
 use std::io;
 use std::path::Path;
 
@@ -31,25 +30,7 @@ async fn open(folder: &Path) -> (Rc<Primary>, Rc<Faults>) {
         path.display()
     );
     let config: VolumeConfig = toml::from_str(&config).expect("a configuration");
-    let superblock = Superblock {
-        volume: VolumeId([1; 16]),
-        copy: CopyId([2; 16]),
-        size_bytes: SIZE_BYTES,
-        block_size: BlockSize::default(),
-        role: Role::Primary,
-        data: DataState::Consistent,
-        session: SessionNumber(0),
-        fence: Fence { counter: 1, holder: HostId([3; 32]) },
-        position: Position::default(),
-        source: Fence::default(),
-        lineage: vec![GenerationId([5; 16])],
-        adopted: 1,
-        gap: 0,
-        layers: 0,
-        history: 0,
-        mode: Mode::Async,
-        released: false,
-    };
+    let superblock = Superblock { role: Role::Primary, size_bytes: SIZE_BYTES, ..superblock() };
     let storage = open_with(Engine::Automatic).expect("a storage");
     let pool = BufferPool::new(1 << 20);
     let state = State::create(&folder.join("state"), storage.clone(), pool.clone(), &superblock).await;
