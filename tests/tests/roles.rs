@@ -240,6 +240,29 @@ fn a_demotion_waits_for_nobody_who_has_the_device_open() {
     assert_identical(b, a);
 }
 
+/// The new host was promoted by hand while the old primary still waited for a third one, and refused to take over; the
+/// old one took that for its leave to go on. Neither was superseded by the other.
+#[test]
+fn a_promotion_by_hand_in_the_middle_of_a_switch_makes_no_second_primary() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    scatter(&mut mirror.client(), &mut Random::new(4), 16 * MIB / BLOCK_BYTES, 50);
+    mirror.assert_identical();
+    let [b, c] = &mut mirror.replicas[..] else { panic!("there are two replicas") };
+    c.stall();
+    let mut switching = mirror.primary.begin(&["switch", "data", "--to", "b"]);
+    b.wait_until("it has everything, or took over already", |status| {
+        status.action.contains("blockmirror promote data") || status.facts.role == Role::Primary
+    });
+    // Refused where the switch was quicker after all.
+    b.tool(&["promote", "data"]);
+    until("the switch ends", || if switching.has_ended() { Ok(()) } else { Err("it goes on".to_owned()) });
+    c.go_on();
+    b.wait_until("it is the primary", |status| status.facts.role == Role::Primary);
+    mirror.primary.wait_until("it follows", |status| status.state == VolumeState::Following);
+    assert_identical(b, &mirror.primary);
+    assert_identical(b, c);
+}
+
 #[test]
 fn a_promotion_that_could_lose_or_split_something_is_refused_with_the_reason() {
     let folder = Folder::new();
