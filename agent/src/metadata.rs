@@ -19,7 +19,7 @@ use blockmirror_protocol::disk::{
 };
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{promotion, undo};
-use blockmirror_protocol::units::{GenerationId, HostId, Position};
+use blockmirror_protocol::units::{GenerationId, HostId, Mark};
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -81,7 +81,7 @@ impl State {
         std::fs::create_dir_all(folder).map_err(|source| folder_error(folder, source))?;
         File::create_metadata(folder.join(activity_log::FILE_NAME), activity_log::FILE_BYTES)?;
         let marker_file = Rc::new(File::create_metadata(folder.join(marker::FILE_NAME), marker::FILE_BYTES)?);
-        write_page(&*storage, &marker_file, slot_offset(1), &marker::encode(Position::default(), 1)).await?;
+        write_page(&*storage, &marker_file, slot_offset(1), &marker::encode(Mark::default(), 1)).await?;
         // The superblock comes last: a folder with one is complete.
         let file = File::create_metadata(folder.join(superblock::FILE_NAME), superblock::FILE_BYTES)?;
         write_page(&*storage, &Rc::new(file), slot_offset(1), &superblock.encode(1)).await?;
@@ -164,14 +164,14 @@ impl State {
     ///
     /// # Errors
     /// [`StateError`] when it can't be read or is newer than this release.
-    pub async fn recover_marker(&self) -> Result<Position, StateError> {
+    pub async fn recover_marker(&self) -> Result<Mark, StateError> {
         let bytes = read(&*self.storage, &self.marker_file, &self.pool, marker::FILE_BYTES).await?;
         match marker::recover(&bytes) {
-            Ok((serial, position)) => {
+            Ok((serial, mark)) => {
                 *self.marker_serial.borrow_mut() = serial;
-                Ok(position)
+                Ok(mark)
             }
-            Err(MetadataError::Corrupted { .. }) => Ok(Position::default()),
+            Err(MetadataError::Corrupted { .. }) => Ok(Mark::default()),
             Err(source) => Err(metadata_error(&self.folder, source)),
         }
     }
@@ -180,10 +180,10 @@ impl State {
     ///
     /// # Errors
     /// [`StateError`] when it can't be written.
-    pub async fn write_marker(&self, position: Position) -> Result<(), StateError> {
+    pub async fn write_marker(&self, mark: Mark) -> Result<(), StateError> {
         let serial = *self.marker_serial.borrow() + 1;
         *self.marker_serial.borrow_mut() = serial;
-        let page = marker::encode(position, serial);
+        let page = marker::encode(mark, serial);
         write_page(&*self.storage, &self.marker_file, slot_offset(serial), &page).await?;
         Ok(())
     }

@@ -87,7 +87,7 @@ pub fn read(folder: &Path, volume: &VolumeConfig) -> Stored {
     };
     Stored {
         superblock: Some(superblock),
-        marker: marker.map(|(_, position)| position).filter(|position| position.epoch.0 > 0),
+        marker: marker.map(|(_, mark)| mark.position).filter(|position| position.epoch.0 > 0),
         out_of_sync_bytes: volume.peers.iter().map(|peer| out_of_sync(peer.host)).collect(),
     }
 }

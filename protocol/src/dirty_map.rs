@@ -11,7 +11,7 @@ use crate::disk::dirty_map::{
 };
 use crate::disk::{PAGE_BYTES, Page, slot_offset};
 use crate::ranges::ByteRange;
-use crate::units::{BlockSize, CopyId, GenerationId, HostId, VolumeId};
+use crate::units::{BlockSize, CopyId, GenerationId, HostId, Mark, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -21,6 +21,8 @@ pub struct DirtyMap {
     header: Header,
     serial: u64,
     header_changed: bool,
+    /// Whether more is known of the peer than was handed out for writing.
+    known_changed: bool,
     pages: BTreeMap<u64, MapPage>,
     /// Pages that differ from what was last handed out for writing, those below `unwritten_below` left out.
     changed: BTreeSet<u64>,
@@ -74,6 +76,7 @@ impl DirtyMap {
             volume,
             peer,
             base: Base::default(),
+            known: Mark::default(),
             blocks: block_size.blocks_in(size_bytes),
             block_size,
             full_from: 0,
@@ -82,6 +85,7 @@ impl DirtyMap {
             header,
             serial: 0,
             header_changed: true,
+            known_changed: false,
             pages: BTreeMap::new(),
             changed: BTreeSet::new(),
             unwritten_below: 0,
@@ -92,7 +96,8 @@ impl DirtyMap {
     /// The same map with no dirty block, relative to this: the peer holds exactly what this host does.
     #[must_use]
     pub fn clean(self, base: Base) -> Self {
-        let header = Header { base, full_from: page_count(self.header.blocks), ..self.header };
+        let full_from = page_count(self.header.blocks);
+        let header = Header { base, known: Mark::default(), full_from, ..self.header };
         let mut map = Self { header, pages: BTreeMap::new(), dirty_in_pages: 0, ..self };
         // Whatever the file holds is overwritten.
         map.forget_written();
@@ -121,6 +126,7 @@ impl DirtyMap {
             header,
             serial,
             header_changed: false,
+            known_changed: false,
             pages: BTreeMap::new(),
             changed: BTreeSet::new(),
             unwritten_below: 0,
@@ -143,6 +149,7 @@ impl DirtyMap {
             header,
             serial: 0,
             header_changed: false,
+            known_changed: false,
             pages: self.pages.clone(),
             changed: BTreeSet::new(),
             unwritten_below: 0,
@@ -161,6 +168,23 @@ impl DirtyMap {
         let base = Base { copy, generation, ..self.header.base };
         self.header_changed |= base != self.header.base;
         self.header.base = base;
+    }
+
+    /// How far the peer is known to be, durably.
+    #[must_use]
+    pub fn known(&self) -> Mark {
+        self.header.known
+    }
+
+    /// The peer is this far, durably. The file need not say so at once: see [`DirtyMap::save_known`].
+    pub fn note_known(&mut self, known: Mark) {
+        self.known_changed |= known != self.header.known;
+        self.header.known = known;
+    }
+
+    /// What is known of the peer counts as a change that the file lacks.
+    pub fn save_known(&mut self) {
+        self.header_changed |= self.known_changed;
     }
 
     /// How many blocks may differ.
@@ -280,6 +304,7 @@ impl DirtyMap {
             changes.add_hole(at..range.end);
         }
         if std::mem::take(&mut self.header_changed) {
+            self.known_changed = false;
             self.serial += 1;
             changes.header = Some((slot_offset(self.serial), Box::new(self.header.encode(self.serial))));
         }

@@ -4,7 +4,7 @@
 //! could have let another host go on alone (L1), so two hosts that both went on have different newest generations over
 //! a common one, and a host that merely missed something has a newest generation that the other one's lineage contains.
 
-use crate::units::{Epoch, GenerationId, Position};
+use crate::units::{Epoch, GenerationId, Mark, Position};
 
 /// How many low bits of an epoch's number count within one run of a primary; the rest count the runs.
 const RUN_BITS: u32 = 40;
@@ -65,6 +65,16 @@ pub fn begin(lineage: &mut Vec<GenerationId>, generation: GenerationId, kept: &[
     }
 }
 
+/// Whether a replica that is `found` there has gone back behind what was `known` to be durable on it (X4): then nothing
+/// that was remembered of it holds.
+#[must_use]
+pub fn went_back(lineage: &[GenerationId], found: Mark, known: Mark) -> bool {
+    let is_same = (found.position.generation, found.position.epoch)
+        == (known.position.generation, known.position.epoch);
+    let is_earlier = !is_same && later(lineage, found.position, known.position) == known.position;
+    is_earlier || (found.session, found.copies) < (known.session, known.copies)
+}
+
 /// The later one of two positions of the history that this lineage names. A position in a generation that it doesn't
 /// contain comes before all others.
 #[must_use]
@@ -91,7 +101,7 @@ pub fn first_epoch_after(before: Epoch) -> Epoch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::Sequence;
+    use crate::units::{Sequence, Session};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()
@@ -134,6 +144,33 @@ mod tests {
         let mut generations = lineage("dcba");
         begin(&mut generations, GenerationId([b'e'; 16]), &lineage("a"), 4);
         assert_eq!(generations, lineage("edca"));
+    }
+
+    #[test]
+    fn a_replica_goes_back_by_its_epochs_or_by_its_copies() {
+        let mark = |byte, epoch, session, copies| Mark {
+            position: Position {
+                generation: GenerationId([byte; 16]),
+                epoch: Epoch(epoch),
+                sequence: Sequence(epoch),
+            },
+            session: Session(session),
+            copies,
+        };
+        let known = mark(b'a', 9, 4, 10);
+        for (found, has_gone_back) in [
+            (known, false),
+            (mark(b'a', 10, 4, 10), false),
+            (mark(b'b', 1, 4, 10), false),
+            (mark(b'a', 9, 5, 1), false),
+            (mark(b'a', 8, 4, 10), true),
+            (mark(b'x', 20, 4, 10), true),
+            (mark(b'a', 9, 4, 9), true),
+            (mark(b'a', 9, 3, 30), true),
+        ] {
+            assert_eq!(went_back(&lineage("ba"), found, known), has_gone_back, "{found:?}");
+        }
+        assert!(!went_back(&lineage("ba"), mark(b'x', 0, 0, 0), Mark::default()), "nothing was known");
     }
 
     #[test]

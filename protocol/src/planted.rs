@@ -54,11 +54,13 @@ pub enum Bug {
     ClearOnMatch,
     /// Overlap is judged in sectors of 512 bytes, whatever the disks have (W1).
     NarrowSectors,
+    /// A replica that has gone back is taken for what it was (X4).
+    IgnoreMark,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -81,6 +83,7 @@ impl Bug {
         Self::UndoUnmarked,
         Self::ClearOnMatch,
         Self::NarrowSectors,
+        Self::IgnoreMark,
     ];
 }
 

@@ -165,6 +165,17 @@ pub struct Position {
     pub sequence: Sequence,
 }
 
+/// How far a replica is, durably, as its own marker says. It never goes back but where the host was set back (X4).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+pub struct Mark {
+    /// The last durable epoch; in a gap, the rollback point.
+    pub position: Position,
+    /// The last session in which copies became durable.
+    pub session: Session,
+    /// How many of its copies are, counted from the first without gaps.
+    pub copies: u64,
+}
+
 /// The size of a block: a power of two from 4 KiB to 1 MiB.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BlockSize {

@@ -148,8 +148,10 @@ fn count(extents: Option<&BTreeSet<Extent>>) -> String {
 }
 
 fn epoch_marker(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
-    let marker = newest(file, page, marker::recover)?;
-    position(marker, page);
+    let mark = newest(file, page, marker::recover)?;
+    position(mark.position, page);
+    page.row("session", mark.session);
+    page.row("copies", mark.copies);
     Ok(())
 }
 

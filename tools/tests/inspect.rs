@@ -13,7 +13,7 @@ use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, superblock};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{
-    BlockSize, CopyId, EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Position, Sequence, Session,
+    BlockSize, CopyId, EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session,
     VolumeId,
 };
 use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
@@ -27,6 +27,10 @@ const BLOCKS: u64 = 3 * BLOCKS_PER_PAGE;
 
 fn position() -> Position {
     Position { generation: GenerationId([6; 16]), epoch: Epoch(7), sequence: Sequence(8) }
+}
+
+fn mark() -> Mark {
+    Mark { position: position(), session: Session(9), copies: 10 }
 }
 
 fn a_superblock(role: superblock::Role) -> Superblock {
@@ -143,7 +147,7 @@ superblock
 fn a_marker_is_printed_with_both_slots() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("marker");
-    let newest = marker::encode(position(), 3);
+    let newest = marker::encode(mark(), 3);
     fs::write(&path, [&[0; PAGE_BYTES], &newest[..]].concat()).unwrap();
     let expected = "\
 marker
@@ -152,9 +156,11 @@ marker
   generation:  06060606060606060606060606060606
   epoch:       7
   sequence:    8
+  session:     9
+  copies:      10
 ";
     assert_prints(&path, expected);
-    fs::write(&path, marker::encode(position(), 2)).unwrap();
+    fs::write(&path, marker::encode(mark(), 2)).unwrap();
     let expected = "\
 marker
   slot 0:      serial 2, whole, newest
@@ -162,6 +168,8 @@ marker
   generation:  06060606060606060606060606060606
   epoch:       7
   sequence:    8
+  session:     9
+  copies:      10
 ";
     assert_prints(&path, expected);
 }
@@ -431,7 +439,7 @@ fn a_stopped_replica_knows_its_copy_and_its_epoch() {
     fs::create_dir_all(&state).unwrap();
     let superblock = a_superblock(superblock::Role::Replica);
     fs::write(state.join(superblock::FILE_NAME), superblock.encode(2)).unwrap();
-    fs::write(state.join(marker::FILE_NAME), marker::encode(position(), 2)).unwrap();
+    fs::write(state.join(marker::FILE_NAME), marker::encode(mark(), 2)).unwrap();
     let volume = status(folder.path(), Role::Replica).volumes.remove(0);
     assert_eq!((volume.facts.data, volume.facts.epoch), (Some(CopyState::Consistent), Some(7)));
     assert!(volume.verdict.contains("this copy is consistent"), "{}", volume.verdict);

@@ -7,7 +7,7 @@ use crate::storage::{Engine, drain, open_with};
 use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::units::{
-    BlockSize, CopyId, Epoch, GenerationId, Sequence, Session as SessionNumber, VolumeId,
+    BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session as SessionNumber, VolumeId,
 };
 use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
 use std::cell::Cell;
@@ -44,6 +44,10 @@ fn base() -> Base {
 
 fn position(epoch: u64) -> Position {
     Position { generation: GenerationId([5; 16]), epoch: Epoch(epoch), sequence: Sequence(epoch) }
+}
+
+fn mark(epoch: u64) -> Mark {
+    Mark { position: position(epoch), session: SessionNumber(epoch), copies: 0 }
 }
 
 /// Runs a test the way a volume's thread runs.
@@ -125,7 +129,7 @@ fn a_folder_is_complete_or_not_opened_and_made_again() {
             match State::open(&path, storage.clone(), pool()).await {
                 Ok(state) => {
                     assert_eq!(state.superblock(), superblock());
-                    assert_eq!(state.recover_marker().await.unwrap(), Position::default());
+                    assert_eq!(state.recover_marker().await.unwrap(), Mark::default());
                     let log = state.recover_log().await.unwrap();
                     assert!(
                         matches!(log, activity_log::Recovered::Active { extents, .. } if extents.is_empty())
@@ -178,16 +182,16 @@ fn a_marker_names_the_epoch_before_or_the_one_that_was_written() {
             async |_| markers.set(0),
             async |state| {
                 for epoch in 1..4 {
-                    state.write_marker(position(epoch)).await.unwrap();
+                    state.write_marker(mark(epoch)).await.unwrap();
                     markers.set(epoch);
                 }
             },
             async |state, _| {
-                let found = state.recover_marker().await.unwrap().epoch.0;
+                let found = state.recover_marker().await.unwrap().position.epoch.0;
                 assert!((markers.get()..=markers.get() + 1).contains(&found), "{found} after {markers:?}");
                 // What is written next takes the other place.
-                state.write_marker(position(found + 1)).await.unwrap();
-                assert_eq!(state.recover_marker().await.unwrap(), position(found + 1));
+                state.write_marker(mark(found + 1)).await.unwrap();
+                assert_eq!(state.recover_marker().await.unwrap(), mark(found + 1));
             },
         )
         .await;

@@ -105,7 +105,7 @@ impl Replica {
         folder: &Path,
         config: &VolumeConfig,
     ) -> Result<Rc<Self>, OpenReplicaError> {
-        let marker = state.recover_marker().await?;
+        let mark = state.recover_marker().await?;
         let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
         let pre_images = PreImages::new(folder, storage.clone(), pool.clone(), config.pre_images.0);
         let layers = gap::open_layers(&pre_images, &state).await?;
@@ -119,7 +119,7 @@ impl Replica {
             (gap::saved_in(&layers, superblock.gap), gap::saved_in(&layers, superblock.history));
         let stored = Stored {
             superblock,
-            marker,
+            mark,
             log: state.recover_log().await?,
             maps: state.valid_maps(&peers).await?,
             saved,
@@ -264,10 +264,10 @@ impl Replica {
                 let synced = replica.note(outcome);
                 replica.drive(|inner| inner.machine.handle_synced(synced));
             }),
-            Action::WriteMarker(position) => {
+            Action::WriteMarker(mark) => {
                 let me = self.me();
                 spawn_local(async move {
-                    let written = me.note_state(me.state.write_marker(position).await);
+                    let written = me.note_state(me.state.write_marker(mark).await);
                     me.drive(|inner| inner.machine.handle_marker_written(written));
                 });
             }

@@ -11,11 +11,14 @@ use blockmirror_protocol::units::{HostId, Session as SessionNumber};
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal};
 use bytes::Bytes;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::unbounded_channel;
 
 /// How many frames are taken in before others get their turn.
 const BATCH: usize = 32;
+
+/// How often a primary is told what it has not asked for.
+const TELL_TIME: Duration = Duration::from_secs(1);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +99,7 @@ impl Replica {
             ended = receive => ended,
             ended = send => ended,
             () = self.is_superseded(session) => Err(SessionError::Superseded),
+            () = self.keep_told() => unreachable!("it never ends"),
         };
         if self.current.get() == session {
             self.since.set(Instant::now());
@@ -107,6 +111,14 @@ impl Replica {
         // Whoever waits for the end of this session must not wait for a primary that doesn't answer any more.
         sender.end_with(ended?, Some(receiver));
         Ok(())
+    }
+
+    /// Tells the primary now and then what no answer has told it.
+    async fn keep_told(&self) {
+        loop {
+            tokio::time::sleep(TELL_TIME).await;
+            self.drive(|inner| inner.machine.tell_mark());
+        }
     }
 
     /// Takes in the frames of one stream until it or its session ends.

@@ -98,7 +98,7 @@ fn lack(peer: &PeerStatus) -> String {
         (Connection::Connected, Some(PeerState::Resyncing)) => {
             let far = peer.resync.as_ref().map_or_else(|| "a part".to_owned(), progress);
             let until = if is_usable(peer.data) { "" } else { " and is not usable until it has all" };
-            format!("{name} has {far}{until}")
+            format!("{name} has {far}{until}{}", reason(peer))
         }
         (Connection::Connected, Some(PeerState::Behind)) => {
             let age = peer.lag_seconds.map(|seconds| format!(" for {}", Seconds(seconds)));

@@ -161,6 +161,12 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
     };
     let error = if report.local_read_failed {
         Some("blocks can't be read here, so they can't be copied".to_owned())
+    } else if report.went_back {
+        Some(
+            "its copy has gone back behind what was durable there, as when a host is restored from a snapshot: \
+             all of it is compared"
+                .to_owned(),
+        )
     } else if report.map_failed {
         Some("its dirty map can't be written: the disk of the state folder is full or failing".to_owned())
     } else {

@@ -11,22 +11,26 @@
 //! header   0 magic "BMDIRTY\0"   8 version (4)   12 CRC-32 of the rest (4)   16 serial (8)
 //!         24 volume (16)        40 peer (32)     72 copy of the peer that the map is relative to (16)
 //!         88 blocks (8)         96 block bytes (4) 100 zero (4)   104 full_from, a page number (8)
-//!        112 generation (16)   128 adopted (8)    136 zero
+//!        112 generation (16)   128 adopted (8)
+//!        136 known of the peer: generation (16), epoch (8), sequence (8), session (8), copies (8)    184 zero
 //! bits     0 magic "BITS"        4 CRC-32 of the rest (4)   8 page number (8)   16 zero (16)
 //!         32 bits, the lowest of the first byte first
 //! ```
 //!
-//! Version 1 had zeroes from 112 on: no generation, nothing adopted. That is what a map of that time means.
+//! Version 1 had zeroes from 112 on: no generation, nothing adopted. That is what a map of that time means. Version 2 had
+//! zeroes from 136 on: nothing is known.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
-use crate::units::{BlockSize, CopyId, GenerationId, HostId, VolumeId};
+use crate::units::{
+    BlockSize, CopyId, Epoch, GenerationId, HostId, Mark, Position, Sequence, Session, VolumeId,
+};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// What the names of all maps' files begin with.
 pub const FILE_PREFIX: &str = "map-";
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// How many 64-bit words of bits a page holds.
 pub const WORDS_PER_PAGE: usize = (PAGE_BYTES - BITS_HEADER_BYTES) / 8;
 /// How many blocks a page stands for.
@@ -59,7 +63,12 @@ struct RawHeader {
     full_from: U64,
     generation: [u8; 16],
     adopted: U64,
-    rest: [u8; PAGE_BYTES - 136],
+    known_generation: [u8; 16],
+    known_epoch: U64,
+    known_sequence: U64,
+    known_session: U64,
+    known_copies: U64,
+    rest: [u8; PAGE_BYTES - 184],
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -103,6 +112,8 @@ pub struct Header {
     pub peer: HostId,
     /// What the map is relative to.
     pub base: Base,
+    /// How far the peer was known to be; it may be further (X4).
+    pub known: Mark,
     /// The volume's size in blocks.
     pub blocks: u64,
     /// The tracking block.
@@ -153,7 +164,12 @@ impl Header {
             full_from: U64::new(self.full_from),
             generation: self.base.generation.0,
             adopted: U64::new(self.base.adopted),
-            rest: [0; PAGE_BYTES - 136],
+            known_generation: self.known.position.generation.0,
+            known_epoch: U64::new(self.known.position.epoch.0),
+            known_sequence: U64::new(self.known.position.sequence.0),
+            known_session: U64::new(self.known.session.0),
+            known_copies: U64::new(self.known.copies),
+            rest: [0; PAGE_BYTES - 184],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -185,6 +201,15 @@ impl Header {
                 copy: CopyId(raw.base),
                 generation: GenerationId(raw.generation),
                 adopted: raw.adopted.get(),
+            },
+            known: Mark {
+                position: Position {
+                    generation: GenerationId(raw.known_generation),
+                    epoch: Epoch(raw.known_epoch.get()),
+                    sequence: Sequence(raw.known_sequence.get()),
+                },
+                session: Session(raw.known_session.get()),
+                copies: raw.known_copies.get(),
             },
             blocks: raw.blocks.get(),
             block_size,
@@ -231,11 +256,38 @@ mod tests {
     }
 
     #[test]
+    fn a_header_of_version_2_knows_nothing_of_the_peer() {
+        let start = "424d444952545900020000009303b7c809000000000000000101010101010101010101010101010102020202\
+             02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
+             0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
+             0000000000";
+        let bytes: Vec<u8> = start
+            .as_bytes()
+            .chunks(2)
+            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+            .collect();
+        let mut page = [0; PAGE_BYTES];
+        page[..bytes.len()].copy_from_slice(&bytes);
+        let (serial, header) = Header::recover(&page).unwrap();
+        assert_eq!((serial, header.base.adopted, header.full_from), (9, 5, 2));
+        assert_eq!(header.known, Mark::default());
+    }
+
+    #[test]
     fn header_and_bits_have_these_golden_bytes() {
         let header = Header {
             volume: VolumeId([1; 16]),
             peer: HostId([2; 32]),
             base: Base { copy: CopyId([3; 16]), generation: GenerationId([4; 16]), adopted: 5 },
+            known: Mark {
+                position: Position {
+                    generation: GenerationId([6; 16]),
+                    epoch: Epoch(7),
+                    sequence: Sequence(8),
+                },
+                session: Session(9),
+                copies: 10,
+            },
             blocks: 0x1_0000,
             block_size: BlockSize::default(),
             full_from: 2,
@@ -243,11 +295,12 @@ mod tests {
         let page = header.encode(9);
         assert_eq!(Header::recover(&page), Ok((9, header)));
         assert_eq!(
-            hex(&page[..136]),
-            "424d444952545900020000009303b7c809000000000000000101010101010101010101010101010102020202\
+            hex(&page[..184]),
+            "424d4449525459000300000059a99fba09000000000000000101010101010101010101010101010102020202\
              02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
              0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
-             0000000000"
+             000000000006060606060606060606060606060606070000000000000008000000000000000900000000000000\
+             0a00000000000000"
         );
         let mut bits = [0; WORDS_PER_PAGE];
         (bits[0], bits[507]) = (0b101, 1 << 63);

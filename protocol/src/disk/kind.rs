@@ -41,12 +41,11 @@ impl FileKind {
 mod tests {
     use super::*;
     use crate::ranges::ByteRange;
-    use crate::units::Position;
+    use crate::units::Mark;
 
     #[test]
     fn a_file_is_recognised_by_any_whole_magic() {
-        let mut file =
-            [marker::encode(Position::default(), 2), marker::encode(Position::default(), 1)].concat();
+        let mut file = [marker::encode(Mark::default(), 2), marker::encode(Mark::default(), 1)].concat();
         assert_eq!(FileKind::recognise(&file), Some(FileKind::Marker));
         file[..PAGE_BYTES].fill(0);
         assert_eq!(FileKind::recognise(&file), Some(FileKind::Marker));

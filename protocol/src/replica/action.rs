@@ -5,7 +5,7 @@ use crate::dirty_map::DirtyMap;
 use crate::disk::activity_log::{self, Recovered};
 use crate::disk::superblock::Superblock;
 use crate::ranges::ByteRange;
-use crate::units::{HostId, Position};
+use crate::units::{HostId, Mark, Position};
 use crate::wire::message::{DataState, Message};
 use std::collections::BTreeMap;
 
@@ -30,7 +30,7 @@ pub enum Action {
     /// Make all ended writes durable on the backing; then [`super::Replica::handle_synced`].
     Sync,
     /// Write the marker, durably; then [`super::Replica::handle_marker_written`].
-    WriteMarker(Position),
+    WriteMarker(Mark),
     /// Record this in the superblock, durably; then [`super::Replica::handle_state_written`].
     WriteState(StateChange),
     /// Write a record to the activity log, durably; then [`super::Replica::handle_log_written`].
@@ -84,7 +84,7 @@ pub struct Stored {
     /// The superblock.
     pub superblock: Superblock,
     /// The marker.
-    pub marker: Position,
+    pub mark: Mark,
     /// The activity log: its own, or that of the primary that it was.
     pub log: Recovered,
     /// Its maps of other hosts, where they are not void.

@@ -45,7 +45,7 @@ use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
-use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Stream};
+use crate::units::{Epoch, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber, Stream};
 use crate::wire::message::{
     Acknowledgement, Commit, CopyDigest, DataState, Digest, Hello, Message, Mode, Parting, Refusal, Refused,
     Release, ResyncBegin,
@@ -166,18 +166,25 @@ struct SyncScope {
 
 #[derive(Debug, Default)]
 struct Marker {
-    writing: bool,
+    /// What the file says.
+    durable: Mark,
+    writing: Option<Mark>,
+    /// The end of an epoch that it is to say.
     waiting: Option<Position>,
+    /// Copies that it is to name.
+    copies: Option<(SessionNumber, u64)>,
+    /// Whether the primary was told what it says.
+    is_told: bool,
 }
 
 impl Replica {
     /// A replica as its metadata says.
     #[must_use]
     pub fn new(settings: Settings, stored: Stored) -> Self {
-        let Stored { superblock, marker, log, maps, saved, kept } = stored;
+        let Stored { superblock, mark, log, maps, saved, kept } = stored;
         Self {
             settings,
-            position: lineage::later(&superblock.lineage, superblock.position, marker),
+            position: lineage::later(&superblock.lineage, superblock.position, mark.position),
             maps,
             gap: Gap::new(&superblock, &saved, &kept),
             log: Log::new(&log),
@@ -188,7 +195,7 @@ impl Replica {
             greeting: None,
             last_session: SessionNumber(0),
             sync: None,
-            marker: Marker::default(),
+            marker: Marker { durable: mark, ..Marker::default() },
             state_changes: VecDeque::new(),
             commit: None,
             writing_state: false,
@@ -335,6 +342,9 @@ impl Replica {
             return self.fail();
         }
         if let Some(link) = self.link.as_mut().filter(|link| Some(link.session) == scope.session) {
+            if scope.copies > link.copies.durable {
+                self.marker.copies = Some((link.session, scope.copies));
+            }
             link.copies.durable = scope.copies;
             if let Some(Ended { epoch, sequence, cut }) = scope.epoch {
                 link.durable = epoch;
@@ -367,7 +377,8 @@ impl Replica {
     /// Whether nothing is being written.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        let is_written = !self.marker.writing && !self.writing_state && self.state_changes.is_empty();
+        let is_written =
+            self.marker.writing.is_none() && !self.writing_state && self.state_changes.is_empty();
         self.order.is_idle() && self.sync.is_none() && is_written && self.gap.is_idle() && self.log.is_idle()
     }
 
@@ -449,13 +460,16 @@ impl Replica {
 
     /// Says what has come and what is durable.
     fn acknowledge(&mut self) {
+        let mark = self.mark();
         let Some(link) = &mut self.link else { return };
+        self.marker.is_told = true;
         link.receipt = link.received;
         let acknowledgement = Acknowledgement {
             session: link.session,
             received: link.received,
             durable: link.durable,
             copies: link.copies.durable,
+            mark,
         };
         self.actions.push_back(Action::Send(acknowledgement.into()));
     }
@@ -484,6 +498,20 @@ impl Replica {
             && link.mode != Mode::Async
             && link.received > link.receipt
         {
+            self.acknowledge();
+        }
+    }
+
+    /// What is durable here, as the next greeting will hear.
+    fn mark(&self) -> Mark {
+        let Superblock { lineage, position, .. } = &self.superblock;
+        let marked = self.marker.durable;
+        Mark { position: lineage::later(lineage, *position, marked.position), ..marked }
+    }
+
+    /// Tells the primary what the marker says, where it has not heard. For the shell, now and then.
+    pub fn tell_mark(&mut self) {
+        if !self.marker.is_told {
             self.acknowledge();
         }
     }

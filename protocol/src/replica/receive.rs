@@ -131,7 +131,7 @@ impl Replica {
         self.log.is_wanted = hello.members.len() > 2 && !planted(Bug::TakeForEqual);
         self.last_session = hello.session;
         self.order.widen_sector(hello.sector_bytes.clamp(512, 1 << 16).next_power_of_two().into());
-        self.marker = Marker::default();
+        self.marker = Marker { durable: self.marker.durable, is_told: true, ..Marker::default() };
         self.link = Some(Link {
             session: hello.session,
             stream: hello.stream,
@@ -162,7 +162,7 @@ impl Replica {
             data: self.superblock.data,
             can_roll_back: self.is_in_gap(),
             source: self.superblock.source,
-            marker: self.position,
+            mark: self.mark(),
             fence: self.superblock.fence,
             lineage: self.superblock.lineage.clone(),
             sector_bytes: self.settings.sector_bytes,

@@ -8,11 +8,11 @@ use crate::wire::message::{Commit, Committed, DataState, Message, ReleaseRecorde
 impl Replica {
     /// The marker is durable, or could not be written.
     pub fn handle_marker_written(&mut self, written: bool) {
-        assert!(self.marker.writing, "a marker is written once");
-        self.marker.writing = false;
+        let mark = self.marker.writing.take().expect("a marker is written once");
         if !written {
             return self.fail();
         }
+        (self.marker.durable, self.marker.is_told) = (mark, false);
         self.go_on();
     }
 
@@ -124,14 +124,17 @@ impl Replica {
         self.state_changes.push_back((StateChange::Commit { position, lineage, mode, source }, Some(answer)));
     }
 
-    /// Writes the marker of the last durable epoch when the one before is durable.
+    /// Writes the marker of the last durable epoch and copies when the one before is durable.
     pub(super) fn write_marker(&mut self) {
-        if !self.marker.writing
-            && let Some(position) = self.marker.waiting.take()
-        {
-            self.marker.writing = true;
-            self.actions.push_back(Action::WriteMarker(position));
+        let marker = &mut self.marker;
+        if marker.writing.is_some() || marker.waiting.is_none() && marker.copies.is_none() {
+            return;
         }
+        let mut mark = marker.durable;
+        mark.position = marker.waiting.take().unwrap_or(mark.position);
+        (mark.session, mark.copies) = marker.copies.take().unwrap_or((mark.session, mark.copies));
+        marker.writing = Some(mark);
+        self.actions.push_back(Action::WriteMarker(mark));
     }
 
     /// Records a change after those before it; nothing where the replica has failed.

@@ -46,9 +46,9 @@ fn superblock(generations: &str) -> Superblock {
 fn replica_of(superblock: Superblock, saved: Vec<ByteRange>) -> Replica {
     let settings = Settings { sector_bytes: 512, window_bytes: 1 << 20, space: SpacePolicy::Pause };
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
-    let (marker, maps) = (Position::default(), BTreeMap::new());
+    let (mark, maps) = (Mark::default(), BTreeMap::new());
     let kept = Vec::new();
-    Replica::new(settings, Stored { superblock, marker, log, maps, saved, kept })
+    Replica::new(settings, Stored { superblock, mark, log, maps, saved, kept })
 }
 
 fn hello(fence: Fence, generations: &str) -> Hello {
@@ -317,7 +317,38 @@ fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
     drive(&mut replica, |action| matches!(action, Action::Sync));
     replica.handle_synced(true);
     let marker = drive(&mut replica, |action| matches!(action, Action::WriteMarker(_)));
-    assert_eq!(marker, Action::WriteMarker(Position { epoch: Epoch(2), ..position }));
+    let position = Position { epoch: Epoch(2), ..position };
+    assert_eq!(marker, Action::WriteMarker(Mark { position, ..Mark::default() }));
+}
+
+/// A host that was set back in the middle of its first sync had nothing durable that named the copies since.
+#[test]
+fn the_marker_names_the_copies_that_are_durable_and_the_primary_is_told() {
+    let mut replica = replica("a");
+    replica.superblock.data = DataState::Inconsistent;
+    replica.greet(hello(fence(2, 2), "a"));
+    drive(&mut replica, is_welcome);
+    let session = SessionNumber(1);
+    let body = Body::Copy { range: ByteRange::new(0, 4096), number: 1 };
+    replica.handle_frame(FrameId(1), FrameHeader { session, stream: Stream(1), body }).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
+    replica.handle_applied(FrameId(1), true);
+    drive(&mut replica, |action| matches!(action, Action::Sync));
+    replica.handle_synced(true);
+    let mark = Mark { session, copies: 1, ..Mark::default() };
+    let told = |action: &Action| matches!(action, Action::Send(Message::Acknowledgement(_)));
+    let Action::Send(Message::Acknowledgement(first)) = drive(&mut replica, told) else { unreachable!() };
+    assert_eq!((first.copies, first.mark), (1, Mark::default()), "the marker is not durable yet");
+    assert_eq!(
+        drive(&mut replica, |action| matches!(action, Action::WriteMarker(_))),
+        Action::WriteMarker(mark)
+    );
+    replica.handle_marker_written(true);
+    replica.tell_mark();
+    let Action::Send(Message::Acknowledgement(second)) = drive(&mut replica, told) else { unreachable!() };
+    assert_eq!(second.mark, mark);
+    replica.tell_mark();
+    assert_eq!(replica.poll_action(), None, "it is told once");
 }
 
 #[test]

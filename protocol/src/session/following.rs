@@ -168,7 +168,7 @@ mod tests {
     use crate::dirty_map::DirtyMap;
     use crate::disk::dirty_map::Base;
     use crate::tracker::RequestId;
-    use crate::units::{BlockSize, CopyId, HostId, Session as SessionNumber, VolumeId};
+    use crate::units::{BlockSize, CopyId, HostId, Mark, Session as SessionNumber, VolumeId};
     use crate::wire::VERSIONS;
     use crate::wire::message::{Acknowledgement, Committed, DataState, Fence, Union, Welcome};
 
@@ -203,7 +203,7 @@ mod tests {
             data: DataState::Consistent,
             can_roll_back: false,
             source: fence,
-            marker: Position::default(),
+            mark: Mark::default(),
             fence,
             lineage: lineage.clone(),
             sector_bytes: 512,
@@ -240,8 +240,8 @@ mod tests {
         let agreed = (Epoch(2), Sequence(1));
         assert!(!session.awaits(agreed), "its log may be the only one that names the write's extent");
         session.handle_epoch_end(Epoch(2), Sequence(1));
-        let durable =
-            Acknowledgement { session: SESSION, received: Sequence(1), durable: Epoch(2), copies: 0 };
+        let (received, durable) = (Sequence(1), Epoch(2));
+        let durable = Acknowledgement { session: SESSION, received, durable, ..Acknowledgement::default() };
         session.handle_message(durable.into(), Sequence(1), NOW).unwrap();
         assert!(session.awaits(agreed));
     }

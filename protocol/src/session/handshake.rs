@@ -10,7 +10,7 @@ use crate::planted::{Bug, planted};
 use crate::session::resync::Resync;
 use crate::session::stream::Window;
 use crate::units::{
-    BlockSize, CopyId, Epoch, GenerationId, Sequence, Session as SessionNumber, Stream, Time, VolumeId,
+    BlockSize, CopyId, Epoch, GenerationId, Mark, Sequence, Session as SessionNumber, Stream, Time, VolumeId,
 };
 use crate::wire::VERSIONS;
 use crate::wire::message::{DataState, Fence, Hello, Member, Message, Refused, Union, Welcome};
@@ -142,9 +142,19 @@ impl Session {
                     let generation = generation.copied().unwrap_or_default();
                     let adopted = greeting.adopted;
                     self.map.begin_anew(Base { copy: welcome.copy, generation, adopted });
+                    self.map.note_known(Mark::default());
                     self.certain.clear(0..u64::MAX);
                     self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
                 }
+                // One that went back, as where its host was restored from an older copy, may differ anywhere (X4).
+                let has_gone_back = lineage::went_back(&greeting.lineage, welcome.mark, self.map.known());
+                if has_gone_back && !planted(Bug::IgnoreMark) {
+                    self.went_back = true;
+                    self.map.begin_anew(self.map.base());
+                    self.certain.clear(0..u64::MAX);
+                    self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
+                }
+                self.map.note_known(welcome.mark);
                 if planted(Bug::DropBitsAtHandshake) && welcome.data == DataState::Consistent {
                     self.map.clear(0..u64::MAX);
                 }
@@ -238,7 +248,7 @@ pub enum Handled {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::units::{HostId, Position};
+    use crate::units::HostId;
 
     pub(in super::super) fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()
@@ -263,7 +273,7 @@ pub(super) mod tests {
             data,
             can_roll_back,
             source,
-            marker: Position::default(),
+            mark: Mark::default(),
             fence: fence(1),
             lineage: lineage(generations),
             sector_bytes: 512,

@@ -64,6 +64,11 @@ impl Session {
         }
     }
 
+    /// What is known of the replica goes to the map's file with the next write.
+    pub(crate) fn save_known(&mut self) {
+        self.map.save_known();
+    }
+
     /// Writes the map's file, if it lacks anything and is not being written.
     pub(crate) fn write_map(&mut self) {
         if self.writing_map || self.map_failed || !self.map.has_changes() {

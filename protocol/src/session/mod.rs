@@ -44,7 +44,7 @@ use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::tracker::RequestId;
 use crate::units::{
-    BlockSize, Epoch, Extent, GenerationId, HostId, Sequence, Session as SessionNumber, Stream, Time,
+    BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Sequence, Session as SessionNumber, Stream, Time,
 };
 use crate::wire::message::{
     Acknowledgement, Committed, CopyDigest, Message, Mode, ReleaseRecorded, ResyncBegin, ResyncReady,
@@ -147,6 +147,8 @@ pub struct Session {
     /// The number of the next compare's first step.
     next_step: u64,
     since: Time,
+    /// Whether the replica was found to have gone back, and was not in sync since (X4).
+    went_back: bool,
     actions: VecDeque<Action>,
 }
 
@@ -295,6 +297,7 @@ impl Session {
             resync_limit: None,
             next_step: 0,
             since: Time::default(),
+            went_back: false,
             actions: VecDeque::new(),
         }
     }
@@ -485,7 +488,7 @@ impl Session {
             return Err(PeerError::Misbehaved("it spoke before it was greeted"));
         };
         match message {
-            Message::Acknowledgement(Acknowledgement { session, durable, copies, received })
+            Message::Acknowledgement(Acknowledgement { session, durable, copies, received, mark })
                 if session == link.session =>
             {
                 if received > link.sent {
@@ -495,6 +498,7 @@ impl Session {
                 link.resync.durable(copies, &mut self.map, &mut self.certain, now)?;
                 link.durable = link.durable.max(durable);
                 link.window.durable(durable);
+                self.map.note_known(mark);
                 Ok(())
             }
             Message::ResyncReady(ResyncReady { session }) if session == link.session => {
@@ -503,12 +507,15 @@ impl Session {
                 }
                 Ok(())
             }
-            Message::Committed(Committed { session, .. }) if session == link.session => {
+            Message::Committed(Committed { session, position }) if session == link.session => {
                 if let Phase::Committing { sent: Some(generation), closed, .. } = link.phase {
                     link.durable = link.durable.max(closed.map_or(Epoch(0), |(epoch, _)| epoch));
                     link.phase = Phase::InSync;
                     self.since = now;
+                    self.went_back = false;
                     self.map.confirm(link.copy, generation);
+                    let known = Mark { position, ..self.map.known() };
+                    self.map.note_known(known);
                 }
                 Ok(())
             }

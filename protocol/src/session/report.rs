@@ -34,6 +34,8 @@ pub struct Report {
     pub local_read_failed: bool,
     /// Whether the map's file could not be written the last time.
     pub map_failed: bool,
+    /// Whether the replica had gone back behind what was known to be durable there, and was not in sync since (X4).
+    pub went_back: bool,
 }
 
 /// Where the link to a replica is.
@@ -78,6 +80,7 @@ impl Session {
             compare: None,
             local_read_failed: false,
             map_failed: self.map_failures > 0,
+            went_back: self.went_back,
         };
         match &self.state {
             State::Away => report,

@@ -352,6 +352,7 @@ impl Tracker {
             // An epoch that a limit or a commit closed has had no sync here.
             self.local.wanted |= self.local.durable < self.last;
             self.activity.let_idle_go(before, self.safe());
+            self.sessions.values_mut().for_each(Session::save_known);
             self.write_maps();
             self.idle = (self.activity.len() > 0).then(|| (now, self.activity.clock()));
             self.write_log(true);
@@ -459,6 +460,7 @@ impl Tracker {
         self.closing = true;
         self.close_epoch();
         self.local.wanted = true;
+        self.sessions.values_mut().for_each(Session::save_known);
         self.write_maps();
         self.drive(now);
     }

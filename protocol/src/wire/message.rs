@@ -6,7 +6,8 @@
 
 use crate::ranges::ByteRange;
 use crate::units::{
-    BlockSize, CopyId, Epoch, Extent, GenerationId, HostId, Position, Sequence, Session, Stream, VolumeId,
+    BlockSize, CopyId, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session, Stream,
+    VolumeId,
 };
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 
@@ -162,8 +163,8 @@ pub struct Welcome {
     pub can_roll_back: bool,
     /// The fence of the primary whose resync made it inconsistent.
     pub source: Fence,
-    /// The last epoch durable on the replica (P3).
-    pub marker: Position,
+    /// What is durable on the replica, as its marker says (P3).
+    pub mark: Mark,
     /// The replica's fence.
     pub fence: Fence,
     /// The replica's generations, newest first.
@@ -279,6 +280,8 @@ pub struct Acknowledgement {
     pub durable: Epoch,
     /// The last copy up to which all are durable.
     pub copies: u64,
+    /// What its marker says, which lags a little.
+    pub mark: Mark,
 }
 
 /// The digest of a range, asked for by a frame.
@@ -582,15 +585,23 @@ mod tests {
 
     #[test]
     fn messages_have_these_golden_bytes() {
-        let acknowledgement =
-            Acknowledgement { session: Session(1), received: Sequence(0x0203), durable: Epoch(4), copies: 5 };
+        let generation = GenerationId([0xcd; 16]);
+        let position = Position { generation, epoch: Epoch(6), sequence: Sequence(7) };
+        let acknowledgement = Acknowledgement {
+            session: Session(1),
+            received: Sequence(0x0203),
+            durable: Epoch(4),
+            copies: 5,
+            mark: Mark { position, session: Session(8), copies: 9 },
+        };
         let refused = Refused { refusal: Refusal::Busy, text: "no".into() };
         let digest = CopyDigest { session: Session(6), number: 7, digest: [0xab; 32] };
         let rows: [(Message, &str); 4] = [
             (
                 acknowledgement.into(),
-                "220000000900010000000000000003020000000000000400000000000000\
-                 0500000000000000",
+                "520000000900010000000000000003020000000000000400000000000000\
+                 0500000000000000cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd060000000000\
+                 0000070000000000000008000000000000000900000000000000",
             ),
             (
                 refused.into(),

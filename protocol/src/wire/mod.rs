@@ -9,6 +9,7 @@
 //!
 //! | version | since | why |
 //! |---|---|---|
+//! | 6 | 0.6 | replicas say what their markers say, and are promised not to be left without a word |
 //! | 5 | 0.5 | payloads may be packed |
 //! | 4 | 0.4 | hosts say when their generations began; holes are copied in ranges of up to 64 MiB |
 //! | 3 | 0.3 | digests of doubtful blocks are compared before they are copied |
@@ -31,7 +32,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const ALPN: &[u8] = b"blockmirror/1";
 
 /// The oldest and the newest version of frames and messages that this code speaks.
-pub const VERSIONS: (u16, u16) = (5, 5);
+pub const VERSIONS: (u16, u16) = (6, 6);
 
 /// No frame carries more payload than this, in bytes. A receiver may offer less.
 pub const PAYLOAD_LIMIT_BYTES: u32 = 1 << 20;

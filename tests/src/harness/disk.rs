@@ -84,7 +84,7 @@ pub fn put(content: &mut BTreeMap<u64, Value>, range: ByteRange, data: &Data) {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct DiskOperation(pub u64);
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Running {
     Write { range: ByteRange, data: Data, durable: bool },
     Sync { until: u64 },
@@ -110,7 +110,7 @@ pub enum Crash {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Disk {
     sector_bytes: u64,
     content: BTreeMap<u64, Value>,

@@ -37,7 +37,7 @@ pub enum Step {
 }
 
 /// The files of one host, by name.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Files {
     files: BTreeMap<String, BTreeMap<u64, Page>>,
     changes: u64,

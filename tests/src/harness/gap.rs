@@ -153,7 +153,7 @@ fn values(disk: &Disk, layer: &Layer, sector: u64) -> BTreeSet<Value> {
 }
 
 /// The image at the rollback point of a gap.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RollbackPoint {
     /// The layer that leads back to it.
     pub layer: u64,

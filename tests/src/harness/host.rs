@@ -14,6 +14,7 @@ use super::promises::{Expected, Promises};
 use super::promotion::Promotion;
 use super::replica::ReplicaShell;
 use super::roles::Demotion;
+use super::set_back::Snapshot;
 use super::settings::Settings;
 use super::world::{Event, World};
 use blockmirror_protocol::dirty_map::DirtyMap;
@@ -86,6 +87,8 @@ pub struct Host {
     pub superseded: Option<Fence>,
     /// Lives of primaries in which something was answered that this copy knows of.
     pub known_lives: BTreeSet<(usize, u64)>,
+    /// What its disks held when they were remembered last.
+    pub snapshot: Option<Snapshot>,
     /// Whom greetings were taken from, by the number of their fences.
     pub followed: BTreeMap<u64, HostId>,
     /// Changes of the superblock that wait for the one that is being written.
@@ -159,6 +162,7 @@ impl Host {
             demotion: None,
             superseded: None,
             known_lives: BTreeSet::new(),
+            snapshot: None,
             followed: BTreeMap::new(),
             superblock_work: VecDeque::new(),
             serial: 0,

@@ -20,7 +20,7 @@ pub type EpochKey = (u64, u64);
 type Frames = BTreeMap<EpochKey, Vec<(ByteRange, Data)>>;
 
 /// What a consistent replica may hold. See the module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Image {
     base: BTreeMap<u64, Value>,
     /// What sectors may hold instead, because the primary lost a write when a sync failed.
@@ -112,7 +112,7 @@ impl Image {
 }
 
 /// What the model knows of one replica. See the module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Mirror {
     /// What the superblock says durably, as far as the agent knows.
     pub data: DataState,

@@ -23,6 +23,10 @@ impl World {
         let links: Vec<LinkId> = self.links.of_dialler(primary).collect();
         let link = self.random.pick(&links);
         let crash = self.random.pick(&[Crash::Process, Crash::Power]);
+        // What was promised to a promoted copy that was set back, nobody can know.
+        if !self.settings.has_operators && self.random.once_in(12) {
+            return self.set_back(link.listener);
+        }
         match self.random.below(16) {
             0..=3 => self.cut(link),
             4..=6 => self.take_down(link.listener, crash),

@@ -27,6 +27,7 @@ pub mod rest;
 pub mod roles;
 pub mod script;
 pub mod seeds;
+pub mod set_back;
 pub mod settings;
 mod undo;
 pub mod world;

@@ -56,7 +56,7 @@ impl ReplicaShell {
     /// A replica as the files of its host say.
     fn recover(host: &Host, hosts: usize, window_bytes: u64, space: SpacePolicy) -> Self {
         let bytes = host.files.bytes(marker::FILE_NAME, marker::FILE_BYTES);
-        let (marker_serial, position) = marker::recover(&bytes).unwrap_or_default();
+        let (marker_serial, mark) = marker::recover(&bytes).unwrap_or_default();
         let superblock = host.superblock.clone();
         let settings =
             replica::Settings { sector_bytes: host.disk.sector_bytes() as u32, window_bytes, space };
@@ -67,7 +67,7 @@ impl ReplicaShell {
         let kept = host.layers.saved(superblock.history);
         let stored = replica::Stored {
             superblock,
-            marker: position,
+            mark,
             log: host.recover_log(),
             maps: maps.filter(|(_, map)| is_known(map)).collect(),
             saved,
@@ -239,11 +239,11 @@ impl World {
                 let id = self.start_replica_disk(host, DiskWork::Sync);
                 self.hosts[host].disk.sync(id);
             }
-            Action::WriteMarker(position) => {
+            Action::WriteMarker(mark) => {
                 let shell = self.replica_shell(host);
                 shell.marker_serial += 1;
                 let serial = shell.marker_serial;
-                let page = Box::new(marker::encode(position, serial));
+                let page = Box::new(marker::encode(mark, serial));
                 let batches = VecDeque::from([vec![(slot_offset(serial), Some(page))]]);
                 self.start_replica_file(host, marker::FILE_NAME, batches, FileWork::Marker);
             }
@@ -333,7 +333,10 @@ impl World {
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else { panic!("the host is a replica") };
         match shell.file_work.remove(&id).expect("it is known") {
-            FileWork::Marker => shell.machine.handle_marker_written(good),
+            FileWork::Marker => {
+                shell.machine.handle_marker_written(good);
+                shell.machine.tell_mark();
+            }
             FileWork::Log => shell.machine.handle_log_written(good),
             FileWork::Layer(number) => {
                 let begun = saved(good, is_full);
