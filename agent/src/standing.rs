@@ -10,8 +10,8 @@ use crate::stored;
 use crate::transport::Peers;
 use crate::words::with_name;
 use blockmirror_protocol::lineage;
-use blockmirror_protocol::units::{HostId, Position, VolumeId};
-use blockmirror_protocol::wire::message::{AskStanding, DataState, Fence, Message, Standing};
+use blockmirror_protocol::units::{HostId, VolumeId};
+use blockmirror_protocol::wire::message::{AskStanding, Message, Standing};
 use std::path::Path;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -85,32 +85,4 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, serves: bool) -
         began: generations::of_lineage(folder, &superblock.lineage),
         lineage: superblock.lineage,
     })
-}
-
-/// The newest fence that any of these knows of, if it is newer than `ours` (L5).
-#[must_use]
-pub fn newer_fence(ours: Fence, answers: &[(PeerConfig, Answered)]) -> Option<Fence> {
-    let known = answers.iter().filter_map(|(_, answered)| Some(answered.as_ref().ok()?.fence));
-    known.max_by_key(|fence| fence.counter).filter(|fence| fence.counter > ours.counter)
-}
-
-/// Whether a replica that stands so holds what is newer than `marker` of a copy with these generations.
-#[must_use]
-pub fn is_later(
-    standing: &Standing,
-    generations: &[blockmirror_protocol::units::GenerationId],
-    marker: Position,
-) -> bool {
-    use lineage::Relation;
-    let is_usable = standing.data == DataState::Consistent
-        || standing.data == DataState::Inconsistent && standing.can_roll_back;
-    is_usable
-        && match lineage::relation(generations, &standing.lineage) {
-            Relation::TheirsIsNewer => true,
-            Relation::Same => {
-                standing.marker != marker
-                    && lineage::later(generations, marker, standing.marker) == standing.marker
-            }
-            Relation::MineIsNewer | Relation::Forked(_) | Relation::Unrelated => false,
-        }
 }

@@ -56,11 +56,15 @@ pub enum Bug {
     NarrowSectors,
     /// A replica that has gone back is taken for what it was (X4).
     IgnoreMark,
+    /// A primary goes on without a replica that may count on it (W4).
+    BreakWord,
+    /// What was done before a process was frozen is answered before it is asked whether it still leads.
+    AnswerUnasked,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -84,6 +88,8 @@ impl Bug {
         Self::ClearOnMatch,
         Self::NarrowSectors,
         Self::IgnoreMark,
+        Self::BreakWord,
+        Self::AnswerUnasked,
     ];
 }
 

@@ -439,6 +439,8 @@ fn a_refused_greeting_is_not_repeated() {
         lineage: lineage.clone(),
         first_epoch: Epoch(1),
         loss: ReplicaLoss::Continue,
+        opened_at: Time::default(),
+        patience: PATIENCE,
         active_extents: CAPACITY,
     };
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };

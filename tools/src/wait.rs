@@ -6,11 +6,14 @@ use blockmirror_agent::config::{Name, Role};
 use blockmirror_agent::control::api::{Failure, FailureKind, PeerStatus, VolumeState, VolumeStatus};
 use blockmirror_agent::quantity::Seconds;
 use clap::{Args, ValueEnum};
+use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::Instant;
 
 /// How often the agent is asked.
 const INTERVAL: Duration = Duration::from_millis(250);
+/// How soon after the first time: by then a replica in sync has spoken.
+const FIRST_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What to wait for.
 #[derive(Args)]
@@ -37,12 +40,19 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
     let started = Instant::now();
     let bar = Bar::new(&format!("copying {name}"));
     // What was written before is in this epoch or in an earlier one.
-    let mut epoch = None;
+    let (mut epoch, mut is_asked_again) = (None, false);
+    // A replica that has just died is noticed late: each must say once more that it has everything.
+    let mut heard: BTreeMap<Name, Option<u64>> = BTreeMap::new();
     loop {
         let reply = client.status(Some(&name)).await?;
         let Some(volume) = reply.volumes.first() else { return Err(Failure::no_such_volume(&name).into()) };
         let epoch = *epoch.get_or_insert(volume.facts.epoch);
-        if is_in_sync(volume)? && volume.facts.peers.iter().all(|peer| has_arrived(peer, epoch)) {
+        let mut has_spoken = |peer: &PeerStatus| {
+            let before = *heard.entry(peer.name.clone()).or_insert(peer.heard);
+            peer.heard.is_none() || peer.heard > before
+        };
+        let has_all = |peer: &PeerStatus| has_arrived(peer, epoch) && has_spoken(peer);
+        if is_in_sync(volume)? && volume.facts.peers.iter().all(has_all) {
             drop(bar);
             return Ok(output.line(&format!("{name}  {}", volume.verdict))?);
         }
@@ -53,7 +63,8 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
         if let Some(progress) = volume.facts.peers.iter().find_map(|peer| peer.resync) {
             bar.show(&progress);
         }
-        tokio::time::sleep(INTERVAL).await;
+        let is_first = !std::mem::replace(&mut is_asked_again, true);
+        tokio::time::sleep(if is_first { FIRST_INTERVAL } else { INTERVAL }).await;
     }
 }
 

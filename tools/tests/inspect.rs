@@ -16,7 +16,7 @@ use blockmirror_protocol::units::{
     BlockSize, CopyId, EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session,
     VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
+use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -51,6 +51,7 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         layers: 3,
         history: 2,
         mode: Mode::Sync,
+        promise: Promise::None,
         released: false,
     }
 }

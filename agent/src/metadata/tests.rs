@@ -9,7 +9,7 @@ use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session as SessionNumber, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
+use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise};
 use std::cell::Cell;
 
 const SIZE_BYTES: u64 = 1 << 30;
@@ -34,6 +34,7 @@ pub(crate) fn superblock() -> Superblock {
         layers: 0,
         history: 0,
         mode: Mode::Async,
+        promise: Promise::None,
         released: false,
     }
 }

@@ -16,6 +16,7 @@ impl Primary {
     pub fn supersede(&self, fence: Fence) {
         self.superseded.set(Some(fence));
         self.drive(|inner, now| inner.tracker.supersede(now));
+        self.settled.notify_waiters();
     }
 
     /// The fence of the host that was promoted since, if there is one.
@@ -38,18 +39,18 @@ impl Primary {
     /// [`StateError`] when it can't be written; then it is the primary still.
     pub async fn record_demotion(&self, fence: Fence) -> Result<(), StateError> {
         let position = self.position();
-        let own = self.has_undelivered(fence.holder).then(|| GenerationId(crate::transport::key::random()));
+        let (has_undelivered, unanswered) = {
+            let tracker = &self.inner.borrow().tracker;
+            (tracker.lacks_answered(fence.holder), tracker.unanswered_generations())
+        };
+        let own = has_undelivered.then(|| GenerationId(crate::transport::key::random()));
         self.state
-            .change_superblock(|superblock| promotion::record_demotion(superblock, fence, position, own))
+            .change_superblock(|superblock| {
+                promotion::record_demotion(superblock, fence, position, own, unanswered)
+            })
             .await?;
         own.into_iter().for_each(|generation| self.state.note_generation(generation));
         Ok(())
-    }
-
-    /// Whether applications were answered what the host that was promoted doesn't have.
-    fn has_undelivered(&self, promoted: HostId) -> bool {
-        let (_, reports) = self.reports();
-        reports.get(&promoted).is_some_and(|report| report.out_of_sync_bytes > 0)
     }
 
     /// Tells the replicas that are in sync that they have everything, and waits until they have recorded it, so long at
@@ -90,5 +91,13 @@ impl Primary {
     pub fn retire(&self) {
         self.retired.set(true);
         self.earlier.notify_one();
+        self.settled.notify_waiters();
+    }
+
+    /// Waits until the volume is opened anew.
+    pub async fn is_retired(&self) {
+        while !self.retired.get() {
+            self.settled.notified().await;
+        }
     }
 }

@@ -217,7 +217,7 @@ impl Peer {
                     ended = &mut link => Some(ended),
                     () = self.interrupted() => {
                         if self.parts.take() && self.say_parting() {
-                            // It ends when the message has arrived.
+                            // It ends when the replica has answered.
                             let _ = tokio::time::timeout(PARTING_TIME, link).await;
                         }
                         None
@@ -286,11 +286,16 @@ impl Peer {
         let identity = primary.identity(self.members.borrow().clone());
         primary.connected(self.host, session, &identity, queues);
         let volume = identity.volume;
+        let is_parting = Cell::new(false);
         let receive = async {
             loop {
                 let message = receiver.receive().await?;
                 let is_union = matches!(&message, Message::Union(union) if union.last);
+                let has_parted = is_parting.get() && matches!(message, Message::Parted(_));
                 primary.message(self.host, message)?;
+                if has_parted {
+                    return Ok(());
+                }
                 if is_union {
                     let mut state = self.state.borrow_mut();
                     *state = LinkState { paused: state.paused, ..LinkState::default() };
@@ -301,7 +306,9 @@ impl Peer {
             while let Some(message) = sources.control.recv().await {
                 sender.send(&message).await?;
                 if matches!(message, Message::Parting(_)) {
-                    break;
+                    // The link ends when the replica has said that it counts on nothing.
+                    is_parting.set(true);
+                    std::future::pending::<()>().await;
                 }
             }
             Ok(sender.finish().await?)

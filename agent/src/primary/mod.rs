@@ -10,6 +10,7 @@ mod requests;
 #[cfg(test)]
 mod tests;
 
+use crate::absence;
 use crate::buffer::BufferPool;
 use crate::config::{PeerConfig, VolumeConfig};
 use crate::device::{Answer, Errno, Reply};
@@ -20,6 +21,7 @@ use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::lineage;
+use blockmirror_protocol::promise::PATIENCE;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
@@ -66,6 +68,11 @@ pub struct Primary {
     closed: Notify,
     /// Told of everything that a replica says.
     heard: Notify,
+    absence: absence::Watch,
+    /// Told when the process was away: others are to be asked who leads.
+    away: Notify,
+    /// Told when it is known who leads.
+    settled: Notify,
     /// The volume is opened anew: nothing of this one is to stay.
     retired: Cell<bool>,
     superseded: Cell<Option<Fence>>,
@@ -133,6 +140,8 @@ impl Primary {
             lineage: superblock.lineage,
             first_epoch: superblock.position.epoch,
             loss: config.replica_loss(),
+            opened_at: Time::default(),
+            patience: PATIENCE,
             active_extents: config.active_extents(),
         };
         let tracker = Tracker::new(settings, &log, sessions);
@@ -159,6 +168,9 @@ impl Primary {
             reads: Reads::default(),
             closed: Notify::new(),
             heard: Notify::new(),
+            absence: absence::Watch::new(),
+            away: Notify::new(),
+            settled: Notify::new(),
             retired: Cell::new(false),
             superseded: Cell::new(None),
             session_numbers: tokio::sync::Mutex::new(()),
@@ -311,8 +323,9 @@ impl Primary {
 
     /// Feeds the tracker an event, then carries out what it asks for.
     fn drive<Output>(&self, event: impl FnOnce(&mut Inner, Time) -> Output) -> Output {
-        let now = self.now();
         let mut inner = self.inner.borrow_mut();
+        let now = self.now();
+        self.look_for_absence(&mut inner, now);
         let output = event(&mut inner, now);
         while let Some(action) = inner.tracker.poll_action() {
             self.carry_out(&mut inner, action);
@@ -329,6 +342,31 @@ impl Primary {
             self.closed.notify_one();
         }
         output
+    }
+
+    /// A process that was away answers nothing before others were asked who leads.
+    fn look_for_absence(&self, inner: &mut Inner, now: Time) {
+        if self.absence.was_away() {
+            inner.tracker.doubt(now);
+            self.away.notify_one();
+        }
+    }
+
+    /// Waits until the process was away, and it isn't known who leads: then others are to be asked, and this primary told by
+    /// [`Primary::trust`] or [`Primary::supersede`].
+    pub async fn was_away(&self) {
+        self.away.notified().await;
+    }
+
+    /// Nobody who can be reached knows of another primary.
+    pub fn trust(&self) {
+        self.drive(|inner, now| inner.tracker.trust(now));
+        self.settled.notify_waiters();
+    }
+
+    /// Asks every connected replica to say that it is there; its report counts that as heard.
+    pub fn ask_marks(&self) {
+        self.drive(|inner, now| inner.tracker.ask_marks(now));
     }
 
     /// Calls the tracker back when it asked for that.

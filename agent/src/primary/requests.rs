@@ -49,7 +49,21 @@ impl Volume for Primary {
 
 impl Primary {
     fn read(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
-        self.inner.borrow_mut().tracker.note_read(self.now());
+        let is_in_doubt = self.drive(|inner, now| {
+            inner.tracker.note_read(now);
+            inner.tracker.is_in_doubt()
+        });
+        if is_in_doubt {
+            let primary = self.me();
+            spawn_local(async move {
+                primary.settled.notified().await;
+                match primary.superseded.get() {
+                    None => primary.read(range, reply, cookie),
+                    Some(_) => reply.complete(cookie, Err(Errno(libc::EIO))),
+                }
+            });
+            return;
+        }
         let length = usize::try_from(range.length).expect("front ends limit reads");
         let operation = Operation::Read { offset: range.offset, buffer: self.pool.take(length) };
         self.submit(&self.backing, operation, move |primary, outcome| {

@@ -16,7 +16,7 @@ use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Settings, StateChange, Stored};
-use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::units::{HostId, Time};
 use blockmirror_protocol::wire::message::{Member, Message};
 use bytes::Bytes;
 pub use promotion::{Progress, PromotionError};
@@ -63,6 +63,9 @@ pub struct Replica {
     /// How many recoveries read the backing; no primary may write meanwhile.
     recoveries: Cell<usize>,
     members: RefCell<Vec<Member>>,
+    /// How many sessions are being served or just ending.
+    serving: Cell<usize>,
+    opened: Instant,
 }
 
 struct Inner {
@@ -149,6 +152,8 @@ impl Replica {
             since: Cell::new(Instant::now()),
             recoveries: Cell::new(0),
             members: RefCell::default(),
+            serving: Cell::new(0),
+            opened: Instant::now(),
         }))
     }
 
@@ -225,16 +230,39 @@ impl Replica {
         }
     }
 
-    /// Ends the session, and waits until nothing is being written.
+    /// Ends the session, of which the primary hears, and waits until nothing is being written.
     pub async fn close(&self) {
+        self.drive(|inner| inner.machine.take_leave());
+        self.end().await;
+    }
+
+    /// Ends the session without a word, and waits until nothing is being written: what the primary promised holds.
+    pub async fn end(&self) {
         self.disconnect();
         self.settle().await;
+        while self.serving.get() > 0 {
+            self.idle.notified().await;
+        }
         storage::drain(&*self.storage).await;
     }
 
+    /// A moment on the machine's clock.
+    fn now(&self) -> Time {
+        Time(self.opened.elapsed())
+    }
+
+    /// Whether the primary's word holds that it has answered nothing without this replica (W4).
+    #[must_use]
+    pub fn is_promised(&self) -> bool {
+        self.inner.borrow().machine.is_promised(self.now())
+    }
+
     /// The primary is kept away, and goes on alone.
-    pub fn note_behind(&self) {
-        self.drive(|inner| inner.machine.note_behind());
+    pub fn leave(&self) {
+        self.drive(|inner| {
+            inner.machine.take_leave();
+            inner.machine.note_behind();
+        });
     }
 
     /// The operator made room for pre-images, or wants resyncs to go on without.

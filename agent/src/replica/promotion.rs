@@ -48,6 +48,12 @@ pub enum PromotionError {
         "the replica's disk or state folder failed as its session ended; see its log, and run the same command again"
     )]
     Failed,
+    /// The primary may go on alone by now.
+    #[error(
+        "it took so long that the primary may have gone on alone meanwhile; what would be lost now is said when the same \
+         command is run again"
+    )]
+    TooLate,
     /// The agent ends; the next promotion begins anew.
     #[error("the agent stops before everything is restored; run the same command again when it runs")]
     Interrupted,
@@ -56,7 +62,7 @@ pub enum PromotionError {
 impl Replica {
     /// Makes this copy that of a primary, durably. The session is over and nothing is being written
     /// ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. `newest` is the newest
-    /// fence that any host told of.
+    /// fence that any host told of. `on_word`: nothing is lost only as long as the primary's word holds.
     ///
     /// # Errors
     /// [`PromotionError`]; it is a replica still, unless that is [`PromotionError::Unrecorded`].
@@ -65,6 +71,7 @@ impl Replica {
         host: HostId,
         peers: &[HostId],
         newest: Fence,
+        on_word: bool,
         progress: &Progress,
     ) -> Result<(), PromotionError> {
         self.must_be_sound()?;
@@ -80,6 +87,7 @@ impl Replica {
                 Step::Begin => self.state.change_superblock(promotion::begin).await?,
                 Step::Restore { layer } => self.restore(layer, progress).await?,
                 Step::Sync => storage::sync(&*self.storage, &self.backing).await?,
+                Step::Record if on_word && !self.is_promised() => return Err(PromotionError::TooLate),
                 Step::Record => {
                     let change = |superblock: &mut blockmirror_protocol::disk::superblock::Superblock| {
                         superblock.fence.counter = superblock.fence.counter.max(newest.counter);

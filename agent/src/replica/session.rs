@@ -20,6 +20,26 @@ const BATCH: usize = 32;
 /// How often a primary is told what it has not asked for.
 const TELL_TIME: Duration = Duration::from_secs(1);
 
+/// How long a primary may take to hear that this replica takes its leave.
+const LEAVE_TIME: Duration = Duration::from_secs(1);
+
+/// Counts a session as being served as long as it lives.
+struct Serving<'a>(&'a Replica);
+
+impl<'a> Serving<'a> {
+    fn of(replica: &'a Replica) -> Self {
+        replica.serving.set(replica.serving.get() + 1);
+        Self(replica)
+    }
+}
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.serving.set(self.0.serving.get() - 1);
+        self.0.idle.notify_one();
+    }
+}
+
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
@@ -65,6 +85,7 @@ impl Replica {
             sender.end_with(no, Some(receiver));
             return Ok(());
         }
+        let _serving = Serving::of(self);
         let session = self.take_over();
         self.greeter.set(Some(receiver.peer()));
         let (outgoing, mut source) = unbounded_channel();
@@ -108,6 +129,15 @@ impl Replica {
                 inner.machine.handle_disconnected();
             });
         }
+        // That this replica takes its leave is what the primary waits for.
+        while let Ok(message) = source.try_recv() {
+            if matches!(message, Message::Parted(_)) {
+                let said = async { sender.send(&message).await.is_ok() && sender.finish().await.is_ok() };
+                // One that doesn't hear it finds out by itself.
+                let _ = tokio::time::timeout(LEAVE_TIME, said).await;
+                return Err(SessionError::Superseded);
+            }
+        }
         // Whoever waits for the end of this session must not wait for a primary that doesn't answer any more.
         sender.end_with(ended?, Some(receiver));
         Ok(())
@@ -117,7 +147,11 @@ impl Replica {
     async fn keep_told(&self) {
         loop {
             tokio::time::sleep(TELL_TIME).await;
-            self.drive(|inner| inner.machine.tell_mark());
+            let now = self.now();
+            self.drive(|inner| {
+                inner.machine.ask_promise(now);
+                inner.machine.tell_mark();
+            });
         }
     }
 

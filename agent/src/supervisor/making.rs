@@ -18,7 +18,7 @@ use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock}
 use blockmirror_protocol::units::{
     BlockSize, CopyId, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Message, Mode};
+use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Message, Mode, Promise};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -68,6 +68,7 @@ impl Supervisor {
             layers: 0,
             history: 0,
             mode: Mode::Async,
+            promise: Promise::None,
             released: false,
         };
         self.set_up(config, superblock, prepared.made).await
@@ -109,6 +110,7 @@ impl Supervisor {
             layers: 0,
             history: 0,
             mode: Mode::Async,
+            promise: Promise::None,
             released: false,
         };
         // The volume is ready before the token is used up, because the primary dials at once.

@@ -24,6 +24,7 @@ fn peer(name: &str, role: Role) -> PeerStatus {
         out_of_sync_bytes: Some(0),
         lag_bytes: Some(0),
         lag_seconds: Some(0),
+        heard: None,
         durable_epoch: None,
         resync: None,
         compare: None,

@@ -417,7 +417,7 @@ impl Volume {
             OpenRole::Replica(replica) => {
                 replica.configure(&config);
                 if config.peers.iter().any(|peer| peer.paused && peer.role == Role::Primary) {
-                    replica.note_behind();
+                    replica.leave();
                     replica.disconnect();
                 }
             }

@@ -4,6 +4,8 @@
 //! replica before anybody can open its devices. The configuration follows the superblock: a change of the role is
 //! durable there first, and whoever reads the file later finds it corrected.
 
+use super::changes::Event;
+use super::promotable::heard;
 use super::{Learned, OpenRole, Volume};
 use crate::backing::{self, BackingError};
 use crate::config::VolumeConfig;
@@ -19,12 +21,14 @@ use crate::volume::devices::Devices;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::replica::promotion;
+use blockmirror_protocol::succession;
 use blockmirror_protocol::units::CopyId;
 use blockmirror_protocol::wire::message::{DataState, Fence};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::task::spawn_local;
 
 /// How long a primary waits at its start for others to say how they stand.
 const STANDING_TIME: Duration = Duration::from_secs(2);
@@ -105,7 +109,7 @@ impl Volume {
             Others::Ask => {
                 let peers = &self.surroundings.peers;
                 let answers = standing::ask_all(peers, config.id, &config.peers, STANDING_TIME).await;
-                standing::newer_fence(superblock.fence, &answers)
+                succession::newest_fence(superblock.fence, &heard(&answers))
             }
         };
         let Some(fence) = newer else { return Ok(()) };
@@ -116,7 +120,7 @@ impl Volume {
                 let position = superblock.position;
                 // What was written last and never delivered is lost here, as with any crash of a primary whose
                 // replica was promoted; it is saved as it is overwritten (L3).
-                promotion::record_demotion(superblock, fence, position, None);
+                promotion::record_demotion(superblock, fence, position, None, 0);
             })
             .await
             .map_err(|error| with_causes(&error))
@@ -169,8 +173,31 @@ impl Volume {
         }
         // Before anything is waited for: the first greeting tells who the hosts are.
         self.introduce(&links);
+        self.ask_after_absences(&primary);
         self.devices = Devices::start(config, &self.surroundings, primary.clone(), &self.pool).await;
         Ok(OpenRole::Primary(primary, links))
+    }
+
+    /// Whenever the process was away, asks the others who leads before this host answers anything.
+    fn ask_after_absences(&self, primary: &Rc<Primary>) {
+        let (events, hands, me) = (self.events.clone(), self.hands(), Rc::downgrade(primary));
+        spawn_local(async move {
+            while let Some(primary) = me.upgrade() {
+                tokio::select! {
+                    () = primary.was_away() => {}
+                    () = primary.is_retired() => return,
+                }
+                let config = &hands.config;
+                tracing::warn!(volume = %config.name, "this process was stopped for a while; others are asked who leads");
+                let answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
+                let known = primary.superseded().unwrap_or(primary.state().superblock().fence);
+                match succession::newest_fence(known, &heard(&answers)) {
+                    // Nobody listens any more when the agent has ended meanwhile.
+                    Some(fence) => drop(events.send(Event::Superseded(fence))),
+                    None => primary.trust(),
+                }
+            }
+        });
     }
 
     async fn open_replica(

@@ -1,44 +1,49 @@
-//! Whether a replica may be promoted without losing anything, and if not, what would be lost and which command does
-//! better. A pure function of what this copy holds and what the other hosts say.
+//! What stands against a promotion, in words, with the command that does better. The rule itself is
+//! [`blockmirror_protocol::succession`].
 
 use crate::config::{Name, PeerConfig, Role};
 use crate::quantity::{Seconds, clock};
-use crate::standing::{Answered, is_later, newer_fence};
-use blockmirror_protocol::disk::superblock::{self, Superblock};
-use blockmirror_protocol::units::{HostId, Position};
-use blockmirror_protocol::wire::message::{DataState, Mode};
+use crate::standing::Answered;
+use blockmirror_protocol::succession::{Candidate, Heard, Objection, Obstacle};
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::Promise;
 
-/// A replica that is to be promoted.
+/// A replica that is to be promoted, and what there is to say of it.
 #[derive(Clone, Debug)]
-pub(super) struct Candidate {
+pub(super) struct Applicant {
     /// The volume.
     pub(super) volume: Name,
-    /// This host, and its name.
-    pub(super) own: (HostId, String),
-    /// What is durable here.
-    pub(super) superblock: Superblock,
-    /// The last durable epoch; in a gap, the rollback point.
-    pub(super) position: Position,
+    /// What this host is called.
+    pub(super) own_name: String,
+    /// What the rule goes by.
+    pub(super) candidate: Candidate,
     /// When the layer was begun that a rollback goes back to, in seconds since 1970.
     pub(super) rollback_at: Option<u64>,
-    /// Whether a primary is connected, and not just not noticed to be gone.
-    pub(super) is_connected: bool,
-    /// How long that has been so.
+    /// When the last write came that is durable here, in seconds since 1970; nothing where that isn't known.
+    pub(super) last_written: Option<u64>,
+    /// How long the link has been as it is.
     pub(super) link_seconds: u64,
     /// The present, in seconds since 1970.
     pub(super) now: u64,
 }
 
-impl Candidate {
+/// What was said, as the rule takes it.
+pub(super) fn heard(answers: &[(PeerConfig, Answered)]) -> Vec<Heard> {
+    answers
+        .iter()
+        .map(|(peer, answered)| Heard { host: peer.host, standing: answered.as_ref().ok().cloned() })
+        .collect()
+}
+
+impl Applicant {
     /// Why it can't be promoted at all.
     pub(super) fn obstacle(&self) -> Option<String> {
         let volume = &self.volume;
-        let text = match (self.superblock.data, self.superblock.gap) {
-            (DataState::Empty, _) => "this copy is empty: its first sync has not ended",
-            (DataState::Inconsistent, 0) => {
+        let text = match self.candidate.obstacle()? {
+            Obstacle::Empty => "this copy is empty: its first sync has not ended",
+            Obstacle::Mixture => {
                 "this copy is a mixture of old and new, and has no rollback point: its resync has not ended"
             }
-            _ => return None,
         };
         Some(format!(
             "{text}; promote another replica, or bring the primary back ({volume} goes on by itself)"
@@ -47,57 +52,56 @@ impl Candidate {
 
     /// Why it should not be promoted now, given what the others say; what is not said here loses nothing.
     pub(super) fn objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
-        let standings =
-            || answers.iter().filter_map(|(peer, answered)| Some((peer, answered.as_ref().ok()?)));
+        let objection = self.candidate.objection(&heard(answers))?;
+        let name = |host: HostId| {
+            let known = answers.iter().find(|(peer, _)| peer.host == host);
+            known.map_or_else(|| "another host".to_owned(), |(peer, _)| peer.name.to_string())
+        };
         let volume = &self.volume;
-        if let Some((primary, _)) =
-            standings().find(|(_, standing)| standing.role == superblock::Role::Primary && standing.serves)
-        {
-            return Some(self.reachable(primary.name.as_str()));
-        }
-        if self.is_connected {
-            let primary = answers.iter().find(|(peer, _)| peer.role == Role::Primary);
-            return Some(self.reachable(primary.map_or("the primary", |(peer, _)| peer.name.as_str())));
-        }
-        if let Some(fence) = newer_fence(self.superblock.fence, answers) {
-            let holder = answers.iter().find(|(peer, _)| peer.host == fence.holder);
-            let holder = holder.map_or_else(|| "another host".to_owned(), |(peer, _)| peer.name.to_string());
-            return Some(format!(
-                "{holder} was promoted after this copy was last in touch with a primary; promoting this one would \
-                 begin a second history: use {holder}, or --force"
-            ));
-        }
-        if self.superblock.released {
-            return None;
-        }
-        if let Some((later, _)) =
-            standings().find(|(_, standing)| is_later(standing, &self.superblock.lineage, self.position))
-        {
-            let name = &later.name;
-            return Some(format!(
-                "{name} has later content than this copy; on {name}: blockmirror promote {volume}; \
-                 --force promotes this one, and what only {name} has is given up"
-            ));
-        }
-        if self.superblock.data == DataState::Inconsistent {
-            return Some(self.rollback());
-        }
-        if self.superblock.fence.holder == self.own.0 {
-            return self.unheard(answers);
-        }
-        match self.superblock.mode {
-            Mode::Sync => None,
-            Mode::Async | Mode::SemiSync => Some(format!(
-                "the primary does not answer (this host last heard of it {} ago), and when it did, this copy was not \
-                 in sync in the mode sync: what was written last may be missing here; --force promotes this copy without \
-                 that",
-                Seconds(self.link_seconds),
-            )),
-        }
+        Some(match objection {
+            Objection::Serves(host) => self.reachable(&name(host)),
+            Objection::Connected => {
+                let primary = answers.iter().find(|(peer, _)| peer.role == Role::Primary);
+                self.reachable(primary.map_or("the primary", |(peer, _)| peer.name.as_str()))
+            }
+            Objection::Promoted(host) => {
+                let holder = name(host);
+                format!(
+                    "{holder} was promoted after this copy was last in touch with a primary; promoting this one would \
+                     begin a second history: use {holder}, or --force"
+                )
+            }
+            Objection::Later(host) => {
+                let later = name(host);
+                format!(
+                    "{later} has later content than this copy; on {later}: blockmirror promote {volume}; \
+                     --force promotes this one, and what only {later} has is given up"
+                )
+            }
+            Objection::Demoted(host) => {
+                let holder = name(host);
+                format!(
+                    "{holder} was the primary, was demoted while this copy was out of its reach, and has everything; \
+                     on {holder}: blockmirror promote {volume}; --force promotes this one, and what only {holder} has \
+                     is given up"
+                )
+            }
+            Objection::Rollback => self.rollback(),
+            Objection::Unheard(hosts) => {
+                let silent: Vec<String> = hosts.into_iter().map(name).collect();
+                format!(
+                    "{} may have been promoted meanwhile, or have what is missing here, and cannot be asked; \
+                     --force promotes this copy all the same{}",
+                    silent.join(", "),
+                    self.missing(),
+                )
+            }
+            Objection::Unpromised => self.unpromised(),
+        })
     }
 
     fn reachable(&self, primary: &str) -> String {
-        let (volume, own) = (&self.volume, &self.own.1);
+        let (volume, own) = (&self.volume, &self.own_name);
         format!(
             "{primary} is the primary and reachable; to change over without losing anything, on {primary}: \
              blockmirror switch {volume} --to {own}"
@@ -115,28 +119,41 @@ impl Candidate {
         )
     }
 
-    /// This host was demoted by its operator: others may have been promoted since.
-    fn unheard(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
-        let silent: Vec<&str> = answers
-            .iter()
-            .filter(|(_, answered)| answered.is_err())
-            .map(|(peer, _)| peer.name.as_str())
-            .collect();
-        (!silent.is_empty()).then(|| {
-            format!(
-                "{} may have been promoted since this host was demoted, and does not answer; \
-                 --force promotes this copy all the same",
-                silent.join(", ")
-            )
-        })
+    /// Nothing says that the primary answered nothing without this copy.
+    fn unpromised(&self) -> String {
+        let why = match self.candidate.superblock.promise {
+            Promise::WhileHeard => {
+                "this copy was in sync in the mode sync when it was last heard, but it may have gone on alone since \
+                 (on_replica_loss = \"continue\")"
+            }
+            Promise::None | Promise::Replicas(_) => {
+                "when it was last heard, this copy was not in sync in the mode sync"
+            }
+        };
+        format!(
+            "the primary does not answer (this host last heard of it {} ago), and {why}: what was written last may be \
+             missing here; --force promotes this copy without that{}",
+            Seconds(self.link_seconds),
+            self.missing(),
+        )
+    }
+
+    /// From when on something may be missing.
+    fn missing(&self) -> String {
+        let Some(at) = self.last_written else { return String::new() };
+        let age = Seconds(self.now.saturating_sub(at));
+        format!(" (the last write that it has is of {}, {age} ago)", clock(at))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, GenerationId, Sequence, Session, VolumeId};
-    use blockmirror_protocol::wire::message::{Fence, Standing};
+    use blockmirror_protocol::disk::superblock::{self, Superblock};
+    use blockmirror_protocol::units::{
+        BlockSize, CopyId, Epoch, GenerationId, Position, Sequence, Session, VolumeId,
+    };
+    use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Standing};
 
     const NOW: u64 = 1_000_000_000;
 
@@ -145,7 +162,7 @@ mod tests {
     }
 
     /// A consistent replica of a, called b, in this mode.
-    fn candidate(mode: Mode) -> Candidate {
+    fn applicant(mode: Mode, promise: Promise) -> Applicant {
         let fence = Fence { counter: 3, holder: HostId([1; 32]) };
         let superblock = Superblock {
             volume: VolumeId([1; 16]),
@@ -164,15 +181,22 @@ mod tests {
             layers: 0,
             history: 0,
             mode,
+            promise,
             released: false,
         };
-        Candidate {
-            volume: "data".parse().unwrap(),
-            own: (HostId([2; 32]), "b".to_owned()),
+        let candidate = Candidate {
+            own: HostId([2; 32]),
             superblock,
             position: position(7),
-            rollback_at: None,
             is_connected: false,
+            is_promised: false,
+        };
+        Applicant {
+            volume: "data".parse().unwrap(),
+            own_name: "b".to_owned(),
+            candidate,
+            rollback_at: None,
+            last_written: Some(NOW - 3600),
             link_seconds: 90,
             now: NOW,
         }
@@ -196,8 +220,9 @@ mod tests {
         }
     }
 
-    fn silent() -> (PeerConfig, Answered) {
-        (peer("a", 1, Role::Primary), Err("it does not answer".to_owned()))
+    fn silent(name: &str, host: u8) -> (PeerConfig, Answered) {
+        let role = if host == 1 { Role::Primary } else { Role::Replica };
+        (peer(name, host, role), Err("it does not answer".to_owned()))
     }
 
     fn says(name: &str, host: u8, standing: Standing) -> (PeerConfig, Answered) {
@@ -205,66 +230,62 @@ mod tests {
     }
 
     #[test]
-    fn what_loses_nothing_is_not_objected_to() {
-        let sync = candidate(Mode::Sync);
-        assert_eq!(sync.objection(&[silent()]), None);
-        assert_eq!(sync.objection(&[silent(), says("c", 3, standing(7))]), None);
-        let mut released = candidate(Mode::Async);
-        released.superblock.released = true;
-        assert_eq!(released.objection(&[silent()]), None);
-        // A primary whose disk has failed serves nobody.
-        let failed = Standing { role: superblock::Role::Primary, ..standing(9) };
-        let failed = Standing { lineage: vec![GenerationId([b'x'; 16])], ..failed };
-        assert_eq!(sync.objection(&[says("a", 1, failed)]), None);
-        let mut demoted = candidate(Mode::Async);
-        demoted.superblock.fence.holder = HostId([2; 32]);
-        assert_eq!(demoted.objection(&[says("c", 3, standing(7))]), None);
-    }
-
-    #[test]
     fn each_objection_says_what_to_do() {
         let serving = Standing { role: superblock::Role::Primary, serves: true, ..standing(7) };
-        let mut behind = candidate(Mode::Sync);
-        behind.superblock.fence.counter = 2;
-        let mut gap = candidate(Mode::Sync);
-        (gap.superblock.data, gap.superblock.gap) = (DataState::Inconsistent, 4);
+        let waits = || applicant(Mode::Sync, Promise::Replicas(1));
+        let mut behind = waits();
+        behind.candidate.superblock.fence.counter = 2;
+        let mut gap = waits();
+        (gap.candidate.superblock.data, gap.candidate.superblock.gap) = (DataState::Inconsistent, 4);
         gap.rollback_at = Some(NOW - 120);
-        let mut demoted = candidate(Mode::Async);
-        demoted.superblock.fence.holder = HostId([2; 32]);
-        let newer = vec![GenerationId([b'b'; 16]), GenerationId([b'a'; 16])];
-        for (candidate, answers, words) in [
-            (candidate(Mode::Sync), vec![says("a", 1, serving)], "on a: blockmirror switch data --to b"),
+        let mut demoted = applicant(Mode::Async, Promise::None);
+        demoted.candidate.superblock.fence.holder = HostId([2; 32]);
+        let mut connected = waits();
+        connected.candidate.is_connected = true;
+        for (applicant, answers, words) in [
+            (waits(), vec![says("a", 1, serving)], "on a: blockmirror switch data --to b"),
             (behind, vec![says("c", 3, standing(7))], "was promoted after this copy was last in touch"),
-            (candidate(Mode::Sync), vec![says("c", 3, standing(8))], "on c: blockmirror promote data"),
+            (waits(), vec![silent("a", 1), says("c", 3, standing(8))], "on c: blockmirror promote data"),
+            (gap, vec![silent("a", 1)], "--force rolls it back to 01:44:40 UTC, 2m ago"),
+            (applicant(Mode::Async, Promise::None), vec![silent("a", 1)], "last heard of it 1m 30s ago"),
             (
-                candidate(Mode::Sync),
-                vec![says("c", 3, Standing { lineage: newer, ..standing(1) })],
-                "c has later content",
+                applicant(Mode::SemiSync, Promise::None),
+                vec![silent("a", 1)],
+                "was not in sync in the mode sync",
             ),
-            (gap, vec![silent()], "--force rolls it back to 01:44:40 UTC, 2m ago"),
-            (candidate(Mode::Async), vec![silent()], "last heard of it 1m 30s ago"),
-            (candidate(Mode::SemiSync), vec![silent()], "was not in sync in the mode sync"),
-            (demoted, vec![silent()], "a may have been promoted since this host was demoted"),
+            (
+                applicant(Mode::Sync, Promise::WhileHeard),
+                vec![silent("a", 1)],
+                "may have gone on alone since",
+            ),
+            (
+                applicant(Mode::Sync, Promise::WhileHeard),
+                vec![silent("a", 1)],
+                "the last write that it has is of 00:46:40 UTC, 1h 0m ago",
+            ),
+            (
+                applicant(Mode::Async, Promise::None),
+                vec![says("a", 1, standing(7))],
+                "was demoted while this copy was out of its reach, and has everything; on a: blockmirror promote data",
+            ),
+            (demoted, vec![silent("a", 1)], "a may have been promoted meanwhile"),
+            (waits(), vec![silent("a", 1), silent("c", 3)], "c may have been promoted meanwhile"),
+            // It can't be dialled from here, but its own connection lives.
+            (connected, vec![silent("a", 1)], "a is the primary and reachable"),
         ] {
-            let text = candidate.objection(&answers).unwrap_or_default();
+            let text = applicant.objection(&answers).unwrap_or_default();
             assert!(text.contains(words), "{text:?} should say {words:?}");
         }
-        // It can't be dialled from here, but its own connection lives.
-        let connected = Candidate { is_connected: true, ..candidate(Mode::Sync) };
-        let text = connected.objection(&[silent()]).unwrap();
-        assert!(text.contains("a is the primary and reachable"), "{text}");
     }
 
     #[test]
-    fn a_copy_that_is_no_image_of_the_volume_is_never_promoted() {
-        let mut empty = candidate(Mode::Sync);
-        empty.superblock.data = DataState::Empty;
+    fn a_copy_that_can_not_be_promoted_says_why() {
+        let mut empty = applicant(Mode::Sync, Promise::None);
+        empty.candidate.superblock.data = DataState::Empty;
         assert!(empty.obstacle().unwrap().contains("this copy is empty"));
-        let mut mixture = candidate(Mode::Sync);
-        mixture.superblock.data = DataState::Inconsistent;
+        let mut mixture = applicant(Mode::Sync, Promise::None);
+        mixture.candidate.superblock.data = DataState::Inconsistent;
         assert!(mixture.obstacle().unwrap().contains("no rollback point"));
-        mixture.superblock.gap = 3;
-        assert_eq!(mixture.obstacle(), None);
-        assert_eq!(candidate(Mode::Async).obstacle(), None);
+        assert_eq!(applicant(Mode::Async, Promise::None).obstacle(), None);
     }
 }

@@ -2,7 +2,7 @@
 //! how it does is the shell's part ([`Replica::promote`]); then the volume opens anew and serves its devices.
 
 use super::changes::{Hands, Next, Then, failed, refused};
-use super::promotable::Candidate;
+use super::promotable::{Applicant, heard};
 use super::{Answer, OpenRole, Volume, refuse};
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
@@ -11,7 +11,9 @@ use crate::replica::{PromotionError, Replica};
 use crate::standing::{self, Answered};
 use crate::transport::ControlSender;
 use crate::words::with_causes;
+use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::succession::{self, Candidate};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Fence, Refusal, TookOver};
 use std::rc::Rc;
@@ -42,29 +44,35 @@ impl Volume {
             Ok(replica) => replica,
             Err(failure) => return drop(answer.send(Err(failure))),
         };
-        let mut candidate = self.candidate(&replica);
-        if let Some(text) = candidate.obstacle() {
+        let mut applicant = self.applicant(&replica);
+        if let Some(text) = applicant.obstacle() {
             return drop(answer.send(Err(refused(text))));
         }
         let hands = self.begin_change("being promoted");
         spawn_local(async move {
             let config = &hands.config;
             let answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
-            if candidate.is_connected && !force && !is_any_primary(&answers) {
-                candidate.is_connected = !is_left(&replica).await;
+            if applicant.candidate.is_connected && !force && !is_any_primary(&answers) {
+                applicant.candidate.is_connected = !is_left(&replica).await;
             }
-            if let Some(text) = candidate.objection(&answers).filter(|_| !force) {
+            applicant.candidate.is_promised = replica.is_promised();
+            if let Some(text) = applicant.objection(&answers).filter(|_| !force) {
                 return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(refused(text)))));
             }
-            let newest = standing::newer_fence(candidate.superblock.fence, &answers)
-                .unwrap_or(candidate.superblock.fence);
+            let known = applicant.candidate.superblock.fence;
+            let newest = succession::newest_fence(known, &heard(&answers)).unwrap_or(known);
+            // Where nothing else speaks for it, only the primary's word does.
+            applicant.candidate.is_promised = false;
+            let on_word = !force && applicant.candidate.objection(&heard(&answers)).is_some();
             let unanswered: Vec<String> = answers
                 .iter()
                 .filter(|(_, answered)| answered.is_err())
                 .map(|(peer, _)| peer.name.to_string())
                 .collect();
-            let rolled_back_to = candidate.rollback_at;
-            let done = carry_out(&hands, replica, newest).await.map_err(|error| failed(with_causes(&error)));
+            let rolled_back_to = applicant.rollback_at;
+            let done = carry_out(&hands, replica, newest, on_word)
+                .await
+                .map_err(|error| failed(with_causes(&error)));
             hands.end(Next::Reopen, move |role| {
                 let promoted = done.and_then(|()| is_primary(role)).map(|()| Promoted {
                     took: began.elapsed(),
@@ -98,7 +106,7 @@ impl Volume {
         let hands = self.begin_change("taking over as the primary");
         let volume = self.name();
         spawn_local(async move {
-            let done = carry_out(&hands, replica, superblock.fence).await;
+            let done = carry_out(&hands, replica, superblock.fence, false).await;
             hands.end(Next::Reopen, move |role| match (done, role) {
                 (_, OpenRole::Primary(primary, _)) => {
                     sender.end_with(TookOver { fence: primary.state().superblock().fence }, None);
@@ -136,7 +144,7 @@ impl Volume {
         let hands = self.begin_change("becoming the primary again");
         spawn_local(async move {
             let fence = replica.state().superblock().fence;
-            if let Err(error) = carry_out(&hands, replica, fence).await {
+            if let Err(error) = carry_out(&hands, replica, fence, false).await {
                 tracing::error!(volume = %hands.config.name, "{}", with_causes(&error));
             }
             hands.end(Next::Reopen, then);
@@ -166,16 +174,26 @@ impl Volume {
         }
     }
 
-    fn candidate(&self, replica: &Replica) -> Candidate {
+    pub(super) fn applicant(&self, replica: &Replica) -> Applicant {
         let (superblock, report) = (replica.state().superblock(), replica.report());
         let own = &self.surroundings.own;
-        Candidate {
-            volume: self.name(),
-            own: (own.host, own.name.clone()),
+        let marker = self.surroundings.state_folder.join(marker::FILE_NAME);
+        let written = std::fs::metadata(marker).and_then(|status| status.modified());
+        let candidate = Candidate {
+            own: own.host,
             superblock,
             position: report.position,
-            rollback_at: replica.rollback_point().map(|(began, _)| began),
             is_connected: report.connected,
+            is_promised: replica.is_promised(),
+        };
+        Applicant {
+            volume: self.name(),
+            own_name: own.name.clone(),
+            candidate,
+            rollback_at: replica.rollback_point().map(|(began, _)| began),
+            last_written: written
+                .ok()
+                .map(|at| unix_seconds().saturating_sub(at.elapsed().map_or(0, |age| age.as_secs()))),
             link_seconds: replica.since().elapsed().as_secs(),
             now: unix_seconds(),
         }
@@ -199,9 +217,14 @@ async fn is_left(replica: &Replica) -> bool {
 }
 
 /// Ends the session and carries the promotion out; the shell is given up.
-async fn carry_out(hands: &Hands, replica: Rc<Replica>, newest: Fence) -> Result<(), PromotionError> {
-    replica.close().await;
-    replica.promote(hands.own, &hands.hosts(), newest, &hands.progress).await
+async fn carry_out(
+    hands: &Hands,
+    replica: Rc<Replica>,
+    newest: Fence,
+    on_word: bool,
+) -> Result<(), PromotionError> {
+    replica.end().await;
+    replica.promote(hands.own, &hands.hosts(), newest, on_word, &hands.progress).await
 }
 
 /// Whether the volume opened as a primary.

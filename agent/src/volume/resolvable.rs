@@ -6,6 +6,7 @@ use crate::config::{Name, PeerConfig};
 use crate::standing::Answered;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::lineage::{self, Relation};
+use blockmirror_protocol::succession;
 use blockmirror_protocol::units::{GenerationId, HostId};
 use blockmirror_protocol::wire::message::{DataState, Standing};
 
@@ -50,7 +51,7 @@ impl Resolver {
         let standing = answered.as_ref().map_err(|error| {
             format!("{name} must say how it stands before this host's content goes, and does not: {error}")
         })?;
-        if !is_usable(standing) {
+        if !succession::is_usable(standing) {
             return Err(format!("{name} has no whole copy of {volume}, so it is not its content that stays"));
         }
         if !self.is_split_from(keep, standing) {
@@ -143,21 +144,12 @@ impl Resolver {
     }
 }
 
-/// Whether a copy can be the source of another one, now or when it is promoted (L4).
-fn is_usable(standing: &Standing) -> bool {
-    match standing.data {
-        DataState::Consistent => true,
-        DataState::Inconsistent => standing.can_roll_back,
-        DataState::Empty => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config;
     use blockmirror_protocol::units::{BlockSize, CopyId, Position, Session, VolumeId};
-    use blockmirror_protocol::wire::message::{Fence, Mode};
+    use blockmirror_protocol::wire::message::{Fence, Mode, Promise};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()
@@ -186,6 +178,7 @@ mod tests {
             layers: 0,
             history: 0,
             mode: Mode::Async,
+            promise: Promise::None,
             released: false,
         };
         let own = (HostId([1; 32]), "a".to_owned());

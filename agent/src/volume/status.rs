@@ -56,6 +56,7 @@ impl Volume {
             }
             OpenRole::Primary(primary, links) => {
                 let (epoch, reports) = primary.reports();
+                primary.ask_marks();
                 facts.backing_error = primary.failure();
                 let superblock = primary.state().superblock();
                 facts.data = Some(superblock.data.into());
@@ -182,6 +183,7 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
         out_of_sync_bytes: Some(if in_sync { report.map_bytes } else { report.out_of_sync_bytes }),
         lag_bytes: Some(report.lag_bytes),
         lag_seconds: Some(report.lag.as_secs()),
+        heard: Some(report.heard),
         durable_epoch: Some(report.durable.0).filter(|epoch| *epoch > 0),
         resync: report
             .resync

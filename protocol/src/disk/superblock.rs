@@ -15,16 +15,17 @@
 //!  192 lineage: up to 64 generations of 16 bytes, newest first
 //! 1216 adopted (8)         1224 gap (8)         1232 layers (8)
 //! 1240 mode (1)  1241 released (1)  1242 zero (6)
-//! 1248 counter of the source's fence (8)          1256 history (8)          1264 zero
+//! 1248 counter of the source's fence (8)          1256 history (8)
+//! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
 //! ```
 //!
 //! Version 1 had zeroes from 1216 on, which read as what was true of every copy then: nothing adopted, no gap, no
-//! layers, asynchronous, never released, no history.
+//! layers, asynchronous, never released, no history. Version 2 had zeroes from 1264 on: nothing was promised.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
 pub use crate::wire::message::Role;
-use crate::wire::message::{DataState, Fence, Mode};
+use crate::wire::message::{DataState, Fence, Mode, Promise};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -33,7 +34,7 @@ pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
 pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 
@@ -76,7 +77,10 @@ struct Raw {
     zero_again: [u8; 6],
     source_counter: U64,
     history: U64,
-    rest: [u8; PAGE_BYTES - 1264],
+    promise: u8,
+    zero_at_last: [u8; 3],
+    promise_replicas: U32,
+    rest: [u8; PAGE_BYTES - 1272],
 }
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
@@ -120,6 +124,8 @@ pub struct Superblock {
     /// The mode that the replica was last committed in (W4); async from when it knows that something was replied without
     /// it.
     pub mode: Mode,
+    /// What the primary of the last commit promised about answering without this replica (W4).
+    pub promise: Promise,
     /// Whether the primary was demoted when this replica had everything: whoever is promoted next loses nothing.
     pub released: bool,
 }
@@ -180,7 +186,17 @@ impl Superblock {
             zero_again: [0; 6],
             source_counter: U64::new(self.source.counter),
             history: U64::new(self.history),
-            rest: [0; PAGE_BYTES - 1264],
+            promise: match self.promise {
+                Promise::None => 0,
+                Promise::WhileHeard => 1,
+                Promise::Replicas(_) => 2,
+            },
+            zero_at_last: [0; 3],
+            promise_replicas: U32::new(match self.promise {
+                Promise::None | Promise::WhileHeard => 0,
+                Promise::Replicas(replicas) => replicas,
+            }),
+            rest: [0; PAGE_BYTES - 1272],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -244,6 +260,12 @@ impl Superblock {
             layers: raw.layers.get(),
             history: raw.history.get(),
             mode: Mode::from_byte(raw.mode).ok_or_else(|| corrupted.clone())?,
+            promise: match raw.promise {
+                0 => Promise::None,
+                1 => Promise::WhileHeard,
+                2 => Promise::Replicas(raw.promise_replicas.get()),
+                _ => return Err(corrupted),
+            },
             released: raw.released != 0,
         };
         Ok(Some((raw.serial.get(), superblock)))
@@ -272,6 +294,7 @@ mod tests {
             layers: 13,
             history: 15,
             mode: Mode::Sync,
+            promise: Promise::Replicas(16),
             released: true,
         }
     }
@@ -279,10 +302,20 @@ mod tests {
     #[test]
     fn the_page_has_these_golden_bytes() {
         let page = sample().encode(11);
-        let bytes = page[..256].iter().chain(&page[1216..1264]);
+        let bytes = page[..256].iter().chain(&page[1216..1272]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(text, golden(include_str!("golden/superblock-2.hex")));
-        assert!(page[256..1216].iter().chain(&page[1264..]).all(|byte| *byte == 0));
+        assert_eq!(text, golden(include_str!("golden/superblock-3.hex")));
+        assert!(page[256..1216].iter().chain(&page[1272..]).all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_page_of_version_2_reads_as_one_to_which_nothing_was_promised() {
+        let mut page = [0; PAGE_BYTES];
+        let text = golden(include_str!("golden/superblock-2.hex"));
+        for (place, at) in (0..256).chain(1216..1264).enumerate() {
+            page[at] = u8::from_str_radix(&text[2 * place..2 * place + 2], 16).unwrap();
+        }
+        assert_eq!(Superblock::recover(&page), Ok((11, Superblock { promise: Promise::None, ..sample() })));
     }
 
     #[test]
@@ -298,6 +331,7 @@ mod tests {
             layers: 0,
             history: 0,
             mode: Mode::Async,
+            promise: Promise::None,
             released: false,
             source: Fence { counter: 0, holder: HostId([9; 32]) },
             ..sample()
@@ -337,12 +371,12 @@ mod tests {
             assert_eq!(Superblock::recover(&bytes), corrupted);
         }
         let mut newer = sample().encode(6);
-        newer[8] = 3;
+        newer[8] = 4;
         seal(&mut newer, CRC_AT);
         let file = [newer, sample().encode(5)].concat();
         assert_eq!(
             Superblock::recover(&file),
-            Err(MetadataError::TooNew { what: WHAT, found: 3, known: VERSION })
+            Err(MetadataError::TooNew { what: WHAT, found: 4, known: VERSION })
         );
     }
 }

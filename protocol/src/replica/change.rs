@@ -3,7 +3,7 @@
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use crate::lineage;
 use crate::units::{GenerationId, Position};
-use crate::wire::message::{DataState, Fence, Mode};
+use crate::wire::message::{DataState, Fence, Mode, Promise};
 
 /// See the module.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -37,6 +37,8 @@ pub enum StateChange {
         lineage: Vec<GenerationId>,
         /// The mode in which the replica counts.
         mode: Mode,
+        /// What it can count on when it is out of reach.
+        promise: Promise,
         /// The fence of the primary.
         source: Fence,
     },
@@ -49,7 +51,7 @@ impl StateChange {
     pub fn apply(&self, superblock: &mut Superblock) {
         match self {
             Self::Follow(fence) => (superblock.fence, superblock.released) = (*fence, false),
-            Self::Behind => superblock.mode = Mode::Async,
+            Self::Behind => (superblock.mode, superblock.promise) = (Mode::Async, Promise::None),
             Self::Begin { source, gap, keep } => {
                 superblock.data = DataState::Inconsistent;
                 superblock.source = *source;
@@ -71,12 +73,13 @@ impl StateChange {
                     lineage::begin(&mut superblock.lineage, *generation, &[], LINEAGE_LIMIT);
                 }
             }
-            Self::Commit { position, lineage, mode, source } => {
+            Self::Commit { position, lineage, mode, promise, source } => {
                 superblock.data = DataState::Consistent;
                 superblock.position = *position;
                 superblock.lineage.clone_from(lineage);
                 superblock.lineage.truncate(LINEAGE_LIMIT);
                 superblock.mode = *mode;
+                superblock.promise = *promise;
                 superblock.source = *source;
                 superblock.gap = 0;
                 superblock.adopted += 1;

@@ -43,12 +43,15 @@ use crate::disk::superblock::Superblock;
 use crate::lineage;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
+use crate::promise::Held;
 use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
-use crate::units::{Epoch, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber, Stream};
+use crate::units::{
+    Epoch, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber, Stream, Time,
+};
 use crate::wire::message::{
-    Acknowledgement, Commit, CopyDigest, DataState, Digest, Hello, Message, Mode, Parting, Refusal, Refused,
-    Release, ResyncBegin,
+    Acknowledgement, Alone, AskMark, Commit, CopyDigest, DataState, Digest, Hello, Message, Mode, Parted,
+    Parting, Promise, Refusal, Refused, Release, ResyncBegin,
 };
 use crate::wire::{Body, FrameHeader};
 use agreement::Log;
@@ -82,6 +85,7 @@ pub struct Replica {
     last_session: SessionNumber,
     sync: Option<SyncScope>,
     marker: Marker,
+    promise: Held,
     state_changes: VecDeque<(StateChange, Option<(Message, SessionNumber)>)>,
     /// A commit whose extents go to the log first.
     commit: Option<(Commit, SessionNumber)>,
@@ -196,6 +200,7 @@ impl Replica {
             last_session: SessionNumber(0),
             sync: None,
             marker: Marker { durable: mark, ..Marker::default() },
+            promise: Held::default(),
             state_changes: VecDeque::new(),
             commit: None,
             writing_state: false,
@@ -238,7 +243,7 @@ impl Replica {
             Message::ResyncBegin(ResyncBegin { session: theirs, dirty_bytes }) if theirs == session => {
                 link.resync = Some((link.copies.written_bytes, dirty_bytes));
                 link.announced = true;
-                self.note_behind();
+                self.part();
                 self.go_on();
                 Ok(())
             }
@@ -255,8 +260,18 @@ impl Replica {
                 self.go_on();
                 Ok(())
             }
-            Message::Parting(Parting { session: theirs }) if theirs == session => {
-                self.note_behind();
+            Message::Parting(Parting { session: theirs }) | Message::Alone(Alone { session: theirs })
+                if theirs == session =>
+            {
+                self.part();
+                Ok(())
+            }
+            Message::Grant(grant) if grant.session == session => {
+                self.promise.granted(&grant);
+                Ok(())
+            }
+            Message::AskMark(AskMark { session: theirs }) if theirs == session => {
+                self.acknowledge();
                 Ok(())
             }
             Message::Agreed(agreed) if agreed.session == session => {
@@ -274,10 +289,44 @@ impl Replica {
 
     /// The primary goes on without this replica: it counts no more, durably, until a commit (W4).
     pub fn note_behind(&mut self) {
+        self.promise.give_up();
         let is_noted = self.state_changes.iter().any(|(change, _)| *change == StateChange::Behind);
         if self.superblock.mode != Mode::Async && !is_noted {
             self.change_state(StateChange::Behind, None);
         }
+    }
+
+    /// The primary is going to answer without this replica, and hears that it may.
+    fn part(&mut self) {
+        self.note_behind();
+        if let Some(link) = &self.link {
+            self.actions.push_back(Action::Send(Parted { session: link.session }.into()));
+        }
+    }
+
+    /// Nothing is counted on any more: this host ends its session, and its primary need not wait for it.
+    pub fn take_leave(&mut self) {
+        if self.superblock.promise == Promise::WhileHeard {
+            self.promise.give_up();
+            if let Some(link) = &self.link {
+                self.actions.push_back(Action::Send(Parted { session: link.session }.into()));
+            }
+        }
+    }
+
+    /// Asks the primary not to go on without this replica. For the shell, now and then.
+    pub fn ask_promise(&mut self, now: Time) {
+        if let Some(link) = self.link.as_ref().filter(|_| self.superblock.promise == Promise::WhileHeard) {
+            let renew = self.promise.ask(link.session, now);
+            self.actions.push_back(Action::Send(renew.into()));
+        }
+    }
+
+    /// Whether the primary's word holds, so that it has answered nothing that is missing here (W4).
+    #[must_use]
+    pub fn is_promised(&self, now: Time) -> bool {
+        let is_in_sync = self.superblock.data == DataState::Consistent && self.superblock.mode == Mode::Sync;
+        is_in_sync && self.superblock.promise == Promise::WhileHeard && self.promise.holds(now)
     }
 
     /// A frame has arrived whole.
@@ -567,6 +616,8 @@ impl Replica {
             self.failed = true;
             // What is not being recorded yet never will be.
             self.state_changes.truncate(usize::from(self.writing_state));
+            // The primary need not wait for it.
+            self.take_leave();
             let text = "the replica's disk failed or is full; see the replica's log".into();
             self.actions.push_back(Action::Send(Refused { refusal: Refusal::Backing, text }.into()));
         }

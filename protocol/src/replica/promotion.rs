@@ -15,7 +15,7 @@ use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{GenerationId, HostId, Position};
-use crate::wire::message::{DataState, Fence, Mode};
+use crate::wire::message::{DataState, Fence, Mode, Promise};
 
 /// Why a replica can't be promoted, whatever it would lose.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -101,19 +101,26 @@ pub fn record(superblock: &mut Superblock, host: HostId, position: Position) {
 
 /// What the superblock says once a primary is demoted, or met the newer `fence`; `position` is where it got to. A
 /// generation of its `own` is begun for what it answered and never delivered to the host that was promoted: that is not
-/// lost without the operator's word (L3, L6).
+/// lost without the operator's word (L3, L6). Where there is nothing of that, the newest generations go in which nothing
+/// was answered: what was written in them is in the maps, and nobody misses it.
 pub fn record_demotion(
     superblock: &mut Superblock,
     fence: Fence,
-    position: Position,
+    mut position: Position,
     own: Option<GenerationId>,
+    unanswered: usize,
 ) {
-    if let Some(own) = own {
-        lineage::begin(&mut superblock.lineage, own, &[], LINEAGE_LIMIT);
+    match own {
+        Some(own) => lineage::begin(&mut superblock.lineage, own, &[], LINEAGE_LIMIT),
+        None => {
+            let begun = unanswered.min(superblock.lineage.len().saturating_sub(1));
+            superblock.lineage.drain(..begun);
+            position.generation = superblock.lineage.first().copied().unwrap_or_default();
+        }
     }
     superblock.role = Role::Replica;
     superblock.fence = fence;
     superblock.source = fence;
     superblock.position = position;
-    superblock.mode = Mode::Async;
+    (superblock.mode, superblock.promise) = (Mode::Async, Promise::None);
 }

@@ -120,6 +120,7 @@ impl Replica {
         }
         if hello.fence != self.superblock.fence || self.superblock.released {
             let follow = StateChange::Follow(hello.fence);
+            self.promise.give_up();
             self.greeting = Some(hello);
             return self.change_state(follow, None);
         }
@@ -235,7 +236,7 @@ impl Replica {
                 (link.open, link.closed) = (None, epoch);
                 link.queue.push_back((frame, header.body));
                 if cut {
-                    self.note_behind();
+                    self.part();
                 }
                 Ok(false)
             }

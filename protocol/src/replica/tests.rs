@@ -39,6 +39,7 @@ fn superblock(generations: &str) -> Superblock {
         layers: 0,
         history: 0,
         mode: Mode::Async,
+        promise: Promise::None,
         released: false,
     }
 }
@@ -244,7 +245,7 @@ fn in_sync() -> Replica {
 /// What the primary of the session commits a copy to.
 fn commit(position: Position, generations: &str) -> Message {
     let (lineage, active, mode) = (lineage(generations), Vec::new(), Mode::Async);
-    Commit { session: SessionNumber(1), position, lineage, active, mode }.into()
+    Commit { session: SessionNumber(1), position, lineage, active, mode, promise: Promise::None }.into()
 }
 
 #[test]

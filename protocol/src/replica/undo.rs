@@ -139,6 +139,7 @@ mod tests {
             layers: 3,
             history: 3,
             mode: Mode::Async,
+            promise: crate::wire::message::Promise::None,
             released: false,
         }
     }

@@ -5,9 +5,10 @@ use super::{Action, Circumstances, Phase, Session, State, TAIL_TIME, Wants};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{Epoch, GenerationId, Position, Sequence, Time};
-use crate::wire::message::{Agreed, Commit, Mode, Release};
+use crate::wire::message::{Agreed, Alone, AskMark, Commit, Mode, Promise, Release};
 use crate::wire::{Body, FrameHeader};
 use std::num::NonZeroU64;
+use std::time::Duration;
 
 impl Session {
     /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
@@ -38,6 +39,7 @@ impl Session {
             lineage: circumstances.lineage.to_vec(),
             active: (circumstances.active)(),
             mode: self.mode,
+            promise: if self.mode == Mode::Sync { circumstances.promise } else { Promise::None },
         };
         self.actions.push_back(Action::Send(commit.into()));
         Wants::default()
@@ -132,6 +134,56 @@ impl Session {
         }
     }
 
+    /// A replica that is not in sync any more hears that it will be passed over, and answers that it counts on nothing.
+    pub(super) fn tell_alone(&mut self) {
+        let State::Linked(link) = &mut self.state else { return };
+        let is_passed_over = matches!(link.phase, Phase::Draining | Phase::Beginning | Phase::Resyncing);
+        if self.promised.is_some() && is_passed_over && !std::mem::replace(&mut link.is_told_alone, true) {
+            self.actions.push_back(Action::Send(Alone { session: link.session }.into()));
+        }
+    }
+
+    /// Until when the replica may count on nothing being answered without it, if it is not in sync.
+    pub(crate) fn promised(&self) -> Option<Time> {
+        self.promised.filter(|_| !self.may_follow())
+    }
+
+    /// The replica may have this host's word from before, whatever is known here.
+    pub(crate) fn keep_word(&mut self, patience: Duration, until: Option<Time>) {
+        self.patience = patience;
+        let may_have_it = self.mode == Mode::Sync && !self.map.base().is_none();
+        self.promised = self.promised.max(until.filter(|_| may_have_it));
+    }
+
+    /// This host was away: whatever it promised holds for as long as if it had just been asked.
+    pub(crate) fn renew_word(&mut self, now: Time) {
+        if self.promised.is_some() {
+            self.promised = self.promised.max(Some(now.after(self.patience)));
+        }
+    }
+
+    /// Something is answered for all writes up to this one.
+    pub(crate) fn note_answered(&mut self, sequence: Sequence) {
+        self.was_passed_over |= !self.has_received(sequence);
+    }
+
+    /// Whether applications were answered something that the replica lacks. One in the mode sync lacks what it received
+    /// and did not keep, as a disk does that loses its cache: that was no promise (W4).
+    #[must_use]
+    pub fn lacks_answered(&self) -> bool {
+        match self.mode {
+            Mode::Sync => self.was_passed_over,
+            Mode::Async | Mode::SemiSync => self.out_of_sync_bytes() > 0,
+        }
+    }
+
+    /// Asks the replica to say that it is there.
+    pub(crate) fn ask_mark(&mut self) {
+        if let State::Linked(link) = &self.state {
+            self.actions.push_back(Action::Send(AskMark { session: link.session }.into()));
+        }
+    }
+
     /// Whether an in-sync replica has received every write up to this one.
     pub(crate) fn has_received(&self, sequence: Sequence) -> bool {
         match &self.state {
@@ -219,6 +271,7 @@ mod tests {
             lineage: &lineage,
             position,
             may_commit,
+            promise: Promise::None,
             active,
         });
         session

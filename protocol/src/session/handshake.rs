@@ -209,6 +209,7 @@ impl Session {
             copy: welcome.copy,
             agreed: Epoch(0),
             released: None,
+            is_told_alone: false,
         }));
     }
 }

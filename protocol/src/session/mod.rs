@@ -41,13 +41,15 @@ use crate::dirty_map::{DirtyMap, MapChanges};
 use crate::disk::dirty_map::Base;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
+use crate::promise::PATIENCE;
 use crate::ranges::ByteRange;
 use crate::tracker::RequestId;
 use crate::units::{
     BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Sequence, Session as SessionNumber, Stream, Time,
 };
 use crate::wire::message::{
-    Acknowledgement, Committed, CopyDigest, Message, Mode, ReleaseRecorded, ResyncBegin, ResyncReady,
+    Acknowledgement, Committed, CopyDigest, Grant, Message, Mode, Parted, Promise, ReleaseRecorded, Renew,
+    ResyncBegin, ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
 pub use handshake::{Handled, Identity, PeerError};
@@ -147,6 +149,13 @@ pub struct Session {
     /// The number of the next compare's first step.
     next_step: u64,
     since: Time,
+    /// Until when the replica may count on nothing being answered without it, and for how long the next word is given.
+    promised: Option<Time>,
+    patience: Duration,
+    /// Whether something that was written was answered without it since it was last in sync.
+    was_passed_over: bool,
+    /// How many acknowledgements came.
+    heard: u64,
     /// Whether the replica was found to have gone back, and was not in sync since (X4).
     went_back: bool,
     actions: VecDeque<Action>,
@@ -187,6 +196,8 @@ struct Link {
     agreed: Epoch,
     /// How far a release is: asked for, recorded by the replica.
     released: Option<bool>,
+    /// Whether the replica was told that it is passed over from now on.
+    is_told_alone: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -244,6 +255,8 @@ pub(crate) struct Circumstances<'a> {
     pub position: (Epoch, Sequence),
     /// Whether the generation is one that a replica may be committed to (L1).
     pub may_commit: bool,
+    /// What a replica in the mode sync is promised.
+    pub promise: Promise,
     /// The extents with writes that other replicas may lack; empty where there are no others (D5).
     pub active: &'a dyn Fn() -> Vec<Extent>,
 }
@@ -275,6 +288,7 @@ impl Session {
         window_limit_bytes: u64,
         mode: Mode,
     ) -> Self {
+        let was_passed_over = !map.is_clean();
         Self {
             peer,
             block_size,
@@ -297,6 +311,10 @@ impl Session {
             resync_limit: None,
             next_step: 0,
             since: Time::default(),
+            promised: None,
+            patience: PATIENCE,
+            was_passed_over,
+            heard: 0,
             went_back: false,
             actions: VecDeque::new(),
         }
@@ -494,6 +512,7 @@ impl Session {
                 if received > link.sent {
                     return Err(PeerError::Misbehaved("it acknowledged a write that was never sent"));
                 }
+                self.heard += 1;
                 link.received = link.received.max(received);
                 link.resync.durable(copies, &mut self.map, &mut self.certain, now)?;
                 link.durable = link.durable.max(durable);
@@ -512,7 +531,7 @@ impl Session {
                     link.durable = link.durable.max(closed.map_or(Epoch(0), |(epoch, _)| epoch));
                     link.phase = Phase::InSync;
                     self.since = now;
-                    self.went_back = false;
+                    (self.went_back, self.was_passed_over) = (false, false);
                     self.map.confirm(link.copy, generation);
                     let known = Mark { position, ..self.map.known() };
                     self.map.note_known(known);
@@ -530,6 +549,18 @@ impl Session {
             }
             Message::Digest(digest) if digest.session == link.session => {
                 self.handle_peer_digest(digest.number, digest.digest);
+                Ok(())
+            }
+            Message::Renew(Renew { session, number }) if session == link.session => {
+                if link.phase == Phase::InSync && self.mode == Mode::Sync {
+                    self.promised = self.promised.max(Some(now.after(self.patience)));
+                    let milliseconds = self.patience.as_millis() as u64;
+                    self.actions.push_back(Action::Send(Grant { session, number, milliseconds }.into()));
+                }
+                Ok(())
+            }
+            Message::Parted(Parted { session }) if session == link.session => {
+                self.promised = None;
                 Ok(())
             }
             Message::Refused(refused) => Err(PeerError::Refused(refused)),
@@ -553,6 +584,7 @@ impl Session {
             self.map_failed = false;
             self.write_map();
         }
+        self.tell_alone();
         let (is_clean, is_written) = (self.map.is_clean(), self.is_written());
         let State::Linked(link) = &mut self.state else { return Wants::default() };
         if matches!(link.phase, Phase::Committing { streams: false, .. }) && !is_clean {

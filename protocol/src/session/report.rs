@@ -34,6 +34,8 @@ pub struct Report {
     pub local_read_failed: bool,
     /// Whether the map's file could not be written the last time.
     pub map_failed: bool,
+    /// How many acknowledgements came, over all sessions.
+    pub heard: u64,
     /// Whether the replica had gone back behind what was known to be durable there, and was not in sync since (X4).
     pub went_back: bool,
 }
@@ -63,6 +65,16 @@ pub enum ReplicaState {
 }
 
 impl Session {
+    /// Bytes that may differ on the replica: the map, and what is sent but not acknowledged.
+    pub(super) fn out_of_sync_bytes(&self) -> u64 {
+        let map_bytes = self.map.dirty_blocks() * self.block_size.bytes();
+        let unmarked_bytes = match &self.state {
+            State::Linked(link) if !link.spilled => link.window.bytes(),
+            _ => 0,
+        };
+        (map_bytes + unmarked_bytes).min(self.size_bytes)
+    }
+
     /// The session's numbers, for status.
     #[must_use]
     pub fn report(&self, now: Time) -> Report {
@@ -70,7 +82,7 @@ impl Session {
         let mut report = Report {
             connection: Connection::Disconnected,
             state: ReplicaState::OutOfSync,
-            out_of_sync_bytes: map_bytes,
+            out_of_sync_bytes: self.out_of_sync_bytes(),
             map_bytes,
             lag_bytes: 0,
             lag: Duration::ZERO,
@@ -80,6 +92,7 @@ impl Session {
             compare: None,
             local_read_failed: false,
             map_failed: self.map_failures > 0,
+            heard: self.heard,
             went_back: self.went_back,
         };
         match &self.state {
@@ -90,8 +103,6 @@ impl Session {
                 report.durable = link.durable;
                 report.lag_bytes = link.window.bytes();
                 report.lag = link.window.oldest().map_or(Duration::ZERO, |(_, sent)| now.since(sent));
-                let unmarked_bytes = if link.spilled { 0 } else { report.lag_bytes };
-                report.out_of_sync_bytes = (map_bytes + unmarked_bytes).min(self.size_bytes);
                 report.compare = link.verify.as_ref().map(Verify::progress);
                 report.local_read_failed = link.resync.is_blocked();
                 let is_late = report.lag > ACKNOWLEDGEMENT_DEADLINE;

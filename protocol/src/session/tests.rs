@@ -37,7 +37,14 @@ fn greet(session: &mut Session, generations: &str, welcome: Welcome) {
 
 fn circumstances(lineage: &[GenerationId]) -> Circumstances<'_> {
     let position = (Epoch(7), Sequence(3));
-    Circumstances { application_is_active: false, lineage, position, may_commit: true, active: &Vec::new }
+    Circumstances {
+        application_is_active: false,
+        lineage,
+        position,
+        may_commit: true,
+        promise: Promise::None,
+        active: &Vec::new,
+    }
 }
 
 fn relative_to(copy: u8) -> Base {

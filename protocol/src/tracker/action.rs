@@ -4,7 +4,8 @@ use super::replies::ReplicaLoss;
 use crate::disk::activity_log::Record;
 use crate::ranges::ByteRange;
 use crate::session;
-use crate::units::{Epoch, GenerationId, HostId, Sequence};
+use crate::units::{Epoch, GenerationId, HostId, Sequence, Time};
+use std::time::Duration;
 
 /// Names a request of a front end.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -99,6 +100,10 @@ pub struct Settings {
     pub first_epoch: Epoch,
     /// What happens while a replica that writes should wait for is lost.
     pub loss: ReplicaLoss,
+    /// When the volume was opened, and for how long a primary keeps its word to a replica that it doesn't hear.
+    pub opened_at: Time,
+    /// See `opened_at`; [`crate::promise::PATIENCE`].
+    pub patience: Duration,
     /// How many extents may be active at once: at least [`super::LEAST_ACTIVE_EXTENTS`], at most
     /// [`crate::disk::activity_log::CAPACITY`].
     pub active_extents: usize,

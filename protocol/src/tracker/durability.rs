@@ -182,6 +182,8 @@ mod tests {
             lineage: vec![GenerationId([1; 16])],
             first_epoch: Epoch(1),
             loss: ReplicaLoss::Continue,
+            opened_at: NOW,
+            patience: crate::promise::PATIENCE,
             active_extents: crate::disk::activity_log::CAPACITY,
         };
         let mut tracker = Tracker::new(settings, &log, Vec::new());

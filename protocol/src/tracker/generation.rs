@@ -33,12 +33,14 @@ pub(super) struct Generations {
     pub(super) beginning: bool,
     /// Pieces that wait for the generation, in order.
     pub(super) held: Vec<Piece>,
+    /// How many of the newest ones were begun since anything was answered.
+    pub(super) unanswered: usize,
 }
 
 impl Generations {
     pub(super) fn new(lineage: Vec<GenerationId>) -> Self {
         let next = if planted(Bug::KeepGeneration) { Next::NotWanted } else { Next::Opened };
-        Self { lineage, next, beginning: false, held: Vec::new() }
+        Self { lineage, next, beginning: false, held: Vec::new(), unanswered: 0 }
     }
 
     pub(super) fn newest(&self) -> GenerationId {
@@ -56,6 +58,7 @@ impl Tracker {
         match generation {
             Some(generation) => {
                 self.generations.next = Next::NotWanted;
+                self.generations.unanswered += 1;
                 let kept = self.kept_generations();
                 lineage::begin(
                     &mut self.generations.lineage,

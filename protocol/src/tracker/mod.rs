@@ -40,11 +40,12 @@ pub use action::{Action, LocalWrite, RequestId, Settings, Work, WriteFailed};
 
 use crate::disk::activity_log::{CAPACITY, Recovered};
 use crate::order::Order;
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session::resync::{CopyContent, CopyRead};
 use crate::session::{self, Circumstances, CompareResult, Handled, Identity, PeerError, Report, Session};
 use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
-use crate::wire::message::{Message, Mode};
+use crate::wire::message::{Message, Mode, Promise};
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
 use activity::ActiveSet;
 use agreement::Agreement;
@@ -110,6 +111,10 @@ pub struct Tracker {
     /// Since when writes wait because the active set is full.
     full_since: Option<Time>,
     closing: bool,
+    patience: Duration,
+    /// While it isn't known whether this host still leads: requests that are done, with the last write that each answer
+    /// speaks for.
+    withheld: Option<Vec<(RequestId, Sequence)>>,
     /// Another host may write now: nothing is taken any more (L5).
     superseded: bool,
     actions: VecDeque<Action>,
@@ -134,7 +139,16 @@ impl Tracker {
     /// maps as recovered.
     #[must_use]
     pub fn new(settings: Settings, log: &Recovered, sessions: Vec<Session>) -> Self {
-        let Settings { size_bytes, sector_bytes, lineage, first_epoch, loss, active_extents } = settings;
+        let Settings {
+            size_bytes,
+            sector_bytes,
+            lineage,
+            first_epoch,
+            loss,
+            opened_at,
+            patience,
+            active_extents,
+        } = settings;
         assert!(active_extents <= CAPACITY, "the active set fits into a record");
         let serial = match log {
             Recovered::Active { serial, .. } | Recovered::Unsure { serial } => *serial,
@@ -165,10 +179,16 @@ impl Tracker {
             idle: None,
             full_since: None,
             closing: false,
+            patience,
+            withheld: None,
             superseded: false,
             actions: VecDeque::new(),
         };
+        let promise = tracker.promise();
         for session in tracker.sessions.values_mut() {
+            // What an earlier run of the agent promised is not known any more.
+            let until = (promise == Promise::WhileHeard).then(|| opened_at.after(patience));
+            session.keep_word(patience, until);
             match log {
                 Recovered::Active { extents, .. } => {
                     for extent in extents {
@@ -361,7 +381,8 @@ impl Tracker {
     }
 
     /// A replica joined.
-    pub fn add_session(&mut self, session: Session, now: Time) {
+    pub fn add_session(&mut self, mut session: Session, now: Time) {
+        session.keep_word(self.patience, None);
         let peer = session.peer();
         assert!(self.sessions.insert(peer, session).is_none(), "a replica joins once");
         self.write_maps();
@@ -415,6 +436,9 @@ impl Tracker {
     pub fn supersede(&mut self, now: Time) {
         self.superseded = true;
         self.fail_owed();
+        for (request, _) in self.withheld.take().into_iter().flatten() {
+            self.answer(request, Err(WriteFailed));
+        }
         let held = std::mem::take(&mut self.generations.held);
         let claimed = std::mem::take(&mut self.claimed);
         for piece in claimed.into_iter().chain(held).chain(self.take_waiting()) {
@@ -515,6 +539,61 @@ impl Tracker {
         self.epoch = OpenEpoch { number: epoch.next(), bytes: 0, since: None };
     }
 
+    /// This host was away, as a process that was frozen or a machine that slept: another one may lead by now. Nothing is
+    /// answered well until [`Tracker::trust`], and what was promised holds as if it had just been asked for.
+    pub fn doubt(&mut self, now: Time) {
+        if !self.superseded {
+            self.withheld.get_or_insert_default();
+        }
+        self.sessions.values_mut().for_each(|session| session.renew_word(now));
+        self.drive(now);
+    }
+
+    /// As far as anybody who can be reached knows, this host still leads.
+    pub fn trust(&mut self, now: Time) {
+        for (request, sequence) in self.withheld.take().into_iter().flatten() {
+            self.succeed(request, sequence);
+        }
+        self.drive(now);
+    }
+
+    /// Whether it isn't known whether this host still leads.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        self.withheld.is_some()
+    }
+
+    /// Asks every connected replica to say that it is there.
+    pub fn ask_marks(&mut self, now: Time) {
+        self.sessions.values_mut().for_each(Session::ask_mark);
+        self.drive(now);
+    }
+
+    /// Answers a request that is done wherever it must be; the answer speaks for all writes up to this one.
+    fn succeed(&mut self, id: RequestId, sequence: Sequence) {
+        if self.superseded {
+            return self.answer(id, Err(WriteFailed));
+        }
+        if let Some(withheld) = self.withheld.as_mut().filter(|_| !planted(Bug::AnswerUnasked)) {
+            return withheld.push((id, sequence));
+        }
+        self.sessions.values_mut().for_each(|session| session.note_answered(sequence));
+        self.generations.unanswered = 0;
+        self.answer(id, Ok(()));
+    }
+
+    /// Whether applications were answered something that this replica lacks; so for one that is not known here.
+    #[must_use]
+    pub fn lacks_answered(&self, peer: HostId) -> bool {
+        self.sessions.get(&peer).is_none_or(Session::lacks_answered)
+    }
+
+    /// How many of the newest generations were begun for nothing: no answer was given in them.
+    #[must_use]
+    pub fn unanswered_generations(&self) -> usize {
+        self.generations.unanswered
+    }
+
     fn answer(&mut self, id: RequestId, result: Result<(), WriteFailed>) {
         self.requests.remove(&id).expect("a request is answered once");
         self.actions.push_back(Action::Reply { request: id, result });
@@ -544,13 +623,14 @@ impl Tracker {
         let may_commit: Vec<bool> = self.sessions.keys().map(|peer| self.may_commit(*peer)).collect();
         let asked_lately = self.last_asked.is_some_and(|asked| now.since(asked) < QUIET_TIME);
         let is_active = asked_lately || !self.under_way.is_empty();
-        let (mut epoch_end, mut generation) = (false, false);
+        let (mut epoch_end, mut generation, promise) = (false, false, self.promise());
         for (session, may_commit) in self.sessions.values_mut().zip(may_commit) {
             let circumstances = Circumstances {
                 application_is_active: is_active,
                 lineage: &self.generations.lineage,
                 position: (Epoch(self.epoch.number.0 - 1), self.last),
                 may_commit,
+                promise,
                 active: &active,
             };
             let wants = session.drive(&self.order, &circumstances, now);

@@ -10,7 +10,7 @@ use super::{RequestId, Tracker, WriteFailed};
 use crate::planted::{Bug, planted};
 use crate::session::{ACKNOWLEDGEMENT_DEADLINE, Session};
 use crate::units::{Sequence, Time};
-use crate::wire::message::Mode;
+use crate::wire::message::{Mode, Promise};
 use std::time::Duration;
 
 /// What happens while a replica that writes should wait for is not in sync.
@@ -67,11 +67,14 @@ enum Verdict {
 impl Tracker {
     /// A request is done here; it is answered when its replicas are, too.
     pub(super) fn owe(&mut self, request: RequestId, sequence: Sequence, durable: bool, now: Time) {
-        if self.sessions.values().all(|session| session.mode() == Mode::Async) {
-            return self.answer(request, Ok(()));
+        if self.sessions.values().all(|session| session.mode() == Mode::Async)
+            && self.word().is_none_or(|until| now >= until)
+        {
+            return self.succeed(request, sequence);
         }
-        let due = Some(now.after(self.patience()));
-        self.owed.push_back(Owed { request, sequence, durable, since: now, due });
+        let mut owed = Owed { request, sequence, durable, since: now, due: None };
+        owed.due = self.next_due(owed, now);
+        self.owed.push_back(owed);
     }
 
     /// Answers what may be answered.
@@ -82,11 +85,9 @@ impl Tracker {
         self.note_left();
         let mut late = false;
         for mut owed in std::mem::take(&mut self.owed) {
-            if owed.due.is_some_and(|due| now >= due) {
-                owed.due = self.last_moment(owed).filter(|last| *last > now);
-            }
+            owed.due = self.next_due(owed, now);
             match self.verdict(owed, now) {
-                Verdict::Answer => self.answer(owed.request, Ok(())),
+                Verdict::Answer => self.succeed(owed.request, owed.sequence),
                 Verdict::Fail => self.answer(owed.request, Err(WriteFailed)),
                 Verdict::Wait => self.owed.push_back(owed),
                 Verdict::Late => {
@@ -119,20 +120,32 @@ impl Tracker {
         self.owed.iter().filter_map(|owed| owed.due).min()
     }
 
-    /// How long an answer waits before anything happens by itself.
-    fn patience(&self) -> Duration {
-        match self.loss {
-            ReplicaLoss::Block { limit, .. } => limit.min(ACKNOWLEDGEMENT_DEADLINE),
-            ReplicaLoss::Continue => ACKNOWLEDGEMENT_DEADLINE,
+    /// What replicas in the mode sync are promised. Where some of those that must be in sync need not have anything
+    /// durably, they prove nothing.
+    pub(super) fn promise(&self) -> Promise {
+        let ReplicaLoss::Block { min_replicas, .. } = self.loss else { return Promise::WhileHeard };
+        let count = |mode| self.sessions.values().filter(|session| session.mode() == mode).count();
+        let (sync, semi_sync) = (count(Mode::Sync), count(Mode::SemiSync));
+        match min_replicas.min(sync + semi_sync).saturating_sub(semi_sync) {
+            0 => Promise::WhileHeard,
+            durable => Promise::Replicas(durable as u32),
         }
     }
 
-    /// When an answer that waits for enough replicas fails.
-    fn last_moment(&self, owed: Owed) -> Option<Time> {
-        match self.loss {
-            ReplicaLoss::Block { limit, .. } => Some(owed.since.after(limit.max(ACKNOWLEDGEMENT_DEADLINE))),
+    /// Until when a replica that is not in sync may count on nothing being answered without it.
+    fn word(&self) -> Option<Time> {
+        let words = self.sessions.values().filter_map(Session::promised);
+        words.filter(|_| !planted(Bug::BreakWord)).max()
+    }
+
+    /// When an answer that waits must be thought about again.
+    fn next_due(&self, owed: Owed, now: Time) -> Option<Time> {
+        let limit = match self.loss {
+            ReplicaLoss::Block { limit, .. } => Some(limit),
             ReplicaLoss::Continue => None,
-        }
+        };
+        let ends = [Some(ACKNOWLEDGEMENT_DEADLINE), limit].into_iter().flatten();
+        ends.map(|end| owed.since.after(end)).chain(self.word()).filter(|end| *end > now).min()
     }
 
     /// Nothing that waits for replicas is answered well any more.
@@ -155,6 +168,9 @@ impl Tracker {
             && in_sync < min_replicas.min(all)
         {
             return if now >= owed.since.after(limit) { Verdict::Fail } else { Verdict::Wait };
+        }
+        if self.word().is_some_and(|until| now < until) {
+            return Verdict::Wait;
         }
         if in_sync < all && self.generations.next == Next::Left {
             // What is answered without a replica must not be taken for what that replica has (L1).

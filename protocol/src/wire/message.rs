@@ -106,6 +106,18 @@ impl Mode {
     }
 }
 
+/// What a primary promises a replica about answering without it; see [`crate::promise`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+pub enum Promise {
+    /// Nothing: the replica is not in the mode sync.
+    #[default]
+    None,
+    /// It does not as long as its word holds that the replica asked for last.
+    WhileHeard,
+    /// It never does without so many replicas in the mode sync that have everything durably.
+    Replicas(u32),
+}
+
 /// The role of a host for a volume.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
 pub enum Role {
@@ -258,6 +270,8 @@ pub struct Commit {
     pub active: Vec<Extent>,
     /// The mode that the replica counts in from now on (W4).
     pub mode: Mode,
+    /// What it can count on when it is out of reach.
+    pub promise: Promise,
 }
 
 /// The replica has recorded a [`Commit`] durably.
@@ -343,6 +357,47 @@ pub struct ReleaseRecorded {
 pub struct AskStanding {
     /// The volume.
     pub volume: VolumeId,
+}
+
+/// A replica asks its primary not to go on without it, for a time that begins when this comes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Renew {
+    /// The session.
+    pub session: Session,
+    /// The question's number.
+    pub number: u64,
+}
+
+/// The primary won't, unless the replica is told before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Grant {
+    /// The session.
+    pub session: Session,
+    /// The question's number.
+    pub number: u64,
+    /// For how long.
+    pub milliseconds: u64,
+}
+
+/// The primary is going to answer without the replica.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Alone {
+    /// The session.
+    pub session: Session,
+}
+
+/// The replica counts on nothing any more: the primary may go on without it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Parted {
+    /// The session.
+    pub session: Session,
+}
+
+/// The primary asks for an [`Acknowledgement`], to hear that the replica is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct AskMark {
+    /// The session.
+    pub session: Session,
 }
 
 /// How a host stands: what decides who may be promoted, and whose content counts.
@@ -552,6 +607,11 @@ messages! {
     26 => TookOver,
     27 => CopyDigest,
     28 => Parting,
+    29 => Renew,
+    30 => Grant,
+    31 => Parted,
+    32 => Alone,
+    33 => AskMark,
 }
 
 /// The length of a message from its length field.
@@ -596,7 +656,7 @@ mod tests {
         };
         let refused = Refused { refusal: Refusal::Busy, text: "no".into() };
         let digest = CopyDigest { session: Session(6), number: 7, digest: [0xab; 32] };
-        let rows: [(Message, &str); 4] = [
+        let rows: [(Message, &str); 9] = [
             (
                 acknowledgement.into(),
                 "520000000900010000000000000003020000000000000400000000000000\
@@ -613,6 +673,15 @@ mod tests {
                 "220000001000090909090909090909090909090909090002000000000000\
                  0004000000000000",
             ),
+            (Renew { session: Session(1), number: 2 }.into(), "120000001d0001000000000000000200000000000000"),
+            (
+                Grant { session: Session(1), number: 2, milliseconds: 3 }.into(),
+                "1a0000001e000100000000000000020000000000000003000000\
+                 00000000",
+            ),
+            (Parted { session: Session(1) }.into(), "0a0000001f000100000000000000"),
+            (Alone { session: Session(1) }.into(), "0a00000020000100000000000000"),
+            (AskMark { session: Session(1) }.into(), "0a00000021000100000000000000"),
             (
                 digest.into(),
                 "320000001b0006000000000000000700000000000000abababababababab\

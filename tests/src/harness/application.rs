@@ -5,6 +5,7 @@ use super::promises::Expected;
 use super::world::{Event, World};
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{RequestId, Work};
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::Mode;
@@ -12,7 +13,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// How long any request may take, whatever happens to replicas (W7).
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The applications on one host: what they wait for and have written.
 #[derive(Debug, Default)]
@@ -61,6 +62,7 @@ impl World {
         for other in &mut self.hosts {
             if let Some(expected) = other.expected.as_mut().filter(|expected| expected.primary == host) {
                 expected.promises.issue(id, work, value);
+                expected.all.issue(id, work, value);
             }
         }
         let it = &mut self.hosts[host];
@@ -79,9 +81,14 @@ impl World {
     /// When it was answered before, or fails without a failing disk.
     pub(super) fn replied(&mut self, host: usize, id: RequestId, good: bool) {
         self.note(|| format!("reply to {}: {good}", id.0));
+        assert!(
+            !good || !self.hosts[host].is_unsure,
+            "a host that was frozen answers before it knows who leads"
+        );
         let it = &mut self.hosts[host];
         it.application.waiting.remove(&id).expect("a request is answered once");
-        let may_fail = self.settings.disk_failures > 0 || it.superseded.is_some();
+        let may_wait = matches!(self.settings.loss, ReplicaLoss::Block { .. });
+        let may_fail = self.settings.disk_failures > 0 || it.superseded.is_some() || may_wait;
         assert!(good || may_fail, "a request fails only with a disk, or when another host was promoted");
         let work = it.promises.work(id);
         if good && work != Work::Flush {
@@ -100,13 +107,16 @@ impl World {
             let counts = is_sync
                 && self.hosts[host].tracker().is_some_and(|tracker| tracker.is_in_sync(host_id(peer)));
             let promises = &self.hosts[host].promises;
-            let fresh = || Expected { primary: host, promises: promises.clone() };
+            let fresh = || Expected { primary: host, promises: promises.clone(), all: promises.clone() };
             // One that was promoted meanwhile, or undone, follows nobody, which this primary may not know.
             let (leader, it) = (&self.hosts[host].superblock, &self.hosts[peer]);
             let relation = lineage::relation(&leader.lineage, &it.superblock.lineage);
             let follows = !it.is_primary() && matches!(relation, Relation::Same | Relation::MineIsNewer);
             let fresh = (counts && is_flush && good && follows).then(fresh);
             let it = &mut self.hosts[peer];
+            if let Some(expected) = it.expected.as_mut().filter(|expected| expected.primary == host) {
+                expected.all.reply_known(id, good);
+            }
             match it.expected.as_mut().filter(|expected| expected.primary == host) {
                 Some(expected) if counts => expected.promises.reply(id, good),
                 Some(expected) => expected.promises.reply_without(id, good),

@@ -26,7 +26,7 @@ use blockmirror_protocol::tracker::Tracker;
 use blockmirror_protocol::units::{
     CopyId, GenerationId, HostId, Position, Session as SessionNumber, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
+use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -79,6 +79,14 @@ pub struct Host {
     pub kept: Option<HistoryPoint>,
     /// What the disk must still hold, as a replica whose presence flushes waited for.
     pub expected: Option<Expected>,
+    /// Whether the promotion that is under way was not objected to.
+    pub is_promoted_by_rule: bool,
+    /// Who held the fence before it.
+    pub promoted_after: usize,
+    /// Until when nothing happens here.
+    pub frozen_until: Duration,
+    /// Whether it went on after it was frozen, and does not know yet who leads.
+    pub is_unsure: bool,
     /// Whether an operator keeps greetings away.
     pub is_held: bool,
     /// The demotion that is under way.
@@ -140,6 +148,7 @@ impl Host {
             layers: 0,
             history: 0,
             mode: Mode::Async,
+            promise: Promise::None,
             released: false,
         };
         let mut host = Self {
@@ -158,6 +167,10 @@ impl Host {
             layers: Layers::default(),
             kept: None,
             expected: None,
+            is_promoted_by_rule: false,
+            promoted_after: 0,
+            frozen_until: Duration::ZERO,
+            is_unsure: false,
             is_held: false,
             demotion: None,
             superseded: None,
@@ -267,6 +280,12 @@ impl Host {
         let bytes = self.files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
         (self.serial, self.superblock) = Superblock::recover(&bytes).expect("a superblock is whole");
     }
+
+    /// What the superblock's file says.
+    pub(super) fn durable_superblock(&self) -> Superblock {
+        let bytes = self.files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
+        Superblock::recover(&bytes).expect("a superblock is whole").1
+    }
 }
 
 impl World {
@@ -296,6 +315,7 @@ impl World {
         let was_promoting = matches!(it.shell, Shell::Promoting(_));
         it.superblock_work.clear();
         (it.is_held, it.demotion, it.superseded) = (false, None, None);
+        (it.frozen_until, it.is_unsure) = (Duration::ZERO, false);
         it.disk.crash(crash, &mut self.random);
         it.files.crash(&mut self.random);
         it.shell = Shell::Down;
@@ -320,6 +340,7 @@ impl World {
         for other in &mut self.hosts {
             if let Some(expected) = other.expected.as_mut().filter(|expected| expected.primary == primary) {
                 change(&mut expected.promises);
+                change(&mut expected.all);
             }
         }
     }

@@ -27,6 +27,9 @@ impl World {
         if !self.settings.has_operators && self.random.once_in(12) {
             return self.set_back(link.listener);
         }
+        if self.random.once_in(20) {
+            return self.freeze(primary);
+        }
         match self.random.below(16) {
             0..=3 => self.cut(link),
             4..=6 => self.take_down(link.listener, crash),
@@ -54,6 +57,7 @@ impl World {
             (_, 3) => drop(self.undo(host)),
             (Some(primary), 0) => self.demote(*primary, None),
             (Some(primary), 1) if *primary != host => self.demote(*primary, Some(host)),
+            _ if self.random.once_in(2) => self.promote_by_rule(host),
             _ => self.promote(host),
         }
     }

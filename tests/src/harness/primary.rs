@@ -117,6 +117,8 @@ impl World {
             lineage: it.superblock.lineage.clone(),
             first_epoch: it.superblock.position.epoch,
             loss: self.settings.loss,
+            opened_at: Time(self.now),
+            patience: self.settings.patience,
             active_extents: self.settings.active_extents,
         };
         it.shell = Shell::Primary(Box::new(PrimaryShell {
@@ -247,7 +249,6 @@ impl World {
                 let it = &mut self.hosts[host];
                 if good {
                     it.superblock_written();
-                    it.known_lives.insert((host, it.life));
                 } else {
                     it.superblock.lineage.retain(|other| *other != generation);
                 }

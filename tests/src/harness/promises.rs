@@ -35,8 +35,10 @@ pub struct Promises {
 pub struct Expected {
     /// Which primary.
     pub primary: usize,
-    /// What it promised.
+    /// What it promised while the replica counted.
     pub promises: Promises,
+    /// All that it promised: what must be there where nothing objected to the promotion.
+    pub all: Promises,
 }
 
 impl Promises {
@@ -46,6 +48,13 @@ impl Promises {
         let entry = |value| Entry { value, issued: 0, ended: Some(0), good: true, durable: true };
         let sectors = disk.content().iter().map(|(sector, value)| (*sector, vec![entry(*value)]));
         Self { sectors: sectors.collect(), ..Self::default() }
+    }
+
+    /// A request was answered, if it was known here.
+    pub fn reply_known(&mut self, id: RequestId, good: bool) {
+        if self.open.contains_key(&id) {
+            self.reply(id, good);
+        }
     }
 
     /// A request was answered of which a replica that doesn't count need not have anything durably.

@@ -34,6 +34,9 @@ pub struct Promotion {
 impl World {
     /// An operator promotes a replica, whatever that loses. Nothing happens where that is impossible.
     pub fn promote(&mut self, host: usize) {
+        if !matches!(self.hosts[host].shell, Shell::Replica(_)) {
+            self.hosts[host].is_promoted_by_rule = false;
+        }
         let hosts = self.hosts.len();
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else {
@@ -168,7 +171,12 @@ impl World {
     /// The superblock says durably that the host is primary.
     pub(super) fn promotion_is_recorded(&mut self, host: usize) {
         let it = &mut self.hosts[host];
+        // Of the superblock that says that it is promoted already.
+        let holder = it.promoted_after;
         if let Some(expected) = it.expected.take() {
+            if it.is_promoted_by_rule && expected.primary == holder {
+                expected.all.check_known(&it.disk, host);
+            }
             expected.promises.check_known(&it.disk, host);
         }
         it.promises = Promises::of(&it.disk);

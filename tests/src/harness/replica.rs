@@ -5,13 +5,13 @@ use super::files::{Batch, FileOperation};
 use super::host::{Host, Shell, host_id};
 use super::links::{Channel, LinkId, Packet};
 use super::primary::digest;
-use super::world::World;
+use super::world::{Event, World};
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use blockmirror_protocol::disk::{activity_log, marker, slot_offset, superblock};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
-use blockmirror_protocol::units::Sequence;
+use blockmirror_protocol::units::{Sequence, Time};
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{DataState, Fence, Message, Superseded};
 use std::collections::{BTreeMap, VecDeque};
@@ -116,6 +116,27 @@ impl World {
         let (window, space) = (self.settings.window_bytes, self.settings.space);
         let shell = ReplicaShell::recover(&self.hosts[host], self.hosts.len(), window, space);
         self.hosts[host].shell = Shell::Replica(Box::new(shell));
+        self.plan_telling(host);
+    }
+
+    /// A replica plans to tell its primary what it was not asked.
+    fn plan_telling(&mut self, host: usize) {
+        let life = self.hosts[host].life;
+        self.plan(self.settings.patience / 10, Event::Tell(host, life));
+    }
+
+    /// A replica tells its primary what it was not asked, and asks for its word.
+    pub(super) fn tell(&mut self, host: usize, life: u64) {
+        let now = Time(self.now);
+        let it = &mut self.hosts[host];
+        if it.life != life {
+            return;
+        }
+        if let Shell::Replica(shell) = &mut it.shell {
+            shell.machine.ask_promise(now);
+            shell.machine.tell_mark();
+            self.plan_telling(host);
+        }
     }
 
     /// A host receives what is sent to it as a listener.

@@ -14,7 +14,7 @@ use std::time::Duration;
 /// How long the hosts have to come to rest once nothing goes wrong any more.
 const SETTLING: Duration = Duration::from_secs(400);
 /// How long closing may take.
-const CLOSING: Duration = Duration::from_secs(20);
+const CLOSING: Duration = Duration::from_secs(80);
 
 impl World {
     /// Ends all mishaps and requests, and waits until every replica is in sync.

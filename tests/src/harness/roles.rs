@@ -88,10 +88,7 @@ impl World {
         let (Some(fence), true, Some(tracker)) = (it.superseded, it.life == life, it.tracker()) else {
             return self.go_on_demoting();
         };
-        let holder = |(peer, _): &(_, _)| *peer == fence.holder;
-        let report = tracker.reports(Time(self.now)).find(holder);
-        let is_undelivered = report.is_none_or(|(_, report)| report.out_of_sync_bytes > 0);
-        let own = is_undelivered.then(|| generation(host, number));
+        let own = tracker.lacks_answered(fence.holder).then(|| generation(host, number));
         self.step_down(host, fence, own);
     }
 
@@ -99,11 +96,12 @@ impl World {
     fn step_down(&mut self, host: usize, fence: Fence, own: Option<GenerationId>) {
         let tracker = self.hosts[host].tracker().expect("it is primary");
         let (epoch, sequence) = tracker.position();
+        let unanswered = tracker.unanswered_generations();
         self.crash(host, Crash::Process);
         let it = &mut self.hosts[host];
         it.recover_superblock();
         let position = Position { generation: it.superblock.lineage[0], epoch, sequence };
-        promotion::record_demotion(&mut it.superblock, fence, position, own);
+        promotion::record_demotion(&mut it.superblock, fence, position, own, unanswered);
         it.write_superblock_now();
         it.mirror = Mirror::of_primary(&it.disk, &it.promises);
         self.note(|| format!("host {host} has stepped down"));

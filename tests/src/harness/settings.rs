@@ -2,6 +2,7 @@
 
 use super::random::Random;
 use blockmirror_protocol::disk::activity_log::CAPACITY;
+use blockmirror_protocol::promise::PATIENCE;
 use blockmirror_protocol::replica::SpacePolicy;
 use blockmirror_protocol::tracker::LEAST_ACTIVE_EXTENTS;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
@@ -36,6 +37,8 @@ pub struct Settings {
     pub modes: Vec<Mode>,
     /// What happens while a host that counts is lost.
     pub loss: ReplicaLoss,
+    /// For how long a primary keeps its word to a replica that it doesn't hear.
+    pub patience: Duration,
     /// Whether operators change roles.
     pub has_operators: bool,
     /// How many requests an application has under way.
@@ -92,6 +95,7 @@ impl Settings {
             space: SpacePolicy::Pause,
             modes: vec![Mode::Async; 4],
             loss: ReplicaLoss::Continue,
+            patience: PATIENCE,
             has_operators: false,
             concurrency: 16,
             think_time: Duration::from_millis(4),
@@ -212,7 +216,14 @@ impl Settings {
             space_failures: random.pick(&[0, 0, 20]),
             space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),
             modes: (0..4).map(|_| random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync])).collect(),
-            loss: ReplicaLoss::Continue,
+            loss: match random.below(4) {
+                0 => ReplicaLoss::Block {
+                    min_replicas: 1 + random.below(2) as usize,
+                    limit: random.pick(&milliseconds) * 100,
+                },
+                _ => ReplicaLoss::Continue,
+            },
+            patience: random.pick(&[Duration::from_millis(200), Duration::from_secs(1), PATIENCE]),
             has_operators: random.once_in(2),
             concurrency: 1 + random.below(16) as usize,
             think_time: random.pick(&[

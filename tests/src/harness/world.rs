@@ -37,6 +37,12 @@ pub enum Event {
     Start(usize),
     /// An operator goes on promoting a host, in this life.
     Promote(usize, u64),
+    /// A replica, in this life, tells its primary what it was not asked, and asks for its word.
+    Tell(usize, u64),
+    /// A host that was frozen, in this life, goes on.
+    Thaw(usize, u64),
+    /// It has asked the others who leads.
+    Asked(usize, u64),
     /// A primary that is demoted or superseded, in this life, looks whether it can step down.
     StepDown(usize, u64),
 }
@@ -220,7 +226,9 @@ impl World {
     fn next_timeout(&self) -> Option<(Duration, usize)> {
         let timeouts = self.hosts.iter().filter_map(|host| {
             let at = host.tracker()?.poll_timeout()?;
-            Some((at.0, host.number))
+            let is_frozen = host.frozen_until > self.now;
+            let thawed = host.frozen_until + Duration::from_nanos(1);
+            Some((if is_frozen { at.0.max(thawed) } else { at.0 }, host.number))
         });
         timeouts.min()
     }
@@ -234,6 +242,9 @@ impl World {
     }
 
     fn happen(&mut self, event: Event) {
+        if let Some(until) = self.is_frozen(&event) {
+            return self.plan(until - self.now, event);
+        }
         match event {
             Event::Request(host) => self.next_request(host),
             Event::Mishap => self.next_mishap(),
@@ -248,6 +259,9 @@ impl World {
             Event::Promote(host, life) if self.hosts[host].life == life => self.promote(host),
             Event::Promote(..) => {}
             Event::StepDown(host, life) => self.step_down_if_superseded(host, life),
+            Event::Tell(host, life) => self.tell(host, life),
+            Event::Thaw(host, life) => self.thaw(host, life),
+            Event::Asked(host, life) => self.asked(host, life),
         }
     }
 

@@ -55,6 +55,7 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
             out_of_sync_bytes: (role == Role::Primary).then_some(0),
             lag_bytes: (role == Role::Primary).then_some(0),
             lag_seconds: (role == Role::Primary).then_some(0),
+            heard: None,
             durable_epoch: None,
             resync: None,
             compare: None,

@@ -274,6 +274,10 @@ pub struct PeerStatus {
     pub lag_seconds: Option<u64>,
     /// The last epoch that is durable there; to be compared with the volume's own.
     pub durable_epoch: Option<u64>,
+    /// How often it has said since the agent started what it has durably; null where this host doesn't hear it. Each status
+    /// asks it to say so.
+    #[serde(default)]
+    pub heard: Option<u64>,
     /// The copying of what it lacks, while that is under way.
     pub resync: Option<Progress>,
     /// A comparison of digests, while that is under way.
@@ -301,6 +305,7 @@ impl PeerStatus {
             lag_bytes: None,
             lag_seconds: None,
             durable_epoch: None,
+            heard: None,
             resync: None,
             compare: None,
         }

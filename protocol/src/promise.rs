@@ -1,0 +1,111 @@
+//! What a replica in the mode sync is promised: that nothing is answered without it behind its back (W4).
+//!
+//! A replica that is out of its primary's reach can't see whether that one goes on alone. So the primary binds itself. Where
+//! the operator chose that it goes on, it does so only when the replica has heard of it, or when the time has passed for
+//! which it last gave its word: the replica asks again and again, counts from when it *asked*, and the primary from when
+//! the question came, so the primary's time is never over first. Where the operator chose that it waits, the word holds
+//! for ever, and is recorded with the commit. A promotion that rests on neither loses what was answered meanwhile.
+
+use crate::units::{Session, Time};
+use crate::wire::message::{Grant, Renew};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// How long a primary keeps its word to a replica that it doesn't hear any more. Longer than it takes to notice that a
+/// primary is gone and to ask all others how they stand.
+pub const PATIENCE: Duration = Duration::from_secs(25);
+
+/// A replica counts on this share of the time less: two hosts' clocks differ, though never by so much.
+const MARGIN: u32 = 20;
+
+/// More questions than this wait for no answer.
+const ASKED: usize = 16;
+
+/// A replica's side of the promise. It is held in memory alone: a replica that was restarted is sure of nothing.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// Questions without an answer, and when each was asked.
+    asked: VecDeque<(u64, Time)>,
+    next: u64,
+    until: Option<Time>,
+}
+
+impl Held {
+    /// Asks the primary for its word, from now on.
+    pub fn ask(&mut self, session: Session, now: Time) -> Renew {
+        let number = self.next;
+        self.next += 1;
+        self.asked.push_back((number, now));
+        if self.asked.len() > ASKED {
+            self.asked.pop_front();
+        }
+        Renew { session, number }
+    }
+
+    /// The primary gave its word.
+    pub fn granted(&mut self, grant: &Grant) {
+        let Some(place) = self.asked.iter().position(|(number, _)| *number == grant.number) else { return };
+        let (_, asked) = self.asked.drain(..=place).next_back().expect("it was found there");
+        let time = Duration::from_millis(grant.milliseconds);
+        let until = asked.after(time - time / MARGIN);
+        self.until = self.until.max(Some(until));
+    }
+
+    /// The primary may go on alone from now on.
+    pub fn give_up(&mut self) {
+        self.asked.clear();
+        self.until = None;
+    }
+
+    /// Whether the primary has answered nothing without this replica.
+    #[must_use]
+    pub fn holds(&self, now: Time) -> bool {
+        self.until.is_some_and(|until| now < until)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> Time {
+        Time(Duration::from_secs(seconds))
+    }
+
+    fn grant(number: u64) -> Grant {
+        Grant { session: Session(1), number, milliseconds: 20_000 }
+    }
+
+    #[test]
+    fn the_word_counts_from_the_question_and_a_little_shorter() {
+        let mut held = Held::default();
+        assert!(!held.holds(at(0)));
+        let renew = held.ask(Session(1), at(10));
+        assert!(!held.holds(at(10)), "a question is no answer");
+        held.granted(&grant(renew.number));
+        assert!(held.holds(at(28)) && !held.holds(at(29)));
+        // An answer that was overtaken by a later one shortens nothing.
+        let (first, second) = (held.ask(Session(1), at(11)), held.ask(Session(1), at(12)));
+        held.granted(&grant(second.number));
+        held.granted(&grant(first.number));
+        assert!(held.holds(at(30)));
+    }
+
+    #[test]
+    fn answers_to_what_was_given_up_count_for_nothing() {
+        let mut held = Held::default();
+        let renew = held.ask(Session(1), at(10));
+        held.give_up();
+        held.granted(&grant(renew.number));
+        assert!(!held.holds(at(10)));
+    }
+
+    #[test]
+    fn questions_that_nobody_answers_take_no_room() {
+        let mut held = Held::default();
+        let last = (0..1000).map(|second| held.ask(Session(1), at(second)).number).last().unwrap();
+        assert_eq!(held.asked.len(), ASKED);
+        held.granted(&grant(last));
+        assert!(held.holds(at(1000)));
+    }
+}

@@ -1,0 +1,308 @@
+//! Who may take over: whether a replica may be promoted without losing anything that an application was answered, as far
+//! as the hosts that can be heard know. A pure function of what this copy holds and what the others say; the words for it
+//! are made elsewhere.
+
+use crate::disk::superblock::{Role, Superblock};
+use crate::lineage::{self, Relation};
+use crate::units::{GenerationId, HostId, Position};
+use crate::wire::message::{DataState, Fence, Mode, Promise, Standing};
+
+/// A replica that is to be promoted.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// This host.
+    pub own: HostId,
+    /// What is durable here.
+    pub superblock: Superblock,
+    /// The last durable epoch; in a gap, the rollback point.
+    pub position: Position,
+    /// Whether a primary is connected, and not just not noticed to be gone.
+    pub is_connected: bool,
+    /// Whether the primary's word holds that it answers nothing without this replica: see
+    /// [`crate::replica::Replica::is_promised`].
+    pub is_promised: bool,
+}
+
+/// What another host of the volume says of itself; nothing where it is silent.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    /// The host.
+    pub host: HostId,
+    /// How it stands.
+    pub standing: Option<Standing>,
+}
+
+/// Why a replica can't be promoted at all.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Obstacle {
+    /// Nothing was ever copied.
+    Empty,
+    /// A mixture without a way back.
+    Mixture,
+}
+
+/// Why a replica should not be promoted now. To do it all the same is the operator's decision.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Objection {
+    /// This host is the primary, and serves.
+    Serves(HostId),
+    /// A primary is connected that does not answer.
+    Connected,
+    /// This host was promoted after this copy was last in touch with a primary.
+    Promoted(HostId),
+    /// This host has later content.
+    Later(HostId),
+    /// This host was the primary and was demoted: it has everything.
+    Demoted(HostId),
+    /// This copy is in the middle of a resync: a promotion rolls it back.
+    Rollback,
+    /// Any of these may have been promoted, or have more, and they are silent.
+    Unheard(Vec<HostId>),
+    /// The primary may have answered something that is missing here.
+    Unpromised,
+}
+
+impl Candidate {
+    /// Why it can't be promoted, whatever that loses.
+    #[must_use]
+    pub fn obstacle(&self) -> Option<Obstacle> {
+        match (self.superblock.data, self.superblock.gap) {
+            (DataState::Empty, _) => Some(Obstacle::Empty),
+            (DataState::Inconsistent, 0) => Some(Obstacle::Mixture),
+            _ => None,
+        }
+    }
+
+    /// Why it should not be promoted now, given what the others say. What is not objected to loses nothing that was
+    /// answered, as far as anybody who can be heard knows.
+    #[must_use]
+    pub fn objection(&self, others: &[Heard]) -> Option<Objection> {
+        let Superblock { fence, lineage, data, mode, promise, released, .. } = &self.superblock;
+        let heard = || others.iter().filter_map(|other| Some((other.host, other.standing.as_ref()?)));
+        if let Some((primary, _)) =
+            heard().find(|(_, standing)| standing.role == Role::Primary && standing.serves)
+        {
+            return Some(Objection::Serves(primary));
+        }
+        if self.is_connected {
+            return Some(Objection::Connected);
+        }
+        if let Some(newer) = newest_fence(*fence, others) {
+            return Some(Objection::Promoted(newer.holder));
+        }
+        // Whoever was released by the same primary may have been promoted since; that one itself hears of it first.
+        let silent = |is_holder: bool| -> Vec<HostId> {
+            let silent = others.iter().filter(|other| other.standing.is_none());
+            silent.map(|other| other.host).filter(|host| is_holder || *host != fence.holder).collect()
+        };
+        let unheard = |silent: Vec<HostId>| (!silent.is_empty()).then_some(Objection::Unheard(silent));
+        if *released {
+            return unheard(silent(false));
+        }
+        if let Some((later, _)) = heard().find(|(_, standing)| is_later(standing, lineage, self.position)) {
+            return Some(Objection::Later(later));
+        }
+        if *data == DataState::Inconsistent {
+            return Some(Objection::Rollback);
+        }
+        if fence.holder == self.own {
+            return unheard(silent(true));
+        }
+        if heard().any(|(host, standing)| host == fence.holder && is_whole(standing)) {
+            return Some(Objection::Demoted(fence.holder));
+        }
+        match promise {
+            Promise::WhileHeard if self.is_promised => None,
+            // What was answered is on so many of the others, or here. Those that were heard have nothing later.
+            Promise::Replicas(replicas) if *mode == Mode::Sync => {
+                let others = others.iter().filter(|other| other.host != fence.holder);
+                let unusable = others.filter(|other| !other.standing.as_ref().is_some_and(is_usable));
+                let unusable: Vec<HostId> = unusable.map(|other| other.host).collect();
+                if unusable.len() < *replicas as usize { None } else { unheard(unusable) }
+            }
+            Promise::None | Promise::WhileHeard | Promise::Replicas(_) => Some(Objection::Unpromised),
+        }
+    }
+}
+
+/// Whether a copy can be the source of another one, now or when it is promoted (L4).
+#[must_use]
+pub fn is_usable(standing: &Standing) -> bool {
+    match standing.data {
+        DataState::Consistent => true,
+        DataState::Inconsistent => standing.can_roll_back,
+        DataState::Empty => false,
+    }
+}
+
+/// Whether a former primary that is a replica now still has all that it had.
+fn is_whole(standing: &Standing) -> bool {
+    standing.role == Role::Replica && standing.data == DataState::Consistent
+}
+
+/// The newest fence that any of these knows of, if it is newer than `ours` (L5).
+#[must_use]
+pub fn newest_fence(ours: Fence, others: &[Heard]) -> Option<Fence> {
+    let known = others.iter().filter_map(|other| Some(other.standing.as_ref()?.fence));
+    known.max_by_key(|fence| fence.counter).filter(|fence| fence.counter > ours.counter)
+}
+
+/// Whether a host that stands so holds what is newer than `marker` of a copy with these generations.
+#[must_use]
+pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Position) -> bool {
+    is_usable(standing)
+        && match lineage::relation(generations, &standing.lineage) {
+            Relation::TheirsIsNewer => true,
+            Relation::Same => {
+                standing.marker != marker
+                    && lineage::later(generations, marker, standing.marker) == standing.marker
+            }
+            Relation::MineIsNewer | Relation::Forked(_) | Relation::Unrelated => false,
+        }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{BlockSize, CopyId, Epoch, Sequence, Session, VolumeId};
+
+    fn host(number: u8) -> HostId {
+        HostId([number; 32])
+    }
+
+    const A: HostId = HostId([1; 32]);
+    const C: HostId = HostId([3; 32]);
+
+    fn position(epoch: u64) -> Position {
+        Position { generation: GenerationId([b'a'; 16]), epoch: Epoch(epoch), sequence: Sequence(0) }
+    }
+
+    /// A consistent replica b (2) of a (1) that was in sync in this mode, with this promise.
+    fn candidate(mode: Mode, promise: Promise) -> Candidate {
+        let fence = Fence { counter: 3, holder: A };
+        let superblock = Superblock {
+            volume: VolumeId([1; 16]),
+            copy: CopyId([2; 16]),
+            size_bytes: 1 << 20,
+            block_size: BlockSize::default(),
+            role: Role::Replica,
+            data: DataState::Consistent,
+            session: Session(0),
+            fence,
+            position: position(7),
+            source: fence,
+            lineage: vec![GenerationId([b'a'; 16])],
+            adopted: 1,
+            gap: 0,
+            layers: 0,
+            history: 0,
+            mode,
+            promise,
+            released: false,
+        };
+        Candidate { own: host(2), superblock, position: position(7), is_connected: false, is_promised: false }
+    }
+
+    fn waiting() -> Candidate {
+        candidate(Mode::Sync, Promise::Replicas(1))
+    }
+
+    fn released() -> Candidate {
+        let mut released = candidate(Mode::Async, Promise::None);
+        released.superblock.released = true;
+        released
+    }
+
+    fn standing(epoch: u64) -> Standing {
+        Standing {
+            role: Role::Replica,
+            data: DataState::Consistent,
+            can_roll_back: false,
+            fence: Fence { counter: 3, holder: A },
+            lineage: vec![GenerationId([b'a'; 16])],
+            marker: position(epoch),
+            serves: false,
+            dirty_bytes: 0,
+            began: Vec::new(),
+        }
+    }
+
+    fn silent(host: HostId) -> Heard {
+        Heard { host, standing: None }
+    }
+
+    fn says(host: HostId, standing: Standing) -> Heard {
+        Heard { host, standing: Some(standing) }
+    }
+
+    #[test]
+    fn what_loses_nothing_is_not_objected_to() {
+        let promised = Candidate { is_promised: true, ..candidate(Mode::Sync, Promise::WhileHeard) };
+        let failed = Standing { role: Role::Primary, lineage: vec![GenerationId([b'x'; 16])], ..standing(9) };
+        let mut demoted = candidate(Mode::Async, Promise::None);
+        demoted.superblock.fence.holder = host(2);
+        for (candidate, others) in [
+            (waiting(), vec![silent(A)]),
+            (waiting(), vec![silent(A), says(C, standing(7))]),
+            // Two of three must have it: this one does not, so both others would.
+            (candidate(Mode::Sync, Promise::Replicas(2)), vec![silent(A), silent(C)]),
+            (promised, vec![silent(A), silent(C)]),
+            (released(), vec![silent(A)]),
+            (released(), vec![silent(A), says(C, standing(7))]),
+            // A primary whose disk has failed serves nobody.
+            (waiting(), vec![says(A, failed)]),
+            (demoted, vec![says(C, standing(7))]),
+        ] {
+            assert_eq!(candidate.objection(&others), None, "{candidate:?} {others:?}");
+        }
+    }
+
+    #[test]
+    fn whatever_may_lose_something_is_objected_to() {
+        let serving = Standing { role: Role::Primary, serves: true, ..standing(7) };
+        let mut behind = waiting();
+        behind.superblock.fence.counter = 2;
+        let mut gap = waiting();
+        (gap.superblock.data, gap.superblock.gap) = (DataState::Inconsistent, 4);
+        let mut demoted = candidate(Mode::Async, Promise::None);
+        demoted.superblock.fence.holder = host(2);
+        let newer = vec![GenerationId([b'b'; 16]), GenerationId([b'a'; 16])];
+        let newer = Standing { lineage: newer, ..standing(1) };
+        let mixture = Standing { data: DataState::Inconsistent, ..standing(7) };
+        let connected = Candidate { is_connected: true, ..waiting() };
+        let unheard = |hosts: &[HostId]| Objection::Unheard(hosts.to_vec());
+        for (candidate, others, objection) in [
+            (waiting(), vec![says(A, serving)], Objection::Serves(A)),
+            (connected, vec![silent(A)], Objection::Connected),
+            (behind, vec![says(C, standing(7))], Objection::Promoted(A)),
+            (waiting(), vec![silent(A), says(C, standing(8))], Objection::Later(C)),
+            (waiting(), vec![silent(A), says(C, newer)], Objection::Later(C)),
+            (gap, vec![silent(A)], Objection::Rollback),
+            (demoted, vec![silent(A), says(C, standing(7))], unheard(&[A])),
+            // It was demoted while this copy was cut off.
+            (candidate(Mode::Async, Promise::None), vec![says(A, standing(7))], Objection::Demoted(A)),
+            // Another host that was released may have been promoted, used and lost.
+            (released(), vec![silent(A), silent(C)], unheard(&[C])),
+            // Writes went on with one of the two, and it need not have been this one.
+            (waiting(), vec![silent(A), silent(C)], unheard(&[C])),
+            (waiting(), vec![silent(A), says(C, mixture)], unheard(&[C])),
+            // The primary went on alone, at the latest when its word was over.
+            (candidate(Mode::Sync, Promise::WhileHeard), vec![silent(A)], Objection::Unpromised),
+            (candidate(Mode::Async, Promise::None), vec![silent(A)], Objection::Unpromised),
+            (candidate(Mode::SemiSync, Promise::None), vec![silent(A)], Objection::Unpromised),
+        ] {
+            assert_eq!(candidate.objection(&others), Some(objection), "{candidate:?} {others:?}");
+        }
+    }
+
+    #[test]
+    fn a_copy_that_is_no_image_of_the_volume_is_never_promoted() {
+        let mut mixture = waiting();
+        mixture.superblock.data = DataState::Inconsistent;
+        assert_eq!(mixture.obstacle(), Some(Obstacle::Mixture));
+        mixture.superblock.gap = 3;
+        assert_eq!(mixture.obstacle(), None);
+        mixture.superblock.data = DataState::Empty;
+        assert_eq!(mixture.obstacle(), Some(Obstacle::Empty));
+    }
+}

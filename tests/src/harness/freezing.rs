@@ -1,0 +1,74 @@
+//! A primary's process is frozen for a while, as by a stopped virtual machine, and goes on as if nothing had been: what was
+//! under way has ended, and its peers may have gone on without it.
+
+use super::host::host_id;
+use super::links::Channel;
+use super::world::{Event, World};
+use blockmirror_protocol::succession::{self, Heard};
+use blockmirror_protocol::units::Time;
+use std::time::Duration;
+
+/// How long it takes to ask the others who leads.
+const ASKING: Duration = Duration::from_millis(20);
+/// A process is frozen for so many of the longest outages at most.
+const OUTAGES: u32 = 20;
+
+impl World {
+    /// Nothing happens on a host for a while.
+    pub(super) fn freeze(&mut self, host: usize) {
+        if self.hosts[host].frozen_until > self.now || self.hosts[host].tracker().is_none() {
+            return;
+        }
+        let until = self.now + self.random.up_to(self.settings.outage * OUTAGES) + ASKING;
+        self.note(|| format!("host {host} is frozen until {until:?}"));
+        let it = &mut self.hosts[host];
+        it.frozen_until = until;
+        let life = it.life;
+        self.plan(until - self.now, Event::Thaw(host, life));
+    }
+
+    /// A host goes on: it asks who leads before it answers anything.
+    pub(super) fn thaw(&mut self, host: usize, life: u64) {
+        let now = Time(self.now);
+        let it = &mut self.hosts[host];
+        if life != it.life {
+            return;
+        }
+        let Some(tracker) = it.tracker_mut() else { return };
+        tracker.doubt(now);
+        it.is_unsure = true;
+        let delay = self.random.up_to(ASKING);
+        self.plan(delay, Event::Asked(host, life));
+    }
+
+    /// The others have said how they stand, those that could be reached.
+    pub(super) fn asked(&mut self, host: usize, life: u64) {
+        let now = Time(self.now);
+        if self.hosts[host].life != life || self.hosts[host].tracker().is_none() {
+            return;
+        }
+        let others: Vec<Heard> = (0..self.hosts.len())
+            .filter(|other| *other != host)
+            .map(|other| Heard { host: host_id(other), standing: self.hear(host, other) })
+            .collect();
+        self.hosts[host].is_unsure = false;
+        match succession::newest_fence(self.hosts[host].superblock.fence, &others) {
+            Some(fence) => self.supersede(host, fence),
+            None => self.hosts[host].tracker_mut().expect("it was looked at").trust(now),
+        }
+    }
+
+    /// Whether an event is one of a host that is frozen, which takes it up when it goes on.
+    pub(super) fn is_frozen(&self, event: &Event) -> Option<Duration> {
+        let host = match event {
+            Event::Request(host) | Event::Disk(host, _) | Event::File(host, _) => *host,
+            Event::Promote(host, _) | Event::StepDown(host, _) | Event::Tell(host, _) => *host,
+            Event::DiallerLost(link, _) | Event::Connect(link, _) => link.dialler,
+            Event::Arrival(link, _, channel) if *channel == Channel::ToDialler => link.dialler,
+            Event::Arrival(link, ..) | Event::Stray(link, _) | Event::ListenerLost(link, _) => link.listener,
+            Event::Start(_) | Event::Mishap | Event::Thaw(..) | Event::Asked(..) => return None,
+        };
+        let it = &self.hosts[host];
+        (it.is_up() && it.frozen_until > self.now).then_some(it.frozen_until)
+    }
+}

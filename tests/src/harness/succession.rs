@@ -1,0 +1,67 @@
+//! Operators who promote by the rule, not by force: only where what the hosts that can be heard say objects to nothing.
+//! Then nothing is lost that was answered ([`Promises::check_known`](super::promises::Promises::check_known)).
+
+use super::host::{Shell, host_id, host_number};
+use super::links::LinkId;
+use super::world::World;
+use blockmirror_protocol::disk::marker;
+use blockmirror_protocol::lineage;
+use blockmirror_protocol::succession::{Candidate, Heard};
+use blockmirror_protocol::units::Time;
+use blockmirror_protocol::wire::message::Standing;
+
+impl World {
+    /// An operator promotes a replica, unless the rule objects.
+    pub(super) fn promote_by_rule(&mut self, host: usize) {
+        let others: Vec<Heard> = (0..self.hosts.len())
+            .filter(|other| *other != host)
+            .map(|other| Heard { host: host_id(other), standing: self.hear(host, other) })
+            .collect();
+        let it = &self.hosts[host];
+        let Shell::Replica(shell) = &it.shell else { return };
+        let report = shell.machine.report();
+        let candidate = Candidate {
+            own: host_id(host),
+            superblock: it.superblock.clone(),
+            position: report.position,
+            is_connected: report.connected,
+            is_promised: shell.machine.is_promised(Time(self.now)),
+        };
+        if candidate.obstacle().is_some() || candidate.objection(&others).is_some() {
+            return;
+        }
+        self.note(|| format!("host {host} is promoted by the rule: {others:?}"));
+        let holder = self.hosts[host].superblock.fence.holder;
+        if !holder.is_none() {
+            let it = &mut self.hosts[host];
+            (it.is_promoted_by_rule, it.promoted_after) = (true, host_number(holder));
+        }
+        self.promote(host);
+    }
+
+    /// What a host says of itself when another one asks; nothing where it can't be reached.
+    pub(super) fn hear(&mut self, asker: usize, host: usize) -> Option<Standing> {
+        let now = self.now;
+        let is_stalled = |link: LinkId| self.links[link].stalled_until > now;
+        let links = [LinkId::new(asker, host), LinkId::new(host, asker)];
+        let it = &self.hosts[host];
+        if !it.is_up() || it.frozen_until > now || links.into_iter().any(is_stalled) {
+            return None;
+        }
+        let bytes = it.files.bytes(marker::FILE_NAME, marker::FILE_BYTES);
+        let mark = marker::recover(&bytes).map(|(_, mark)| mark).unwrap_or_default();
+        let superblock = it.durable_superblock();
+        let standing = Standing {
+            role: superblock.role,
+            data: superblock.data,
+            can_roll_back: superblock.gap != 0,
+            fence: superblock.fence,
+            marker: lineage::later(&superblock.lineage, superblock.position, mark.position),
+            serves: it.tracker().is_some() && it.superseded.is_none() && !it.has_failed(),
+            dirty_bytes: 0,
+            began: Vec::new(),
+            lineage: superblock.lineage,
+        };
+        Some(standing).filter(|_| !self.random.once_in(8))
+    }
+}
