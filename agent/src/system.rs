@@ -56,6 +56,16 @@ pub fn mounts_everywhere() -> io::Result<Vec<(Option<Process>, Vec<Mount>)>> {
     Ok(found)
 }
 
+/// The mount that a path lies in, by the paths alone; of several at one place the last, which hides the others.
+#[must_use]
+pub fn mount_of<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
+    // The last of those that are equally long.
+    mounts
+        .iter()
+        .filter(|mount| path.starts_with(&mount.at))
+        .max_by_key(|mount| mount.at.components().count())
+}
+
 fn mounts_of(process: &Path) -> io::Result<Vec<Mount>> {
     let table = fs::read(process.join("mountinfo"))?;
     Ok(table.split(|byte| *byte == b'\n').filter_map(parse_mount).collect())
@@ -145,6 +155,14 @@ pub fn processes() -> impl Iterator<Item = Process> {
 pub fn device_folder(number: u64) -> PathBuf {
     let link = PathBuf::from(format!("/sys/dev/block/{}:{}", major(number), minor(number)));
     fs::canonicalize(&link).unwrap_or(link)
+}
+
+/// The size of a block device in bytes; nothing where there is no such device. Does not open it.
+#[must_use]
+pub fn size_bytes(number: u64) -> Option<u64> {
+    let text = read(&device_folder(number).join("size")).ok()?;
+    let sectors: u64 = std::str::from_utf8(&text).ok()?.parse().ok()?;
+    sectors.checked_mul(512)
 }
 
 /// A device's node, by the kernel's name for it.
@@ -276,6 +294,23 @@ mod tests {
         {
             assert_eq!(parse_mount(wrong), None);
         }
+    }
+
+    #[test]
+    fn a_path_lies_in_the_innermost_and_newest_mount() {
+        let mount = |number, at: &str| Mount {
+            number,
+            at: PathBuf::from(at),
+            kind: "ext4".to_owned(),
+            source: PathBuf::from("/dev/sda"),
+        };
+        let mounts = [mount(1, "/"), mount(2, "/srv/data"), mount(3, "/srv/data"), mount(4, "/srv/dat")];
+        for (path, number) in
+            [("/srv/data/a.img", 3), ("/srv/data", 3), ("/srv/database", 1), ("/srv/dat/x", 4)]
+        {
+            assert_eq!(mount_of(&mounts, Path::new(path)).map(|mount| mount.number), Some(number), "{path}");
+        }
+        assert_eq!(mount_of(&[], Path::new("/x")), None);
     }
 
     #[test]

@@ -2,6 +2,9 @@
 //!
 //! The kernel only says that a device is busy; here the operator is told by whom. Mounts of other mount namespaces
 //! can't be seen, and remain "busy".
+//!
+//! Nothing here asks a file system about a file unless the backing itself lies in it: the image of another program's
+//! loop device can be on a server that is gone, and whoever asks about it waits as long as that is.
 
 use crate::system::{self, Holder, Mount};
 use std::ffi::OsString;
@@ -71,17 +74,22 @@ pub(super) fn of_device(number: u64) -> io::Result<Option<User>> {
 
 /// Who uses an image file without locking it.
 pub(super) fn of_image(path: &Path, status: &Metadata) -> io::Result<Option<User>> {
+    let real_path = fs::canonicalize(path)?;
+    let mounts = system::mounts()?;
+    let own_mount = system::mount_of(&mounts, &real_path).map(|mount| mount.number);
     let is_it = |other: &Path| {
-        fs::metadata(other).is_ok_and(|other| (other.dev(), other.ino()) == (status.dev(), status.ino()))
+        // Another name of the same file is in the same file system.
+        let is_near = system::mount_of(&mounts, other).map(|mount| mount.number) == own_mount;
+        let is_same = |other: Metadata| (other.dev(), other.ino()) == (status.dev(), status.ino());
+        other == real_path || is_near && fs::metadata(other).is_ok_and(is_same)
     };
     if let Some(area) = system::swap_areas()?.into_iter().find(|area| is_it(area)) {
         return Ok(Some(User::Swap { area }));
     }
-    let real_path = fs::canonicalize(path)?;
     for device in system::children(Path::new("/sys/block"))? {
         let Ok(backing) = system::read(&device.join("loop/backing_file")) else { continue };
         let backing = PathBuf::from(OsString::from_vec(backing));
-        if backing != real_path && !is_it(&backing) {
+        if !is_it(&backing) {
             continue;
         }
         let number = system::device_number(&device)?;
@@ -96,8 +104,11 @@ fn is_of(mount: &Mount, number: u64) -> bool {
     mount.number == number || is_device(&mount.source, number)
 }
 
+/// Whether a path is the node of a device. Nodes are in `/dev`; what else a mount or an area is named by is left alone.
 fn is_device(path: &Path, number: u64) -> bool {
-    fs::metadata(path).is_ok_and(|status| status.file_type().is_block_device() && status.rdev() == number)
+    path.starts_with("/dev")
+        && fs::metadata(path)
+            .is_ok_and(|status| status.file_type().is_block_device() && status.rdev() == number)
 }
 
 /// The device, by the name that its owner gave it too.

@@ -3,7 +3,7 @@
 //! The volume's configuration file is written last: without it nothing of the volume exists for the agent, and what an
 //! interrupted attempt left is removed by the next one.
 
-use super::{Supervisor, failed, refused};
+use super::{Entry, Supervisor, failed, refused};
 use crate::backing;
 use crate::buffer::BufferPool;
 use crate::config::{Name, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
@@ -25,6 +25,13 @@ use std::time::Duration;
 /// How long a primary may take to take a host in: others wait meanwhile that want to be made or to join here.
 const JOIN_TIME: Duration = Duration::from_secs(60);
 
+/// How long it may take to look at a backing, or to make it.
+const LOOK_TIME: Duration = Duration::from_secs(20);
+/// How long it is tried to find out whether two paths lead to one file.
+const PATH_TIME: Duration = Duration::from_secs(2);
+/// How long a new volume may take to open before its status is given as it is.
+const OPENING_TIME: Duration = Duration::from_secs(30);
+
 /// A backing that was looked at, and made where it was missing.
 struct Prepared {
     size_bytes: u64,
@@ -39,7 +46,8 @@ impl Supervisor {
             Some(bytes) => BlockSize::new(bytes).map_err(|error| usage(error.to_string()))?,
             None => BlockSize::default(),
         };
-        let prepared = prepare(&request.backing, request.size_bytes)?;
+        let (backing, wanted) = (request.backing.clone(), request.size_bytes);
+        let prepared = in_time(&request.backing, move || prepare(&backing, wanted)).await?;
         let config = VolumeConfig {
             devices: request.devices,
             ..VolumeConfig::new(
@@ -88,10 +96,15 @@ impl Supervisor {
         let asked = self.ask_to_join(&connection, &token, true).await?;
         let name: Name = asked.name.parse().map_err(|_| failed("the primary's volume has no usable name"))?;
         self.must_be_free(&name, &request.backing).await?;
-        let prepared = prepare(&request.backing, Some(asked.size_bytes))?;
-        if !prepared.made {
-            must_be_blank(&request.backing, request.overwrite)?;
-        }
+        let (backing, wanted) = (request.backing.clone(), Some(asked.size_bytes));
+        let prepared = in_time(&request.backing, move || {
+            let prepared = prepare(&backing, wanted)?;
+            if !prepared.made {
+                must_be_blank(&backing, request.overwrite)?;
+            }
+            Ok(prepared)
+        })
+        .await?;
         let config = self.replica_config(&request, &name, &asked);
         let superblock = Superblock {
             volume: asked.volume,
@@ -144,7 +157,8 @@ impl Supervisor {
     async fn discard(&self, name: &Name, backing: &Path, made: bool) {
         let entry = self.volumes.lock().await.remove(name);
         if let Some(entry) = entry {
-            entry.handle.stop().await;
+            // One that hangs is told of by what comes next.
+            let _ = entry.handle.stop().await;
         }
         // The next attempt removes what is left, unless it was a volume.
         if let Err(error) = backing::forget(&self.state_folder(name)) {
@@ -184,27 +198,27 @@ impl Supervisor {
             return Err(failure);
         }
         let opened = self.start(config).await?;
-        // An error means that the thread died; the status will tell.
-        let _ = opened.await;
+        // An error means that the thread died, or takes long; the status will tell.
+        let _ = tokio::time::timeout(OPENING_TIME, opened).await;
         self.status_of(vec![name]).await
     }
 
     async fn must_be_free(&self, name: &Name, backing: &Path) -> Result<(), Failure> {
-        let volumes = self.volumes.lock().await;
         let path = self.folders.config.volume_path(name);
-        if volumes.contains_key(name) || path.exists() {
+        let (is_taken, others) = {
+            let volumes = self.volumes.lock().await;
+            let backing_of = |entry: &Entry| (entry.config.name.clone(), entry.config.backing.clone());
+            (volumes.contains_key(name), volumes.values().map(backing_of).collect::<Vec<_>>())
+        };
+        if is_taken || path.exists() {
             let text = format!("there is a volume {name} on this host already ({})", path.display());
             return Err(refused(text));
         }
-        let same = |other: &Path| match (other.canonicalize(), backing.canonicalize()) {
-            (Ok(other), Ok(backing)) => other == backing,
-            _ => other == backing,
-        };
-        if let Some(entry) = volumes.values().find(|entry| same(&entry.config.backing)) {
-            let text = format!("{} is the backing of the volume {}", backing.display(), entry.config.name);
-            return Err(refused(text));
+        for (other, its_backing) in others {
+            if is_same(backing, its_backing).await {
+                return Err(refused(format!("{} is the backing of the volume {other}", backing.display())));
+            }
         }
-        drop(volumes);
         let folder = self.state_folder(name);
         if backing::is_on_record(&folder) {
             return Err(refused(format!(
@@ -276,6 +290,33 @@ impl Supervisor {
         }
         config
     }
+}
+
+/// Looks at a path for the operator, who is told when it takes too long: a disk or a server that hangs must not hold up
+/// what else the agent is asked for. The thread that waits for it is left behind.
+async fn in_time<T: Send + 'static>(
+    path: &Path,
+    look: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::time::timeout(LOOK_TIME, tokio::task::spawn_blocking(look)).await {
+        Ok(looked) => looked.unwrap_or_else(|_| Err(failed("the agent failed inside; see its log"))),
+        Err(_) => Err(failed(format!(
+            "{} does not answer: its disk or its file server hangs; use another, or try again when it answers",
+            path.display()
+        ))),
+    }
+}
+
+/// Whether two paths lead to one file. Of another volume's backing that hangs the name alone is compared; the claim on
+/// an open backing is what keeps two volumes apart.
+async fn is_same(one: &Path, other: PathBuf) -> bool {
+    let (one, named_so) = (one.to_owned(), one == other);
+    let look = move || match (one.canonicalize(), other.canonicalize()) {
+        (Ok(one), Ok(other)) => one == other,
+        _ => named_so,
+    };
+    let looked = tokio::time::timeout(PATH_TIME, tokio::task::spawn_blocking(look)).await;
+    looked.map_or(named_so, |looked| looked.unwrap_or(named_so))
 }
 
 /// Looks at a backing, and makes an image file where there is none and the size is known.
