@@ -5,6 +5,9 @@ use crate::ranges::ByteRange;
 use crate::units::{Sequence, Time};
 use std::ops::Range;
 
+/// From so many failures in a row on the header of a map has failed, too.
+const HEADER_FAILURES: u32 = 3;
+
 impl Session {
     /// Everything up to this write is durable on the replica or durably in its map (D1); `last` is the newest write.
     pub(crate) fn safe_up_to(&self, last: Sequence) -> Sequence {
@@ -84,6 +87,14 @@ impl Session {
     #[must_use]
     pub(crate) fn is_written(&self) -> bool {
         self.first_unwritten().is_none()
+    }
+
+    /// Whether not even the map's header could be written, when the pages were given up already: whoever waits for the
+    /// map may wait for ever. What it would say is remembered by the activity log, whose extents stay active until the
+    /// map is written (D1).
+    #[must_use]
+    pub(crate) fn map_is_out_of_reach(&self) -> bool {
+        self.map_failures >= HEADER_FAILURES
     }
 
     /// The first write whose mark the map's file lacks.

@@ -122,12 +122,14 @@ impl Tracker {
         self.write_maps();
     }
 
-    /// Answers the failed requests whose blocks every map durably holds. Marks of later writes don't hold them up.
+    /// Answers the failed requests whose blocks every map durably holds, but for maps that can't be written at all. Marks
+    /// of later writes don't hold them up.
     pub(super) fn answer_failed(&mut self) {
         if self.failed_replies.is_empty() {
             return;
         }
-        let written = self.sessions.values().filter_map(Session::first_unwritten).min();
+        let awaited = self.sessions.values().filter(|session| !session.map_is_out_of_reach());
+        let written = awaited.filter_map(Session::first_unwritten).min();
         let (ready, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.failed_replies)
             .into_iter()
             .partition(|(_, last)| written.is_none_or(|first| first > *last));
@@ -145,10 +147,14 @@ impl Tracker {
 mod tests {
     use super::super::replies::ReplicaLoss;
     use super::super::{Action, LocalWrite, RequestId, Settings, Tracker, Work, WriteFailed};
+    use crate::dirty_map::DirtyMap;
     use crate::disk::activity_log::Recovered;
     use crate::ranges::ByteRange;
-    use crate::units::{EXTENT_BYTES, Epoch, GenerationId, Time};
+    use crate::session::{self, Session};
+    use crate::units::{BlockSize, EXTENT_BYTES, Epoch, GenerationId, HostId, Time, VolumeId};
+    use crate::wire::message::Mode;
     use std::collections::BTreeSet;
+    use std::time::Duration;
 
     const NOW: Time = Time(std::time::Duration::ZERO);
 
@@ -174,7 +180,7 @@ mod tests {
         replies
     }
 
-    fn opened() -> Tracker {
+    fn with(sessions: Vec<Session>) -> Tracker {
         let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
         let settings = Settings {
             size_bytes: EXTENT_BYTES,
@@ -186,7 +192,11 @@ mod tests {
             patience: crate::promise::PATIENCE,
             active_extents: crate::disk::activity_log::CAPACITY,
         };
-        let mut tracker = Tracker::new(settings, &log, Vec::new());
+        Tracker::new(settings, &log, sessions)
+    }
+
+    fn opened() -> Tracker {
+        let mut tracker = with(Vec::new());
         settle(&mut tracker, LocalWrite::Written, true);
         tracker
     }
@@ -219,6 +229,47 @@ mod tests {
         assert_eq!(settle(&mut tracker, LocalWrite::Written, true), [(RequestId(3), Err(WriteFailed))]);
         write(&mut tracker, 4, false);
         assert_eq!(settle(&mut tracker, LocalWrite::Written, true), [(RequestId(4), Err(WriteFailed))]);
+    }
+
+    /// The disk of the state folder gave errors while a replica was away: applications never got the error of a write
+    /// that had failed, and a stop waited for them.
+    #[test]
+    fn an_error_is_answered_and_the_volume_closes_though_no_map_can_be_written() {
+        let (host, block_size) = (HostId([2; 32]), BlockSize::default());
+        let mut map = DirtyMap::full(VolumeId([1; 16]), host, EXTENT_BYTES, block_size);
+        map.clear(0..EXTENT_BYTES / block_size.bytes());
+        map.take_changes();
+        let session = Session::new(host, map, EXTENT_BYTES, block_size, 1 << 20, Mode::Async);
+        let mut tracker = with(vec![session]);
+        write(&mut tracker, 1, false);
+        let mut replies = Vec::new();
+        for second in 0..20 {
+            let now = Time(Duration::from_secs(second));
+            tracker.handle_timeout(now);
+            if second == 10 {
+                assert_eq!(replies, [(RequestId(1), Err(WriteFailed))]);
+                tracker.close(now);
+            }
+            while let Some(action) = tracker.poll_action() {
+                match action {
+                    Action::WriteLog { .. } => tracker.handle_log_written(true, now),
+                    Action::WriteLocal { sequence, .. } => {
+                        tracker.handle_local_written(sequence, LocalWrite::Failed, now);
+                    }
+                    Action::SyncLocal => tracker.handle_synced(true, now),
+                    Action::BeginGeneration { .. } => {
+                        tracker.handle_generation(Some(GenerationId([2; 16])), now);
+                    }
+                    Action::Reply { request, result } => replies.push((request, result)),
+                    Action::Peer { peer, action: session::Action::WriteMap(_) } => {
+                        tracker.handle_map_written(peer, false, now);
+                    }
+                    Action::ReadDigest { .. } | Action::Peer { .. } => panic!("no replica is connected"),
+                }
+            }
+        }
+        assert!(tracker.is_closed());
+        assert!(tracker.active_extents() > 0, "the log remembers what the map doesn't");
     }
 
     #[test]

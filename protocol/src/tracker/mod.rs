@@ -497,7 +497,8 @@ impl Tracker {
             && self.under_way.is_empty()
             && !self.generations.beginning;
         let is_durable = self.local.opened && self.local.durable == self.last;
-        let is_saved = self.sessions.values().all(Session::is_saved) && self.activity.is_recorded();
+        let is_done = |session: &Session| session.is_saved() || session.map_is_out_of_reach();
+        let is_saved = self.sessions.values().all(is_done) && self.activity.is_recorded();
         self.closing && is_idle && (is_durable && is_saved || self.local.failed)
     }
 

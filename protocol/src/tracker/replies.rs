@@ -102,6 +102,15 @@ impl Tracker {
         }
     }
 
+    /// The volume is about to be closed: what waits until more replicas are in sync fails now, not at the end of the
+    /// operator's patience. What replicas in sync are about to confirm is waited for as before.
+    pub fn wait_no_more(&mut self, now: Time) {
+        let ReplicaLoss::Block { min_replicas, .. } = self.loss else { return };
+        self.loss = ReplicaLoss::Block { min_replicas, limit: Duration::ZERO };
+        self.owed.iter_mut().for_each(|owed| owed.due = Some(now));
+        self.drive(now);
+    }
+
     /// Whether writes wait, or would wait, until more replicas are in sync.
     #[must_use]
     pub fn blocked(&self, now: Time) -> Option<Blocked> {
