@@ -8,6 +8,7 @@ use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
 use crate::primary::{Reads, allocation};
 use crate::storage::file::File;
 use crate::storage::{Operation, Storage};
+use crate::troubles::Troubles;
 use std::rc::Rc;
 use tokio::task::spawn_local;
 
@@ -28,6 +29,13 @@ impl Export {
     }
 }
 
+impl Export {
+    /// Reads that fail are counted there from now on.
+    pub fn count_in(&self, troubles: Rc<Troubles>) {
+        self.reads.count_in(troubles);
+    }
+}
+
 impl Volume for Export {
     fn geometry(&self) -> Geometry {
         let preferred_bytes =
@@ -45,7 +53,10 @@ impl Volume for Export {
                 let done = move |outcome| reply.complete(cookie, reads.answer(outcome));
                 self.storage.submit(&self.backing, operation, Box::new(done));
             }
-            Command::Allocation(range) => later(reply, cookie, allocation(&self.backing, range)),
+            Command::Allocation(range) => {
+                let backing = self.backing.clone();
+                spawn_local(async move { reply.complete(cookie, allocation(&backing, range).await) });
+            }
             Command::Flush => later(reply, cookie, Ok(Answer::Done)),
             Command::Write { .. } | Command::Zero { .. } => later(reply, cookie, Err(Errno(libc::EROFS))),
         }

@@ -25,6 +25,7 @@ pub mod supervisor;
 pub mod system;
 pub mod token;
 pub mod transport;
+pub mod troubles;
 pub mod verdict;
 pub mod volume;
 pub mod words;

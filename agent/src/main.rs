@@ -11,7 +11,13 @@ use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+
+/// How long volumes are waited for that are being opened, before the start counts as done.
+const OPENING_TIME: Duration = Duration::from_secs(5);
+/// How long the process waits at its end for calls on other threads.
+const THREADS_TIME: Duration = Duration::from_secs(1);
 
 /// Mirrors volumes to other hosts, and serves them to this one.
 #[derive(Parser)]
@@ -42,7 +48,10 @@ fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     blockmirror_agent::process::prepare();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(run(arguments))
+    let ended = runtime.block_on(run(arguments));
+    // A thread that waits for a disk which hangs is left behind.
+    runtime.shutdown_timeout(THREADS_TIME);
+    ended
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -85,17 +94,26 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     tokio::spawn(supervisor.clone().keep_members(learned));
     // Hosts that start at the same time ask each other how they stand.
     tokio::spawn(supervisor.clone().accept_connections());
-    opening.await;
-    // Nobody may be listening; that is no mistake.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let operations = std::sync::Arc::new(Operator(supervisor.clone()));
+    let serve = async {
+        if tokio::time::timeout(OPENING_TIME, opening).await.is_err() {
+            tracing::warn!("not every volume is open yet; the agent goes on without: see blockmirror status");
+        }
+        // Nobody may be listening; that is no mistake.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        control.serve(operations).await
+    };
     let ended = tokio::select! {
-        ended = control.serve(operations) => ended.context("the control socket failed"),
+        ended = serve => ended.context("the control socket failed"),
         _ = terminated.recv() => Ok(()),
         _ = interrupted.recv() => Ok(()),
     };
     tracing::info!("the agent stops");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    supervisor.stop().await;
+    if !supervisor.stop().await {
+        anyhow::bail!(
+            "the agent ended with volumes that did not; the log says which, and what they wait for"
+        );
+    }
     ended
 }

@@ -6,6 +6,7 @@
 //! costs time, because it counts as "everything may differ".
 
 use crate::buffer::BufferPool;
+use crate::device::blocking;
 use crate::durable;
 use crate::generations;
 use crate::storage::file::{File, OpenError};
@@ -203,11 +204,18 @@ impl State {
         let mut full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
         full.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
         let path = self.folder.join(dirty_map::file_name(peer));
-        if !path.exists() {
-            return Ok((full, Rc::new(File::create_metadata(&path, dirty_map::page_offset(0))?), false));
+        let there = path.clone();
+        let found = blocking(move || match there.exists() {
+            true => Ok(None),
+            false => File::create_metadata(&there, dirty_map::page_offset(0)).map(Some),
+        });
+        if let Some(made) = found.await? {
+            return Ok((full, Rc::new(made), false));
         }
         let file = open_file(path.clone()).await?;
-        let stored = stored::read_map(&path)
+        let there = path.clone();
+        let stored = blocking(move || stored::read_map(&there))
+            .await
             .map_err(|source| StateError::Folder { folder: self.folder.clone(), source })?;
         match DirtyMap::recover(&full, &stored.header, stored.pages) {
             Ok(mut map) => {
@@ -332,7 +340,7 @@ impl State {
 }
 
 async fn open_file(path: PathBuf) -> Result<Rc<File>, StateError> {
-    Ok(Rc::new(File::opened_when_free(|| File::open_metadata(&path)).await?))
+    Ok(Rc::new(File::opened_when_free(move || File::open_metadata(&path)).await?))
 }
 
 async fn read(

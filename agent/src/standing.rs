@@ -8,7 +8,9 @@ use crate::config::{PeerConfig, VolumeConfig};
 use crate::generations;
 use crate::stored;
 use crate::transport::Peers;
+use crate::volume::{HUNG, Service};
 use crate::words::with_name;
+use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::lineage;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::{AskStanding, Message, Standing};
@@ -69,7 +71,7 @@ pub async fn converse(peers: &Peers, peer: &PeerConfig, message: Message) -> Res
 
 /// How this host stands, for `asker`, as its state folder says; nothing where that can't be read.
 #[must_use]
-pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, serves: bool) -> Option<Standing> {
+pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, service: Service) -> Option<Standing> {
     let stored = stored::read(folder, config);
     let superblock = stored.superblock?;
     let marker = stored.marker.unwrap_or_default();
@@ -80,9 +82,26 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, serves: bool) -
         can_roll_back: superblock.gap != 0,
         fence: superblock.fence,
         marker: lineage::later(&superblock.lineage, superblock.position, marker),
-        serves,
+        serves: service.serves,
+        silent_milliseconds: u64::try_from(service.silent.as_millis()).unwrap_or(u64::MAX),
         dirty_bytes: undelivered.map_or(u64::MAX, |undelivered| undelivered.bytes),
         began: generations::of_lineage(folder, &superblock.lineage),
         lineage: superblock.lineage,
     })
+}
+
+/// Whether a primary that stands so hangs: it serves nobody, and what it was told to do may still be done some day.
+#[must_use]
+pub fn hangs(standing: &Standing) -> bool {
+    standing.role == Role::Primary && !standing.serves && silent(standing) >= HUNG
+}
+
+/// Whether a primary has just stopped answering: it may be slow, or about to hang.
+#[must_use]
+pub fn hesitates(standing: &Standing) -> bool {
+    standing.role == Role::Primary && standing.serves && standing.silent_milliseconds > 0
+}
+
+fn silent(standing: &Standing) -> Duration {
+    Duration::from_millis(standing.silent_milliseconds)
 }

@@ -28,6 +28,14 @@ pub struct Stored {
     pub out_of_sync_bytes: Vec<Option<u64>>,
 }
 
+impl Stored {
+    /// What is known where nothing can be read.
+    #[must_use]
+    pub fn nothing(volume: &VolumeConfig) -> Self {
+        Self { out_of_sync_bytes: vec![None; volume.peers.len()], ..Self::default() }
+    }
+}
+
 /// What a host knows of what another one lacks.
 #[derive(Debug)]
 pub struct Undelivered {
@@ -76,7 +84,7 @@ pub fn read(folder: &Path, volume: &VolumeConfig) -> Stored {
     let file = |name: &str| std::fs::read(folder.join(name)).ok();
     let superblock = file(superblock::FILE_NAME).and_then(|bytes| Superblock::recover(&bytes).ok());
     let Some((_, superblock)) = superblock.filter(|(_, superblock)| superblock.volume == volume.id) else {
-        return Stored { out_of_sync_bytes: vec![None; volume.peers.len()], ..Stored::default() };
+        return Stored::nothing(volume);
     };
     let marker = file(marker::FILE_NAME).and_then(|bytes| marker::recover(&bytes).ok());
     // A log that is missing says as little as a damaged one.

@@ -222,6 +222,7 @@ mod tests {
             lineage: vec![GenerationId([b'a'; 16])],
             marker: position(epoch),
             serves: false,
+            silent_milliseconds: 0,
             dirty_bytes: 0,
             began: Vec::new(),
         }

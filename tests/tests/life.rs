@@ -129,6 +129,67 @@ fn a_raw_device_carries_a_replica_as_well_as_an_image_does() {
     mirror.replicas.push(replica);
 }
 
+/// The stop ended the sessions first, and then waited for requests that needed them, as long as the operator had told
+/// writers to wait.
+#[test]
+fn a_primary_whose_writers_wait_for_replicas_stops_when_it_is_told_to() {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.wait_until_quiet();
+    mirror.primary.stop();
+    mirror.primary.configure(|volume| {
+        volume.on_replica_loss = OnReplicaLoss::Block;
+        volume.block_seconds = 3600;
+    });
+    mirror.primary.start();
+    mirror.wait_until_in_sync();
+    // Writers are at work while the agent stops.
+    let mut client = mirror.client();
+    for number in 0..64 {
+        client.begin_write(number * 4096, &[7; 4096]).expect("it is taken");
+    }
+    mirror.primary.stop();
+    // There is no replica.
+    mirror.replica_mut().stop();
+    mirror.primary.start();
+    let mut client = mirror.client();
+    client.begin_write(0, &[8; 4096]).expect("it is taken");
+    mirror.primary.wait_until("a write waits", |status| {
+        status.facts.blocked.is_some_and(|blocked| blocked.requests == 1)
+    });
+    mirror.primary.stop();
+    mirror.primary.start();
+    mirror.replica_mut().start();
+    mirror.wait_until_in_sync();
+    mirror.assert_identical();
+}
+
+/// The same with a loop device, whose own writers wait in the kernel.
+#[test]
+fn a_loop_device_whose_writers_wait_for_replicas_goes_when_the_agent_stops() {
+    require!("root");
+    let mut mirror = Mirror::new(8 * MIB, "loop", &["b"]);
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.wait_until_quiet();
+    mirror.replica_mut().stop();
+    mirror.primary.stop();
+    mirror.primary.configure(|volume| {
+        volume.on_replica_loss = OnReplicaLoss::Block;
+        volume.block_seconds = 3600;
+    });
+    mirror.primary.start();
+    let device = mirror.primary.device();
+    let writer = std::thread::spawn(move || {
+        let mut file = File::options().write(true).open(device).expect("the device");
+        file.write_all(&[7; 4096]).and_then(|()| file.sync_all())
+    });
+    mirror.primary.wait_until("a write waits", |status| {
+        status.facts.blocked.is_some_and(|blocked| blocked.requests > 0)
+    });
+    mirror.primary.stop();
+    assert!(writer.join().expect("it doesn't panic").is_err(), "what was not mirrored is not called durable");
+}
+
 /// The loop driver synchronises the file that it is attached to: an agent whose volume was to wait for its replicas, of
 /// which none was there, had no device before that was given up.
 #[test]

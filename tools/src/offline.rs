@@ -76,20 +76,12 @@ fn one_volume(folder: &ConfigFolder, name: &Name) -> Result<VolumeConfig, Failur
 fn facts(volume: &VolumeConfig, stored: &Stored) -> VolumeFacts {
     let peers = volume.peers.iter().zip(&stored.out_of_sync_bytes);
     VolumeFacts {
-        name: volume.name.clone(),
-        id: volume.id.to_string(),
-        role: volume.role,
-        size_bytes: volume.size_bytes,
-        block_size_bytes: volume.block_size.bytes(),
-        backing: volume.backing.clone(),
-        backing_error: None,
-        storage: None,
         devices: volume.devices.iter().map(|&kind| unserved(kind)).collect(),
         data: stored.superblock.as_ref().map(|superblock| superblock.data.into()),
         epoch: stored.marker.map(|position| position.epoch.0),
         succession: succession(stored),
-        blocked: None,
         peers: peers.map(|(config, out_of_sync)| peer(config, *out_of_sync)).collect(),
+        ..VolumeFacts::unknown(volume)
     }
 }
 

@@ -48,7 +48,9 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
         false => output.lines(&text(&picture.reply, arguments.name.is_some()))?,
     }
     picture.warnings.iter().for_each(|warning| warn(warning));
-    picture.not_running.map_or(Ok(()), |failure| Err(failure.into()))
+    let mistake = picture.reply.volumes.iter().find_map(|volume| volume.facts.health.mistake.clone());
+    let mistake = mistake.map(|mistake| Failure::new(FailureKind::Failed, mistake));
+    picture.not_running.or(mistake).map_or(Ok(()), |failure| Err(failure.into()))
 }
 
 async fn watch(arguments: &Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
@@ -152,6 +154,10 @@ pub fn details(volumes: &[VolumeStatus]) -> Vec<String> {
 
 fn detail(volume: &VolumeStatus) -> Vec<String> {
     let facts = &volume.facts;
+    if facts.health.mistake.is_some() {
+        let words = format!("{}  {}", facts.name, volume.verdict);
+        return vec![words, format!("  action:  {}", volume.action)];
+    }
     let mut lines = vec![
         format!("{}  {}  {}", facts.name, facts.role, volume.verdict),
         format!("  action:  {}", volume.action),

@@ -1,4 +1,4 @@
-//! `blockmirror wait`: waits until the replicas of a volume have everything.
+//! `blockmirror wait`: waits until the replicas of a volume have everything, or until its device can be opened.
 
 use crate::client::Client;
 use crate::output::{Bar, Error, Output};
@@ -32,11 +32,13 @@ pub struct Arguments {
 enum Goal {
     /// Every replica has everything
     InSync,
+    /// The volume's devices can be opened here, also where its disk comes late
+    Device,
 }
 
 /// Asks until it is so.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
-    let Arguments { name, goal: Goal::InSync, timeout } = arguments;
+    let Arguments { name, goal, timeout } = arguments;
     let started = Instant::now();
     let bar = Bar::new(&format!("copying {name}"));
     // What was written before is in this epoch or in an earlier one.
@@ -46,6 +48,14 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
     loop {
         let reply = client.status(Some(&name)).await?;
         let Some(volume) = reply.volumes.first() else { return Err(Failure::no_such_volume(&name).into()) };
+        if matches!(goal, Goal::Device) {
+            if is_served(volume)? {
+                return Ok(output.line(&format!("{name}  {}", volume.verdict))?);
+            }
+            give_up_after(timeout, started, || format!("{name} is not served yet; {}", volume.verdict))?;
+            tokio::time::sleep(INTERVAL).await;
+            continue;
+        }
         let epoch = *epoch.get_or_insert(volume.facts.epoch);
         let mut has_spoken = |peer: &PeerStatus| {
             let before = *heard.entry(peer.name.clone()).or_insert(peer.heard);
@@ -56,16 +66,43 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
             drop(bar);
             return Ok(output.line(&format!("{name}  {}", volume.verdict))?);
         }
-        if timeout.is_some_and(|timeout| started.elapsed() >= Duration::from_secs(timeout.0)) {
-            let message = format!("{name} is not in sync yet; {}", volume.verdict);
-            return Err(Failure::new(FailureKind::Timeout, message).into());
-        }
+        give_up_after(timeout, started, || format!("{name} is not in sync yet; {}", volume.verdict))?;
         if let Some(progress) = volume.facts.peers.iter().find_map(|peer| peer.resync) {
             bar.show(&progress);
         }
         let is_first = !std::mem::replace(&mut is_asked_again, true);
         tokio::time::sleep(if is_first { FIRST_INTERVAL } else { INTERVAL }).await;
     }
+}
+
+fn give_up_after(
+    timeout: Option<Seconds>,
+    started: Instant,
+    message: impl FnOnce() -> String,
+) -> Result<(), Failure> {
+    match timeout {
+        Some(timeout) if started.elapsed() >= Duration::from_secs(timeout.0) => {
+            Err(Failure::new(FailureKind::Timeout, message()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether applications can open the volume; an error where waiting does not help.
+fn is_served(volume: &VolumeStatus) -> Result<bool, Failure> {
+    let facts = &volume.facts;
+    let failed = |message: String| Err(Failure::new(FailureKind::Failed, message));
+    if facts.health.mistake.is_some() {
+        return failed(volume.verdict.clone());
+    }
+    if facts.role == Role::Replica && facts.succession.change.is_none() {
+        return failed(
+            "this host is a replica of the volume, and serves no device; wait on the primary".to_owned(),
+        );
+    }
+    Ok(facts.role == Role::Primary
+        && !facts.devices.is_empty()
+        && facts.devices.iter().all(|device| device.error.is_none()))
 }
 
 /// Whether everything up to an epoch is durable on a peer. A replica in sync may still be owed the latest writes.

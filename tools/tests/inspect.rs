@@ -72,6 +72,7 @@ fn write_map(path: &Path) -> fs::File {
         volume: VolumeId([1; 16]),
         peer: PEER,
         base: Base { copy: CopyId([8; 16]), generation: GenerationId([6; 16]), adopted: 2 },
+        known: mark(),
         blocks: BLOCKS,
         block_size: BlockSize::default(),
         full_from: 2,

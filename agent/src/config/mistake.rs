@@ -57,6 +57,20 @@ pub enum Mistake {
     },
 }
 
+impl Mistake {
+    /// The file or folder that is wrong.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Io { path, .. }
+            | Self::UnknownKey { path, .. }
+            | Self::Invalid { path, .. }
+            | Self::Unwritable { path, .. }
+            | Self::Contradictory { path, .. } => path,
+        }
+    }
+}
+
 /// Statements that cannot all be true.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Contradiction {

@@ -178,7 +178,8 @@ impl PreImages {
     /// [`LayerError`]: there is none, it is damaged, a newer release's or another layer's, or it can't be read.
     pub async fn open(&self, number: u64) -> Result<Layer, LayerError> {
         let path = self.path(number);
-        let file = Rc::new(File::opened_when_free(|| File::open_metadata(&path)).await?);
+        let there = path.clone();
+        let file = Rc::new(File::opened_when_free(move || File::open_metadata(&there)).await?);
         storage::sync(&*self.storage, &file).await?;
         let about = path.clone();
         let read = aside(move || stored::read_layer(&about)).await;

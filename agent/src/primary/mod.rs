@@ -17,6 +17,7 @@ use crate::device::{Answer, Errno, Reply};
 use crate::metadata::State;
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
+use crate::troubles::{Kind, Troubles};
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::disk::superblock::Superblock;
@@ -38,12 +39,15 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
 use std::rc::{Rc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::spawn_local;
 
 /// How much of a held range is read at once for a compare, in bytes.
 const DIGEST_BYTES: u64 = 1 << 20;
+
+/// How often it is looked whether the disk hangs, while it is waited for.
+const HANG_LOOK: Duration = Duration::from_millis(250);
 
 /// A frame that is a smaller share of its request than one in so many is copied, if the request is larger than that.
 const PINNED_SHARE: usize = 64;
@@ -92,6 +96,7 @@ struct Inner {
 struct Pending {
     offset: u64,
     data: Bytes,
+    kind: Kind,
     reply: Rc<dyn Reply>,
     cookie: u64,
     /// What its first piece that failed failed for.
@@ -273,6 +278,18 @@ impl Primary {
         storage::drain(&*self.storage).await;
     }
 
+    /// The volume is about to be closed: what waits until more replicas are in sync fails now.
+    pub fn wait_no_more(&self) {
+        self.drive(|inner, now| inner.tracker.wait_no_more(now));
+    }
+
+    /// Ends when a call to the kernel has been under way for so long.
+    pub async fn hangs(&self, limit: Duration) {
+        while self.storage.oldest().is_none_or(|call| call.since.elapsed() < limit) {
+            tokio::time::sleep(HANG_LOOK).await;
+        }
+    }
+
     /// The number of a new session, higher than any before, durably.
     async fn next_session(self: &Rc<Self>) -> Result<SessionNumber, crate::metadata::StateError> {
         let primary = self.clone();
@@ -406,7 +423,10 @@ impl Primary {
                 let pending = inner.requests.remove(&request).expect("a request is answered once");
                 let answer = match result {
                     Ok(()) => Ok(Answer::Done),
-                    Err(WriteFailed) => Err(pending.failure.unwrap_or(Errno(libc::EIO))),
+                    Err(WriteFailed) => {
+                        self.count_failure(inner, &pending);
+                        Err(pending.failure.unwrap_or(Errno(libc::EIO)))
+                    }
                 };
                 pending.reply.complete(pending.cookie, answer);
             }
@@ -419,6 +439,23 @@ impl Primary {
             }
             Action::Peer { peer, action } => self.carry_out_for(inner, peer, action),
         }
+    }
+
+    /// Keeps for status that a request failed. That another host was promoted is told otherwise.
+    fn count_failure(&self, inner: &Inner, pending: &Pending) {
+        if self.superseded.get().is_some() {
+            return;
+        }
+        let is_own = pending.failure.is_some() || inner.tracker.has_failed();
+        let error = self.error.borrow().clone().filter(|_| is_own);
+        let text = error.unwrap_or_else(|| "too few replicas were in sync in time".to_owned());
+        let found_no_room = pending.failure == Some(Errno(libc::ENOSPC));
+        self.reads.troubles().note(pending.kind, found_no_room, &text);
+    }
+
+    /// What applications are answered with an error is counted there from now on.
+    pub fn count_in(&self, troubles: Rc<Troubles>) {
+        self.reads.count_in(troubles);
     }
 
     fn begin_generation(&self, kept: Vec<GenerationId>) {
@@ -524,7 +561,7 @@ impl Primary {
     /// Reads a range for a copy: nothing for zeroes, where its digest is wanted, and where the disk failed.
     async fn read_copy(&self, range: ByteRange, digest: bool) -> (CopyContent, Bytes) {
         // Where it can't be told, or the backing was cut off, the read tells.
-        let hole_bytes = self.backing.hole_at(range).unwrap_or(0);
+        let hole_bytes = self.backing.find_hole(range).await.unwrap_or(0);
         if hole_bytes == range.length || range.length > COPY_BYTES {
             return (CopyContent::Hole(hole_bytes), Bytes::new());
         }

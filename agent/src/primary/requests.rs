@@ -2,13 +2,15 @@
 //! where the backing fails.
 
 use super::{Inner, Pending, Primary};
-use crate::device::{Answer, Command, Errno, Geometry, Part, Reply, Request, Volume};
+use crate::device::{Answer, Command, Errno, Geometry, Part, Reply, Request, Volume, blocking};
 use crate::storage::file::File;
 use crate::storage::{self, Operation};
+use crate::troubles::{Kind, Troubles};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::{LocalWrite, RequestId, Work};
 use bytes::Bytes;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::io;
 use std::rc::Rc;
 use tokio::task::spawn_local;
 
@@ -21,6 +23,7 @@ impl Volume for Primary {
 
     fn submit(&self, request: Request) {
         let Request { command, reply, cookie } = request;
+        let mut kind = Kind::Write;
         let (work, offset, data) = match command {
             Command::Read(range) => return self.read(range, reply, cookie),
             Command::Allocation(range) => return self.answer_allocation(range, reply, cookie),
@@ -31,7 +34,10 @@ impl Volume for Primary {
             Command::Zero { range, may_unmap, fua } => {
                 (Work::Zero { range, may_unmap, fua }, 0, Bytes::new())
             }
-            Command::Flush => (Work::Flush, 0, Bytes::new()),
+            Command::Flush => {
+                kind = Kind::Flush;
+                (Work::Flush, 0, Bytes::new())
+            }
         };
         // A reply must not come before this returns, and the tracker may answer these at once.
         let at_once = matches!(work, Work::Flush)
@@ -41,7 +47,7 @@ impl Volume for Primary {
         self.drive(|inner, now| {
             let id = RequestId(inner.next_request);
             inner.next_request += 1;
-            inner.requests.insert(id, Pending { offset, data, reply, cookie, failure: None });
+            inner.requests.insert(id, Pending { offset, data, kind, reply, cookie, failure: None });
             inner.tracker.handle_request(id, work, now);
         });
     }
@@ -73,7 +79,7 @@ impl Primary {
 
     fn answer_allocation(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
         let backing = self.backing.clone();
-        spawn_local(async move { reply.complete(cookie, allocation(&backing, range)) });
+        spawn_local(async move { reply.complete(cookie, allocation(&backing, range).await) });
     }
 }
 
@@ -112,15 +118,27 @@ pub(super) fn is_full(error: &storage::Error) -> bool {
 #[derive(Default)]
 pub(crate) struct Reads {
     have_failed: Cell<bool>,
+    troubles: RefCell<Rc<Troubles>>,
 }
 
 impl Reads {
+    /// Failures are counted there from now on.
+    pub(crate) fn count_in(&self, troubles: Rc<Troubles>) {
+        *self.troubles.borrow_mut() = troubles;
+    }
+
+    /// Where failures are counted.
+    pub(crate) fn troubles(&self) -> Rc<Troubles> {
+        self.troubles.borrow().clone()
+    }
+
     /// The answer to a read. Clients try again and again, and whoever logs waits for it: a failure is an error in the
     /// log once, until a read succeeds.
     pub(crate) fn answer(&self, outcome: storage::Outcome) -> Result<Answer, Errno> {
         let is_news = self.is_news(outcome.is_err());
         outcome.map(|buffer| Answer::Data(buffer.expect("a read gives its buffer back"))).map_err(|error| {
             let text = crate::words::with_causes(&error);
+            self.troubles.borrow().note(Kind::Read, false, &text);
             if is_news {
                 tracing::error!("{text}");
             } else {
@@ -147,8 +165,10 @@ impl Reply for Later {
 }
 
 /// Which parts of a range are allocated.
-pub(crate) fn allocation(backing: &File, range: ByteRange) -> Result<Answer, Errno> {
-    let parts: Result<Vec<Part>, std::io::Error> = backing.allocation(range).take(256).collect();
+pub(crate) async fn allocation(backing: &File, range: ByteRange) -> Result<Answer, Errno> {
+    let look = move |file: &File| file.allocation(range).take(256).collect::<io::Result<Vec<Part>>>();
+    let file = backing.share();
+    let parts = if file.knows_its_holes() { look(&file) } else { blocking(move || look(&file)).await };
     match parts {
         Ok(parts) => Ok(Answer::Allocation(parts)),
         Err(error) => Err(Errno(error.raw_os_error().unwrap_or(libc::EIO))),

@@ -94,7 +94,7 @@ fn what_a_backing_has_lost_is_told_as_an_error_not_as_a_hole() {
     File::create_image(&path, 1 << 20).expect("it can be made");
     let backing = File::open_backing(&path, Access::ReadWrite).expect("it can be opened");
     rustix::fs::ftruncate(&backing, 1 << 19).expect("it can be cut off");
-    let lost = allocation(&backing, ByteRange::new(1 << 19, 1 << 19));
+    let lost = run(allocation(&backing, ByteRange::new(1 << 19, 1 << 19)));
     assert!(matches!(lost, Err(Errno(libc::EIO))));
 }
 

@@ -14,6 +14,7 @@ use crate::metadata::State;
 use crate::pre_images::{Layer, LayerError, PreImages};
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
+use crate::troubles::{Kind, Troubles};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Settings, StateChange, Stored};
 use blockmirror_protocol::units::{HostId, Time};
@@ -50,6 +51,7 @@ pub struct Replica {
     name: Name,
     inner: RefCell<Inner>,
     error: RefCell<Option<String>>,
+    troubles: RefCell<Rc<Troubles>>,
     /// The session that is being served, and how it is told to end.
     current: Cell<u64>,
     /// The host whose greeting was taken last: frames come from nobody else.
@@ -144,6 +146,7 @@ impl Replica {
             name: config.name.clone(),
             inner: RefCell::new(Inner { machine, next_frame: 0, payloads: HashMap::new(), outgoing: None }),
             error: RefCell::new(None),
+            troubles: RefCell::default(),
             current: Cell::new(0),
             greeter: Cell::new(None),
             superseded: Notify::new(),
@@ -185,6 +188,11 @@ impl Replica {
     #[must_use]
     pub fn since(&self) -> Instant {
         self.since.get()
+    }
+
+    /// Failures of the disk are counted there from now on.
+    pub fn count_in(&self, troubles: Rc<Troubles>) {
+        *self.troubles.borrow_mut() = troubles;
     }
 
     /// What became of the backing, in words, if it failed.
@@ -372,18 +380,20 @@ impl Replica {
 
     fn apply(&self, inner: &mut Inner, frame: FrameId, range: ByteRange, zero: Option<bool>) {
         let data = inner.payloads.remove(&frame).expect("a frame's payload is kept until it is written");
-        let operation = match zero {
-            Some(may_unmap) => {
-                if self.backing.is_hole(range) {
-                    // A hole reads as zeroes already.
-                    let me = self.me();
-                    spawn_local(async move { me.drive(|inner| inner.machine.handle_applied(frame, true)) });
-                    return;
-                }
-                Operation::Zero { range, may_unmap }
-            }
-            None => Operation::Write { offset: range.offset, data, durable: false },
+        let Some(may_unmap) = zero else {
+            return self.write(frame, Operation::Write { offset: range.offset, data, durable: false });
         };
+        let me = self.me();
+        spawn_local(async move {
+            // A hole reads as zeroes already.
+            if me.backing.find_hole(range).await.is_ok_and(|length| length == range.length) {
+                return me.drive(|inner| inner.machine.handle_applied(frame, true));
+            }
+            me.write(frame, Operation::Zero { range, may_unmap });
+        });
+    }
+
+    fn write(&self, frame: FrameId, operation: Operation) {
         self.submit(operation, move |replica, outcome| {
             let written = replica.note(outcome);
             replica.drive(|inner| inner.machine.handle_applied(frame, written));
@@ -432,6 +442,7 @@ impl Replica {
     fn keep_error(&self, error: &dyn std::error::Error) {
         let text = crate::words::with_causes(error);
         tracing::error!("{text}");
+        self.troubles.borrow().note(Kind::Copy, false, &text);
         self.error.borrow_mut().get_or_insert(text);
     }
 

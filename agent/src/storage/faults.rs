@@ -4,7 +4,7 @@
 //! them, as a host that crashes there would; and it can fail a given read, write, zeroing or sync.
 
 use super::file::File;
-use super::{Done, Error, Operation, Storage};
+use super::{Done, Error, Operation, Storage, UnderWay};
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
@@ -149,6 +149,10 @@ impl Storage for Faults {
             source: io::Error::from_raw_os_error(errno),
         };
         tokio::task::spawn_local(async move { done(Err(error)) });
+    }
+
+    fn oldest(&self) -> Option<UnderWay> {
+        self.inner.oldest()
     }
 
     fn kind(&self) -> &'static str {

@@ -13,7 +13,7 @@
 use super::users::{self, User};
 use super::zeroing::can_punch_beyond;
 use super::{claim, direct};
-use crate::device::Part;
+use crate::device::{Part, blocking};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
@@ -148,6 +148,14 @@ pub enum OpenError {
     },
 }
 
+impl OpenError {
+    /// Whether somebody else holds the file, who may be about to let go of it.
+    #[must_use]
+    pub fn is_claimed(&self) -> bool {
+        matches!(self, Self::InUse { user: User::Exclusive | User::Lock, .. })
+    }
+}
+
 /// Turns the kernel's errors about one path into [`OpenError`]s.
 struct About<'a>(&'a Path);
 
@@ -240,21 +248,21 @@ impl File {
         Self::open_metadata(path)
     }
 
-    /// Opens a file as `open` does. One that is claimed by somebody else is tried again for some seconds, in which
-    /// what is left of a killed agent has gone.
+    /// Opens a file as `open` does, on a thread for calls that may hang. One that is claimed by somebody else is tried
+    /// again for some seconds, in which what is left of a killed agent has gone.
     ///
     /// # Errors
     /// What `open` gives, or gives at last.
-    pub async fn opened_when_free(open: impl Fn() -> Result<Self, OpenError>) -> Result<Self, OpenError> {
+    pub async fn opened_when_free(
+        open: impl Fn() -> Result<Self, OpenError> + Clone + Send + 'static,
+    ) -> Result<Self, OpenError> {
         for _ in 0..CLAIM_ATTEMPTS {
-            match open() {
-                Err(OpenError::InUse { user: User::Exclusive | User::Lock, .. }) => {
-                    tokio::time::sleep(CLAIM_PAUSE).await;
-                }
+            match blocking(open.clone()).await {
+                Err(error) if error.is_claimed() => tokio::time::sleep(CLAIM_PAUSE).await,
                 opened => return opened,
             }
         }
-        open()
+        blocking(open).await
     }
 
     fn with(fd: OwnedFd, path: &Path, kind: Kind, size_bytes: u64, direct: bool) -> io::Result<Self> {
@@ -324,6 +332,30 @@ impl File {
     #[must_use]
     pub fn is_hole(&self, range: ByteRange) -> bool {
         self.hole_at(range).is_ok_and(|length| length == range.length)
+    }
+
+    /// The same file. What it is used for on another thread keeps it open, and claimed.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self { descriptor: self.descriptor.clone() }
+    }
+
+    /// Whether the kernel tells of holes without asking a disk or a server.
+    #[must_use]
+    pub fn knows_its_holes(&self) -> bool {
+        self.descriptor.in_memory || self.kind() == Kind::BlockDevice
+    }
+
+    /// As [`File::hole_at`], on another thread where the kernel may have to wait for a disk.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn find_hole(&self, range: ByteRange) -> io::Result<u64> {
+        if self.knows_its_holes() {
+            return self.hole_at(range);
+        }
+        let file = self.share();
+        blocking(move || file.hole_at(range)).await
     }
 
     /// The length in bytes of the hole that a range begins with; 0 where it begins with data, or that can't be told.

@@ -8,13 +8,14 @@
 use super::file::{Descriptor, File, Kind};
 use super::unaligned::{Overwrite, ReadAround};
 use super::zeroing::Zeroing;
-use super::{Error, Operation, Outcome};
+use super::{Error, Operation, Outcome, UnderWay};
 use crate::buffer::{Buffer, BufferPool};
 use blockmirror_protocol::ranges::ByteRange;
 use bytes::Bytes;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The most that one call transfers, in bytes: below the kernel's own limit, and aligned.
 const LONGEST_TRANSFER: usize = 1 << 30;
@@ -123,6 +124,8 @@ pub(super) struct Job {
     offset: u64,
     task: Task,
     failure: Option<io::Error>,
+    /// When it was begun, or its last step ended.
+    moved: Instant,
 }
 
 impl Job {
@@ -135,7 +138,18 @@ impl Job {
             io::Error::new(io::ErrorKind::InvalidInput, "the range ends beyond the end of the backing")
         });
         let task = if fits { Task::new(descriptor, operation, pool) } else { Task::Sync { done: true } };
-        Self { descriptor: Arc::clone(descriptor), operation: name, offset: range.offset, task, failure }
+        let descriptor = Arc::clone(descriptor);
+        Self { descriptor, operation: name, offset: range.offset, task, failure, moved: Instant::now() }
+    }
+
+    /// Since when nothing of it has ended.
+    pub(super) fn moved(&self) -> Instant {
+        self.moved
+    }
+
+    /// The step that is to be made, or is being made.
+    pub(super) fn under_way(&self) -> UnderWay {
+        UnderWay { since: self.moved, path: self.descriptor.path.clone() }
     }
 
     /// The descriptor that the steps go to.
@@ -162,6 +176,7 @@ impl Job {
             Err(error) => self.task.failed(error, &self.descriptor),
         };
         self.failure = outcome.err();
+        self.moved = Instant::now();
     }
 
     /// The operation's outcome, once there is no further step.

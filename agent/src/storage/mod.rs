@@ -33,7 +33,9 @@ pub use calls::{drain, read, sync, write, zero};
 use file::File;
 use ring::Ring;
 use std::io;
+use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Instant;
 use threads::Threads;
 
 /// One thing to do with an open file. Ranges are 512-aligned; where the file wants a larger alignment, the storage
@@ -90,6 +92,15 @@ pub struct Error {
     pub source: io::Error,
 }
 
+/// A call to the kernel that has not come back yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnderWay {
+    /// Since when the kernel has it, or it waits behind those that the kernel has.
+    pub since: Instant,
+    /// The file or device.
+    pub path: PathBuf,
+}
+
 /// Carries out operations in the background.
 ///
 /// Operations go on when the last handle to the storage is dropped, as long as the runtime runs. When the runtime
@@ -104,6 +115,11 @@ pub trait Storage {
 
     /// Why a slower kind than `io_uring` is in use, where that wasn't asked for.
     fn fallback_reason(&self) -> Option<&str> {
+        None
+    }
+
+    /// The call to the kernel that is under way the longest; nothing where none is.
+    fn oldest(&self) -> Option<UnderWay> {
         None
     }
 

@@ -20,7 +20,7 @@
 use super::file::File;
 use super::job::{Job, Step};
 use super::slots::Slots;
-use super::{Done, Operation, Outcome, Storage, kernel};
+use super::{Done, Operation, Outcome, Storage, UnderWay, kernel};
 use crate::buffer::BufferPool;
 use crate::busy_poll;
 use io_uring::types::{Fd, FsyncFlags};
@@ -155,6 +155,12 @@ impl Storage for Ring {
 
     fn kind(&self) -> &'static str {
         "io_uring"
+    }
+
+    fn oldest(&self) -> Option<UnderWay> {
+        let queues = self.shared.queues.borrow();
+        let jobs = queues.jobs.values().map(|(job, _)| job);
+        jobs.min_by_key(|job| job.moved()).map(Job::under_way)
     }
 
     fn when_idle(&self, idle: Box<dyn FnOnce()>) {

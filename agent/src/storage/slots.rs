@@ -34,6 +34,10 @@ impl<T> Slots<T> {
         value
     }
 
+    pub(super) fn values(&self) -> impl Iterator<Item = &T> {
+        self.values.iter().flatten()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.values.len() - self.free.len()
     }

@@ -4,19 +4,20 @@
 //! thread. Each operation costs two hops between threads; otherwise the semantics are those of the ring.
 
 use super::file::File;
-use super::job::Job;
+use super::job::{Job, Step};
 use super::slots::Slots;
-use super::{Done, Operation, Storage, kernel};
+use super::{Done, Operation, Storage, UnderWay, kernel};
 use crate::buffer::BufferPool;
 use crate::busy_poll;
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
+use std::time::Instant;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// How many operations are carried out at once.
@@ -53,6 +54,8 @@ struct Work {
 #[derive(Default)]
 struct Queue {
     jobs: VecDeque<(usize, Job)>,
+    /// The calls that threads are making, by the numbers of their jobs.
+    calls: BTreeMap<usize, UnderWay>,
     closed: bool,
 }
 
@@ -66,6 +69,14 @@ impl Work {
         let no_news = |queue: &mut Queue| queue.jobs.is_empty() && !queue.closed;
         let mut queue = self.changed.wait_while(self.lock(), no_news).expect("as for `lock`");
         if queue.closed { None } else { queue.jobs.pop_front() }
+    }
+
+    /// Makes a call, which the others can see meanwhile.
+    fn call(&self, index: usize, job: &Job, step: Step) -> io::Result<usize> {
+        self.lock().calls.insert(index, UnderWay { since: Instant::now(), ..job.under_way() });
+        let result = kernel::call(job.fd(), step);
+        self.lock().calls.remove(&index);
+        result
     }
 }
 
@@ -124,6 +135,11 @@ impl Storage for Threads {
         self.fallback_reason.as_deref()
     }
 
+    fn oldest(&self) -> Option<UnderWay> {
+        // What waits for a thread waits for these.
+        self.shared.work.lock().calls.values().min_by_key(|call| call.since).cloned()
+    }
+
     fn when_idle(&self, idle: Box<dyn FnOnce()>) {
         self.shared.idle.borrow_mut().push(idle);
         self.shared.wake();
@@ -175,7 +191,7 @@ impl Drop for Shared {
 fn serve(work: &Work, finished: &UnboundedSender<(usize, Job)>) {
     while let Some((index, mut job)) = work.next() {
         while let Some(step) = job.step() {
-            job.ended(kernel::call(job.fd(), step));
+            job.ended(work.call(index, &job, step));
         }
         if finished.send((index, job)).is_err() {
             return;

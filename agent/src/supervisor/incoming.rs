@@ -6,7 +6,7 @@ use super::admission::unknown_volume;
 use crate::config::VolumeConfig;
 use crate::standing;
 use crate::transport::{CloseReason, Connection, ControlReceiver, ControlSender, Incoming, ReceiveError};
-use crate::volume::{Ask, refuse};
+use crate::volume::{Ask, HUNG, Service, refuse};
 use crate::words::with_causes;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::{
@@ -19,7 +19,7 @@ use std::time::Duration;
 const FIRST_MESSAGE_TIME: Duration = Duration::from_secs(10);
 
 /// How long a volume may take to say whether it serves its devices.
-const SERVES_TIME: Duration = Duration::from_millis(500);
+const SERVES_TIME: Duration = Duration::from_secs(1);
 
 /// How long a key that is not known may stay connected, and how often that is looked at.
 const STRANGER_TIME: Duration = Duration::from_secs(60);
@@ -157,11 +157,18 @@ impl Supervisor {
             return Err(unknown_key(asker));
         }
         let handle = self.handle_of(&config.name).await.map_err(|_| unknown_volume())?;
-        // A volume that is opening or hangs serves nobody now.
-        let serves = tokio::time::timeout(SERVES_TIME, handle.answer(Ask::Serves)).await;
-        let serves = serves.ok().flatten().unwrap_or(false);
+        let service = tokio::time::timeout(SERVES_TIME, handle.answer(Ask::Serves)).await;
+        let mut service = service.ok().flatten().unwrap_or_else(|| {
+            // One that is just being opened serves nobody, and hangs only when its thread does.
+            let silence = handle.pulse().silence().filter(|_| handle.has_opened());
+            Service {
+                serves: silence.is_some(),
+                silent: silence.map(|silence| silence.lasted).unwrap_or_default(),
+            }
+        });
+        service.serves &= service.silent < HUNG;
         let folder = self.state_folder(&config.name);
-        let read = move || standing::read(&folder, &config, asker, serves);
+        let read = move || standing::read(&folder, &config, asker, service);
         let standing = tokio::task::spawn_blocking(read).await.ok().flatten();
         standing.ok_or_else(|| {
             let text = "the volume's state can't be read here; see `blockmirror status`".to_owned();

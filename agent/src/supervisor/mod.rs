@@ -11,6 +11,7 @@ mod operations;
 
 use crate::config::{Address, ConfigFolder, Mistake, Mode, Name, PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
+use crate::quantity::Seconds;
 use crate::transport::{Endpoint, Limit, Peers};
 use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
 use crate::words::with_causes;
@@ -19,13 +20,17 @@ use blockmirror_protocol::wire::message::Member;
 pub use operations::Operator;
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
 /// How many connections of unknown keys there may be at a time.
 const STRANGERS: usize = 64;
+
+/// How long the connections to other hosts may take to end.
+const CLOSE_TIME: Duration = Duration::from_secs(3);
 
 /// Where the agent keeps things.
 #[derive(Clone, Debug)]
@@ -52,6 +57,8 @@ pub struct Supervisor {
     /// What the configuration says others reach this host at; empty: its interfaces' addresses.
     advertised: Vec<Address>,
     volumes: Mutex<BTreeMap<Name, Entry>>,
+    /// Volumes that are not served because something is wrong with their configuration, and what.
+    mistakes: std::sync::Mutex<BTreeMap<Name, String>>,
     /// Keys that a token let in for a recovery, while the agent runs.
     admitted: Mutex<HashSet<(VolumeId, HostId)>>,
     learned: UnboundedSender<News>,
@@ -85,6 +92,7 @@ impl Supervisor {
             endpoint,
             advertised,
             volumes: Mutex::default(),
+            mistakes: std::sync::Mutex::default(),
             admitted: Mutex::default(),
             learned,
             strangers: Arc::new(Semaphore::new(STRANGERS)),
@@ -101,7 +109,12 @@ impl Supervisor {
     pub async fn start_volumes(&self) -> Result<impl Future<Output = ()> + Send + 'static, Mistake> {
         let found = self.folders.config.load_volumes()?;
         for mistake in &found.mistakes {
-            tracing::error!("{}", with_causes(mistake));
+            let text = with_causes(mistake);
+            tracing::error!("{text}");
+            // A file whose name is none is no volume's.
+            if let Some(name) = mistake.path().file_stem().and_then(|stem| stem.to_str()?.parse().ok()) {
+                self.lock_mistakes().insert(name, text);
+            }
         }
         // All at once: one whose disk makes it wait doesn't hold up the others.
         let mut opening = Vec::new();
@@ -109,7 +122,10 @@ impl Supervisor {
             let name = config.name.clone();
             match self.start(config).await {
                 Ok(opened) => opening.push(opened),
-                Err(failure) => tracing::error!(volume = %name, "{}", failure.message),
+                Err(failure) => {
+                    tracing::error!(volume = %name, "{}", failure.message);
+                    self.lock_mistakes().insert(name, failure.message);
+                }
             }
         }
         Ok(async move {
@@ -130,15 +146,28 @@ impl Supervisor {
         }
     }
 
-    /// Stops all volumes in order.
-    pub async fn stop(&self) {
+    /// Stops all volumes in order. Says whether each of them has ended: what hangs does not keep the agent.
+    pub async fn stop(&self) -> bool {
         let volumes = std::mem::take(&mut *self.volumes.lock().await);
         let mut stops = JoinSet::new();
-        for entry in volumes.into_values() {
-            stops.spawn(async move { entry.handle.stop().await });
+        for (name, entry) in volumes {
+            stops.spawn(async move { entry.handle.stop().await.map_err(|silence| (name, silence)) });
         }
-        stops.join_all().await;
-        self.endpoint.close().await;
+        let mut all_ended = true;
+        for (volume, silence) in stops.join_all().await.into_iter().filter_map(Result::err) {
+            all_ended = false;
+            tracing::error!(
+                %volume,
+                "{} has not answered for {}: the agent ends without having ended the volume, as in a crash; \
+                 what it leaves, a loop device perhaps, the next start takes away",
+                silence.what(),
+                Seconds(silence.lasted.as_secs())
+            );
+        }
+        if tokio::time::timeout(CLOSE_TIME, self.endpoint.close()).await.is_err() {
+            tracing::error!("the transport's thread does not end: it waits for the disk of the volume on it");
+        }
+        all_ended
     }
 
     async fn start(&self, config: VolumeConfig) -> Result<Opened, Failure> {
@@ -181,7 +210,23 @@ impl Supervisor {
 
     async fn handle_of(&self, name: &Name) -> Result<Arc<Handle>, Failure> {
         let volumes = self.volumes.lock().await;
-        volumes.get(name).map(|entry| entry.handle.clone()).ok_or_else(|| Failure::no_such_volume(name))
+        volumes.get(name).map(|entry| entry.handle.clone()).ok_or_else(|| self.not_served(name))
+    }
+
+    /// Why there is no such volume.
+    fn not_served(&self, name: &Name) -> Failure {
+        match self.mistake_of(name) {
+            Some(mistake) => failed(mistake),
+            None => Failure::no_such_volume(name),
+        }
+    }
+
+    fn mistake_of(&self, name: &Name) -> Option<String> {
+        self.lock_mistakes().get(name).cloned()
+    }
+
+    fn lock_mistakes(&self) -> MutexGuard<'_, BTreeMap<Name, String>> {
+        self.mistakes.lock().expect("no holder of the lock panics")
     }
 
     async fn config_of(&self, volume: VolumeId) -> Option<VolumeConfig> {
@@ -191,7 +236,7 @@ impl Supervisor {
 
     async fn config_of_name(&self, name: &Name) -> Result<VolumeConfig, Failure> {
         let volumes = self.volumes.lock().await;
-        volumes.get(name).map(|entry| entry.config.clone()).ok_or_else(|| Failure::no_such_volume(name))
+        volumes.get(name).map(|entry| entry.config.clone()).ok_or_else(|| self.not_served(name))
     }
 
     async fn peer_of(&self, volume: &Name, peer: &Name) -> Result<PeerConfig, Failure> {

@@ -5,22 +5,25 @@ use crate::config::{LEAST_RESYNC_LIMIT, Mode, Name, Role, VolumeConfig};
 use crate::control::Operations;
 use crate::control::api::{
     COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference, FORGETTING_SCHEMA,
-    Failure, FailureKind, Forgetting, HostStatus, Invitation, InviteRequest, JoinRequest, ModeRequest,
+    Failure, FailureKind, Forgetting, HostStatus, Hung, Invitation, InviteRequest, JoinRequest, ModeRequest,
     PEERS_SCHEMA, PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest, Promotion, RESOLUTION_SCHEMA,
     Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply, Switch, SwitchRequest,
-    TuneRequest, UNDOING_SCHEMA, Undoing, VolumeStatus,
+    TuneRequest, UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
 };
-use crate::quantity::Size;
+use crate::quantity::{Seconds, Size};
 use crate::verdict;
-use crate::volume::{Answer, Ask};
+use crate::volume::{Answer, Ask, Handle, Silence};
 use blockmirror_protocol::session::CompareResult;
 use blockmirror_protocol::units::HostId;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
-/// How long a volume may take to tell its facts.
-const FACTS_TIME: Duration = Duration::from_secs(5);
+/// How long a volume may take to tell its facts: whoever asks is told within a second what is known.
+const FACTS_TIME: Duration = Duration::from_millis(900);
+/// How often it is looked whether a volume hangs that was told to do something.
+const ORDER_LOOK: Duration = Duration::from_secs(1);
 /// How many ranges an answer lists at most.
 const LISTED_RANGES: usize = 100;
 
@@ -29,15 +32,19 @@ pub struct Operator(pub Arc<Supervisor>);
 
 impl Supervisor {
     pub(super) async fn status_of(&self, names: Vec<Name>) -> Result<StatusReply, Failure> {
-        let mut volumes = Vec::new();
+        // All at once: one that is silent makes only its own line late.
+        let (mut asked, mut wrong) = (JoinSet::new(), Vec::new());
         for name in names {
-            let handle = self.handle_of(&name).await?;
-            let facts = tokio::time::timeout(FACTS_TIME, handle.answer(Ask::Facts)).await;
-            let facts = facts.ok().flatten().ok_or_else(|| {
-                failed(format!("the volume {name} does not answer: its disk hangs; see the agent's log"))
-            })?;
-            volumes.push(verdict::running(facts));
+            if let Some(mistake) = self.mistake_of(&name) {
+                wrong.push(verdict::misconfigured(name, mistake));
+                continue;
+            }
+            let (handle, config) = (self.handle_of(&name).await?, self.config_of_name(&name).await?);
+            asked.spawn(async move { verdict::running(facts_of(&handle, &config).await) });
         }
+        let mut volumes = asked.join_all().await;
+        volumes.extend(wrong);
+        volumes.sort_by(|one, other| one.facts.name.cmp(&other.facts.name));
         Ok(StatusReply {
             schema: STATUS_SCHEMA.to_owned(),
             host: HostStatus {
@@ -84,7 +91,21 @@ impl Supervisor {
         order: impl FnOnce(Answer<Done>) -> Ask,
     ) -> Result<Done, Failure> {
         let handle = self.handle_of(volume).await?;
-        handle.answer(order).await.unwrap_or_else(|| Err(failed("the agent stops; look at the status later")))
+        let is_silent = || handle.pulse().hung().filter(|silence| silence.path.is_none());
+        if let Some(silence) = is_silent() {
+            return Err(hangs(volume, &silence, "nothing was begun"));
+        }
+        let mut done = pin!(handle.answer(order));
+        loop {
+            match tokio::time::timeout(ORDER_LOOK, &mut done).await {
+                Ok(Some(done)) => return done,
+                Ok(None) => return Err(failed("the agent stops; look at the status later")),
+                Err(_) => {}
+            }
+            if let Some(silence) = is_silent() {
+                return Err(hangs(volume, &silence, "what was begun may go on when it answers"));
+            }
+        }
     }
 }
 
@@ -92,7 +113,11 @@ impl Operations for Operator {
     async fn status(&self, volume: Option<Name>) -> Result<StatusReply, Failure> {
         let names = match volume {
             Some(name) => vec![name],
-            None => self.0.volumes.lock().await.keys().cloned().collect(),
+            None => {
+                let mut names: Vec<Name> = self.0.volumes.lock().await.keys().cloned().collect();
+                names.extend(self.0.lock_mistakes().keys().cloned());
+                names
+            }
         };
         self.0.status_of(names).await
     }
@@ -262,6 +287,30 @@ impl Operations for Operator {
         })?;
         Ok(comparison(volume, peer, &result, began))
     }
+}
+
+/// What is known of a volume, soon.
+async fn facts_of(handle: &Handle, config: &VolumeConfig) -> VolumeFacts {
+    let (known, silence) = match handle.facts(FACTS_TIME).await {
+        Ok(facts) => return facts,
+        Err(silent) => silent,
+    };
+    let mut facts = known.unwrap_or_else(|| VolumeFacts::unknown(config));
+    if handle.has_opened() || silence.is_hung() {
+        facts.health.hung = Some(Hung { what: silence.what(), seconds: silence.lasted.as_secs() });
+    } else {
+        facts.succession.change = Some("opening the volume".to_owned());
+    }
+    facts
+}
+
+/// Why an order is not waited for.
+fn hangs(volume: &Name, silence: &Silence, consequence: &str) -> Failure {
+    let (what, seconds) = (silence.what(), Seconds(silence.lasted.as_secs()));
+    failed(format!(
+        "{what} has not answered for {seconds}: a disk or the state folder hangs; {consequence}. \
+         Look at blockmirror status {volume}; where a replica has everything, there: blockmirror promote {volume}"
+    ))
 }
 
 fn milliseconds(duration: Duration) -> u64 {

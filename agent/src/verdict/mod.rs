@@ -4,6 +4,7 @@
 //! facts: a replica counts as in sync only while its map is known to be empty (D4), and a copy as usable only while
 //! it is known to be consistent.
 
+mod health;
 mod primary;
 mod replica;
 mod resolution;
@@ -12,9 +13,11 @@ mod tests;
 
 use crate::config::{Name, Role};
 use crate::control::api::{
-    Connection, CopyState, PeerState, PeerStatus, Progress, VolumeFacts, VolumeState, VolumeStatus,
+    Connection, CopyState, Health, PeerState, PeerStatus, Progress, Succession, VolumeFacts, VolumeState,
+    VolumeStatus,
 };
 use crate::quantity::{Seconds, Size, per_cent};
+use std::path::PathBuf;
 
 /// The action where there is nothing to do.
 pub const NO_ACTION: &str = "none";
@@ -43,19 +46,50 @@ impl Judgement {
 #[must_use]
 pub fn running(facts: VolumeFacts) -> VolumeStatus {
     let mut judgement = match (&facts.succession.change, facts.role) {
+        _ if facts.health.awaited.is_some() => health::awaiting(&facts),
         (Some(change), _) => {
             Judgement::new(VolumeState::Changing, format!("changing: this host is just {change}"), NO_ACTION)
         }
         (None, Role::Primary) => primary::judge(&facts),
         (None, Role::Replica) => replica::judge(&facts),
     };
+    if let Some(hung) = &facts.health.hung {
+        judgement = health::hung(&facts, hung, judgement);
+    }
     judgement.verdict.push_str(&replica::kept(&facts));
+    health::add(&facts, &mut judgement);
     for device in &facts.devices {
         if let Some(error) = &device.error {
             judgement.verdict.push_str(&format!("; the {} device is not served ({error})", device.kind));
         }
     }
     judgement.of(facts)
+}
+
+/// Judges a volume that is not served because of what is wrong with its configuration.
+#[must_use]
+pub fn misconfigured(name: Name, mistake: String) -> VolumeStatus {
+    let verdict = format!("failed: {mistake}");
+    let action = "mend the file (blockmirror config check), then: systemctl restart blockmirror-agent";
+    let facts = VolumeFacts {
+        name,
+        // What else there is to say stands in the file that can't be read.
+        id: String::new(),
+        role: Role::Replica,
+        size_bytes: 0,
+        block_size_bytes: 0,
+        backing: PathBuf::new(),
+        backing_error: None,
+        storage: None,
+        devices: Vec::new(),
+        data: None,
+        epoch: None,
+        succession: Succession::default(),
+        blocked: None,
+        health: Health { mistake: Some(mistake), ..Health::default() },
+        peers: Vec::new(),
+    };
+    Judgement::new(VolumeState::Failed, verdict, action).of(facts)
 }
 
 /// Judges a volume whose agent does not run, from what is stored.

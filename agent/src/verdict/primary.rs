@@ -177,6 +177,14 @@ fn failed(facts: &VolumeFacts, error: &str, covering: &[&PeerStatus], lacking: &
     Judgement::new(VolumeState::Failed, verdict, action)
 }
 
+/// The command that fetches the content from the replica that has the most of it, if one may have a usable copy.
+pub(super) fn recovery_of(facts: &VolumeFacts) -> Option<String> {
+    let replicas = facts.peers.iter().filter(|peer| peer.role == Role::Replica);
+    let usable = replicas.filter(|peer| peer.data.is_none() || is_usable(peer.data));
+    let best = usable.min_by_key(|peer| peer.out_of_sync_bytes.unwrap_or(u64::MAX))?;
+    Some(recovery(facts, best))
+}
+
 /// The command that fetches the content from a replica, which refuses to give out what is not usable.
 fn recovery(facts: &VolumeFacts, peer: &PeerStatus) -> String {
     let address = peer.addresses.first().map_or_else(|| peer.name.to_string(), ToString::to_string);

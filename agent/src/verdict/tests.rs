@@ -3,7 +3,8 @@
 use super::*;
 use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::{
-    Blocked, DeviceStatus, FailureKind, HostStatus, Rollback, STATUS_SCHEMA, Stake, StatusReply, Succession,
+    Awaited, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Rollback, STATUS_SCHEMA,
+    Stake, StatusReply, Succession,
 };
 use crate::volume::Resolved;
 
@@ -66,6 +67,7 @@ fn facts(role: Role, peers: Vec<PeerStatus>) -> VolumeFacts {
         epoch: Some(12),
         succession: Succession::default(),
         blocked: None,
+        health: Health::default(),
         peers,
     }
 }
@@ -248,6 +250,73 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
     ] {
         check(failed(peers), VolumeState::Failed, verdict, action);
     }
+}
+
+#[test]
+fn a_disk_that_is_not_there_or_does_not_answer_is_named() {
+    let with = |health, role, peers| VolumeFacts { health, ..facts(role, peers) };
+    let awaited = Awaited { what: "/dev/vdb is not there".to_owned(), seconds: 20 };
+    let awaits = || Health { awaited: Some(awaited.clone()), ..Health::default() };
+    check(
+        with(awaits(), Role::Primary, vec![away("b", Connection::Disconnected, 0)]),
+        VolumeState::Awaiting,
+        "awaiting: /dev/vdb is not there, for 20s; the device is served when it comes",
+        "bring it back and it is taken up by itself; if it is lost: blockmirror recover data --from b:7447 --to PATH",
+    );
+    check(
+        with(awaits(), Role::Replica, vec![peer("a", Role::Primary)]),
+        VolumeState::Awaiting,
+        "awaiting: /dev/vdb is not there, for 20s; this copy is kept up again when it comes",
+        "bring it back and it is taken up by itself",
+    );
+    let hangs =
+        || Health { hung: Some(Hung { what: "/dev/vdb".to_owned(), seconds: 12 }), ..Health::default() };
+    check(
+        with(hangs(), Role::Primary, vec![replica("b")]),
+        VolumeState::Hung,
+        "hung: /dev/vdb has not answered for 12s; last known: healthy: b holds an identical copy",
+        "check the disk; to go on without it, on b: blockmirror promote data",
+    );
+    let status = running(with(hangs(), Role::Primary, vec![away("b", Connection::Disconnected, 4096)]));
+    assert_eq!((status.state, status.action.as_str()), (VolumeState::Hung, "check the disk"));
+}
+
+/// Writers had errors, and status said "healthy" and "none".
+#[test]
+fn errors_are_told_also_when_all_is_well_again() {
+    let errors = |errors| Health { errors: Some(errors), ..Health::default() };
+    let full = Errors {
+        writes: 3,
+        flushes: 1,
+        no_room: 3,
+        first_seconds: 90,
+        last_seconds: 5,
+        last: "no space left on device".to_owned(),
+        ..Errors::default()
+    };
+    check(
+        VolumeFacts { health: errors(full), ..facts(Role::Primary, vec![replica("b")]) },
+        VolumeState::Degraded,
+        "degraded: b holds an identical copy; applications got errors (3 writes, 1 flush), the first 1m 30s and the \
+         last 5s ago: no space left on device",
+        "make room for /dev/vdb, and fsck the file systems on the volume; a comparison that finds nothing ends this: \
+         blockmirror compare data b",
+    );
+    let disk = Errors { copies: 2, last: "input/output error".to_owned(), ..Errors::default() };
+    check(
+        VolumeFacts { health: errors(disk), ..facts(Role::Replica, vec![peer("a", Role::Primary)]) },
+        VolumeState::Following,
+        "following a; consistent; the disk gave errors (2), the first 0s and the last 0s ago: input/output error",
+        "check the disk of /dev/vdb; a restart of the agent ends this",
+    );
+    let stale = Health { stale: vec!["mounted at /mnt (ext4)".to_owned()], ..Health::default() };
+    check(
+        VolumeFacts { health: stale, ..facts(Role::Primary, vec![replica("b")]) },
+        VolumeState::Degraded,
+        "degraded: b holds an identical copy; the device of before the agent's start is still mounted at /mnt (ext4), \
+         and gives errors only",
+        "a stale mount: umount it, fsck the volume's device, mount that",
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! Every step of a change is durable before the next, so a change that is cut short is like a crash.
 
 use super::opening::Others;
+use super::pulse::HUNG;
 use super::{OpenRole, Volume, refuse};
 use crate::config::VolumeConfig;
 use crate::control::api::{Failure, FailureKind};
@@ -24,7 +25,7 @@ const LOOK_TIME: Duration = Duration::from_secs(1);
 /// How long a superseded primary may take to make durable what it knows.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
 /// How long a change may take to end when the agent does.
-const END_TIME: Duration = Duration::from_secs(60);
+const END_TIME: Duration = Duration::from_secs(30);
 
 /// What the volume's own tasks tell it.
 pub(super) enum Event {
@@ -34,6 +35,8 @@ pub(super) enum Event {
     LookForOpeners,
     /// A session with a primary has ended.
     SessionEnded,
+    /// A volume that could not be opened tries again, if this was its last attempt.
+    TryAgain(u32),
     /// A change has ended.
     Changed(Next, Then),
 }
@@ -105,6 +108,7 @@ impl Volume {
         match event {
             Event::Superseded(fence) => self.supersede(fence).await,
             Event::LookForOpeners => self.look_for_openers().await,
+            Event::TryAgain(attempt) => self.try_again(attempt).await,
             Event::SessionEnded => {
                 if let OpenRole::Replica(replica) = &self.role {
                     self.correct_roles(&replica.state().superblock());
@@ -223,13 +227,16 @@ impl Volume {
     }
 }
 
-/// Makes everything durable that a primary knows. Says whether that was done in time.
+/// Makes everything durable that a primary knows. Says whether that was done in time, and the disk answered.
 pub(super) async fn close(primary: &Primary, limit: Duration) -> bool {
-    let closed = tokio::time::timeout(limit, primary.close()).await;
-    if closed.is_err() {
+    let closed = tokio::select! {
+        closed = tokio::time::timeout(limit, primary.close()) => closed.is_ok(),
+        () = primary.hangs(HUNG) => false,
+    };
+    if !closed {
         tracing::warn!("not everything could be made durable in time; what may differ is copied again");
     }
-    closed.is_ok()
+    closed
 }
 
 impl Volume {

@@ -19,6 +19,8 @@ use tokio::task::spawn_local;
 
 /// How long it may take to make everything durable.
 const CLOSE_TIME: Duration = Duration::from_secs(60);
+/// How long the disk may take to answer before anything is begun.
+const ANSWER_TIME: Duration = Duration::from_secs(3);
 /// How long replicas may take to record that they have everything.
 const RELEASE_TIME: Duration = Duration::from_secs(5);
 /// How long the new primary may take.
@@ -127,6 +129,11 @@ impl Volume {
                  on a replica: blockmirror promote {volume}"
             )));
         }
+        if let Err(text) = self.must_answer(ANSWER_TIME).await {
+            return Err(refused(format!(
+                "{text}, so nothing can be handed over in order; on a replica: blockmirror promote {volume}"
+            )));
+        }
         let openers = self.devices.openers().await;
         if !openers.is_empty() {
             return Err(refused(format!("the device is in use: {}; close it first", openers.join(", "))));
@@ -204,6 +211,7 @@ impl Retiring {
 
     /// Stops the devices, makes everything durable, records that this is a replica, and tells the others.
     async fn release(&mut self) -> Result<Vec<HostId>, Failure> {
+        self.primary.wait_no_more();
         std::mem::take(&mut self.devices).stop().await;
         let in_sync = self.primary.in_sync();
         // What is copied to others would keep their maps from coming to rest.

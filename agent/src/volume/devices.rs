@@ -12,6 +12,10 @@ use crate::export::Export;
 use crate::words::with_causes;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
+
+/// How long it may take to find out who has a device open.
+const OPENERS_TIME: Duration = Duration::from_secs(5);
 
 /// The front ends that are served, and those that could not be.
 #[derive(Default)]
@@ -64,7 +68,18 @@ impl Devices {
     /// Who has a device open, in words; devices that nobody uses can be stopped.
     pub(super) async fn openers(&self) -> Vec<String> {
         let clients = self.nbd.iter().flat_map(Server::clients).collect();
-        openers::openers(self.loopback.as_ref().map(Loopback::path), clients).await
+        let openers = openers::openers(self.loopback.as_ref().map(Loopback::path), clients);
+        tokio::time::timeout(OPENERS_TIME, openers).await.unwrap_or_else(|_| {
+            vec!["perhaps in use, which cannot be told: the device does not answer".to_owned()]
+        })
+    }
+
+    /// Who still has the loop device of an earlier run, in words.
+    pub(super) async fn stale(&self) -> Vec<String> {
+        match &self.loopback {
+            Some(loopback) => loopback.stale().await,
+            None => Vec::new(),
+        }
     }
 
     /// Whether the loop device was served and is no longer, without waiting for that.

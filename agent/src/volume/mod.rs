@@ -2,15 +2,17 @@
 //! drives the shell of its role. Everything between a front end and the disk stays on that thread.
 //!
 //! Others talk to it by [`Ask`]s. A volume whose backing can't be opened is still there: it says why in its status,
-//! and refuses sessions. The role is what the superblock says; a change of it is a task of its own that has the shell to
+//! refuses sessions, and tries again by itself (`awaiting`). The role is what the superblock says; a change of it is a task of its own that has the shell to
 //! itself, while the volume goes on answering (`changes`).
 
+mod awaiting;
 mod changes;
 mod demotion;
 mod devices;
 mod opening;
 mod promotable;
 mod promotion;
+mod pulse;
 mod recoveries;
 mod resolution;
 mod resolvable;
@@ -26,7 +28,9 @@ use crate::primary::{Peer, Primary};
 use crate::recovery;
 use crate::replica::Replica;
 use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers};
+use crate::troubles::Troubles;
 use crate::words::with_causes;
+use awaiting::{Awaiting, Disk};
 use blockmirror_protocol::session::CompareResult;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::StreamPreamble;
@@ -36,15 +40,20 @@ pub use demotion::{Demoted, Switched};
 use devices::Devices;
 use opening::Others;
 pub use promotion::Promoted;
+pub(crate) use pulse::HUNG;
+use pulse::Storages;
+pub use pulse::{Pulse, Silence};
 pub use resolution::Resolved;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::rc::Rc;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::spawn_local;
@@ -52,6 +61,14 @@ pub use undoing::Undone;
 
 /// How much free memory for buffers a volume keeps, in bytes.
 const POOL_BYTES: usize = 64 << 20;
+
+/// How long a volume may take to stop, less than the unit's `TimeoutStopSec`; how often it is looked whether it hangs; and
+/// how long one that hangs has to end what it can.
+const STOP_TIME: Duration = Duration::from_secs(45);
+const STOP_LOOK: Duration = Duration::from_millis(500);
+const STOP_GRACE: Duration = Duration::from_secs(3);
+/// How long a volume's thread waits at its end for calls that its tasks have made on other threads.
+const THREADS_TIME: Duration = Duration::from_secs(1);
 
 /// What a volume needs to know of its host.
 pub struct Surroundings {
@@ -85,8 +102,8 @@ pub type Answer<Done> = oneshot::Sender<Result<Done, Failure>>;
 pub enum Ask {
     /// The facts for status.
     Facts(oneshot::Sender<VolumeFacts>),
-    /// Whether applications can write here now.
-    Serves(oneshot::Sender<bool>),
+    /// Whether applications can write here now, and for how long what they are served from has not answered.
+    Serves(oneshot::Sender<Service>),
     /// A primary greets.
     Session(Box<Hello>, ControlSender, ControlReceiver),
     /// A primary opened a stream of frames.
@@ -119,10 +136,30 @@ pub enum Ask {
     Stop(oneshot::Sender<()>),
 }
 
+/// What a volume serves to applications.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// Whether they can write.
+    pub serves: bool,
+    /// For how long what they are served from has not answered; zero where it does.
+    pub silent: Duration,
+}
+
 /// A running volume, for other threads.
 pub struct Handle {
     asks: UnboundedSender<Ask>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    pulse: Arc<Pulse>,
+    is_open: Arc<AtomicBool>,
+    known: Mutex<Known>,
+}
+
+/// What a volume said last.
+#[derive(Default)]
+struct Known {
+    facts: Option<VolumeFacts>,
+    /// Since when it says nothing.
+    silent_since: Option<Instant>,
 }
 
 /// Ends when a volume is open, or is known not to open.
@@ -136,19 +173,49 @@ impl Handle {
     /// When no thread can be had.
     pub fn start(config: VolumeConfig, surroundings: Surroundings) -> std::io::Result<(Self, Opened)> {
         let (asks, source) = unbounded_channel();
-        let (opened, is_open) = oneshot::channel();
+        let (opened, has_opened) = oneshot::channel();
+        let (pulse, is_open) = (Pulse::new(), Arc::new(AtomicBool::new(false)));
+        let signs = Signs { pulse: pulse.clone(), is_open: is_open.clone(), opened };
+        let handle =
+            |thread| Self { asks, thread: Mutex::new(thread), pulse, is_open, known: Mutex::default() };
         let waits_for_peers = config.peers.iter().any(|peer| peer.mode != Mode::Async);
         let place = waits_for_peers.then(|| surroundings.peers.endpoint().place()).flatten();
         if let Some(place) = place {
-            place.host(move || {
-                Box::pin(async move { tell(live(config, surroundings, source, opened).await) })
-            });
-            return Ok((Self { asks, thread: Mutex::new(None) }, is_open));
+            place
+                .host(move || Box::pin(async move { tell(live(config, surroundings, source, signs).await) }));
+            return Ok((handle(None), has_opened));
         }
         let thread = std::thread::Builder::new()
             .name(config.name.as_str().chars().take(15).collect())
-            .spawn(move || run(config, surroundings, source, opened))?;
-        Ok((Self { asks, thread: Mutex::new(Some(thread)) }, is_open))
+            .spawn(move || run(config, surroundings, source, signs))?;
+        Ok((handle(Some(thread)), has_opened))
+    }
+
+    /// The volume's signs of life.
+    #[must_use]
+    pub fn pulse(&self) -> &Pulse {
+        &self.pulse
+    }
+
+    /// Whether it was open, or was known not to open, at least once.
+    #[must_use]
+    pub fn has_opened(&self) -> bool {
+        self.is_open.load(Ordering::Acquire)
+    }
+
+    /// The facts for status, within this time. Where the volume does not answer: what it said last, if it ever did, and
+    /// what is silent, if it is not just being opened.
+    pub async fn facts(&self, limit: Duration) -> Result<VolumeFacts, (Option<VolumeFacts>, Silence)> {
+        let asked = Instant::now();
+        let facts = tokio::time::timeout(limit, self.answer(Ask::Facts)).await.ok().flatten();
+        let mut known = self.known.lock().expect("no holder of the lock panics");
+        if let Some(facts) = facts {
+            *known = Known { facts: Some(facts.clone()), silent_since: None };
+            return Ok(facts);
+        }
+        let since = *known.silent_since.get_or_insert(asked);
+        let silence = self.pulse.silence().unwrap_or(Silence { lasted: since.elapsed(), path: None });
+        Err((known.facts.clone(), silence))
     }
 
     /// Hands the volume something; dropped where its thread is gone.
@@ -164,30 +231,46 @@ impl Handle {
     }
 
     /// Stops the volume in order and waits for it.
-    pub async fn stop(&self) {
+    ///
+    /// # Errors
+    /// What does not answer, so that the volume can't end; its thread is left behind.
+    pub async fn stop(&self) -> Result<(), Silence> {
+        let began = Instant::now();
+        let mut stopped = pin!(self.answer(Ask::Stop));
         // No answer means that the thread has ended already.
-        let _ = self.answer(Ask::Stop).await;
+        while tokio::time::timeout(STOP_LOOK, &mut stopped).await.is_err() {
+            let lasted = began.elapsed();
+            let hung = self.pulse.hung().filter(|_| lasted >= STOP_GRACE);
+            let late = (lasted >= STOP_TIME).then_some(Silence { lasted, path: None });
+            if let Some(silence) = hung.or(late) {
+                return Err(silence);
+            }
+        }
         let thread = self.thread.lock().expect("no holder of the lock panics").take();
         if let Some(thread) = thread {
             // Joining doesn't block: the thread answered with its last act. A panic of its own ended the process.
             let _ = thread.join();
         }
+        Ok(())
     }
 }
 
-fn run(
-    config: VolumeConfig,
-    surroundings: Surroundings,
-    source: UnboundedReceiver<Ask>,
+/// How a volume shows other threads that it lives.
+struct Signs {
+    pulse: Arc<Pulse>,
+    is_open: Arc<AtomicBool>,
     opened: oneshot::Sender<()>,
-) {
+}
+
+fn run(config: VolumeConfig, surroundings: Surroundings, source: UnboundedReceiver<Ask>, signs: Signs) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return tracing::error!(volume = %config.name, "no runtime for the volume: {error}"),
     };
-    let stopped = runtime.block_on(live(config, surroundings, source, opened));
-    drop(runtime);
+    let stopped = runtime.block_on(live(config, surroundings, source, signs));
+    // A thread that waits for a disk which hangs is left behind.
+    runtime.shutdown_timeout(THREADS_TIME);
     tell(stopped);
 }
 
@@ -196,13 +279,16 @@ async fn live(
     config: VolumeConfig,
     surroundings: Surroundings,
     source: UnboundedReceiver<Ask>,
-    opened: oneshot::Sender<()>,
+    signs: Signs,
 ) -> Option<oneshot::Sender<()>> {
     tokio::task::LocalSet::new()
         .run_until(async move {
             spawn_local(busy_poll::stay_awake());
-            let (mut volume, events) = Volume::open(config, surroundings).await;
-            let _ = opened.send(());
+            let storages = Storages::default();
+            spawn_local(pulse::keep(signs.pulse, storages.clone()));
+            let (mut volume, events) = Volume::open(config, surroundings, storages).await;
+            signs.is_open.store(true, Ordering::Release);
+            let _ = signs.opened.send(());
             volume.serve(source, events).await
         })
         .await
@@ -220,6 +306,11 @@ struct Volume {
     surroundings: Rc<Surroundings>,
     storage_kind: String,
     pool: BufferPool,
+    storages: Storages,
+    /// What the open backing is read with.
+    disk: Option<Rc<Disk>>,
+    awaiting: Awaiting,
+    troubles: Rc<Troubles>,
     role: OpenRole,
     devices: Devices,
     /// Who keeps a superseded primary's devices open, as last seen, in words.
@@ -241,13 +332,21 @@ enum OpenRole {
 }
 
 impl Volume {
-    async fn open(config: VolumeConfig, surroundings: Surroundings) -> (Self, UnboundedReceiver<Event>) {
+    async fn open(
+        config: VolumeConfig,
+        surroundings: Surroundings,
+        storages: Storages,
+    ) -> (Self, UnboundedReceiver<Event>) {
         let (events, source) = unbounded_channel();
         let mut volume = Self {
             config: RefCell::new(config),
             surroundings: Rc::new(surroundings),
             storage_kind: String::new(),
             pool: BufferPool::new(POOL_BYTES),
+            storages,
+            disk: None,
+            awaiting: Awaiting::default(),
+            troubles: Rc::default(),
             role: OpenRole::Closed(String::new()),
             devices: Devices::default(),
             openers: Vec::new(),
@@ -314,7 +413,7 @@ impl Volume {
     async fn take(&mut self, ask: Ask) {
         match ask {
             Ask::Facts(answer) => drop(answer.send(self.facts().await)),
-            Ask::Serves(answer) => drop(answer.send(self.serves())),
+            Ask::Serves(answer) => self.tell_service(answer),
             Ask::Session(hello, sender, receiver) => self.begin_session(*hello, sender, receiver).await,
             Ask::Frames(preamble, frames) => self.take_frames(preamble, frames),
             Ask::Recover(accept_inconsistent, sender, connection) => {
@@ -337,6 +436,10 @@ impl Volume {
 
     async fn stop(&mut self, events: &mut UnboundedReceiver<Event>) {
         self.end_change(events).await;
+        if let OpenRole::Primary(primary, _) = &self.role {
+            // The front ends may hold writes back until those before are answered.
+            primary.wait_no_more();
+        }
         let devices = std::mem::take(&mut self.devices);
         devices.stop().await;
         match &self.role {
@@ -348,6 +451,21 @@ impl Volume {
             OpenRole::Closed(_) | OpenRole::Changing(_) => {}
         }
         self.role = OpenRole::Closed(String::new());
+    }
+
+    /// Tells what is served, after a look whether the disk answers: one that hangs while nobody uses it shows by nothing
+    /// else.
+    fn tell_service(&self, answer: oneshot::Sender<Service>) {
+        let (serves, disk, storages) = (self.serves(), self.disk.clone(), self.storages.clone());
+        spawn_local(async move {
+            let answers = match &disk {
+                Some(disk) if serves => disk.answers(awaiting::ANSWER_TIME).await,
+                _ => true,
+            };
+            let silent = storages.oldest().filter(|_| !answers).map(|call| call.since.elapsed());
+            // Nobody waits any more when the answer took too long.
+            let _ = answer.send(Service { serves, silent: silent.unwrap_or_default() });
+        });
     }
 
     /// Whether applications can write.
@@ -429,8 +547,14 @@ impl Volume {
         let OpenRole::Primary(primary, _) = &self.role else {
             return drop(answer.send(None));
         };
-        let primary = primary.clone();
-        spawn_local(async move { drop(answer.send(primary.compare(host).await)) });
+        let (primary, troubles) = (primary.clone(), self.troubles.clone());
+        spawn_local(async move {
+            let result = primary.compare(host).await;
+            if result.as_ref().is_some_and(|result| result.different.is_empty()) {
+                troubles.forget();
+            }
+            drop(answer.send(result));
+        });
     }
 }
 

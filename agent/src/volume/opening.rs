@@ -4,17 +4,18 @@
 //! replica before anybody can open its devices. The configuration follows the superblock: a change of the role is
 //! durable there first, and whoever reads the file later finds it corrected.
 
+use super::awaiting::{Disk, Unopened};
 use super::changes::Event;
 use super::promotable::heard;
 use super::{Learned, OpenRole, Volume};
-use crate::backing::{self, BackingError};
+use crate::backing;
 use crate::config::VolumeConfig;
 use crate::export::Export;
 use crate::metadata::State;
 use crate::primary::Primary;
 use crate::replica::Replica;
 use crate::standing;
-use crate::storage::file::{Access, File, OpenError};
+use crate::storage::file::File;
 use crate::storage::{self, Storage};
 use crate::transport::key;
 use crate::volume::devices::Devices;
@@ -47,44 +48,46 @@ impl Volume {
     /// Opens the backing and what depends on it, or remembers why that is not possible.
     pub(super) async fn reopen(&mut self, others: Others) {
         std::mem::take(&mut self.devices).stop().await;
+        self.disk = None;
         // The old role's claim on the backing is given back before the backing is claimed anew.
         *self.recovery.borrow_mut() = None;
         self.role = OpenRole::Closed(String::new());
         self.openers.clear();
         match self.try_open(others).await {
-            Ok(role) => self.role = role,
-            Err(text) => {
-                tracing::error!(volume = %self.name(), "the volume can't be opened: {text}");
-                self.role = OpenRole::Closed(text);
+            Ok(role) => {
+                self.role = role;
+                if let Some(obstacle) = self.awaiting.has_come() {
+                    tracing::info!(volume = %self.name(), "the volume is open (before: {})", obstacle.text());
+                }
             }
+            Err(obstacle) => self.await_better(obstacle),
         }
     }
 
-    async fn try_open(&mut self, others: Others) -> Result<OpenRole, String> {
+    async fn try_open(&mut self, others: Others) -> Result<OpenRole, Unopened> {
         let storage = storage::open().map_err(|error| format!("no storage can be had: {error}"))?;
         self.storage_kind = storage.kind().to_owned();
+        self.storages.add(storage.clone());
         let state = State::open(&self.surroundings.state_folder, storage.clone(), self.pool.clone())
             .await
             .map_err(|error| with_causes(&error))?;
         self.must_belong(&state.superblock())?;
-        if state.superblock().role == Role::Primary {
+        let config = self.config.borrow().clone();
+        let backing = self.find_backing(&config).await;
+        // Others are heard before anybody can open the devices, and once before the disk is there.
+        if state.superblock().role == Role::Primary && (backing.is_ok() || !self.awaiting.is_retry()) {
             self.yield_to_others(&state, others).await?;
         }
         self.correct_roles(&state.superblock());
-        let config = self.config.borrow().clone();
-        let folder = &self.surroundings.state_folder;
-        if let Err(error @ BackingError::HalfRecovered { .. }) = backing::compare(folder, &config.backing) {
-            // What is filled may not even have its size yet.
-            return Err(with_causes(&error));
-        }
-        let backing = open_backing(&config).await?;
-        adopt(&config, folder, &state).await?;
+        let (config, backing) = (self.config.borrow().clone(), backing?);
+        adopt(&config, &self.surroundings.state_folder, &state).await?;
+        self.disk = Some(Disk::new(storage.clone(), backing.clone(), self.pool.clone()));
         if !backing.is_direct() {
             tracing::warn!(volume = %config.name, "the backing refuses direct I/O; it is written through the cache");
         }
         match state.superblock().role {
-            Role::Primary => self.open_primary(&config, storage, backing, state).await,
-            Role::Replica => self.open_replica(&config, storage, backing, state).await,
+            Role::Primary => Ok(self.open_primary(&config, storage, backing, state).await?),
+            Role::Replica => Ok(self.open_replica(&config, storage, backing, state).await?),
         }
     }
 
@@ -167,6 +170,7 @@ impl Volume {
         let primary = Primary::open(storage, backing, state, self.pool.clone(), config)
             .await
             .map_err(|error| with_causes(&error))?;
+        primary.count_in(self.troubles.clone());
         let mut links = BTreeMap::new();
         for peer in &config.peers {
             links.insert(peer.host, self.link(&primary, peer));
@@ -213,24 +217,12 @@ impl Volume {
             Replica::open(storage.clone(), backing.clone(), state, self.pool.clone(), folder, config)
                 .await
                 .map_err(|error| with_causes(&error))?;
+        replica.count_in(self.troubles.clone());
         let export = Export::new(storage.clone(), backing.clone(), self.pool.clone(), superblock.size_bytes);
+        export.count_in(self.troubles.clone());
         self.devices = Devices::start_export(config, &self.surroundings, export, &self.pool);
         Ok(OpenRole::Replica(replica))
     }
-}
-
-async fn open_backing(config: &VolumeConfig) -> Result<Rc<File>, String> {
-    let file = File::opened_when_free(|| File::open_backing(&config.backing, Access::ReadWrite))
-        .await
-        .map_err(|error| match error {
-            OpenError::NotFound { path } => format!("{} is gone", path.display()),
-            error => with_causes(&error),
-        })?;
-    if file.size_bytes() < config.size_bytes {
-        let (has, wants) = (file.size_bytes(), config.size_bytes);
-        return Err(format!("{} has {has} bytes, the volume {wants}", config.backing.display()));
-    }
-    Ok(Rc::new(file))
 }
 
 /// Where the backing took the place of another one, makes the metadata say that its content is unknown to peers:

@@ -217,6 +217,7 @@ mod tests {
             serves: false,
             dirty_bytes: 0,
             began: Vec::new(),
+            silent_milliseconds: 0,
         }
     }
 

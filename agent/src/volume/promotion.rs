@@ -15,7 +15,7 @@ use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::succession::{self, Candidate};
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Fence, Refusal, TookOver};
+use blockmirror_protocol::wire::message::{Fence, Refusal, Standing, TookOver};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
@@ -25,6 +25,8 @@ const STANDING_TIME: Duration = Duration::from_secs(3);
 /// How long it takes at most until a dead connection is noticed, and how often that is looked at.
 const SILENCE_TIME: Duration = Duration::from_secs(10);
 const LOOK_TIME: Duration = Duration::from_millis(100);
+/// How long a primary is watched whose disk has just stopped answering, until it counts as hung or goes on.
+const HESITATION_TIME: Duration = Duration::from_secs(10);
 
 /// A promotion that was carried out.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -51,7 +53,15 @@ impl Volume {
         let hands = self.begin_change("being promoted");
         spawn_local(async move {
             let config = &hands.config;
-            let answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
+            let mut answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
+            while !force && began.elapsed() < HESITATION_TIME && is_any(&answers, standing::hesitates) {
+                tokio::time::sleep(LOOK_TIME).await;
+                answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
+            }
+            if is_any(&answers, standing::hangs) {
+                // Its connection lives, and says nothing of its disk.
+                applicant.candidate.is_connected = false;
+            }
             if applicant.candidate.is_connected && !force && !is_any_primary(&answers) {
                 applicant.candidate.is_connected = !is_left(&replica).await;
             }
@@ -124,8 +134,8 @@ impl Volume {
                     };
                     tracing::error!(
                         %volume,
-                        "this host was to take over as the primary and serves nothing: {text}; mend that, restart the \
-                         agent, and look at `blockmirror status {volume}` here and on the other host"
+                        "this host was to take over as the primary and serves nothing: {text}; mend that, and the volume \
+                         is opened by itself: `blockmirror status {volume}` here and on the other host"
                     );
                 }
             });
@@ -202,8 +212,11 @@ impl Volume {
 
 /// Whether one of these serves as the primary.
 fn is_any_primary(answers: &[(PeerConfig, Answered)]) -> bool {
-    let mut standings = answers.iter().filter_map(|(_, answered)| answered.as_ref().ok());
-    standings.any(|standing| standing.role == Role::Primary && standing.serves)
+    is_any(answers, |standing| standing.role == Role::Primary && standing.serves)
+}
+
+fn is_any(answers: &[(PeerConfig, Answered)], is_so: impl Fn(&Standing) -> bool) -> bool {
+    answers.iter().filter_map(|(_, answered)| answered.as_ref().ok()).any(is_so)
 }
 
 /// Whether the connected primary, which does not answer, turns out to be gone: a dead connection is noticed late.

@@ -196,6 +196,7 @@ mod tests {
             serves: true,
             dirty_bytes: 0,
             began: Vec::new(),
+            silent_milliseconds: 0,
         }
     }
 

@@ -1,36 +1,32 @@
 //! A volume's facts for status: the machines' numbers beside what the configuration says.
 
 use super::{Changing, OpenRole, Volume};
-use crate::config::{PeerConfig, Role};
+use crate::config::{PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
-    Blocked, Connection, PeerState, PeerStatus, Progress, Rollback, Succession, VolumeFacts,
+    Blocked, Connection, Health, PeerState, PeerStatus, Progress, Rollback, Succession, VolumeFacts,
 };
+use crate::device::blocking;
 use crate::primary::{LinkState, Split};
 use crate::quantity::{per_cent, unix_seconds};
 use crate::replica::Replica;
-use crate::stored;
+use crate::stored::{self, Stored};
 use blockmirror_protocol::session::{Connection as Link, ReplicaState, Report};
 use blockmirror_protocol::tracker;
 use blockmirror_protocol::units::Time;
+use std::time::Duration;
+
+/// How long the state folder may take to say what it holds.
+const STORED_TIME: Duration = Duration::from_millis(200);
 
 impl Volume {
     pub(super) async fn facts(&self) -> VolumeFacts {
         let config = self.config.borrow().clone();
         let mut facts = VolumeFacts {
-            name: config.name.clone(),
-            id: config.id.to_string(),
-            role: config.role,
-            size_bytes: config.size_bytes,
-            block_size_bytes: config.block_size.bytes(),
-            backing: config.backing.clone(),
-            backing_error: None,
             storage: Some(self.storage_kind.clone()).filter(|kind| !kind.is_empty()),
             devices: self.devices.statuses().await,
-            data: None,
-            epoch: None,
-            succession: Succession::default(),
-            blocked: None,
+            health: self.health().await,
             peers: Vec::new(),
+            ..VolumeFacts::unknown(&config)
         };
         match &self.role {
             OpenRole::Closed(_) | OpenRole::Changing(_) => {
@@ -39,7 +35,7 @@ impl Volume {
                     OpenRole::Changing(change) => facts.succession.change = Some(words(change)),
                     OpenRole::Primary(..) | OpenRole::Replica(_) => unreachable!("the shell is not here"),
                 }
-                let stored = stored::read(&self.surroundings.state_folder, &config);
+                let stored = self.stored(&config).await;
                 if let Some(superblock) = &stored.superblock {
                     facts.data = Some(superblock.data.into());
                     facts.succession.fence = Some(superblock.fence.counter);
@@ -99,6 +95,23 @@ impl Volume {
             }
         }
         facts
+    }
+
+    async fn health(&self) -> Health {
+        Health {
+            hung: self.hung().await,
+            awaited: self.awaiting.awaited(),
+            errors: self.troubles.errors(),
+            stale: self.devices.stale().await,
+            mistake: None,
+        }
+    }
+
+    /// What the state folder says; nothing where that does not answer.
+    async fn stored(&self, config: &VolumeConfig) -> Stored {
+        let (folder, of) = (self.surroundings.state_folder.clone(), config.clone());
+        let read = blocking(move || stored::read(&folder, &of));
+        tokio::time::timeout(STORED_TIME, read).await.unwrap_or_else(|_| Stored::nothing(config))
     }
 
     /// What a replica knows of who may write.

@@ -421,6 +421,8 @@ pub struct Standing {
     pub dirty_bytes: u64,
     /// When each generation of its lineage began, in seconds since 1970; 0 where it doesn't know.
     pub began: Vec<u64>,
+    /// On a primary, for how long what it serves from has not answered; 0 where it does.
+    pub silent_milliseconds: u64,
 }
 
 /// The primary was demoted for this host, which is to be promoted in its place (`switch`).
@@ -692,6 +694,32 @@ mod tests {
             assert_eq!(hex(&message.encode()), bytes, "{message:?}");
             assert_eq!(Message::decode(&message.encode()[LENGTH_BYTES..]).unwrap(), message);
         }
+    }
+
+    #[test]
+    fn a_standing_has_these_golden_bytes() {
+        let standing = Standing {
+            role: Role::Primary,
+            data: DataState::Consistent,
+            can_roll_back: false,
+            fence: Fence { counter: 2, holder: HostId([1; 32]) },
+            lineage: Vec::new(),
+            marker: Position::default(),
+            serves: true,
+            dirty_bytes: 3,
+            began: Vec::new(),
+            silent_milliseconds: 0x0405,
+        };
+        let message = Message::from(standing);
+        let bytes = hex(&message.encode());
+        assert!(
+            bytes.ends_with(
+                "0103000000000000000000000000000000\
+                                 0504000000000000"
+            ),
+            "{bytes}"
+        );
+        assert_eq!(Message::decode(&message.encode()[LENGTH_BYTES..]).unwrap(), message);
     }
 
     #[test]

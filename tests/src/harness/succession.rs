@@ -58,6 +58,7 @@ impl World {
             fence: superblock.fence,
             marker: lineage::later(&superblock.lineage, superblock.position, mark.position),
             serves: it.tracker().is_some() && it.superseded.is_none() && !it.has_failed(),
+            silent_milliseconds: 0,
             dirty_bytes: 0,
             began: Vec::new(),
             lineage: superblock.lineage,

@@ -9,7 +9,7 @@ use blockmirror_agent::control::api::{StatusReply, VolumeStatus};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 /// See the module. The agent is killed when it is dropped.
 pub struct Host {
@@ -198,13 +198,21 @@ impl Host {
     /// # Panics
     /// When it does not run, or doesn't end well.
     pub fn stop(&mut self) {
+        let ended = self.terminate();
+        assert!(ended.success(), "the agent of {} ended with {ended}: {}", self.name, self.log());
+    }
+
+    /// Tells the agent to end, and gives how it ended.
+    ///
+    /// # Panics
+    /// When it does not run, or doesn't end.
+    pub fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
         let mut agent = self.agent.take().expect("the agent runs");
-        let ended = until("the agent has stopped", || match agent.try_wait().expect("it is our process") {
+        until("the agent has stopped", || match agent.try_wait().expect("it is our process") {
             Some(status) => Ok(status),
             None => Err(self.log()),
-        });
-        assert!(ended.success(), "the agent of {} ended with {ended}: {}", self.name, self.log());
+        })
     }
 
     /// What the agent logged since it was first started.
@@ -271,6 +279,17 @@ impl Host {
         let text = self.succeed(&["status", "data", "--json"]);
         let reply: StatusReply = serde_json::from_str(&text).expect("the status is well formed");
         reply.volumes.into_iter().next().expect("one volume was asked for")
+    }
+
+    /// How all volumes of the host stand.
+    ///
+    /// # Panics
+    /// When it can't be had.
+    #[must_use]
+    pub fn statuses(&self) -> Vec<VolumeStatus> {
+        let text = self.succeed(&["status", "--json"]);
+        let reply: StatusReply = serde_json::from_str(&text).expect("the status is well formed");
+        reply.volumes
     }
 
     /// Waits until the volume's status is so.

@@ -12,6 +12,7 @@
 
 pub mod content;
 pub mod folder;
+pub mod hanging;
 pub mod host;
 pub mod mirror;
 pub mod nbd;

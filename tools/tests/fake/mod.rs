@@ -38,6 +38,7 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
         data: Some(CopyState::Consistent),
         epoch: Some(12),
         blocked: None,
+        health: Health::default(),
         succession: Succession::default(),
         peers: vec![PeerStatus {
             name: peer.parse().unwrap(),

@@ -13,8 +13,8 @@ pub use orders::{
     SwitchRequest, TuneRequest, Undoing,
 };
 pub use status::{
-    Blocked, Connection, CopyState, DeviceStatus, HostStatus, PeerState, PeerStatus, Progress, Rollback,
-    StatusReply, Succession, VolumeFacts, VolumeState, VolumeStatus,
+    Awaited, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung, PeerState,
+    PeerStatus, Progress, Rollback, StatusReply, Succession, VolumeFacts, VolumeState, VolumeStatus,
 };
 
 use crate::config::Name;

@@ -1,6 +1,6 @@
 //! How the host, its volumes and their peers stand.
 
-use crate::config::{Address, Compression, DeviceKind, Mode, Name, PeerConfig, Role};
+use crate::config::{Address, Compression, DeviceKind, Mode, Name, PeerConfig, Role, VolumeConfig};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -41,6 +41,10 @@ pub enum VolumeState {
     Syncing,
     /// This host's backing failed.
     Failed,
+    /// The disk, or the volume's thread, does not answer.
+    Hung,
+    /// The disk or the file is not there; the volume is opened when it comes.
+    Awaiting,
     /// Replica: consistent, and connected to the primary.
     Following,
     /// Replica: being copied to, and not usable.
@@ -102,8 +106,94 @@ pub struct VolumeFacts {
     /// On a primary whose writes wait, or would wait, until more replicas are in sync: how it stands with that.
     #[serde(default)]
     pub blocked: Option<Blocked>,
+    /// What keeps it from its service, or did.
+    #[serde(default)]
+    pub health: Health,
     /// The other hosts.
     pub peers: Vec<PeerStatus>,
+}
+
+/// What keeps a volume from its service, or did so since the agent's start.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Health {
+    /// What does not answer.
+    #[serde(default)]
+    pub hung: Option<Hung>,
+    /// What is not there yet.
+    #[serde(default)]
+    pub awaited: Option<Awaited>,
+    /// Errors that there were, also where all is well again.
+    #[serde(default)]
+    pub errors: Option<Errors>,
+    /// Who still has the device of an earlier run of the agent, which gives errors only.
+    #[serde(default)]
+    pub stale: Vec<String>,
+    /// What is wrong with the volume's configuration, so that it is not served.
+    #[serde(default)]
+    pub mistake: Option<String>,
+}
+
+/// Errors that applications were given, and those of a replica's disk.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Errors {
+    /// Reads of applications that failed.
+    pub reads: u64,
+    /// Their writes, trims and zeroings.
+    pub writes: u64,
+    /// Their flushes.
+    pub flushes: u64,
+    /// On a replica, what could not be written or read for the primary.
+    pub copies: u64,
+    /// How many of these found no space.
+    pub no_room: u64,
+    /// How long ago the first was.
+    pub first_seconds: u64,
+    /// How long ago the last was.
+    pub last_seconds: u64,
+    /// The last, in words.
+    pub last: String,
+}
+
+/// What does not answer. Everything else in the facts is as it was last known.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Hung {
+    /// The file or device that the kernel was asked for, or the volume's thread.
+    pub what: String,
+    /// For how long.
+    pub seconds: u64,
+}
+
+/// What a volume waits for to be opened.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Awaited {
+    /// What is missing, as in "/srv/data.img is not there".
+    pub what: String,
+    /// For how long.
+    pub seconds: u64,
+}
+
+impl VolumeFacts {
+    /// A volume of which no more is known than its configuration.
+    #[must_use]
+    pub fn unknown(config: &VolumeConfig) -> Self {
+        Self {
+            name: config.name.clone(),
+            id: config.id.to_string(),
+            role: config.role,
+            size_bytes: config.size_bytes,
+            block_size_bytes: config.block_size.bytes(),
+            backing: config.backing.clone(),
+            backing_error: None,
+            storage: None,
+            devices: Vec::new(),
+            data: None,
+            epoch: None,
+            succession: Succession::default(),
+            blocked: None,
+            health: Health::default(),
+            peers: config.peers.iter().map(PeerStatus::unknown).collect(),
+        }
+    }
 }
 
 /// What `on_replica_loss = "block"` does at present.

@@ -63,6 +63,12 @@ pub enum StopError {
         /// Who has it, in words.
         user: String,
     },
+    /// The kernel does not come back from detaching the loop device.
+    #[error("{} does not let go of its users; the agent's next start takes it away", .path.display())]
+    Hangs {
+        /// The loop device.
+        path: PathBuf,
+    },
     /// The kernel refused to detach the loop device.
     #[error("cannot detach {}", .path.display())]
     Detach {
@@ -80,6 +86,8 @@ pub(super) struct Place {
     /// The file that the FUSE session is mounted on.
     pub mount_point: PathBuf,
     pub link: PathBuf,
+    /// The list of loop devices that were left because somebody had them open.
+    pub left: PathBuf,
 }
 
 impl Place {
@@ -94,7 +102,26 @@ impl Place {
         let run_folder = fs::canonicalize(run_folder)
             .map_err(|source| StartError::io("look up the folder", run_folder, source))?;
         let mount_point = run_folder.join(format!("{name}.fuse"));
-        Ok(Self { name: name.to_owned(), mount_point, link: device_folder.join(name) })
+        let left = run_folder.join(format!("{name}.left"));
+        Ok(Self { name: name.to_owned(), mount_point, link: device_folder.join(name), left })
+    }
+
+    /// The loop devices that were left, as far as they still hold a file of ours.
+    fn devices_left(&self) -> Vec<LoopDevice> {
+        let list = fs::read_to_string(&self.left).unwrap_or_default();
+        let devices = list.lines().filter_map(|line| LoopDevice::at(Path::new(line)));
+        devices.filter(|device| holds(*device, self)).collect()
+    }
+
+    /// Notes which loop devices are left, for the next start. It only serves the words of status.
+    fn note_left(&self, devices: &[LoopDevice]) {
+        if devices.is_empty() {
+            return remove(&self.left);
+        }
+        let lines: Vec<String> = devices.iter().map(|device| device.path().display().to_string()).collect();
+        if let Err(error) = fs::write(&self.left, lines.join("\n")) {
+            tracing::warn!(path = %self.left.display(), %error, "cannot note what is left of the loop device");
+        }
     }
 
     fn label(&self) -> String {
@@ -102,10 +129,14 @@ impl Place {
     }
 }
 
-/// Cleans up, makes the mount point and mounts. From here on the returned `/dev/fuse` must be served.
-pub(super) fn mount(options: &Options, read_only: bool) -> Result<(Place, File), StartError> {
+/// Cleans up, makes the mount point and mounts. From here on the returned `/dev/fuse` must be served. Gives the loop
+/// devices of earlier runs, too, that somebody has open still.
+pub(super) fn mount(
+    options: &Options,
+    read_only: bool,
+) -> Result<(Place, File, Vec<LoopDevice>), StartError> {
     let place = Place::new(&options.name, &options.run_folder, &options.device_folder)?;
-    clean_up(&place)?;
+    let stale = clean_up(&place)?;
     let point = &place.mount_point;
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(point);
     made.map_err(|source| StartError::io("make the file", point, source))?;
@@ -116,7 +147,7 @@ pub(super) fn mount(options: &Options, read_only: bool) -> Result<(Place, File),
         Ok(fuse)
     });
     match mounted {
-        Ok(fuse) => Ok((place, fuse)),
+        Ok(fuse) => Ok((place, fuse, stale)),
         Err(error) => {
             remove(point);
             Err(error)
@@ -170,6 +201,9 @@ fn release(place: &Place, device: LoopDevice) -> Result<(), StopError> {
         return Ok(());
     }
     let user = user_of(device);
+    let mut left = place.devices_left();
+    left.push(device);
+    place.note_left(&left);
     Err(StopError::InUse { path, user })
 }
 
@@ -220,10 +254,16 @@ fn unmount_all(place: &Place) {
 /// # Errors
 /// [`StartError::Served`] when the device is no left-over, [`StartError::Name`], or [`StartError::Io`].
 pub fn clean_up_stale(name: &str, run_folder: &Path, device_folder: &Path) -> Result<(), StartError> {
-    clean_up(&Place::new(name, run_folder, device_folder)?)
+    clean_up(&Place::new(name, run_folder, device_folder)?).map(drop)
 }
 
-fn clean_up(place: &Place) -> Result<(), StartError> {
+/// Who has one of these devices of earlier runs open.
+pub(super) fn users_of_stale(place: &Place, stale: &[LoopDevice]) -> Vec<String> {
+    stale.iter().filter(|device| holds(**device, place)).map(|device| user_of(*device)).collect()
+}
+
+/// Gives the loop devices that are left because somebody has them open.
+fn clean_up(place: &Place) -> Result<Vec<LoopDevice>, StartError> {
     let point = &place.mount_point;
     let mounted = mounts::count_ours(point)
         .map_err(|source| StartError::io("read", Path::new("/proc/self/mountinfo"), source))?;
@@ -240,24 +280,27 @@ fn clean_up(place: &Place) -> Result<(), StartError> {
         }
         remove(&place.link);
     }
-    for device in devices {
-        detach_stale(place, device);
-    }
+    let left = place.devices_left().into_iter().filter(|device| !devices.contains(device));
+    devices.extend(left.collect::<Vec<_>>());
+    devices.retain(|device| !detach_stale(place, *device));
+    place.note_left(&devices);
     take_away(place);
-    Ok(())
+    Ok(devices)
 }
 
-fn detach_stale(place: &Place, device: LoopDevice) {
+/// Says whether the device is gone.
+fn detach_stale(place: &Place, device: LoopDevice) -> bool {
     let path = device.path();
     let volume = &place.name;
     if let Err(error) = device.detach() {
         tracing::warn!(volume, device = %path.display(), %error, "cannot detach the old loop device");
-        return;
+        return false;
     }
     // Whoever has it open for a moment is waited for; those who stay are not.
     let attached = || holds(device, place);
     wait_until(|| !attached() || !openers::lasting(&path).is_empty());
     let user = attached().then(|| user_of(device));
+    let is_gone = user.is_none();
     match user {
         None => {
             tracing::info!(volume, device = %path.display(), "detached the loop device of an earlier run")
@@ -269,6 +312,7 @@ fn detach_stale(place: &Place, device: LoopDevice) {
              and the volume gets a new one"
         ),
     }
+    is_gone
 }
 
 /// Whether a condition comes true while there is patience left.

@@ -31,9 +31,15 @@ use crate::buffer::BufferPool;
 use life::Place;
 use loop_device::LoopDevice;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::rc::Rc;
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_local};
+use tokio::time::timeout;
+
+/// How long it may take to detach a device, once in order and once by force.
+const DETACH_TIME: Duration = Duration::from_secs(15);
 
 /// Where a device is to appear.
 #[derive(Clone, Debug)]
@@ -51,6 +57,8 @@ pub struct Options {
 pub struct Loopback {
     place: Place,
     device: LoopDevice,
+    /// Loop devices of earlier runs that somebody had open still.
+    stale: Vec<LoopDevice>,
     serving: Serving,
 }
 
@@ -105,7 +113,7 @@ impl Loopback {
     ) -> Result<Self, StartError> {
         let read_only = volume.geometry().read_only;
         let options = options.clone();
-        let (place, fuse) = blocking(move || life::mount(&options, read_only)).await?;
+        let (place, fuse, stale) = blocking(move || life::mount(&options, read_only)).await?;
         let attached = match fuse::Server::new(fuse, None, volume, pool) {
             Ok(server) => {
                 let serving = Serving::start(server.clone(), place.name.clone());
@@ -124,7 +132,7 @@ impl Loopback {
         match attached {
             Ok((device, serving)) => {
                 tracing::info!(volume = place.name, device = %device.path().display(), "loop device is up");
-                Ok(Self { place, device, serving })
+                Ok(Self { place, device, stale, serving })
             }
             Err(error) => {
                 blocking(move || life::take_away(&place)).await;
@@ -145,6 +153,16 @@ impl Loopback {
         &self.place.link
     }
 
+    /// Who still has the loop device of an earlier run open, in words: it gives errors only, and is in the way of the new
+    /// one.
+    pub async fn stale(&self) -> Vec<String> {
+        if self.stale.is_empty() {
+            return Vec::new();
+        }
+        let (place, stale) = (self.place.clone(), self.stale.clone());
+        blocking(move || life::users_of_stale(&place, &stale)).await
+    }
+
     /// Waits until requests are no longer answered, because somebody has aborted the FUSE connection by hand or the
     /// kernel's requests make no sense. Then nothing is left to do but to [`stop`](Self::stop) it.
     pub async fn ended(&self) {
@@ -159,8 +177,20 @@ impl Loopback {
     /// # Errors
     /// [`StopError`] when something is left. Nothing is served any more even then: users of the device get I/O errors.
     pub async fn stop(self) -> Result<(), StopError> {
-        let Self { place, device, serving } = self;
-        let result = blocking(move || life::detach(&place, device)).await;
+        let Self { place, device, serving, .. } = self;
+        let there = place.clone();
+        let mut detaching = pin!(blocking(move || life::detach(&there, device)));
+        let result = match timeout(DETACH_TIME, &mut detaching).await {
+            Ok(result) => result,
+            Err(_) => {
+                // What is asked of the volume is not answered. The end of the session gives it errors, and then the
+                // device can be detached.
+                let path = device.path();
+                tracing::warn!(device = %path.display(), "requests are not answered; ending the session by force");
+                blocking(move || life::take_away(&place)).await;
+                timeout(DETACH_TIME, detaching).await.unwrap_or(Err(StopError::Hangs { path }))
+            }
+        };
         serving.task.abort();
         // Waited for, so that the descriptor is closed when this returns.
         serving.ended().await;

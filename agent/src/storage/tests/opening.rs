@@ -293,8 +293,8 @@ fn what_a_killed_agent_left_under_way_is_waited_for() {
         let held_too = File::create_metadata(&metadata, 4096).expect("it can be made");
         assert!(matches!(File::open_metadata(&metadata), Err(OpenError::InUse { user: User::Lock, .. })));
         let opening = tokio::task::spawn_local(async move {
-            let backing = File::opened_when_free(|| File::open_backing(&path, Access::ReadWrite)).await;
-            (backing, File::opened_when_free(|| File::open_metadata(&metadata)).await)
+            let backing = File::opened_when_free(move || File::open_backing(&path, Access::ReadWrite)).await;
+            (backing, File::opened_when_free(move || File::open_metadata(&metadata)).await)
         });
         tokio::task::yield_now().await;
         drop((held, held_too));

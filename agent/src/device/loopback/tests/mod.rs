@@ -206,7 +206,7 @@ struct Orders {
 
 fn serve(options: Options, memory: Memory, started: &Started, orders: Orders) -> Stopped {
     let Orders { stopped, mut asked, report_end } = orders;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let pool = BufferPool::new(64 << 20);
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let loopback = match Loopback::start(&options, Rc::new(memory), pool).await {

@@ -1,0 +1,139 @@
+//! Disks and file servers that hang, ours and those of others (X5): what does not answer stops nobody but who needs it, and
+//! whoever waits is told.
+
+use blockmirror_agent::config::Mode;
+use blockmirror_agent::control::api::{VolumeState, VolumeStatus};
+use blockmirror_tests::machines::folder::Folder;
+use blockmirror_tests::machines::hanging::Hanging;
+use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::nbd::Client;
+use blockmirror_tests::machines::programs::text;
+use blockmirror_tests::require;
+
+const MIB: u64 = 1 << 20;
+
+/// A volume `data` on a disk that can hang, mirrored to `b` in this mode, and another volume beside it on `a`.
+struct Scene {
+    /// Goes on before the hosts end.
+    disk: Hanging,
+    mirror: Mirror,
+    device: std::path::PathBuf,
+}
+
+impl Scene {
+    fn new(mode: Mode) -> Self {
+        let folder = Folder::new();
+        let mut disk = Hanging::new(&folder, "disk", 8 * MIB);
+        let device = disk.device();
+        let primary = Host::new(&folder, "a");
+        primary.succeed(&["create", "data", "--backing", text(&device), "--device", "nbd"]);
+        let mut mirror = Mirror { primary, replicas: Vec::new(), folder };
+        mirror.add("b");
+        mirror.primary.succeed(&["mode", "data", "b", &mode.to_string()]);
+        mirror.wait_until_quiet();
+        let other = mirror.primary.path("other.img");
+        mirror.primary.succeed(&[
+            "create",
+            "other",
+            "--backing",
+            text(&other),
+            "--size",
+            "8M",
+            "--device",
+            "nbd",
+        ]);
+        Self { mirror, disk, device }
+    }
+
+    fn wait_until_hung(&self) -> VolumeStatus {
+        self.mirror.primary.wait_until("it is told that the disk hangs", |status| {
+            status.facts.health.hung.as_ref().is_some_and(|hung| hung.seconds >= 5)
+        })
+    }
+}
+
+/// The volume that does not hang is served as ever.
+fn assert_other_is_served(host: &Host) {
+    let mut client = Client::connect(&host.path("run/other.nbd")).expect("it is served");
+    client.write_durably(0, &[1; 4096]).expect("it is written");
+}
+
+#[test]
+fn a_hung_disk_is_told_and_the_other_host_takes_over_without_force() {
+    require!("root", "losetup", "qemu-storage-daemon");
+    let mut scene = Scene::new(Mode::Sync);
+    scene.mirror.client().write_durably(0, &[7; 4096]).expect("a write");
+    scene.mirror.wait_until_quiet();
+    scene.disk.stall();
+    let status = scene.wait_until_hung();
+    assert_eq!(status.state, VolumeState::Hung);
+    assert!(
+        status.verdict.starts_with(&format!("hung: {} has not answered for", text(&scene.device))),
+        "{status:?}"
+    );
+    assert!(status.action.contains("on b: blockmirror promote data"), "{status:?}");
+    let all = scene.mirror.primary.statuses();
+    assert_eq!(all.len(), 2, "each volume has its line: {all:?}");
+    assert_eq!(all[1].facts.health.hung, None, "the other one is well: {all:?}");
+    assert_other_is_served(&scene.mirror.primary);
+    let words = ["does not answer", "blockmirror promote data"];
+    scene.mirror.primary.refuse(&["demote", "data"], 5, &words);
+    scene.mirror.primary.refuse(&["switch", "data", "--to", "b"], 5, &words);
+
+    scene.mirror.replica().succeed(&["promote", "data"]);
+    let mut client = Client::connect(&scene.mirror.replica().socket()).expect("b serves");
+    assert_eq!(client.read(0, 4096).expect("a read"), [7; 4096]);
+    client.write_durably(4096, &[8; 4096]).expect("a write");
+    drop(client);
+    scene.disk.go_on();
+    // The old primary follows when its disk answers.
+    scene.mirror.primary.wait_until("a follows b", |status| status.state == VolumeState::Following);
+    scene.mirror.replica().wait_until("all is well", |status| status.state == VolumeState::Healthy);
+    scene.mirror.primary.stop();
+}
+
+#[test]
+fn an_agent_whose_disk_hangs_ends_when_it_is_told_to_and_names_the_disk() {
+    require!("root", "losetup", "qemu-storage-daemon");
+    let mut scene = Scene::new(Mode::Async);
+    scene.disk.stall();
+    let mut client = scene.mirror.client();
+    client.begin_write(0, &[7; 4096]).expect("it is taken");
+    scene.wait_until_hung();
+    let ended = scene.mirror.primary.terminate();
+    assert_eq!(ended.code(), Some(1), "{}", scene.mirror.primary.log());
+    let log = scene.mirror.primary.log();
+    let words = format!("{} has not answered for", text(&scene.device));
+    assert!(log.contains(&words) && log.contains("the agent ends without having ended the volume"), "{log}");
+    // It starts without the disk, too, and takes it up when it answers.
+    scene.mirror.primary.start();
+    let status = scene.mirror.primary.wait_until("the disk is awaited", |status| {
+        matches!(status.state, VolumeState::Awaiting | VolumeState::Failed)
+    });
+    assert!(status.verdict.contains(text(&scene.device)), "{status:?}");
+    assert_other_is_served(&scene.mirror.primary);
+    scene.disk.go_on();
+    scene.mirror.primary.wait_until("it is served", |status| status.state == VolumeState::Healthy);
+    scene.mirror.primary.stop();
+}
+
+/// A loop device of another program was on an image whose server hung: each look for the users of an image asked about
+/// that image too, and `create`, `promote` and with them the agent waited for a server that was none of theirs.
+#[test]
+fn a_hung_image_of_another_program_stops_nothing() {
+    require!("root", "losetup", "qemu-storage-daemon");
+    let folder = Folder::new();
+    let mut host = Host::new(&folder, "a");
+    let mut theirs = Hanging::new(&folder, "theirs", 8 * MIB);
+    let _device = theirs.device();
+    theirs.stall();
+    host.create(8 * MIB, "nbd");
+    Client::connect(&host.socket()).expect("it is served").write_durably(0, &[1; 4096]).expect("a write");
+    // What was asked of the hung image itself is answered in words.
+    host.refuse(&["create", "hung", "--backing", text(theirs.file())], 1, &["does not answer"]);
+    assert_eq!(host.statuses().len(), 1);
+    host.stop();
+    theirs.go_on();
+    drop(theirs);
+}

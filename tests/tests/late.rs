@@ -1,0 +1,118 @@
+//! What comes late: disks and file systems that are not there when the agent starts. They are waited for, status says so,
+//! and the volume is opened by itself when they come (X6).
+
+use blockmirror_agent::control::api::{VolumeState, VolumeStatus};
+use blockmirror_tests::machines::folder::Folder;
+use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::patience::until;
+use blockmirror_tests::machines::programs::{succeed, text};
+use blockmirror_tests::require;
+use std::fs::{self, File};
+use std::path::Path;
+
+const MIB: u64 = 1 << 20;
+
+/// The host's status says that this is awaited, and that nothing has to be typed for it.
+fn assert_awaits(host: &Host, path: &Path) {
+    let status = host.wait_until("the disk is awaited", |status| status.state == VolumeState::Awaiting);
+    let awaited = status.facts.health.awaited.as_ref().expect("the state says so");
+    assert!(awaited.what.contains(text(path)), "{status:?}");
+    assert!(status.verdict.starts_with("awaiting: "), "{status:?}");
+    assert!(status.action.starts_with("bring it back and it is taken up by itself"), "{status:?}");
+}
+
+fn is_healthy(status: &VolumeStatus) -> bool {
+    status.state == VolumeState::Healthy
+}
+
+#[test]
+fn an_image_that_comes_late_is_taken_up_on_both_sides() {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.client().write_durably(0, &[1; 4096]).expect("a write");
+    mirror.wait_until_quiet();
+    let away = mirror.folder.join("away");
+    let image = mirror.replica().backing();
+    mirror.replica_mut().stop();
+    fs::rename(&image, &away).expect("a name");
+    mirror.replica_mut().start();
+    assert_awaits(mirror.replica(), &image);
+    fs::rename(&away, &image).expect("a name");
+    mirror.replica().wait_until("it follows again", |status| status.state == VolumeState::Following);
+
+    let image = mirror.primary.backing();
+    mirror.primary.stop();
+    fs::rename(&image, &away).expect("a name");
+    mirror.primary.start();
+    assert_awaits(&mirror.primary, &image);
+    let advice = format!("blockmirror recover data --from {}", mirror.replica().link().address());
+    assert!(mirror.primary.status().action.contains(&advice), "{:?}", mirror.primary.status());
+    fs::rename(&away, &image).expect("a name");
+    mirror.primary.wait_until("it is served again", is_healthy);
+    assert_eq!(mirror.primary.status().facts.health.awaited, None);
+    mirror.client().write_durably(4096, &[2; 4096]).expect("a write");
+    mirror.assert_identical();
+}
+
+/// Another file under the old name is refused, and lets itself be replaced by the right one: a file system that was not
+/// mounted hid nothing of it.
+#[test]
+fn the_right_image_is_taken_up_after_a_wrong_one_stood_in_its_place() {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &[]);
+    let (image, away) = (mirror.primary.backing(), mirror.folder.join("away"));
+    mirror.primary.stop();
+    fs::rename(&image, &away).expect("a name");
+    File::create(&image).and_then(|file| file.set_len(8 * MIB)).expect("another image");
+    mirror.primary.start();
+    let status = mirror.primary.wait_until("it is refused", |status| status.state == VolumeState::Failed);
+    assert!(status.verdict.contains("is not the file or disk that the volume had"), "{status:?}");
+    fs::rename(&away, &image).expect("a name");
+    mirror.primary.wait_until("the right one is served", |status| status.state == VolumeState::Degraded);
+    mirror.client().write_durably(0, &[1; 4096]).expect("a write");
+}
+
+#[test]
+fn a_file_system_that_is_mounted_late_is_taken_up() {
+    require!("root");
+    let folder = Folder::new();
+    let mut host = Host::new(&folder, "a");
+    let point = folder.join("point");
+    fs::create_dir(&point).expect("a mount point");
+    // A bind mount of a folder that stays: what is in it outlives the mount.
+    let store = folder.join("store");
+    fs::create_dir(&store).expect("a folder");
+    let bind = || succeed("mount", &["--bind", text(&store), text(&point)]);
+    bind();
+    let image = point.join("data.img");
+    host.succeed(&["create", "data", "--backing", text(&image), "--size", "8M", "--device", "nbd"]);
+    host.stop();
+    succeed("umount", &[text(&point)]);
+    host.start();
+    assert_awaits(&host, &image);
+    // As a unit does that a mount waits for.
+    let mut waiting = host.begin(&["wait", "data", "--for", "device"]);
+    assert!(!waiting.has_ended());
+    bind();
+    until("the device is served", || waiting.has_ended().then_some(()).ok_or_else(|| host.log()));
+    host.succeed(&["wait", "data", "--for", "device"]);
+    assert_eq!(host.status().state, VolumeState::Degraded);
+    host.stop();
+}
+
+#[test]
+fn a_device_without_a_disk_is_awaited_until_it_has_one() {
+    require!("root", "losetup");
+    let folder = Folder::new();
+    let mut host = Host::new(&folder, "a");
+    let image = folder.join("raw.img");
+    File::create(&image).and_then(|file| file.set_len(8 * MIB)).expect("an image");
+    let device = folder.attach(&image);
+    host.succeed(&["create", "data", "--backing", text(&device), "--device", "nbd"]);
+    host.stop();
+    succeed("losetup", &["--detach", text(&device)]);
+    host.start();
+    assert_awaits(&host, &device);
+    succeed("losetup", &[text(&device), text(&image)]);
+    host.wait_until("it is served", |status| status.state == VolumeState::Degraded);
+    host.stop();
+}
