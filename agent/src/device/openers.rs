@@ -6,6 +6,11 @@
 //! nobody was found. Where the kernel's tables can't be read, that counts as use. What this process itself has open
 //! does not count.
 //!
+//! Some stay: a mount, swap space, another device, an NBD client. A process that has the node open may be a probe that is
+//! gone in a moment (udev, blkid, multipath, LVM), so whoever wants to take a device away looks again before it gives up
+//! ([`look`]). When nobody is left, the device is claimed as a mount would claim it, until it is gone: nobody can mount it
+//! in between.
+//!
 //! A table or a folder is read for every process, which takes milliseconds, and opening a device asks the server
 //! behind it: none of this happens on a volume's thread.
 
@@ -13,7 +18,7 @@ use super::blocking;
 use super::loopback::loop_device::LoopDevice;
 use super::nbd::Client;
 use crate::system::{self, Holder, Process};
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -26,13 +31,54 @@ pub async fn openers(loop_device: Option<PathBuf>, clients: Vec<Client>) -> Vec<
     blocking(move || {
         let mut found = loop_device.map_or_else(Vec::new, |node| of_device(&node));
         found.extend(clients.into_iter().filter_map(of_client));
-        let mut openers: Vec<String> = Vec::new();
-        for opener in found {
-            if !openers.contains(&opener) {
-                openers.push(opener);
-            }
+        unique(found)
+    })
+    .await
+}
+
+fn unique(found: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut openers: Vec<String> = Vec::new();
+    for opener in found {
+        if !openers.contains(&opener) {
+            openers.push(opener);
         }
-        openers
+    }
+    openers
+}
+
+/// Who uses a volume's devices.
+#[derive(Debug, Default)]
+pub struct Users {
+    /// Who stays until it is told to go, in words.
+    pub staying: Vec<String>,
+    /// Who has the loop device open, perhaps just for a moment.
+    pub passing: Vec<String>,
+    /// Where there are none: the loop device, claimed. Nobody else can mount it or use it for another device until this is
+    /// dropped.
+    pub claim: Option<Claim>,
+}
+
+/// A loop device that is held exclusively.
+#[derive(Debug)]
+pub struct Claim(pub File);
+
+/// As [`openers`], told apart; and where there are none, the loop device is claimed.
+pub async fn look(loop_device: Option<PathBuf>, clients: Vec<Client>) -> Users {
+    blocking(move || {
+        let mut users =
+            Users { staying: unique(clients.into_iter().filter_map(of_client)), ..Users::default() };
+        let Some(node) = loop_device else { return users };
+        users.staying.extend(lasting(&node));
+        users.passing = passing(&node);
+        if users.staying.is_empty() && users.passing.is_empty() {
+            match claim(&node) {
+                Ok(claim) => users.claim = claim,
+                Err(Busy) => users.passing.push(OUT_OF_SIGHT.to_owned()),
+            }
+            // Whoever opened it before it was claimed.
+            users.passing.extend(passing(&node));
+        }
+        users
     })
     .await
 }
@@ -47,31 +93,43 @@ pub fn lasting(node: &Path) -> Vec<String> {
 #[must_use]
 pub fn visible(node: &Path) -> Vec<String> {
     let mut found = lasting(node);
-    match parts(node) {
-        Ok(parts) => found.extend(parts.iter().flat_map(Part::processes)),
-        Err(error) => found.push(unknown(&error)),
-    }
+    found.extend(passing(node));
     found
+}
+
+/// Processes that have a block device open, perhaps just for a moment. Blocks; does not open the device.
+#[must_use]
+pub fn passing(node: &Path) -> Vec<String> {
+    match parts(node) {
+        Ok(parts) => parts.iter().flat_map(Part::processes).collect(),
+        Err(error) => vec![unknown(&error)],
+    }
 }
 
 fn of_device(node: &Path) -> Vec<String> {
     let found = visible(node);
-    if found.is_empty() && is_claimed(node) {
-        return vec![
-            "in use out of sight, by a file system that was unmounted lazily or by a container".to_owned(),
-        ];
+    if found.is_empty() && claim(node).is_err() {
+        return vec![OUT_OF_SIGHT.to_owned()];
     }
     found
 }
+
+const OUT_OF_SIGHT: &str =
+    "in use out of sight, by a file system that was unmounted lazily or by a container";
 
 fn unknown(error: &io::Error) -> String {
     format!("perhaps in use, which cannot be told: {error}")
 }
 
-/// Whether somebody has opened the device exclusively, as the kernel does for a mount.
-fn is_claimed(node: &Path) -> bool {
-    let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(node);
-    claim.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+/// Somebody has opened the device exclusively, as the kernel does for a mount.
+struct Busy;
+
+/// Opens a device exclusively. A device that can't be opened at all has no users to keep off.
+fn claim(node: &Path) -> Result<Option<Claim>, Busy> {
+    match OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(node) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(Busy),
+        opened => Ok(opened.ok().map(Claim)),
+    }
 }
 
 /// A device or one of its partitions.

@@ -3,9 +3,10 @@
 //!
 //! Every step of a change is durable before the next, so a change that is cut short is like a crash.
 
+use super::demotion::{Demoted, Switched};
 use super::opening::Others;
 use super::pulse::HUNG;
-use super::{OpenRole, Volume, refuse};
+use super::{Answer, OpenRole, Volume, refuse};
 use crate::config::VolumeConfig;
 use crate::control::api::{Failure, FailureKind};
 use crate::primary::Primary;
@@ -14,7 +15,7 @@ use crate::transport::Peers;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Fence, Refusal};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::task::spawn_local;
 
@@ -39,6 +40,10 @@ pub(super) enum Event {
     TryAgain(u32),
     /// A change has ended.
     Changed(Next, Then),
+    /// This primary is to be demoted; since when that is tried.
+    Demote(Answer<Demoted>, Instant),
+    /// This primary is to be demoted for that host; since when that is tried.
+    Switch(HostId, Answer<Switched>, Instant),
 }
 
 /// How the volume goes on after a change.
@@ -114,6 +119,8 @@ impl Volume {
                     self.correct_roles(&replica.state().superblock());
                 }
             }
+            Event::Demote(answer, since) => self.demote(answer, since).await,
+            Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
             Event::Changed(next, then) => {
                 self.go_on(next, then).await;
                 if !matches!(self.role, OpenRole::Changing(_)) {
@@ -190,8 +197,10 @@ impl Volume {
     async fn look_for_openers(&mut self) {
         let OpenRole::Primary(primary, _) = &self.role else { return };
         let Some(fence) = primary.superseded() else { return };
-        let openers = self.devices.openers().await;
+        let mut users = self.devices.users().await;
+        let openers = [users.staying, users.passing].concat();
         if openers.is_empty() {
+            self.devices.hold(users.claim.take());
             return self.become_replica();
         }
         if openers != self.openers {
@@ -203,10 +212,15 @@ impl Volume {
             );
         }
         self.openers = openers;
+        self.later(LOOK_TIME, Event::LookForOpeners);
+    }
+
+    /// Has something done after a while.
+    pub(super) fn later(&self, pause: Duration, event: Event) {
         let events = self.events.clone();
         spawn_local(async move {
-            tokio::time::sleep(LOOK_TIME).await;
-            drop(events.send(Event::LookForOpeners));
+            tokio::time::sleep(pause).await;
+            drop(events.send(event));
         });
     }
 

@@ -3,7 +3,7 @@
 //! Devices stop first, and everything is made durable; then it is recorded here that this host is a replica; only then do
 //! the replicas hear that they may take over. At no instant are there two who may, and a crash leaves none.
 
-use super::changes::{Hands, Next, close, failed, refused};
+use super::changes::{Event, Hands, Next, close, failed, refused};
 use super::{Answer, OpenRole, Volume};
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
@@ -17,6 +17,9 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
 
+/// How long those are waited for who have the device open and may be gone in a moment, and how often they are looked for.
+const PATIENCE: Duration = Duration::from_secs(5);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 /// How long it may take to make everything durable.
 const CLOSE_TIME: Duration = Duration::from_secs(60);
 /// How long the disk may take to answer before anything is begun.
@@ -28,6 +31,14 @@ const TAKE_OVER_TIME: Duration = Duration::from_secs(60);
 /// How long it is asked whether it took over, when its answer was lost, and how often.
 const STANDING_TIME: Duration = Duration::from_secs(3);
 const STANDING_ATTEMPTS: u32 = 3;
+
+/// Why a primary is not demoted now.
+enum NotNow {
+    /// Somebody has its device open, perhaps just for a moment.
+    InUse,
+    /// It can't be.
+    Refused(Failure),
+}
 
 /// A demotion that was carried out.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -62,9 +73,12 @@ struct Retiring {
 }
 
 impl Volume {
-    pub(super) async fn demote(&mut self, answer: Answer<Demoted>) {
-        if let Err(failure) = self.demotable().await {
-            return drop(answer.send(Err(failure)));
+    /// `since` is when this was first tried.
+    pub(super) async fn demote(&mut self, answer: Answer<Demoted>, since: Instant) {
+        match self.vacate(since).await {
+            Ok(()) => {}
+            Err(NotNow::InUse) => return self.later(BETWEEN_LOOKS, Event::Demote(answer, since)),
+            Err(NotNow::Refused(failure)) => return drop(answer.send(Err(failure))),
         }
         let retiring = self.take_out("being demoted");
         spawn_local(async move {
@@ -83,15 +97,18 @@ impl Volume {
         });
     }
 
-    pub(super) async fn switch(&mut self, to: HostId, answer: Answer<Switched>) {
-        let ready = match self.demotable().await {
-            Ok(()) => self.may_take_over(to),
-            Err(failure) => Err(failure),
-        };
+    /// `since` is when this was first tried.
+    pub(super) async fn switch(&mut self, to: HostId, answer: Answer<Switched>, since: Instant) {
+        let ready = self.demotable().and_then(|()| self.may_take_over(to));
         let peer = match ready {
             Ok(peer) => peer,
             Err(failure) => return drop(answer.send(Err(failure))),
         };
+        match self.vacate(since).await {
+            Ok(()) => {}
+            Err(NotNow::InUse) => return self.later(BETWEEN_LOOKS, Event::Switch(to, answer, since)),
+            Err(NotNow::Refused(failure)) => return drop(answer.send(Err(failure))),
+        }
         let began = Instant::now();
         let retiring = self.take_out("handing over");
         spawn_local(async move {
@@ -104,8 +121,8 @@ impl Volume {
         });
     }
 
-    /// Whether this primary can be demoted now: nobody uses it.
-    async fn demotable(&self) -> Result<(), Failure> {
+    /// Whether this primary can be demoted, if nobody uses its devices.
+    fn demotable(&self) -> Result<(), Failure> {
         let volume = self.name();
         let primary = match &self.role {
             OpenRole::Primary(primary, _) => primary,
@@ -134,11 +151,23 @@ impl Volume {
                 "{text}, so nothing can be handed over in order; on a replica: blockmirror promote {volume}"
             )));
         }
-        let openers = self.devices.openers().await;
-        if !openers.is_empty() {
-            return Err(refused(format!("the device is in use: {}; close it first", openers.join(", "))));
-        }
         Ok(())
+    }
+
+    /// Sees to it that nobody uses this primary's devices, nor will until they are stopped (L5). Whoever just looks at one,
+    /// as udev does with each device that was closed after a write, is waited for; whoever stays is named at once.
+    async fn vacate(&mut self, since: Instant) -> Result<(), NotNow> {
+        self.demotable().map_err(NotNow::Refused)?;
+        let mut users = self.devices.users().await;
+        if users.staying.is_empty() && users.passing.is_empty() {
+            self.devices.hold(users.claim.take());
+            return Ok(());
+        }
+        if users.staying.is_empty() && since.elapsed() < PATIENCE {
+            return Err(NotNow::InUse);
+        }
+        let users = [users.staying, users.passing].concat();
+        Err(NotNow::Refused(refused(format!("the device is in use: {}; close it first", users.join(", ")))))
     }
 
     fn may_take_over(&self, to: HostId) -> Result<PeerConfig, Failure> {

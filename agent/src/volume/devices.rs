@@ -7,7 +7,7 @@ use crate::control::api::DeviceStatus;
 use crate::device::Volume;
 use crate::device::loopback::{Loopback, Options};
 use crate::device::nbd::{ListenError, Server};
-use crate::device::openers;
+use crate::device::openers::{self, Claim, Users};
 use crate::export::Export;
 use crate::words::with_causes;
 use std::path::PathBuf;
@@ -22,6 +22,8 @@ const OPENERS_TIME: Duration = Duration::from_secs(5);
 pub(super) struct Devices {
     nbd: Vec<Server>,
     loopback: Option<Loopback>,
+    /// Held until they are stopped.
+    claim: Option<Claim>,
     statuses: Vec<DeviceStatus>,
 }
 
@@ -82,6 +84,17 @@ impl Devices {
         }
     }
 
+    /// Who has a device open. Where nobody has, the loop device is claimed; whoever means to stop the devices keeps that.
+    pub(super) async fn users(&self) -> Users {
+        let clients = self.nbd.iter().flat_map(Server::clients).collect();
+        openers::look(self.loopback.as_ref().map(Loopback::path), clients).await
+    }
+
+    /// Keeps others from using the loop device until the devices are stopped.
+    pub(super) fn hold(&mut self, claim: Option<Claim>) {
+        self.claim = claim;
+    }
+
     /// Whether the loop device was served and is no longer, without waiting for that.
     async fn loop_has_ended(&self) -> bool {
         let Some(loopback) = &self.loopback else { return false };
@@ -94,7 +107,7 @@ impl Devices {
 
     pub(super) async fn stop(self) {
         if let Some(loopback) = self.loopback
-            && let Err(error) = loopback.stop().await
+            && let Err(error) = loopback.stop(self.claim).await
         {
             tracing::warn!("{}", with_causes(&error));
         }

@@ -5,7 +5,7 @@
 use super::kernel::MAX_TRANSFER_BYTES;
 use super::loop_device::{AttachError, LoopDevice};
 use super::{Options, mounts};
-use crate::device::openers;
+use crate::device::openers::{self, Claim};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
@@ -177,11 +177,11 @@ pub(super) fn link(place: &Place, device: LoopDevice) -> Result<LoopDevice, Star
 }
 
 /// Takes a device away, gently where that is possible. The server still serves.
-pub(super) fn detach(place: &Place, device: LoopDevice) -> Result<(), StopError> {
+pub(super) fn detach(place: &Place, device: LoopDevice, claim: Option<Claim>) -> Result<(), StopError> {
     if fs::read_link(&place.link).is_ok_and(|target| target == device.path()) {
         remove(&place.link);
     }
-    let result = release(place, device);
+    let result = release(place, device, claim);
     if result.is_ok() {
         unmount_gently(place);
     }
@@ -189,14 +189,26 @@ pub(super) fn detach(place: &Place, device: LoopDevice) -> Result<(), StopError>
     result
 }
 
-/// Detaches the loop device from the file, if it is still attached to it.
-fn release(place: &Place, device: LoopDevice) -> Result<(), StopError> {
+/// Detaches the loop device from the file, if it is still attached to it. A device that is claimed stays so until those who
+/// opened it meanwhile have gone: a mount must not slip in.
+fn release(place: &Place, device: LoopDevice, claim: Option<Claim>) -> Result<(), StopError> {
     let path = device.path();
     let attached = || holds(device, place);
     if !attached() {
         return Ok(());
     }
-    device.detach().map_err(|source| StopError::Detach { path: path.clone(), source })?;
+    let failed = |source| StopError::Detach { path: path.clone(), source };
+    match claim {
+        None => device.detach().map_err(failed)?,
+        Some(Claim(node)) => {
+            LoopDevice::detach_by(&node).map_err(failed)?;
+            if !openers::passing(&path).is_empty() {
+                wait_until(|| openers::passing(&path).is_empty());
+                // It is the only one now, or the device goes when the last one closes it.
+                LoopDevice::detach_by(&node).map_err(failed)?;
+            }
+        }
+    }
     if wait_until(|| !attached()) {
         return Ok(());
     }

@@ -197,8 +197,16 @@ impl LoopDevice {
     /// # Errors
     /// What the kernel says; a device that isn't attached is no error.
     pub fn detach(self) -> io::Result<()> {
-        let node = File::open(self.path())?;
-        match control_value(&node, LOOP_CLR_FD, 0) {
+        Self::detach_by(&File::open(self.path())?)
+    }
+
+    /// As [`detach`](Self::detach), by an open descriptor of the device. Where that is the only one, nobody can open the
+    /// device from here on.
+    ///
+    /// # Errors
+    /// What the kernel says; a device that isn't attached is no error.
+    pub fn detach_by(node: &File) -> io::Result<()> {
+        match control_value(node, LOOP_CLR_FD, 0) {
             Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
             _ => Ok(()),
         }

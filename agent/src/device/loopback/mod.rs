@@ -26,6 +26,7 @@ mod tests;
 
 pub use life::{StartError, StopError, clean_up_stale};
 
+use super::openers::Claim;
 use super::{Volume, blocking};
 use crate::buffer::BufferPool;
 use life::Place;
@@ -169,17 +170,17 @@ impl Loopback {
         self.serving.ended().await;
     }
 
-    /// Takes the device away. Whoever means to leave its users alone asks for
-    /// its [`openers`](crate::device::openers) before.
+    /// Takes the device away. Whoever means to leave its users alone [looks](crate::device::openers::look) for them before,
+    /// and hands on the claim that it got: then nobody mounts the device meanwhile.
     ///
     /// The volume must answer its requests until this has ended: the kernel writes what it holds back.
     ///
     /// # Errors
     /// [`StopError`] when something is left. Nothing is served any more even then: users of the device get I/O errors.
-    pub async fn stop(self) -> Result<(), StopError> {
+    pub async fn stop(self, claim: Option<Claim>) -> Result<(), StopError> {
         let Self { place, device, serving, .. } = self;
         let there = place.clone();
-        let mut detaching = pin!(blocking(move || life::detach(&there, device)));
+        let mut detaching = pin!(blocking(move || life::detach(&there, device, claim)));
         let result = match timeout(DETACH_TIME, &mut detaching).await {
             Ok(result) => result,
             Err(_) => {

@@ -138,7 +138,7 @@ struct Served {
     device: PathBuf,
     link: PathBuf,
     ended: mpsc::Receiver<()>,
-    questions: tokio::sync::mpsc::UnboundedSender<oneshot::Sender<Vec<String>>>,
+    questions: tokio::sync::mpsc::UnboundedSender<Question>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Stopped>>,
 }
@@ -165,10 +165,21 @@ impl Served {
         };
         loop {
             let (answer, wait) = oneshot::channel();
-            self.questions.send(answer).expect("the serving thread runs");
+            self.questions.send(Question::Openers(answer)).expect("the serving thread runs");
             let found = wait.blocking_recv().expect("the serving thread answers");
             if !found.iter().any(passes) {
                 return found;
+            }
+        }
+    }
+
+    /// Claims the device, which is stopped by that claim then. Those who pass by are waited for.
+    fn claim(&self) {
+        loop {
+            let (answer, wait) = oneshot::channel();
+            self.questions.send(Question::Claim(answer)).expect("the serving thread runs");
+            if wait.blocking_recv().expect("the serving thread answers") {
+                return;
             }
         }
     }
@@ -197,10 +208,17 @@ impl Drop for Served {
 
 type Started = mpsc::Sender<Result<(PathBuf, PathBuf), StartError>>;
 
+enum Question {
+    /// Who has the device open.
+    Openers(oneshot::Sender<Vec<String>>),
+    /// Whether nobody has, and it is claimed from now on.
+    Claim(oneshot::Sender<bool>),
+}
+
 /// What passes between a test and the thread that serves for it.
 struct Orders {
     stopped: oneshot::Receiver<()>,
-    asked: tokio::sync::mpsc::UnboundedReceiver<oneshot::Sender<Vec<String>>>,
+    asked: tokio::sync::mpsc::UnboundedReceiver<Question>,
     report_end: mpsc::Sender<()>,
 }
 
@@ -218,9 +236,20 @@ fn serve(options: Options, memory: Memory, started: &Started, orders: Orders) ->
         };
         let paths = (loopback.path(), loopback.link().to_owned());
         started.send(Ok(paths)).expect("the test waits");
+        let mut claim = None;
         let answer_questions = async {
             while let Some(question) = asked.recv().await {
-                let _ = question.send(openers::openers(Some(loopback.path()), Vec::new()).await);
+                match question {
+                    Question::Openers(answer) => {
+                        let _ = answer.send(openers::openers(Some(loopback.path()), Vec::new()).await);
+                    }
+                    Question::Claim(answer) => {
+                        let users = openers::look(Some(loopback.path()), Vec::new()).await;
+                        let is_free = users.staying.is_empty() && users.passing.is_empty();
+                        claim = users.claim.filter(|_| is_free);
+                        let _ = answer.send(claim.is_some());
+                    }
+                }
             }
         };
         let watch_the_end = async {
@@ -233,7 +262,7 @@ fn serve(options: Options, memory: Memory, started: &Started, orders: Orders) ->
             () = answer_questions => {}
             () = watch_the_end => {}
         }
-        loopback.stop().await
+        loopback.stop(claim).await
     })
 }
 

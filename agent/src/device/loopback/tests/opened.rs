@@ -182,3 +182,27 @@ fn a_device_that_is_not_there_counts_as_perhaps_used() {
     let found = runtime.block_on(openers(Some("/dev/no such device".into()), Vec::new()));
     assert!(!found.is_empty() && found[0].starts_with("perhaps in use"), "{found:?}");
 }
+
+/// A prober that opened the device a moment before it was taken away made room for a mount, which was cut off then.
+#[test]
+fn nobody_can_mount_a_claimed_device_while_it_is_taken_away_and_who_just_looks_is_waited_for() {
+    require!("mkfs.ext4");
+    let (folders, memory) = (Folders::new(), memory());
+    let served = Served::start(&folders, &memory).expect("a device");
+    run("mkfs.ext4", &["-q", served.path()]);
+    let device = served.device.clone();
+    served.claim();
+    let prober = Holding::new(&device);
+    let at = tempfile::tempdir().expect("a folder");
+    let mounts =
+        || Command::new("mount").args([text(&device), text(at.path())]).status().expect("mount(8) starts");
+    assert!(!mounts().success(), "the device is claimed");
+    let stopping = std::thread::spawn(move || served.stop());
+    while std::fs::symlink_metadata(folders.options().device_folder.join("data")).is_ok() {
+        std::thread::yield_now();
+    }
+    assert!(!mounts().success(), "the device is being taken away");
+    drop(prober);
+    stopping.join().expect("it does not panic").expect("a clean stop");
+    assert_eq!(folders.leftovers(), [""; 0]);
+}
