@@ -1,7 +1,8 @@
 //! Reaching a host that may have several addresses.
 //!
 //! The addresses are tried in their order, each with a head start before the next: the first that answers with the
-//! right key wins, and one that is dead costs the head start, not its whole time-out.
+//! right key wins, and one that is dead costs the head start, not its whole time-out. [`Peers`](super::Peers) remembers
+//! which one it was, and has it tried first the next time.
 
 use super::connection::Connection;
 use super::endpoint::Dialler;
@@ -77,6 +78,9 @@ pub enum AttemptError {
     /// Another host answered.
     #[error("the host there has the key {0}")]
     WrongKey(HostId),
+    /// This host answered itself: each of the two has an interface of this address, as that of a bridge for containers.
+    #[error("that address is this host's own")]
+    Ourselves,
 }
 
 struct Joined<'a>(&'a [FailedAttempt]);
@@ -96,16 +100,18 @@ impl fmt::Display for Joined<'_> {
     }
 }
 
-/// Dials all addresses of a host. Runs on the transport's thread.
+/// Dials all addresses of a host, the `first` of them first, where it is among them. Runs on the transport's thread.
 pub(super) async fn dial(
     dialler: Arc<Dialler>,
     addresses: Vec<String>,
     expected: HostId,
+    first: Option<SocketAddr>,
 ) -> Result<Connection, ConnectError> {
     if addresses.is_empty() {
         return Err(ConnectError::NoAddress(expected));
     }
     let (targets, mut failed) = resolve(&addresses, dialler.timeout).await;
+    let targets = in_order(targets, first);
     let mut attempts = JoinSet::new();
     for (index, address) in targets.into_iter().enumerate() {
         let dialler = dialler.clone();
@@ -131,6 +137,11 @@ pub(super) async fn dial(
         Some((address, found)) => ConnectError::WrongKey { address, expected, found },
         None => ConnectError::Unreachable { host: expected, attempts: failed },
     })
+}
+
+pub(super) fn in_order(mut targets: Vec<SocketAddr>, first: Option<SocketAddr>) -> Vec<SocketAddr> {
+    targets.sort_by_key(|target| Some(*target) != first);
+    targets
 }
 
 /// The socket addresses behind names, in order and without repetition, and the names that have none.
@@ -167,7 +178,8 @@ pub(super) async fn attempt(
         dialler.quic.connect_with(config, address, tls::SERVER_NAME).map_err(AttemptError::Address)?;
     let outcome = timeout(dialler.timeout, connecting).await;
     if let Some(found) = found.get() {
-        return Err(AttemptError::WrongKey(*found));
+        let is_own = *found == dialler.key.id();
+        return Err(if is_own { AttemptError::Ourselves } else { AttemptError::WrongKey(*found) });
     }
     let quic =
         outcome.map_err(|_| AttemptError::Silence(dialler.timeout))?.map_err(AttemptError::Handshake)?;

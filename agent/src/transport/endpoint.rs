@@ -188,7 +188,7 @@ impl Endpoint {
     /// [`ConnectError`] when no address answers with the expected key.
     pub async fn connect(&self, addresses: &[String], expected: HostId) -> Result<Connection, ConnectError> {
         let mut dial = JoinSet::new();
-        dial.spawn_on(self.dial(addresses, expected), &self.inner.handle);
+        dial.spawn_on(self.dial(addresses, expected, None), &self.inner.handle);
         match dial.join_next().await {
             Some(Ok(outcome)) => outcome,
             Some(Err(_)) | None => Err(ConnectError::ShuttingDown(expected)),
@@ -222,8 +222,9 @@ impl Endpoint {
         &self,
         addresses: &[String],
         expected: HostId,
+        first: Option<SocketAddr>,
     ) -> impl Future<Output = Result<Connection, ConnectError>> + Send + use<> {
-        dial::dial(self.inner.dialler.clone(), addresses.to_vec(), expected)
+        dial::dial(self.inner.dialler.clone(), addresses.to_vec(), expected, first)
     }
 
     /// The transport's thread.

@@ -6,17 +6,31 @@ use super::endpoint::Endpoint;
 use super::limit::Limit;
 use blockmirror_protocol::units::HostId;
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
+
+/// How many hosts that answered are remembered for whoever listens late.
+const NEWS: usize = 64;
 
 /// How a dial ended; nothing as long as it is under way.
 type Outcome = Option<Result<Connection, Arc<ConnectError>>>;
+
+/// The dialling of one host.
+#[derive(Debug)]
+struct Dial {
+    addresses: Vec<String>,
+    outcome: watch::Receiver<Outcome>,
+    /// Where it answered last.
+    answered: Option<SocketAddr>,
+}
 
 /// The connections that this host has dialled, one per peer. Clones are handles to the same set.
 #[derive(Clone, Debug)]
 pub struct Peers {
     endpoint: Endpoint,
-    dials: Arc<Mutex<HashMap<HostId, watch::Receiver<Outcome>>>>,
+    dials: Arc<Mutex<HashMap<HostId, Dial>>>,
+    opened: broadcast::Sender<HostId>,
     resync_limit: Limit,
 }
 
@@ -24,7 +38,22 @@ impl Peers {
     /// Connections that are dialled from this endpoint, and how fast resyncs may be over all of them.
     #[must_use]
     pub fn new(endpoint: Endpoint, resync_limit: Limit) -> Self {
-        Self { endpoint, dials: Arc::default(), resync_limit }
+        Self { endpoint, dials: Arc::default(), opened: broadcast::channel(NEWS).0, resync_limit }
+    }
+
+    /// Tells of each host that answered a dial from now on.
+    #[must_use]
+    pub fn opened(&self) -> broadcast::Receiver<HostId> {
+        self.opened.subscribe()
+    }
+
+    /// The connection that this host has dialled to another one, if it is live.
+    #[must_use]
+    pub fn live(&self, host: HostId) -> Option<Connection> {
+        match &*self.lock().get(&host)?.outcome.borrow() {
+            Some(Ok(connection)) if connection.is_live() => Some(connection.clone()),
+            _ => None,
+        }
     }
 
     /// What the connections are dialled from.
@@ -37,6 +66,12 @@ impl Peers {
     #[must_use]
     pub fn resync_limit(&self) -> &Limit {
         &self.resync_limit
+    }
+
+    /// Where a host answered last.
+    #[must_use]
+    pub fn answered(&self, host: HostId) -> Option<SocketAddr> {
+        self.lock().get(&host)?.answered
     }
 
     /// The live connection to a host, or a new one. Callers that ask while a dial is under way share its outcome; it
@@ -59,35 +94,49 @@ impl Peers {
     /// Closes the connection to a host that is a peer no longer, and forgets it.
     pub fn disconnect(&self, host: HostId) {
         let dial = self.lock().remove(&host);
-        if let Some(Some(Ok(connection))) = dial.as_ref().map(|dial| dial.borrow().clone()) {
+        if let Some(Some(Ok(connection))) = dial.map(|dial| dial.outcome.borrow().clone()) {
             connection.close(CloseReason::Done, "the host is a peer no longer");
         }
     }
 
     fn dial_of(&self, host: HostId, addresses: &[String]) -> watch::Receiver<Outcome> {
         let mut dials = self.lock();
-        if let Some(dial) = dials.get(&host).filter(|dial| is_of_use(dial)) {
-            return dial.clone();
+        let known = dials.get(&host);
+        if let Some(dial) = known.filter(|dial| dial.is_of_use(addresses)) {
+            return dial.outcome.clone();
         }
+        let answered = known.and_then(|dial| dial.answered);
         let (outcome, dial) = watch::channel(None);
-        let dialling = self.endpoint.dial(addresses, host);
+        let dialling = self.endpoint.dial(addresses, host, answered);
+        let peers = self.clone();
         self.endpoint.handle().spawn(async move {
-            outcome.send_replace(Some(dialling.await.map_err(Arc::new)));
+            let ended = dialling.await.map_err(Arc::new);
+            let opened = ended.as_ref().ok().map(Connection::remote_address);
+            outcome.send_replace(Some(ended));
+            if let Some(address) = opened {
+                if let Some(dial) = peers.lock().get_mut(&host) {
+                    dial.answered = Some(address);
+                }
+                // Nobody may be listening.
+                drop(peers.opened.send(host));
+            }
         });
-        dials.insert(host, dial.clone());
+        dials.insert(host, Dial { addresses: addresses.to_vec(), outcome: dial.clone(), answered });
         dial
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<HostId, watch::Receiver<Outcome>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<HostId, Dial>> {
         self.dials.lock().expect("no holder of the peers' lock panics")
     }
 }
 
-/// Whether a dial is under way or has led to a connection that is still live.
-fn is_of_use(dial: &watch::Receiver<Outcome>) -> bool {
-    match &*dial.borrow() {
-        None => dial.has_changed().is_ok(),
-        Some(Ok(connection)) => connection.is_live(),
-        Some(Err(_)) => false,
+impl Dial {
+    /// Whether it is under way, to these addresses, or has led to a connection that is still live.
+    fn is_of_use(&self, addresses: &[String]) -> bool {
+        match &*self.outcome.borrow() {
+            None => self.addresses == addresses && self.outcome.has_changed().is_ok(),
+            Some(Ok(connection)) => connection.is_live(),
+            Some(Err(_)) => false,
+        }
     }
 }

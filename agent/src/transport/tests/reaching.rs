@@ -38,6 +38,57 @@ async fn a_host_is_reached_over_whichever_address_answers() {
     assert_eq!(connection.peer(), acceptor.id());
 }
 
+/// Two hosts with a bridge for containers have one address in common; the other's token names it, and this host answers.
+#[tokio::test]
+async fn an_address_that_is_ones_own_is_passed_over() {
+    let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
+    let own = address_of(&dialler);
+    let connection = dialler.connect(&[own.clone(), address_of(&acceptor)], acceptor.id()).await.unwrap();
+    assert_eq!(connection.peer(), acceptor.id());
+    let error = dialler.connect(std::slice::from_ref(&own), acceptor.id()).await.unwrap_err();
+    assert!(matches!(error, ConnectError::Unreachable { .. }), "{error:?}");
+    assert!(error.to_string().contains(&format!("{own}: that address is this host's own")), "{error}");
+}
+
+/// The first address of a host that had moved cost each dial its head start, for ever.
+#[tokio::test]
+async fn the_address_that_answered_last_is_tried_first() {
+    let silent = UdpSocket::bind(LOOPBACK).unwrap();
+    let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
+    let (host, there) = (acceptor.id(), acceptor.local_address());
+    let peers = Peers::new(dialler, Limit::default());
+    let mut opened = peers.opened();
+    let addresses = [silent.local_addr().unwrap().to_string(), address_of(&acceptor)];
+    let connection = peers.connection_to(host, &addresses).await.unwrap();
+    assert_eq!(opened.recv().await, Ok(host));
+    assert_eq!((peers.answered(host), peers.live(host).is_some()), (Some(there), true));
+    connection.close(CloseReason::Done, "again");
+    assert_eq!((peers.answered(host), peers.live(host).is_some()), (Some(there), false));
+    let [a, b] = [silent.local_addr().unwrap(), there];
+    for (first, order) in
+        [(None, [a, b]), (Some(a), [a, b]), (Some(b), [b, a]), (Some("192.0.2.1:1".parse().unwrap()), [a, b])]
+    {
+        assert_eq!(dial::in_order(vec![a, b], first), order);
+    }
+}
+
+#[tokio::test]
+async fn a_dial_of_addresses_that_are_not_known_any_more_keeps_nobody_waiting() {
+    let silent = UdpSocket::bind(LOOPBACK).unwrap();
+    let patient = Options { connect_timeout: Duration::from_secs(3600), ..Options::default() };
+    let (dialler, acceptor) = (endpoint(&patient), endpoint(&Options::default()));
+    let peers = Peers::new(dialler, Limit::default());
+    let old = [silent.local_addr().unwrap().to_string()];
+    let mut waiting = std::pin::pin!(peers.connection_to(acceptor.id(), &old));
+    assert!(futures_are_pending(waiting.as_mut()).await);
+    peers.connection_to(acceptor.id(), &[address_of(&acceptor)]).await.unwrap();
+}
+
+/// Polls a future once.
+async fn futures_are_pending<F: Future>(mut future: std::pin::Pin<&mut F>) -> bool {
+    std::future::poll_fn(|context| std::task::Poll::Ready(future.as_mut().poll(context).is_pending())).await
+}
+
 #[tokio::test]
 async fn a_host_that_cannot_be_reached_is_reported_with_each_address() {
     let silent = UdpSocket::bind(LOOPBACK).unwrap();
