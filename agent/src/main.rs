@@ -7,7 +7,7 @@ use blockmirror_agent::control::api::AgentRecord;
 use blockmirror_agent::supervisor::{Folders, Operator, Supervisor};
 use blockmirror_agent::transport::{Endpoint, HostKey, Limit, Options};
 use clap::Parser;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU64;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
@@ -18,6 +18,8 @@ use tokio::signal::unix::{SignalKind, signal};
 const OPENING_TIME: Duration = Duration::from_secs(5);
 /// How long the process waits at its end for calls on other threads.
 const THREADS_TIME: Duration = Duration::from_secs(1);
+/// Both families, on every interface; IPv4 alone where the host has no IPv6.
+const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 7447);
 
 /// Mirrors volumes to other hosts, and serves them to this one.
 #[derive(Parser)]
@@ -32,7 +34,7 @@ struct Arguments {
     /// The folder of sockets
     #[arg(long, value_name = "DIR", default_value = "/run/blockmirror")]
     run: PathBuf,
-    /// Where to listen for peers [default: the configuration's, or 0.0.0.0:7447]
+    /// Where to listen for peers [default: the configuration's, or [::]:7447, which is IPv4 too]
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
     /// The folder of links to loop devices
@@ -66,8 +68,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     let state = arguments.state.canonicalize()?;
     let run = arguments.run.canonicalize()?;
-    let listen =
-        arguments.listen.or(settings.listen).unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 7447)));
+    let listen = arguments.listen.or(settings.listen).unwrap_or(DEFAULT_LISTEN);
     let _claim = blockmirror_agent::process::claim_folder(&state)?;
     blockmirror_agent::busy_poll::allow(settings.busy_poll());
     let key = HostKey::load_or_create(&state)?;
@@ -94,6 +95,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     tokio::spawn(supervisor.clone().keep_members(learned));
     // Hosts that start at the same time ask each other how they stand.
     tokio::spawn(supervisor.clone().accept_connections());
+    tokio::spawn(supervisor.clone().keep_in_touch());
     let operations = std::sync::Arc::new(Operator(supervisor.clone()));
     let serve = async {
         if tokio::time::timeout(OPENING_TIME, opening).await.is_err() {

@@ -276,18 +276,19 @@ fn a_replica_learns_the_promises_that_it_would_keep_as_the_primary() {
     let mut config = VolumeConfig { role: Role::Replica, ..example() };
     config.peers.clear();
     let told = |own, third| [member("a", 1, Mode::Async), member("b", 2, own), member("c", 3, third)];
+    let own = Name::nearest("b");
     let known = |config: &VolumeConfig| -> Vec<_> {
         config.peers.iter().map(|peer| (peer.name.to_string(), peer.role, peer.mode)).collect()
     };
-    config.learn(&told(Mode::Sync, Mode::SemiSync), HostId([2; 32]));
+    config.learn(&told(Mode::Sync, Mode::SemiSync), HostId([2; 32]), &own);
     let expected =
         [("a".to_owned(), Role::Primary, Mode::Sync), ("c".to_owned(), Role::Replica, Mode::SemiSync)];
     assert_eq!(known(&config), expected);
-    config.learn(&told(Mode::Async, Mode::Sync), HostId([2; 32]));
+    config.learn(&told(Mode::Async, Mode::Sync), HostId([2; 32]), &own);
     assert_eq!(config.peers.iter().map(|peer| peer.mode).collect::<Vec<_>>(), [Mode::Async, Mode::Sync]);
     // A primary goes by its own word.
     config.set_roles(Role::Primary, None);
-    config.learn(&told(Mode::Sync, Mode::Async), HostId([2; 32]));
+    config.learn(&told(Mode::Sync, Mode::Async), HostId([2; 32]), &own);
     assert_eq!(config.peers.iter().map(|peer| peer.mode).collect::<Vec<_>>(), [Mode::Async, Mode::Sync]);
 }
 
@@ -295,9 +296,10 @@ fn a_replica_learns_the_promises_that_it_would_keep_as_the_primary() {
 fn addresses_that_lead_nowhere_take_no_others_place() {
     let mut config = VolumeConfig { role: Role::Replica, ..example() };
     config.peers.clear();
+    let own = Name::nearest("b");
     let mut tells = |addresses: &[&str]| {
         let addresses = addresses.iter().map(|&address| address.to_owned()).collect();
-        config.learn(&[Member { addresses, ..member("a", 1, Mode::Async) }], HostId([2; 32]));
+        config.learn(&[Member { addresses, ..member("a", 1, Mode::Async) }], HostId([2; 32]), &own);
         config.peers[0].addresses.iter().map(|address| address.as_str().to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(tells(&["127.0.0.1:1"]), ["127.0.0.1:1"]);
@@ -307,6 +309,44 @@ fn addresses_that_lead_nowhere_take_no_others_place() {
         assert_eq!(tells(nowhere), ["192.0.2.1:3"], "{nowhere:?}");
     }
     assert_eq!(tells(&["127.0.0.1:2", "192.0.2.2:4"]), ["127.0.0.1:2", "192.0.2.2:4"]);
+}
+
+/// A replica that had moved told another one so; the primary, which had not heard yet, made it forget.
+#[test]
+fn what_a_host_says_of_itself_counts_more_than_what_the_primary_says_of_it() {
+    let mut config = VolumeConfig { role: Role::Replica, ..example() };
+    config.peers.clear();
+    let own = Name::nearest("b");
+    let at = |name: &str, key, address: &str| Member {
+        addresses: vec![address.to_owned()],
+        ..member(name, key, Mode::Async)
+    };
+    let known = |config: &VolumeConfig, key| {
+        let peer = config.peers.iter().find(|peer| peer.host == HostId([key; 32])).unwrap();
+        let addresses: Vec<_> = peer.addresses.iter().map(|address| address.as_str().to_owned()).collect();
+        (peer.name.to_string(), addresses.join(" "))
+    };
+    let said = |name: &str, addresses: &str| (name.to_owned(), addresses.to_owned());
+    let told = [at("a", 1, "192.0.2.1:1"), at("b", 2, "192.0.2.2:1"), at("c", 3, "192.0.2.3:1")];
+    config.learn(&told, HostId([2; 32]), &own);
+    let moved = vec!["192.0.2.33:1".parse().unwrap()];
+    assert_eq!(config.meet(HostId([3; 32]), "cc", moved.clone(), &own), Some(Name::nearest("cc")));
+    assert_eq!(config.meet(HostId([3; 32]), "cc", moved.clone(), &own), None, "that is no news");
+    assert_eq!(known(&config, 3), said("cc", "192.0.2.33:1"));
+    config.learn(&told, HostId([2; 32]), &own);
+    assert_eq!(known(&config, 3), said("cc", "192.0.2.3:1 192.0.2.33:1"), "either may be right");
+    config.meet(HostId([3; 32]), "cc", moved, &own);
+    assert_eq!(known(&config, 3), said("cc", "192.0.2.33:1"), "the old one is forgotten");
+    // The primary speaks for itself.
+    config.learn(&[at("aa", 1, "192.0.2.11:1")], HostId([2; 32]), &own);
+    assert_eq!(known(&config, 1), said("aa", "192.0.2.11:1"));
+    // Nobody has the name of another one, or of this host.
+    for (name, known_by) in [("aa", "aa-2"), ("b", "b-2"), ("C", "c")] {
+        config.meet(HostId([3; 32]), name, Vec::new(), &own);
+        assert_eq!(known(&config, 3), said(known_by, "192.0.2.33:1"));
+        config.check().unwrap();
+    }
+    assert_eq!(config.meet(HostId([9; 32]), "x", Vec::new(), &own), None, "that is no member");
 }
 
 #[test]

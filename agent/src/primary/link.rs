@@ -76,7 +76,7 @@ pub enum Split {
 /// A replica and how it is reached.
 pub struct Peer {
     host: HostId,
-    name: Name,
+    name: RefCell<Name>,
     addresses: RefCell<Vec<String>>,
     members: RefCell<Vec<Member>>,
     state: RefCell<LinkState>,
@@ -136,7 +136,7 @@ impl Peer {
     pub fn new(config: &PeerConfig, superseded: impl Fn(Fence) + 'static) -> Rc<Self> {
         Rc::new(Self {
             host: config.host,
-            name: config.name.clone(),
+            name: RefCell::new(config.name.clone()),
             addresses: RefCell::new(addresses_of(config)),
             members: RefCell::default(),
             state: RefCell::new(LinkState { paused: config.paused, ..LinkState::default() }),
@@ -178,6 +178,7 @@ impl Peer {
     /// replica is reached elsewhere.
     pub fn configure(&self, config: &PeerConfig) {
         *self.addresses.borrow_mut() = addresses_of(config);
+        self.name.borrow_mut().clone_from(&config.name);
         if self.mode.replace(config.mode) != config.mode {
             self.restart.set(true);
             self.parts.set(true);
@@ -251,10 +252,11 @@ impl Peer {
 
     /// Says once what is wrong; the same again is not news.
     fn note(&self, error: &LinkError, own: Fence) {
-        let text = crate::words::with_name(error, self.host, &self.name);
+        let name = self.name.borrow();
+        let text = crate::words::with_name(error, self.host, &name);
         let mut state = self.state.borrow_mut();
         if state.error.as_ref() != Some(&text) {
-            tracing::warn!(peer = %self.name, "{text}");
+            tracing::warn!(peer = %name, "{text}");
         }
         state.error = Some(text);
         let LinkError::Peer(error) = error else { return };

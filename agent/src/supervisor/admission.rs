@@ -1,7 +1,8 @@
 //! Who is let in: invitations, and what their bearers may do.
 
+use super::addresses::is_local;
 use super::{Supervisor, failed, refused};
-use crate::config::{Address, Mode, Name, Role, VolumeConfig};
+use crate::config::{ADDRESSES, Address, Mode, Name, Role, VolumeConfig};
 use crate::control::api::{Failure, INVITATION_SCHEMA, Invitation, InviteRequest};
 use crate::invitations::{InvitationError, Invitations};
 use crate::quantity::unix_seconds;
@@ -15,9 +16,8 @@ use std::net::SocketAddr;
 
 /// How many replicas a volume has at most.
 const PEERS: usize = 32;
-/// How long a host's name is at most, how many addresses it has, and how long each is.
+/// How long a host's name is at most, and each of its addresses.
 const NAME_BYTES: usize = 63;
-const ADDRESSES: usize = 16;
 const ADDRESS_BYTES: usize = 260;
 
 impl Supervisor {
@@ -60,7 +60,7 @@ impl Supervisor {
             let text = "only the primary takes replicas in; use a token that it made".to_owned();
             return Err(Refused { refusal: Refusal::Role, text });
         }
-        if !is_sound(&join) || config.peers.len() >= PEERS {
+        if !is_sound(&join.name, &join.listen) || config.peers.len() >= PEERS {
             return Err(other(
                 "the new host's name or addresses are too long, or there are too many hosts".to_owned(),
             ));
@@ -161,22 +161,29 @@ impl Supervisor {
     }
 }
 
-/// Whether a new host's words fit into the messages in which others are told of it.
-fn is_sound(join: &Join) -> bool {
-    join.name.len() <= NAME_BYTES
-        && join.listen.len() <= ADDRESSES
-        && join.listen.iter().all(|address| address.len() <= ADDRESS_BYTES)
+/// Whether a host's words fit into the messages in which others are told of it.
+pub(super) fn is_sound(name: &str, listen: &[String]) -> bool {
+    name.len() <= NAME_BYTES
+        && listen.len() <= ADDRESSES
+        && listen.iter().all(|address| address.len() <= ADDRESS_BYTES)
 }
 
-/// What a host says of where it listens, with the address that it is seen at in place of an unspecified one.
-fn seen_addresses(listen: &[String], seen: SocketAddr) -> Vec<String> {
-    let as_seen = |address: &String| match address.parse::<SocketAddr>() {
-        Ok(address) if address.ip().is_unspecified() => {
-            SocketAddr::new(seen.ip(), address.port()).to_string()
+/// What a host says of where it listens, with the address that it is seen at in place of an unspecified one. A link-local
+/// one means nothing without the link.
+pub(super) fn seen_addresses(listen: &[String], seen: SocketAddr) -> Vec<String> {
+    let mut addresses: Vec<String> = Vec::new();
+    for address in listen {
+        let address = match address.parse::<SocketAddr>() {
+            Ok(told) if !told.ip().is_unspecified() => address.clone(),
+            Ok(_) if is_local(seen.ip()) && listen.len() > 1 => continue,
+            Ok(told) => SocketAddr::new(seen.ip(), told.port()).to_string(),
+            Err(_) => address.clone(),
+        };
+        if !addresses.contains(&address) {
+            addresses.push(address);
         }
-        _ => address.clone(),
-    };
-    listen.iter().map(as_seen).collect()
+    }
+    addresses
 }
 
 pub(super) fn unknown_volume() -> Refused {
@@ -197,5 +204,17 @@ mod tests {
         let listen = ["0.0.0.0:7447".to_owned(), "[::]:7448".to_owned(), "b.example:7447".to_owned()];
         let told = seen_addresses(&listen, seen);
         assert_eq!(told, ["192.0.2.7:7447", "192.0.2.7:7448", "b.example:7447"]);
+        let listen = ["192.0.2.7:7447".to_owned(), "[fd00::7]:7447".to_owned(), "[::]:7447".to_owned()];
+        for (seen, told) in [
+            ("192.0.2.7:40000", &listen[..2]),
+            (
+                "198.51.100.1:40000",
+                &["192.0.2.7:7447", "[fd00::7]:7447", "198.51.100.1:7447"].map(str::to_owned),
+            ),
+            ("[fe80::1%3]:40000", &listen[..2]),
+            ("127.0.0.1:40000", &listen[..2]),
+        ] {
+            assert_eq!(seen_addresses(&listen, seen.parse().unwrap()), told, "{seen}");
+        }
     }
 }

@@ -111,6 +111,11 @@ impl Supervisor {
                 Ok(standing) => return sender.end_with(standing, Some(receiver)),
                 Err(no) => Err((no, sender)),
             },
+            Ok(Ok(Message::Whereabouts(told))) => match self.hear(told, &connection).await {
+                Ok(own) => return sender.end_with(own, Some(receiver)),
+                // Whoever joins is not known for a moment, and asks again.
+                Err(no) => return refuse(sender, no.refusal, no.text),
+            },
             Ok(Ok(Message::TakeOver(wish))) => self.take_over(wish, &connection, sender).await,
             Ok(Ok(_)) => {
                 return connection.close(CloseReason::Misbehaved, "a stream began with the wrong message");
@@ -254,7 +259,7 @@ fn is_member(config: &VolumeConfig, host: HostId) -> bool {
     config.peers.iter().any(|peer| peer.host == host)
 }
 
-fn unknown_key(host: HostId) -> Refused {
+pub(super) fn unknown_key(host: HostId) -> Refused {
     let text = format!("the host with the key {host} is none of this volume's");
     Refused { refusal: Refusal::UnknownKey, text }
 }

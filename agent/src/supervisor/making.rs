@@ -264,14 +264,6 @@ impl Supervisor {
         }
     }
 
-    /// Where this host listens: what the configuration says, or the address with which the primary sees it.
-    fn told_addresses(&self) -> Vec<String> {
-        if self.advertised.is_empty() {
-            return vec![self.endpoint.local_address().to_string()];
-        }
-        self.advertised.iter().map(|address| address.as_str().to_owned()).collect()
-    }
-
     fn replica_config(&self, request: &JoinRequest, name: &Name, joined: &Joined) -> VolumeConfig {
         let mut config = VolumeConfig::new(
             name.clone(),

@@ -7,12 +7,13 @@ mod addresses;
 mod admission;
 mod incoming;
 mod making;
+mod meeting;
 mod operations;
 
 use crate::config::{Address, ConfigFolder, Mistake, Mode, Name, PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
 use crate::quantity::Seconds;
-use crate::transport::{Endpoint, Limit, Peers};
+use crate::transport::{Endpoint, Limit, Peers, key};
 use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
 use crate::words::with_causes;
 use blockmirror_protocol::units::{HostId, VolumeId};
@@ -64,6 +65,8 @@ pub struct Supervisor {
     learned: UnboundedSender<News>,
     /// Places for connections of unknown keys.
     strangers: Arc<Semaphore>,
+    /// Drawn at the start: tells this agent from another one with the same key.
+    instance: [u8; 16],
     /// Volumes come to be one at a time: two attempts at one name must not undo each other.
     making: Mutex<()>,
 }
@@ -96,6 +99,7 @@ impl Supervisor {
             admitted: Mutex::default(),
             learned,
             strangers: Arc::new(Semaphore::new(STRANGERS)),
+            instance: key::random(),
             making: Mutex::default(),
         });
         (supervisor, source)
@@ -201,6 +205,17 @@ impl Supervisor {
         }
     }
 
+    /// Where this host listens, as it tells others: what the configuration says, or the addresses of its interfaces and the
+    /// one with which it is seen.
+    fn told_addresses(&self) -> Vec<String> {
+        let mut told: Vec<String> = self.own_addresses().into_iter().map(String::from).collect();
+        let listen = self.endpoint.local_address();
+        if self.advertised.is_empty() && listen.ip().is_unspecified() {
+            told.push(listen.to_string());
+        }
+        told
+    }
+
     fn own_addresses(&self) -> Vec<Address> {
         if self.advertised.is_empty() {
             return addresses::reachable(self.endpoint.local_address());
@@ -267,7 +282,7 @@ impl Supervisor {
         let own = self.endpoint.id();
         self.change_config(name, |config| match learned {
             Learned::Roles(role, primary) => config.set_roles(role, primary),
-            Learned::Members(members) => config.learn(&members, own),
+            Learned::Members(members) => config.learn(&members, own, &self.name),
         })
         .await
     }

@@ -84,6 +84,12 @@ impl Connection {
         SocketAddr::new(address.ip().to_canonical(), address.port())
     }
 
+    /// A number that tells this connection from this endpoint's others.
+    #[must_use]
+    pub fn number(&self) -> usize {
+        self.quic.stable_id()
+    }
+
     /// Whether the connection is not lost or closed yet, as far as is known here.
     #[must_use]
     pub fn is_live(&self) -> bool {

@@ -146,11 +146,6 @@ impl Volume {
                  on a replica: blockmirror promote {volume}"
             )));
         }
-        if let Err(text) = self.must_answer(ANSWER_TIME).await {
-            return Err(refused(format!(
-                "{text}, so nothing can be handed over in order; on a replica: blockmirror promote {volume}"
-            )));
-        }
         Ok(())
     }
 
@@ -158,6 +153,12 @@ impl Volume {
     /// as udev does with each device that was closed after a write, is waited for; whoever stays is named at once.
     async fn vacate(&mut self, since: Instant) -> Result<(), NotNow> {
         self.demotable().map_err(NotNow::Refused)?;
+        if let Err(text) = self.must_answer(ANSWER_TIME).await {
+            let volume = self.name();
+            return Err(NotNow::Refused(refused(format!(
+                "{text}, so nothing can be handed over in order; on a replica: blockmirror promote {volume}"
+            ))));
+        }
         let mut users = self.devices.users().await;
         if users.staying.is_empty() && users.passing.is_empty() {
             self.devices.hold(users.claim.take());

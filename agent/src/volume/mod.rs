@@ -116,6 +116,8 @@ pub enum Ask {
     AddPeer(PeerConfig, oneshot::Sender<Result<(), String>>),
     /// The configuration changed: peers were paused or resumed, or have other addresses or modes.
     Configure(Box<VolumeConfig>),
+    /// Others reach this host at these addresses now.
+    Moved(Vec<String>),
     /// Compare with a peer.
     Compare(HostId, oneshot::Sender<Option<CompareResult>>),
     /// Make this replica the primary; whether also where something may be lost.
@@ -313,6 +315,8 @@ struct Volume {
     troubles: Rc<Troubles>,
     role: OpenRole,
     devices: Devices,
+    /// Where others reach this host.
+    addresses: RefCell<Vec<String>>,
     /// Who keeps a superseded primary's devices open, as last seen, in words.
     openers: Vec<String>,
     /// Hosts that were demoted for this one while it changed its role, and since when they wait.
@@ -340,6 +344,7 @@ impl Volume {
         let (events, source) = unbounded_channel();
         let mut volume = Self {
             config: RefCell::new(config),
+            addresses: RefCell::new(surroundings.own.addresses.clone()),
             surroundings: Rc::new(surroundings),
             storage_kind: String::new(),
             pool: BufferPool::new(POOL_BYTES),
@@ -387,7 +392,17 @@ impl Volume {
 
     /// Every host of the volume, this primary first.
     fn members(&self) -> Vec<Member> {
-        std::iter::once(self.surroundings.own.clone()).chain(self.config.borrow().members()).collect()
+        let own = Member { addresses: self.addresses.borrow().clone(), ..self.surroundings.own.clone() };
+        std::iter::once(own).chain(self.config.borrow().members()).collect()
+    }
+
+    /// This host is reached elsewhere than before.
+    fn tell_addresses(&self, addresses: Vec<String>) {
+        *self.addresses.borrow_mut() = addresses;
+        if let OpenRole::Primary(primary, links) = &self.role {
+            self.introduce(links);
+            primary.tell_members(self.members());
+        }
     }
 
     /// Answers asks until it is told to stop; gives whom to tell that it did.
@@ -422,6 +437,7 @@ impl Volume {
             Ask::Read(first, sender, receiver) => self.read_for_recovery(first, sender, receiver),
             Ask::AddPeer(peer, answer) => drop(answer.send(self.add_peer(peer).await)),
             Ask::Configure(config) => self.configure(*config),
+            Ask::Moved(addresses) => self.tell_addresses(addresses),
             Ask::Compare(host, answer) => self.compare(host, answer),
             Ask::Promote(force, answer) => self.promote(force, answer),
             Ask::Demote(answer) => self.demote(answer, Instant::now()).await,

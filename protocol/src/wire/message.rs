@@ -529,6 +529,18 @@ pub struct WholeDigest {
     pub digest: Option<[u8; 32]>,
 }
 
+/// A host tells another one who and where it is: on each connection that it dials to a host of one of its volumes, and again
+/// when that changes. Answered by the same of the other.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Whereabouts {
+    /// The name that it goes by.
+    pub name: String,
+    /// Where its agent listens; an unspecified address stands for the one that the connection comes from.
+    pub listen: Vec<String>,
+    /// Drawn when its agent started. Two agents that use one key have two.
+    pub instance: [u8; 16],
+}
+
 macro_rules! messages {
     ($($tag:literal => $name:ident),* $(,)?) => {
         /// Any control message.
@@ -614,6 +626,7 @@ messages! {
     31 => Parted,
     32 => Alone,
     33 => AskMark,
+    75 => Whereabouts,
 }
 
 /// The length of a message from its length field.
@@ -658,7 +671,8 @@ mod tests {
         };
         let refused = Refused { refusal: Refusal::Busy, text: "no".into() };
         let digest = CopyDigest { session: Session(6), number: 7, digest: [0xab; 32] };
-        let rows: [(Message, &str); 9] = [
+        let whereabouts = Whereabouts { name: "b".into(), listen: vec!["h:1".into()], instance: [0xcd; 16] };
+        let rows: [(Message, &str); 10] = [
             (
                 acknowledgement.into(),
                 "520000000900010000000000000003020000000000000400000000000000\
@@ -688,6 +702,11 @@ mod tests {
                 digest.into(),
                 "320000001b0006000000000000000700000000000000abababababababab\
                  abababababababababababababababababababababababab",
+            ),
+            (
+                whereabouts.into(),
+                "2e0000004b00010000000000000062010000000000000003000000000000\
+                 00683a31cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd",
             ),
         ];
         for (message, bytes) in rows {

@@ -1,6 +1,7 @@
 //! A host: the agent as a process with folders of its own, and the operator's tool.
 
 use super::folder::Folder;
+use super::network::Network;
 use super::patience::until;
 use super::programs::{own, text};
 use super::relay::Relay;
@@ -16,6 +17,8 @@ pub struct Host {
     name: String,
     folder: PathBuf,
     relay: Relay,
+    /// The network that it is in, if it is not the machine's own.
+    namespace: Option<String>,
     agent: Option<Child>,
 }
 
@@ -69,12 +72,39 @@ impl Host {
     /// When its folders can't be made.
     #[must_use]
     pub fn prepare(folder: &Folder, name: &str) -> Self {
-        let relay = Relay::new();
         let folder = folder.join(name);
         fs::create_dir_all(folder.join("config")).expect("a folder");
-        let settings = format!("name = \"{name}\"\nadvertise = [\"{}\"]\n", relay.address());
-        fs::write(folder.join("config/agent.toml"), settings).expect("a file");
-        Self { name: name.to_owned(), folder, relay, agent: None }
+        let mut host =
+            Self { name: name.to_owned(), folder, relay: Relay::new(), namespace: None, agent: None };
+        host.settle(name);
+        host
+    }
+
+    /// A host of a network, whose agent was not started yet and has nothing but its name in its configuration: it
+    /// listens where agents do, and tells the addresses that it has.
+    ///
+    /// # Panics
+    /// When its folders can't be made.
+    #[must_use]
+    pub fn within(network: &Network, folder: &Folder, name: &str) -> Self {
+        let mut host = Self::prepare(folder, name);
+        host.namespace = Some(network.path(name));
+        host.set(&format!("name = \"{name}\"\n"));
+        host
+    }
+
+    /// Moves the host to an address that nobody knows yet, and gives it another name, from the agent's next start on.
+    ///
+    /// # Panics
+    /// When that can't be written.
+    pub fn settle(&mut self, name: &str) {
+        name.clone_into(&mut self.name);
+        self.relay = Relay::new();
+        self.set(&format!("name = \"{name}\"\nadvertise = [\"{}\"]\n", self.relay.address()));
+    }
+
+    fn set(&self, settings: &str) {
+        fs::write(self.folder.join("config/agent.toml"), settings).expect("a file");
     }
 
     /// What peers call it.
@@ -143,11 +173,22 @@ impl Host {
     pub fn start(&mut self) {
         assert!(self.agent.is_none(), "one agent at a time");
         let log = File::options().create(true).append(true).open(self.path("log")).expect("a log");
-        let mut command = Command::new(own("blockmirror-agent"));
+        let mut command = match &self.namespace {
+            Some(path) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={path}")).arg("--").arg(own("blockmirror-agent"));
+                command
+            }
+            None => {
+                let mut command = Command::new(own("blockmirror-agent"));
+                command.args(["--listen", "127.0.0.1:0"]);
+                command
+            }
+        };
         for folder in ["config", "state", "run", "devices"] {
             command.arg(format!("--{folder}")).arg(self.path(folder));
         }
-        command.args(["--listen", "127.0.0.1:0"]).stdin(Stdio::null());
+        command.stdin(Stdio::null());
         command.stdout(log.try_clone().expect("a descriptor")).stderr(log);
         self.agent = Some(command.spawn().expect("the agent starts"));
         let what = format!("the agent of {} answers", self.name);

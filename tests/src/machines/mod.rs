@@ -16,6 +16,7 @@ pub mod hanging;
 pub mod host;
 pub mod mirror;
 pub mod nbd;
+pub mod network;
 pub mod patience;
 pub mod programs;
 pub mod relay;
