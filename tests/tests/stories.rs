@@ -615,3 +615,60 @@ mod planted {
         breaks(Bug::OverwriteUnsaved, super::a_replica_promoted_amid_a_resync_is_what_it_was_before);
     }
 }
+
+/// How much was copied and compared since the hosts of a link last met.
+fn handled(world: &World, link: LinkId) -> u64 {
+    world.links[link].copied_bytes + world.links[link].compared_bytes
+}
+
+/// Writes here and there, until everybody has all of it and the primary knows.
+fn write_here_and_there(world: &mut World, primary: usize) {
+    for place in 0..8 {
+        world.ask(primary, write(place * 5 * MEBIBYTE, 8192));
+        world.pass(20);
+    }
+    world.ask(primary, Work::Flush);
+    world.wait_until("all have all of it", |world| {
+        let others = (0..world.hosts.len()).filter(|host| *host != primary);
+        let mut links = others.map(|host| LinkId::new(primary, host));
+        links.all(|link| world.is_in_sync(link) && world.report(link).lag_bytes == 0)
+    });
+    // Until the replicas have heard so.
+    world.pass(1000);
+}
+
+/// A replica that was away while nothing was written was said to differ in all that its activity log still named, and so
+/// was everybody after a switch in order: megabytes were compared, and the replicas were "not usable" meanwhile (D5).
+#[test]
+fn nothing_is_copied_or_compared_where_nothing_was_written() {
+    for count in [2, 3] {
+        for mut world in in_sync(&hosts(count)) {
+            let assert_unhandled = |world: &World, primary: usize, what: &str| {
+                for host in (0..count).filter(|host| *host != primary) {
+                    assert_eq!(handled(world, LinkId::new(primary, host)), 0, "{what}, {count} hosts");
+                }
+            };
+            write_here_and_there(&mut world, PRIMARY);
+            for host in 1..count {
+                let link = LinkId::new(PRIMARY, host);
+                world.cut(link);
+                world.wait_until("the link is lost", |world| !world.is_in_sync(link));
+                world.wait_until("it follows again", |world| world.is_in_sync(link));
+            }
+            assert_unhandled(&world, PRIMARY, "links were cut");
+            write_here_and_there(&mut world, PRIMARY);
+            world.switch(PRIMARY, REPLICA);
+            world.settle();
+            assert_unhandled(&world, REPLICA, "the roles were switched");
+            write_here_and_there(&mut world, REPLICA);
+            world.step_aside(REPLICA, None);
+            world.wait_until("nobody is primary", |world| {
+                world.primaries().is_empty() && world.hosts[REPLICA].is_up()
+            });
+            world.take_over(REPLICA);
+            world.settle();
+            assert_unhandled(&world, REPLICA, "a primary was demoted and promoted");
+            world.finish();
+        }
+    }
+}

@@ -65,7 +65,9 @@ impl Log {
         if self.is_unsure {
             return vec![ByteRange::new(0, size_bytes)];
         }
-        let extents: BTreeSet<Extent> = self.inherited.iter().copied().chain(self.set.extents()).collect();
+        // An extent whose writes everybody has stays in the log until it is idle, and differs nowhere.
+        let lacked = self.set.unsafe_extents(self.safe());
+        let extents: BTreeSet<Extent> = self.inherited.iter().copied().chain(lacked).collect();
         extents
             .into_iter()
             .map(|extent| u64::from(extent.0) * EXTENT_BYTES)
@@ -110,9 +112,20 @@ impl Replica {
     /// Everything up to this epoch is durable wherever it may be missed.
     pub(super) fn agreed(&mut self, epoch: Epoch) {
         self.log.agreed = self.log.agreed.max(epoch);
+        if self.superblock.released {
+            return self.tidy_log();
+        }
         let safe = self.log.safe();
         self.log.set.let_idle_go(self.log.clock, safe);
         self.log.clock = self.log.set.clock();
+        self.go_on();
+    }
+
+    /// The primary was demoted, and nothing more comes from it: what everybody has is to be in the log of whoever is
+    /// promoted no longer, or that one would take it for different on everybody.
+    pub(super) fn tidy_log(&mut self) {
+        let safe = self.log.safe();
+        self.log.set.let_idle_go(u64::MAX, safe);
         self.go_on();
     }
 

@@ -49,10 +49,8 @@ impl Replica {
                     (link.generation, link.generation_came) = (generation, true);
                 }
             }
-            StateChange::Follow(_)
-            | StateChange::Behind
-            | StateChange::Begin { .. }
-            | StateChange::Release => {}
+            StateChange::Release => self.tidy_log(),
+            StateChange::Follow(_) | StateChange::Behind | StateChange::Begin { .. } => {}
         }
         if let Some((answer, session)) = answer
             && self.link.as_ref().is_some_and(|link| link.session == session)

@@ -64,11 +64,12 @@ impl Session {
         matches!(&self.state, State::Linked(link) if link.phase.follows())
     }
 
-    /// Whether the replica is to be told that this epoch, with that last write, is agreed (D5). It must have all of it
-    /// itself: with its commit it took extents over that others need not keep any more.
+    /// Whether the replica is to be told that this epoch, with that last write, is agreed (D5), for the first or the second
+    /// time. It must have all of it itself: with its commit it took extents over that others need not keep any more.
     pub(crate) fn awaits(&self, (epoch, last): (Epoch, Sequence)) -> bool {
         let State::Linked(link) = &self.state else { return false };
-        link.phase == Phase::InSync && link.agreed < epoch && self.has_durably(last)
+        let is_news = link.agreed < epoch || link.agreed == epoch && !link.agreed_twice;
+        link.phase == Phase::InSync && is_news && self.has_durably(last)
     }
 
     /// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
@@ -76,6 +77,7 @@ impl Session {
         if self.awaits(agreed)
             && let State::Linked(link) = &mut self.state
         {
+            link.agreed_twice = link.agreed == agreed.0;
             link.agreed = agreed.0;
             self.actions.push_back(Action::Send(Agreed { session: link.session, epoch: agreed.0 }.into()));
         }

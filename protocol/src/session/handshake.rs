@@ -208,6 +208,7 @@ impl Session {
             tail_since: None,
             copy: welcome.copy,
             agreed: Epoch(0),
+            agreed_twice: true,
             released: None,
             is_told_alone: false,
         }));

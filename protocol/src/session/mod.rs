@@ -194,6 +194,8 @@ struct Link {
     copy: crate::units::CopyId,
     /// The newest epoch that the replica was told to be durable everywhere (D5).
     agreed: Epoch,
+    /// Whether it was told so twice: the second time, it lets extents go that were idle since the first.
+    agreed_twice: bool,
     /// How far a release is: asked for, recorded by the replica.
     released: Option<bool>,
     /// Whether the replica was told that it is passed over from now on.

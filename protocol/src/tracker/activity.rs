@@ -175,6 +175,14 @@ impl ActiveSet {
         self.extents.keys().copied()
     }
 
+    /// The extents in the set with writes that are not safe.
+    pub(crate) fn unsafe_extents(&self, safe: Sequence) -> impl Iterator<Item = Extent> + '_ {
+        self.extents
+            .iter()
+            .filter(move |(_, entry)| entry.claims > 0 || entry.last > safe)
+            .map(|(extent, _)| *extent)
+    }
+
     /// How many extents are in the set.
     pub(crate) fn len(&self) -> usize {
         self.extents.len()

@@ -34,7 +34,8 @@ impl Tracker {
         }
         self.note_left();
         self.advance_agreed();
-        if self.agreement_timeout().is_some_and(|due| now >= due) {
+        // Before the end there is no time to lose: a replica that is promoted takes what its log says for different.
+        if self.agreement_timeout().is_some_and(|due| self.closing || now >= due) {
             self.agreement.told_at = now;
             let agreed = self.told();
             self.sessions.values_mut().for_each(|session| session.tell_agreed(agreed));
