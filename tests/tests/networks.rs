@@ -1,6 +1,8 @@
 //! How hosts find each other: addresses and names that change, both families.
 
-use blockmirror_agent::control::api::{PeerStatus, VolumeState};
+use blockmirror_agent::control::api::{Connection, PeerStatus, VolumeState};
+use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::machines::content::noise;
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
@@ -112,4 +114,81 @@ fn a_replica_whose_address_changes_while_it_runs_goes_on_following() {
     network.give("a", "10.77.0.10/24");
     wait_until_known(mirror.replica(), &fingerprint, "a", &["10.77.0.10:7447"]);
     mirror.assert_identical();
+}
+
+/// Neither side of a pause was told by the other: one took it for a loss, and what was resumed was resynced.
+#[test]
+fn a_pause_is_told_to_the_other_side_and_replicas_are_shown_as_reachable() {
+    let mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let state = |host: &Host, name: &str| {
+        let peers = host.status().facts.peers;
+        let peer = peers.into_iter().find(|peer| peer.name.as_str() == name).expect("it is a peer");
+        (peer.connection, peer.paused_there)
+    };
+    b.wait_until("the other replica is reachable", |status| {
+        status.facts.peers.iter().any(|peer| peer.connection == Connection::Reachable)
+    });
+    for (here, there, name) in [(a, b, "b"), (b, a, "a")] {
+        here.succeed(&["pause", "data", name]);
+        there.wait_until("it knows that it is paused", |status| {
+            status
+                .facts
+                .peers
+                .iter()
+                .any(|peer| (peer.connection, peer.paused_there) == (Connection::Paused, true))
+        });
+        assert!(there.status().action.contains(&format!("on {}: blockmirror resume data", here.name())));
+        assert_eq!(state(here, name), (Connection::Paused, false));
+        here.succeed(&["resume", "data", name]);
+        mirror.wait_until_in_sync();
+    }
+}
+
+/// Both hosts moved at once, so that neither knows where the other is.
+#[test]
+fn a_host_that_nobody_finds_is_found_where_the_operator_says_while_all_runs() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.primary.stop();
+    mirror.replica_mut().stop();
+    mirror.primary.settle("a");
+    mirror.replica_mut().settle("b");
+    mirror.primary.start();
+    mirror.replica_mut().start();
+    let address = mirror.replica().link().address().to_string();
+    mirror.wait_until_lost("b");
+    mirror.primary.succeed(&["set-address", "data", "b", &address]);
+    mirror.assert_identical();
+    let path = mirror.peer("b").path.expect("the path is shown");
+    assert_eq!((path.address.as_str(), path.black_holes), (address.as_str(), 0));
+}
+
+/// The data path went on when a path's MTU shrank and nobody said so, and is to; status shows that it did.
+#[test]
+fn a_resync_goes_on_over_a_path_that_shrinks_and_status_says_so() {
+    require!("root", "ip", "nsenter");
+    let network = Network::new(&["a", "b"]);
+    network.give("a", "10.77.0.1/24");
+    network.give("b", "10.77.0.2/24");
+    let mut mirror = mirror_within(&network);
+    mirror.wait_for_peer("b", "the path's MTU is found", |peer| {
+        peer.path.as_ref().is_some_and(|path| path.packet_bytes > 1400)
+    });
+    let mut random = Random::new(1);
+    mirror.primary.succeed(&["pause", "data", "b"]);
+    for offset in (0..16 * MIB).step_by(MIB as usize) {
+        mirror.client().write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    mirror.primary.succeed(&["tune", "data", "b", "--resync-limit", "2M"]);
+    mirror.primary.succeed(&["resume", "data", "b"]);
+    mirror.wait_for_peer("b", "some of it is copied", |peer| {
+        peer.resync.as_ref().is_some_and(|resync| (1..resync.total_bytes).contains(&resync.done_bytes))
+    });
+    network.at_hub("link set to-b mtu 1300");
+    mirror.wait_for_peer("b", "the hole is noticed", |peer| {
+        peer.path.as_ref().is_some_and(|path| path.black_holes > 0 && path.packet_bytes < 1300)
+    });
+    mirror.primary.succeed(&["tune", "data", "b", "--resync-limit", "none"]);
+    mirror.assert_identical();
+    mirror.replicas.clear();
 }

@@ -166,8 +166,8 @@ fn a_stopped_agent_and_unknown_names_have_exit_codes_of_their_own() {
         &["no volume \"nothing\" on this host; blockmirror status lists them"],
     );
     host.refuse(&["wait", "nothing", "--for", "in-sync"], 4, &["no volume \"nothing\""]);
-    host.refuse(&["pause", "data", "nobody"], 5, &["no peer \"nobody\" of data"]);
-    host.refuse(&["compare", "data", "nobody"], 5, &["no peer \"nobody\" of data"]);
+    host.refuse(&["pause", "data", "nobody"], 4, &["no peer \"nobody\" of data"]);
+    host.refuse(&["compare", "data", "nobody"], 4, &["no peer \"nobody\" of data"]);
     host.refuse(
         &["wait", "data", "--for", "in-sync", "--timeout", "1s"],
         6,

@@ -99,7 +99,7 @@ fn the_loser_of_a_split_brain_is_measured_and_brought_back_by_map() {
     b.refuse(&["resolve", "data", "--keep", "b"], 5, &["on a: blockmirror resolve data --keep b"]);
     b.refuse(&["resolve", "data", "--keep", "a"], 5, &["first: blockmirror demote data"]);
     a.refuse(&["resolve", "data", "--keep", "a"], 5, &["on b: blockmirror demote data"]);
-    a.refuse(&["resolve", "data", "--keep", "x"], 5, &["no peer"]);
+    a.refuse(&["resolve", "data", "--keep", "x"], 4, &["no peer"]);
 
     let looked = resolution(a, &["--keep", "b", "--dry-run"]);
     assert_eq!((looked.done, looked.copies_everything), (false, false));

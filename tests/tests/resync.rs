@@ -95,7 +95,7 @@ fn a_limit_holds_a_resync_back_until_it_is_lifted() {
     let mut client = mirror.client();
     mirror.wait_until_in_sync();
     mirror.primary.refuse(&["tune", "data", "b", "--resync-limit", "1K"], 5, &["at least 64K", "pause"]);
-    mirror.primary.refuse(&["tune", "data", "c", "--resync-limit", "1M"], 5, &["no peer \"c\""]);
+    mirror.primary.refuse(&["tune", "data", "c", "--resync-limit", "1M"], 4, &["no peer \"c\""]);
     mirror.primary.succeed(&["tune", "data", "b", "--resync-limit", "64K"]);
     assert_eq!(mirror.peer("b").resync_limit_bytes, Some(64 << 10));
     mirror.replica().link().cut();

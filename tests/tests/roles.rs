@@ -122,7 +122,7 @@ fn a_mode_goes_with_the_volume_and_is_set_on_the_primary() {
         (peer.mode, peer.state) == (Mode::Sync, Some(PeerState::InSync))
     });
     a.refuse(&["mode", "data", "b", "async"], 5, &["on b: blockmirror mode data a async"]);
-    b.refuse(&["mode", "data", "c", "sync"], 5, &["no peer \"c\""]);
+    b.refuse(&["mode", "data", "c", "sync"], 4, &["no peer \"c\""]);
     b.succeed(&["mode", "data", "a", "async"]);
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Each verb is a file of its own. Results go to standard output, everything else to standard error; the exit code
 //! tells why a command failed: 1 failed, 2 usage, 3 agent not running, 4 no such volume, 5 refused for safety,
-//! 6 timeout. A reader that goes away, such as `head`, ends the command quietly.
+//! 6 timeout. With `--json` the failure is an object, too. A reader that goes away, such as `head`, ends the command quietly.
 
 mod client;
 mod compare;
@@ -22,6 +22,7 @@ mod peers;
 mod promote;
 mod recover;
 mod resolve;
+mod set_address;
 mod status;
 mod switch;
 mod tune;
@@ -67,6 +68,8 @@ enum Verb {
     Mode(mode::Arguments),
     /// Set how what goes to a peer is sent: compressed or not, and how fast a resync may be
     Tune(tune::Arguments),
+    /// Say where a host is that can't be found
+    SetAddress(set_address::Arguments),
     /// Make this replica the primary: when the old one is gone, or was demoted
     Promote(promote::Arguments),
     /// Make this primary a replica; nobody is the primary then
@@ -94,13 +97,14 @@ enum Verb {
 
 fn main() -> ExitCode {
     let CommandLine { run, verb } = CommandLine::parse();
+    let json = std::env::args_os().any(|argument| argument == "--json");
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return Error::from(error).report(),
+        Err(error) => return Error::from(error).report(json),
     };
     match runtime.block_on(carry_out(verb, Client::new(run), Output::default())) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => error.report(),
+        Err(error) => error.report(json),
     }
 }
 
@@ -117,6 +121,7 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Resume(arguments) => pause::run(pause::Wish::Resume, arguments, &client, output).await,
         Verb::Mode(arguments) => mode::run(arguments, &client, output).await,
         Verb::Tune(arguments) => tune::run(arguments, &client, output).await,
+        Verb::SetAddress(arguments) => set_address::run(arguments, &client, output).await,
         Verb::Promote(arguments) => promote::run(arguments, &client, output).await,
         Verb::Demote(arguments) => demote::run(arguments, &client, output).await,
         Verb::Switch(arguments) => switch::run(arguments, &client, output).await,

@@ -16,14 +16,19 @@ pub enum Error {
 }
 
 impl Error {
-    /// Tells the operator and gives the exit code. A reader that went away has what it wanted.
-    pub fn report(self) -> ExitCode {
+    /// Tells the operator, or a program that asked for JSON, on standard error and gives the exit code. A reader that went
+    /// away has what it wanted.
+    pub fn report(self, json: bool) -> ExitCode {
         let failure = match self {
             Self::Io(error) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
             Self::Io(error) => Failure::from_error(FailureKind::Failed, &error),
             Self::Failure(failure) => failure,
         };
-        warn(&failure.message);
+        match serde_json::to_string(&failure) {
+            // Where nobody reads that, there is nobody to tell.
+            Ok(text) if json => drop(writeln!(io::stderr(), "{text}")),
+            _ => warn(&failure.message),
+        }
         ExitCode::from(failure.kind.exit_code())
     }
 }

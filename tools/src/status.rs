@@ -172,7 +172,25 @@ fn detail(volume: &VolumeStatus) -> Vec<String> {
     }
     let peers: Vec<Vec<String>> = facts.peers.iter().map(peer).collect();
     lines.extend(aligned(&peers).iter().map(|line| format!("  peer:    {line}")));
+    let paths: Vec<Vec<String>> = facts.peers.iter().filter_map(path).collect();
+    lines.extend(aligned(&paths).iter().map(|line| format!("  path:    {line}")));
     lines
+}
+
+/// How another host is reached.
+fn path(peer: &PeerStatus) -> Option<Vec<String>> {
+    let path = peer.path.as_ref()?;
+    let milliseconds = path.round_trip_microseconds as f64 / 1000.0;
+    let holes = match path.black_holes {
+        0 => String::new(),
+        1 => ", which shrank once".to_owned(),
+        times => format!(", which shrank {times} times"),
+    };
+    let words = format!(
+        "{milliseconds:.2} ms there and back, packets of {} bytes{holes}, {} of {} lost",
+        path.packet_bytes, path.lost_packets, path.sent_packets
+    );
+    Some(vec![peer.name.to_string(), path.address.to_string(), words])
 }
 
 fn data(data: Option<CopyState>) -> &'static str {
@@ -214,6 +232,7 @@ pub fn connection(connection: Connection) -> &'static str {
         Connection::Connected => "connected",
         Connection::Connecting => "connecting",
         Connection::Disconnected => "disconnected",
+        Connection::Reachable => "reachable",
         Connection::Paused => "paused",
     }
 }

@@ -3,7 +3,9 @@
 mod fake;
 
 use blockmirror_agent::config::{ConfigFolder, DeviceKind, PeerConfig, Role, VolumeConfig};
-use blockmirror_agent::control::api::{Connection, StatusReply, VolumeState};
+use blockmirror_agent::control::api::{
+    Connection, Failure, FailureKind, NetworkPath, StatusReply, VolumeState,
+};
 use blockmirror_protocol::units::{BlockSize, HostId, VolumeId};
 use fake::{Agent, Ended, Fake, command, resyncing, run, volume};
 use std::io::{BufRead, BufReader};
@@ -127,7 +129,7 @@ fn pause_and_resume_name_a_volume_and_a_peer() {
     assert_eq!(agent.asked(), ["pause data b", "resume data b"]);
     assert_eq!(
         agent.tool(&["pause", "data", "x"]),
-        bad(5, "no peer \"x\" of data; blockmirror peers data lists them")
+        bad(4, "no peer \"x\" of data; blockmirror peers data lists them")
     );
 }
 
@@ -172,7 +174,7 @@ c may lack something, and is promoted with --force only
     assert_eq!(agent.tool(&["demote", "data"]), good(expected));
     let expected = "b is the primary of data now; nobody could write for 0.8 s\n";
     assert_eq!(agent.tool(&["switch", "data", "--to", "b"]), good(expected));
-    assert_eq!(agent.tool(&["switch", "data", "--to", "x"]).code, 5);
+    assert_eq!(agent.tool(&["switch", "data", "--to", "x"]).code, 4);
     let json: serde_json::Value =
         serde_json::from_str(&agent.tool(&["switch", "data", "--to", "b", "--json"]).output).unwrap();
     assert_eq!(json["milliseconds_without_writes"], 850);
@@ -197,7 +199,7 @@ nothing was changed; to do it: blockmirror resolve data --keep b
         (&"blockmirror/resolution/v1".into(), &true.into(), &40960.into())
     );
     assert_eq!(agent.tool(&["resolve", "other", "--keep", "b"]), bad(5, "nothing to resolve"));
-    assert_eq!(agent.tool(&["resolve", "data", "--keep", "x"]).code, 5);
+    assert_eq!(agent.tool(&["resolve", "data", "--keep", "x"]).code, 4);
     assert_eq!(agent.tool(&["resolve", "data"]).code, 2);
     assert_eq!(agent.asked()[0], r#"resolve data {"keep":"b","dry_run":true}"#);
 }
@@ -240,6 +242,50 @@ fn tune_names_what_is_to_change() {
     for wrong in [&["tune", "data", "b"][..], &["tune", "data", "b", "--resync-limit", "much"]] {
         assert_eq!(agent.tool(wrong).code, 2);
     }
+}
+
+/// A program that asked for JSON was told in prose.
+#[test]
+fn a_failure_is_json_where_json_was_asked_for_and_a_peer_that_is_not_there_has_one_code() {
+    let agent = Agent::start(healthy());
+    let said = agent.tool(&["status", "nobody", "--json"]);
+    let failure: Failure = serde_json::from_str(&said.errors).expect("it is an object");
+    assert_eq!((said.code, failure.kind), (4, FailureKind::NoSuchVolume));
+    assert!(said.output.is_empty(), "{said:?}");
+    for verb in ["pause", "resume", "compare"] {
+        let said = agent.tool(&[verb, "data", "x"]);
+        assert_eq!(said.code, 4, "{said:?}");
+        assert!(said.errors.starts_with("blockmirror: no peer"), "{said:?}");
+    }
+}
+
+#[test]
+fn set_address_takes_one_address_or_several() {
+    let agent = Agent::start(healthy());
+    let said = agent.tool(&["set-address", "data", "b", "192.0.2.2:7447", "[2001:db8::2]:7447"]);
+    assert_eq!(said, good("b is looked for at 192.0.2.2:7447, [2001:db8::2]:7447\n"));
+    let asked = r#"set-address data b [Address("192.0.2.2:7447"), Address("[2001:db8::2]:7447")]"#;
+    assert_eq!(agent.asked(), [asked]);
+    for wrong in [&["set-address", "data", "b"][..], &["set-address", "data", "b", "192.0.2.2"]] {
+        assert_eq!(agent.tool(wrong).code, 2);
+    }
+}
+
+#[test]
+fn a_path_that_shrank_is_told_with_its_packets() {
+    let mut facts = volume("data", Role::Primary);
+    facts.peers[0].path = Some(NetworkPath {
+        address: "192.0.2.2:7447".parse().unwrap(),
+        packet_bytes: 1200,
+        round_trip_microseconds: 12_340,
+        sent_packets: 1000,
+        lost_packets: 7,
+        black_holes: 2,
+    });
+    let said = Agent::start(Fake::with([facts])).tool(&["status", "data"]).output;
+    let path = "  path:    b  192.0.2.2:7447  12.34 ms there and back, packets of 1200 bytes, which shrank 2 times, \
+                7 of 1000 lost\n";
+    assert!(said.contains(path), "{said}");
 }
 
 #[test]

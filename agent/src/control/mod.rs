@@ -12,9 +12,9 @@ mod server;
 use crate::config::Name;
 use crate::process::open_lock;
 use api::{
-    AgentRecord, Comparison, CreateRequest, Demotion, Failure, Forgetting, Invitation, InviteRequest,
-    JoinRequest, ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest,
-    StatusReply, Switch, SwitchRequest, TuneRequest, Undoing,
+    AddressRequest, AgentRecord, Comparison, CreateRequest, Demotion, Failure, Forgetting, Invitation,
+    InviteRequest, JoinRequest, ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, Resolution,
+    ResolveRequest, StatusReply, Switch, SwitchRequest, TuneRequest, Undoing,
 };
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -81,6 +81,14 @@ pub trait Operations: Send + Sync + 'static {
         volume: Name,
         peer: Name,
         request: TuneRequest,
+    ) -> impl Future<Output = Result<PeerStatus, Failure>> + Send;
+
+    /// Sets where a host is reached.
+    fn set_address(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: AddressRequest,
     ) -> impl Future<Output = Result<PeerStatus, Failure>> + Send;
 
     /// Makes this host the primary.

@@ -36,6 +36,7 @@ pub(super) fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/volumes/{volume}/peers/{peer}/compare", post(compare::<O>))
         .route("/v1/volumes/{volume}/peers/{peer}/mode", post(set_mode::<O>))
         .route("/v1/volumes/{volume}/peers/{peer}/tune", post(tune::<O>))
+        .route("/v1/volumes/{volume}/peers/{peer}/address", post(set_address::<O>))
         .route("/v1/volumes/{volume}/promote", post(promote::<O>))
         .route("/v1/volumes/{volume}/demote", post(demote::<O>))
         .route("/v1/volumes/{volume}/switch", post(switch::<O>))
@@ -121,6 +122,13 @@ async fn set_mode<O: Operations>(State(operations): State<Arc<O>>, pair: Pair, b
 async fn tune<O: Operations>(State(operations): State<Arc<O>>, pair: Pair, body: Body) -> Response {
     match names(pair).and_then(|names| Ok((names, parse(body)?))) {
         Ok(((volume, peer), request)) => answer(operations.tune(volume, peer, request).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn set_address<O: Operations>(State(operations): State<Arc<O>>, pair: Pair, body: Body) -> Response {
+    match names(pair).and_then(|names| Ok((names, parse(body)?))) {
+        Ok(((volume, peer), request)) => answer(operations.set_address(volume, peer, request).await),
         Err(failure) => answer::<()>(Err(failure)),
     }
 }

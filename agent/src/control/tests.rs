@@ -62,6 +62,10 @@ impl Operations for Fake {
         Err(Failure::no_such_peer(&volume, &peer))
     }
 
+    async fn set_address(&self, volume: Name, peer: Name, _: AddressRequest) -> Result<PeerStatus, Failure> {
+        Err(Failure::no_such_peer(&volume, &peer))
+    }
+
     async fn promote(&self, volume: Name, request: PromoteRequest) -> Result<Promotion, Failure> {
         Err(Failure::new(FailureKind::Refused, format!("{volume} has a primary; force: {}", request.force)))
     }

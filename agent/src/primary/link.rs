@@ -56,6 +56,8 @@ struct LinkSources {
 pub struct LinkState {
     /// Whether the operator paused it.
     pub paused: bool,
+    /// Whether the operator paused it on the replica.
+    pub paused_there: bool,
     /// What went wrong last, in words; nothing while all is well.
     pub error: Option<String>,
     /// Whether the replica said that its backing failed.
@@ -247,7 +249,9 @@ impl Peer {
     /// count for its mode (W4). Says whether there is a session to say so in.
     fn say_parting(&self) -> bool {
         let session = self.session.take();
-        session.is_some_and(|(control, session)| control.send(Parting { session }.into()).is_ok())
+        session.is_some_and(|(control, session)| {
+            control.send(Parting { session, paused: self.state.borrow().paused }.into()).is_ok()
+        })
     }
 
     /// Says once what is wrong; the same again is not news.
@@ -255,6 +259,12 @@ impl Peer {
         let name = self.name.borrow();
         let text = crate::words::with_name(error, self.host, &name);
         let mut state = self.state.borrow_mut();
+        state.paused_there =
+            matches!(error, LinkError::Peer(PeerError::Refused(no)) if no.refusal == Refusal::Paused);
+        if state.paused_there {
+            state.error = None;
+            return tracing::info!(peer = %name, "the mirroring is paused there");
+        }
         if state.error.as_ref() != Some(&text) {
             tracing::warn!(peer = %name, "{text}");
         }

@@ -47,6 +47,8 @@ pub struct Replica {
     forgotten: Notify,
     /// Since when greetings are refused because this host wrote alone (L3), and whose.
     split: Cell<Option<(HostId, Instant)>>,
+    /// Whether the primary said that its operator paused the mirroring.
+    paused_there: Cell<bool>,
     /// The volume's name, for words to the operator.
     name: Name,
     inner: RefCell<Inner>,
@@ -143,6 +145,7 @@ impl Replica {
             points: RefCell::new(points),
             forgotten: Notify::new(),
             split: Cell::new(None),
+            paused_there: Cell::new(false),
             name: config.name.clone(),
             inner: RefCell::new(Inner { machine, next_frame: 0, payloads: HashMap::new(), outgoing: None }),
             error: RefCell::new(None),

@@ -9,7 +9,7 @@ use crate::transport::{ControlReceiver, ControlSender, FrameReceiver, ReceiveErr
 use blockmirror_protocol::replica::{FrameId, PrimaryMisbehaved};
 use blockmirror_protocol::units::{HostId, Session as SessionNumber};
 use blockmirror_protocol::wire::FrameHeader;
-use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal};
+use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal, Refused};
 use bytes::Bytes;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::unbounded_channel;
@@ -87,6 +87,7 @@ impl Replica {
         }
         let _serving = Serving::of(self);
         let session = self.take_over();
+        self.paused_there.set(false);
         self.greeter.set(Some(receiver.peer()));
         let (outgoing, mut source) = unbounded_channel();
         self.since.set(Instant::now());
@@ -103,6 +104,9 @@ impl Replica {
                 if let Message::Members(members) = &message {
                     *self.members.borrow_mut() = members.members.clone();
                     learned(members.members.clone());
+                }
+                if let Message::Parting(parting) = &message {
+                    self.paused_there.set(parting.paused);
                 }
                 self.drive(|inner| inner.machine.handle_message(message))?;
             }
@@ -191,6 +195,22 @@ impl Replica {
             inner.outgoing = None;
             inner.machine.handle_disconnected();
         });
+    }
+
+    /// Ends the session that is being served, if any, and tells the primary why.
+    pub fn dismiss(&self, no: Refused) {
+        self.drive(|inner| {
+            if let Some(outgoing) = &inner.outgoing {
+                // A session that is ending by itself hears nothing any more.
+                drop(outgoing.send(no.into()));
+            }
+        });
+    }
+
+    /// Whether the primary that greeted last said that its operator paused the mirroring.
+    #[must_use]
+    pub fn paused_there(&self) -> bool {
+        self.paused_there.get()
     }
 
     /// Ends the session of this number, unless a newer one took its place.

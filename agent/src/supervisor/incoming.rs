@@ -6,7 +6,7 @@ use super::admission::unknown_volume;
 use crate::config::VolumeConfig;
 use crate::standing;
 use crate::transport::{CloseReason, Connection, ControlReceiver, ControlSender, Incoming, ReceiveError};
-use crate::volume::{Ask, HUNG, Service, refuse};
+use crate::volume::{Ask, HUNG, Service, paused, refuse};
 use crate::words::with_causes;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::{
@@ -149,8 +149,7 @@ impl Supervisor {
             return Err((Refused { refusal: Refusal::Role, text }, sender));
         }
         if config.peers.iter().any(|known| known.host == peer && known.paused) {
-            let text = "the operator of the replica paused the link".to_owned();
-            return Err((Refused { refusal: Refusal::Busy, text }, sender));
+            return Err((paused(), sender));
         }
         self.hand_on(&config, sender, |sender| Ask::Session(Box::new(hello), sender, receiver)).await
     }

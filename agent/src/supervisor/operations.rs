@@ -1,14 +1,14 @@
 //! What the operator asks for, one answer each.
 
 use super::{Supervisor, failed, refused};
-use crate::config::{LEAST_RESYNC_LIMIT, Mode, Name, Role, VolumeConfig};
+use crate::config::{ADDRESSES, LEAST_RESYNC_LIMIT, Mode, Name, Role, VolumeConfig};
 use crate::control::Operations;
 use crate::control::api::{
-    COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference, FORGETTING_SCHEMA,
-    Failure, FailureKind, Forgetting, HostStatus, Hung, Invitation, InviteRequest, JoinRequest, ModeRequest,
-    PEERS_SCHEMA, PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest, Promotion, RESOLUTION_SCHEMA,
-    Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply, Switch, SwitchRequest,
-    TuneRequest, UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
+    AddressRequest, COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference,
+    FORGETTING_SCHEMA, Failure, FailureKind, Forgetting, HostStatus, Hung, Invitation, InviteRequest,
+    JoinRequest, ModeRequest, PEERS_SCHEMA, PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest,
+    Promotion, RESOLUTION_SCHEMA, Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply,
+    Switch, SwitchRequest, TuneRequest, UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
 };
 use crate::quantity::{Seconds, Size};
 use crate::verdict;
@@ -188,6 +188,28 @@ impl Operations for Operator {
                 }
             })
             .await?;
+        self.0.peer_status(volume, peer).await
+    }
+
+    async fn set_address(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: AddressRequest,
+    ) -> Result<PeerStatus, Failure> {
+        if request.addresses.is_empty() || request.addresses.len() > ADDRESSES {
+            return Err(refused(format!("a host has one address at least, and at most {ADDRESSES}")));
+        }
+        let host = self.0.peer_of(&volume, &peer).await?.host;
+        let volumes: Vec<Name> = self.0.volumes.lock().await.keys().cloned().collect();
+        for name in volumes {
+            let change = |config: &mut VolumeConfig| {
+                for peer in config.peers.iter_mut().filter(|peer| peer.host == host) {
+                    peer.addresses.clone_from(&request.addresses);
+                }
+            };
+            self.0.change_config(&name, change).await?;
+        }
         self.0.peer_status(volume, peer).await
     }
 

@@ -74,6 +74,15 @@ impl Peers {
         self.lock().get(&host)?.answered
     }
 
+    /// Why the last dial of a host failed, if it did.
+    #[must_use]
+    pub fn trouble(&self, host: HostId) -> Option<Arc<ConnectError>> {
+        match &*self.lock().get(&host)?.outcome.borrow() {
+            Some(Err(error)) => Some(error.clone()),
+            _ => None,
+        }
+    }
+
     /// The live connection to a host, or a new one. Callers that ask while a dial is under way share its outcome; it
     /// goes on when they stop waiting. One that failed is tried again at once: backing off is the caller's part.
     ///

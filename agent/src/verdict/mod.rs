@@ -19,6 +19,9 @@ use crate::control::api::{
 use crate::quantity::{Seconds, Size, per_cent};
 use std::path::PathBuf;
 
+/// A host that moved is found by itself within this time, as long as either knows where the other is.
+const MOVED_SECONDS: u64 = 300;
+
 /// The action where there is nothing to do.
 pub const NO_ACTION: &str = "none";
 
@@ -152,7 +155,8 @@ pub fn progress(progress: &Progress) -> String {
 fn link(peer: &PeerStatus) -> String {
     let word = match peer.connection {
         Connection::Connected => "connected",
-        Connection::Connecting | Connection::Disconnected => "disconnected",
+        Connection::Connecting | Connection::Disconnected | Connection::Reachable => "disconnected",
+        Connection::Paused if peer.paused_there => "paused there",
         Connection::Paused => "paused",
     };
     let since = match peer.connection_seconds {
@@ -160,6 +164,17 @@ fn link(peer: &PeerStatus) -> String {
         None => String::new(),
     };
     format!("is {word}{since}{}", reason(peer))
+}
+
+/// Where a host can't be reached for so long that it may be elsewhere: how to say where it is.
+fn elsewhere(facts: &VolumeFacts, peer: &PeerStatus) -> String {
+    let is_lost = peer.connection == Connection::Disconnected
+        && peer.path.is_none()
+        && peer.connection_seconds.is_some_and(|seconds| seconds > MOVED_SECONDS);
+    match is_lost {
+        true => format!("; if it moved: blockmirror set-address {} {} ADDRESS:PORT", facts.name, peer.name),
+        false => String::new(),
+    }
 }
 
 /// What went wrong last, in brackets.

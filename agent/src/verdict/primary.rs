@@ -1,6 +1,6 @@
 //! The primary's view: how well its replicas cover it.
 
-use super::{Judgement, NO_ACTION, is_in_sync, is_usable, link, listed, progress, reason};
+use super::{Judgement, NO_ACTION, elsewhere, is_in_sync, is_usable, link, listed, progress, reason};
 use crate::config::Role;
 use crate::control::api::{Blocked, Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState};
 use crate::quantity::{Seconds, Size};
@@ -108,7 +108,10 @@ fn lack(peer: &PeerStatus) -> String {
         (Connection::Connected, Some(PeerState::InSync | PeerState::OutOfSync)) => {
             format!("{name} waits to be copied to; {}", worth(peer))
         }
-        (Connection::Connecting | Connection::Disconnected | Connection::Paused, _) => {
+        (
+            Connection::Connecting | Connection::Disconnected | Connection::Reachable | Connection::Paused,
+            _,
+        ) => {
             format!("{name} {}; {}", link(peer), worth(peer))
         }
     }
@@ -142,9 +145,13 @@ fn remedy(facts: &VolumeFacts, peer: &PeerStatus) -> Option<String> {
                  here: blockmirror demote {volume}, then blockmirror resolve {volume} --keep {name}"
             ))
         }
+        (Connection::Paused, _) if peer.paused_there => {
+            let own = facts.succession.own_name.as_deref().unwrap_or("HOST");
+            Some(format!("on {name}: blockmirror resume {volume} {own}"))
+        }
         (Connection::Paused, _) => Some(format!("blockmirror resume {volume} {name}")),
         (Connection::Connected, state) if state != Some(PeerState::Failed) => None,
-        _ => Some(format!("on {name}: blockmirror status {volume}")),
+        _ => Some(format!("on {name}: blockmirror status {volume}{}", elsewhere(facts, peer))),
     }
 }
 

@@ -1,6 +1,6 @@
 //! A replica's view: whether its copy can be used, and whether it is kept up.
 
-use super::{Judgement, NO_ACTION, is_usable, link, progress};
+use super::{Judgement, NO_ACTION, elsewhere, is_usable, link, progress};
 use crate::config::Role;
 use crate::control::api::{Connection, CopyState, PeerStatus, Rollback, VolumeFacts, VolumeState};
 use crate::quantity::{Seconds, Size, clock};
@@ -23,7 +23,9 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     };
     match primary.connection {
         Connection::Connected => connected(facts, primary),
-        Connection::Connecting | Connection::Disconnected | Connection::Paused => waiting(facts, primary),
+        Connection::Connecting | Connection::Disconnected | Connection::Reachable | Connection::Paused => {
+            waiting(facts, primary)
+        }
     }
 }
 
@@ -47,6 +49,10 @@ fn connected(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
 fn waiting(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
     let name = &primary.name;
     let (link, action) = match primary.connection {
+        Connection::Paused if primary.paused_there => {
+            let own = facts.succession.own_name.as_deref().unwrap_or("HOST");
+            (link(primary), format!("on {name}: blockmirror resume {} {own}", facts.name))
+        }
         Connection::Paused => (link(primary), format!("blockmirror resume {} {name}", facts.name)),
         _ => {
             let since = primary.connection_seconds.map(|seconds| format!(" since {}", Seconds(seconds)));
@@ -56,7 +62,7 @@ fn waiting(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
             let action = match has_image {
                 true => format!("{look}; if {name} is gone: blockmirror promote {}", facts.name),
                 false => look,
-            };
+            } + &elsewhere(facts, primary);
             (link, action)
         }
     };

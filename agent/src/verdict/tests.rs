@@ -16,6 +16,8 @@ fn peer(name: &str, role: Role) -> PeerStatus {
         addresses: vec![format!("{name}:7447").parse().unwrap()],
         connection: Connection::Connected,
         connection_seconds: Some(180),
+        paused_there: false,
+        path: None,
         error: None,
         mode: Mode::Async,
         compression: Compression::Lz4,
@@ -129,6 +131,18 @@ fn a_primary_says_how_well_it_is_covered() {
             VolumeState::Degraded,
             "at risk: b is paused since 3m; 4K not copied yet",
             "blockmirror resume data b",
+        ),
+        (
+            vec![PeerStatus { paused_there: true, ..away("b", Connection::Paused, 0) }],
+            VolumeState::Degraded,
+            "at risk: b is paused there since 3m; nothing was written since",
+            "on b: blockmirror resume data HOST",
+        ),
+        (
+            vec![PeerStatus { connection_seconds: Some(600), ..away("b", Connection::Disconnected, 0) }],
+            VolumeState::Degraded,
+            "at risk: b is disconnected since 10m; nothing was written since",
+            "on b: blockmirror status data; if it moved: blockmirror set-address data b ADDRESS:PORT",
         ),
         (
             vec![resyncing("b")],
@@ -365,10 +379,25 @@ fn a_replica_says_what_its_copy_is_good_for() {
         ),
         (
             CopyState::Consistent,
-            PeerStatus { connection: Connection::Paused, ..primary },
+            PeerStatus { connection: Connection::Paused, ..primary.clone() },
             VolumeState::Waiting,
             "primary a is paused since 3m; this copy is consistent",
             "blockmirror resume data a",
+        ),
+        (
+            CopyState::Consistent,
+            PeerStatus { connection: Connection::Paused, paused_there: true, ..primary.clone() },
+            VolumeState::Waiting,
+            "primary a is paused there since 3m; this copy is consistent",
+            "on a: blockmirror resume data HOST",
+        ),
+        (
+            CopyState::Consistent,
+            PeerStatus { connection: Connection::Disconnected, connection_seconds: Some(600), ..primary },
+            VolumeState::Waiting,
+            "primary a is not connected since 10m; this copy is consistent",
+            "on a: blockmirror status data; if a is gone: blockmirror promote data; if it moved: \
+             blockmirror set-address data a ADDRESS:PORT",
         ),
     ];
     for (data, peer, state, verdict, action) in table {

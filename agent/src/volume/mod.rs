@@ -552,7 +552,7 @@ impl Volume {
                 replica.configure(&config);
                 if config.peers.iter().any(|peer| peer.paused && peer.role == Role::Primary) {
                     replica.leave();
-                    replica.disconnect();
+                    replica.dismiss(paused());
                 }
             }
             OpenRole::Closed(_) | OpenRole::Changing(_) => {}
@@ -572,6 +572,11 @@ impl Volume {
             drop(answer.send(result));
         });
     }
+}
+
+/// What a primary is told that this host's operator keeps away.
+pub(crate) fn paused() -> Refused {
+    Refused { refusal: Refusal::Paused, text: "the operator of the replica paused the link".to_owned() }
 }
 
 /// Says no on a control stream, and sees to it that it arrives.

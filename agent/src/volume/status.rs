@@ -3,13 +3,16 @@
 use super::{Changing, OpenRole, Volume};
 use crate::config::{PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
-    Blocked, Connection, Health, PeerState, PeerStatus, Progress, Rollback, Succession, VolumeFacts,
+    Blocked, Connection, Health, NetworkPath, PeerState, PeerStatus, Progress, Rollback, Succession,
+    VolumeFacts,
 };
 use crate::device::blocking;
 use crate::primary::{LinkState, Split};
 use crate::quantity::{per_cent, unix_seconds};
 use crate::replica::Replica;
 use crate::stored::{self, Stored};
+use crate::transport;
+use crate::words::with_name;
 use blockmirror_protocol::session::{Connection as Link, ReplicaState, Report};
 use blockmirror_protocol::tracker;
 use blockmirror_protocol::units::Time;
@@ -19,7 +22,25 @@ use std::time::Duration;
 const STORED_TIME: Duration = Duration::from_millis(200);
 
 impl Volume {
+    /// All that is known here, and how each host is reached.
     pub(super) async fn facts(&self) -> VolumeFacts {
+        let mut facts = self.facts_of_role().await;
+        let (peers, config) = (&self.surroundings.peers, self.config.borrow());
+        for (status, peer) in facts.peers.iter_mut().zip(&config.peers) {
+            status.path = peers.live(peer.host).map(|connection| path(&connection));
+            let follows_too = facts.role == Role::Replica && peer.role == Role::Replica;
+            if follows_too && status.path.is_some() && status.connection == Connection::Disconnected {
+                status.connection = Connection::Reachable;
+            }
+            if status.connection == Connection::Disconnected && status.error.is_none() {
+                status.error =
+                    peers.trouble(peer.host).map(|error| with_name(&*error, peer.host, &peer.name));
+            }
+        }
+        facts
+    }
+
+    async fn facts_of_role(&self) -> VolumeFacts {
         let config = self.config.borrow().clone();
         let mut facts = VolumeFacts {
             storage: Some(self.storage_kind.clone()).filter(|kind| !kind.is_empty()),
@@ -81,11 +102,12 @@ impl Volume {
                 for peer in &config.peers {
                     let mut status = PeerStatus::unknown(peer);
                     if peer.role == Role::Primary {
-                        if !peer.paused {
-                            let connected = report.connected;
-                            status.connection =
-                                if connected { Connection::Connected } else { Connection::Disconnected };
-                        }
+                        status.paused_there = !peer.paused && !report.connected && shell.paused_there();
+                        status.connection = match report.connected {
+                            _ if peer.paused || status.paused_there => Connection::Paused,
+                            true => Connection::Connected,
+                            false => Connection::Disconnected,
+                        };
                         status.connection_seconds = Some(shell.since().elapsed().as_secs());
                         status.resync =
                             report.resync.map(|(done, total)| Progress::new(done, total.max(done), 0));
@@ -148,6 +170,19 @@ fn point((began, bytes): (u64, u64)) -> Rollback {
     Rollback { at_unix_seconds: began, age_seconds: unix_seconds().saturating_sub(began), bytes }
 }
 
+/// The way that a connection goes.
+fn path(connection: &transport::Connection) -> NetworkPath {
+    let statistics = connection.statistics();
+    NetworkPath {
+        address: connection.remote_address().into(),
+        packet_bytes: statistics.packet_bytes,
+        round_trip_microseconds: u64::try_from(statistics.round_trip.as_micros()).unwrap_or(u64::MAX),
+        sent_packets: statistics.sent_packets,
+        lost_packets: statistics.lost_packets,
+        black_holes: statistics.black_holes,
+    }
+}
+
 /// What a change does, and how far it is.
 fn words(change: &Changing) -> String {
     match change.progress.restored_bytes.get() {
@@ -160,6 +195,7 @@ fn words(change: &Changing) -> String {
 fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> PeerStatus {
     let connection = match report.connection {
         _ if link.paused => Connection::Paused,
+        Link::Disconnected | Link::Connecting if link.paused_there => Connection::Paused,
         Link::Disconnected => Connection::Disconnected,
         Link::Connecting => Connection::Connecting,
         Link::Connected => Connection::Connected,
@@ -190,6 +226,7 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
     PeerStatus {
         connection,
         connection_seconds: Some(now.since(report.since).as_secs()),
+        paused_there: connection == Connection::Paused && !link.paused,
         error,
         state: Some(state),
         // What is on its way is told as lag; it is not out of sync until its acknowledgement is late (D4).

@@ -260,7 +260,7 @@ impl Replica {
                 self.go_on();
                 Ok(())
             }
-            Message::Parting(Parting { session: theirs }) | Message::Alone(Alone { session: theirs })
+            Message::Parting(Parting { session: theirs, .. }) | Message::Alone(Alone { session: theirs })
                 if theirs == session =>
             {
                 self.part();

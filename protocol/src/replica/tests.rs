@@ -260,7 +260,7 @@ fn a_copy_is_behind_before_the_layer_of_a_resync_is_begun() {
 #[test]
 fn a_copy_is_behind_when_its_primary_parts_with_it() {
     let mut replica = in_sync();
-    replica.handle_message(Parting { session: SessionNumber(1) }.into()).unwrap();
+    replica.handle_message(Parting { session: SessionNumber(1), paused: true }.into()).unwrap();
     drive(&mut replica, |action| *action == Action::WriteState(StateChange::Behind));
     replica.handle_disconnected();
     replica.handle_state_written(true);

@@ -222,6 +222,8 @@ pub enum Refusal {
     SplitBrain,
     /// There is no room for pre-images, so nothing may be overwritten (P2).
     Space,
+    /// The operator paused the mirroring on that host.
+    Paused,
 }
 
 /// A host says no, and why.
@@ -239,6 +241,8 @@ pub struct Refused {
 pub struct Parting {
     /// The session.
     pub session: Session,
+    /// Whether the operator paused the mirroring; else another session follows.
+    pub paused: bool,
 }
 
 /// The primary is about to send copies: the replica's data counts as inconsistent from now on.

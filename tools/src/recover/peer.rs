@@ -72,8 +72,11 @@ impl Trouble {
             | Refusal::Backing
             | Refusal::Unrelated
             | Refusal::SplitBrain
-            | Refusal::Space => FailureKind::Refused,
-            Refusal::UnknownKey | Refusal::Version | Refusal::Token | Refusal::Other => FailureKind::Failed,
+            | Refusal::Space
+            | Refusal::Paused
+            | Refusal::UnknownKey
+            | Refusal::Token => FailureKind::Refused,
+            Refusal::Version | Refusal::Other => FailureKind::Failed,
         };
         // A peer's text must not steer our terminal.
         let text: String = refused.text.chars().filter(|character| !character.is_control()).collect();

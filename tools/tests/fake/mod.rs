@@ -47,6 +47,8 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
             addresses: vec![format!("{peer}:7447").parse().unwrap()],
             connection: Connection::Connected,
             connection_seconds: Some(180),
+            paused_there: false,
+            path: None,
             error: None,
             mode: Mode::Async,
             compression: Compression::Off,
@@ -178,6 +180,16 @@ impl Operations for Fake {
         self.note(format!("tune {volume} {peer} {compression:?} {resync_limit_bytes:?}"));
         let known = self.peer(&volume, &peer)?;
         Ok(PeerStatus { compression: compression.unwrap_or_default(), resync_limit_bytes, ..known })
+    }
+
+    async fn set_address(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: AddressRequest,
+    ) -> Result<PeerStatus, Failure> {
+        self.note(format!("set-address {volume} {peer} {:?}", request.addresses));
+        Ok(PeerStatus { addresses: request.addresses, ..self.peer(&volume, &peer)? })
     }
 
     /// "data" has a primary that can be reached.

@@ -8,13 +8,14 @@ mod orders;
 mod status;
 
 pub use orders::{
-    Comparison, CreateRequest, Demotion, Difference, Forgetting, Invitation, InviteRequest, JoinRequest,
-    ModeRequest, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest, Stake, Switch,
-    SwitchRequest, TuneRequest, Undoing,
+    AddressRequest, Comparison, CreateRequest, Demotion, Difference, Forgetting, Invitation, InviteRequest,
+    JoinRequest, ModeRequest, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest, Stake,
+    Switch, SwitchRequest, TuneRequest, Undoing,
 };
 pub use status::{
-    Awaited, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung, PeerState,
-    PeerStatus, Progress, Rollback, StatusReply, Succession, VolumeFacts, VolumeState, VolumeStatus,
+    Awaited, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung, NetworkPath,
+    PeerState, PeerStatus, Progress, Rollback, StatusReply, Succession, VolumeFacts, VolumeState,
+    VolumeStatus,
 };
 
 use crate::config::Name;
@@ -116,7 +117,7 @@ impl Failure {
     #[must_use]
     pub fn no_such_peer(volume: &Name, peer: &Name) -> Self {
         let message = format!("no peer \"{peer}\" of {volume}; blockmirror peers {volume} lists them");
-        Self::new(FailureKind::Refused, message)
+        Self::new(FailureKind::NoSuchVolume, message)
     }
 }
 

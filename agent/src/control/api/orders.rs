@@ -205,6 +205,14 @@ pub struct TuneRequest {
     pub resync_limit_bytes: Option<u64>,
 }
 
+/// Sets where a host is reached, in all volumes that it shares with this one. Answered by [`PeerStatus`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddressRequest {
+    /// Its addresses, one at least. What the host itself says later takes their place.
+    pub addresses: Vec<Address>,
+}
+
 /// The other hosts of a volume.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PeersReply {

@@ -302,8 +302,27 @@ pub enum Connection {
     Connecting,
     /// The last attempt failed, or the link was lost.
     Disconnected,
+    /// The host can be reached. No session is needed between two that follow the same primary.
+    Reachable,
     /// The operator paused it.
     Paused,
+}
+
+/// The way to another host, as the connection that this one has dialled shows it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NetworkPath {
+    /// Where the host was reached.
+    pub address: Address,
+    /// The largest packet that gets through, in bytes of UDP payload.
+    pub packet_bytes: u16,
+    /// How long an answer takes on the wire.
+    pub round_trip_microseconds: u64,
+    /// How many packets were sent since the connection began.
+    pub sent_packets: u64,
+    /// How many of them were lost.
+    pub lost_packets: u64,
+    /// How often packets of a size that had got through did so no longer, and nobody said so.
+    pub black_holes: u64,
 }
 
 /// A replica, as the primary sees it.
@@ -341,6 +360,12 @@ pub struct PeerStatus {
     pub connection: Connection,
     /// How long the link has been so.
     pub connection_seconds: Option<u64>,
+    /// Whether it was paused on that host, not on this one.
+    #[serde(default)]
+    pub paused_there: bool,
+    /// The way to it, while this host has a connection there.
+    #[serde(default)]
+    pub path: Option<NetworkPath>,
     /// What went wrong last, if the link or the peer is not well.
     pub error: Option<String>,
     /// When writes are answered while this host is the primary and that one is in sync.
@@ -385,6 +410,8 @@ impl PeerStatus {
             addresses: peer.addresses.clone(),
             connection: if peer.paused { Connection::Paused } else { Connection::Disconnected },
             connection_seconds: None,
+            paused_there: false,
+            path: None,
             error: None,
             mode: peer.mode,
             compression: peer.compression,
