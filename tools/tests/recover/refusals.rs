@@ -49,8 +49,8 @@ fn a_wrong_token_or_key_lets_nobody_in() {
     scene.host.set(|knobs| (knobs.secret, knobs.member) = (Some([7; 32]), Some(HostId([7; 32]))));
     let run =
         |token: &str| Ended::from(scene.command(&scene.target(), &["--token", token]).output().unwrap());
-    run(&scene.host.token(6)).bad(1, "the peer refuses: the token is wrong");
-    scene.recover(&[]).bad(1, "the peer refuses: the key is no member's");
+    run(&scene.host.token(6)).bad(5, "the peer refuses: the token is wrong");
+    scene.recover(&[]).bad(5, "the peer refuses: the key is no member's");
     let token = scene.host.token(7);
     let mut other = Command::new(env!("CARGO_BIN_EXE_blockmirror"));
     other.arg("--run").arg(scene.path("run")).args(["recover", "other", "--token", &token, "--to", "/none"]);
