@@ -5,7 +5,7 @@ use crate::memory::Memory;
 use crate::raw::{Raw, Said};
 use blockmirror_agent::buffer::BufferPool;
 use blockmirror_agent::device::Geometry;
-use blockmirror_agent::device::nbd::{ListenError, Server};
+use blockmirror_agent::device::nbd::{CONNECTION_LIMIT, ListenError, Server};
 use blockmirror_protocol::nbd::handshake::*;
 use blockmirror_protocol::nbd::option_reply::*;
 use blockmirror_protocol::nbd::transmission::*;
@@ -52,6 +52,21 @@ fn unknown_and_damaged_options_are_refused_and_the_next_one_is_heard() {
         );
     }
     assert_eq!(raw.ask(&ClientOption::StructuredReply), [OptionReply::Acknowledged]);
+}
+
+/// As many silent clients as there are places kept all others out for a minute.
+#[test]
+fn clients_that_never_open_the_export_make_room_for_those_that_do() {
+    let harness = Harness::start(MIB);
+    let mut silent: Vec<Raw> = (0..CONNECTION_LIMIT).map(|_| Raw::connect(&harness.socket())).collect();
+    let opened: Vec<Raw> = (0..3).map(|_| Raw::open(&harness.socket(), false)).collect();
+    assert!(silent[..3].iter_mut().all(Raw::is_closed), "the oldest ones gave way");
+    for patient in &mut silent[3..] {
+        patient.flags(true, true);
+        assert_eq!(patient.ask(&ClientOption::StructuredReply), [OptionReply::Acknowledged]);
+    }
+    drop(opened);
+    assert_serving(&harness);
 }
 
 #[test]

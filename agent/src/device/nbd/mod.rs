@@ -38,7 +38,8 @@ use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 use unix_socket::SocketFile;
 
-/// How many connections a server keeps at a time; more wait in the kernel's queue.
+/// How many connections a server keeps at a time. Of those that have not opened the export yet the oldest gives way to a new
+/// one; when all have, more wait in the kernel's queue.
 pub const CONNECTION_LIMIT: usize = 64;
 
 /// How long a client may take until it has opened the export.
@@ -216,6 +217,8 @@ struct Shared {
     pool: BufferPool,
     clients: RefCell<BTreeMap<u64, Client>>,
     next_client: Cell<u64>,
+    /// Connections that have not opened the export yet, oldest first; what is dropped here ends them.
+    negotiating: RefCell<BTreeMap<u64, oneshot::Sender<()>>>,
 }
 
 impl Shared {
@@ -226,13 +229,19 @@ impl Shared {
             pool,
             clients: RefCell::default(),
             next_client: Cell::new(0),
+            negotiating: RefCell::default(),
         })
+    }
+
+    fn next_key(&self) -> u64 {
+        let key = self.next_client.get();
+        self.next_client.set(key + 1);
+        key
     }
 
     /// Counts a client until the result is dropped.
     fn register(self: &Rc<Self>, client: Client) -> Registered {
-        let key = self.next_client.get();
-        self.next_client.set(key + 1);
+        let key = self.next_key();
         self.clients.borrow_mut().insert(key, client);
         Registered { shared: self.clone(), key }
     }
@@ -302,12 +311,16 @@ fn enlarge_send_buffer(socket: &UnixStream) {
 async fn serve(listener: Listener, shared: Rc<Shared>, mut stopped: oneshot::Receiver<()>) {
     let mut connections = JoinSet::new();
     loop {
-        let full = connections.len() >= CONNECTION_LIMIT;
+        let full = shared.clients.borrow().len() >= CONNECTION_LIMIT;
         tokio::select! {
             biased;
             _ = &mut stopped => break,
             Some(ended) = connections.join_next(), if !connections.is_empty() => report_panic(ended),
-            accepted = listener.accept(), if !full => match accepted {
+            accepted = listener.accept(), if !full => {
+                if connections.len() >= CONNECTION_LIMIT {
+                    drop(shared.negotiating.borrow_mut().pop_first());
+                }
+                match accepted {
                 Ok(Accepted::Unix(socket, client)) => {
                     connections.spawn_local(attend(socket, client, shared.clone()));
                 }
@@ -318,7 +331,8 @@ async fn serve(listener: Listener, shared: Rc<Shared>, mut stopped: oneshot::Rec
                     tracing::warn!(volume = shared.name, %error, "cannot accept an nbd client");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
-            },
+                }
+            }
         }
     }
     drop(listener);
@@ -355,9 +369,16 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     shared: &Rc<Shared>,
 ) -> Result<(), Ended> {
     let geometry = shared.volume.geometry();
-    let negotiated =
-        tokio::time::timeout(NEGOTIATION_LIMIT, negotiate::negotiate(&mut socket, &shared.name, geometry));
-    let Some(agreed) = negotiated.await.map_err(|_| Ended::TooSlow)?? else { return Ok(()) };
+    let key = shared.next_key();
+    let (place, given_up) = oneshot::channel();
+    shared.negotiating.borrow_mut().insert(key, place);
+    let negotiated = tokio::select! {
+        negotiated = negotiate::negotiate(&mut socket, &shared.name, geometry) => negotiated,
+        _ = given_up => Err(Ended::TooSlow),
+        () = tokio::time::sleep(NEGOTIATION_LIMIT) => Err(Ended::TooSlow),
+    };
+    drop(shared.negotiating.borrow_mut().remove(&key));
+    let Some(agreed) = negotiated? else { return Ok(()) };
     let _registered = shared.register(client);
     tracing::debug!(volume = shared.name, %client, "nbd client opened the volume");
     Connection::new(socket, shared.volume.clone(), shared.pool.clone(), agreed).await
