@@ -1,8 +1,9 @@
 //! What a backing carries, so that nobody overwrites it unasked.
 //!
 //! The signatures of partition tables, file systems and volume managers are looked for where their formats put them.
-//! Where there is none, any byte that isn't zero counts: all of the first and the last mebibyte is looked at, samples
-//! in between on a device, and what an image file has allocated, up to a limit. All reads are synchronous.
+//! Where there is none, any byte that isn't zero counts: all of the first and the last mebibyte is looked at, and in between
+//! samples on a device; of an image file what it has allocated, up to a limit, and samples of the rest. All reads are
+//! synchronous.
 
 use super::file::{File, Kind};
 use crate::buffer::{Buffer, BufferPool};
@@ -240,7 +241,7 @@ fn samples_are_zero(file: &File, range: ByteRange) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Searches allocated space until the limit. What lies beyond it counts as data: it was written by somebody.
+/// Searches allocated space until the limit, and looks at samples of the rest, as on a device.
 fn allocated_is_zero(file: &File, range: ByteRange) -> io::Result<bool> {
     let (mut offset, mut searched) = (range.offset, 0);
     for part in file.allocation(range) {
@@ -251,8 +252,11 @@ fn allocated_is_zero(file: &File, range: ByteRange) -> io::Result<bool> {
             continue;
         }
         for piece in bytes.split_at_multiples(EDGE_BYTES) {
+            if searched >= SEARCHED_BYTES {
+                return samples_are_zero(file, ByteRange::between(piece.offset, range.end()));
+            }
             searched += piece.length;
-            if searched > SEARCHED_BYTES || !is_zero(&read(file, piece)?) {
+            if !is_zero(&read(file, piece)?) {
                 return Ok(false);
             }
         }

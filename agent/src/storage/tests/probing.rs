@@ -117,6 +117,22 @@ fn any_byte_counts_where_it_is_looked_at_and_zeroes_do_not() {
     }
 }
 
+/// A file that was written with zeroes, as dd does, counted as data for its size.
+#[test]
+fn zeroes_without_holes_count_as_little_as_holes_do_and_what_lies_behind_them_counts() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("image");
+    let file = std::fs::File::create(&path).expect("a file");
+    for mebibyte in 0..80 {
+        file.write_all_at(&vec![0; 1 << 20], mebibyte << 20).expect("it can be written");
+    }
+    assert_eq!(found(&path), None);
+    for mebibyte in 70..79 {
+        file.write_all_at(&vec![1; 1 << 20], mebibyte << 20).expect("it can be written");
+    }
+    assert_eq!(found(&path).as_deref(), Some("data that is not zero"));
+}
+
 #[test]
 fn a_backing_of_one_sector_can_be_looked_at() {
     let folder = tempfile::tempdir().expect("a folder");
