@@ -1,12 +1,13 @@
 //! How hosts find each other: addresses and names that change, both families.
 
-use blockmirror_agent::control::api::{Connection, PeerStatus, VolumeState};
+use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus, VolumeState};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::noise;
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::network::Network;
+use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
 
 const MIB: u64 = 1 << 20;
@@ -191,4 +192,28 @@ fn a_resync_goes_on_over_a_path_that_shrinks_and_status_says_so() {
     mirror.primary.succeed(&["tune", "data", "b", "--resync-limit", "none"]);
     mirror.assert_identical();
     mirror.replicas.clear();
+}
+
+/// A virtual machine and its clone had one key: whichever answered was "in sync", and nobody told them apart.
+#[test]
+fn two_hosts_with_one_key_are_named_and_not_in_sync_until_one_is_gone() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.replica_mut().stop();
+    let mut clone = Host::prepare(&mirror.folder, "clone");
+    for folder in ["config/volumes", "state"] {
+        let (from, to) = (mirror.replica().path(folder), clone.path(folder));
+        succeed("cp", &["-r", text(&from), text(&to)]);
+    }
+    mirror.replica_mut().start();
+    mirror.wait_until_in_sync();
+    clone.start();
+    let status = mirror
+        .primary
+        .wait_until("the two are told apart", |status| status.facts.peers[0].state == Some(PeerState::Twins));
+    assert_eq!(status.state, VolumeState::Degraded);
+    assert!(status.verdict.starts_with("two hosts use the key of b: at "), "{status:?}");
+    let address = mirror.replica().link().address();
+    assert!(status.facts.peers[0].addresses.iter().any(|known| *known == address.into()), "{status:?}");
+    clone.kill();
+    mirror.assert_identical();
 }

@@ -246,5 +246,6 @@ fn state(state: PeerState) -> &'static str {
         PeerState::Failed => "failed",
         PeerState::SplitBrain => "split-brain",
         PeerState::Stranger => "stranger",
+        PeerState::Twins => "twins",
     }
 }

@@ -146,6 +146,12 @@ impl Supervisor {
         Ok(self.whereabouts())
     }
 
+    /// Where the two hosts are that use the key of this one, in words, if two do.
+    pub(super) fn twins(&self, host: HostId) -> Option<String> {
+        let twins = self.instances.lock().expect("no holder of the lock panics").twins(host, Instant::now());
+        twins.map(|(one, other)| format!("at {one} and {other}"))
+    }
+
     async fn knows_member(&self, host: HostId) -> bool {
         self.volumes
             .lock()
@@ -161,6 +167,15 @@ impl Supervisor {
             return Err(Refused { refusal: Refusal::Other, text });
         }
         let host = connection.peer();
+        let is_alone = {
+            let mut instances = self.instances.lock().expect("no holder of the lock panics");
+            instances.hear(host, told.instance, connection.clone(), Instant::now())
+        };
+        if !is_alone {
+            // One was restarted just now, or two hosts use one key.
+            let text = "another agent with this key is connected".to_owned();
+            return Err(Refused { refusal: Refusal::Busy, text });
+        }
         let seen = seen_addresses(&told.listen, connection.remote_address());
         let addresses: Vec<Address> = seen.iter().filter_map(|address| address.parse().ok()).collect();
         let names: Vec<Name> = self.volumes.lock().await.keys().cloned().collect();

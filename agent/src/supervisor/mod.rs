@@ -6,6 +6,7 @@
 mod addresses;
 mod admission;
 mod incoming;
+mod instances;
 mod making;
 mod meeting;
 mod operations;
@@ -18,6 +19,7 @@ use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
 use crate::words::with_causes;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::Member;
+use instances::Instances;
 pub use operations::Operator;
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
@@ -65,6 +67,8 @@ pub struct Supervisor {
     learned: UnboundedSender<News>,
     /// Places for connections of unknown keys.
     strangers: Arc<Semaphore>,
+    /// The agents that were heard with each key.
+    instances: std::sync::Mutex<Instances>,
     /// Drawn at the start: tells this agent from another one with the same key.
     instance: [u8; 16],
     /// Volumes come to be one at a time: two attempts at one name must not undo each other.
@@ -99,6 +103,7 @@ impl Supervisor {
             admitted: Mutex::default(),
             learned,
             strangers: Arc::new(Semaphore::new(STRANGERS)),
+            instances: std::sync::Mutex::default(),
             instance: key::random(),
             making: Mutex::default(),
         });

@@ -6,9 +6,9 @@ use crate::control::Operations;
 use crate::control::api::{
     AddressRequest, COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference,
     FORGETTING_SCHEMA, Failure, FailureKind, Forgetting, HostStatus, Hung, Invitation, InviteRequest,
-    JoinRequest, ModeRequest, PEERS_SCHEMA, PROMOTION_SCHEMA, PeerStatus, PeersReply, PromoteRequest,
-    Promotion, RESOLUTION_SCHEMA, Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply,
-    Switch, SwitchRequest, TuneRequest, UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
+    JoinRequest, ModeRequest, PEERS_SCHEMA, PROMOTION_SCHEMA, PeerState, PeerStatus, PeersReply,
+    PromoteRequest, Promotion, RESOLUTION_SCHEMA, Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA,
+    StatusReply, Switch, SwitchRequest, TuneRequest, UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
 };
 use crate::quantity::{Seconds, Size};
 use crate::verdict;
@@ -40,7 +40,16 @@ impl Supervisor {
                 continue;
             }
             let (handle, config) = (self.handle_of(&name).await?, self.config_of_name(&name).await?);
-            asked.spawn(async move { verdict::running(facts_of(&handle, &config).await) });
+            let twins: Vec<_> = config.peers.iter().map(|peer| self.twins(peer.host)).collect();
+            asked.spawn(async move {
+                let mut facts = facts_of(&handle, &config).await;
+                for (peer, places) in facts.peers.iter_mut().zip(twins) {
+                    if places.is_some() {
+                        (peer.state, peer.error) = (Some(PeerState::Twins), places);
+                    }
+                }
+                verdict::running(facts)
+            });
         }
         let mut volumes = asked.join_all().await;
         volumes.extend(wrong);

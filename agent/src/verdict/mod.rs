@@ -56,6 +56,15 @@ pub fn running(facts: VolumeFacts) -> VolumeStatus {
         (None, Role::Primary) => primary::judge(&facts),
         (None, Role::Replica) => replica::judge(&facts),
     };
+    if let Some((verdict, action)) = twins(&facts) {
+        judgement.state = match judgement.state {
+            VolumeState::Healthy | VolumeState::Syncing => VolumeState::Degraded,
+            VolumeState::Following => VolumeState::Waiting,
+            state => state,
+        };
+        judgement.verdict = format!("{verdict}; {}", judgement.verdict);
+        action.clone_into(&mut judgement.action);
+    }
     if let Some(hung) = &facts.health.hung {
         judgement = health::hung(&facts, hung, judgement);
     }
@@ -175,6 +184,17 @@ fn elsewhere(facts: &VolumeFacts, peer: &PeerStatus) -> String {
         true => format!("; if it moved: blockmirror set-address {} {} ADDRESS:PORT", facts.name, peer.name),
         false => String::new(),
     }
+}
+
+/// Two hosts use the key of one: which they are, and what to do about that.
+fn twins(facts: &VolumeFacts) -> Option<(String, &'static str)> {
+    let peer = facts.peers.iter().find(|peer| peer.state == Some(PeerState::Twins))?;
+    let (name, places) = (&peer.name, peer.error.as_deref().unwrap_or("at two places"));
+    let verdict =
+        format!("two hosts use the key of {name}: {places}; it can't be told which of them has what");
+    let action = "on the one that was cloned: systemctl stop blockmirror-agent; with a key of its own it can join anew: \
+                  rm -r /var/lib/blockmirror /etc/blockmirror/volumes";
+    Some((verdict, action))
 }
 
 /// What went wrong last, in brackets.

@@ -80,7 +80,13 @@ fn is_being_copied_to(peer: &PeerStatus) -> bool {
     peer.connection == Connection::Connected
         && !matches!(
             peer.state,
-            Some(PeerState::Behind | PeerState::Failed | PeerState::SplitBrain | PeerState::Stranger)
+            Some(
+                PeerState::Behind
+                    | PeerState::Failed
+                    | PeerState::SplitBrain
+                    | PeerState::Stranger
+                    | PeerState::Twins
+            )
         )
 }
 
@@ -94,6 +100,7 @@ fn lack(peer: &PeerStatus) -> String {
                 "{name} and this host both wrote after they were last in sync, and neither takes the other's content"
             )
         }
+        (_, Some(PeerState::Twins)) => format!("{name} does not count"),
         (_, Some(PeerState::Stranger)) => format!("{name} has no history in common with this host"),
         (Connection::Connected, Some(PeerState::Resyncing)) => {
             let far = peer.resync.as_ref().map_or_else(|| "a part".to_owned(), progress);

@@ -343,6 +343,8 @@ pub enum PeerState {
     SplitBrain,
     /// Its history has nothing in common with this host's.
     Stranger,
+    /// Two hosts use its key: it can't be told which of them has what.
+    Twins,
 }
 
 /// Another host of a volume, as this one sees it.
