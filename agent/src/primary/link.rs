@@ -277,7 +277,7 @@ impl Peer {
             }
             PeerError::SplitBrain => state.split = Some(Split::Brain),
             PeerError::NothingInCommon => state.split = Some(Split::Strangers),
-            PeerError::Superseded(fence) if fence.counter > own.counter => {
+            PeerError::Superseded(fence) if fence.supersedes(own) => {
                 drop(state);
                 (self.superseded)(*fence);
             }

@@ -90,7 +90,9 @@ impl Replica {
                 Step::Record if on_word && !self.is_promised() => return Err(PromotionError::TooLate),
                 Step::Record => {
                     let change = |superblock: &mut blockmirror_protocol::disk::superblock::Superblock| {
-                        superblock.fence.counter = superblock.fence.counter.max(newest.counter);
+                        if newest.supersedes(superblock.fence) {
+                            superblock.fence = newest;
+                        }
                         promotion::record(superblock, host, position);
                     };
                     let recorded = self.state.change_superblock(change).await;

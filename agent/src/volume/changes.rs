@@ -180,7 +180,7 @@ impl Volume {
     pub(super) async fn supersede(&mut self, fence: Fence) {
         let OpenRole::Primary(primary, links) = &self.role else { return };
         let known = primary.superseded().unwrap_or(primary.state().superblock().fence);
-        if fence.counter <= known.counter {
+        if !fence.supersedes(known) {
             return;
         }
         primary.supersede(fence);

@@ -271,7 +271,7 @@ async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Take
     let (volume, name) = (&hands.config.name, &peer.name);
     let told = standing::converse(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
     let lost = match tokio::time::timeout(TAKE_OVER_TIME, told).await {
-        Ok(Ok(Message::TookOver(TookOver { fence }))) if fence.counter > ours.counter => {
+        Ok(Ok(Message::TookOver(TookOver { fence }))) if fence.supersedes(ours) => {
             return Ok(Taken { fence, serves: true });
         }
         Ok(Ok(Message::Refused(no))) => {
@@ -298,7 +298,7 @@ async fn promoted(hands: &Hands, peer: &PeerConfig, ours: Fence, attempts: u32) 
         let stands = standing::ask(&hands.peers, hands.config.id, peer, STANDING_TIME).await;
         if let Ok(standing) = stands
             && standing.role == Role::Primary
-            && standing.fence.counter > ours.counter
+            && standing.fence.supersedes(ours)
         {
             return Some(Taken { fence: standing.fence, serves: standing.serves });
         }

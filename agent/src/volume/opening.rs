@@ -108,7 +108,7 @@ impl Volume {
         let config = self.config.borrow().clone();
         let newer = match others {
             Others::Known => None,
-            Others::Told(fence) => Some(fence).filter(|fence| fence.counter > superblock.fence.counter),
+            Others::Told(fence) => Some(fence).filter(|fence| fence.supersedes(superblock.fence)),
             Others::Ask => {
                 let peers = &self.surroundings.peers;
                 let answers = standing::ask_all(peers, config.id, &config.peers, STANDING_TIME).await;

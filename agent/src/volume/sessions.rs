@@ -31,9 +31,7 @@ impl Volume {
             OpenRole::Replica(_) => self.serve_session(hello, sender, receiver),
             OpenRole::Primary(primary, _) => {
                 let ours = primary.superseded().unwrap_or(primary.state().superblock().fence);
-                if hello.fence.counter < ours.counter
-                    || hello.fence.counter == ours.counter && hello.fence.holder != ours.holder
-                {
+                if hello.fence.is_refused_by(ours) {
                     return sender.end_with(Superseded { fence: ours }, Some(receiver));
                 }
                 self.supersede(hello.fence).await;

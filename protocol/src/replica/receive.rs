@@ -24,13 +24,6 @@ use std::collections::VecDeque;
 /// No more ranges than this are told apart in a greeting; beyond it, any block may differ.
 const UNION_LIMIT: usize = 1 << 20;
 
-/// Whether whoever greets with `fence` may not write, because `newest` was given to another host since, or to one of the
-/// same number (L5).
-fn is_superseded(fence: Fence, newest: Fence) -> bool {
-    let is_rival = fence.counter == newest.counter && fence.holder != newest.holder;
-    fence.counter < newest.counter || is_rival && !planted(Bug::FollowEqualFence)
-}
-
 impl Replica {
     pub(super) fn greet(&mut self, hello: Hello) {
         if let Some(answer) = self.rejection(&hello) {
@@ -60,7 +53,7 @@ impl Replica {
         if (hello.volume, hello.size_bytes, hello.block_size) != (volume, size_bytes, block_size) {
             return refused(Refusal::Unrelated, "the volume's identity, size or block size differs here");
         }
-        if is_superseded(hello.fence, self.superblock.fence) {
+        if hello.fence.is_refused_by(self.superblock.fence) {
             // It is told so, whatever else there is to say, and becomes a replica (L5); whose content counts is decided
             // when another primary greets.
             return None;
@@ -87,7 +80,7 @@ impl Replica {
     #[must_use]
     pub fn supersedes(&self, fence: Fence) -> Option<Superseded> {
         let newest = self.superblock.fence;
-        is_superseded(fence, newest).then_some(Superseded { fence: newest })
+        fence.is_refused_by(newest).then_some(Superseded { fence: newest })
     }
 
     pub(super) fn unlink(&mut self) {

@@ -4,12 +4,14 @@
 //! Tags are given here by hand and never reused, so that the order of the variants means nothing. The receiver limits
 //! the length to [`LIMIT_BYTES`] before it reads a body.
 
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{
     BlockSize, CopyId, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session, Stream,
     VolumeId,
 };
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
+use std::cmp::Ordering;
 
 /// No message is longer than this, tag included, in bytes.
 pub const LIMIT_BYTES: usize = 256 << 10;
@@ -67,13 +69,58 @@ pub struct Member {
     pub mode: Mode,
 }
 
-/// Who may write: raised by each promotion (L5).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, bincode::Encode, bincode::Decode)]
+/// Who may write: raised by each promotion (L5). Fences have no order of their own: two of the same number are rivals, of
+/// which neither is later. [`Fence::against`] is the only comparison.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
 pub struct Fence {
     /// The promotions so far.
     pub counter: u64,
     /// Who was promoted last.
     pub holder: HostId,
+}
+
+/// How a fence stands to another one (L5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Claim {
+    /// The other one was given to somebody since.
+    Older,
+    /// The same number was given to another host: neither of the two was promoted after the other.
+    Rival,
+    /// It is the same one.
+    Same,
+    /// It was given to somebody since.
+    Newer,
+}
+
+impl Fence {
+    /// How this fence stands to one that is `known` (L5).
+    #[must_use]
+    pub fn against(self, known: Self) -> Claim {
+        match self.counter.cmp(&known.counter) {
+            Ordering::Less => Claim::Older,
+            Ordering::Greater => Claim::Newer,
+            Ordering::Equal if self.holder == known.holder || planted(Bug::FollowEqualFence) => Claim::Same,
+            Ordering::Equal => Claim::Rival,
+        }
+    }
+
+    /// Whether its holder was promoted after that of the one that is `known`, who then may not write any more.
+    #[must_use]
+    pub fn supersedes(self, known: Self) -> bool {
+        self.against(known) == Claim::Newer
+    }
+
+    /// Whether its holder may not write where that other fence is `known`.
+    #[must_use]
+    pub fn is_refused_by(self, known: Self) -> bool {
+        matches!(self.against(known), Claim::Older | Claim::Rival)
+    }
+
+    /// The one that was given last; of rivals, the first.
+    #[must_use]
+    pub fn newest(fences: impl IntoIterator<Item = Self>) -> Option<Self> {
+        fences.into_iter().reduce(|newest, fence| if fence.supersedes(newest) { fence } else { newest })
+    }
 }
 
 /// When a write and a flush are answered (W4).
@@ -743,6 +790,31 @@ mod tests {
             "{bytes}"
         );
         assert_eq!(Message::decode(&message.encode()[LENGTH_BYTES..]).unwrap(), message);
+    }
+
+    #[test]
+    fn of_two_fences_the_higher_number_counts_and_equal_ones_are_rivals() {
+        let fence = |counter, holder| Fence { counter, holder: HostId([holder; 32]) };
+        let known = fence(4, 2);
+        for (claim, expected) in [
+            (fence(3, 9), Claim::Older),
+            (fence(3, 2), Claim::Older),
+            (fence(4, 1), Claim::Rival),
+            (fence(4, 3), Claim::Rival),
+            (fence(4, 2), Claim::Same),
+            (fence(5, 1), Claim::Newer),
+        ] {
+            assert_eq!(claim.against(known), expected, "{claim:?}");
+            assert_eq!(claim.supersedes(known), expected == Claim::Newer, "{claim:?}");
+            assert_eq!(
+                claim.is_refused_by(known),
+                matches!(expected, Claim::Older | Claim::Rival),
+                "{claim:?}"
+            );
+        }
+        let newest = Fence::newest([fence(3, 1), fence(4, 1), fence(4, 3), fence(2, 9)]);
+        assert_eq!(newest, Some(fence(4, 1)), "no rival takes the place of another");
+        assert_eq!(Fence::newest([]), None);
     }
 
     #[test]

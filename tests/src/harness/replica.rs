@@ -182,7 +182,7 @@ impl World {
     /// Another primary greets: one of the two is none any more (L5).
     fn primary_is_greeted(&mut self, link: LinkId, fence: Fence) {
         let known = self.hosts[link.listener].superblock.fence;
-        if fence.counter > known.counter {
+        if fence.supersedes(known) {
             self.supersede(link.listener, fence);
             return self.cut(link);
         }

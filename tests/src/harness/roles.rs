@@ -71,7 +71,7 @@ impl World {
         let delay = self.random.up_to(outage);
         let it = &mut self.hosts[host];
         let life = it.life;
-        if it.superseded.is_some_and(|known| known >= fence) {
+        if !it.superseded.is_none_or(|known| fence.supersedes(known)) {
             return;
         }
         let Some(tracker) = it.tracker_mut() else { return };
@@ -134,7 +134,7 @@ impl World {
             return false;
         }
         let primaries = self.primaries();
-        let newest = primaries.iter().copied().max_by_key(|host| self.hosts[*host].superblock.fence);
+        let newest = primaries.iter().copied().max_by_key(|host| self.hosts[*host].superblock.fence.counter);
         let Some(primary) = newest else {
             let can_be = |host: &usize| promotion::steps(&self.hosts[*host].superblock).is_ok();
             let candidates: Vec<usize> = (0..self.hosts.len()).filter(can_be).collect();
@@ -160,10 +160,10 @@ impl World {
     fn cannot_follow(&self, host: usize, primary: usize) -> bool {
         let (it, leader) = (&self.hosts[host].superblock, &self.hosts[primary].superblock);
         if host == primary || it.data == DataState::Empty || it.lineage.is_empty() {
-            return host != primary && is_fenced_off(it.fence, leader.fence);
+            return host != primary && leader.fence.is_refused_by(it.fence);
         }
         let relation = lineage::relation(&leader.lineage, &it.lineage);
-        !matches!(relation, Relation::Same | Relation::MineIsNewer) || is_fenced_off(it.fence, leader.fence)
+        !matches!(relation, Relation::Same | Relation::MineIsNewer) || leader.fence.is_refused_by(it.fence)
     }
 
     /// An operator promotes the primary once more, over a host that was promoted as often.
@@ -180,7 +180,7 @@ impl World {
     /// An operator decides that a host's own content goes (L6).
     fn yield_to(&mut self, host: usize, primary: usize) {
         let winner = self.hosts[primary].superblock.lineage.clone();
-        if is_fenced_off(self.hosts[host].superblock.fence, self.hosts[primary].superblock.fence) {
+        if self.hosts[primary].superblock.fence.is_refused_by(self.hosts[host].superblock.fence) {
             return self.raise_fence(primary);
         }
         self.note(|| format!("host {host} yields to {primary}"));
@@ -220,8 +220,4 @@ pub(super) fn generation(host: usize, number: u64) -> GenerationId {
     let mut generation = GenerationId([host as u8; 16]);
     generation.0[..8].copy_from_slice(&number.to_le_bytes());
     generation
-}
-
-fn is_fenced_off(known: Fence, greeting: Fence) -> bool {
-    greeting.counter < known.counter || greeting.counter == known.counter && greeting.holder != known.holder
 }
