@@ -16,7 +16,7 @@ use super::{claim, direct};
 use crate::device::{Part, blocking};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, fallocate, seek, statx};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,6 +32,8 @@ const CLAIM_PAUSE: Duration = Duration::from_millis(50);
 
 /// `RAMFS_MAGIC` of `linux/magic.h`.
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
+/// `FUSE_SUPER_MAGIC` of `linux/fuse.h`.
+const FUSE_MAGIC: i64 = 0x6573_5546;
 
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +76,9 @@ pub(super) struct Descriptor {
     pub(super) direct: bool,
     /// Whether the bytes are in memory, so that a call copies them and doesn't wait for a disk.
     pub(super) in_memory: bool,
+    /// Whether a durable write is durable by its flag alone. FUSE does not tell its server of the flag where a write is
+    /// direct and asynchronous (seen with Linux 6.18), so a sync follows there.
+    pub(super) writes_durably: bool,
     /// Whether holes can be punched; cleared when the file refuses.
     pub(super) punches: AtomicBool,
     /// Whether ranges can be zeroed in place; cleared when the file refuses.
@@ -84,6 +89,48 @@ impl Descriptor {
     /// Whether a call can transfer this range to or from this memory.
     pub(super) fn takes(&self, range: ByteRange, memory: &[u8]) -> bool {
         range.is_aligned(self.alignment) && memory.as_ptr().addr().is_multiple_of(self.memory_alignment)
+    }
+}
+
+impl Descriptor {
+    /// Whether the file is as long as it was when it was opened, as far as the kernel knows without asking anybody; only
+    /// metadata files may change. What was cut off reads as zeroes when the file is made longer again, so a write beyond
+    /// its end would hide that content was lost.
+    pub(super) fn check_size(&self) -> io::Result<()> {
+        if self.kind == Kind::Image {
+            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+            if statx(&self.fd, "", flags, StatxFlags::SIZE)?.stx_size < self.size_bytes {
+                return Err(super::job::cut_off());
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`File::check_end`].
+    fn check_end(&self, range: ByteRange) -> io::Result<()> {
+        let size_bytes = rustix::fs::fstat(&self.fd)?.st_size.cast_unsigned();
+        if self.kind != Kind::Metadata && size_bytes < range.end() {
+            return Err(super::job::cut_off());
+        }
+        Ok(())
+    }
+
+    /// What an error is about that came of the size of a device: one that is gone, or was made smaller, gives errors that
+    /// speak of other things.
+    pub(super) fn explained(&self, error: io::Error) -> io::Error {
+        if self.kind != Kind::BlockDevice {
+            return error;
+        }
+        match seek(&self.fd, SeekFrom::End(0)) {
+            Ok(size_bytes) if size_bytes != self.size_bytes => {
+                let text = format!(
+                    "the device has {size_bytes} bytes now, and had {} when it was opened ({error})",
+                    self.size_bytes
+                );
+                io::Error::new(error.kind(), text)
+            }
+            _ => error,
+        }
     }
 }
 
@@ -272,7 +319,10 @@ impl File {
             Kind::Image | Kind::Metadata => can_punch_beyond(&fd, size_bytes),
         };
         // A device's node tells of the file system that the node is in.
-        let in_memory = kind != Kind::BlockDevice && is_in_memory(&fd)?;
+        let file_system = match kind {
+            Kind::BlockDevice => 0,
+            Kind::Image | Kind::Metadata => rustix::fs::fstatfs(&fd)?.f_type,
+        };
         let descriptor = Descriptor {
             fd,
             path: path.to_path_buf(),
@@ -281,7 +331,8 @@ impl File {
             alignment: alignment.map_or(SECTOR_BYTES, |alignment| alignment.offset_bytes),
             memory_alignment: alignment.map_or(1, |alignment| alignment.memory_bytes),
             direct: alignment.is_some(),
-            in_memory,
+            in_memory: matches!(file_system, libc::TMPFS_MAGIC | RAMFS_MAGIC),
+            writes_durably: file_system != FUSE_MAGIC,
             punches: AtomicBool::new(punches),
             zeroes_ranges: AtomicBool::new(true),
         };
@@ -290,6 +341,13 @@ impl File {
 
     pub(super) fn descriptor(&self) -> &Arc<Descriptor> {
         &self.descriptor
+    }
+
+    /// As on a file system that does not make writes durable by their flag.
+    #[cfg(test)]
+    pub(super) fn without_durable_writes(mut self) -> Self {
+        Arc::get_mut(&mut self.descriptor).expect("nobody shares it yet").writes_durably = false;
+        self
     }
 
     /// The path that the file was opened by.
@@ -381,11 +439,7 @@ impl File {
     /// Refuses a range that the file doesn't hold any more, as a read of it does. What a metadata file has beyond its
     /// end reads as zeroes.
     fn check_end(&self, range: ByteRange) -> io::Result<()> {
-        let size_bytes = rustix::fs::fstat(self)?.st_size.cast_unsigned();
-        if self.kind() != Kind::Metadata && size_bytes < range.end() {
-            return Err(super::job::cut_off());
-        }
-        Ok(())
+        self.descriptor.check_end(range)
     }
 
     /// Which parts of a range are allocated, in order and without gaps; neighbours differ. Where that can't be told,
@@ -459,12 +513,6 @@ fn create(path: &Path, fill: impl FnOnce(&mut fs::File) -> io::Result<()>) -> Re
         let _ = fs::remove_file(path);
     }
     made.map_err(about.cannot("create"))
-}
-
-/// Whether a file system keeps its files in memory alone.
-fn is_in_memory(fd: &OwnedFd) -> io::Result<bool> {
-    let file_system = rustix::fs::fstatfs(fd)?.f_type;
-    Ok(matches!(file_system, libc::TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
 fn write_zeroes(file: &mut fs::File, size_bytes: u64) -> io::Result<()> {

@@ -123,6 +123,8 @@ pub(super) struct Job {
     operation: &'static str,
     offset: u64,
     task: Task,
+    /// Whether a sync has to make durable what was written.
+    then_sync: bool,
     failure: Option<io::Error>,
     /// When it was begun, or its last step ended.
     moved: Instant,
@@ -134,12 +136,20 @@ impl Job {
         let descriptor = file.descriptor();
         let (name, range) = (operation.name(), operation.range());
         let fits = descriptor.kind == Kind::Metadata || range.end() <= descriptor.size_bytes;
-        let failure = (!fits).then(|| {
-            io::Error::new(io::ErrorKind::InvalidInput, "the range ends beyond the end of the backing")
-        });
+        let changes = matches!(operation, Operation::Write { .. } | Operation::Zero { .. });
+        let failure = match fits {
+            true if changes => descriptor.check_size().err(),
+            true => None,
+            false => Some(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the range ends beyond the end of the backing",
+            )),
+        };
+        let then_sync =
+            !descriptor.writes_durably && matches!(operation, Operation::Write { durable: true, .. });
         let task = if fits { Task::new(descriptor, operation, pool) } else { Task::Sync { done: true } };
         let descriptor = Arc::clone(descriptor);
-        Self { descriptor, operation: name, offset: range.offset, task, failure, moved: Instant::now() }
+        Self { descriptor, operation: name, offset: range.offset, task, then_sync, failure, moved: Instant::now() }
     }
 
     /// Since when nothing of it has ended.
@@ -164,13 +174,21 @@ impl Job {
 
     /// The next call to make; nothing when the operation has ended. The same again until [`Self::ended`] is told.
     pub(super) fn step(&mut self) -> Option<Step> {
-        if self.failure.is_some() { None } else { self.task.step(&self.descriptor) }
+        if self.failure.is_some() {
+            return None;
+        }
+        self.task.step(&self.descriptor).or(self.then_sync.then_some(Step::Sync))
     }
 
     /// Takes the result of the step: how many bytes, or the kernel's error. A call that was merely interrupted is
     /// made again.
     pub(super) fn ended(&mut self, result: io::Result<usize>) {
+        let is_written = self.task.step(&self.descriptor).is_none();
         let outcome = match result {
+            Ok(_) if is_written => {
+                self.then_sync = false;
+                Ok(())
+            }
             Ok(length) => self.task.succeeded(length, &self.descriptor),
             Err(error) if is_transient(&error) => Ok(()),
             Err(error) => self.task.failed(error, &self.descriptor),
@@ -188,7 +206,7 @@ impl Job {
                 operation: self.operation,
                 path: self.descriptor.path.display().to_string(),
                 offset: self.offset,
-                source,
+                source: self.descriptor.explained(source),
             }),
         }
     }

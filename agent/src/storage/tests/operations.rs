@@ -253,6 +253,53 @@ fn a_backing_that_was_cut_short_fails_to_read() {
     });
 }
 
+/// Zeroing past the end succeeded, and a write there made the image longer: what was cut off read as zeroes from then
+/// on.
+#[test]
+fn a_backing_that_was_cut_short_takes_nothing_that_would_hide_it() {
+    run(async {
+        for storage in storages() {
+            let place = some_image();
+            let shorter =
+                std::fs::OpenOptions::new().write(true).open(place.file.path()).expect("it is there");
+            shorter.set_len(MEBIBYTE / 2).expect("it can be cut");
+            for offset in [0, MEBIBYTE - 4096] {
+                let data = Bytes::from(vec![9; 4096]);
+                let range = ByteRange::new(offset, 4096);
+                for ended in [
+                    write(&*storage, &place.file, offset, data, false).await,
+                    zero(&*storage, &place.file, range, true).await,
+                    zero(&*storage, &place.file, range, false).await,
+                ] {
+                    let error = ended.expect_err("it is short");
+                    assert_eq!(error.source.kind(), std::io::ErrorKind::UnexpectedEof, "{error}");
+                }
+            }
+            let size = std::fs::metadata(place.file.path()).expect("it is there").len();
+            assert_eq!(size, MEBIBYTE / 2, "it is no longer than it was");
+        }
+    });
+}
+
+/// FUSE has no word for a durable write: what was acknowledged was in its server's cache.
+#[test]
+fn a_durable_write_is_synced_where_its_flag_does_nothing() {
+    use crate::storage::job::{Job, Step};
+    let Place { file, _below, .. } = some_image();
+    let file = Rc::try_unwrap(file).expect("nobody else has it").without_durable_writes();
+    for (durable, offset, length) in [(true, 0, 4096), (true, 512, 512), (false, 0, 4096)] {
+        let data = Bytes::from(vec![9; length]);
+        let mut job = Job::new(&file, Operation::Write { offset, data, durable }, &BufferPool::new(0));
+        let mut last = None;
+        while let Some(step) = job.step() {
+            last = Some(step);
+            job.ended(Ok(step.length() as usize));
+        }
+        assert_eq!(last == Some(Step::Sync), durable, "{last:?}");
+        job.finish().expect("it is written");
+    }
+}
+
 #[test]
 fn a_metadata_file_reads_as_zeroes_beyond_its_end_and_grows() {
     run(async {
