@@ -61,8 +61,8 @@ pub struct Server {
     geometry: Geometry,
     pool: BufferPool,
     session: Cell<Option<Session>>,
-    /// Whether anybody but the agent can have the file open.
-    is_public: Cell<bool>,
+    /// Whether a flush is one: others than the agent may have the file open, or something was written.
+    flushes: Cell<bool>,
     waiting: RefCell<WaitingTable>,
 }
 
@@ -94,15 +94,16 @@ impl Server {
     ) -> io::Result<Rc<Self>> {
         // SAFETY: a `File` owns its descriptor, gives back the same one each time, and nothing here replaces it.
         let fuse = unsafe { AsyncFd::register_with_interest(fuse, EVENTS) }?;
-        let (is_public, geometry) = (Cell::new(session.is_some()), volume.geometry());
+        let (flushes, geometry) = (Cell::new(session.is_some()), volume.geometry());
         let (session, waiting) = (Cell::new(session), RefCell::default());
-        Ok(Rc::new(Self { fuse, volume, geometry, pool, session, is_public, waiting }))
+        Ok(Rc::new(Self { fuse, volume, geometry, pool, session, flushes, waiting }))
     }
 
     /// From here on, others than the agent may use the file. Before, the loop driver has it synchronised when it is
-    /// attached, which nobody asked for: that must not wait for replicas.
+    /// attached, which nobody asked for: that must not wait for replicas. The device is announced before the driver's call
+    /// returns, so whoever writes by then is somebody else, and has flushes that are some.
     pub fn make_public(&self) {
-        self.is_public.set(true);
+        self.flushes.set(true);
     }
 
     /// What was agreed on with the kernel, once that has happened: what another server of the same descriptor needs.
@@ -185,7 +186,7 @@ impl Server {
             Call::Read { offset, length } => self.read(unique, offset, length),
             Call::Write { offset, length } => self.write(unique, offset, length, inbox),
             Call::Allocate { offset, length, mode } => self.allocate(unique, offset, length, mode),
-            Call::Synchronise if !self.is_public.get() => self.send(unique, &[]),
+            Call::Synchronise if !self.flushes.get() => self.send(unique, &[]),
             Call::Synchronise => self.submit(unique, Expected::Nothing, Command::Flush),
             Call::Statistics => self.send(unique, kernel::statistics(size_bytes).as_bytes()),
             Call::Notice => self.send(unique, &[]),
@@ -258,6 +259,9 @@ impl Server {
     }
 
     fn submit(self: &Rc<Self>, unique: u64, expected: Expected, command: Command) {
+        if matches!(command, Command::Write { .. } | Command::Zero { .. }) {
+            self.flushes.set(true);
+        }
         let cookie = self.waiting.borrow_mut().insert(Waiting { unique, expected });
         self.volume.submit(Request { command, reply: self.clone(), cookie });
     }
