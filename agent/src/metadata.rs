@@ -80,7 +80,10 @@ impl State {
         superblock: &Superblock,
     ) -> Result<Self, StateError> {
         std::fs::create_dir_all(folder).map_err(|source| folder_error(folder, source))?;
-        File::create_metadata(folder.join(activity_log::FILE_NAME), activity_log::FILE_BYTES)?;
+        let log = File::create_metadata(folder.join(activity_log::FILE_NAME), activity_log::FILE_BYTES)?;
+        let log = Rc::new(log);
+        write_ring(&*storage, &log, 0, false).await?;
+        drop(log);
         let marker_file = Rc::new(File::create_metadata(folder.join(marker::FILE_NAME), marker::FILE_BYTES)?);
         write_page(&*storage, &marker_file, slot_offset(1), &marker::encode(Mark::default(), 1)).await?;
         // The superblock comes last: a folder with one is complete.
@@ -106,8 +109,11 @@ impl State {
     /// [`StateError`] when a file is missing or the superblock is damaged.
     pub async fn open(folder: &Path, storage: Rc<dyn Storage>, pool: BufferPool) -> Result<Self, StateError> {
         let superblock_file = open_file(folder.join(superblock::FILE_NAME)).await?;
-        let bytes = read(&*storage, &superblock_file, &pool, superblock::FILE_BYTES).await?;
-        let superblock = Superblock::recover(&bytes).map_err(|source| metadata_error(folder, source))?;
+        let (bytes, unread) = read(&*storage, &superblock_file, &pool, superblock::FILE_BYTES).await;
+        let superblock = Superblock::recover(&bytes).map_err(|source| match (source, unread) {
+            (MetadataError::Corrupted { .. }, Some(error)) => StateError::Storage(error),
+            (source, _) => metadata_error(folder, source),
+        })?;
         Ok(Self {
             folder: folder.to_owned(),
             superblock_file,
@@ -142,17 +148,23 @@ impl State {
         Ok(())
     }
 
-    /// What the activity log says.
+    /// What the activity log says. One that is not whole is made whole again, and says that everything may be active
+    /// until a later record says less.
     ///
     /// # Errors
-    /// [`StateError`] when it can't be read or is newer than this release.
+    /// [`StateError`] when it is newer than this release.
     pub async fn recover_log(&self) -> Result<activity_log::Recovered, StateError> {
-        let bytes = read(&*self.storage, &self.log_file, &self.pool, activity_log::FILE_BYTES).await?;
-        // A file that was cut short reads as zeroes beyond its end, which an empty log does too.
-        let whole =
-            std::fs::metadata(self.log_file.path()).is_ok_and(|file| file.len() >= activity_log::FILE_BYTES);
-        let bytes = if whole { &bytes[..] } else { &[] };
-        activity_log::recover(bytes).map_err(|source| metadata_error(&self.folder, source))
+        let (bytes, _) = read(&*self.storage, &self.log_file, &self.pool, activity_log::FILE_BYTES).await;
+        let recovered =
+            activity_log::recover(&bytes).map_err(|source| metadata_error(&self.folder, source))?;
+        let activity_log::Recovered::Unsure { serial } = recovered else { return Ok(recovered) };
+        match write_ring(&*self.storage, &self.log_file, serial, true).await {
+            Ok(newest) => Ok(activity_log::Recovered::Unsure { serial: newest }),
+            Err(error) => {
+                tracing::warn!("{}", crate::words::with_causes(&error));
+                Ok(recovered)
+            }
+        }
     }
 
     /// The file of the activity log, for its records.
@@ -161,12 +173,12 @@ impl State {
         &self.log_file
     }
 
-    /// What the marker says; the beginning of all history when it is damaged, because it only ever lags.
+    /// What the marker says; the beginning of all history when it is damaged or can't be read, because it only ever lags.
     ///
     /// # Errors
-    /// [`StateError`] when it can't be read or is newer than this release.
+    /// [`StateError`] when it is newer than this release.
     pub async fn recover_marker(&self) -> Result<Mark, StateError> {
-        let bytes = read(&*self.storage, &self.marker_file, &self.pool, marker::FILE_BYTES).await?;
+        let (bytes, _) = read(&*self.storage, &self.marker_file, &self.pool, marker::FILE_BYTES).await;
         match marker::recover(&bytes) {
             Ok((serial, mark)) => {
                 *self.marker_serial.borrow_mut() = serial;
@@ -189,10 +201,10 @@ impl State {
         Ok(())
     }
 
-    /// The map of one peer as its file says, or full where there is none or it is damaged, and the file.
+    /// The map of one peer as its file says, or full where there is none or it is damaged or can't be read, and the file.
     ///
     /// # Errors
-    /// [`StateError`] when the file can't be read or made, or is newer than this release.
+    /// [`StateError`] when the file can't be opened or made, or is newer than this release.
     pub async fn open_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
         let (map, file, _) = self.recover_map(peer).await?;
         Ok((map, file))
@@ -214,25 +226,10 @@ impl State {
         }
         let file = open_file(path.clone()).await?;
         let there = path.clone();
-        let stored = blocking(move || stored::read_map(&there))
-            .await
-            .map_err(|source| StateError::Folder { folder: self.folder.clone(), source })?;
-        match DirtyMap::recover(&full, &stored.header, stored.pages) {
-            Ok(mut map) => {
-                if map.base().adopted != superblock.adopted {
-                    // What this copy adopted since is not in it (L2).
-                    map.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
-                }
-                Ok((map, file, false))
-            }
-            Err(MetadataError::TooNew { what, found, known }) => {
-                Err(metadata_error(&self.folder, MetadataError::TooNew { what, found, known }))
-            }
-            Err(damage) => {
-                tracing::warn!(path = %path.display(), "{damage}: all blocks count as dirty");
-                Ok((full, file, true))
-            }
-        }
+        let stored = blocking(move || stored::read_map(&there)).await;
+        let (map, is_damaged) = map_of(full, &path, stored, superblock.adopted)
+            .map_err(|source| metadata_error(&self.folder, source))?;
+        Ok((map, file, is_damaged))
     }
 
     /// The maps of these peers, where there are any that still hold. A damaged one may have said anything, so it is full.
@@ -343,13 +340,72 @@ async fn open_file(path: PathBuf) -> Result<Rc<File>, StateError> {
     Ok(Rc::new(File::opened_when_free(move || File::open_metadata(&path)).await?))
 }
 
+/// Reads the beginning of a file page by page. One that can't be read is a damaged one, as media make them; the first
+/// error is given too.
 async fn read(
     storage: &dyn Storage,
     file: &Rc<File>,
     pool: &BufferPool,
     length: u64,
-) -> Result<crate::buffer::Buffer, StateError> {
-    Ok(storage::read(storage, file, pool, ByteRange::new(0, length)).await?)
+) -> (Vec<u8>, Option<storage::Error>) {
+    let (mut bytes, mut first_error) = (Vec::with_capacity(length as usize), None);
+    for page in ByteRange::new(0, length).split_at_multiples(PAGE_BYTES as u64) {
+        match storage::read(storage, file, pool, page).await {
+            Ok(content) => bytes.extend_from_slice(&content),
+            Err(error) => {
+                tracing::warn!("{}: it counts as damaged", crate::words::with_causes(&error));
+                // No page is whole that says this.
+                bytes.resize(bytes.len() + page.length as usize, 0xff);
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    (bytes, first_error)
+}
+
+/// What the file of a peer's map says, and whether it is damaged; then `full` is all that is known.
+fn map_of(
+    full: DirtyMap,
+    path: &Path,
+    stored: std::io::Result<stored::MapFile>,
+    adopted: u64,
+) -> Result<(DirtyMap, bool), MetadataError> {
+    let recovered = match stored {
+        Ok(stored) => DirtyMap::recover(&full, &stored.header, stored.pages),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), "the map can't be read, so all blocks count as dirty: {error}");
+            return Ok((full, true));
+        }
+    };
+    match recovered {
+        Ok(mut map) => {
+            if map.base().adopted != adopted {
+                // What this copy adopted since is not in it (L2).
+                map.begin_anew(full.base());
+            }
+            Ok((map, false))
+        }
+        Err(error @ MetadataError::TooNew { .. }) => Err(error),
+        Err(damage) => {
+            tracing::warn!(path = %path.display(), "{damage}: all blocks count as dirty");
+            Ok((full, true))
+        }
+    }
+}
+
+/// Writes a record into every place of the activity log, durably; the serial number of the last one.
+async fn write_ring(
+    storage: &dyn Storage,
+    file: &Rc<File>,
+    after: u64,
+    is_everything: bool,
+) -> Result<u64, storage::Error> {
+    let mut newest = after;
+    for (serial, record) in activity_log::ring_after(after, is_everything) {
+        write_page(storage, file, activity_log::record_offset(serial), &record).await?;
+        newest = serial;
+    }
+    Ok(newest)
 }
 
 async fn write_page(

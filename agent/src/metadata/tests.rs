@@ -2,7 +2,7 @@
 //! being written, never neither.
 
 use super::*;
-use crate::storage::faults::Faults;
+use crate::storage::faults::{Calls, Faults};
 use crate::storage::{Engine, drain, open_with};
 use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
 use blockmirror_protocol::disk::superblock::Role;
@@ -297,4 +297,78 @@ fn a_damaged_map_may_have_said_anything() {
         assert_eq!(maps.keys().collect::<Vec<_>>(), [&damaged]);
         assert!(maps[&damaged].is_full(), "a replica tells its primary of all of it (D3)");
     });
+}
+
+/// Media give errors rather than flipped bits, and one in the older of two slots kept a volume closed whose newer one was
+/// whole.
+#[test]
+fn a_page_that_cannot_be_read_is_a_damaged_one() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = open_with(Engine::Automatic).unwrap();
+        let state = State::create(folder.path(), storage.clone(), pool(), &superblock()).await.unwrap();
+        state.write_marker(position(1)).await.unwrap();
+        state.write_marker(position(2)).await.unwrap();
+        drop(state);
+        drain(&*storage).await;
+        // The superblock's two slots, the marker's, the eight places of the log.
+        for unreadable in 0..12 {
+            let faults = Faults::new(storage.clone());
+            faults.fail(Calls::Reads, unreadable + 1, libc::EIO);
+            let opened = State::open(folder.path(), faults, pool()).await;
+            if unreadable == 1 {
+                // The only slot that was ever written: the error is told, and not called damage.
+                assert!(matches!(opened, Err(StateError::Storage(_))));
+                continue;
+            }
+            let state = opened.unwrap();
+            assert_eq!(state.superblock(), superblock());
+            let marker = state.recover_marker().await.unwrap();
+            assert!([position(1), position(2), Position::default()].contains(&marker), "{marker:?}");
+            let is_unsure =
+                matches!(state.recover_log().await.unwrap(), activity_log::Recovered::Unsure { .. });
+            assert!(unreadable >= 4 || !is_unsure, "{unreadable}");
+            drop(state);
+            drain(&*storage).await;
+        }
+    });
+}
+
+#[test]
+fn a_log_that_was_lost_says_everything_until_a_record_says_less() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = open_with(Engine::Automatic).unwrap();
+        drop(State::create(folder.path(), storage.clone(), pool(), &superblock()).await.unwrap());
+        drain(&*storage).await;
+        let path = folder.path().join(activity_log::FILE_NAME);
+        for length in [0, activity_log::FILE_BYTES / 2, activity_log::FILE_BYTES] {
+            let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+            file.set_len(0).unwrap();
+            file.set_len(length).unwrap();
+            drop(file);
+            let state = State::open(folder.path(), storage.clone(), pool()).await.unwrap();
+            let activity_log::Recovered::Unsure { serial } = state.recover_log().await.unwrap() else {
+                panic!("a log of {length} zeroes says nothing");
+            };
+            let again = state.recover_log().await.unwrap();
+            assert!(matches!(again, activity_log::Recovered::Unsure { .. }), "nobody knows more by now");
+            let activity_log::Recovered::Unsure { serial: newest } = again else { unreachable!() };
+            assert!(newest >= serial);
+            let record = activity_log::encode([], newest + 1);
+            let offset = activity_log::record_offset(newest + 1);
+            storage::write(&*storage, state.log_file(), offset, state.page(&record), true).await.unwrap();
+            let less = state.recover_log().await.unwrap();
+            assert!(matches!(less, activity_log::Recovered::Active { extents, .. } if extents.is_empty()));
+        }
+    });
+}
+
+#[test]
+fn a_peers_map_that_cannot_be_read_is_full() {
+    let superblock = superblock();
+    let full = || DirtyMap::full(superblock.volume, PEERS[0], superblock.size_bytes, superblock.block_size);
+    let unreadable = Err(std::io::Error::from_raw_os_error(libc::EIO));
+    let (map, is_damaged) = map_of(full(), Path::new("map"), unreadable, superblock.adopted).unwrap();
+    assert!(map.is_full() && is_damaged);
 }

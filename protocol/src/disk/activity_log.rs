@@ -14,8 +14,9 @@
 //! # What a crash leaves
 //!
 //! A write of record n that was lost leaves record n-1: no write relied on n yet. A torn write leaves the same, but
-//! cannot be told from a record n that was durable and went bad later. So a place that should hold n, is not whole
-//! and is not empty makes the set *unsure*: every block counts as dirty. That costs time, never data.
+//! cannot be told from a record n that was durable and went bad later. So a place that should hold n and is not whole
+//! makes the set *unsure*: every block counts as dirty. That costs time, never data. A new log has a record in each
+//! place, so that zeroes, which a file system may give back for what it lost, are damage as well.
 
 use super::{MetadataError, PAGE_BYTES, is_sealed, seal};
 use crate::units::Extent;
@@ -122,6 +123,15 @@ pub fn encode_everything(serial: u64) -> Record {
     record
 }
 
+/// The records of a log, one for each place, after that of this serial number: all empty, or all of everything. Those of
+/// a new log come after 0.
+pub fn ring_after(serial: u64, is_everything: bool) -> impl Iterator<Item = (u64, Record)> {
+    (serial + 1..=serial + RECORDS).map(move |serial| {
+        let record = if is_everything { encode_everything(serial) } else { encode([], serial) };
+        (serial, record)
+    })
+}
+
 /// Reads the ring.
 ///
 /// # Errors
@@ -134,13 +144,10 @@ pub fn recover(file: &[u8]) -> Result<Recovered, MetadataError> {
             newest = Some((serial, extents));
         }
     }
-    let (serial, extents) = newest.unwrap_or((0, Some(BTreeSet::new())));
+    let Some((serial, extents)) = newest else { return Ok(Recovered::Unsure { serial: 0 }) };
     let next = record_offset(serial + 1) as usize;
-    let Some(after) = file.get(next..next + RECORD_BYTES) else {
-        return Ok(Recovered::Unsure { serial });
-    };
-    let is_empty = after.iter().all(|byte| *byte == 0);
-    if file.len() < FILE_BYTES as usize || !(is_empty || decode(after)?.is_some()) {
+    let after = file.get(next..next + RECORD_BYTES);
+    if after.is_none_or(|after| !matches!(decode(after), Ok(Some(_)))) {
         return Ok(Recovered::Unsure { serial: serial + 1 });
     }
     Ok(match extents {
@@ -179,6 +186,9 @@ mod tests {
 
     fn ring(records: &[(u64, &[u32])]) -> Vec<u8> {
         let mut file = vec![0; FILE_BYTES as usize];
+        for (serial, record) in ring_after(0, false) {
+            file[record_offset(serial) as usize..][..RECORD_BYTES].copy_from_slice(&record);
+        }
         for (serial, extents) in records {
             let at = record_offset(*serial) as usize;
             file[at..at + RECORD_BYTES].copy_from_slice(&encode(set(extents), *serial));
@@ -209,21 +219,22 @@ mod tests {
 
     #[test]
     fn the_newest_record_says_everything() {
-        let none = Recovered::Active { serial: 0, extents: set(&[]) };
+        let none = Recovered::Active { serial: 8, extents: set(&[]) };
         assert_eq!(recover(&ring(&[])), Ok(none));
         let newest = Recovered::Active { serial: 12, extents: set(&[7]) };
-        assert_eq!(recover(&ring(&[(10, &[1]), (11, &[2, 3]), (12, &[7])])), Ok(newest));
+        let records: [(u64, &[u32]); 4] = [(9, &[1]), (10, &[1]), (11, &[2, 3]), (12, &[7])];
+        assert_eq!(recover(&ring(&records)), Ok(newest));
         let full: Vec<u32> = (0..CAPACITY as u32).collect();
         assert_eq!(recover(&ring(&[(9, &full)])), Ok(Recovered::Active { serial: 9, extents: set(&full) }));
     }
 
     #[test]
     fn a_record_may_stand_for_all_extents() {
-        let mut file = ring(&[(3, &[1])]);
-        let at = record_offset(4) as usize;
-        file[at..at + RECORD_BYTES].copy_from_slice(&encode_everything(4));
-        assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: 4 }));
-        for serial in 5..12 {
+        let mut file = ring(&[(9, &[1])]);
+        let at = record_offset(10) as usize;
+        file[at..at + RECORD_BYTES].copy_from_slice(&encode_everything(10));
+        assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: 10 }));
+        for serial in 11..18 {
             let at = record_offset(serial) as usize;
             file[at..at + RECORD_BYTES].copy_from_slice(&encode(set(&[2]), serial));
             assert_eq!(
@@ -234,15 +245,42 @@ mod tests {
         }
     }
 
+    /// A file system that had lost the file's content gave zeroes back, which counted as a log that nothing was ever
+    /// written to: after a crash under writes all copies were "in sync", and differed.
+    #[test]
+    fn zeroes_say_nothing_of_what_was_active() {
+        assert_eq!(recover(&vec![0; FILE_BYTES as usize]), Ok(Recovered::Unsure { serial: 0 }));
+        for serial in 9..20 {
+            let mut file = ring(&[]);
+            for (serial, extent) in (9..=serial).zip(0..) {
+                let at = record_offset(serial) as usize;
+                file[at..at + RECORD_BYTES].copy_from_slice(&encode(set(&[extent]), serial));
+            }
+            assert!(matches!(recover(&file), Ok(Recovered::Active { .. })));
+            file[record_offset(serial) as usize..][..RECORD_BYTES].fill(0);
+            assert_eq!(recover(&file), Ok(Recovered::Unsure { serial }), "a hole where {serial} was");
+        }
+    }
+
     #[test]
     fn a_newest_record_that_is_not_whole_makes_everything_dirty() {
-        let mut file = ring(&[(3, &[1]), (4, &[1, 2])]);
-        file[record_offset(4) as usize + 40] ^= 1;
-        assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: 4 }));
-        let mut only = ring(&[(1, &[1])]);
-        only[record_offset(1) as usize] ^= 1;
-        assert_eq!(recover(&only), Ok(Recovered::Unsure { serial: 1 }));
-        assert!(matches!(recover(&ring(&[(3, &[1])])[..4 * RECORD_BYTES]), Ok(Recovered::Unsure { .. })));
+        let mut file = ring(&[(9, &[1]), (10, &[1, 2])]);
+        file[record_offset(10) as usize + 40] ^= 1;
+        assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: 10 }));
+        assert!(matches!(recover(&ring(&[(9, &[1])])[..RECORD_BYTES]), Ok(Recovered::Unsure { .. })));
         assert!(matches!(recover(&[]), Ok(Recovered::Unsure { .. })));
+    }
+
+    #[test]
+    fn a_ring_that_was_not_whole_is_one_again_when_it_says_everything() {
+        let mut file = ring(&[(9, &[1]), (10, &[1, 2])]);
+        file[record_offset(10) as usize + 40] ^= 1;
+        for (serial, record) in ring_after(10, true) {
+            assert!(matches!(recover(&file), Ok(Recovered::Unsure { .. })), "before {serial}");
+            file[record_offset(serial) as usize..][..RECORD_BYTES].copy_from_slice(&record);
+        }
+        assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: 18 }));
+        file[record_offset(19) as usize..][..RECORD_BYTES].copy_from_slice(&encode(set(&[3]), 19));
+        assert_eq!(recover(&file), Ok(Recovered::Active { serial: 19, extents: set(&[3]) }));
     }
 }

@@ -180,6 +180,9 @@ impl Host {
             superblock_work: VecDeque::new(),
             serial: 0,
         };
+        for (serial, record) in activity_log::ring_after(0, false) {
+            host.files.write_now(activity_log::FILE_NAME, activity_log::record_offset(serial), &record);
+        }
         host.write_superblock_now();
         host
     }
