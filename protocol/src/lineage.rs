@@ -50,18 +50,13 @@ pub fn map_covers(mine: &[GenerationId], base: GenerationId, theirs: GenerationI
     }
 }
 
-/// Puts a new generation at the head. Where there is no room, the oldest one goes that no map refers to (L2).
-///
-/// # Panics
-/// When more generations are referred to than there is room for: there is one per peer at most.
+/// Puts a new generation at the head. Where there is no room, the oldest one goes that no peer may need (L2), and the
+/// oldest of all where peers may need more than there is room for.
 pub fn begin(lineage: &mut Vec<GenerationId>, generation: GenerationId, kept: &[GenerationId], limit: usize) {
     lineage.insert(0, generation);
     while lineage.len() > limit {
         let oldest = lineage.iter().rposition(|generation| !kept.contains(generation));
-        let oldest = oldest
-            .filter(|place| *place > 0)
-            .expect("maps refer to fewer generations than there is room for");
-        lineage.remove(oldest);
+        lineage.remove(oldest.filter(|place| *place > 0).unwrap_or(lineage.len() - 1));
     }
 }
 
@@ -144,6 +139,9 @@ mod tests {
         let mut generations = lineage("dcba");
         begin(&mut generations, GenerationId([b'e'; 16]), &lineage("a"), 4);
         assert_eq!(generations, lineage("edca"));
+        // However many a peer makes us think that it may need.
+        begin(&mut generations, GenerationId([b'f'; 16]), &lineage("edca"), 4);
+        assert_eq!(generations, lineage("fedc"));
     }
 
     #[test]

@@ -52,6 +52,14 @@ pub enum Bug {
     UndoUnmarked,
     /// A bit is cleared when the digests agree, not when what they agree on is durable on the replica (D2).
     ClearOnMatch,
+    /// A host that gives its content up goes on to refuse the winner, which was promoted as often (L6).
+    KeepEqualFence,
+    /// An empty copy refuses a primary for generations that it no longer has the content of (L3).
+    EmptyObjects,
+    /// A sector that can't be read on a replica ends it, whenever it is met (R2).
+    UnreadableEndsReplica,
+    /// A generation that a replica followed by stream is pruned as if nobody had it (L2).
+    PruneFollowed,
     /// Overlap is judged in sectors of 512 bytes, whatever the disks have (W1).
     NarrowSectors,
     /// A replica that has gone back is taken for what it was (X4).
@@ -64,7 +72,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 29] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -86,6 +94,10 @@ impl Bug {
         Self::KeepUntilCommit,
         Self::UndoUnmarked,
         Self::ClearOnMatch,
+        Self::KeepEqualFence,
+        Self::EmptyObjects,
+        Self::UnreadableEndsReplica,
+        Self::PruneFollowed,
         Self::NarrowSectors,
         Self::IgnoreMark,
         Self::BreakWord,

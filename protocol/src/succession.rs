@@ -144,7 +144,7 @@ fn is_whole(standing: &Standing) -> bool {
 #[must_use]
 pub fn newest_fence(ours: Fence, others: &[Heard]) -> Option<Fence> {
     let known = others.iter().filter_map(|other| Some(other.standing.as_ref()?.fence));
-    known.max_by_key(|fence| fence.counter).filter(|fence| fence.counter > ours.counter)
+    Fence::newest(known).filter(|fence| fence.supersedes(ours))
 }
 
 /// Whether a host that stands so holds what is newer than `marker` of a copy with these generations.

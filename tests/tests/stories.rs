@@ -437,6 +437,7 @@ fn a_refused_greeting_is_not_repeated() {
         size_bytes,
         sector_bytes: 512,
         lineage: lineage.clone(),
+        lineage_limit: 4,
         first_epoch: Epoch(1),
         loss: ReplicaLoss::Continue,
         opened_at: Time::default(),

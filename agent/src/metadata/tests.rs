@@ -307,8 +307,8 @@ fn a_page_that_cannot_be_read_is_a_damaged_one() {
         let folder = tempfile::tempdir().unwrap();
         let storage = open_with(Engine::Automatic).unwrap();
         let state = State::create(folder.path(), storage.clone(), pool(), &superblock()).await.unwrap();
-        state.write_marker(position(1)).await.unwrap();
-        state.write_marker(position(2)).await.unwrap();
+        state.write_marker(mark(1)).await.unwrap();
+        state.write_marker(mark(2)).await.unwrap();
         drop(state);
         drain(&*storage).await;
         // The superblock's two slots, the marker's, the eight places of the log.
@@ -324,7 +324,7 @@ fn a_page_that_cannot_be_read_is_a_damaged_one() {
             let state = opened.unwrap();
             assert_eq!(state.superblock(), superblock());
             let marker = state.recover_marker().await.unwrap();
-            assert!([position(1), position(2), Position::default()].contains(&marker), "{marker:?}");
+            assert!([mark(1), mark(2), Mark::default()].contains(&marker), "{marker:?}");
             let is_unsure =
                 matches!(state.recover_log().await.unwrap(), activity_log::Recovered::Unsure { .. });
             assert!(unreadable >= 4 || !is_unsure, "{unreadable}");

@@ -161,7 +161,8 @@ impl Layer {
                 })
                 .collect();
             for (range, read) in reads {
-                match read.await.expect("a read neither panics nor is aborted")? {
+                let read = read.await.expect("a read neither panics nor is aborted");
+                match read.map_err(SaveError::Unreadable)? {
                     Some(data) => batches.add(Entry::of_data(range, &data), Some(data)).await?,
                     None => batches.add(Entry::of_zeroes(range), None).await?,
                 }

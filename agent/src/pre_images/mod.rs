@@ -107,7 +107,10 @@ pub enum SaveError {
     /// There is no room for them.
     #[error("pre-images can't be saved")]
     Full(#[from] Shortage),
-    /// The backing can't be read, or the layer can't be written.
+    /// The backing can't be read.
+    #[error("what is to be saved can't be read")]
+    Unreadable(#[source] storage::Error),
+    /// The layer can't be written.
     #[error("pre-images can't be saved")]
     Storage(#[from] storage::Error),
 }

@@ -143,6 +143,7 @@ impl Primary {
             size_bytes: superblock.size_bytes,
             sector_bytes: backing.alignment(),
             lineage: superblock.lineage,
+            lineage_limit: LINEAGE_LIMIT,
             first_epoch: superblock.position.epoch,
             loss: config.replica_loss(),
             opened_at: Time::default(),

@@ -58,17 +58,36 @@ impl Replica {
             match layer.save(&self.backing, ranges).await {
                 Ok(()) => self.note_point(layer),
                 Err(SaveError::Full(shortage)) => return self.note_shortage(&shortage),
+                Err(error @ SaveError::Unreadable(_)) => {
+                    tracing::warn!(
+                        volume = %self.name,
+                        "the resync goes on without a way back: {}",
+                        with_causes(&error)
+                    );
+                    return Saved::Unreadable;
+                }
                 Err(error @ SaveError::Storage(_)) => {
                     self.keep_error(&error);
                     return Saved::Failed;
                 }
             }
         }
+        self.shortage.take();
         Saved::Done
     }
 
+    /// What there was no room for at the last attempt, and what makes some.
+    #[must_use]
+    pub fn shortage(&self) -> Option<String> {
+        self.shortage.borrow().clone()
+    }
+
     fn note_shortage(&self, shortage: &Shortage) -> Saved {
-        tracing::warn!(volume = %self.name, "no room for pre-images: {}", with_causes(shortage));
+        let text = with_causes(shortage);
+        let before = self.shortage.replace(Some(text.clone()));
+        if before.as_ref() != Some(&text) {
+            tracing::warn!(volume = %self.name, "no room for pre-images: {text}");
+        }
         Saved::Full
     }
 

@@ -43,6 +43,8 @@ pub struct Replica {
     layers: tokio::sync::Mutex<Vec<Layer>>,
     /// When each was begun, in seconds since 1970, and how large it is; told while they are being saved into.
     points: RefCell<BTreeMap<u64, (u64, u64)>>,
+    /// What there was no room for at the last attempt to save pre-images.
+    shortage: RefCell<Option<String>>,
     /// That a history was given up, or could not be.
     forgotten: Notify,
     /// Since when greetings are refused because this host wrote alone (L3), and whose.
@@ -143,6 +145,7 @@ impl Replica {
             pre_images,
             layers: tokio::sync::Mutex::new(layers),
             points: RefCell::new(points),
+            shortage: RefCell::default(),
             forgotten: Notify::new(),
             split: Cell::new(None),
             paused_there: Cell::new(false),
@@ -362,7 +365,8 @@ impl Replica {
                     let digest = match digest {
                         Ok(digest) => Some(digest),
                         Err(error) => {
-                            me.note(Err(error));
+                            let text = crate::words::with_causes(&error);
+                            tracing::warn!(volume = %me.name, "{text}: it is copied from the primary");
                             None
                         }
                     };

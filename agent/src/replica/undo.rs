@@ -6,9 +6,11 @@ use super::promotion::{Progress, PromotionError};
 use crate::pre_images::Layer;
 use crate::storage;
 use crate::transport::key;
+use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::undo::{self, Step};
 use blockmirror_protocol::units::{GenerationId, HostId};
+use blockmirror_protocol::wire::message::Fence;
 use std::time::Duration;
 
 /// How long it may take to record that nothing is kept any more.
@@ -16,12 +18,13 @@ const FORGET_TIME: Duration = Duration::from_secs(10);
 
 impl Replica {
     /// Gives this host's own generations up, durably, and keeps what it has for an undo. The session is over and nothing
-    /// is being written ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. Says
-    /// whether it can be undone.
+    /// is being written ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. `winner` is
+    /// the fence of the host that it yields to. Says whether it can be undone.
     ///
     /// # Errors
-    /// [`PromotionError`] when there is no room to keep it, or something can't be written; nothing is given up then.
-    pub async fn yield_to(&self, lineage: Vec<GenerationId>) -> Result<bool, PromotionError> {
+    /// [`PromotionError`] when there is no room to keep it, or something can't be written; nothing is given up then, nor
+    /// what was kept before.
+    pub async fn yield_to(&self, lineage: Vec<GenerationId>, winner: Fence) -> Result<bool, PromotionError> {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
         let is_unused = saved_in(&self.layers.lock().await, superblock.history).is_empty();
@@ -29,17 +32,16 @@ impl Replica {
             Keep::Nothing => 0,
             Keep::Layer(layer) => layer,
             Keep::NewLayer => {
-                // What was kept before makes room.
-                let older = superblock.history;
-                if older != 0 {
-                    self.state.change_superblock(|superblock| superblock.history = 0).await?;
-                    self.end_layer(older).await;
-                }
                 storage::sync(&*self.storage, &self.backing).await?;
                 self.try_begin_layer(self.report().position).await?
             }
         };
-        self.state.change_superblock(|superblock| resolve::record(superblock, lineage, history)).await?;
+        let record = |superblock: &mut Superblock| resolve::record(superblock, lineage, history, winner);
+        self.state.change_superblock(record).await?;
+        // What was kept before goes when the new one has taken its place, in one durable write.
+        if ![0, history].contains(&superblock.history) {
+            self.end_layer(superblock.history).await;
+        }
         Ok(history != 0)
     }
 

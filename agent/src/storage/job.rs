@@ -149,7 +149,15 @@ impl Job {
             !descriptor.writes_durably && matches!(operation, Operation::Write { durable: true, .. });
         let task = if fits { Task::new(descriptor, operation, pool) } else { Task::Sync { done: true } };
         let descriptor = Arc::clone(descriptor);
-        Self { descriptor, operation: name, offset: range.offset, task, then_sync, failure, moved: Instant::now() }
+        Self {
+            descriptor,
+            operation: name,
+            offset: range.offset,
+            task,
+            then_sync,
+            failure,
+            moved: Instant::now(),
+        }
     }
 
     /// Since when nothing of it has ended.

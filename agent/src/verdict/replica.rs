@@ -88,6 +88,10 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
     }
     if succession.is_full {
         let verdict = format!("paused: no room for pre-images; {}", copy(facts));
+        if let Some(shortage) = &succession.shortage {
+            let action = format!("{shortage}; it goes on by itself then");
+            return Some(Judgement::new(VolumeState::Waiting, verdict, action));
+        }
         let action = format!(
             "raise pre_images in volumes/{}.toml, or set when_full = \"go-on\" there; \
              then: systemctl restart blockmirror-agent",

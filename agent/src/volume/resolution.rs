@@ -18,6 +18,7 @@ use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::units::{GenerationId, HostId};
+use blockmirror_protocol::wire::message::Fence;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -44,6 +45,8 @@ pub struct Resolved {
 /// What giving in means for this host.
 struct Yielding {
     lineage: Vec<GenerationId>,
+    /// The fence of the host that it follows then.
+    fence: Fence,
     resolved: Resolved,
 }
 
@@ -102,14 +105,23 @@ async fn give_in(
         Err(failure) => return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(failure)))),
     };
     replica.close().await;
-    let Yielding { lineage, resolved } = yielding;
-    let yielded = replica.yield_to(lineage).await;
+    let Yielding { lineage, fence, resolved } = yielding;
+    let (name, kept_before) = (hands.config.name.clone(), replica.state().superblock().history != 0);
+    let yielded = replica.yield_to(lineage, fence).await;
     drop(replica);
     let done = match yielded {
         Ok(can_be_undone) => Ok(Resolved { can_be_undone, ..resolved }),
         Err(PromotionError::PreImages(LayerError::Full(shortage))) => Err(refused(format!(
-            "there is no room to keep what this host has: {}; nothing was given up",
-            with_causes(&shortage)
+            "there is no room to keep what this host has: {}; nothing was given up{}",
+            with_causes(&shortage),
+            if kept_before {
+                format!(
+                    ", and what an earlier resolve kept is still there: blockmirror undo {name} brings it back, \
+                     blockmirror forget {name} makes its room free"
+                )
+            } else {
+                String::new()
+            }
         ))),
         Err(error) => Err(failed(with_causes(&error))),
     };
@@ -168,10 +180,10 @@ fn yielding(
             since_unix_seconds: alone_since(&standing.lineage, &standing.began, &superblock.lineage),
         },
         copies_everything: lineage.is_empty(),
-        is_kept_primary: standing.role == Role::Primary,
+        is_kept_primary: standing.role == Role::Primary && !superblock.fence.supersedes(standing.fence),
         can_be_undone: resolve::keep(superblock, false) != Keep::Nothing,
     };
-    Yielding { lineage, resolved }
+    Yielding { lineage, fence: standing.fence, resolved }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::succession;
 use blockmirror_protocol::units::{GenerationId, HostId};
-use blockmirror_protocol::wire::message::{DataState, Standing};
+use blockmirror_protocol::wire::message::{Claim, DataState, Standing};
 
 /// A host that was asked to resolve a split.
 #[derive(Clone, Debug)]
@@ -130,6 +130,11 @@ impl Resolver {
     /// Whether one of the two would have to give something up to follow the other.
     fn is_split_from(&self, host: HostId, standing: &Standing) -> bool {
         let mine: &[GenerationId] = &self.superblock.lineage;
+        if standing.fence.against(self.superblock.fence) == Claim::Rival && standing.data != DataState::Empty
+        {
+            // Each refuses the other, whoever wrote what (L5).
+            return true;
+        }
         if mine.is_empty() || standing.lineage.is_empty() || standing.data == DataState::Empty {
             return false;
         }
@@ -215,9 +220,22 @@ mod tests {
         }
     }
 
+    /// Two that could not hear each other were promoted from the same number: each refused the other, and here it was said
+    /// that there was nothing to resolve.
+    #[test]
+    fn a_replica_that_was_promoted_as_often_may_take_the_others_content_whoever_wrote() {
+        for (mine, theirs) in [("ba", "ba"), ("a", "ba"), ("ba", "a"), ("ca", "ba")] {
+            let mut resolver = resolver(mine);
+            resolver.superblock.fence = fence(1);
+            let winner = resolver.winner(B, &[says("b", 2, Ok(standing(theirs)))]);
+            assert_eq!(winner.map(|winner| winner.name), Ok("b".to_owned()), "{mine} {theirs}");
+        }
+    }
+
     #[test]
     fn where_nothing_is_split_nothing_is_resolved() {
-        let demoted = Standing { role: Role::Replica, serves: false, fence: fence(1), ..standing("a") };
+        let older = Fence { counter: 2, holder: HostId([1; 32]) };
+        let demoted = Standing { role: Role::Replica, serves: false, fence: older, ..standing("a") };
         for (mine, theirs) in [("ba", standing("ba")), ("a", standing("ba")), ("ba", demoted)] {
             let text = resolver(mine).winner(B, &[says("b", 2, Ok(theirs))]).unwrap_err();
             assert!(text.starts_with("nothing to resolve"), "{mine}: {text}");

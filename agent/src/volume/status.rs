@@ -147,6 +147,7 @@ impl Volume {
             rollback: replica.rollback_point().map(point),
             history: replica.history_point().map(point),
             is_full: replica.report().is_full,
+            shortage: replica.shortage(),
             own_name: Some(self.surroundings.own.name.clone()),
             split_from: split.map(|(host, _)| self.name_of(host)),
             split_seconds: split.map(|(_, since)| since.elapsed().as_secs()),

@@ -2,6 +2,7 @@
 
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use crate::lineage;
+use crate::planted::{Bug, planted};
 use crate::units::{GenerationId, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise};
 
@@ -53,6 +54,10 @@ impl StateChange {
             Self::Follow(fence) => (superblock.fence, superblock.released) = (*fence, false),
             Self::Behind => (superblock.mode, superblock.promise) = (Mode::Async, Promise::None),
             Self::Begin { source, gap, keep } => {
+                if superblock.data == DataState::Empty && !planted(Bug::EmptyObjects) {
+                    // What a copy held before it was emptied says nothing of what is in it now (L3).
+                    superblock.lineage.clear();
+                }
                 superblock.data = DataState::Inconsistent;
                 superblock.source = *source;
                 superblock.gap = *gap;

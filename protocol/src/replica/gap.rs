@@ -43,6 +43,8 @@ pub enum Saved {
     Done,
     /// There is no room.
     Full,
+    /// The content can't be read: nobody can be led back to it.
+    Unreadable,
     /// The disk failed.
     Failed,
 }
@@ -69,8 +71,10 @@ pub(super) struct Gap {
     saving: Option<Saving>,
     /// The layer that is being made.
     pub(super) beginning: bool,
-    /// Whether there was no room.
+    /// Whether saving is held: there was no room, or it is being recorded that there is no way back.
     pub(super) is_full: bool,
+    /// Whether there was no room at the last attempt.
+    pub(super) was_full: bool,
     /// Whether it is being recorded that the history is given up.
     is_forgetting: bool,
 }
@@ -85,6 +89,7 @@ impl Gap {
             saving: None,
             beginning: false,
             is_full: false,
+            was_full: false,
             is_forgetting: false,
         }
     }
@@ -196,6 +201,7 @@ impl Replica {
     /// The layer that [`Action::BeginLayer`] asked for is there, durably, or can't be had.
     pub fn handle_layer_begun(&mut self, begun: Saved) {
         assert!(std::mem::take(&mut self.gap.beginning), "a layer begins once");
+        self.gap.was_full &= begun != Saved::Done;
         let gap = match begun {
             Saved::Done => self.superblock.layers + 1,
             Saved::Full if self.superblock.history != 0 => {
@@ -207,7 +213,7 @@ impl Replica {
             }
             Saved::Full if self.settings.space == SpacePolicy::GoOn => 0,
             Saved::Full => return self.pause(),
-            Saved::Failed => return self.fail(),
+            Saved::Failed | Saved::Unreadable => return self.fail(),
         };
         self.gap.overwritten = map_of(&self.superblock, &[]);
         let source = self.link.as_ref().map(|link| link.fence.holder);
@@ -260,6 +266,7 @@ impl Replica {
         }
         match saved {
             Saved::Done => {
+                self.gap.was_full = false;
                 for range in ranges {
                     let blocks = range.blocks(self.superblock.block_size);
                     self.gap.overwritten.mark(blocks.clone());
@@ -267,18 +274,28 @@ impl Replica {
                 }
                 frames.into_iter().for_each(|frame| self.apply(frame));
             }
+            Saved::Unreadable if planted(Bug::UnreadableEndsReplica) => {
+                self.forget(frames);
+                return self.fail();
+            }
             // What was kept was given up meanwhile, which makes room.
-            Saved::Full if self.superblock.history != history => self.wait_again(frames),
-            Saved::Full if self.superblock.history != self.superblock.gap && self.superblock.history != 0 => {
+            Saved::Full | Saved::Unreadable if self.superblock.history != history => self.wait_again(frames),
+            Saved::Full | Saved::Unreadable
+                if self.superblock.history != self.superblock.gap && self.superblock.history != 0 =>
+            {
                 self.wait_again(frames);
                 return self.forget_history();
             }
-            Saved::Full if self.settings.space == SpacePolicy::GoOn => {
+            // Only what overwrites a sector that can't be read makes it readable.
+            _ if saved == Saved::Unreadable
+                || self.settings.space == SpacePolicy::GoOn && saved == Saved::Full =>
+            {
                 // The frames wait until it is recorded that there is no way back.
                 self.wait_again(frames);
                 self.gap.is_full = true;
                 self.change_state(StateChange::GiveRollbackUp, None);
             }
+            Saved::Unreadable => unreachable!("it was matched above"),
             Saved::Full => {
                 self.forget(frames);
                 return self.pause();
@@ -299,7 +316,7 @@ impl Replica {
     /// The operator made room, or wants resyncs to go on without.
     pub fn handle_room(&mut self, space: SpacePolicy) {
         self.settings.space = space;
-        self.gap.is_full = false;
+        (self.gap.is_full, self.gap.was_full) = (false, false);
     }
 
     /// A commit has ended the gap: what waited for pre-images is applied without.
@@ -340,14 +357,15 @@ impl Replica {
 
     /// There is no room: the primary goes on without this replica, and marks (P2, W7).
     fn pause(&mut self) {
-        self.gap.is_full = true;
+        (self.gap.is_full, self.gap.was_full) = (true, true);
         self.actions.push_back(Action::Send(self.no_room().into()));
         self.unlink();
         self.note_behind();
     }
 
     pub(super) fn no_room(&self) -> Refused {
-        let text = "the replica has no room for pre-images; raise `pre_images` there, or set `when_full = \"go-on\"`";
+        let text = "the replica has no room for pre-images; `blockmirror status` there tells where, and it goes on by \
+                    itself when there is some";
         Refused { refusal: Refusal::Space, text: text.into() }
     }
 }

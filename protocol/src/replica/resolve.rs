@@ -7,8 +7,9 @@
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
 use crate::lineage;
+use crate::planted::{Bug, planted};
 use crate::units::GenerationId;
-use crate::wire::message::{DataState, Fence, Mode};
+use crate::wire::message::{Claim, DataState, Fence, Mode};
 
 /// The lineage of a host that yields to one with the lineage `winner`: what the two have in common, if this host's map
 /// for the other says everything that it wrote since, else none, which has everything copied. `map` is what that map
@@ -23,6 +24,10 @@ pub fn yielded(
     let Some(fork) = mine.iter().position(|generation| winner.contains(generation)) else {
         return Vec::new();
     };
+    if fork == 0 {
+        // It went on in no generation of its own, and is at odds with the other one for its fence alone.
+        return mine.to_vec();
+    }
     let is_known = map.is_some_and(|base| {
         base.adopted == adopted
             && !base.generation.is_none()
@@ -54,8 +59,12 @@ pub fn keep(superblock: &Superblock, is_unused: bool) -> Keep {
 }
 
 /// What the superblock says once a host has yielded, in one durable write. `history` is the layer that keeps what it
-/// had; 0 for none.
-pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: u64) {
+/// had; 0 for none. `winner` is the fence of the host that it yields to: where it was promoted as often as that one, it
+/// follows it from now on (L5). A lower one stays refused.
+pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: u64, winner: Fence) {
+    if winner.against(superblock.fence) != Claim::Older && !planted(Bug::KeepEqualFence) {
+        superblock.fence = winner;
+    }
     superblock.lineage = lineage;
     superblock.history = history;
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
@@ -65,9 +74,27 @@ pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::HostId;
 
     fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()
+    }
+
+    /// Two hosts that could not hear each other were promoted from the same number, and each refused the other for ever.
+    #[test]
+    fn a_host_that_yields_follows_the_winner_that_was_promoted_as_often() {
+        let fence = |counter, holder| Fence { counter, holder: HostId([holder; 32]) };
+        for (own, winner, expected) in [
+            (fence(4, 3), fence(4, 2), fence(4, 2)),
+            (fence(3, 3), fence(4, 2), fence(4, 2)),
+            // Whoever was promoted before it may not write, whatever is in its copy.
+            (fence(5, 3), fence(4, 2), fence(5, 3)),
+        ] {
+            let mut superblock = crate::replica::tests::superblock("ca");
+            superblock.fence = own;
+            record(&mut superblock, lineage("a"), 1, winner);
+            assert_eq!(superblock.fence, expected);
+        }
     }
 
     #[test]
@@ -82,6 +109,7 @@ mod tests {
             ("cba", "xba", None, ""),
             ("cba", "xyz", base(b'a', 1), ""),
             ("ba", "a", base(b'a', 1), "a"),
+            ("ba", "xba", None, "ba"),
         ] {
             assert_eq!(
                 yielded(&lineage(mine), &lineage(winner), map, 1),

@@ -21,7 +21,7 @@ fn replica(generations: &str) -> Replica {
     replica_of(superblock(generations), Vec::new())
 }
 
-fn superblock(generations: &str) -> Superblock {
+pub(super) fn superblock(generations: &str) -> Superblock {
     Superblock {
         volume: VolumeId([1; 16]),
         copy: CopyId([2; 16]),
@@ -86,6 +86,26 @@ fn a_copy_with_writes_of_its_own_lets_no_primary_overwrite_them() {
     }
 }
 
+/// A copy whose disk was replaced keeps the generations of the old one in its superblock: they were compared, and the
+/// primary refused for ever, while `resolve` said that there was nothing to resolve.
+#[test]
+fn an_empty_copy_takes_any_primarys_content() {
+    let empty = Superblock { data: DataState::Empty, ..superblock("xa") };
+    let mut replica = replica_of(empty, Vec::new());
+    assert_eq!(replica.objection(&hello(fence(3, 3), "ba")), None);
+    replica.greet(hello(fence(3, 3), "ba"));
+    let welcomed = drive(&mut replica, |action| matches!(action, Action::Send(Message::Welcome(_))));
+    assert!(matches!(welcomed, Action::Send(Message::Welcome(welcome)) if welcome.data == DataState::Empty));
+    replica
+        .handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 1 << 20 }.into())
+        .expect("a resync is announced");
+    drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
+    replica.handle_disconnected();
+    // Interrupted, it is a mixture of which the old generations say nothing.
+    let again = Hello { session: SessionNumber(2), ..hello(fence(3, 3), "ba") };
+    assert_eq!(replica.objection(&again), None);
+}
+
 #[test]
 fn a_superseded_primary_is_told_so_before_histories_are_compared() {
     let mut replica = replica("ba");
@@ -103,8 +123,7 @@ fn a_superseded_primary_is_told_so_before_histories_are_compared() {
 fn a_superseded_primary_is_told_so_whatever_else_there_is_to_say() {
     let late = |replica: &mut Replica| replica.last_session = SessionNumber(9);
     let failed = |replica: &mut Replica| replica.failed = true;
-    let full = |replica: &mut Replica| replica.gap.is_full = true;
-    for spoil in [late as fn(&mut Replica), failed, full] {
+    for spoil in [late as fn(&mut Replica), failed] {
         let mut replica = replica("ba");
         spoil(&mut replica);
         let told = Superseded { fence: fence(2, 2) };
@@ -207,13 +226,72 @@ fn a_digest_for_a_resync_is_durable_with_the_sync_after_it() {
     assert!(matches!(&told, Some(Action::Send(message)) if is_durable(message)), "{told:?}");
 }
 
+/// It ended the replica, and was asked for again after each greeting: the copy that would have made the sector readable
+/// never came.
 #[test]
-fn a_replica_that_can_not_read_for_a_digest_has_failed() {
+fn what_a_replica_cannot_read_differs() {
     let mut replica = resyncing();
     let range = ByteRange::new(0, 4096);
     replica.handle_frame(FrameId(1), copy_frame(Body::CopyDigest { range, number: 1 })).unwrap();
+    assert_eq!(replica.poll_action(), Some(Action::ReadDigest { frame: FrameId(1), range }));
     replica.handle_digest(FrameId(1), None);
-    assert!(replica.has_failed());
+    let answer = CopyDigest { session: SessionNumber(1), number: 1, digest: UNREADABLE };
+    assert_eq!(replica.poll_action(), Some(Action::Send(answer.into())));
+    assert!(!replica.has_failed());
+}
+
+/// A resync of a consistent copy was announced, and its layer is there.
+fn in_gap() -> Replica {
+    let mut replica = replica("a");
+    replica.greet(hello(fence(2, 2), "a"));
+    drive(&mut replica, is_welcome);
+    replica.handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 4096 }.into()).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
+    replica.handle_layer_begun(Saved::Done);
+    drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
+    let range = ByteRange::new(0, 4096);
+    replica.handle_frame(FrameId(1), copy_frame(Body::Copy { range, number: 1 })).unwrap();
+    assert_eq!(replica.poll_action(), Some(Action::SavePreImages { ranges: vec![range] }));
+    replica
+}
+
+#[test]
+fn a_pre_image_that_cannot_be_read_gives_up_the_way_back_and_the_copy_heals_it() {
+    let mut replica = in_gap();
+    replica.handle_saved(Saved::Unreadable);
+    assert_eq!(
+        replica.poll_action(),
+        Some(Action::WriteState(StateChange::GiveRollbackUp)),
+        "first, durably"
+    );
+    assert_eq!(replica.poll_action(), None);
+    replica.handle_state_written(true);
+    let applied = drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
+    assert_eq!(applied, Action::Apply { frame: FrameId(1), range: ByteRange::new(0, 4096), zero: None });
+    assert!(!replica.has_failed() && !replica.report().is_full);
+}
+
+/// It was refused until its configuration changed or its agent was started anew, however much room was made.
+#[test]
+fn a_replica_that_had_no_room_tries_again_with_each_greeting() {
+    let mut replica = in_gap();
+    replica.handle_saved(Saved::Full);
+    drive(&mut replica, |action| matches!(action, Action::Send(Message::Refused(_))));
+    assert!(replica.report().is_full);
+    let again = Hello { session: SessionNumber(2), ..hello(fence(2, 2), "a") };
+    assert_eq!(replica.rejection(&again), None);
+    replica.greet(again);
+    drive(&mut replica, is_welcome);
+    assert!(replica.report().is_full, "until there was room");
+    replica.handle_message(ResyncBegin { session: SessionNumber(2), dirty_bytes: 4096 }.into()).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
+    let range = ByteRange::new(0, 4096);
+    let header =
+        FrameHeader { session: SessionNumber(2), stream: Stream(1), body: Body::Copy { range, number: 1 } };
+    replica.handle_frame(FrameId(2), header).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::SavePreImages { .. }));
+    replica.handle_saved(Saved::Done);
+    assert!(!replica.report().is_full);
 }
 
 #[test]

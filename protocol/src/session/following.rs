@@ -33,6 +33,8 @@ impl Session {
         let generation = circumstances.lineage.first().copied().unwrap_or_default();
         *sent = Some(generation);
         self.may_have_newest = true;
+        // Only the answer tells that it has it.
+        self.unconfirmed.push((generation, Epoch(u64::MAX)));
         let commit = Commit {
             session: link.session,
             position: Position { generation, epoch, sequence },
@@ -45,18 +47,51 @@ impl Session {
         Wants::default()
     }
 
-    /// A generation began, durably: what is streamed from here on belongs to it (L1).
-    pub(crate) fn handle_generation(&mut self, generation: GenerationId) {
+    /// A generation began, durably: what is streamed from here on, in epochs from this one on, belongs to it (L1).
+    pub(crate) fn handle_generation(&mut self, generation: GenerationId, epoch: Epoch) {
         self.may_have_newest = false;
         let State::Linked(link) = &mut self.state else { return };
         // One that had everything from the beginning follows with its commit, though nothing was streamed yet.
         if link.phase.streams() || link.phase.follows() {
             // One that is being resynced records it with its commit only.
             self.may_have_newest = link.phase.follows();
+            if self.may_have_newest {
+                self.unconfirmed.push((generation, epoch));
+            }
             let body = Body::Generation { generation };
             let header = FrameHeader { session: link.session, stream: link.stream, body };
             self.actions.push_back(Action::SendFrame { header, request: None });
         }
+    }
+
+    /// A replica in sync records a generation before it writes the first frame of it: from then on the map is relative to
+    /// that one (L2).
+    pub(super) fn confirm_followed(&mut self) {
+        let State::Linked(link) = &self.state else { return };
+        let durable = link.durable;
+        let followed = self.unconfirmed.iter().rposition(|(_, first)| *first <= durable);
+        let is_told = link.phase == Phase::InSync && !planted(Bug::PruneFollowed);
+        if let Some(place) = followed.filter(|_| is_told) {
+            self.map.confirm(link.copy, self.unconfirmed[place].0);
+            self.unconfirmed.drain(..=place);
+        }
+    }
+
+    /// The replica's newest generation may be this one.
+    pub(crate) fn may_have(&mut self, generation: GenerationId) {
+        self.unconfirmed.push((generation, Epoch(u64::MAX)));
+    }
+
+    /// Which generations of this lineage the replica's newest one may be. The one after that which the map is relative to
+    /// may have been followed in an earlier run, which ended before that was recorded.
+    pub(crate) fn newest_there(&self, lineage: &[GenerationId]) -> impl Iterator<Item = GenerationId> {
+        let base = self.map.base().generation;
+        let place = lineage.iter().position(|generation| *generation == base);
+        let next =
+            place.filter(|_| !self.is_heard).and_then(|place| lineage.get(place.checked_sub(1)?)).copied();
+        let known = (!planted(Bug::PruneFollowed)).then_some(&self.unconfirmed);
+        let unconfirmed = known.into_iter().flatten().map(|(generation, _)| *generation);
+        std::iter::once(base).chain(next.filter(|_| known.is_some())).chain(unconfirmed)
     }
 
     /// Whether the replica is in sync, or may be: it was sent a commit.

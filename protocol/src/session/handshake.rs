@@ -134,6 +134,10 @@ impl Session {
                         Relation::Unrelated => return Err(PeerError::NothingInCommon),
                     }
                 }
+                // It says itself which one is its newest.
+                self.is_heard = true;
+                self.unconfirmed.clear();
+                self.unconfirmed.extend(welcome.lineage.first().map(|newest| (*newest, Epoch(u64::MAX))));
                 if !greeting.vouches_for(self.map.base(), &welcome) {
                     // Nothing is known of what this copy holds (L2). All is dirty relative to any generation; with the
                     // copy's own, what is copied counts when the next greeting names that one still (R5).

@@ -142,6 +142,11 @@ pub struct Session {
     left: bool,
     /// Whether the replica may have recorded the newest generation.
     may_have_newest: bool,
+    /// Generations that the replica may have recorded since the one that the map is relative to, oldest first, each with
+    /// the first epoch in it: it has recorded that one when it has the epoch durably.
+    unconfirmed: Vec<(GenerationId, Epoch)>,
+    /// Whether the replica has said in this run which one is its newest.
+    is_heard: bool,
     /// What the next link's first read will be named.
     next_read: CopyRead,
     /// How many bytes a second a resync may copy at most.
@@ -309,6 +314,8 @@ impl Session {
             state: State::Away,
             left: false,
             may_have_newest: true,
+            unconfirmed: Vec::new(),
+            is_heard: false,
             next_read: CopyRead(0),
             resync_limit: None,
             next_step: 0,
@@ -520,6 +527,7 @@ impl Session {
                 link.durable = link.durable.max(durable);
                 link.window.durable(durable);
                 self.map.note_known(mark);
+                self.confirm_followed();
                 Ok(())
             }
             Message::ResyncReady(ResyncReady { session }) if session == link.session => {
@@ -537,6 +545,8 @@ impl Session {
                     self.map.confirm(link.copy, generation);
                     let known = Mark { position, ..self.map.known() };
                     self.map.note_known(known);
+                    let committed = self.unconfirmed.iter().position(|(offered, _)| *offered == generation);
+                    self.unconfirmed.drain(..committed.map_or(0, |place| place + 1));
                 }
                 Ok(())
             }

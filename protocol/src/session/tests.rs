@@ -69,7 +69,7 @@ fn a_generation_that_begins_before_a_clean_replica_has_recorded_its_commit_is_to
     let mut session = session_with(|map| map.clean(relative_to(2)));
     greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
     session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
-    session.handle_generation(GenerationId([b'b'; 16]));
+    session.handle_generation(GenerationId([b'b'; 16]), Epoch(8));
     let told = std::iter::from_fn(|| session.poll_action()).filter_map(|action| match action {
         Action::Send(Message::Commit(commit)) => Some(commit.position.generation),
         Action::SendFrame { header, .. } => match header.body {
@@ -136,4 +136,56 @@ fn nothing_is_safe_until_a_map_that_was_given_up_is_written() {
     assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0), "the header is being written");
     session.handle_map_written(true, Time(Duration::from_secs(5)));
     assert_eq!(session.safe_up_to(Sequence(5)), Sequence(5));
+}
+
+/// The generations that a replica follows by stream are its newest ones, and were pruned, since its map was relative to
+/// the one of its last commit: it came back to a primary that did not know them, and was told of a split brain.
+#[test]
+fn a_generation_that_a_replica_followed_is_kept_while_it_is_away() {
+    use crate::lineage::{self, Relation};
+    let begun = |number: u8| GenerationId([number; 16]);
+    let mut generations = lineage("a");
+    let mut session = session_with(|map| map.clean(relative_to(2)));
+    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    session.drive(&Order::<u64>::new(512), &circumstances(&generations), Time::default());
+    let committed = Committed { session: SessionNumber(1), position: Default::default() };
+    session.handle_message(committed.into(), Sequence(0), Time::default()).unwrap();
+    assert!(session.is_in_sync());
+    let mut begin = |session: &mut Session, generation, epoch| {
+        let kept: Vec<_> = session.newest_there(&generations).collect();
+        lineage::begin(&mut generations, generation, &kept, 4);
+        session.handle_generation(generation, Epoch(epoch));
+        generations.clone()
+    };
+    // One that it has recorded, and one of which nothing is known.
+    let mut followed = lineage("a");
+    for (number, is_durable) in [(1, true), (2, false)] {
+        begin(&mut session, begun(number), u64::from(number) * 10);
+        followed.insert(0, begun(number));
+        let range = ByteRange::new(0, 4096);
+        let (epoch, sequence) = (Epoch(u64::from(number) * 10), Sequence(u64::from(number)));
+        session.handle_write(
+            LiveWrite { request: RequestId(1), range, epoch, sequence, zero: None },
+            Time::default(),
+        );
+        session.handle_epoch_end(epoch, sequence);
+        if is_durable {
+            let durable =
+                Acknowledgement { session: SessionNumber(1), received: sequence, durable: epoch, copies: 0 };
+            session.handle_message(durable.into(), sequence, Time::default()).unwrap();
+            assert_eq!(session.base().generation, begun(1), "its map is relative to what it has");
+        }
+    }
+    session.handle_disconnected(Time::default());
+    for number in 3..90 {
+        let mine = begin(&mut session, begun(number), u64::from(number) * 10);
+        for newest in [&followed[1..], &followed] {
+            assert_eq!(lineage::relation(newest, &mine), Relation::TheirsIsNewer, "{number}");
+        }
+    }
+    // The same after a restart of the primary, which remembers what the map's file says.
+    let map = session.map.base();
+    let restarted = session_with(|fresh| fresh.clean(map));
+    let kept: Vec<_> = restarted.newest_there(&generations).collect();
+    assert!(kept.contains(&begun(1)) && kept.contains(&begun(2)), "{kept:?}");
 }

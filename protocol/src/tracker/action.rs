@@ -96,6 +96,8 @@ pub struct Settings {
     pub sector_bytes: u64,
     /// The volume's generations, newest first.
     pub lineage: Vec<GenerationId>,
+    /// How many generations it may hold: two for each peer, and two more, are enough.
+    pub lineage_limit: usize,
     /// The number of the first epoch, by [`crate::lineage::first_epoch_after`]; durably recorded.
     pub first_epoch: Epoch,
     /// What happens while a replica that writes should wait for is lost.

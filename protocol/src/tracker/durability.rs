@@ -186,6 +186,7 @@ mod tests {
             size_bytes: EXTENT_BYTES,
             sector_bytes: 512,
             lineage: vec![GenerationId([1; 16])],
+            lineage_limit: 4,
             first_epoch: Epoch(1),
             loss: ReplicaLoss::Continue,
             opened_at: NOW,

@@ -29,6 +29,7 @@ pub(super) enum Next {
 #[derive(Debug)]
 pub(super) struct Generations {
     pub(super) lineage: Vec<GenerationId>,
+    limit: usize,
     pub(super) next: Next,
     pub(super) beginning: bool,
     /// Pieces that wait for the generation, in order.
@@ -38,9 +39,9 @@ pub(super) struct Generations {
 }
 
 impl Generations {
-    pub(super) fn new(lineage: Vec<GenerationId>) -> Self {
+    pub(super) fn new(lineage: Vec<GenerationId>, limit: usize) -> Self {
         let next = if planted(Bug::KeepGeneration) { Next::NotWanted } else { Next::Opened };
-        Self { lineage, next, beginning: false, held: Vec::new(), unanswered: 0 }
+        Self { lineage, limit, next, beginning: false, held: Vec::new(), unanswered: 0 }
     }
 
     pub(super) fn newest(&self) -> GenerationId {
@@ -59,17 +60,13 @@ impl Tracker {
             Some(generation) => {
                 self.generations.next = Next::NotWanted;
                 self.generations.unanswered += 1;
-                let kept = self.kept_generations();
-                lineage::begin(
-                    &mut self.generations.lineage,
-                    generation,
-                    &kept,
-                    crate::disk::superblock::LINEAGE_LIMIT,
-                );
+                let (kept, limit, epoch) =
+                    (self.kept_generations(), self.generations.limit, self.epoch.number);
+                lineage::begin(&mut self.generations.lineage, generation, &kept, limit);
                 for session in self.sessions.values_mut() {
                     // One that left meanwhile was told nothing of the generation, and is not a part of it.
                     session.take_left();
-                    session.handle_generation(generation);
+                    session.handle_generation(generation, epoch);
                 }
                 self.collect();
                 for piece in held {
@@ -124,8 +121,9 @@ impl Tracker {
             && !others().any(Session::may_lag_within_newest)
     }
 
-    /// The generations that maps are relative to: they are not pruned (L2).
+    /// The generations that a peer's newest one may be, and those that maps are relative to: they are not pruned (L2).
+    /// One that a peer followed by stream is its newest one, and its map is relative to an older one.
     fn kept_generations(&self) -> Vec<GenerationId> {
-        self.sessions.values().map(|session| session.base().generation).collect()
+        self.sessions.values().flat_map(|session| session.newest_there(&self.generations.lineage)).collect()
     }
 }

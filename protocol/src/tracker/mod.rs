@@ -143,6 +143,7 @@ impl Tracker {
             size_bytes,
             sector_bytes,
             lineage,
+            lineage_limit,
             first_epoch,
             loss,
             opened_at,
@@ -153,9 +154,10 @@ impl Tracker {
         let serial = match log {
             Recovered::Active { serial, .. } | Recovered::Unsure { serial } => *serial,
         };
+        let opened = lineage.first().copied().unwrap_or_default();
         let mut tracker = Self {
             size_bytes,
-            generations: Generations::new(lineage),
+            generations: Generations::new(lineage, lineage_limit),
             loss,
             order: Order::new(sector_bytes),
             activity: ActiveSet::new(serial, active_extents),
@@ -186,6 +188,8 @@ impl Tracker {
         };
         let promise = tracker.promise();
         for session in tracker.sessions.values_mut() {
+            // What it confirmed last in an earlier run need not be recorded here.
+            session.may_have(opened);
             // What an earlier run of the agent promised is not known any more.
             let until = (promise == Promise::WhileHeard).then(|| opened_at.after(patience));
             session.keep_word(patience, until);

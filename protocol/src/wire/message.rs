@@ -79,6 +79,9 @@ pub struct Fence {
     pub holder: HostId,
 }
 
+/// The digest of what can't be read, in place of one: no content has it.
+pub const UNREADABLE: [u8; 32] = [0; 32];
+
 /// How a fence stands to another one (L5).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Claim {

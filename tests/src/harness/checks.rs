@@ -59,7 +59,7 @@ impl World {
         let limit = link.dirty_bytes.unwrap_or(0) + written_bytes + block;
         let (copied, compared) = (link.copied_bytes, link.compared_bytes);
         assert!(
-            copied.max(compared) <= limit || self.settings.disk_failures > 0,
+            copied.max(compared) <= limit || self.settings.disk_failures > 0 || self.settings.bad_sectors,
             "R5: {copied} bytes were copied and {compared} compared where {limit} were dirty"
         );
     }
@@ -136,7 +136,8 @@ impl World {
         for link in self.links.of_dialler(host) {
             let Some(tracker) = self.hosts[host].tracker_mut() else { return };
             if let Some(result) = tracker.take_compared(super::host::host_id(link.listener)) {
-                let is_fine = result.different.is_empty() || self.settings.disk_failures > 0;
+                let may_fail = self.settings.disk_failures > 0 || self.settings.bad_sectors;
+                let is_fine = result.different.is_empty() || may_fail;
                 assert!(is_fine, "a compare over {link} finds differences in {:?}", result.different);
             }
         }

@@ -65,6 +65,9 @@ impl World {
             self.links[link].copies.retain(|number, _| *number > acknowledgement.copies);
         }
         let now = Time(self.now);
+        if let Message::Welcome(welcome) = &message {
+            self.hosts[link.dialler].heard.insert(link.listener, welcome.copy);
+        }
         let Some(tracker) = self.hosts[link.dialler].tracker_mut() else { return };
         match tracker.handle_message(host_id(link.listener), message, now) {
             Ok(()) => {}

@@ -86,9 +86,20 @@ pub struct DiskOperation(pub u64);
 
 #[derive(Clone, Debug)]
 enum Running {
-    Write { range: ByteRange, data: Data, durable: bool },
-    Sync { until: u64 },
-    Read { range: ByteRange, before: Vec<(u64, Value)> },
+    /// One that has to read around itself what can't be read fails, and writes nothing.
+    Write {
+        range: ByteRange,
+        data: Data,
+        durable: bool,
+        fails: bool,
+    },
+    Sync {
+        until: u64,
+    },
+    Read {
+        range: ByteRange,
+        before: Vec<(u64, Value)>,
+    },
 }
 
 /// How an operation ended.
@@ -122,6 +133,8 @@ pub struct Disk {
     /// Sectors that may hold something new since the last [`Disk::take_changed`], with repetitions.
     changed: Vec<u64>,
     lost: Vec<u64>,
+    /// Sectors that can't be read until they are written.
+    bad: BTreeSet<u64>,
 }
 
 impl Disk {
@@ -137,6 +150,7 @@ impl Disk {
             changes: 0,
             changed: Vec::new(),
             lost: Vec::new(),
+            bad: BTreeSet::new(),
         }
     }
 
@@ -172,6 +186,23 @@ impl Disk {
         self.content.range(sectors(range)).map(|(sector, value)| (*sector, *value)).collect()
     }
 
+    /// The physical sector around a sector can't be read any more, until it is written.
+    pub fn spoil(&mut self, sector: u64) {
+        let range = ByteRange::new(sector * SECTOR_BYTES, SECTOR_BYTES).widened(self.sector_bytes);
+        self.bad.extend(sectors(range));
+    }
+
+    /// Everything can be read again.
+    pub fn heal(&mut self) {
+        self.bad.clear();
+    }
+
+    /// Whether a range can be read.
+    #[must_use]
+    pub fn can_read(&self, range: ByteRange) -> bool {
+        self.bad.range(sectors(range)).next().is_none()
+    }
+
     /// Raised with each change of content.
     #[must_use]
     pub fn changes(&self) -> u64 {
@@ -201,10 +232,13 @@ impl Disk {
                 assert!(!other.overlaps(wide), "W1: {range:?} is written while {other:?} is");
             }
         }
+        let edge = |at| ByteRange::new(at, SECTOR_BYTES).widened(self.sector_bytes);
+        let fails = wide.offset != range.offset && !self.can_read(edge(range.offset))
+            || wide.end() != range.end() && !self.can_read(edge(range.end() - SECTOR_BYTES));
         let data = if wide == range { data.clone() } else { self.modify(wide, range, data) };
         let affected = self.affected(wide, &data);
         self.changed.extend(affected);
-        self.running.insert(id, Running::Write { range: wide, data, durable });
+        self.running.insert(id, Running::Write { range: wide, data, durable, fails });
     }
 
     /// Begins a sync.
@@ -221,7 +255,8 @@ impl Disk {
     /// Ends an operation, unless a crash ended it before. One that fails is done in part.
     pub fn end(&mut self, id: DiskOperation, fails: bool, random: &mut Random) -> Option<Ended> {
         Some(match self.running.remove(&id)? {
-            Running::Write { range, data, durable } => {
+            Running::Write { fails: true, .. } => Ended::Done(false),
+            Running::Write { range, data, durable, .. } => {
                 if fails {
                     self.apply_in_part(range, &data, random);
                     if durable && random.once_in(2) {
@@ -260,7 +295,7 @@ impl Disk {
     pub fn crash(&mut self, crash: Crash, random: &mut Random) {
         self.lost.clear();
         for running in std::mem::take(&mut self.running).into_values() {
-            if let Running::Write { range, data, .. } = running {
+            if let Running::Write { range, data, fails: false, .. } = running {
                 self.apply_in_part(range, &data, random);
             }
         }
@@ -322,6 +357,11 @@ impl Disk {
 
     fn apply(&mut self, range: ByteRange, data: &Data, durable: bool) {
         self.clock += 1;
+        if !self.bad.is_empty() {
+            for sector in sectors(range) {
+                self.bad.remove(&sector);
+            }
+        }
         for sector in self.affected(range, data) {
             self.changed.push(sector);
             self.store(sector, data.at(sector), durable);

@@ -99,6 +99,8 @@ pub struct Host {
     pub snapshot: Option<Snapshot>,
     /// Whom greetings were taken from, by the number of their fences.
     pub followed: BTreeMap<u64, HostId>,
+    /// The copies that have welcomed this host as a primary in this life, by their host.
+    pub heard: BTreeMap<usize, CopyId>,
     /// Changes of the superblock that wait for the one that is being written.
     pub(super) superblock_work: VecDeque<SuperblockWork>,
     /// The number of the superblock that was last written whole.
@@ -177,6 +179,7 @@ impl Host {
             known_lives: BTreeSet::new(),
             snapshot: None,
             followed: BTreeMap::new(),
+            heard: BTreeMap::new(),
             superblock_work: VecDeque::new(),
             serial: 0,
         };
@@ -317,6 +320,7 @@ impl World {
         let it = &mut self.hosts[host];
         let was_promoting = matches!(it.shell, Shell::Promoting(_));
         it.superblock_work.clear();
+        it.heard.clear();
         (it.is_held, it.demotion, it.superseded) = (false, None, None);
         (it.frozen_until, it.is_unsure) = (Duration::ZERO, false);
         it.disk.crash(crash, &mut self.random);
@@ -359,17 +363,27 @@ impl World {
         }
     }
 
-    /// A replica is thrown away, and another one joins in its place.
+    /// A replica is thrown away, and another one joins in its place; or its disk is, and its agent goes on with another.
     pub fn replace(&mut self, host: usize) {
         self.crash(host, Crash::Power);
         self.note(|| format!("host {host} is replaced"));
         let number = self.next_operation();
+        let keeps_state = self.random.once_in(2);
         let life = self.hosts[host].life;
         let mut fresh = Host { life, ..Host::new(&self.settings, host) };
+        if keeps_state {
+            // Only its disk is another one: what the state folder says of the old one's content is of no use.
+            let old = &mut self.hosts[host];
+            old.recover_superblock();
+            fresh.superblock = Superblock { gap: 0, history: 0, ..old.superblock.clone() };
+            (fresh.files, fresh.serial) = (std::mem::take(&mut old.files), old.serial);
+            fresh.followed = std::mem::take(&mut old.followed);
+        } else {
+            fresh.superblock.fence = Fence::default();
+            fresh.superblock.lineage.clear();
+        }
         fresh.superblock.role = Role::Replica;
         fresh.superblock.data = DataState::Empty;
-        fresh.superblock.fence = Fence::default();
-        fresh.superblock.lineage.clear();
         fresh.superblock.copy = CopyId([0xff; 16]);
         fresh.superblock.copy.0[..8].copy_from_slice(&number.to_be_bytes());
         fresh.write_superblock_now();

@@ -4,6 +4,8 @@ use super::disk::Crash;
 use super::host::Shell;
 use super::links::LinkId;
 use super::world::{Event, World};
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::units::SECTOR_BYTES;
 
 /// How long a link stalls at most, as often as the longest outage.
 const STALL_OUTAGES: u32 = 20;
@@ -30,7 +32,7 @@ impl World {
         if self.random.once_in(20) {
             return self.freeze(primary);
         }
-        match self.random.below(16) {
+        match self.random.below(if self.settings.bad_sectors { 20 } else { 16 }) {
             0..=3 => self.cut(link),
             4..=6 => self.take_down(link.listener, crash),
             7..=10 => self.take_down(primary, crash),
@@ -41,6 +43,7 @@ impl World {
             12 => self.stall(link),
             13 => self.make_room(),
             14 => self.begin_compare(link),
+            16.. => self.spoil(link.listener),
             _ => {
                 if self.random.once_in(3) && self.hosts[link.listener].is_up() {
                     self.replace(link.listener);
@@ -69,6 +72,26 @@ impl World {
                 shell.machine.handle_room(self.settings.space);
             }
         }
+    }
+
+    /// A sector of a replica's disk goes bad: one that was written, where there is any. What a primary can't read stays
+    /// uncopied until it is written, so its disk is spared.
+    fn spoil(&mut self, host: usize) {
+        if !matches!(self.hosts[host].shell, Shell::Replica(_)) {
+            return;
+        }
+        let written: Vec<u64> = self.hosts[host].disk.content().keys().copied().collect();
+        let sector = match written.is_empty() {
+            true => self.random.below(self.settings.size_bytes / SECTOR_BYTES),
+            false => self.random.pick(&written),
+        };
+        let range = ByteRange::new(sector * SECTOR_BYTES, SECTOR_BYTES);
+        if range.widened(self.settings.sector_bytes[host]).end() > self.settings.size_bytes {
+            // No disk ends within a physical sector.
+            return;
+        }
+        self.note(|| format!("sector {sector} of host {host} goes bad"));
+        self.hosts[host].disk.spoil(sector);
     }
 
     fn stall(&mut self, link: LinkId) {

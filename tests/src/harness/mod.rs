@@ -14,6 +14,7 @@ pub mod disk;
 pub mod files;
 mod freezing;
 pub mod gap;
+pub mod generations;
 pub mod history;
 pub mod host;
 pub mod links;

@@ -6,9 +6,10 @@ use super::history::History;
 use super::host::{Shell, SuperblockWork, VOLUME, host_id, host_number};
 use super::links::LinkId;
 use super::promises::Promises;
+use super::settings::lineage_limit;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log;
-use blockmirror_protocol::disk::superblock::{self, LINEAGE_LIMIT, Superblock};
+use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::lineage;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
@@ -115,6 +116,7 @@ impl World {
             size_bytes,
             sector_bytes: it.disk.sector_bytes(),
             lineage: it.superblock.lineage.clone(),
+            lineage_limit: lineage_limit(self.settings.sector_bytes.len()),
             first_epoch: it.superblock.position.epoch,
             loss: self.settings.loss,
             opened_at: Time(self.now),
@@ -259,7 +261,7 @@ impl World {
 
     /// Records what waits for the superblock, one thing at a time.
     pub(super) fn record_next(&mut self, host: usize) {
-        let number = self.next_operation();
+        let (number, limit) = (self.next_operation(), lineage_limit(self.hosts.len()));
         let it = &mut self.hosts[host];
         let Shell::Primary(shell) = &it.shell else { return };
         if shell.is_recording() {
@@ -274,8 +276,8 @@ impl World {
             Some(SuperblockWork::Generation(kept)) => {
                 let mut generation = GenerationId([host as u8; 16]);
                 generation.0[..8].copy_from_slice(&number.to_le_bytes());
-                lineage::begin(&mut it.superblock.lineage, generation, &kept, LINEAGE_LIMIT);
-                self.generation_lives.insert(generation, (host, it.life));
+                self.generations.begin(generation, &it.superblock.lineage, Some((host, it.life)));
+                lineage::begin(&mut it.superblock.lineage, generation, &kept, limit);
                 FileWork::Generation(generation)
             }
         };

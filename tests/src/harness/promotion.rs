@@ -184,6 +184,7 @@ impl World {
             other.expected.take_if(|expected| expected.primary == host);
         }
         let it = &mut self.hosts[host];
+        it.disk.heal();
         it.kept = None;
         it.mirror = Mirror::default();
         it.mirror.data = DataState::Consistent;

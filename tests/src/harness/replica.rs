@@ -7,8 +7,9 @@ use super::links::{Channel, LinkId, Packet};
 use super::primary::digest;
 use super::world::{Event, World};
 use blockmirror_protocol::dirty_map::DirtyMap;
-use blockmirror_protocol::disk::superblock::{LINEAGE_LIMIT, Superblock};
+use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{activity_log, marker, slot_offset, superblock};
+use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
 use blockmirror_protocol::units::{Sequence, Time};
@@ -34,7 +35,8 @@ enum FileWork {
     State(StateChange, Option<usize>),
     Log,
     Layer(u64),
-    Saved(Vec<ByteRange>, BTreeMap<u64, Value>),
+    /// What was read of these ranges, if they could be read.
+    Saved(Vec<ByteRange>, Option<BTreeMap<u64, Value>>),
 }
 
 /// See the module.
@@ -279,7 +281,8 @@ impl World {
             }
             Action::SavePreImages { ranges } => {
                 let disk = &self.hosts[host].disk;
-                let contents = ranges.iter().flat_map(|range| disk.read(*range)).collect();
+                let is_read = ranges.iter().all(|range| disk.can_read(*range));
+                let contents = is_read.then(|| ranges.iter().flat_map(|range| disk.read(*range)).collect());
                 self.start_replica_file(host, LAYERS, VecDeque::new(), FileWork::Saved(ranges, contents));
             }
             Action::EndLayer(number) => {
@@ -333,7 +336,9 @@ impl World {
 
     /// A disk operation of a replica ended.
     pub(super) fn replica_disk_ended(&mut self, host: usize, id: DiskOperation, ended: Ended, fails: bool) {
-        let shell = self.replica_shell(host);
+        let Host { shell: Shell::Replica(shell), disk, .. } = &mut self.hosts[host] else {
+            panic!("the host is a replica")
+        };
         match (shell.disk_work.remove(&id).expect("it is known"), ended) {
             (DiskWork::Apply(frame), Ended::Done(good)) => {
                 shell.payloads.remove(&frame).expect("it was written");
@@ -342,7 +347,8 @@ impl World {
             (DiskWork::Sync, Ended::Done(good)) => shell.machine.handle_synced(good),
             (DiskWork::Digest(frame, range), Ended::Read(data)) => {
                 shell.payloads.remove(&frame).expect("it was asked for");
-                shell.machine.handle_digest(frame, (!fails).then(|| digest(range, &data)));
+                let is_read = !fails && disk.can_read(range);
+                shell.machine.handle_digest(frame, is_read.then(|| digest(range, &data)));
             }
             (work, ended) => panic!("{work:?} ended as {ended:?}"),
         }
@@ -367,8 +373,11 @@ impl World {
                 shell.machine.handle_layer_begun(begun);
             }
             FileWork::Saved(ranges, contents) => {
-                let outcome = saved(good, is_full);
-                if outcome == Saved::Done {
+                let outcome = match &contents {
+                    Some(_) => saved(good, is_full),
+                    None => Saved::Unreadable,
+                };
+                if let Some(contents) = contents.filter(|_| outcome == Saved::Done) {
                     it.layers.save(&ranges, &contents);
                 }
                 shell.machine.handle_saved(outcome);
@@ -392,12 +401,10 @@ impl World {
     fn learn_lives(&mut self, host: usize, change: &StateChange) {
         match change {
             StateChange::Commit { lineage, .. } => {
-                let lives = lineage.iter().filter_map(|generation| self.generation_lives.get(generation));
-                self.hosts[host].known_lives = lives.copied().collect();
+                self.hosts[host].known_lives = self.generations.lives(lineage.first().copied());
             }
             StateChange::Generation(generation) => {
-                let life = self.generation_lives.get(generation).copied();
-                self.hosts[host].known_lives.extend(life);
+                self.hosts[host].known_lives.extend(self.generations.lives(Some(*generation)));
             }
             _ => {}
         }
@@ -406,14 +413,13 @@ impl World {
     /// What a primary answered in a life of its own is given up by an operator's word only (L1, L3).
     fn check_lives(&self, host: usize, primary: usize) {
         let (mine, primary) = (&self.hosts[host].known_lives, &self.hosts[primary]);
-        let mut theirs = primary.known_lives.clone();
-        let lives = |generation| self.generation_lives.get(generation).copied();
-        theirs.extend(primary.superblock.lineage.iter().filter_map(lives));
-        let lineages = [&self.hosts[host].superblock.lineage, &primary.superblock.lineage];
-        if lineages.iter().any(|lineage| lineage.len() == LINEAGE_LIMIT) {
-            // Older ones were pruned; where that leaves nothing in common, the primary says so.
+        let lineages = (&self.hosts[host].superblock.lineage, &primary.superblock.lineage);
+        if lineage::relation(lineages.0, lineages.1) == Relation::Unrelated {
+            // Where pruning leaves nothing in common, the primary says so.
             return;
         }
+        let mut theirs = primary.known_lives.clone();
+        theirs.extend(self.generations.lives(primary.superblock.lineage.first().copied()));
         let forgotten: Vec<_> = mine.difference(&theirs).collect();
         assert!(
             forgotten.is_empty(),

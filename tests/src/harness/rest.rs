@@ -63,6 +63,8 @@ impl World {
     /// # Panics
     /// When something does, or a compare does not end.
     pub fn compare_all(&mut self) {
+        // What can't be read differs.
+        self.hosts.iter_mut().for_each(|host| host.disk.heal());
         for link in self.replicating() {
             self.begin_compare(link);
         }

@@ -4,10 +4,11 @@ use super::disk::Crash;
 use super::host::{Host, Shell, host_id, host_number};
 use super::mirror::Mirror;
 use super::world::{Event, World};
+use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::replica::{promotion, resolve};
 use blockmirror_protocol::units::{GenerationId, Position, Time};
-use blockmirror_protocol::wire::message::{DataState, Fence};
+use blockmirror_protocol::wire::message::{Claim, DataState, Fence};
 use std::time::Duration;
 
 /// How long operators look for one primary that everybody can follow.
@@ -101,6 +102,9 @@ impl World {
         let it = &mut self.hosts[host];
         it.recover_superblock();
         let position = Position { generation: it.superblock.lineage[0], epoch, sequence };
+        if let Some(own) = own {
+            self.generations.begin(own, &it.superblock.lineage, None);
+        }
         promotion::record_demotion(&mut it.superblock, fence, position, own, unanswered);
         it.write_superblock_now();
         it.mirror = Mirror::of_primary(&it.disk, &it.promises);
@@ -144,10 +148,15 @@ impl World {
         };
         let fence = self.hosts[primary].superblock.fence;
         if let Some(rival) = primaries.into_iter().find(|rival| *rival != primary) {
-            // The one with the lower fence steps down by itself when the two meet.
-            if self.hosts[rival].superblock.fence.counter == fence.counter {
-                self.raise_fence(primary);
+            // One with a lower fence steps down by itself when the two meet; of rivals, one is demoted.
+            if fence.against(self.hosts[rival].superblock.fence) == Claim::Rival {
+                self.demote(rival, None);
             }
+            return false;
+        }
+        if (0..self.hosts.len()).any(|host| fence.against(self.hosts[host].superblock.fence) == Claim::Older)
+        {
+            // It hears so, and steps down.
             return false;
         }
         let strays: Vec<usize> =
@@ -166,23 +175,10 @@ impl World {
         !matches!(relation, Relation::Same | Relation::MineIsNewer) || leader.fence.is_refused_by(it.fence)
     }
 
-    /// An operator promotes the primary once more, over a host that was promoted as often.
-    fn raise_fence(&mut self, host: usize) {
-        self.crash(host, Crash::Process);
-        let counter = self.hosts.iter().map(|other| other.superblock.fence.counter).max().unwrap_or(0);
-        let it = &mut self.hosts[host];
-        it.recover_superblock();
-        it.superblock.fence = Fence { counter: counter + 1, holder: host_id(host) };
-        it.write_superblock_now();
-        self.start(host);
-    }
-
     /// An operator decides that a host's own content goes (L6).
     fn yield_to(&mut self, host: usize, primary: usize) {
-        let winner = self.hosts[primary].superblock.lineage.clone();
-        if self.hosts[primary].superblock.fence.is_refused_by(self.hosts[host].superblock.fence) {
-            return self.raise_fence(primary);
-        }
+        self.check_split(host, primary);
+        let Superblock { lineage: winner, fence, .. } = self.hosts[primary].superblock.clone();
         self.note(|| format!("host {host} yields to {primary}"));
         self.crash(host, Crash::Process);
         let it = &mut self.hosts[host];
@@ -190,12 +186,27 @@ impl World {
         let base = it.recover_map(primary).base();
         let lineage = resolve::yielded(&it.superblock.lineage, &winner, Some(base), it.superblock.adopted);
         let history = it.keep_what_it_has();
-        resolve::record(&mut it.superblock, lineage, history);
+        resolve::record(&mut it.superblock, lineage, history, fence);
+        it.followed.insert(fence.counter, fence.holder);
         it.expected = None;
         it.write_superblock_now();
         let known = self.hosts[primary].known_lives.clone();
         self.hosts[host].known_lives = known;
         self.start(host);
+    }
+
+    /// A host is at odds with a primary only where it was promoted as often, or has been through a generation that the
+    /// primary has not (L2, L3): a primary that has heard of a copy's newest generation knows it for as long as it runs.
+    fn check_split(&self, host: usize, primary: usize) {
+        let (it, leader) = (&self.hosts[host].superblock, &self.hosts[primary].superblock);
+        let is_met = self.hosts[primary].heard.get(&host) == Some(&it.copy);
+        if leader.fence.against(it.fence) == Claim::Rival || !is_met {
+            return;
+        }
+        assert!(
+            !self.generations.contains(leader.lineage[0], it.lineage[0]),
+            "L2: host {host} has nothing that {primary} lacks, and yet is refused"
+        );
     }
 
     /// No fence belongs to two hosts that take writes, and nobody follows two hosts of one fence (L5).

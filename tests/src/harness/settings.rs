@@ -29,6 +29,8 @@ pub struct Settings {
     pub link_delay: Duration,
     /// One disk operation in so many fails; 0 for none.
     pub disk_failures: u64,
+    /// Whether sectors of replicas' disks go bad.
+    pub bad_sectors: bool,
     /// One save of pre-images in so many finds no room; 0 for none.
     pub space_failures: u64,
     /// What replicas do then.
@@ -67,6 +69,12 @@ pub struct Settings {
     pub active_extents: usize,
 }
 
+/// How many generations a lineage holds: what so many hosts need, and hardly more.
+#[must_use]
+pub fn lineage_limit(hosts: usize) -> usize {
+    3 * hosts - 1
+}
+
 impl Settings {
     /// What this seed decides.
     #[must_use]
@@ -91,6 +99,7 @@ impl Settings {
             sync_delay: Duration::ZERO,
             link_delay: Duration::from_millis(2),
             disk_failures: 0,
+            bad_sectors: false,
             space_failures: 0,
             space: SpacePolicy::Pause,
             modes: vec![Mode::Async; 4],
@@ -213,6 +222,7 @@ impl Settings {
             sync_delay: Duration::from_millis(random.pick(&[0, 0, 1000])),
             link_delay: random.pick(&milliseconds),
             disk_failures: random.pick(&[0, 0, 100, 500]),
+            bad_sectors: random.once_in(3),
             space_failures: random.pick(&[0, 0, 20]),
             space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),
             modes: (0..4).map(|_| random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync])).collect(),

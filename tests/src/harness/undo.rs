@@ -100,6 +100,10 @@ impl World {
             // What was restored, this host's own maps remember.
             self.links[link].united_by = None;
         }
+        for other in &mut self.hosts {
+            // What was brought back is not what it told them of.
+            other.heard.remove(&host);
+        }
         self.differences.forget(host);
         self.start(host);
         true
@@ -110,6 +114,7 @@ impl World {
         self.write_undone_maps(host, point);
         let number = self.next_operation();
         let it = &mut self.hosts[host];
+        self.generations.begin(generation(host, number), &point.lineage, None);
         undo::begin(&mut it.superblock, &point.lineage, generation(host, number));
         it.write_superblock_now();
         // Only the history leads back from here.

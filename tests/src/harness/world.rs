@@ -3,11 +3,12 @@
 use super::differences::Differences;
 use super::disk::{Data, DiskOperation};
 use super::files::FileOperation;
+use super::generations::Generations;
 use super::host::{Host, Shell};
 use super::links::{Channel, LinkId, Links};
 use super::random::Random;
 use super::settings::Settings;
-use blockmirror_protocol::units::{GenerationId, Time};
+use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::FrameHeader;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -64,8 +65,8 @@ pub struct World {
     pub differences: Differences,
     /// The number of the last request of any application, which is also its content.
     pub last_request: u64,
-    /// The lives of primaries in which generations were begun.
-    pub generation_lives: BTreeMap<GenerationId, (usize, u64)>,
+    /// Where generations were begun.
+    pub generations: Generations,
     /// How many events have happened.
     pub steps: u64,
     /// Whether disks may fail and mishaps happen.
@@ -92,7 +93,7 @@ impl World {
             links: Links::new(hosts),
             differences: Differences::default(),
             last_request: 0,
-            generation_lives: BTreeMap::new(),
+            generations: Generations::default(),
             steps: 0,
             is_rough: settings.mishaps.is_some(),
             is_busy: false,

@@ -229,6 +229,9 @@ pub struct Succession {
     pub history: Option<Rollback>,
     /// Whether a resync waits for room for pre-images.
     pub is_full: bool,
+    /// What has no room then, and what makes some.
+    #[serde(default)]
+    pub shortage: Option<String>,
     /// On a primary that must not write any more: the host that was promoted since.
     pub superseded_by: Option<String>,
     /// On a primary that must not write any more: who has its devices open.
