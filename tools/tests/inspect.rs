@@ -58,6 +58,10 @@ fn a_superblock(role: superblock::Role) -> Superblock {
 
 fn a_log(records: &[(u64, &[u32])]) -> Vec<u8> {
     let mut file = vec![0; activity_log::FILE_BYTES as usize];
+    for (serial, record) in activity_log::ring_after(0, false) {
+        let at = activity_log::record_offset(serial) as usize;
+        file[at..at + record.len()].copy_from_slice(&record);
+    }
     for (serial, extents) in records {
         let at = activity_log::record_offset(*serial) as usize;
         let record = activity_log::encode(extents.iter().copied().map(Extent), *serial);
@@ -185,11 +189,11 @@ fn an_activity_log_is_printed_with_all_records() {
     let expected = "\
 activity log
   record 0:  serial 8, whole, newest: 2 extents
-  record 1:  empty
-  record 2:  empty
-  record 3:  empty
-  record 4:  empty
-  record 5:  empty
+  record 1:  serial 1, whole: 0 extents
+  record 2:  serial 2, whole: 0 extents
+  record 3:  serial 3, whole: 0 extents
+  record 4:  serial 4, whole: 0 extents
+  record 5:  serial 5, whole: 0 extents
   record 6:  serial 6, whole: 2 extents
   record 7:  serial 7, whole: 3 extents
   active:    2 extents, 8M
@@ -202,11 +206,11 @@ activity log
     let expected = "\
 activity log
   record 0:  damaged
-  record 1:  empty
-  record 2:  empty
-  record 3:  empty
-  record 4:  empty
-  record 5:  empty
+  record 1:  serial 1, whole: 0 extents
+  record 2:  serial 2, whole: 0 extents
+  record 3:  serial 3, whole: 0 extents
+  record 4:  serial 4, whole: 0 extents
+  record 5:  serial 5, whole: 0 extents
   record 6:  serial 6, whole: 2 extents
   record 7:  serial 7, whole: 3 extents
   active:    any block may differ: the newest record says so, or is not whole
@@ -422,7 +426,7 @@ fn a_stopped_primary_knows_what_its_replicas_may_lack() {
 
     // The first extent holds the five blocks of the first page, the last lies in the third.
     let extents = [0, 10, (BLOCKS * 4096 / EXTENT_BYTES) as u32];
-    fs::write(state.join(activity_log::FILE_NAME), a_log(&[(1, &extents)])).unwrap();
+    fs::write(state.join(activity_log::FILE_NAME), a_log(&[(9, &extents)])).unwrap();
     let united = BLOCKS_PER_PAGE * 4096 + 2 * EXTENT_BYTES;
     assert_eq!(out_of_sync(), (consistent, vec![Some(united), None]));
 
