@@ -356,3 +356,80 @@ fn a_loser_that_cannot_reach_the_winner_keeps_its_content() {
     a.refuse(&["resolve", "data", "--keep", "b"], 5, &["b must say how it stands"]);
     assert_eq!(a.status().facts.role, Role::Replica);
 }
+
+/// The two hosts of a volume whose primary is gone that could not hear each other, promoted from the same number.
+fn rivals() -> (Mirror, Random) {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    let mut random = Random::new(21);
+    write_blocks(&mut mirror.client(), &mut random, 0..16);
+    mirror.assert_identical();
+    mirror.primary.kill();
+    mirror.replicas.iter().for_each(|host| host.link().cut());
+    for (host, places) in mirror.replicas.iter().zip([0..8, 4..12]) {
+        host.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+        host.succeed(&["promote", "data", "--force"]);
+        write_blocks(&mut client_of(host), &mut random, places);
+    }
+    mirror.replicas.iter().for_each(|host| host.link().mend());
+    (mirror, random)
+}
+
+/// Each refused the other for ever, and `resolve` found nothing that it could do.
+#[test]
+fn two_hosts_that_were_promoted_as_often_are_reconciled() {
+    let (mut mirror, mut random) = rivals();
+    let [b, c] = &mirror.replicas[..] else { panic!("there are two replicas") };
+    b.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
+    until("nobody has the device open", || {
+        let said = c.tool(&["demote", "data"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+    let done = resolution(c, &["--keep", "b"]);
+    assert_eq!((done.done, done.action.as_str()), (true, "none"));
+    mirror.primary.start();
+    let [b, c] = &mirror.replicas[..] else { panic!("there are two replicas") };
+    assert_identical(b, c);
+    assert_identical(b, &mirror.primary);
+    write_blocks(&mut client_of(b), &mut random, 0..16);
+    assert_identical(b, c);
+}
+
+/// What an earlier `resolve` had kept was removed before there was room for what this one was to keep: it was refused,
+/// said that nothing was given up, and nothing could be undone any more.
+#[test]
+fn a_refused_resolution_leaves_what_was_kept_before() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    let mut random = Random::new(22);
+    write_blocks(&mut mirror.client(), &mut random, 0..16);
+    mirror.assert_identical();
+    for host in mirror.replicas.iter().chain([&mirror.primary]) {
+        host.link().cut();
+    }
+    mirror.wait_until_lost("b");
+    write_blocks(&mut mirror.client(), &mut random, 0..4);
+    let before = mirror.folder.join("before.img");
+    fs::copy(mirror.primary.backing(), &before).expect("a copy");
+    for host in &mirror.replicas {
+        host.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+        host.succeed(&["promote", "data", "--force"]);
+        write_blocks(&mut client_of(host), &mut random, 4..12);
+    }
+    let (a, b) = (&mirror.primary, mirror.replica());
+    a.link().mend();
+    b.link().mend();
+    wait_until_split(b, a);
+    resolution(a, &["--keep", "b"]);
+    b.wait_until("a follows", |status| {
+        let mut peers = status.facts.peers.iter();
+        peers.any(|peer| peer.name.as_str() == "a" && peer.state == Some(PeerState::InSync))
+    });
+    mirror.replica_mut().kill();
+    mirror.primary.stop();
+    mirror.primary.configure(|volume| volume.pre_images = Size(0));
+    mirror.primary.start();
+    mirror.replicas[1].link().mend();
+    let a = &mirror.primary;
+    a.refuse(&["resolve", "data", "--keep", "c"], 5, &["nothing was given up", "blockmirror undo data"]);
+    a.succeed(&["undo", "data"]);
+    assert_eq!(first_difference(&a.backing(), &before), None, "all is as it was before the first resolution");
+}
