@@ -170,8 +170,13 @@ fn a_generation_that_a_replica_followed_is_kept_while_it_is_away() {
         );
         session.handle_epoch_end(epoch, sequence);
         if is_durable {
-            let durable =
-                Acknowledgement { session: SessionNumber(1), received: sequence, durable: epoch, copies: 0 };
+            let durable = Acknowledgement {
+                session: SessionNumber(1),
+                received: sequence,
+                durable: epoch,
+                copies: 0,
+                mark: Default::default(),
+            };
             session.handle_message(durable.into(), sequence, Time::default()).unwrap();
             assert_eq!(session.base().generation, begun(1), "its map is relative to what it has");
         }
