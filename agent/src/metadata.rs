@@ -44,6 +44,12 @@ pub enum StateError {
         /// What is wrong.
         source: MetadataError,
     },
+    /// There is no number for another run as primary.
+    #[error(
+        "the numbers of a primary's epochs are used up: a host of the volume told of epochs that never were; recover \
+         the content into a new volume"
+    )]
+    UsedUp,
     /// The folder can't be made or listed.
     #[error("the folder {folder} can't be made or read")]
     Folder {

@@ -1,5 +1,7 @@
 //! The rules of Blockmirror: everything that can be stated without a file descriptor.
 
+#![forbid(unsafe_code)]
+
 pub mod dirty_map;
 pub mod disk;
 pub mod lineage;

@@ -7,7 +7,10 @@
 use crate::units::{Epoch, GenerationId, Mark, Position};
 
 /// How many low bits of an epoch's number count within one run of a primary; the rest count the runs.
-const RUN_BITS: u32 = 40;
+pub(crate) const RUN_BITS: u32 = 40;
+
+/// No host misses more runs of primaries than this: an epoch further ahead is a mistake or a lie.
+const RUN_STEP: u64 = 1 << 16;
 
 /// How two lineages stand to each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -81,16 +84,19 @@ pub fn later(lineage: &[GenerationId], one: Position, other: Position) -> Positi
     if rank(&other) > rank(&one) { other } else { one }
 }
 
-/// The first epoch of a primary's next run, when an earlier position is `before`. So no two runs, on whichever hosts,
-/// use the same number within a generation: one position never names two histories.
-///
-/// # Panics
-/// When there were more than 2^24 runs.
+/// The first epoch of a primary's next run, when an earlier position is `before`; nothing where the numbers are used up.
+/// So no two runs, on whichever hosts, use the same number within a generation: one position never names two histories.
 #[must_use]
-pub fn first_epoch_after(before: Epoch) -> Epoch {
+pub fn first_epoch_after(before: Epoch) -> Option<Epoch> {
     let run = (before.0 >> RUN_BITS) + 1;
-    assert!(run < 1 << (64 - RUN_BITS), "there is a number for each run");
-    Epoch(run << RUN_BITS)
+    Some(Epoch(run.checked_shl(RUN_BITS)?))
+        .filter(|epoch| epoch.0 < Epoch::LIMIT && epoch.0 >> RUN_BITS == run)
+}
+
+/// Whether a copy that got to `known` may be told of this epoch. One that has followed nobody yet may be told of any.
+#[must_use]
+pub fn may_follow(known: Epoch, epoch: Epoch) -> bool {
+    known == Epoch(0) || epoch.0 >> RUN_BITS <= (known.0 >> RUN_BITS) + RUN_STEP
 }
 
 #[cfg(test)]
@@ -182,7 +188,34 @@ mod tests {
         assert_eq!(later(position(b'a', 9), position(b'b', 1)), position(b'b', 1));
         assert_eq!(later(position(b'a', 9), position(b'a', 8)), position(b'a', 9));
         assert_eq!(later(position(b'a', 1), position(b'x', 8)), position(b'a', 1));
-        assert_eq!(first_epoch_after(Epoch(0)), Epoch(1 << 40));
-        assert_eq!(first_epoch_after(Epoch((3 << 40) + 7)), Epoch(4 << 40));
+    }
+
+    #[test]
+    fn runs_have_numbers_until_these_are_used_up() {
+        for (before, first) in [
+            (0, Some(1 << 40)),
+            ((3 << 40) + 7, Some(4 << 40)),
+            (Epoch::LIMIT - 1, None),
+            (Epoch::LIMIT - (2 << 40), Some(Epoch::LIMIT - (1 << 40))),
+            (u64::MAX, None),
+        ] {
+            assert_eq!(first_epoch_after(Epoch(before)), first.map(Epoch), "{before}");
+        }
+    }
+
+    #[test]
+    fn an_epoch_is_no_more_than_some_runs_ahead() {
+        let run = |number: u64| Epoch((number << 40) + 5);
+        assert!(may_follow(Epoch(0), run(1 << 20)), "a new copy knows of nothing");
+        assert!(may_follow(run(7), run(3)) && may_follow(run(7), run(7 + RUN_STEP)));
+        assert!(!may_follow(run(7), run(8 + RUN_STEP)));
+    }
+
+    /// A host that gossiped of more peers than there are, each at another generation, ended the process.
+    #[test]
+    fn more_generations_than_there_is_room_for_end_nothing() {
+        let mut generations = lineage("dcba");
+        begin(&mut generations, GenerationId([b'e'; 16]), &lineage("dcba"), 4);
+        assert_eq!(generations, lineage("edcb"));
     }
 }

@@ -140,11 +140,24 @@ fn is_whole(standing: &Standing) -> bool {
     standing.role == Role::Replica && standing.data == DataState::Consistent
 }
 
-/// The newest fence that any of these knows of, if it is newer than `ours` (L5).
+/// The newest fence that any of these knows of, if it is newer than `ours` (L5). What they tell of must be in bounds, and
+/// the promotion of one of them, which knows best itself whether it was promoted (X2).
 #[must_use]
 pub fn newest_fence(ours: Fence, others: &[Heard]) -> Option<Fence> {
     let known = others.iter().filter_map(|other| Some(other.standing.as_ref()?.fence));
-    Fence::newest(known).filter(|fence| fence.supersedes(ours))
+    let is_credible = |fence: &Fence| {
+        let holder = others.iter().find(|other| other.host == fence.holder);
+        ours.may_become(*fence) && holder.is_some_and(|holder| !denies(holder.standing.as_ref(), *fence))
+    };
+    Fence::newest(known.filter(|fence| fence.supersedes(ours) && is_credible(fence)))
+}
+
+/// Whether the holder of a fence, asked how it stands, knows of no such promotion. One that has lost its copy since
+/// can't say.
+#[must_use]
+pub fn denies(standing: Option<&Standing>, fence: Fence) -> bool {
+    let of_its_copy = standing.filter(|standing| standing.data != DataState::Empty);
+    of_its_copy.is_some_and(|standing| standing.fence.counter < fence.counter)
 }
 
 /// Whether a host that stands so holds what is newer than `marker` of a copy with these generations.
@@ -275,7 +288,7 @@ mod tests {
         for (candidate, others, objection) in [
             (waiting(), vec![says(A, serving)], Objection::Serves(A)),
             (connected, vec![silent(A)], Objection::Connected),
-            (behind, vec![says(C, standing(7))], Objection::Promoted(A)),
+            (behind, vec![silent(A), says(C, standing(7))], Objection::Promoted(A)),
             (waiting(), vec![silent(A), says(C, standing(8))], Objection::Later(C)),
             (waiting(), vec![silent(A), says(C, newer)], Objection::Later(C)),
             (gap, vec![silent(A)], Objection::Rollback),
@@ -305,5 +318,31 @@ mod tests {
         assert_eq!(mixture.obstacle(), None);
         mixture.superblock.data = DataState::Empty;
         assert_eq!(mixture.obstacle(), Some(Obstacle::Empty));
+    }
+
+    /// One member could stop every primary by a fence that it made up, or that of a host that does not exist.
+    #[test]
+    fn a_fence_counts_in_bounds_as_its_holder_says() {
+        let fence = |counter, holder| Fence { counter, holder: host(holder) };
+        let tells = |number, fence| says(host(number), Standing { fence, ..standing(7) });
+        let lost = Standing { data: DataState::Empty, fence: Fence::default(), ..standing(0) };
+        for (what, others, newer) in [
+            ("nobody knows of a later one", [tells(2, fence(4, 1)), tells(3, fence(4, 1))], None),
+            ("its holder says so", [tells(2, fence(5, 2)), silent(host(3))], Some(fence(5, 2))),
+            ("its holder is silent", [silent(host(2)), tells(3, fence(5, 2))], Some(fence(5, 2))),
+            (
+                "its holder was promoted again",
+                [tells(2, fence(6, 2)), tells(3, fence(5, 2))],
+                Some(fence(6, 2)),
+            ),
+            ("its holder denies it", [tells(2, fence(4, 1)), tells(3, fence(5, 2))], None),
+            ("its holder lost its copy", [says(host(2), lost), tells(3, fence(5, 2))], Some(fence(5, 2))),
+            ("its holder is none of the volume's", [silent(host(2)), tells(3, fence(5, 9))], None),
+            ("it is this host's own", [silent(host(2)), tells(3, fence(5, 1))], None),
+            ("it is out of bounds", [silent(host(2)), tells(3, fence(u64::MAX, 3))], None),
+            ("it is too far ahead", [silent(host(2)), tells(3, fence(5 + Fence::STEP, 3))], None),
+        ] {
+            assert_eq!(newest_fence(fence(4, 1), &others), newer, "{what}");
+        }
     }
 }

@@ -13,10 +13,22 @@ pub const SECTOR_BYTES: u64 = 512;
 pub const EXTENT_BYTES: u64 = 4 << 20;
 
 macro_rules! number {
-    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+    ($(#[$doc:meta])* $name:ident($inner:ty) $(, below $limit:expr)?) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, bincode::Encode, bincode::Decode)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, bincode::Encode)]
         pub struct $name(pub $inner);
+
+        impl<Context> bincode::Decode<Context> for $name {
+            fn decode<D: bincode::de::Decoder>(decoder: &mut D) -> Result<Self, bincode::error::DecodeError> {
+                let number = <$inner>::decode(decoder)?;
+                $(if number >= $limit {
+                    return Err(bincode::error::DecodeError::Other(concat!("no ", stringify!($name), " is so high")));
+                })?
+                Ok(Self(number))
+            }
+        }
+
+        bincode::impl_borrow_decode!($name);
 
         impl $name {
             /// The number after this one.
@@ -112,9 +124,17 @@ identity!(
 );
 
 number!(
-    /// The writes between two barriers, counted from 1 within a generation.
-    Epoch(u64)
+    /// The writes between two barriers, counted from 1 within a generation. The high bits count the runs of primaries
+    /// ([`crate::lineage::first_epoch_after`]); none that another host tells of is in the last run, so that there is a
+    /// next one.
+    Epoch(u64), below Epoch::LIMIT
 );
+
+impl Epoch {
+    /// Epochs of other hosts are below this.
+    pub const LIMIT: u64 = u64::MAX << crate::lineage::RUN_BITS;
+}
+
 number!(
     /// The place of a write in a volume's one order (W1), counted from 1.
     Sequence(u64)

@@ -1,10 +1,11 @@
 //! A host of the volume that has gone bad, or whose key was stolen: it can't pass for the primary.
 
-use blockmirror_agent::transport::{Endpoint, HostKey};
+use blockmirror_agent::control::api::VolumeState;
+use blockmirror_agent::transport::{Connection, Endpoint, HostKey, Incoming};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{Epoch, Sequence, Session, Stream};
-use blockmirror_protocol::wire::message::{Hello, Message, Refusal};
+use blockmirror_protocol::wire::message::{Fence, Hello, Message, Refusal, Superseded};
 use blockmirror_protocol::wire::{Body, FrameHeader, StreamKind, StreamPreamble, VERSIONS};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
@@ -24,7 +25,7 @@ fn superblock_of(host: &Host) -> Superblock {
 }
 
 /// Writes in the name of the primary, in every session that the replica may have with it.
-async fn write_as(primary: &Superblock, connection: &blockmirror_agent::transport::Connection) {
+async fn write_as(primary: &Superblock, connection: &Connection) {
     let payload = vec![0xbd; BLOCK_BYTES as usize];
     for number in primary.session.0.saturating_sub(SESSIONS)..=primary.session.0 {
         let session = Session(number);
@@ -40,9 +41,19 @@ async fn write_as(primary: &Superblock, connection: &blockmirror_agent::transpor
 }
 
 /// What the replica answers to a greeting in the name of the primary.
-async fn greet_as(primary: &Superblock, connection: &blockmirror_agent::transport::Connection) -> Message {
+async fn greet_as(primary: &Superblock, connection: &Connection) -> Message {
+    greet(hello_of(primary), connection).await.expect("an answer")
+}
+
+/// What a greeting is answered with, if it is.
+async fn greet(hello: Hello, connection: &Connection) -> Option<Message> {
     let (mut sender, mut receiver) = connection.open_control().await.expect("a stream");
-    let hello = Hello {
+    sender.send(&hello.into()).await.expect("a greeting");
+    receiver.receive().await.ok()
+}
+
+fn hello_of(primary: &Superblock) -> Hello {
+    Hello {
         versions: VERSIONS,
         features: 0,
         volume: primary.volume,
@@ -56,9 +67,121 @@ async fn greet_as(primary: &Superblock, connection: &blockmirror_agent::transpor
         lineage: primary.lineage.clone(),
         mode: primary.mode,
         members: Vec::new(),
-    };
-    sender.send(&hello.into()).await.expect("a greeting");
-    receiver.receive().await.expect("an answer")
+    }
+}
+
+/// The volume `data` on a, b and c, all in sync, with some content; c is stopped, and this is its key.
+fn mirror_without_c() -> (Mirror, HostKey) {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    let mut client = mirror.client();
+    client.write(0, &noise(&mut Random::new(1), MIB)).expect("a write");
+    client.flush().expect("a flush");
+    drop(client);
+    mirror.assert_identical();
+    mirror.replicas[1].stop();
+    let key = HostKey::load(&mirror.replicas[1].path("state/host.key")).expect("the key of c");
+    (mirror, key)
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
+fn endpoint(key: &HostKey) -> Endpoint {
+    Endpoint::bind("127.0.0.1:0".parse().expect("an address"), key).expect("an endpoint")
+}
+
+/// A connection to a host, with the key of the endpoint.
+async fn connect(endpoint: &Endpoint, host: &Host) -> Connection {
+    let id = HostKey::load(&host.path("state/host.key")).expect("a key").id();
+    endpoint.connect(&[host.link().address().to_string()], id).await.expect("c is a host of the volume")
+}
+
+fn still_takes_writes(mirror: &Mirror, before: &Superblock) {
+    let mut client = mirror.client();
+    client.write(MIB, &noise(&mut Random::new(2), MIB)).expect("a write");
+    client.flush().expect("a flush");
+    assert_eq!(superblock_of(&mirror.primary).fence, before.fence);
+    assert_ne!(mirror.primary.status().state, VolumeState::Superseded);
+}
+
+/// One greeting with the counter `u64::MAX` stopped the primary, durably, and the next promotion began at 0 again.
+#[test]
+fn a_member_that_greets_with_an_impossible_fence_stops_nobody() {
+    let (mirror, key) = mirror_without_c();
+    let before = superblock_of(&mirror.primary);
+    let followed = superblock_of(mirror.replica()).fence;
+    runtime().block_on(async {
+        let endpoint = endpoint(&key);
+        for host in [&mirror.primary, mirror.replica()] {
+            for counter in [u64::MAX, Fence::COUNTERS, before.fence.counter + Fence::STEP + 1] {
+                let fence = Fence { counter, holder: key.id() };
+                let session = Session(before.session.0 + 1000);
+                let connection = connect(&endpoint, host).await;
+                let answer = greet(Hello { fence, session, ..hello_of(&before) }, &connection).await;
+                assert!(matches!(answer, None | Some(Message::Refused(_))), "{counter}: {answer:?}");
+            }
+        }
+        endpoint.close().await;
+    });
+    still_takes_writes(&mirror, &before);
+    assert_eq!(superblock_of(mirror.replica()).fence, followed);
+    let status = mirror.replica().status();
+    let accused = status.facts.peers.iter().find(|peer| peer.name.as_str() == "c");
+    let error = accused.and_then(|peer| peer.error.clone()).unwrap_or_default();
+    assert!(error.contains("broke the protocol"), "b names c: {error:?}");
+}
+
+/// Any member could stop the primary by the claim that another one was promoted, which need not even exist.
+#[test]
+fn a_member_that_claims_the_promotion_of_another_one_stops_nobody_while_that_denies_it() {
+    let (mirror, key) = mirror_without_c();
+    let before = superblock_of(&mirror.primary);
+    let b = HostKey::load(&mirror.replica().path("state/host.key")).expect("the key of b").id();
+    let counter = before.fence.counter + 1;
+    let stranger = HostKey::ephemeral().expect("a key").id();
+    runtime().block_on(async {
+        let endpoint = endpoint(&key);
+        mirror.replicas[1].link().lead_to(endpoint.local_address());
+        for holder in [stranger, b, before.fence.holder] {
+            // The primary dials again whenever a session has ended.
+            let connection = endpoint.accept().await.expect("the primary dials c");
+            let Ok(Incoming::Control(mut sender, _receiver)) = connection.accept().await else {
+                panic!("a session begins with a control stream");
+            };
+            let claim = Superseded { fence: Fence { counter, holder } };
+            sender.send(&claim.into()).await.expect("the primary listens");
+            until("the claim is judged", || {
+                let log = mirror.primary.log();
+                let words = match holder == b {
+                    true => "c says that b was promoted, which that one denies",
+                    false => "it tells of a promotion of a host that was not promoted",
+                };
+                if log.contains(words) { Ok(()) } else { Err(log) }
+            });
+            connection.close(blockmirror_agent::transport::CloseReason::Done, "");
+        }
+        endpoint.close().await;
+    });
+    still_takes_writes(&mirror, &before);
+}
+
+/// Each connection has 256 MiB of room, and there was no limit to how many a key may have.
+#[test]
+fn a_member_has_four_connections_and_a_fifth_is_closed() {
+    let (mirror, key) = mirror_without_c();
+    runtime().block_on(async {
+        let endpoint = endpoint(&key);
+        let mut connections = Vec::new();
+        for _ in 0..5 {
+            connections.push(connect(&endpoint, &mirror.primary).await);
+        }
+        let lost = connections[4].closed().await;
+        assert!(lost.source.to_string().contains("too many connections"), "{lost:?}");
+        assert!(connections[..4].iter().all(Connection::is_live));
+        endpoint.close().await;
+    });
+    still_takes_writes(&mirror, &superblock_of(&mirror.primary));
 }
 
 #[test]

@@ -2,11 +2,14 @@
 
 use super::{Address, Mode, NAME_LIMIT_BYTES, Name, PeerConfig, Role, VolumeConfig};
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::Member;
+use blockmirror_protocol::wire::message::{MEMBERS_LIMIT, Member};
 use std::collections::HashSet;
 
 /// How many addresses of a host are kept at most.
 pub const ADDRESSES: usize = 16;
+
+/// How many other hosts a volume has at most.
+pub const PEERS_LIMIT: usize = MEMBERS_LIMIT - 1;
 
 impl VolumeConfig {
     /// The volume's other hosts, as third ones are told of them.
@@ -71,8 +74,12 @@ impl VolumeConfig {
             let is_replica = self.role == Role::Replica;
             let is_primary = primary == Some(member.host);
             let mode = if is_primary { own_mode } else { Some(member.mode) };
+            let has_room = self.peers.len() < PEERS_LIMIT;
             let Some(known) = self.peers.iter_mut().find(|peer| peer.host == member.host) else {
-                self.peers.push(PeerConfig { mode: mode.map_or(told.mode, Mode::from), ..told });
+                // Messages are bounded; what many of them tell must be as well (X1).
+                if has_room {
+                    self.peers.push(PeerConfig { mode: mode.map_or(told.mode, Mode::from), ..told });
+                }
                 continue;
             };
             known.mode = mode.filter(|_| is_replica).map_or(known.mode, Mode::from);

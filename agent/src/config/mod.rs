@@ -10,7 +10,7 @@ mod mistake;
 mod name;
 
 pub use folder::{ConfigFolder, Volumes};
-pub use members::ADDRESSES;
+pub use members::{ADDRESSES, PEERS_LIMIT};
 pub use mistake::{Contradiction, Mistake};
 pub use name::{Address, NAME_LIMIT_BYTES, Name, NotAName, NotAnAddress};
 

@@ -367,3 +367,18 @@ fn replies_that_should_wait_for_more_replicas_than_can_count_are_a_mistake() {
     config.role = Role::Replica;
     assert_eq!(config.shortfall(), None, "it concerns a primary");
 }
+
+#[test]
+fn a_primary_that_tells_of_ever_more_hosts_fills_no_memory() {
+    let mut config = VolumeConfig { role: Role::Replica, ..example() };
+    config.peers.clear();
+    for first in 0..100_u32 {
+        let host = |number: u32| {
+            let bytes = [number.to_le_bytes(), (number ^ 1).to_le_bytes()].concat().repeat(4);
+            Member { host: HostId(bytes.try_into().expect("32 bytes")), ..member("a", 1, Mode::Async) }
+        };
+        let told: Vec<Member> = (0..33).map(|number| host(1000 + 33 * first + number)).collect();
+        config.learn(&told, HostId([2; 32]), &"b".parse().expect("a name"));
+    }
+    assert_eq!(config.peers.len(), PEERS_LIMIT);
+}

@@ -92,7 +92,16 @@ pub struct Peer {
     parts: Cell<bool>,
     /// Where messages of the session that is open go, and its number.
     session: RefCell<Option<(UnboundedSender<Message>, SessionNumber)>>,
-    superseded: Box<dyn Fn(Fence)>,
+    superseded: Box<dyn Fn(Succeeded)>,
+}
+
+/// A host's word that another one was promoted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Succeeded {
+    /// The fence that it tells of.
+    pub fence: Fence,
+    /// Who says so.
+    pub by: HostId,
 }
 
 /// Why a link ended.
@@ -135,7 +144,7 @@ impl Peer {
     /// A replica that is dialled by [`Peer::keep_linked`]. `superseded` is called when it knows of a newer fence than
     /// this primary's (L5).
     #[must_use]
-    pub fn new(config: &PeerConfig, superseded: impl Fn(Fence) + 'static) -> Rc<Self> {
+    pub fn new(config: &PeerConfig, superseded: impl Fn(Succeeded) + 'static) -> Rc<Self> {
         Rc::new(Self {
             host: config.host,
             name: RefCell::new(config.name.clone()),
@@ -254,6 +263,30 @@ impl Peer {
         })
     }
 
+    /// What is wrong with a session, where a fence that the replica told of may be out of bounds, or that of a host that
+    /// is none of the volume's (X2). This host's own promotions are nobody else's to tell.
+    fn believed(&self, error: PeerError, own: Fence) -> PeerError {
+        let PeerError::Superseded(fence) = error else { return error };
+        let members = self.members.borrow();
+        let is_own = members.first().is_some_and(|first| first.host == fence.holder);
+        if !own.may_become(fence) {
+            PeerError::Misbehaved("it tells of more promotions than there were")
+        } else if fence.counter > own.counter
+            && (is_own || members.iter().all(|known| known.host != fence.holder))
+        {
+            PeerError::Misbehaved("it tells of a promotion of a host that was not promoted")
+        } else {
+            error
+        }
+    }
+
+    /// The host broke the protocol where it greeted as the primary: status says so.
+    pub fn accuse(&self, error: &dyn std::error::Error) {
+        let text = crate::words::with_causes(error);
+        tracing::warn!(peer = %self.name.borrow(), "{text}");
+        self.state.borrow_mut().error = Some(text);
+    }
+
     /// Says once what is wrong; the same again is not news.
     fn note(&self, error: &LinkError, own: Fence) {
         let name = self.name.borrow();
@@ -279,7 +312,7 @@ impl Peer {
             PeerError::NothingInCommon => state.split = Some(Split::Strangers),
             PeerError::Superseded(fence) if fence.supersedes(own) => {
                 drop(state);
-                (self.superseded)(*fence);
+                (self.superseded)(Succeeded { fence: *fence, by: self.host });
             }
             // Both were promoted, and neither before the other.
             PeerError::Superseded(_) => state.split = Some(Split::Brain),
@@ -304,7 +337,8 @@ impl Peer {
                 let message = receiver.receive().await?;
                 let is_union = matches!(&message, Message::Union(union) if union.last);
                 let has_parted = is_parting.get() && matches!(message, Message::Parted(_));
-                primary.message(self.host, message)?;
+                let own = identity.fence;
+                primary.message(self.host, message).map_err(|error| self.believed(error, own))?;
                 if has_parted {
                     return Ok(());
                 }

@@ -32,7 +32,7 @@ use blockmirror_protocol::units::{GenerationId, HostId, Position, Sequence, Sess
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
-pub use link::{LinkState, Peer, Split};
+pub use link::{LinkState, Peer, Split, Succeeded};
 pub(crate) use requests::{Reads, allocation};
 use requests::{how_ended, is_full};
 use std::cell::{Cell, RefCell};
@@ -116,11 +116,13 @@ impl Primary {
         pool: BufferPool,
         config: &VolumeConfig,
     ) -> Result<Rc<Self>, crate::metadata::StateError> {
+        let first = lineage::first_epoch_after(state.superblock().position.epoch);
+        let epoch = first.ok_or(crate::metadata::StateError::UsedUp)?;
         state
             .change_superblock(|superblock| {
                 superblock.position = Position {
                     generation: superblock.lineage.first().copied().unwrap_or_default(),
-                    epoch: lineage::first_epoch_after(superblock.position.epoch),
+                    epoch,
                     sequence: Sequence(0),
                 };
             })

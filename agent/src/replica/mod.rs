@@ -60,6 +60,8 @@ pub struct Replica {
     current: Cell<u64>,
     /// The host whose greeting was taken last: frames come from nobody else.
     greeter: Cell<Option<HostId>>,
+    /// Who broke the protocol last, and how, in words, until that host's next greeting is taken.
+    accused: RefCell<Option<(HostId, String)>>,
     superseded: Notify,
     idle: Notify,
     /// How many layers are being removed, which takes long where they are large.
@@ -78,8 +80,11 @@ struct Inner {
     machine: replica::Replica,
     next_frame: u64,
     payloads: HashMap<FrameId, Bytes>,
-    outgoing: Option<UnboundedSender<Message>>,
+    /// Where messages of the session go, and how many of them wait to be sent.
+    outgoing: Option<Outgoing>,
 }
+
+type Outgoing = (UnboundedSender<Message>, Rc<Cell<usize>>);
 
 /// Why a replica can't be opened.
 #[derive(Debug, thiserror::Error)]
@@ -155,6 +160,7 @@ impl Replica {
             troubles: RefCell::default(),
             current: Cell::new(0),
             greeter: Cell::new(None),
+            accused: RefCell::default(),
             superseded: Notify::new(),
             idle: Notify::new(),
             ending_layers: Cell::new(0),
@@ -205,6 +211,17 @@ impl Replica {
     #[must_use]
     pub fn error(&self) -> Option<String> {
         self.error.borrow().clone()
+    }
+
+    /// Which host broke the protocol last, and how.
+    #[must_use]
+    pub fn accused(&self) -> Option<(HostId, String)> {
+        self.accused.borrow().clone()
+    }
+
+    /// A host broke the protocol: status says so.
+    pub fn accuse(&self, host: HostId, text: String) {
+        *self.accused.borrow_mut() = Some((host, text));
     }
 
     /// Whether the backing must be opened anew before the next session (W5).
@@ -377,9 +394,13 @@ impl Replica {
                 });
             }
             Action::Send(message) => {
-                if let Some(outgoing) = &inner.outgoing {
-                    // A session whose sender is gone is just ending.
-                    drop(outgoing.send(message));
+                if let Some((outgoing, unread)) = &inner.outgoing {
+                    // A session whose sender is gone is just ending; so is one whose primary doesn't read, which the
+                    // sender finds.
+                    if unread.get() <= session::UNREAD_LIMIT {
+                        unread.set(unread.get() + 1);
+                        drop(outgoing.send(message));
+                    }
                 }
             }
         }

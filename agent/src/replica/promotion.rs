@@ -75,7 +75,8 @@ impl Replica {
         progress: &Progress,
     ) -> Result<(), PromotionError> {
         self.must_be_sound()?;
-        let superblock = self.state.superblock();
+        let mut superblock = self.state.superblock();
+        superblock.fence.counter = superblock.fence.counter.max(newest.counter);
         let steps = promotion::steps(&superblock)?;
         let position = self.report().position;
         for step in steps {
@@ -93,7 +94,7 @@ impl Replica {
                         if newest.supersedes(superblock.fence) {
                             superblock.fence = newest;
                         }
-                        promotion::record(superblock, host, position);
+                        promotion::record(superblock, host, position).expect("steps found a number for it");
                     };
                     let recorded = self.state.change_superblock(change).await;
                     recorded.map_err(PromotionError::Unrecorded)?;

@@ -11,8 +11,14 @@ use blockmirror_protocol::units::{HostId, Session as SessionNumber};
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal, Refused};
 use bytes::Bytes;
+use std::cell::Cell;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::unbounded_channel;
+
+/// How many messages wait for a primary to read. What is on its way is beside that, and as much as the windows allow; a
+/// primary of ours reads at once.
+pub(super) const UNREAD_LIMIT: usize = 1 << 14;
 
 /// How many frames are taken in before others get their turn.
 const BATCH: usize = 32;
@@ -58,6 +64,12 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// Whether the primary broke the protocol.
+    #[must_use]
+    pub fn is_misbehaviour(&self) -> bool {
+        matches!(self, Self::Misbehaved(_) | Self::Receive(ReceiveError::PeerMisbehaved { .. }))
+    }
+
     /// Whether the connection or the stream just ended.
     #[must_use]
     pub fn is_lost(&self) -> bool {
@@ -80,6 +92,8 @@ impl Replica {
         mut receiver: ControlReceiver,
         learned: impl Fn(Vec<Member>),
     ) -> Result<(), SessionError> {
+        // Checked before anything is ended for it.
+        self.inner.borrow().machine.check_numbers(&hello)?;
         if let Some(no) = self.objection(&hello) {
             // The session that is being served goes on.
             sender.end_with(no, Some(receiver));
@@ -90,29 +104,39 @@ impl Replica {
         self.paused_there.set(false);
         self.greeter.set(Some(receiver.peer()));
         let (outgoing, mut source) = unbounded_channel();
+        let unread = Rc::new(Cell::new(0));
         self.since.set(Instant::now());
         let members = hello.members.clone();
         self.drive(|inner| {
-            inner.outgoing = Some(outgoing);
+            inner.outgoing = Some((outgoing, unread.clone()));
             inner.machine.handle_message(hello.into())
         })?;
+        self.accused.borrow_mut().take_if(|(host, _)| *host == receiver.peer());
         *self.members.borrow_mut() = members.clone();
         learned(members);
         let receive = async {
             loop {
                 let message = receiver.receive().await?;
-                if let Message::Members(members) = &message {
-                    *self.members.borrow_mut() = members.members.clone();
-                    learned(members.members.clone());
-                }
+                let told = match &message {
+                    Message::Members(told) => Some(told.members.clone()),
+                    _ => None,
+                };
                 if let Message::Parting(parting) = &message {
                     self.paused_there.set(parting.paused);
                 }
                 self.drive(|inner| inner.machine.handle_message(message))?;
+                // They are within their bounds now.
+                if let Some(members) = told.filter(|told| *told != *self.members.borrow()) {
+                    *self.members.borrow_mut() = members.clone();
+                    learned(members);
+                }
             }
         };
         let send = async {
             while let Some(message) = source.recv().await {
+                if unread.replace(unread.get() - 1) > UNREAD_LIMIT {
+                    return Err(PrimaryMisbehaved("it does not read what it is answered").into());
+                }
                 if matches!(message, Message::Refused(_) | Message::Superseded(_)) {
                     return Ok(message);
                 }
@@ -200,7 +224,8 @@ impl Replica {
     /// Ends the session that is being served, if any, and tells the primary why.
     pub fn dismiss(&self, no: Refused) {
         self.drive(|inner| {
-            if let Some(outgoing) = &inner.outgoing {
+            if let Some((outgoing, unread)) = &inner.outgoing {
+                unread.set(unread.get() + 1);
                 // A session that is ending by itself hears nothing any more.
                 drop(outgoing.send(no.into()));
             }

@@ -2,7 +2,7 @@
 
 use super::addresses::is_local;
 use super::{Supervisor, failed, refused};
-use crate::config::{ADDRESSES, Address, Mode, Name, Role, VolumeConfig};
+use crate::config::{Address, Mode, Name, PEERS_LIMIT, Role, VolumeConfig};
 use crate::control::api::{Failure, INVITATION_SCHEMA, Invitation, InviteRequest};
 use crate::invitations::{InvitationError, Invitations};
 use crate::quantity::unix_seconds;
@@ -13,12 +13,6 @@ use crate::words::with_causes;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Join, Joined, Member, Refusal, Refused};
 use std::net::SocketAddr;
-
-/// How many replicas a volume has at most.
-const PEERS: usize = 32;
-/// How long a host's name is at most, and each of its addresses.
-const NAME_BYTES: usize = 63;
-const ADDRESS_BYTES: usize = 260;
 
 impl Supervisor {
     pub(super) async fn invite_to(
@@ -60,7 +54,7 @@ impl Supervisor {
             let text = "only the primary takes replicas in; use a token that it made".to_owned();
             return Err(Refused { refusal: Refusal::Role, text });
         }
-        if !is_sound(&join.name, &join.listen) || config.peers.len() >= PEERS {
+        if !Member::is_sound(&join.name, &join.listen) || config.peers.len() >= PEERS_LIMIT {
             return Err(other(
                 "the new host's name or addresses are too long, or there are too many hosts".to_owned(),
             ));
@@ -159,13 +153,6 @@ impl Supervisor {
         }
         added
     }
-}
-
-/// Whether a host's words fit into the messages in which others are told of it.
-pub(super) fn is_sound(name: &str, listen: &[String]) -> bool {
-    name.len() <= NAME_BYTES
-        && listen.len() <= ADDRESSES
-        && listen.iter().all(|address| address.len() <= ADDRESS_BYTES)
 }
 
 /// What a host says of where it listens, with the address that it is seen at in place of an unspecified one. A link-local

@@ -12,7 +12,8 @@ use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::{
     AskStanding, Hello, Message, Recover, Refusal, Refused, Standing, TakeOver,
 };
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// How long a peer may take to say what a stream is for.
@@ -24,6 +25,51 @@ const SERVES_TIME: Duration = Duration::from_secs(1);
 /// How long a key that is not known may stay connected, and how often that is looked at.
 const STRANGER_TIME: Duration = Duration::from_secs(60);
 const STRANGER_LOOKS: u32 = 30;
+
+/// How many connections a key may have at a time: one that each side dialled, and what is left of those before a restart
+/// or a change of address.
+const CONNECTIONS: usize = 4;
+
+/// How long a host that asks how this one stands waits while others are answered.
+const STANDING_TIME: Duration = Duration::from_secs(2);
+
+/// How many connections each key has opened.
+#[derive(Clone, Default)]
+pub(super) struct Connections(Arc<Mutex<HashMap<HostId, usize>>>);
+
+/// A connection's place among those of its key.
+struct Counted {
+    connections: Connections,
+    host: HostId,
+    /// How many there were before.
+    before: usize,
+}
+
+impl Connections {
+    /// A place for one more, as long as the answer lives; nothing where the key has enough.
+    fn count(&self, host: HostId) -> Option<Counted> {
+        let mut counts = self.0.lock().expect("no holder of the lock panics");
+        let count = counts.entry(host).or_default();
+        let before = *count;
+        if before >= CONNECTIONS {
+            return None;
+        }
+        *count += 1;
+        Some(Counted { connections: self.clone(), host, before })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut counts = self.connections.0.lock().expect("no holder of the lock panics");
+        if let Some(count) = counts.get_mut(&self.host) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.host);
+            }
+        }
+    }
+}
 
 /// A stream that is refused, and its sending side to say so on.
 type No = (Refused, ControlSender);
@@ -37,15 +83,24 @@ impl Supervisor {
     }
 
     async fn serve_connection(self: Arc<Self>, connection: Connection) {
+        let Some(counted) = self.connections.count(connection.peer()) else {
+            tracing::warn!(peer = %connection.peer(), "it has {CONNECTIONS} connections already; one more is closed");
+            return connection.close(CloseReason::Refused, "too many connections of this host");
+        };
         if self.knows(connection.peer()).await {
-            connection.trust();
-        } else if !self.watch_stranger(&connection).await {
+            connection.trust(counted.before);
+        } else if !self.watch_stranger(&connection, counted.before).await {
             return connection.close(CloseReason::Refused, "too many unknown hosts are connected");
         }
         loop {
             match connection.accept().await {
                 Ok(Incoming::Control(sender, receiver)) => {
-                    tokio::spawn(self.clone().serve_control(connection.clone(), sender, receiver));
+                    tokio::spawn(self.clone().serve_control(
+                        connection.clone(),
+                        counted.before,
+                        sender,
+                        receiver,
+                    ));
                 }
                 Ok(Incoming::Frames(preamble, frames)) => {
                     let config = self.config_of(preamble.volume).await;
@@ -67,7 +122,7 @@ impl Supervisor {
     }
 
     /// Sees to it that an unknown key gets itself known in time or is gone. Says whether there is room for it.
-    async fn watch_stranger(self: &Arc<Self>, connection: &Connection) -> bool {
+    async fn watch_stranger(self: &Arc<Self>, connection: &Connection, before: usize) -> bool {
         let Ok(place) = self.strangers.clone().try_acquire_owned() else { return false };
         let (supervisor, connection) = (self.clone(), connection.clone());
         tokio::spawn(async move {
@@ -78,7 +133,7 @@ impl Supervisor {
                     break;
                 }
                 if supervisor.knows(connection.peer()).await {
-                    return connection.trust();
+                    return connection.trust(before);
                 }
             }
             connection.close(CloseReason::Refused, "nothing was asked for in time");
@@ -90,6 +145,7 @@ impl Supervisor {
     async fn serve_control(
         self: Arc<Self>,
         connection: Connection,
+        before: usize,
         sender: ControlSender,
         mut receiver: ControlReceiver,
     ) {
@@ -98,12 +154,14 @@ impl Supervisor {
             Ok(Ok(Message::Hello(hello))) => self.take_session(hello, &connection, sender, receiver).await,
             Ok(Ok(Message::Join(join))) => match self.admit(join, &connection).await {
                 Ok(joined) => {
-                    connection.trust();
+                    connection.trust(before);
                     return sender.end_with(joined, Some(receiver));
                 }
                 Err(no) => Err((no, sender)),
             },
-            Ok(Ok(Message::Recover(recover))) => self.take_recovery(recover, &connection, sender).await,
+            Ok(Ok(Message::Recover(recover))) => {
+                self.take_recovery(recover, &connection, before, sender).await
+            }
             Ok(Ok(message @ (Message::ReadContent(_) | Message::AskDigest(_)))) => {
                 self.take_read(message, &connection, sender, receiver).await
             }
@@ -160,7 +218,16 @@ impl Supervisor {
         if !is_member(&config, asker) {
             return Err(unknown_key(asker));
         }
-        let handle = self.handle_of(&config.name).await.map_err(|_| unknown_volume())?;
+        let (handle, standings) = {
+            let volumes = self.volumes.lock().await;
+            let entry = volumes.get(&config.name).ok_or_else(unknown_volume)?;
+            (entry.handle.clone(), entry.standings.clone())
+        };
+        let turn = tokio::time::timeout(STANDING_TIME, standings.acquire_owned()).await;
+        let Ok(Ok(turn)) = turn else {
+            let text = "this host is busy saying how it stands".to_owned();
+            return Err(Refused { refusal: Refusal::Busy, text });
+        };
         let service = tokio::time::timeout(SERVES_TIME, handle.answer(Ask::Serves)).await;
         let mut service = service.ok().flatten().unwrap_or_else(|| {
             // One that is just being opened serves nobody, and hangs only when its thread does.
@@ -172,7 +239,12 @@ impl Supervisor {
         });
         service.serves &= service.silent < HUNG;
         let folder = self.state_folder(&config.name);
-        let read = move || standing::read(&folder, &config, asker, service);
+        let read = move || {
+            let standing = standing::read(&folder, &config, asker, service);
+            // Whoever asked may be gone; the turn lasts as long as the work.
+            drop(turn);
+            standing
+        };
         let standing = tokio::task::spawn_blocking(read).await.ok().flatten();
         standing.ok_or_else(|| {
             let text = "the volume's state can't be read here; see `blockmirror status`".to_owned();
@@ -198,6 +270,7 @@ impl Supervisor {
         &self,
         recover: Recover,
         connection: &Connection,
+        before: usize,
         sender: ControlSender,
     ) -> Result<(), No> {
         let config = {
@@ -209,7 +282,7 @@ impl Supervisor {
         if let Err(no) = self.admit_recovery(&config, recover.secret, connection.peer()).await {
             return Err((no, sender));
         }
-        connection.trust();
+        connection.trust(before);
         let connection = connection.clone();
         self.hand_on(&config, sender, |sender| Ask::Recover(recover.accept_inconsistent, sender, connection))
             .await
@@ -268,5 +341,22 @@ fn volume_of(message: &Message) -> VolumeId {
         Message::ReadContent(read) => read.volume,
         Message::AskDigest(ask) => ask.volume,
         _ => VolumeId::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_has_so_many_connections_and_no_more() {
+        let (connections, host) = (Connections::default(), HostId([1; 32]));
+        let counted: Vec<_> = (0..CONNECTIONS).map(|_| connections.count(host).expect("a place")).collect();
+        assert!(connections.count(host).is_none());
+        assert!(connections.count(HostId([2; 32])).is_some(), "others have places of their own");
+        assert_eq!(counted.iter().map(|counted| counted.before).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        drop(counted);
+        assert!(connections.count(host).is_some());
+        assert!(connections.0.lock().unwrap().is_empty(), "nothing is kept of hosts that are gone");
     }
 }

@@ -8,13 +8,13 @@
 //! Addresses are looked at every other second: one that comes late is told as soon as it is there.
 
 use super::Supervisor;
-use super::admission::{is_sound, seen_addresses};
+use super::admission::seen_addresses;
 use super::incoming::unknown_key;
 use crate::config::{Address, Name};
 use crate::transport::Connection;
 use crate::volume::Ask;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Message, Refusal, Refused, Whereabouts};
+use blockmirror_protocol::wire::message::{Member, Message, Refusal, Refused, Whereabouts};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -162,7 +162,7 @@ impl Supervisor {
 
     /// Remembers what a host says of itself, in every volume that it is a host of.
     async fn meet(&self, told: &Whereabouts, connection: &Connection) -> Result<(), Refused> {
-        if !is_sound(&told.name, &told.listen) {
+        if !Member::is_sound(&told.name, &told.listen) {
             let text = "the name or the addresses that it tells are too long".to_owned();
             return Err(Refused { refusal: Refusal::Other, text });
         }

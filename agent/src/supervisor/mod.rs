@@ -19,6 +19,7 @@ use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
 use crate::words::with_causes;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::Member;
+use incoming::Connections;
 use instances::Instances;
 pub use operations::Operator;
 use std::collections::{BTreeMap, HashSet};
@@ -71,6 +72,8 @@ pub struct Supervisor {
     instances: std::sync::Mutex<Instances>,
     /// Drawn at the start: tells this agent from another one with the same key.
     instance: [u8; 16],
+    /// How many connections each key has opened to this host.
+    connections: Connections,
     /// Volumes come to be one at a time: two attempts at one name must not undo each other.
     making: Mutex<()>,
 }
@@ -78,6 +81,9 @@ pub struct Supervisor {
 struct Entry {
     config: VolumeConfig,
     handle: Arc<Handle>,
+    /// How it stands is read for one host at a time: peers may ask as often as they like, and a state folder that hangs
+    /// must not take the threads that other volumes need (X1, X5).
+    standings: Arc<Semaphore>,
 }
 
 impl Supervisor {
@@ -105,6 +111,7 @@ impl Supervisor {
             strangers: Arc::new(Semaphore::new(STRANGERS)),
             instances: std::sync::Mutex::default(),
             instance: key::random(),
+            connections: Connections::default(),
             making: Mutex::default(),
         });
         (supervisor, source)
@@ -191,7 +198,10 @@ impl Supervisor {
         let name = config.name.clone();
         let (handle, opened) = Handle::start(config.clone(), surroundings)
             .map_err(|error| failed(format!("no thread can be had for the volume: {error}")))?;
-        self.volumes.lock().await.insert(name, Entry { config, handle: Arc::new(handle) });
+        self.volumes
+            .lock()
+            .await
+            .insert(name, Entry { config, handle: Arc::new(handle), standings: Arc::new(Semaphore::new(1)) });
         Ok(opened)
     }
 

@@ -51,7 +51,7 @@ impl Bare {
     /// handshake failed, or none will come any more.
     pub async fn accept(&self) -> Option<quinn::Connection> {
         let connection = self.dialler.quic.accept().await?.await.ok()?;
-        settings::trust(&connection);
+        settings::trust(&connection, 0);
         Some(connection)
     }
 }

@@ -110,9 +110,9 @@ impl Connection {
     }
 
     /// Gives an accepted connection the room that a known peer has: anybody can make a key and connect, so until then it
-    /// is held short.
-    pub fn trust(&self) {
-        settings::trust(&self.quic);
+    /// is held short. Each further connection of a peer that has `others` gets half of the room of the one before.
+    pub fn trust(&self, others: usize) {
+        settings::trust(&self.quic, others);
     }
 
     /// Closes the connection at once; what has not arrived yet will not. The peer is told why.

@@ -34,7 +34,7 @@ impl ControlSender {
     /// # Errors
     /// [`SendError`] when the connection is lost or the peer does not read any longer.
     pub async fn send(&mut self, message: &Message) -> Result<(), SendError> {
-        self.stream.queue(message.encode().into());
+        self.stream.queue(message.encode()?.into());
         self.stream.flush().await
     }
 

@@ -2,7 +2,7 @@
 
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::FrameError;
-use blockmirror_protocol::wire::message::MessageError;
+use blockmirror_protocol::wire::message::{MessageError, OverLimit};
 use blockmirror_protocol::wire::preamble::PreambleError;
 
 /// The connection is gone, and everything on it: reconnect.
@@ -38,6 +38,9 @@ pub enum SendError {
     /// The connection is gone.
     #[error(transparent)]
     Lost(#[from] Lost),
+    /// What is to be said fits into no message.
+    #[error(transparent)]
+    OverLimit(#[from] OverLimit),
     /// The peer reads this stream no longer.
     #[error("host {0} does not read this stream any longer")]
     Stopped(HostId),

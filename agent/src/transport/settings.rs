@@ -137,9 +137,10 @@ impl Options {
     }
 }
 
-/// Gives an accepted connection the room that a known peer has.
-pub(super) fn trust(connection: &quinn::Connection) {
-    connection.set_receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES));
+/// Gives an accepted connection the room that a known peer has, on its first one: with each further one half of what the
+/// one before has, all of a peer's take less than twice that (X1).
+pub(super) fn trust(connection: &quinn::Connection, others: usize) {
+    connection.set_receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES >> others.min(8)));
     connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS));
     connection.set_max_concurrent_uni_streams(VarInt::from_u32(STREAMS));
 }

@@ -9,9 +9,11 @@ use super::pulse::HUNG;
 use super::{Answer, OpenRole, Volume, refuse};
 use crate::config::VolumeConfig;
 use crate::control::api::{Failure, FailureKind};
-use crate::primary::Primary;
+use crate::primary::{Primary, Succeeded};
 use crate::replica::{Progress, Replica};
+use crate::standing;
 use crate::transport::Peers;
+use blockmirror_protocol::succession;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Fence, Refusal};
 use std::rc::Rc;
@@ -23,6 +25,8 @@ use tokio::task::spawn_local;
 const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(30);
 /// How often the users of a superseded primary's devices are looked for.
 const LOOK_TIME: Duration = Duration::from_secs(1);
+/// How long a host may take to confirm that it was promoted.
+const CONFIRM_TIME: Duration = Duration::from_secs(2);
 /// How long a superseded primary may take to make durable what it knows.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
 /// How long a change may take to end when the agent does.
@@ -31,7 +35,7 @@ const END_TIME: Duration = Duration::from_secs(30);
 /// What the volume's own tasks tell it.
 pub(super) enum Event {
     /// Another host was promoted.
-    Superseded(Fence),
+    Superseded(Succeeded),
     /// It is time to look who has the devices of a superseded primary open.
     LookForOpeners,
     /// A session with a primary has ended.
@@ -111,7 +115,7 @@ impl Volume {
 
     pub(super) async fn handle(&mut self, event: Event) {
         match event {
-            Event::Superseded(fence) => self.supersede(fence).await,
+            Event::Superseded(told) => self.hear_of(told).await,
             Event::LookForOpeners => self.look_for_openers().await,
             Event::TryAgain(attempt) => self.try_again(attempt).await,
             Event::SessionEnded => {
@@ -173,6 +177,27 @@ impl Volume {
             }
             then(&self.role);
         }
+    }
+
+    /// A host says that another one was promoted. Where that one can be asked, it knows best: nobody stops a primary by
+    /// claims about others. Where it can't, as when it has just died, the claim counts: two that write are worse (X2).
+    async fn hear_of(&mut self, told: Succeeded) {
+        let Succeeded { fence, by } = told;
+        let config = self.config.borrow().clone();
+        let holder = config.peers.iter().find(|peer| peer.host == fence.holder).cloned();
+        let Some(holder) = holder.filter(|_| fence.holder != by) else { return self.supersede(fence).await };
+        let (hands, teller) = (self.hands(), self.name_of(by));
+        spawn_local(async move {
+            let answered = standing::ask(&hands.peers, config.id, &holder, CONFIRM_TIME).await;
+            if succession::denies(answered.as_ref().ok(), fence) {
+                return tracing::warn!(
+                    volume = %config.name,
+                    "{teller} says that {} was promoted, which that one denies; this host goes on as the primary",
+                    holder.name
+                );
+            }
+            drop(hands.events.send(Event::Superseded(Succeeded { fence, by: fence.holder })));
+        });
     }
 
     /// Another host was promoted: writes fail from now on, durably over restarts. When nobody has the devices open any

@@ -371,7 +371,7 @@ impl Volume {
     fn link(&self, primary: &Rc<Primary>, peer: &PeerConfig) -> Rc<Peer> {
         primary.limit_resync(peer.host, self.resync_limit(peer));
         let events = self.events.clone();
-        let link = Peer::new(peer, move |fence| drop(events.send(Event::Superseded(fence))));
+        let link = Peer::new(peer, move |told| drop(events.send(Event::Superseded(told))));
         spawn_local(link.clone().keep_linked(primary.clone(), self.surroundings.peers.clone()));
         link
     }

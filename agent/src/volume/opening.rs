@@ -12,7 +12,7 @@ use crate::backing;
 use crate::config::VolumeConfig;
 use crate::export::Export;
 use crate::metadata::State;
-use crate::primary::Primary;
+use crate::primary::{Primary, Succeeded};
 use crate::replica::Replica;
 use crate::standing;
 use crate::storage::file::File;
@@ -108,7 +108,10 @@ impl Volume {
         let config = self.config.borrow().clone();
         let newer = match others {
             Others::Known => None,
-            Others::Told(fence) => Some(fence).filter(|fence| fence.supersedes(superblock.fence)),
+            Others::Told(fence) => {
+                let ours = superblock.fence;
+                Some(fence).filter(|fence| fence.supersedes(ours) && ours.may_become(*fence))
+            }
             Others::Ask => {
                 let peers = &self.surroundings.peers;
                 let answers = standing::ask_all(peers, config.id, &config.peers, STANDING_TIME).await;
@@ -197,7 +200,10 @@ impl Volume {
                 let known = primary.superseded().unwrap_or(primary.state().superblock().fence);
                 match succession::newest_fence(known, &heard(&answers)) {
                     // Nobody listens any more when the agent has ended meanwhile.
-                    Some(fence) => drop(events.send(Event::Superseded(fence))),
+                    Some(fence) => {
+                        // The holder was asked already.
+                        drop(events.send(Event::Superseded(Succeeded { fence, by: fence.holder })));
+                    }
                     None => primary.trust(),
                 }
             }

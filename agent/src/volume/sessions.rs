@@ -4,6 +4,7 @@ use super::opening::Others;
 use super::{Event, Learned, OpenRole, Volume, refuse};
 use crate::transport::{ControlReceiver, ControlSender, FrameReceiver};
 use crate::words::{with_causes, with_name};
+use blockmirror_protocol::replica::PrimaryMisbehaved;
 use blockmirror_protocol::wire::StreamPreamble;
 use blockmirror_protocol::wire::message::{Hello, Refusal, Superseded};
 use tokio::task::spawn_local;
@@ -29,8 +30,15 @@ impl Volume {
         }
         match &self.role {
             OpenRole::Replica(_) => self.serve_session(hello, sender, receiver),
-            OpenRole::Primary(primary, _) => {
+            OpenRole::Primary(primary, links) => {
                 let ours = primary.superseded().unwrap_or(primary.state().superblock().fence);
+                if !ours.may_become(hello.fence) {
+                    let error = PrimaryMisbehaved("its greeting tells of more promotions than there were");
+                    if let Some(link) = links.get(&receiver.peer()) {
+                        link.accuse(&error);
+                    }
+                    return refuse(sender, Refusal::Other, error.to_string());
+                }
                 if hello.fence.is_refused_by(ours) {
                     return sender.end_with(Superseded { fence: ours }, Some(receiver));
                 }
@@ -49,7 +57,7 @@ impl Volume {
     fn serve_session(&self, hello: Hello, sender: ControlSender, receiver: ControlReceiver) {
         let OpenRole::Replica(replica) = &self.role else { return };
         let config = self.config.borrow();
-        let (name, greeting) = (config.name.clone(), hello.fence.holder);
+        let (name, greeting, greeter) = (config.name.clone(), hello.fence.holder, receiver.peer());
         let primary = config.peers.iter().find(|peer| peer.host == greeting).cloned();
         let (replica, learned, events) =
             (replica.clone(), self.surroundings.learned.clone(), self.events.clone());
@@ -57,7 +65,13 @@ impl Volume {
             let learned = |members| drop(learned.send((name.clone(), Learned::Members(members))));
             if let Err(error) = replica.serve(hello, sender, receiver, learned).await {
                 let text = primary.map(|peer| with_name(&error, peer.host, &peer.name));
-                tracing::info!(volume = %name, "{}", text.unwrap_or_else(|| with_causes(&error)));
+                let text = text.unwrap_or_else(|| with_causes(&error));
+                if error.is_misbehaviour() {
+                    tracing::warn!(volume = %name, "{text}");
+                    replica.accuse(greeter, text);
+                } else {
+                    tracing::info!(volume = %name, "{text}");
+                }
             }
             drop(replica);
             // Whom it follows may be another one now, or nobody.
@@ -76,6 +90,9 @@ impl Volume {
                     tracing::warn!(volume = %name, "{}", with_causes(&error));
                 }
                 if replica.greeter() == Some(sender) {
+                    if error.is_misbehaviour() {
+                        replica.accuse(sender, with_causes(&error));
+                    }
                     replica.end_session(preamble.session);
                 }
             }

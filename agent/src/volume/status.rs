@@ -101,6 +101,8 @@ impl Volume {
                 facts.succession = self.succession(shell);
                 for peer in &config.peers {
                     let mut status = PeerStatus::unknown(peer);
+                    let accused = shell.accused().filter(|(host, _)| *host == peer.host);
+                    status.error = accused.map(|(_, text)| text);
                     if peer.role == Role::Primary {
                         status.paused_there = !peer.paused && !report.connected && shell.paused_there();
                         status.connection = match report.connected {

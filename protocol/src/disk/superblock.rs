@@ -85,6 +85,17 @@ struct Raw {
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
 
+/// The lowest number that a session of this fence may have.
+fn first_session(fence: Fence) -> Session {
+    Session(fence.counter << SESSION_BITS)
+}
+
+/// Whether a primary of this fence may give a session this number. Those of later fences are kept for these.
+#[must_use]
+pub fn may_number(fence: Fence, session: Session) -> bool {
+    session.0 >> SESSION_BITS <= fence.counter
+}
+
 /// What a host knows durably about its copy of a volume.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Superblock {
@@ -207,7 +218,7 @@ impl Superblock {
     /// lower fence, so that no frame is taken for one of another primary's session (R1).
     #[must_use]
     pub fn next_session(&self) -> Session {
-        self.session.next().max(Session(self.fence.counter << SESSION_BITS))
+        Session(self.session.0.saturating_add(1)).max(first_session(self.fence))
     }
 
     /// Reads the file: the newest whole copy and its serial number.

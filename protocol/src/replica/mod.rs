@@ -39,7 +39,7 @@ pub use change::StateChange;
 pub use gap::{Saved, SpacePolicy};
 
 use crate::dirty_map::DirtyMap;
-use crate::disk::superblock::Superblock;
+use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use crate::lineage;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
@@ -47,11 +47,12 @@ use crate::promise::Held;
 use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{
-    Epoch, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber, Stream, Time,
+    EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber,
+    Stream, Time,
 };
 use crate::wire::message::{
-    Acknowledgement, Alone, AskMark, Commit, CopyDigest, DataState, Digest, Hello, Message, Mode, Parted,
-    Parting, Promise, Refusal, Refused, Release, ResyncBegin, UNREADABLE,
+    Acknowledgement, Alone, AskMark, Commit, CopyDigest, DataState, Digest, Hello, Member, Message, Mode,
+    Parted, Parting, Promise, Refusal, Refused, Release, ResyncBegin, UNREADABLE,
 };
 use crate::wire::{Body, FrameHeader};
 use agreement::Log;
@@ -66,6 +67,8 @@ const COPY_LIMIT_BYTES: u64 = 128 << 20;
 /// memory is used to read them.
 const DIGEST_LIMIT_BYTES: u64 = 64 << 20;
 const DIGEST_COST_BYTES: u64 = 16 << 10;
+/// No primary compares more extents at the same time.
+const DIGEST_LIMIT: usize = 4;
 
 /// See the module.
 #[derive(Debug)]
@@ -124,6 +127,8 @@ struct Link {
     queue: VecDeque<(FrameId, Body)>,
     live_under_way: usize,
     live_bytes: u64,
+    /// Digests for a compare that are not answered.
+    digests: usize,
     durable: Epoch,
     copies: Copies,
     resync: Option<(u64, u64)>,
@@ -226,12 +231,16 @@ impl Replica {
     /// [`PrimaryMisbehaved`] when the session must end.
     pub fn handle_message(&mut self, message: Message) -> Result<(), PrimaryMisbehaved> {
         if let Message::Hello(hello) = message {
-            self.greet(hello);
-            return Ok(());
+            return self.greet(hello);
         }
-        if let Message::Members(_) = message {
-            // For the shell, which keeps the members' addresses.
-            return Ok(());
+        if let Message::Members(told) = message {
+            // The shell keeps the members' addresses.
+            return match Member::are_sound(&told.members) {
+                true => Ok(()),
+                false => {
+                    Err(PrimaryMisbehaved("it tells of more hosts, names or addresses than a volume has"))
+                }
+            };
         }
         let Some(link) = &mut self.link else {
             // After a refusal, what was on its way still comes.
@@ -239,6 +248,21 @@ impl Replica {
             return if was_refused { Ok(()) } else { Err(PrimaryMisbehaved("it spoke before it greeted")) };
         };
         let session = link.session;
+        if let Message::Commit(commit) = &message {
+            let (position, lineage) =
+                (self.superblock.position.epoch.max(self.position.epoch), &commit.lineage);
+            if !lineage::may_follow(position, commit.position.epoch) {
+                return Err(PrimaryMisbehaved("it committed an epoch that is further ahead than runs go"));
+            }
+            if lineage.len() > LINEAGE_LIMIT {
+                return Err(PrimaryMisbehaved("its lineage is longer than any"));
+            }
+            let extents = self.superblock.size_bytes.div_ceil(EXTENT_BYTES);
+            let is_sound = |extent: &Extent| u64::from(extent.0) < extents;
+            if commit.active.len() as u64 > extents || !commit.active.iter().all(is_sound) {
+                return Err(PrimaryMisbehaved("it committed extents that the volume doesn't have"));
+            }
+        }
         match message {
             Message::ResyncBegin(ResyncBegin { session: theirs, dirty_bytes }) if theirs == session => {
                 link.resync = Some((link.copies.written_bytes, dirty_bytes));
@@ -374,6 +398,7 @@ impl Replica {
             let answer = match item.body {
                 Body::Digest { number, .. } => {
                     link.live_under_way -= 1;
+                    link.digests -= 1;
                     Digest { session, number, digest }.into()
                 }
                 Body::CopyDigest { number, range } => {

@@ -29,6 +29,11 @@ pub enum NotPromotable {
     /// It is the primary already.
     #[error("this host is the primary already")]
     Primary,
+    /// So many promotions were never made: a host of the volume has told of them.
+    #[error(
+        "the counter of promotions or of runs is used up; a host of the volume told of promotions that never were"
+    )]
+    UsedUp,
 }
 
 /// What is to be done next.
@@ -56,6 +61,12 @@ pub enum Step {
 pub fn steps(superblock: &Superblock) -> Result<Vec<Step>, NotPromotable> {
     if superblock.role == Role::Primary {
         return Err(NotPromotable::Primary);
+    }
+    // The promotion must have a number, and the epochs that come after it.
+    if superblock.fence.raised(HostId::default()).is_none()
+        || lineage::first_epoch_after(superblock.position.epoch).is_none()
+    {
+        return Err(NotPromotable::UsedUp);
     }
     match (superblock.data, superblock.gap) {
         (DataState::Consistent, _) => Ok(vec![Step::WriteMaps, Step::Sync, Step::Record]),
@@ -90,13 +101,17 @@ pub fn begin(superblock: &mut Superblock) {
 }
 
 /// What the superblock says once `host` is promoted; `position` is the replica's last one.
-pub fn record(superblock: &mut Superblock, host: HostId, position: Position) {
+///
+/// # Errors
+/// [`NotPromotable::UsedUp`] where the fence can't be raised; nothing is changed then.
+pub fn record(superblock: &mut Superblock, host: HostId, position: Position) -> Result<(), NotPromotable> {
+    superblock.fence = superblock.fence.raised(host).ok_or(NotPromotable::UsedUp)?;
     superblock.role = Role::Primary;
-    superblock.fence = Fence { counter: superblock.fence.counter + 1, holder: host };
     superblock.data = DataState::Consistent;
     superblock.position = position;
     (superblock.gap, superblock.history) = (0, 0);
     superblock.released = false;
+    Ok(())
 }
 
 /// What the superblock says once a primary is demoted, or met the newer `fence`; `position` is where it got to. A

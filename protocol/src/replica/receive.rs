@@ -6,17 +6,18 @@
 
 use super::gap::runs;
 use super::{
-    Action, COPY_LIMIT_BYTES, Copies, DIGEST_COST_BYTES, DIGEST_LIMIT_BYTES, FrameId, Item, Link, Marker,
-    PrimaryMisbehaved, Replica, StateChange,
+    Action, COPY_LIMIT_BYTES, Copies, DIGEST_COST_BYTES, DIGEST_LIMIT, DIGEST_LIMIT_BYTES, FrameId, Item,
+    Link, Marker, PrimaryMisbehaved, Replica, StateChange,
 };
-use crate::disk::superblock::Superblock;
+use crate::disk::superblock::{LINEAGE_LIMIT, Superblock, may_number};
 use crate::lineage::{self, Relation};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session::FRAME_COST_BYTES;
 use crate::units::{Epoch, Sequence};
 use crate::wire::message::{
-    DataState, Fence, Hello, Message, Mode, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
+    DataState, Fence, Hello, Member, Message, Mode, RANGES_PER_UNION, Refusal, Refused, Superseded, Union,
+    Welcome,
 };
 use crate::wire::{Body, FrameHeader, VERSIONS};
 use std::collections::VecDeque;
@@ -25,14 +26,47 @@ use std::collections::VecDeque;
 const UNION_LIMIT: usize = 1 << 20;
 
 impl Replica {
-    pub(super) fn greet(&mut self, hello: Hello) {
+    /// Takes a greeting in.
+    ///
+    /// # Errors
+    /// [`PrimaryMisbehaved`] where its numbers are out of bounds; the session that is open goes on.
+    pub(super) fn greet(&mut self, hello: Hello) -> Result<(), PrimaryMisbehaved> {
+        self.check_numbers(&hello)?;
         if let Some(answer) = self.rejection(&hello) {
             self.actions.push_back(Action::Send(answer));
-            return;
+            return Ok(());
         }
         self.unlink();
         self.greeting = Some(hello);
         self.go_on();
+        Ok(())
+    }
+
+    /// Whether the numbers of a greeting leave room for those of the primaries after this one. An empty copy has nothing
+    /// to lose, and may be of a volume that was promoted many times.
+    ///
+    /// # Errors
+    /// [`PrimaryMisbehaved`] where they don't.
+    pub fn check_numbers(&self, hello: &Hello) -> Result<(), PrimaryMisbehaved> {
+        let is_new = self.superblock.data == DataState::Empty && hello.fence.counter < Fence::COUNTERS;
+        if !is_new && !self.superblock.fence.may_become(hello.fence) {
+            return Err(PrimaryMisbehaved("its fence is further ahead than promotions go"));
+        }
+        if !may_number(hello.fence, hello.session) {
+            return Err(PrimaryMisbehaved("its session's number is none of its fence's"));
+        }
+        if !Member::are_sound(&hello.members) {
+            return Err(PrimaryMisbehaved("it tells of more hosts, names or addresses than a volume has"));
+        }
+        if hello.lineage.len() > LINEAGE_LIMIT {
+            return Err(PrimaryMisbehaved("its lineage is longer than any"));
+        }
+        Ok(())
+    }
+
+    /// Whether this copy may be told of an epoch.
+    pub(super) fn may_follow(&self, epoch: Epoch) -> bool {
+        lineage::may_follow(self.superblock.position.epoch.max(self.position.epoch), epoch)
     }
 
     /// What a greeting is answered with that is not taken. One that is taken takes the place of the session that is open.
@@ -147,6 +181,7 @@ impl Replica {
             queue: VecDeque::new(),
             live_under_way: 0,
             live_bytes: 0,
+            digests: 0,
             durable: Epoch(0),
             copies: Copies::default(),
             resync: None,
@@ -199,9 +234,18 @@ impl Replica {
         {
             return Ok(self.land(frame, header.body));
         }
+        let is_ahead = match header.body {
+            Body::Write { epoch, .. } | Body::Zero { epoch, .. } | Body::EpochEnd { epoch, .. } => {
+                !self.may_follow(epoch)
+            }
+            _ => false,
+        };
         let Some(link) = self.link.as_mut().filter(|link| link.session == header.session) else {
             return Ok(false);
         };
+        if is_ahead {
+            return Err(PrimaryMisbehaved("an epoch is further ahead than runs go"));
+        }
         if header.stream != link.stream {
             return Ok(false);
         }
@@ -244,6 +288,10 @@ impl Replica {
                 Ok(false)
             }
             Body::Digest { .. } => {
+                link.digests += 1;
+                if link.digests > DIGEST_LIMIT {
+                    return Err(PrimaryMisbehaved("it compares more at once than agreed"));
+                }
                 link.queue.push_back((frame, header.body));
                 Ok(true)
             }

@@ -93,7 +93,7 @@ fn an_empty_copy_takes_any_primarys_content() {
     let empty = Superblock { data: DataState::Empty, ..superblock("xa") };
     let mut replica = replica_of(empty, Vec::new());
     assert_eq!(replica.objection(&hello(fence(3, 3), "ba")), None);
-    replica.greet(hello(fence(3, 3), "ba"));
+    replica.greet(hello(fence(3, 3), "ba")).unwrap();
     let welcomed = drive(&mut replica, |action| matches!(action, Action::Send(Message::Welcome(_))));
     assert!(matches!(welcomed, Action::Send(Message::Welcome(welcome)) if welcome.data == DataState::Empty));
     replica
@@ -111,7 +111,7 @@ fn a_superseded_primary_is_told_so_before_histories_are_compared() {
     let mut replica = replica("ba");
     for old in [fence(1, 3), fence(2, 3)] {
         assert_eq!(replica.objection(&hello(old, "ca")), None);
-        replica.greet(hello(old, "ca"));
+        replica.greet(hello(old, "ca")).unwrap();
         let told = Superseded { fence: fence(2, 2) };
         assert_eq!(replica.poll_action(), Some(Action::Send(told.into())));
     }
@@ -158,7 +158,7 @@ fn what_a_rollback_began_to_restore_is_told_to_the_primary_of_the_resync() {
             promotion::begin(&mut superblock);
         }
         let mut replica = replica_of(superblock, vec![saved]);
-        replica.greet(hello(fence(2, 2), "ba"));
+        replica.greet(hello(fence(2, 2), "ba")).unwrap();
         let union = drive(&mut replica, |action| matches!(action, Action::Send(Message::Union(_))));
         assert_eq!(union, Action::Send(Union { ranges: told, last: true }.into()));
     }
@@ -186,7 +186,7 @@ fn a_copy_that_is_told_of_replies_without_it_counts_no_more() {
     for (theirs, mode) in [("a", Mode::Sync), ("ba", Mode::Async)] {
         let mut replica = replica("a");
         replica.superblock.mode = Mode::Sync;
-        replica.greet(hello(fence(2, 2), theirs));
+        replica.greet(hello(fence(2, 2), theirs)).unwrap();
         drive(&mut replica, is_welcome);
         assert_eq!(replica.superblock.mode, mode, "durably, before it answers");
     }
@@ -196,7 +196,7 @@ fn a_copy_that_is_told_of_replies_without_it_counts_no_more() {
 fn resyncing() -> Replica {
     let mut replica = replica("a");
     replica.superblock.data = DataState::Inconsistent;
-    replica.greet(hello(fence(2, 2), "a"));
+    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
     drive(&mut replica, is_welcome);
     while let Some(action) = replica.poll_action() {
         assert!(matches!(action, Action::Send(_)), "{action:?}");
@@ -243,7 +243,7 @@ fn what_a_replica_cannot_read_differs() {
 /// A resync of a consistent copy was announced, and its layer is there.
 fn in_gap() -> Replica {
     let mut replica = replica("a");
-    replica.greet(hello(fence(2, 2), "a"));
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
     replica.handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 4096 }.into()).unwrap();
     drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
@@ -280,7 +280,7 @@ fn a_replica_that_had_no_room_tries_again_with_each_greeting() {
     assert!(replica.report().is_full);
     let again = Hello { session: SessionNumber(2), ..hello(fence(2, 2), "a") };
     assert_eq!(replica.rejection(&again), None);
-    replica.greet(again);
+    replica.greet(again).unwrap();
     drive(&mut replica, is_welcome);
     assert!(replica.report().is_full, "until there was room");
     replica.handle_message(ResyncBegin { session: SessionNumber(2), dirty_bytes: 4096 }.into()).unwrap();
@@ -304,7 +304,7 @@ fn a_primary_that_asks_for_digests_without_bound_or_resync_is_sent_away() {
     let refused = (1..).find(|number| ask(*number).is_err());
     assert_eq!(refused, Some(DIGEST_LIMIT_BYTES / ((1 << 20) + DIGEST_COST_BYTES) + 1));
     let mut consistent = self::replica("a");
-    consistent.greet(hello(fence(2, 2), "a"));
+    consistent.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut consistent, is_welcome);
     let range = ByteRange::new(0, 4096);
     let header = copy_frame(Body::CopyDigest { range, number: 1 });
@@ -315,7 +315,7 @@ fn a_primary_that_asks_for_digests_without_bound_or_resync_is_sent_away() {
 fn in_sync() -> Replica {
     let mut replica = replica("a");
     replica.superblock.mode = Mode::Sync;
-    replica.greet(hello(fence(2, 2), "a"));
+    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
     drive(&mut replica, is_welcome);
     replica
 }
@@ -361,7 +361,7 @@ fn a_copy_is_behind_when_an_epoch_is_cut_short() {
 fn a_generation_that_begins_while_a_commit_is_recorded_is_recorded_before_its_first_write() {
     let mut replica = replica("a");
     replica.superblock.data = DataState::Inconsistent;
-    replica.greet(hello(fence(2, 2), "a"));
+    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
     drive(&mut replica, is_welcome);
     let session = SessionNumber(1);
     let position = Position { generation: lineage("a")[0], epoch: Epoch(1), sequence: Sequence(0) };
@@ -384,7 +384,7 @@ fn a_generation_that_begins_while_a_commit_is_recorded_is_recorded_before_its_fi
 fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
     let mut replica = replica("a");
     replica.superblock.data = DataState::Inconsistent;
-    replica.greet(hello(fence(2, 2), "a"));
+    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
     drive(&mut replica, is_welcome);
     let session = SessionNumber(1);
     let position = Position { generation: lineage("c")[0], epoch: Epoch(1), sequence: Sequence(0) };
@@ -405,7 +405,7 @@ fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
 fn the_marker_names_the_copies_that_are_durable_and_the_primary_is_told() {
     let mut replica = replica("a");
     replica.superblock.data = DataState::Inconsistent;
-    replica.greet(hello(fence(2, 2), "a"));
+    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
     drive(&mut replica, is_welcome);
     let session = SessionNumber(1);
     let body = Body::Copy { range: ByteRange::new(0, 4096), number: 1 };
@@ -434,7 +434,7 @@ fn the_marker_names_the_copies_that_are_durable_and_the_primary_is_told() {
 fn a_generation_that_comes_before_the_commit_that_it_overtook_is_in_what_is_committed() {
     for is_recorded in [false, true] {
         let mut replica = replica("a");
-        replica.greet(hello(fence(2, 2), "a"));
+        replica.greet(hello(fence(2, 2), "a")).unwrap();
         drive(&mut replica, is_welcome);
         let session = SessionNumber(1);
         let body = Body::Generation { generation: lineage("b")[0] };
@@ -451,4 +451,129 @@ fn a_generation_that_comes_before_the_commit_that_it_overtook_is_in_what_is_comm
         drive(&mut replica, |action| matches!(action, Action::Send(Message::Committed(_))));
         assert_eq!(replica.superblock.lineage, lineage("ba"), "{is_recorded}");
     }
+}
+
+/// One greeting with the fence `u64::MAX` stopped a volume for good, and so did one session with the highest number.
+#[test]
+fn a_greeting_that_leaves_no_room_for_later_primaries_is_misbehaviour() {
+    let in_session = |session| Hello { session: SessionNumber(session), ..hello(fence(2, 2), "ba") };
+    let with_lineage = Hello { lineage: lineage(&"a".repeat(65)), ..hello(fence(2, 2), "ba") };
+    for wrong in [
+        hello(fence(3 + Fence::STEP, 3), "ba"),
+        hello(fence(Fence::COUNTERS, 3), "ba"),
+        hello(fence(u64::MAX, 3), "ba"),
+        in_session(3 << 40),
+        in_session(u64::MAX),
+        with_lineage,
+        Hello { members: vec![member("a"); 34], ..hello(fence(2, 2), "ba") },
+        Hello { members: vec![member(&"a".repeat(64))], ..hello(fence(2, 2), "ba") },
+    ] {
+        let mut replica = replica("ba");
+        replica.handle_message(wrong.into()).expect_err("it is out of bounds");
+        assert_eq!(replica.poll_action(), None, "nothing is recorded of it");
+    }
+    for right in [hello(fence(2 + Fence::STEP, 3), "ba"), in_session((2 << 40) + 7)] {
+        replica("ba").handle_message(right.into()).expect("it is in bounds");
+    }
+}
+
+/// A replica stored such an epoch, and each start of a primary from it ended the process.
+#[test]
+fn primary_commits_an_epoch_that_leaves_no_room_for_a_next_run() {
+    let commit = |epoch, active| Commit {
+        session: SessionNumber(1),
+        position: Position { epoch: Epoch(epoch), ..Position::default() },
+        lineage: lineage("a"),
+        active,
+        mode: Mode::Async,
+        promise: crate::wire::message::Promise::None,
+    };
+    for (commit, is_sound) in [
+        (commit(u64::MAX, vec![]), false),
+        (commit(Epoch::LIMIT - 1, vec![]), false),
+        (commit(9 << 40, vec![]), true),
+        (commit(9 << 40, vec![Extent(0)]), true),
+        (commit(9 << 40, vec![Extent(1)]), false),
+        (commit(9 << 40, vec![Extent(0); 2]), false),
+    ] {
+        let mut superblock = superblock("a");
+        superblock.position.epoch = Epoch(7 << 40);
+        let mut replica = replica_of(superblock, Vec::new());
+        replica.greet(hello(fence(2, 2), "a")).unwrap();
+        drive(&mut replica, is_welcome);
+        let answer = replica.handle_message(commit.clone().into());
+        assert_eq!(answer.is_ok(), is_sound, "{commit:?}");
+    }
+}
+
+#[test]
+fn primary_ends_an_epoch_that_leaves_no_room_for_a_next_run() {
+    let mut superblock = superblock("a");
+    superblock.position.epoch = Epoch(7 << 40);
+    let mut replica = replica_of(superblock, Vec::new());
+    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    drive(&mut replica, is_welcome);
+    let mut end = |epoch| {
+        let body = Body::EpochEnd { epoch: Epoch(epoch), sequence: Sequence(1), cut: false };
+        replica.handle_frame(FrameId(1), FrameHeader { session: SessionNumber(1), stream: Stream(1), body })
+    };
+    end(Epoch::LIMIT - 1).expect_err("no run is so far ahead");
+    end(8 << 40).expect("the next run");
+}
+
+#[test]
+fn no_promotion_begins_where_its_numbers_are_used_up() {
+    let full = |spoil: fn(&mut Superblock)| {
+        let mut superblock = superblock("a");
+        spoil(&mut superblock);
+        superblock
+    };
+    for used_up in [
+        full(|superblock| superblock.fence.counter = u64::MAX),
+        full(|superblock| superblock.fence.counter = Fence::COUNTERS - 1),
+        full(|superblock| superblock.position.epoch = Epoch(u64::MAX)),
+    ] {
+        assert_eq!(promotion::steps(&used_up), Err(promotion::NotPromotable::UsedUp));
+        let mut recorded = used_up.clone();
+        if recorded.fence.counter > 2 {
+            promotion::record(&mut recorded, HostId([2; 32]), Position::default())
+                .expect_err("no number is left");
+            assert_eq!(recorded, used_up);
+        }
+    }
+}
+
+/// 64 bytes on the wire cost kilobytes here, as many times as the primary liked.
+#[test]
+fn primary_asks_for_ten_thousand_digests_and_waits_for_none() {
+    let mut replica = replica("a");
+    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    drive(&mut replica, is_welcome);
+    let body = Body::Digest { range: ByteRange::new(0, 1 << 20), number: 1 };
+    let refused =
+        (1..=10_000).position(|number| replica.handle_frame(FrameId(number), copy_frame(body)).is_err());
+    assert_eq!(refused, Some(DIGEST_LIMIT));
+    assert_eq!(replica.items.len(), DIGEST_LIMIT, "nothing is kept of the others");
+}
+
+#[test]
+fn primary_sends_small_copies_that_fill_large_buffers() {
+    let mut replica = resyncing();
+    let small = |number| Body::Copy { range: ByteRange::new(0, 512), number };
+    let refused = (1..=1 << 20)
+        .find(|number| replica.handle_frame(FrameId(*number), copy_frame(small(*number))).is_err());
+    assert_eq!(refused, Some(COPY_LIMIT_BYTES / 4096 + 1));
+}
+
+fn member(name: &str) -> Member {
+    Member { name: name.into(), host: HostId([9; 32]), addresses: Vec::new(), mode: Mode::Async }
+}
+
+/// Thousands of equal names in one message occupied the supervisor for hours.
+#[test]
+fn primary_tells_of_five_thousand_hosts() {
+    let mut replica = replica("a");
+    let told = |count| crate::wire::message::Members { members: vec![member("a"); count] };
+    replica.handle_message(told(5000).into()).expect_err("no volume has so many");
+    replica.handle_message(told(33).into()).expect("a volume may have so many");
 }

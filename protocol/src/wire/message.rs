@@ -44,6 +44,13 @@ pub enum MessageError {
     },
 }
 
+/// A message of ours that no peer would take: what it tells of has grown beyond its bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a message of {0} bytes can't be sent: its limit is {LIMIT_BYTES}; does the volume's file name too many hosts?"
+)]
+pub struct OverLimit(pub usize);
+
 /// What a copy holds, as its host knows durably.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
 pub enum DataState {
@@ -69,9 +76,34 @@ pub struct Member {
     pub mode: Mode,
 }
 
+/// How many hosts a volume has at most, the primary included.
+pub const MEMBERS_LIMIT: usize = 33;
+/// How long a host's name is at most, how many addresses it has, and how long each is.
+const NAME_LIMIT_BYTES: usize = 63;
+const ADDRESSES_LIMIT: usize = 16;
+const ADDRESS_LIMIT_BYTES: usize = 260;
+
+impl Member {
+    /// Whether a name and addresses fit into the messages in which others are told of them.
+    #[must_use]
+    pub fn is_sound(name: &str, addresses: &[String]) -> bool {
+        name.len() <= NAME_LIMIT_BYTES
+            && addresses.len() <= ADDRESSES_LIMIT
+            && addresses.iter().all(|address| address.len() <= ADDRESS_LIMIT_BYTES)
+    }
+
+    /// Whether a volume may have these hosts.
+    #[must_use]
+    pub fn are_sound(members: &[Self]) -> bool {
+        members.len() <= MEMBERS_LIMIT
+            && members.iter().all(|member| Self::is_sound(&member.name, &member.addresses))
+    }
+}
+
 /// Who may write: raised by each promotion (L5). Fences have no order of their own: two of the same number are rivals, of
-/// which neither is later. [`Fence::against`] is the only comparison.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+/// which neither is later. [`Fence::against`] is the only comparison. One that was decoded has a counter below
+/// [`Fence::COUNTERS`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode)]
 pub struct Fence {
     /// The promotions so far.
     pub counter: u64,
@@ -96,6 +128,24 @@ pub enum Claim {
 }
 
 impl Fence {
+    /// All counters are below this: sessions are numbered within each ([`crate::disk::superblock`]).
+    pub const COUNTERS: u64 = 1 << 24;
+    /// No host misses more promotions than this: a fence further above what it knows is a mistake or a lie.
+    pub const STEP: u64 = 1024;
+
+    /// The fence of the next promotion; nothing where the counters are used up.
+    #[must_use]
+    pub fn raised(self, holder: HostId) -> Option<Self> {
+        let counter = self.counter.checked_add(1).filter(|counter| *counter < Self::COUNTERS)?;
+        Some(Self { counter, holder })
+    }
+
+    /// Whether a host that knows of this fence may be told of that one.
+    #[must_use]
+    pub fn may_become(self, told: Self) -> bool {
+        told.counter < Self::COUNTERS && told.counter <= self.counter.saturating_add(Self::STEP)
+    }
+
     /// How this fence stands to one that is `known` (L5).
     #[must_use]
     pub fn against(self, known: Self) -> Claim {
@@ -125,6 +175,18 @@ impl Fence {
         fences.into_iter().reduce(|newest, fence| if fence.supersedes(newest) { fence } else { newest })
     }
 }
+
+impl<Context> bincode::Decode<Context> for Fence {
+    fn decode<D: bincode::de::Decoder>(decoder: &mut D) -> Result<Self, bincode::error::DecodeError> {
+        let fence = Self { counter: u64::decode(decoder)?, holder: HostId::decode(decoder)? };
+        match fence.counter < Self::COUNTERS {
+            true => Ok(fence),
+            false => Err(bincode::error::DecodeError::Other("no fence has so high a counter")),
+        }
+    }
+}
+
+bincode::impl_borrow_decode!(Fence);
 
 /// When a write and a flush are answered (W4).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
@@ -612,10 +674,9 @@ macro_rules! messages {
         impl Message {
             /// The message's bytes: length, tag, body.
             ///
-            /// # Panics
-            /// When the message is longer than [`LIMIT_BYTES`]: our own mistake.
-            #[must_use]
-            pub fn encode(&self) -> Vec<u8> {
+            /// # Errors
+            /// [`OverLimit`] when the message would be longer than [`LIMIT_BYTES`].
+            pub fn encode(&self) -> Result<Vec<u8>, OverLimit> {
                 let mut bytes = vec![0; LENGTH_BYTES];
                 match self {
                     $(Self::$name(body) => {
@@ -624,9 +685,11 @@ macro_rules! messages {
                     })*
                 }
                 let length = bytes.len() - LENGTH_BYTES;
-                assert!(length <= LIMIT_BYTES, "a message is within its limit");
+                if length > LIMIT_BYTES {
+                    return Err(OverLimit(length));
+                }
                 bytes[..LENGTH_BYTES].copy_from_slice(&(length as u32).to_le_bytes());
-                bytes
+                Ok(bytes)
             }
 
             /// Reads tag and body: what followed the length.
@@ -764,8 +827,8 @@ mod tests {
             ),
         ];
         for (message, bytes) in rows {
-            assert_eq!(hex(&message.encode()), bytes, "{message:?}");
-            assert_eq!(Message::decode(&message.encode()[LENGTH_BYTES..]).unwrap(), message);
+            assert_eq!(hex(&message.encode().unwrap()), bytes, "{message:?}");
+            assert_eq!(Message::decode(&message.encode().unwrap()[LENGTH_BYTES..]).unwrap(), message);
         }
     }
 
@@ -784,7 +847,7 @@ mod tests {
             silent_milliseconds: 0x0405,
         };
         let message = Message::from(standing);
-        let bytes = hex(&message.encode());
+        let bytes = hex(&message.encode().unwrap());
         assert!(
             bytes.ends_with(
                 "0103000000000000000000000000000000\
@@ -792,7 +855,7 @@ mod tests {
             ),
             "{bytes}"
         );
-        assert_eq!(Message::decode(&message.encode()[LENGTH_BYTES..]).unwrap(), message);
+        assert_eq!(Message::decode(&message.encode().unwrap()[LENGTH_BYTES..]).unwrap(), message);
     }
 
     #[test]
@@ -844,12 +907,71 @@ mod tests {
             members: vec![member],
         };
         let message = Message::from(hello);
-        assert_eq!(Message::decode(&message.encode()[LENGTH_BYTES..]).unwrap(), message);
+        assert_eq!(Message::decode(&message.encode().unwrap()[LENGTH_BYTES..]).unwrap(), message);
+    }
+
+    /// With one `u64::MAX` a member stopped every primary for good: the next promotion began at 0 again, or panicked.
+    #[test]
+    fn numbers_that_leave_no_room_for_a_next_one_are_no_messages() {
+        let of = |counter| Message::from(Superseded { fence: Fence { counter, holder: HostId([1; 32]) } });
+        let at = |epoch| Message::from(Agreed { session: Session(1), epoch: Epoch(epoch) });
+        for (message, is_sound) in [
+            (of(Fence::COUNTERS - 1), true),
+            (of(Fence::COUNTERS), false),
+            (of(u64::MAX), false),
+            (at(Epoch::LIMIT - 1), true),
+            (at(Epoch::LIMIT), false),
+            (at(u64::MAX), false),
+        ] {
+            assert_eq!(
+                Message::decode(&message.encode().unwrap()[LENGTH_BYTES..]).is_ok(),
+                is_sound,
+                "{message:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_fence_is_raised_and_believed_in_bounds() {
+        let fence = |counter| Fence { counter, holder: HostId([1; 32]) };
+        assert_eq!(fence(4).raised(HostId([1; 32])), Some(fence(5)));
+        for used_up in [Fence::COUNTERS - 1, u64::MAX] {
+            assert_eq!(fence(used_up).raised(HostId([1; 32])), None);
+        }
+        assert!(fence(4).may_become(fence(3)) && fence(4).may_become(fence(4 + Fence::STEP)));
+        assert!(!fence(4).may_become(fence(5 + Fence::STEP)));
+        assert!(!fence(Fence::COUNTERS - 1).may_become(fence(Fence::COUNTERS)));
+    }
+
+    /// A primary that was told of thousands of hosts could not greet any more: it ended the process.
+    #[test]
+    fn a_message_beyond_its_limit_is_an_error_and_no_end() {
+        let member = |number: u32| Member {
+            name: format!("host-{number}"),
+            host: HostId([1; 32]),
+            addresses: vec!["10.0.0.1:7447".into()],
+            mode: Mode::Async,
+        };
+        let told = |count| Message::from(Members { members: (0..count).map(member).collect() });
+        assert!(matches!(told(5000).encode(), Err(OverLimit(bytes)) if bytes > LIMIT_BYTES));
+        let longest = Member {
+            name: "a".repeat(NAME_LIMIT_BYTES),
+            addresses: vec!["a".repeat(ADDRESS_LIMIT_BYTES); ADDRESSES_LIMIT],
+            ..member(1)
+        };
+        let most = vec![longest.clone(); MEMBERS_LIMIT];
+        assert!(Member::are_sound(&most), "as many as there may be");
+        assert!(Message::from(Members { members: most }).encode().is_ok(), "fit into a message");
+        assert!(!Member::are_sound(&vec![longest.clone(); MEMBERS_LIMIT + 1]));
+        let name = "a".repeat(NAME_LIMIT_BYTES + 1);
+        assert!(!Member::are_sound(&[Member { name, ..longest.clone() }]));
+        let addresses = vec!["a".into(); ADDRESSES_LIMIT + 1];
+        assert!(!Member::are_sound(&[Member { addresses, ..longest }]));
     }
 
     #[test]
     fn damaged_messages_are_refused() {
-        let good = Message::from(ResyncReady { session: Session(1) }).encode();
+        let good = Message::from(ResyncReady { session: Session(1) }).encode().unwrap();
         let body = &good[LENGTH_BYTES..];
         assert!(matches!(Message::decode(&[]), Err(MessageError::Damaged { .. })));
         assert!(matches!(Message::decode(&[0xff, 0xff]), Err(MessageError::UnknownTag(0xffff))));

@@ -40,6 +40,9 @@ pub const PAYLOAD_LIMIT_BYTES: u32 = 1 << 20;
 /// No zero frame covers more than this, in bytes, so that none occupies a replica for long.
 pub const ZERO_LIMIT_BYTES: u64 = 64 << 20;
 
+/// The smallest buffer that a payload is held in.
+pub(crate) const BUFFER_BYTES: u64 = 4096;
+
 /// The size of a frame's header, in bytes.
 pub const HEADER_BYTES: usize = 64;
 
@@ -200,6 +203,9 @@ pub enum FrameError {
         /// The payload's bytes.
         payload: u32,
     },
+    /// No epoch is so high.
+    #[error("the peer sent a frame of epoch {0}, which is out of bounds")]
+    BadEpoch(u64),
     /// The payload is packed in a way that no sender of this version would.
     #[error("the peer sent a frame whose packing is {word:08x}, for {payload} bytes of payload")]
     BadPacking {
@@ -274,11 +280,11 @@ impl Body {
         if fields.has_payload { fields.range.length } else { 0 }
     }
 
-    /// What a copy takes of what may be under way, in bytes: a range of zeroes, however long, no more than the largest
-    /// payload.
+    /// What a copy takes of what may be under way, in bytes: the whole buffer that a payload is held in; of a range of
+    /// zeroes, however long, no more than of the largest payload.
     #[must_use]
     pub fn weight_bytes(self) -> u64 {
-        self.range().length.min(u64::from(PAYLOAD_LIMIT_BYTES))
+        self.range().length.min(u64::from(PAYLOAD_LIMIT_BYTES)).next_multiple_of(BUFFER_BYTES)
     }
 
     /// The range that the frame is about, if any.
@@ -345,6 +351,9 @@ impl FrameHeader {
         let range = ByteRange::new(raw.offset.get(), raw.length.get());
         let (epoch, number) = (Epoch(raw.epoch.get()), raw.number.get());
         let sequence = Sequence(number);
+        if matches!(raw.kind, 1..=3) && epoch.0 >= Epoch::LIMIT {
+            return Err(FrameError::BadEpoch(epoch.0));
+        }
         let body = match raw.kind {
             1 => Body::Write { range, epoch, sequence },
             2 => Body::Zero { range, epoch, sequence, may_unmap: raw.flags & FLAG_MAY_UNMAP != 0 },

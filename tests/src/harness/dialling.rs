@@ -143,7 +143,7 @@ impl World {
             }
             _ => {}
         }
-        self.send(link, Channel::ToListener, Packet::Message(message.encode()));
+        self.send(link, Channel::ToListener, Packet::Message(message.encode().expect("it is short")));
     }
 
     fn send_commit(&mut self, link: LinkId, commit: &Commit) {

@@ -93,7 +93,7 @@ impl World {
         let it = &mut self.hosts[host];
         it.superblock.position = Position {
             generation: it.superblock.lineage[0],
-            epoch: lineage::first_epoch_after(it.superblock.position.epoch),
+            epoch: lineage::first_epoch_after(it.superblock.position.epoch).expect("a run is left"),
             sequence: Sequence(0),
         };
         it.write_superblock_now();

@@ -118,7 +118,7 @@ impl World {
                 Step::Record => {
                     let position = promotion.position;
                     let it = &mut self.hosts[host];
-                    promotion::record(&mut it.superblock, host_id(host), position);
+                    promotion::record(&mut it.superblock, host_id(host), position).expect("a number is left");
                     let batches = it.superblock_batches();
                     self.promotion_file(host, superblock::FILE_NAME, batches);
                     false

@@ -164,7 +164,11 @@ impl World {
         if let Message::Hello(hello) = &message {
             if let Some(answer) = shell.machine.rejection(hello) {
                 // The session that is open goes on.
-                return self.send(link, Channel::ToDialler, Packet::Message(answer.encode()));
+                return self.send(
+                    link,
+                    Channel::ToDialler,
+                    Packet::Message(answer.encode().expect("it is short")),
+                );
             }
             let before = shell.speaker.replace(link).filter(|before| *before != link);
             shell.speaker_life = life;
@@ -189,7 +193,7 @@ impl World {
             return self.cut(link);
         }
         let superseded = Message::from(Superseded { fence: known });
-        self.send(link, Channel::ToDialler, Packet::Message(superseded.encode()));
+        self.send(link, Channel::ToDialler, Packet::Message(superseded.encode().expect("it is short")));
     }
 
     fn listener_takes(&mut self, link: LinkId, header: FrameHeader, data: Data) {
@@ -330,7 +334,7 @@ impl World {
             _ => {}
         }
         if served == Some(self.links[speaker].connection) {
-            self.send(speaker, Channel::ToDialler, Packet::Message(message.encode()));
+            self.send(speaker, Channel::ToDialler, Packet::Message(message.encode().expect("it is short")));
         }
     }
 

@@ -147,7 +147,7 @@ impl Drop for Host {
 
 async fn accept(endpoint: &Endpoint, serving: &Rc<Serving>) {
     while let Some(connection) = endpoint.accept().await {
-        connection.trust();
+        connection.trust(0);
         tokio::task::spawn_local(serve_connection(connection, serving.clone()));
     }
 }

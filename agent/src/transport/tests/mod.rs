@@ -41,7 +41,7 @@ async fn pair_with(options: &Options) -> Pair {
     let addresses = [address_of(&acceptor)];
     let dialled = dialler.connect(&addresses, acceptor.id()).await.unwrap();
     let accepted = acceptor.accept().await.unwrap();
-    accepted.trust();
+    accepted.trust(0);
     Pair { dialler, acceptor, dialled, accepted }
 }
 
