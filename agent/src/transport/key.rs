@@ -5,9 +5,11 @@
 //! read is refused, as SSH does.
 
 use crate::durable;
+use ::aws_lc_rs::error::Unspecified;
+use ::aws_lc_rs::signature::Ed25519KeyPair;
 use blockmirror_protocol::units::HostId;
-use rcgen::{KeyPair, PKCS_ED25519, PublicKeyData};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::CertifiedKey;
 use std::io;
@@ -55,14 +57,14 @@ pub enum KeyError {
         /// The key's file.
         path: PathBuf,
         /// What the parser met.
-        source: rcgen::Error,
+        source: pem::Error,
     },
     /// The key is of a kind that cannot sign a handshake, or none could be made.
     #[error("cannot make use of the host's key")]
     Cryptography(#[source] rustls::Error),
     /// No key could be generated.
     #[error("cannot generate a key for this host")]
-    Generation(#[source] rcgen::Error),
+    Generation(#[source] Unspecified),
 }
 
 impl HostKey {
@@ -77,14 +79,14 @@ impl HostKey {
             Ok(false) => {}
             Err(source) => return Err(KeyError::Io { operation: "read", path, source }),
         }
-        let key = KeyPair::generate_for(&PKCS_ED25519).map_err(KeyError::Generation)?;
+        let (key, text) = Self::generate()?;
         let created = std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(state_folder)
-            .and_then(|()| durable::create(&path, key.serialize_pem().as_bytes()));
+            .and_then(|()| durable::create(&path, text.as_bytes()));
         match created {
-            Ok(()) => Self::from_pair(&key),
+            Ok(()) => Ok(key),
             Err(source) if source.kind() == io::ErrorKind::AlreadyExists => Self::load(&path),
             Err(source) => Err(KeyError::Io { operation: "create", path, source }),
         }
@@ -109,9 +111,8 @@ impl HostKey {
     /// # Errors
     /// [`KeyError`] when the text is no key.
     pub fn from_pem(text: &str, path: &Path) -> Result<Self, KeyError> {
-        let pair =
-            KeyPair::from_pem(text).map_err(|source| KeyError::NotAKey { path: path.to_owned(), source })?;
-        Self::from_pair(&pair)
+        let key = PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes());
+        Self::from_der(key.map_err(|source| KeyError::NotAKey { path: path.to_owned(), source })?)
     }
 
     /// A new key, and its text for whoever keeps it in a file of their own.
@@ -119,8 +120,10 @@ impl HostKey {
     /// # Errors
     /// [`KeyError::Generation`] where the system gives no randomness.
     pub fn generate() -> Result<(Self, String), KeyError> {
-        let pair = KeyPair::generate_for(&PKCS_ED25519).map_err(KeyError::Generation)?;
-        Ok((Self::from_pair(&pair)?, pair.serialize_pem()))
+        let made = Ed25519KeyPair::generate().and_then(|pair| pair.to_pkcs8());
+        let der = made.map_err(KeyError::Generation)?.as_ref().to_vec();
+        let text = to_pem(&der);
+        Ok((Self::from_der(PrivatePkcs8KeyDer::from(der))?, text))
     }
 
     /// A key that is kept nowhere.
@@ -131,13 +134,15 @@ impl HostKey {
         Ok(Self::generate()?.0)
     }
 
-    fn from_pair(pair: &KeyPair) -> Result<Self, KeyError> {
-        let public = pair.subject_public_key_info();
-        let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(pair.serialize_der()));
+    fn from_der(key: PrivatePkcs8KeyDer<'static>) -> Result<Self, KeyError> {
+        let reset_secret = blake3::derive_key("blockmirror/1 stateless reset", key.secret_pkcs8_der());
+        let private = PrivateKeyDer::from(key);
         let signer = aws_lc_rs::sign::any_supported_type(&private).map_err(KeyError::Cryptography)?;
+        let public = signer.public_key().map(|key| key.as_ref().to_vec());
+        let none = || rustls::Error::General("the key has no public part".to_owned());
+        let public = public.ok_or_else(none).map_err(KeyError::Cryptography)?;
         let id = fingerprint(&public);
         let certified = CertifiedKey::new(vec![CertificateDer::from(public)], signer);
-        let reset_secret = blake3::derive_key("blockmirror/1 stateless reset", &pair.serialize_der());
         Ok(Self { id, certified: Arc::new(certified), reset_secret })
     }
 
@@ -161,6 +166,23 @@ impl std::fmt::Debug for HostKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "HostKey({})", self.id)
     }
+}
+
+/// A private key's text (RFC 7468, section 10).
+fn to_pem(der: &[u8]) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = "-----BEGIN PRIVATE KEY-----\n".to_owned();
+    // 48 bytes make a line of 64 letters.
+    for line in der.chunks(48) {
+        for three in line.chunks(3) {
+            let bits =
+                three.iter().fold(0, |bits, byte| bits << 8 | usize::from(*byte)) << (8 * (3 - three.len()));
+            let letter = |place: usize| char::from(LETTERS[bits >> (18 - 6 * place) & 63]);
+            text.extend((0..4).map(|place| if place > three.len() { '=' } else { letter(place) }));
+        }
+        text.push('\n');
+    }
+    text + "-----END PRIVATE KEY-----\n"
 }
 
 /// The fingerprint of a public key: SHA-256 over its SubjectPublicKeyInfo in DER.
@@ -211,6 +233,18 @@ mod tests {
         assert_eq!(HostKey::from_pem(&text, Path::new("elsewhere")).unwrap().id(), other.id());
         let mode = std::fs::metadata(state.join(FILE_NAME)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    /// The example of RFC 8410, section 10.3: the form of keys must never change, or hosts would be strangers to each other.
+    #[test]
+    fn a_key_of_this_text_has_this_fingerprint() {
+        let text = "-----BEGIN PRIVATE KEY-----\n\
+                    MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n\
+                    -----END PRIVATE KEY-----\n";
+        let key = HostKey::from_pem(text, Path::new("elsewhere")).unwrap();
+        assert_eq!(key.id().to_string(), "a1e9156054e04fac899ae9f275132cdc07a5dbc4ea2c2ad3a1ffc6e0d253681f");
+        let der = PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes()).unwrap();
+        assert_eq!(to_pem(der.secret_pkcs8_der()), text);
     }
 
     #[test]
