@@ -11,6 +11,7 @@ pub mod durable;
 pub mod export;
 pub mod generations;
 pub mod invitations;
+pub mod log;
 pub mod metadata;
 pub mod pre_images;
 pub mod primary;

@@ -4,6 +4,8 @@
 //! tells why a command failed: 1 failed, 2 usage, 3 agent not running, 4 no such volume, 5 refused for safety,
 //! 6 timeout. With `--json` the failure is an object, too. A reader that goes away, such as `head`, ends the command quietly.
 
+#![forbid(unsafe_code)]
+
 mod client;
 mod compare;
 mod completions;

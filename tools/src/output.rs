@@ -2,6 +2,7 @@
 
 use blockmirror_agent::control::api::{Failure, FailureKind, Progress};
 use blockmirror_agent::quantity::{Seconds, Size};
+use blockmirror_agent::words::printable;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
@@ -45,8 +46,12 @@ impl From<io::Error> for Error {
     }
 }
 
+/// No line that is shown is longer, in characters.
+const LINE_LIMIT: usize = 1 << 16;
+
 /// One line on standard error. Where nobody reads that either, there is nobody to tell.
 pub fn warn(message: &str) {
+    let message = printable(message, LINE_LIMIT);
     let _ = writeln!(io::stderr(), "blockmirror: {message}");
 }
 
@@ -73,26 +78,27 @@ impl Output {
         self.stream.flush()
     }
 
-    /// Writes one line.
+    /// Writes one line. What others had a say in, as peers and programs, steers no terminal.
     pub fn line(&mut self, line: &str) -> io::Result<()> {
-        self.bytes(format!("{line}\n").as_bytes())
+        self.bytes(format!("{}\n", printable(line, LINE_LIMIT)).as_bytes())
     }
 
     /// Writes several lines at once.
     pub fn lines(&mut self, lines: &[String]) -> io::Result<()> {
-        self.bytes(lines.iter().map(|line| format!("{line}\n")).collect::<String>().as_bytes())
+        let line = |line: &String| format!("{}\n", printable(line, LINE_LIMIT));
+        self.bytes(lines.iter().map(line).collect::<String>().as_bytes())
     }
 
     /// Writes an answer as indented JSON.
     pub fn json(&mut self, answer: &impl Serialize) -> io::Result<()> {
         let text = serde_json::to_string_pretty(answer)?;
-        self.line(&text)
+        self.bytes(format!("{text}\n").as_bytes())
     }
 
     /// Writes an answer as JSON on a line of its own.
     pub fn json_line(&mut self, answer: &impl Serialize) -> io::Result<()> {
         let text = serde_json::to_string(answer)?;
-        self.line(&text)
+        self.bytes(format!("{text}\n").as_bytes())
     }
 }
 

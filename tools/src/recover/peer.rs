@@ -78,9 +78,7 @@ impl Trouble {
             | Refusal::Token => FailureKind::Refused,
             Refusal::Version | Refusal::Other => FailureKind::Failed,
         };
-        // A peer's text must not steer our terminal.
-        let text: String = refused.text.chars().filter(|character| !character.is_control()).collect();
-        let failure = Failure::new(kind, format!("the peer refuses: {text}"));
+        let failure = Failure::new(kind, format!("the peer refuses: {}", refused.text));
         match refused.refusal {
             Refusal::Busy => Self::Passing(failure),
             _ => Self::Final(failure),
