@@ -6,6 +6,7 @@ pub mod buffer;
 pub mod busy_poll;
 pub mod config;
 pub mod control;
+pub mod crashes;
 pub mod device;
 pub mod durable;
 pub mod export;

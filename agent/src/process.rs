@@ -26,11 +26,12 @@ pub enum ClaimError {
 
 /// Tells the kernel that memory for this process must not be had by writing to the devices that it serves
 /// (`PR_SET_IO_FLUSHER`, prctl(2)), keeps its memory from being swapped out, and makes a panic of any thread end the
-/// process: a volume that lost its thread must not look alive. What is not permitted is done without.
+/// process: a volume that lost its thread must not look alive, and what threads share may be half changed. What is not permitted is done without.
 pub fn prepare() {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         hook(panic);
+        crate::crashes::note(panic);
         std::process::abort();
     }));
     // SAFETY: the call takes plain numbers.

@@ -24,6 +24,7 @@ use crate::buffer::BufferPool;
 use crate::busy_poll;
 use crate::config::{Mode, Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{Failure, VolumeFacts};
+use crate::crashes;
 use crate::primary::{Peer, Primary};
 use crate::recovery;
 use crate::replica::Replica;
@@ -47,7 +48,7 @@ pub use resolution::Resolved;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -286,14 +287,35 @@ async fn live(
     tokio::task::LocalSet::new()
         .run_until(async move {
             spawn_local(busy_poll::stay_awake());
+            crashes::watch(&surroundings.state_folder);
+            let folder = surroundings.state_folder.clone();
+            spawn_local({
+                let folder = folder.clone();
+                async move {
+                    tokio::time::sleep(crashes::QUIET_TIME).await;
+                    tidy(&folder);
+                }
+            });
             let storages = Storages::default();
             spawn_local(pulse::keep(signs.pulse, storages.clone()));
             let (mut volume, events) = Volume::open(config, surroundings, storages).await;
             signs.is_open.store(true, Ordering::Release);
             let _ = signs.opened.send(());
-            volume.serve(source, events).await
+            let stopped = volume.serve(source, events).await;
+            // It was stopped in order.
+            tidy(&folder);
+            stopped
         })
         .await
+}
+
+/// A volume that does well begins to count its panics anew; one that is closed for them does not.
+fn tidy(folder: &Path) {
+    if crashes::obstacle(folder).is_none()
+        && let Err(error) = crashes::forget(folder)
+    {
+        tracing::warn!("{} can't be tidied: {error}", folder.display());
+    }
 }
 
 fn tell(stopped: Option<oneshot::Sender<()>>) {

@@ -10,6 +10,7 @@ use super::promotable::heard;
 use super::{Learned, OpenRole, Volume};
 use crate::backing;
 use crate::config::VolumeConfig;
+use crate::crashes;
 use crate::export::Export;
 use crate::metadata::State;
 use crate::primary::{Primary, Succeeded};
@@ -65,6 +66,9 @@ impl Volume {
     }
 
     async fn try_open(&mut self, others: Others) -> Result<OpenRole, Unopened> {
+        if let Some(text) = crashes::obstacle(&self.surroundings.state_folder) {
+            return Err(text.into());
+        }
         let storage = storage::open().map_err(|error| format!("no storage can be had: {error}"))?;
         self.storage_kind = storage.kind().to_owned();
         self.storages.add(storage.clone());
