@@ -196,7 +196,7 @@ fn a_copy_that_is_told_of_replies_without_it_counts_no_more() {
 fn resyncing() -> Replica {
     let mut replica = replica("a");
     replica.superblock.data = DataState::Inconsistent;
-    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
     while let Some(action) = replica.poll_action() {
         assert!(matches!(action, Action::Send(_)), "{action:?}");
@@ -315,7 +315,7 @@ fn a_primary_that_asks_for_digests_without_bound_or_resync_is_sent_away() {
 fn in_sync() -> Replica {
     let mut replica = replica("a");
     replica.superblock.mode = Mode::Sync;
-    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
     replica
 }
@@ -361,7 +361,7 @@ fn a_copy_is_behind_when_an_epoch_is_cut_short() {
 fn a_generation_that_begins_while_a_commit_is_recorded_is_recorded_before_its_first_write() {
     let mut replica = replica("a");
     replica.superblock.data = DataState::Inconsistent;
-    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
     let session = SessionNumber(1);
     let position = Position { generation: lineage("a")[0], epoch: Epoch(1), sequence: Sequence(0) };
@@ -384,7 +384,7 @@ fn a_generation_that_begins_while_a_commit_is_recorded_is_recorded_before_its_fi
 fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
     let mut replica = replica("a");
     replica.superblock.data = DataState::Inconsistent;
-    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
     let session = SessionNumber(1);
     let position = Position { generation: lineage("c")[0], epoch: Epoch(1), sequence: Sequence(0) };
@@ -405,7 +405,7 @@ fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
 fn the_marker_names_the_copies_that_are_durable_and_the_primary_is_told() {
     let mut replica = replica("a");
     replica.superblock.data = DataState::Inconsistent;
-    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
     let session = SessionNumber(1);
     let body = Body::Copy { range: ByteRange::new(0, 4096), number: 1 };
@@ -511,7 +511,7 @@ fn primary_ends_an_epoch_that_leaves_no_room_for_a_next_run() {
     let mut superblock = superblock("a");
     superblock.position.epoch = Epoch(7 << 40);
     let mut replica = replica_of(superblock, Vec::new());
-    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
     let mut end = |epoch| {
         let body = Body::EpochEnd { epoch: Epoch(epoch), sequence: Sequence(1), cut: false };
@@ -547,7 +547,7 @@ fn no_promotion_begins_where_its_numbers_are_used_up() {
 #[test]
 fn primary_asks_for_ten_thousand_digests_and_waits_for_none() {
     let mut replica = replica("a");
-    replica.greet(hello(fence(2, 2), "a")).unwrap().unwrap();
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
     let body = Body::Digest { range: ByteRange::new(0, 1 << 20), number: 1 };
     let refused =
