@@ -4,7 +4,7 @@
 //! An answer is read from the state folder, not asked of the volume's thread: two hosts that start at the same time, or
 //! are both in the middle of a change, ask each other and must not wait for each other.
 
-use crate::config::{PeerConfig, VolumeConfig};
+use crate::config::{Name, PeerConfig, VolumeConfig};
 use crate::generations;
 use crate::stored;
 use crate::transport::Peers;
@@ -13,7 +13,7 @@ use crate::words::with_name;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::lineage;
 use blockmirror_protocol::units::{HostId, VolumeId};
-use blockmirror_protocol::wire::message::{AskStanding, Message, Standing};
+use blockmirror_protocol::wire::message::{AskMembers, AskStanding, Members, Message, Removal, Standing};
 use std::path::Path;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -21,7 +21,8 @@ use tokio::task::JoinSet;
 /// What a peer answered, or why it didn't, in words.
 pub type Answered = Result<Standing, String>;
 
-/// Asks all of a volume's other hosts at once; each has so long to answer.
+/// Asks all of a volume's other hosts at once; each has so long to answer. One that another one knows to be removed has
+/// no say (X3).
 pub async fn ask_all(
     peers: &Peers,
     volume: VolumeId,
@@ -29,16 +30,64 @@ pub async fn ask_all(
     limit: Duration,
 ) -> Vec<(PeerConfig, Answered)> {
     let mut asked = JoinSet::new();
-    for peer in hosts.iter().cloned() {
-        let peers = peers.clone();
+    for peer in hosts {
+        let (peers, peer) = (peers.clone(), peer.clone());
         asked.spawn(async move {
-            let answered = ask(&peers, volume, &peer, limit).await;
-            (peer, answered)
+            let (answered, members) =
+                tokio::join!(ask(&peers, volume, &peer, limit), ask_members(&peers, volume, &peer, limit));
+            (peer, answered, members.unwrap_or_default().removed)
         });
     }
     let mut answers = asked.join_all().await;
-    answers.sort_by(|(one, _), (other, _)| one.name.cmp(&other.name));
-    answers
+    answers.sort_by(|(one, ..), (other, ..)| one.name.cmp(&other.name));
+    without_removed(answers)
+}
+
+/// The answers, where those of hosts that another one knows to be removed don't count.
+fn without_removed(answers: Vec<(PeerConfig, Answered, Vec<Removal>)>) -> Vec<(PeerConfig, Answered)> {
+    let removal_of = |peer: &PeerConfig| {
+        let others = answers.iter().filter(|(other, ..)| other.host != peer.host);
+        let mut told = others.flat_map(|(_, _, removed)| removed);
+        told.find(|removal| removal.host == peer.host && removal.version > peer.version).cloned()
+    };
+    let removals: Vec<_> = answers.iter().map(|(peer, ..)| removal_of(peer)).collect();
+    let counted = answers.into_iter().zip(removals).map(|((peer, answered, _), removal)| {
+        let answered = match removal {
+            Some(removal) => Err(format!("it was removed from the volume by {}", Name::nearest(&removal.by))),
+            None => answered,
+        };
+        (peer, answered)
+    });
+    counted.collect()
+}
+
+/// Asks a host who the volume's hosts are; nothing where it doesn't answer in time.
+pub async fn ask_members(
+    peers: &Peers,
+    volume: VolumeId,
+    peer: &PeerConfig,
+    limit: Duration,
+) -> Option<Members> {
+    let conversation = converse(peers, peer, AskMembers { volume }.into());
+    match tokio::time::timeout(limit, conversation).await.ok()?.ok()? {
+        Message::Members(members) => Some(members),
+        _ => None,
+    }
+}
+
+/// Asks hosts at once which ones were removed; each has so long to answer.
+pub async fn ask_removals(
+    peers: &Peers,
+    volume: VolumeId,
+    hosts: Vec<PeerConfig>,
+    limit: Duration,
+) -> Vec<Removal> {
+    let mut asked = JoinSet::new();
+    for peer in hosts {
+        let peers = peers.clone();
+        asked.spawn(async move { ask_members(&peers, volume, &peer, limit).await });
+    }
+    asked.join_all().await.into_iter().flatten().flat_map(|members| members.removed).collect()
 }
 
 /// Asks one host.

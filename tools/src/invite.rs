@@ -3,7 +3,9 @@
 use crate::client::Client;
 use crate::output::{Error, Output, warn};
 use blockmirror_agent::config::{Address, Name};
-use blockmirror_agent::control::api::{Invitation, InviteRequest};
+use blockmirror_agent::control::api::{
+    Invitation, InvitationState, InvitationStatus, InvitationsReply, InviteRequest,
+};
 use blockmirror_agent::quantity::Seconds;
 use clap::Args;
 
@@ -18,13 +20,41 @@ pub struct Arguments {
     /// Where the new host reaches this one; by default what the agent advertises
     #[arg(long = "address", value_name = "ADDR:PORT")]
     addresses: Vec<Address>,
+    /// Only list the tokens that were made, and what became of them
+    #[arg(long, conflicts_with = "addresses")]
+    list: bool,
+    /// Take a token back, by the ID that --list tells
+    #[arg(long, value_name = "ID", conflicts_with_all = ["addresses", "list"], value_parser = id)]
+    revoke: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
+/// An ID goes into a path as it is.
+fn id(text: &str) -> Result<String, String> {
+    match !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        true => Ok(text.to_ascii_lowercase()),
+        false => Err("an ID is hexadecimal digits; --list tells them".to_owned()),
+    }
+}
+
 /// Asks the agent for a token, and prints it.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
+    let (name, json) = (&arguments.name, arguments.json);
+    if arguments.list {
+        let reply = client.get(&format!("/v1/volumes/{name}/invitations")).await?;
+        return list(&reply, json, output);
+    }
+    if let Some(id) = &arguments.revoke {
+        let reply = client.post(&format!("/v1/volumes/{name}/invitations/{id}/revoke")).await?;
+        if !json {
+            output.line(&format!(
+                "revoked {id}; a host that joined with it stays: blockmirror remove-peer {name} HOST"
+            ))?;
+        }
+        return list(&reply, json, output);
+    }
     let request = InviteRequest { expires_seconds: arguments.expires.0, addresses: arguments.addresses };
     let path = format!("/v1/volumes/{}/invite", arguments.name);
     let invitation: Invitation = client.post_body(&path, &request).await?;
@@ -33,6 +63,26 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
     }
     output.line(&invitation.token)?;
     let left = Seconds(invitation.expires_seconds);
-    warn(&format!("on the new host, within {left}: blockmirror join TOKEN --backing PATH"));
+    warn(&format!("on the new host, within {left}: blockmirror join - --backing PATH, and paste it"));
     Ok(())
+}
+
+/// One line for each.
+fn list(reply: &InvitationsReply, json: bool, output: &mut Output) -> Result<(), Error> {
+    if json {
+        return Ok(output.json(reply)?);
+    }
+    let line = |invitation: &InvitationStatus| {
+        let state = match invitation.state {
+            InvitationState::Open => "open",
+            InvitationState::Used => "used",
+            InvitationState::Expired => "expired",
+            InvitationState::Revoked => "revoked",
+        };
+        match invitation.left_seconds {
+            Some(left) => format!("{}  {state}  {} left", invitation.id, Seconds(left)),
+            None => format!("{}  {state}", invitation.id),
+        }
+    };
+    Ok(output.lines(&reply.invitations.iter().map(line).collect::<Vec<_>>())?)
 }

@@ -23,10 +23,12 @@ mod pause;
 mod peers;
 mod promote;
 mod recover;
+mod remove_peer;
 mod resolve;
 mod set_address;
 mod status;
 mod switch;
+mod token;
 mod tune;
 mod undo;
 mod wait;
@@ -62,6 +64,8 @@ enum Verb {
     Status(status::Arguments),
     /// Wait until the replicas of a volume have everything
     Wait(wait::Arguments),
+    /// Make a host none of a volume's any more: its key is refused from then on
+    RemovePeer(remove_peer::Arguments),
     /// Stop mirroring to a peer; what it misses is marked
     Pause(pause::Arguments),
     /// Go on mirroring to a peer
@@ -117,6 +121,7 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Invite(arguments) => invite::run(arguments, &client, output).await,
         Verb::Join(arguments) => join::run(arguments, &client, output).await,
         Verb::Peers(arguments) => peers::run(arguments, &client, output).await,
+        Verb::RemovePeer(arguments) => remove_peer::run(arguments, &client, output).await,
         Verb::Status(arguments) => status::run(arguments, &client, output).await,
         Verb::Wait(arguments) => wait::run(arguments, &client, output).await,
         Verb::Pause(arguments) => pause::run(pause::Wish::Pause, arguments, &client, output).await,

@@ -3,8 +3,8 @@
 
 use blockmirror_agent::config::{ConfigFolder, Mistake, Name, PeerConfig, VolumeConfig};
 use blockmirror_agent::control::api::{
-    AgentRecord, DeviceStatus, Failure, FailureKind, HostStatus, PeerStatus, STATUS_SCHEMA, StatusReply,
-    Succession, VolumeFacts,
+    AgentRecord, DeviceStatus, Failure, FailureKind, HostStatus, PeerStatus, Removed, STATUS_SCHEMA,
+    StatusReply, Succession, VolumeFacts,
 };
 use blockmirror_agent::control::record_path;
 use blockmirror_agent::stored::{self, Stored};
@@ -79,7 +79,7 @@ fn facts(volume: &VolumeConfig, stored: &Stored) -> VolumeFacts {
         devices: volume.devices.iter().map(|&kind| unserved(kind)).collect(),
         data: stored.superblock.as_ref().map(|superblock| superblock.data.into()),
         epoch: stored.marker.map(|position| position.epoch.0),
-        succession: succession(stored),
+        succession: Succession { removed: volume.removal.as_ref().map(Removed::from), ..succession(stored) },
         peers: peers.map(|(config, out_of_sync)| peer(config, *out_of_sync)).collect(),
         ..VolumeFacts::unknown(volume)
     }

@@ -83,7 +83,7 @@ fn invite_prints_the_token_alone_and_the_rest_beside() {
     assert_eq!((ended.code, ended.output.as_str()), (0, "bm1-token\n"));
     assert_eq!(
         ended.errors,
-        "blockmirror: on the new host, within 1h: blockmirror join TOKEN --backing PATH\n"
+        "blockmirror: on the new host, within 1h: blockmirror join - --backing PATH, and paste it\n"
     );
     let more = ["--expires", "30m", "--address", "a:7447", "--address", "[::1]:7447", "--json"];
     let ended = agent.tool(&[&["invite", "data"], &more[..]].concat());
@@ -108,6 +108,35 @@ fn join_hands_the_token_on_and_tells_why_not() {
     let join = |token| agent.tool(&["join", token, "--backing", "/dev/vdb"]);
     assert_eq!(join("expired"), bad(1, "the token is expired; ask for a new one"));
     assert_eq!(join("lost"), bad(6, "the primary does not answer"));
+}
+
+#[test]
+fn invitations_are_listed_and_revoked() {
+    let agent = Agent::start(healthy());
+    let listed = "0badcafe  open  10m left\n0badf00d  used\n";
+    assert_eq!(agent.tool(&["invite", "data", "--list"]), good(listed));
+    let revoked = "revoked 0badcafe; a host that joined with it stays: blockmirror remove-peer data HOST\n";
+    let ended = agent.tool(&["invite", "data", "--revoke", "0BADCAFE"]);
+    assert_eq!(ended, good(&format!("{revoked}{listed}")));
+    assert_eq!(agent.asked(), ["revoke data 0badcafe"]);
+    assert_eq!(agent.tool(&["invite", "data", "--revoke", "../x"]).code, 2);
+}
+
+#[test]
+fn a_removal_says_who_hears_of_it() {
+    let agent = Agent::start(healthy());
+    let ended = agent.tool(&["remove-peer", "data", "b", "--dry-run"]);
+    let text = "b would be removed from data: its connections end, its key is refused, and nothing is kept for it; \
+                c hears of it from any other host, when it can be reached\n";
+    assert_eq!(ended, good(text));
+    agent.tool(&["remove-peer", "data", "b", "--force"]);
+    assert_eq!(
+        agent.asked(),
+        [
+            r#"remove data b {"force":false,"dry_run":true}"#,
+            r#"remove data b {"force":true,"dry_run":false}"#
+        ]
+    );
 }
 
 #[test]

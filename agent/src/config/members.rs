@@ -19,6 +19,7 @@ impl VolumeConfig {
             host: peer.host,
             addresses: peer.addresses.iter().map(|address| address.as_str().to_owned()).collect(),
             mode: peer.mode.into(),
+            version: peer.version,
         })
     }
 
@@ -27,7 +28,8 @@ impl VolumeConfig {
     pub fn peer_of(&self, member: &Member, role: Role) -> PeerConfig {
         let name = self.free_name(&member.name, member.host, None);
         let addresses = member.addresses.iter().filter_map(|address| address.parse().ok()).collect();
-        PeerConfig { mode: member.mode.into(), ..PeerConfig::new(name, role, member.host, addresses) }
+        let peer = PeerConfig::new(name, role, member.host, addresses);
+        PeerConfig { mode: member.mode.into(), version: member.version, ..peer }
     }
 
     /// The name that a host goes by; with a number behind it where another peer, or this host (`own`), goes by it too.
@@ -69,7 +71,9 @@ impl VolumeConfig {
         let primary = members.first().map(|member| member.host);
         // What the primary promises for this host, this host promises for the primary when the two change places.
         let own_mode = members.iter().find(|member| member.host == own).map(|member| member.mode);
-        for member in members.iter().filter(|member| member.host != own) {
+        let members: Vec<&Member> =
+            members.iter().filter(|member| self.takes_for_member(member, own)).collect();
+        for member in members.into_iter().filter(|member| member.host != own) {
             let told = self.peer_of(member, Role::Replica);
             let is_replica = self.role == Role::Replica;
             let is_primary = primary == Some(member.host);
@@ -82,6 +86,7 @@ impl VolumeConfig {
                 }
                 continue;
             };
+            known.version = known.version.max(told.version);
             known.mode = mode.filter(|_| is_replica).map_or(known.mode, Mode::from);
             if is_primary {
                 self.meet(member.host, &member.name, told.addresses, own_name);

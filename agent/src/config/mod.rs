@@ -8,11 +8,13 @@ mod folder;
 mod members;
 mod mistake;
 mod name;
+mod removal;
 
 pub use folder::{ConfigFolder, Volumes};
 pub use members::{ADDRESSES, PEERS_LIMIT};
 pub use mistake::{Contradiction, Mistake};
 pub use name::{Address, NAME_LIMIT_BYTES, Name, NotAName, NotAnAddress};
+pub use removal::RemovedConfig;
 
 use crate::busy_poll;
 use crate::quantity::Size;
@@ -306,9 +308,18 @@ pub struct VolumeConfig {
     /// What a replica does when that is used up.
     #[serde(default)]
     pub when_full: WhenFull,
+    /// How often this host was taken in and removed before; see [`PeerConfig::version`].
+    #[serde(default, skip_serializing_if = "is_nought")]
+    pub version: u64,
+    /// That this host is none of the volume's any more, as another one says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removal: Option<RemovedConfig>,
     /// The volume's other hosts.
     #[serde(default, rename = "peer", skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerConfig>,
+    /// Hosts that were removed: nobody listens to them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<RemovedConfig>,
 }
 
 /// Another host of a volume: `[[peer]]`.
@@ -337,6 +348,10 @@ pub struct PeerConfig {
     /// How many bytes a second a resync of it may copy; all that disk and link give by default.
     #[serde(default, deserialize_with = "resync_limit", skip_serializing_if = "Option::is_none")]
     pub resync_limit: Option<Size>,
+    /// How often it was taken in and removed before. What is told of a host with a higher number is newer; it is even for
+    /// a member, and odd for a host that was removed.
+    #[serde(default, skip_serializing_if = "is_nought")]
+    pub version: u64,
 }
 
 impl PeerConfig {
@@ -352,6 +367,7 @@ impl PeerConfig {
             mode: Mode::default(),
             compression: Compression::default(),
             resync_limit: None,
+            version: 0,
         }
     }
 
@@ -389,7 +405,10 @@ impl VolumeConfig {
             block_seconds: DEFAULT_BLOCK_SECONDS,
             pre_images: DEFAULT_PRE_IMAGES,
             when_full: WhenFull::default(),
+            version: 0,
+            removal: None,
             peers: Vec::new(),
+            removed: Vec::new(),
         }
     }
 
@@ -457,6 +476,10 @@ impl VolumeConfig {
     pub fn peer(&self, name: &Name) -> Option<&PeerConfig> {
         self.peers.iter().find(|peer| peer.name == *name)
     }
+}
+
+fn is_nought(number: &u64) -> bool {
+    *number == 0
 }
 
 fn one() -> usize {

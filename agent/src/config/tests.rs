@@ -59,7 +59,11 @@ fn example() -> VolumeConfig {
             mode: Mode::SemiSync,
             compression: Compression::Zstd,
             resync_limit: Some(Size(100 << 20)),
+            version: 0,
         }],
+        version: 0,
+        removal: None,
+        removed: Vec::new(),
     }
 }
 
@@ -256,7 +260,13 @@ fn the_agents_own_file_is_read() {
 
 fn member(name: &str, number: u8, mode: Mode) -> Member {
     let (host, mode) = (HostId([number; 32]), mode.into());
-    Member { name: name.to_owned(), host, addresses: vec![format!("192.0.2.{number}:7447")], mode }
+    Member {
+        name: name.to_owned(),
+        host,
+        addresses: vec![format!("192.0.2.{number}:7447")],
+        mode,
+        version: 0,
+    }
 }
 
 #[test]

@@ -13,8 +13,9 @@ use crate::config::Name;
 use crate::process::open_lock;
 use api::{
     AddressRequest, AgentRecord, Comparison, CreateRequest, Demotion, Failure, Forgetting, Invitation,
-    InviteRequest, JoinRequest, ModeRequest, PeerStatus, PeersReply, PromoteRequest, Promotion, Resolution,
-    ResolveRequest, StatusReply, Switch, SwitchRequest, TuneRequest, Undoing,
+    InvitationsReply, InviteRequest, JoinRequest, ModeRequest, PeerRemoval, PeerStatus, PeersReply,
+    PromoteRequest, Promotion, RemovePeerRequest, Resolution, ResolveRequest, StatusReply, Switch,
+    SwitchRequest, TuneRequest, Undoing,
 };
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -54,6 +55,24 @@ pub trait Operations: Send + Sync + 'static {
         volume: Name,
         request: InviteRequest,
     ) -> impl Future<Output = Result<Invitation, Failure>> + Send;
+
+    /// The tokens of a volume, and what became of them.
+    fn invitations(&self, volume: Name) -> impl Future<Output = Result<InvitationsReply, Failure>> + Send;
+
+    /// Takes a token back that was not used, and ends what it lets its bearer do.
+    fn revoke(
+        &self,
+        volume: Name,
+        id: String,
+    ) -> impl Future<Output = Result<InvitationsReply, Failure>> + Send;
+
+    /// Removes a host from a volume.
+    fn remove_peer(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: RemovePeerRequest,
+    ) -> impl Future<Output = Result<PeerRemoval, Failure>> + Send;
 
     /// Makes this host a replica.
     fn join(&self, request: JoinRequest) -> impl Future<Output = Result<StatusReply, Failure>> + Send;

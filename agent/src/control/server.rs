@@ -30,6 +30,9 @@ pub(super) fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/volumes", post(create::<O>))
         .route("/v1/join", post(join::<O>))
         .route("/v1/volumes/{volume}/invite", post(invite::<O>))
+        .route("/v1/volumes/{volume}/invitations", get(invitations::<O>))
+        .route("/v1/volumes/{volume}/invitations/{id}/revoke", post(revoke::<O>))
+        .route("/v1/volumes/{volume}/peers/{peer}/remove", post(remove_peer::<O>))
         .route("/v1/volumes/{volume}/peers", get(peers::<O>))
         .route("/v1/volumes/{volume}/peers/{peer}/pause", post(pause::<O>))
         .route("/v1/volumes/{volume}/peers/{peer}/resume", post(resume::<O>))
@@ -77,6 +80,30 @@ async fn invite<O: Operations>(
 ) -> Response {
     match name(volume).and_then(|volume| Ok((volume, parse(body)?))) {
         Ok((volume, request)) => answer(operations.invite(volume, request).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn invitations<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Path(volume): Path<String>,
+) -> Response {
+    match name(volume) {
+        Ok(volume) => answer(operations.invitations(volume).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn revoke<O: Operations>(State(operations): State<Arc<O>>, Path((volume, id)): Pair) -> Response {
+    match name(volume) {
+        Ok(volume) => answer(operations.revoke(volume, id).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn remove_peer<O: Operations>(State(operations): State<Arc<O>>, pair: Pair, body: Body) -> Response {
+    match names(pair).and_then(|names| Ok((names, parse(body)?))) {
+        Ok(((volume, peer), request)) => answer(operations.remove_peer(volume, peer, request).await),
         Err(failure) => answer::<()>(Err(failure)),
     }
 }

@@ -38,6 +38,23 @@ impl Operations for Fake {
         Err(Failure::new(FailureKind::Failed, "no address"))
     }
 
+    async fn invitations(&self, volume: Name) -> Result<InvitationsReply, Failure> {
+        Err(Failure::no_such_volume(&volume))
+    }
+
+    async fn revoke(&self, volume: Name, _: String) -> Result<InvitationsReply, Failure> {
+        Err(Failure::no_such_volume(&volume))
+    }
+
+    async fn remove_peer(
+        &self,
+        volume: Name,
+        peer: Name,
+        _: RemovePeerRequest,
+    ) -> Result<PeerRemoval, Failure> {
+        Err(Failure::no_such_peer(&volume, &peer))
+    }
+
     async fn join(&self, _: JoinRequest) -> Result<StatusReply, Failure> {
         Err(Failure::new(FailureKind::Timeout, "the primary does not answer"))
     }

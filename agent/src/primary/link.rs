@@ -10,7 +10,7 @@ use crate::transport::packing::{Frame, Packer};
 use crate::transport::{Connection, FrameSender, Limit, Peers};
 use blockmirror_protocol::session::PeerError;
 use blockmirror_protocol::units::{HostId, Session as SessionNumber};
-use blockmirror_protocol::wire::message::{Fence, Member, Message, Parting, Refusal};
+use blockmirror_protocol::wire::message::{Fence, Members, Message, Parting, Refusal};
 use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -80,7 +80,7 @@ pub struct Peer {
     host: HostId,
     name: RefCell<Name>,
     addresses: RefCell<Vec<String>>,
-    members: RefCell<Vec<Member>>,
+    members: RefCell<Members>,
     state: RefCell<LinkState>,
     changed: Notify,
     stopped: Cell<bool>,
@@ -92,7 +92,11 @@ pub struct Peer {
     parts: Cell<bool>,
     /// Where messages of the session that is open go, and its number.
     session: RefCell<Option<(UnboundedSender<Message>, SessionNumber)>>,
+    /// Set when [`Peer::keep_linked`] has ended.
+    ended: tokio::sync::watch::Sender<bool>,
     superseded: Box<dyn Fn(Succeeded)>,
+    /// Called when it is time to ask this host who the volume's hosts are.
+    asks: Box<dyn Fn()>,
 }
 
 /// A host's word that another one was promoted.
@@ -142,9 +146,13 @@ impl LinkQueues {
 
 impl Peer {
     /// A replica that is dialled by [`Peer::keep_linked`]. `superseded` is called when it knows of a newer fence than
-    /// this primary's (L5).
+    /// this primary's (L5), `asks` when it was met anew, or doesn't know this host: it may know of removals (X3).
     #[must_use]
-    pub fn new(config: &PeerConfig, superseded: impl Fn(Succeeded) + 'static) -> Rc<Self> {
+    pub fn new(
+        config: &PeerConfig,
+        superseded: impl Fn(Succeeded) + 'static,
+        asks: impl Fn() + 'static,
+    ) -> Rc<Self> {
         Rc::new(Self {
             host: config.host,
             name: RefCell::new(config.name.clone()),
@@ -158,7 +166,9 @@ impl Peer {
             restart: Cell::new(false),
             parts: Cell::new(false),
             session: RefCell::default(),
+            ended: tokio::sync::watch::Sender::new(false),
             superseded: Box::new(superseded),
+            asks: Box::new(asks),
         })
     }
 
@@ -169,7 +179,7 @@ impl Peer {
     }
 
     /// Who is told to the replica as the volume's hosts, from the next session on.
-    pub fn introduce(&self, members: Vec<Member>) {
+    pub fn introduce(&self, members: Members) {
         *self.members.borrow_mut() = members;
     }
 
@@ -205,6 +215,18 @@ impl Peer {
     pub fn stop(&self) {
         self.stopped.set(true);
         self.changed.notify_one();
+    }
+
+    /// As [`Peer::stop`]; the host, which is a peer no more, is told what was queued for it, and that it is left.
+    pub fn part(&self) {
+        self.parts.set(true);
+        self.stop();
+    }
+
+    /// Waits for the end of [`Peer::keep_linked`].
+    pub async fn ended(&self) {
+        // An error would mean that the sender is gone, which is here.
+        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
     fn may_link(&self) -> bool {
@@ -246,6 +268,7 @@ impl Peer {
                 () = self.changed.notified() => {}
             }
         }
+        self.ended.send_replace(true);
     }
 
     async fn interrupted(&self) {
@@ -268,11 +291,11 @@ impl Peer {
     fn believed(&self, error: PeerError, own: Fence) -> PeerError {
         let PeerError::Superseded(fence) = error else { return error };
         let members = self.members.borrow();
-        let is_own = members.first().is_some_and(|first| first.host == fence.holder);
+        let is_own = members.members.first().is_some_and(|first| first.host == fence.holder);
         if !own.may_become(fence) {
             PeerError::Misbehaved("it tells of more promotions than there were")
         } else if fence.counter > own.counter
-            && (is_own || members.iter().all(|known| known.host != fence.holder))
+            && (is_own || members.members.iter().all(|known| known.host != fence.holder))
         {
             PeerError::Misbehaved("it tells of a promotion of a host that was not promoted")
         } else {
@@ -307,6 +330,10 @@ impl Peer {
             PeerError::Refused(refused) => {
                 state.replica_failed = refused.refusal == Refusal::Backing;
                 state.split = (refused.refusal == Refusal::SplitBrain).then_some(Split::Brain);
+                if refused.refusal == Refusal::UnknownKey {
+                    drop(state);
+                    (self.asks)();
+                }
             }
             PeerError::SplitBrain => state.split = Some(Split::Brain),
             PeerError::NothingInCommon => state.split = Some(Split::Strangers),
@@ -328,8 +355,11 @@ impl Peer {
         let session = primary.next_session().await?;
         let (queues, mut sources) = LinkQueues::new();
         *self.session.borrow_mut() = Some((queues.control.clone(), session));
-        let identity = primary.identity(self.members.borrow().clone());
+        let members = self.members.borrow().clone();
+        let identity = primary.identity(members.members.clone());
         primary.connected(self.host, session, &identity, queues);
+        // Behind the greeting.
+        primary.tell(self.host, members);
         let volume = identity.volume;
         let is_parting = Cell::new(false);
         let receive = async {
@@ -345,6 +375,7 @@ impl Peer {
                 if is_union {
                     let mut state = self.state.borrow_mut();
                     *state = LinkState { paused: state.paused, ..LinkState::default() };
+                    (self.asks)();
                 }
             }
         };

@@ -208,11 +208,15 @@ impl Primary {
     }
 
     /// Tells every connected replica who the volume's hosts are now.
-    pub fn tell_members(&self, members: Vec<Member>) {
+    pub fn tell_members(&self, members: Members) {
         let inner = self.inner.borrow();
         for link in inner.links.values() {
-            link.push(Queued::Message(Members { members: members.clone() }.into()));
+            link.push(Queued::Message(members.clone().into()));
         }
+    }
+
+    fn tell(&self, peer: HostId, members: Members) {
+        self.inner.borrow_mut().queue(peer, Queued::Message(members.into()));
     }
 
     /// The open epoch and each replica's numbers.
@@ -247,6 +251,20 @@ impl Primary {
             inner.tracker.add_session(session, now);
         });
         Ok(())
+    }
+
+    /// A replica is one no more: nothing waits for it, and its map is gone (X3). Its link goes on until it is ended.
+    ///
+    /// # Errors
+    /// [`crate::metadata::StateError`] when its map can't be removed; the next start tries again.
+    pub fn remove_peer(&self, peer: HostId) -> Result<(), crate::metadata::StateError> {
+        let others: Vec<HostId> = self.drive(|inner, now| {
+            inner.tracker.remove_session(peer, now);
+            inner.maps.remove(&peer);
+            inner.copies.retain(|(host, _), _| *host != peer);
+            inner.maps.keys().copied().collect()
+        });
+        self.state.remove_other_maps(&others)
     }
 
     /// The operator chose other modes, or what happens while a replica is lost.

@@ -26,7 +26,9 @@ use blockmirror_protocol::units::{SECTOR_BYTES, Session, Stream, VolumeId};
 use blockmirror_protocol::wire::message::{Message, Recovering, Refusal, Refused, WholeDigest};
 use blockmirror_protocol::wire::{Body, FrameHeader, PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
 use bytes::Bytes;
+use std::cell::Cell;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 /// How many reads of a source, digests among them, are served at a time.
@@ -51,6 +53,37 @@ pub struct Source {
     info: Recovering,
     subtrees: Rc<Subtrees>,
     reads: Semaphore,
+    /// How many streams are being answered, and when the last answer ended.
+    activity: Activity,
+}
+
+/// See [`Source::is_idle_for`].
+#[derive(Debug)]
+struct Activity {
+    streams: Cell<usize>,
+    last: Cell<Instant>,
+}
+
+/// An answer that is under way.
+struct Answering<'source>(&'source Activity);
+
+impl Activity {
+    fn begin(&self) -> Answering<'_> {
+        self.streams.set(self.streams.get() + 1);
+        Answering(self)
+    }
+
+    /// How long nothing was asked for; nothing while something is being answered.
+    fn idle_time(&self) -> Option<Duration> {
+        (self.streams.get() == 0).then(|| self.last.get().elapsed())
+    }
+}
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get() - 1);
+        self.0.last.set(Instant::now());
+    }
 }
 
 /// Why a stream of a recovery ended early.
@@ -86,13 +119,24 @@ impl Source {
     #[must_use]
     pub fn new(storage: Rc<dyn Storage>, backing: Rc<File>, pool: BufferPool, info: Recovering) -> Self {
         let subtrees = Subtrees::new(info.size_bytes);
-        Self { storage, backing, pool, info, subtrees, reads: Semaphore::new(READS) }
+        let activity = Activity { streams: Cell::new(0), last: Cell::new(Instant::now()) };
+        Self { storage, backing, pool, info, subtrees, reads: Semaphore::new(READS), activity }
     }
 
     /// What the tool was told.
     #[must_use]
     pub fn info(&self) -> &Recovering {
         &self.info
+    }
+
+    /// Waits until nobody has read anything for so long.
+    pub async fn is_idle_for(&self, limit: Duration) {
+        loop {
+            match self.activity.idle_time() {
+                Some(idle) if idle >= limit => return,
+                idle => tokio::time::sleep(limit - idle.unwrap_or_default()).await,
+            }
+        }
     }
 
     fn whole(&self) -> ByteRange {
@@ -110,6 +154,7 @@ pub async fn serve(
     sender: ControlSender,
     receiver: ControlReceiver,
 ) -> Result<(), ServeError> {
+    let _answering = source.activity.begin();
     let served = match first {
         Message::ReadContent(read) => match check(source, read.volume, read.range) {
             Ok(()) => serve_content(source, read.range, sender).await,

@@ -292,3 +292,15 @@ fn zeroes_are_found_in_their_unit() {
     bytes[4 * unit + 511] = 1;
     assert_eq!(zero_runs(&bytes[4 * unit..]), [(false, 0..512)]);
 }
+
+#[test]
+fn a_recovery_is_idle_only_while_nothing_is_being_answered() {
+    let began = Instant::now();
+    let activity = Activity { streams: Cell::new(0), last: Cell::new(began) };
+    let (one, other) = (activity.begin(), activity.begin());
+    assert_eq!(activity.idle_time(), None);
+    drop(one);
+    assert_eq!(activity.idle_time(), None);
+    drop(other);
+    assert!(activity.idle_time().is_some() && activity.last.get() > began, "it counts from the last answer");
+}

@@ -242,16 +242,19 @@ impl Replica {
         self.recoveries.get() > 0
     }
 
-    /// Keeps primaries away as long as the answer lives, and waits until nothing of an old session is being written.
-    /// Nothing while a primary is connected.
-    pub async fn begin_recovery(&self) -> Option<Recovery> {
-        if self.inner.borrow().outgoing.is_some() {
-            return None;
-        }
+    /// Whether a primary's session is being served.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        self.inner.borrow().outgoing.is_some()
+    }
+
+    /// Keeps primaries away as long as the answer lives, and waits until nothing of an old session is being written. Only
+    /// while none is served.
+    pub async fn begin_recovery(&self) -> Recovery {
         self.recoveries.set(self.recoveries.get() + 1);
         let recovery = Recovery(self.me());
         self.settle().await;
-        Some(recovery)
+        recovery
     }
 
     /// Waits until nothing is being written or removed.

@@ -9,7 +9,7 @@ use crate::transport::{ControlReceiver, ControlSender, FrameReceiver, ReceiveErr
 use blockmirror_protocol::replica::{FrameId, PrimaryMisbehaved};
 use blockmirror_protocol::units::{HostId, Session as SessionNumber};
 use blockmirror_protocol::wire::FrameHeader;
-use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal, Refused};
+use blockmirror_protocol::wire::message::{Hello, Members, Message, Refusal, Refused};
 use bytes::Bytes;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -90,7 +90,7 @@ impl Replica {
         hello: Hello,
         mut sender: ControlSender,
         mut receiver: ControlReceiver,
-        learned: impl Fn(Vec<Member>),
+        learned: impl Fn(Members),
     ) -> Result<(), SessionError> {
         // Checked before anything is ended for it.
         self.inner.borrow().machine.check_numbers(&hello)?;
@@ -113,12 +113,13 @@ impl Replica {
         })?;
         self.accused.borrow_mut().take_if(|(host, _)| *host == receiver.peer());
         *self.members.borrow_mut() = members.clone();
-        learned(members);
+        // Who was removed is told next.
+        learned(Members { members, removed: Vec::new() });
         let receive = async {
             loop {
                 let message = receiver.receive().await?;
                 let told = match &message {
-                    Message::Members(told) => Some(told.members.clone()),
+                    Message::Members(told) => Some(told.clone()),
                     _ => None,
                 };
                 if let Message::Parting(parting) = &message {
@@ -126,9 +127,9 @@ impl Replica {
                 }
                 self.drive(|inner| inner.machine.handle_message(message))?;
                 // They are within their bounds now.
-                if let Some(members) = told.filter(|told| *told != *self.members.borrow()) {
-                    *self.members.borrow_mut() = members.clone();
-                    learned(members);
+                if let Some(told) = told {
+                    *self.members.borrow_mut() = told.members.clone();
+                    learned(told);
                 }
             }
         };

@@ -3,16 +3,29 @@
 use super::addresses::is_local;
 use super::{Supervisor, failed, refused};
 use crate::config::{Address, Mode, Name, PEERS_LIMIT, Role, VolumeConfig};
-use crate::control::api::{Failure, INVITATION_SCHEMA, Invitation, InviteRequest};
-use crate::invitations::{InvitationError, Invitations};
-use crate::quantity::unix_seconds;
+use crate::control::api::{
+    Failure, INVITATION_SCHEMA, INVITATIONS_SCHEMA, Invitation, InvitationsReply, InviteRequest,
+};
+use crate::invitations::{Invalid, InvitationError, Invitations, Now};
 use crate::token::{Secret, Token};
-use crate::transport::{Connection, key};
+use crate::transport::{CloseReason, Connection, key};
 use crate::volume::Ask;
 use crate::words::with_causes;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Join, Joined, Member, Refusal, Refused};
+use blockmirror_protocol::wire::message::{Join, Joined, Member, Recover, Refusal, Refused};
 use std::net::SocketAddr;
+
+/// What whoever may not read is told, whether there is such a volume or not.
+const NO_HOST: &str = "this key is not that of a host of such a volume; use the failed host's key, or a token from \
+                       `blockmirror invite` on this host";
+
+/// A key that a token let in for a recovery.
+pub(super) struct Admission {
+    /// The name of the token's invitation.
+    id: String,
+    /// What it recovers over.
+    connection: Connection,
+}
 
 impl Supervisor {
     pub(super) async fn invite_to(
@@ -28,7 +41,7 @@ impl Supervisor {
         let mut invitations =
             Invitations::load(&self.state_folder(&volume)).map_err(|error| failed(with_causes(&error)))?;
         invitations
-            .create(unix_seconds(), request.expires_seconds, &secret)
+            .create(&Now::read(), request.expires_seconds, &secret)
             .map_err(|error| failed(with_causes(&error)))?;
         let addresses = if request.addresses.is_empty() { self.own_addresses() } else { request.addresses };
         let token = Token {
@@ -66,18 +79,23 @@ impl Supervisor {
                 join.name
             )));
         }
-        self.use_secret(&config.name, &Secret(join.secret), join.ask_only)?;
+        let secret = Secret(join.secret);
+        match join.ask_only {
+            true => self.check_secret(&config.name, &secret)?,
+            false => drop(self.use_secret(&config.name, &secret)?),
+        }
         let member = Member {
             name: join.name,
             host: connection.peer(),
             addresses: seen_addresses(&join.listen, connection.remote_address()),
             mode: Mode::default().into(),
+            version: config.version_of_admission(connection.peer()),
         };
         if !join.ask_only {
             self.add_replica(&config, &member).await.map_err(|failure| other(failure.message))?;
         }
-        let mut members = vec![self.own_member()];
-        members.extend(config.members().filter(|known| known.host != member.host));
+        let mut members = self.members_of(&config).members;
+        members.retain(|known| known.host != member.host);
         members.push(member);
         Ok(Joined {
             volume: config.id,
@@ -88,41 +106,125 @@ impl Supervisor {
         })
     }
 
-    /// Lets a host read for a recovery: one of the volume's, or the bearer of a token, as long as the agent runs.
+    /// Lets a host read for a recovery: one of the volume's, or the bearer of a token. A token is used up only where the
+    /// recovery can begin. Without a right to anything, nobody hears which volumes there are.
     pub(super) async fn admit_recovery(
         &self,
-        config: &VolumeConfig,
-        secret: Option<[u8; 32]>,
-        peer: HostId,
+        config: Option<&VolumeConfig>,
+        recover: &Recover,
+        connection: &Connection,
     ) -> Result<(), Refused> {
-        if self.may_recover(config, peer).await {
-            return Ok(());
-        }
-        let Some(secret) = secret else {
-            let text = "this key is not one of the volume's hosts; use the failed host's key, \
-                        or a token from `blockmirror invite` on this host";
-            return Err(Refused { refusal: Refusal::UnknownKey, text: text.to_owned() });
+        let peer = connection.peer();
+        let is_admitted = match config {
+            Some(config) => self.may_recover(config, peer).await,
+            None => false,
         };
-        self.use_secret(&config.name, &Secret(secret), false)?;
-        self.admitted.lock().await.insert((config.id, peer));
+        let secret = recover.secret.map(Secret).filter(|_| !is_admitted);
+        let unknown = |text: &str| Refused { refusal: Refusal::UnknownKey, text: text.to_owned() };
+        let Some(config) = config else {
+            return Err(match secret {
+                Some(_) => token(&Invalid::Wrong),
+                None => unknown(NO_HOST),
+            });
+        };
+        match &secret {
+            Some(secret) => self.check_secret(&config.name, secret)?,
+            None if !is_admitted => return Err(unknown(NO_HOST)),
+            None => {}
+        }
+        let handle = self.handle_of(&config.name).await.map_err(|_| unknown_volume())?;
+        let answer = handle.answer(|answer| Ask::MayRecover(recover.accept_inconsistent, answer)).await;
+        answer.unwrap_or_else(|| Err(other("the volume's thread has ended".to_owned())))?;
+        let mut admitted = self.admitted.lock().await;
+        if let Some(secret) = &secret {
+            let id = self.use_secret(&config.name, secret)?;
+            admitted.insert((config.id, peer), Admission { id, connection: connection.clone() });
+        } else if let Some(admission) = admitted.get_mut(&(config.id, peer)) {
+            admission.connection = connection.clone();
+        }
         Ok(())
     }
 
-    pub(super) async fn may_recover(&self, config: &VolumeConfig, host: HostId) -> bool {
-        config.peers.iter().any(|peer| peer.host == host)
-            || self.admitted.lock().await.contains(&(config.id, host))
+    /// Whether a host may begin a recovery without a token: one of the volume's, or one whose token was good and has
+    /// neither expired since nor been revoked.
+    async fn may_recover(&self, config: &VolumeConfig, host: HostId) -> bool {
+        if config.peers.iter().any(|peer| peer.host == host) {
+            return true;
+        }
+        let mut admitted = self.admitted.lock().await;
+        let Some(admission) = admitted.get(&(config.id, host)) else { return false };
+        // What can't be read lets nobody in.
+        let invitations = Invitations::load(&self.state_folder(&config.name));
+        let is_over =
+            invitations.map_or(true, |invitations| invitations.is_over(&admission.id, &Now::read()));
+        if is_over && !admission.connection.is_live() {
+            admitted.remove(&(config.id, host));
+        }
+        !is_over
     }
 
-    /// Checks a secret, and uses it up unless `only_check`.
-    fn use_secret(&self, volume: &Name, secret: &Secret, only_check: bool) -> Result<(), Refused> {
-        let token = |text: String| Refused { refusal: Refusal::Token, text };
+    /// Whether a host may read on in a recovery that it began: one that is under way goes on after its token has expired.
+    pub(super) async fn may_read(&self, config: &VolumeConfig, connection: &Connection) -> bool {
+        let is_peer = config.peers.iter().any(|peer| peer.host == connection.peer());
+        let admitted = self.admitted.lock().await;
+        let admission = admitted.get(&(config.id, connection.peer()));
+        is_peer || admission.is_some_and(|admission| admission.connection.is_same(connection))
+    }
+
+    pub(super) async fn invitations_of(&self, volume: Name) -> Result<InvitationsReply, Failure> {
+        self.config_of_name(&volume).await?;
+        let invitations =
+            Invitations::load(&self.state_folder(&volume)).map_err(|error| failed(with_causes(&error)))?;
+        let invitations = invitations.list(&Now::read());
+        Ok(InvitationsReply { schema: INVITATIONS_SCHEMA.to_owned(), volume, invitations })
+    }
+
+    /// Takes an invitation back; what its bearer is just reading ends.
+    pub(super) async fn revoke(&self, volume: Name, id: String) -> Result<InvitationsReply, Failure> {
+        let config = self.config_of_name(&volume).await?;
+        let mut invitations =
+            Invitations::load(&self.state_folder(&volume)).map_err(|error| failed(with_causes(&error)))?;
+        if !invitations.revoke(&id, &Now::read()).map_err(|error| failed(with_causes(&error)))? {
+            let text =
+                format!("no invitation \"{id}\" of {volume}; blockmirror invite {volume} --list tells them");
+            return Err(refused(text));
+        }
+        self.admitted.lock().await.retain(|(known, _), admission| {
+            let is_over = *known == config.id && admission.id == id;
+            if is_over {
+                admission.connection.close(CloseReason::Refused, "the token was revoked");
+            }
+            !is_over
+        });
+        self.invitations_of(volume).await
+    }
+
+    /// Keeps the time for invitations, so that a clock that goes back later lets nobody in.
+    pub(super) async fn note_time(&self) {
+        let names: Vec<Name> = self.volumes.lock().await.keys().cloned().collect();
+        for name in names {
+            let noted = Invitations::load(&self.state_folder(&name))
+                .and_then(|mut invitations| invitations.note_time(&Now::read()));
+            if let Err(error) = noted {
+                tracing::warn!(volume = %name, "{}", with_causes(&error));
+            }
+        }
+    }
+
+    fn check_secret(&self, volume: &Name, secret: &Secret) -> Result<(), Refused> {
+        let now = Now::read();
         let mut invitations =
             Invitations::load(&self.state_folder(volume)).map_err(|error| other(with_causes(&error)))?;
-        if only_check {
-            return invitations.check(secret, unix_seconds()).map_err(|error| token(error.to_string()));
-        }
-        invitations.redeem(secret, unix_seconds()).map_err(|error| match error {
-            InvitationError::Invalid(invalid) => token(invalid.to_string()),
+        invitations.note_time(&now).map_err(|error| other(with_causes(&error)))?;
+        invitations.check(secret, &now).map_err(|invalid| token(&invalid))
+    }
+
+    /// Uses a secret up, and gives the name of its invitation.
+    fn use_secret(&self, volume: &Name, secret: &Secret) -> Result<String, Refused> {
+        let mut invitations =
+            Invitations::load(&self.state_folder(volume)).map_err(|error| other(with_causes(&error)))?;
+        invitations.redeem(secret, &Now::read()).map_err(|error| match error {
+            InvitationError::Invalid(invalid) => token(&invalid),
             error => other(with_causes(&error)),
         })
     }
@@ -141,6 +243,7 @@ impl Supervisor {
                 Some(known) => known.addresses = addresses,
                 None => config.peers.push(peer.clone()),
             }
+            config.readmit(peer.host);
         })
         .await?;
         let handle = self.handle_of(&config.name).await?;
@@ -148,8 +251,12 @@ impl Supervisor {
         let added = added.unwrap_or_else(|| Err("the volume's thread has ended".to_owned())).map_err(failed);
         if added.is_err() && is_new {
             // Nothing of it is left there, so nothing of it is left here.
-            self.change_config(&config.name, |config| config.peers.retain(|known| known.host != host))
-                .await?;
+            let removed = config.removal_of(host).cloned();
+            self.change_config(&config.name, |config| {
+                config.peers.retain(|known| known.host != host);
+                config.removed.extend(removed);
+            })
+            .await?;
         }
         added
     }
@@ -175,6 +282,10 @@ pub(super) fn seen_addresses(listen: &[String], seen: SocketAddr) -> Vec<String>
 
 pub(super) fn unknown_volume() -> Refused {
     Refused { refusal: Refusal::UnknownVolume, text: "this host has no such volume".to_owned() }
+}
+
+fn token(invalid: &Invalid) -> Refused {
+    Refused { refusal: Refusal::Token, text: invalid.to_string() }
 }
 
 fn other(text: String) -> Refused {

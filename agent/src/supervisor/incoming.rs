@@ -83,17 +83,30 @@ impl Supervisor {
     }
 
     async fn serve_connection(self: Arc<Self>, connection: Connection) {
+        let mut parted = self.parted.subscribe();
         let Some(counted) = self.connections.count(connection.peer()) else {
             tracing::warn!(peer = %connection.peer(), "it has {CONNECTIONS} connections already; one more is closed");
             return connection.close(CloseReason::Refused, "too many connections of this host");
         };
-        if self.knows(connection.peer()).await {
+        let mut is_known = self.knows(connection.peer()).await;
+        if is_known {
             connection.trust(counted.before);
         } else if !self.watch_stranger(&connection, counted.before).await {
             return connection.close(CloseReason::Refused, "too many unknown hosts are connected");
         }
         loop {
-            match connection.accept().await {
+            let incoming = tokio::select! {
+                incoming = connection.accept() => incoming,
+                Ok(()) = parted.changed() => {
+                    let knows = self.knows(connection.peer()).await;
+                    if is_known && !knows {
+                        return connection.close(CloseReason::Refused, "this host is a member of no volume here any more");
+                    }
+                    is_known = knows;
+                    continue;
+                }
+            };
+            match incoming {
                 Ok(Incoming::Control(sender, receiver)) => {
                     tokio::spawn(self.clone().serve_control(
                         connection.clone(),
@@ -174,6 +187,10 @@ impl Supervisor {
                 // Whoever joins is not known for a moment, and asks again.
                 Err(no) => return refuse(sender, no.refusal, no.text),
             },
+            Ok(Ok(Message::AskMembers(ask))) => match self.tell_members(ask, connection.peer()).await {
+                Ok(members) => return sender.end_with(members, Some(receiver)),
+                Err(no) => Err((no, sender)),
+            },
             Ok(Ok(Message::TakeOver(wish))) => self.take_over(wish, &connection, sender).await,
             Ok(Ok(_)) => {
                 return connection.close(CloseReason::Misbehaved, "a stream began with the wrong message");
@@ -198,7 +215,7 @@ impl Supervisor {
         let Some(config) = self.config_of(hello.volume).await else { return Err((unknown_volume(), sender)) };
         let peer = connection.peer();
         if !is_member(&config, peer) {
-            return Err((unknown_key(peer), sender));
+            return Err((unknown_key(&config, peer), sender));
         }
         let holder = hello.fence.holder;
         if holder != peer && (holder == self.endpoint.id() || is_member(&config, holder)) {
@@ -209,6 +226,10 @@ impl Supervisor {
         if config.peers.iter().any(|known| known.host == peer && known.paused) {
             return Err((paused(), sender));
         }
+        if !self.may_be_heard(&config, &hello, connection).await {
+            let config = self.config_of(hello.volume).await.unwrap_or(config);
+            return Err((unknown_key(&config, peer), sender));
+        }
         self.hand_on(&config, sender, |sender| Ask::Session(Box::new(hello), sender, receiver)).await
     }
 
@@ -216,7 +237,7 @@ impl Supervisor {
     async fn stand(&self, ask: AskStanding, asker: HostId) -> Result<Standing, Refused> {
         let config = self.config_of(ask.volume).await.ok_or_else(unknown_volume)?;
         if !is_member(&config, asker) {
-            return Err(unknown_key(asker));
+            return Err(unknown_key(&config, asker));
         }
         let (handle, standings) = {
             let volumes = self.volumes.lock().await;
@@ -261,7 +282,7 @@ impl Supervisor {
         let Some(config) = self.config_of(wish.volume).await else { return Err((unknown_volume(), sender)) };
         let peer = connection.peer();
         if !is_member(&config, peer) {
-            return Err((unknown_key(peer), sender));
+            return Err((unknown_key(&config, peer), sender));
         }
         self.hand_on(&config, sender, |sender| Ask::TakeOver(peer, sender)).await
     }
@@ -278,10 +299,10 @@ impl Supervisor {
             let named = volumes.values().find(|entry| entry.config.name.as_str() == recover.name);
             named.map(|entry| entry.config.clone())
         };
-        let Some(config) = config else { return Err((unknown_volume(), sender)) };
-        if let Err(no) = self.admit_recovery(&config, recover.secret, connection.peer()).await {
+        if let Err(no) = self.admit_recovery(config.as_ref(), &recover, connection).await {
             return Err((no, sender));
         }
+        let Some(config) = config else { return Err((unknown_volume(), sender)) };
         connection.trust(before);
         let connection = connection.clone();
         self.hand_on(&config, sender, |sender| Ask::Recover(recover.accept_inconsistent, sender, connection))
@@ -297,7 +318,7 @@ impl Supervisor {
     ) -> Result<(), No> {
         let config = self.config_of(volume_of(&first)).await;
         let Some(config) = config else { return Err((unknown_volume(), sender)) };
-        if !self.may_recover(&config, connection.peer()).await {
+        if !self.may_read(&config, connection).await {
             let text = "no recovery was begun with this key".to_owned();
             return Err((Refused { refusal: Refusal::UnknownKey, text }, sender));
         }
@@ -318,12 +339,12 @@ impl Supervisor {
     }
 
     /// Whether a key belongs to a host of any volume, or was let in by a token.
-    async fn knows(&self, host: HostId) -> bool {
+    pub(super) async fn knows(&self, host: HostId) -> bool {
         let is_member = {
             let volumes = self.volumes.lock().await;
             volumes.values().any(|entry| entry.config.peers.iter().any(|peer| peer.host == host))
         };
-        is_member || self.admitted.lock().await.iter().any(|(_, admitted)| *admitted == host)
+        is_member || self.admitted.lock().await.keys().any(|(_, admitted)| *admitted == host)
     }
 }
 
@@ -331,7 +352,15 @@ fn is_member(config: &VolumeConfig, host: HostId) -> bool {
     config.peers.iter().any(|peer| peer.host == host)
 }
 
-pub(super) fn unknown_key(host: HostId) -> Refused {
+pub(super) fn unknown_key(config: &VolumeConfig, host: HostId) -> Refused {
+    match config.removal_of(host) {
+        Some(removal) => Refused { refusal: Refusal::UnknownKey, text: removal.words(&config.name) },
+        None => stranger(host),
+    }
+}
+
+/// What a host is told that shares no volume with this one.
+pub(super) fn stranger(host: HostId) -> Refused {
     let text = format!("the host with the key {host} is none of this volume's");
     Refused { refusal: Refusal::UnknownKey, text }
 }

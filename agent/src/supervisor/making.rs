@@ -13,12 +13,13 @@ use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, probe};
 use crate::token::Token;
 use crate::transport::{Connection, key};
+use crate::volume::Learned;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Message, Mode, Promise};
+use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Members, Message, Mode, Promise};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -149,7 +150,9 @@ impl Supervisor {
             let text = format!("there is a volume {name} on this host already, with the backing {backing}");
             return Err(refused(text));
         }
-        self.ask_to_join(connection, token, false).await?;
+        let joined = self.ask_to_join(connection, token, false).await?;
+        let told = Members { members: joined.members, removed: Vec::new() };
+        self.learn(name, Learned::Members(told)).await?;
         self.status_of(vec![name.clone()]).await
     }
 
@@ -278,6 +281,8 @@ impl Supervisor {
                 let role = if index == 0 { Role::Primary } else { Role::Replica };
                 let peer = config.peer_of(member, role);
                 config.peers.push(peer);
+            } else {
+                config.version = member.version;
             }
         }
         config

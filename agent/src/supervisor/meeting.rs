@@ -9,7 +9,7 @@
 
 use super::Supervisor;
 use super::admission::seen_addresses;
-use super::incoming::unknown_key;
+use super::incoming::stranger;
 use crate::config::{Address, Name};
 use crate::transport::Connection;
 use crate::volume::Ask;
@@ -140,7 +140,7 @@ impl Supervisor {
         connection: &Connection,
     ) -> Result<Whereabouts, Refused> {
         if !self.knows_member(connection.peer()).await {
-            return Err(unknown_key(connection.peer()));
+            return Err(stranger(connection.peer()));
         }
         self.meet(&told, connection).await?;
         Ok(self.whereabouts())

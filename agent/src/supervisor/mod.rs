@@ -9,6 +9,7 @@ mod incoming;
 mod instances;
 mod making;
 mod meeting;
+mod membership;
 mod operations;
 
 use crate::config::{Address, ConfigFolder, Mistake, Mode, Name, PeerConfig, VolumeConfig};
@@ -17,17 +18,19 @@ use crate::quantity::Seconds;
 use crate::transport::{Endpoint, Limit, Peers, key};
 use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
 use crate::words::with_causes;
+use admission::Admission;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::Member;
 use incoming::Connections;
 use instances::Instances;
+use membership::Heard;
 pub use operations::Operator;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinSet;
 
 /// How many connections of unknown keys there may be at a time.
@@ -63,9 +66,13 @@ pub struct Supervisor {
     volumes: Mutex<BTreeMap<Name, Entry>>,
     /// Volumes that are not served because something is wrong with their configuration, and what.
     mistakes: std::sync::Mutex<BTreeMap<Name, String>>,
-    /// Keys that a token let in for a recovery, while the agent runs.
-    admitted: Mutex<HashSet<(VolumeId, HostId)>>,
+    /// Keys that a token let in for a recovery.
+    admitted: Mutex<HashMap<(VolumeId, HostId), Admission>>,
     learned: UnboundedSender<News>,
+    /// Told when a host is a member no more.
+    parted: watch::Sender<()>,
+    /// The greetings that were listened to last, by volume and host.
+    heard: Mutex<HashMap<(VolumeId, HostId), Heard>>,
     /// Places for connections of unknown keys.
     strangers: Arc<Semaphore>,
     /// The agents that were heard with each key.
@@ -108,6 +115,8 @@ impl Supervisor {
             mistakes: std::sync::Mutex::default(),
             admitted: Mutex::default(),
             learned,
+            parted: watch::Sender::new(()),
+            heard: Mutex::default(),
             strangers: Arc::new(Semaphore::new(STRANGERS)),
             instances: std::sync::Mutex::default(),
             instance: key::random(),
@@ -144,6 +153,7 @@ impl Supervisor {
                 }
             }
         }
+        self.note_time().await;
         Ok(async move {
             for opened in opening {
                 // An error means that the thread died; the next ask will tell.
@@ -164,6 +174,7 @@ impl Supervisor {
 
     /// Stops all volumes in order. Says whether each of them has ended: what hangs does not keep the agent.
     pub async fn stop(&self) -> bool {
+        self.note_time().await;
         let volumes = std::mem::take(&mut *self.volumes.lock().await);
         let mut stops = JoinSet::new();
         for (name, entry) in volumes {
@@ -217,6 +228,7 @@ impl Supervisor {
             host: self.endpoint.id(),
             addresses,
             mode: Mode::default().into(),
+            version: 0,
         }
     }
 
@@ -274,7 +286,7 @@ impl Supervisor {
         config.peer(peer).cloned().ok_or_else(|| Failure::no_such_peer(volume, peer))
     }
 
-    /// Changes a volume's configuration, on disk first, and tells the volume.
+    /// Changes a volume's configuration, on disk first, and tells the volume. Hosts that are peers no more are left.
     async fn change_config(
         &self,
         name: &Name,
@@ -287,8 +299,13 @@ impl Supervisor {
         if changed != entry.config {
             let saved = self.folders.config.save_volume(&changed);
             saved.map_err(|error| failed(with_causes(&error)))?;
-            entry.config = changed.clone();
+            let before = std::mem::replace(&mut entry.config, changed.clone());
             entry.handle.ask(Ask::Configure(Box::new(changed)));
+            let is_left = |peer: &&PeerConfig| entry.config.peers.iter().all(|kept| kept.host != peer.host);
+            let left: Vec<HostId> = before.peers.iter().filter(is_left).map(|peer| peer.host).collect();
+            let handle = entry.handle.clone();
+            drop(volumes);
+            self.part(&handle, left).await;
         }
         Ok(())
     }
@@ -297,7 +314,11 @@ impl Supervisor {
         let own = self.endpoint.id();
         self.change_config(name, |config| match learned {
             Learned::Roles(role, primary) => config.set_roles(role, primary),
-            Learned::Members(members) => config.learn(&members, own, &self.name),
+            Learned::Members(told) => {
+                config.learn(&told.members, own, &self.name);
+                config.learn_removals(&told.removed, own);
+            }
+            Learned::Removals(removed) => config.learn_removals(&removed, own),
         })
         .await
     }

@@ -5,10 +5,11 @@ use crate::config::{ADDRESSES, LEAST_RESYNC_LIMIT, Mode, Name, Role, VolumeConfi
 use crate::control::Operations;
 use crate::control::api::{
     AddressRequest, COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference,
-    FORGETTING_SCHEMA, Failure, FailureKind, Forgetting, HostStatus, Hung, Invitation, InviteRequest,
-    JoinRequest, ModeRequest, PEERS_SCHEMA, PROMOTION_SCHEMA, PeerState, PeerStatus, PeersReply,
-    PromoteRequest, Promotion, RESOLUTION_SCHEMA, Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA,
-    StatusReply, Switch, SwitchRequest, TuneRequest, UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
+    FORGETTING_SCHEMA, Failure, FailureKind, Forgetting, HostStatus, Hung, Invitation, InvitationsReply,
+    InviteRequest, JoinRequest, ModeRequest, PEERS_SCHEMA, PROMOTION_SCHEMA, PeerRemoval, PeerState,
+    PeerStatus, PeersReply, PromoteRequest, Promotion, RESOLUTION_SCHEMA, RemovePeerRequest, Resolution,
+    ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply, Switch, SwitchRequest, TuneRequest,
+    UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
 };
 use crate::quantity::{Seconds, Size};
 use crate::verdict;
@@ -88,7 +89,7 @@ impl Supervisor {
 }
 
 impl Supervisor {
-    async fn one_status(&self, volume: &Name) -> Result<VolumeStatus, Failure> {
+    pub(super) async fn one_status(&self, volume: &Name) -> Result<VolumeStatus, Failure> {
         let reply = self.status_of(vec![volume.clone()]).await?;
         reply.volumes.into_iter().next().ok_or_else(|| Failure::no_such_volume(volume))
     }
@@ -139,6 +140,25 @@ impl Operations for Operator {
 
     async fn invite(&self, volume: Name, request: InviteRequest) -> Result<Invitation, Failure> {
         self.0.invite_to(volume, request).await
+    }
+
+    async fn invitations(&self, volume: Name) -> Result<InvitationsReply, Failure> {
+        self.0.invitations_of(volume).await
+    }
+
+    async fn revoke(&self, volume: Name, id: String) -> Result<InvitationsReply, Failure> {
+        self.0.revoke(volume, id).await
+    }
+
+    async fn remove_peer(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: RemovePeerRequest,
+    ) -> Result<PeerRemoval, Failure> {
+        let supervisor = self.0.clone();
+        let removing = tokio::spawn(async move { supervisor.remove_peer(volume, peer, request).await });
+        removing.await.unwrap_or_else(|_| Err(failed("the agent failed inside; see its log")))
     }
 
     async fn join(&self, request: JoinRequest) -> Result<StatusReply, Failure> {

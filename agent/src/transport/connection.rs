@@ -104,6 +104,12 @@ impl Connection {
         path.cwnd as f64 / path.rtt.as_secs_f64().max(1e-6)
     }
 
+    /// Whether two handles are to the same connection.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.quic.stable_id() == other.quic.stable_id()
+    }
+
     /// Waits until the connection is lost or closed.
     pub async fn closed(&self) -> Lost {
         self.lost(self.quic.closed().await)

@@ -13,10 +13,10 @@ mod tests;
 
 use crate::config::{Name, Role};
 use crate::control::api::{
-    Connection, CopyState, Health, PeerState, PeerStatus, Progress, Succession, VolumeFacts, VolumeState,
-    VolumeStatus,
+    Connection, CopyState, Health, PeerState, PeerStatus, Progress, Removed, Succession, VolumeFacts,
+    VolumeState, VolumeStatus,
 };
-use crate::quantity::{Seconds, Size, per_cent};
+use crate::quantity::{Seconds, Size, clock, per_cent};
 use std::path::PathBuf;
 
 /// A host that moved is found by itself within this time, as long as either knows where the other is.
@@ -65,6 +65,9 @@ pub fn running(facts: VolumeFacts) -> VolumeStatus {
         judgement.verdict = format!("{verdict}; {}", judgement.verdict);
         action.clone_into(&mut judgement.action);
     }
+    if let Some(removed) = &facts.succession.removed {
+        judgement = removal(&facts, removed, judgement);
+    }
     if let Some(hung) = &facts.health.hung {
         judgement = health::hung(&facts, hung, judgement);
     }
@@ -104,6 +107,24 @@ pub fn misconfigured(name: Name, mistake: String) -> VolumeStatus {
     Judgement::new(VolumeState::Failed, verdict, action).of(facts)
 }
 
+/// What a host is told that was removed from the volume. A primary goes on, and says so behind what else it has to say.
+fn removal(facts: &VolumeFacts, removed: &Removed, judgement: Judgement) -> Judgement {
+    let (volume, by) = (&facts.name, &removed.by);
+    let words = format!("this host was removed from {volume} by {by} at {}", clock(removed.at_unix_seconds));
+    let action = format!(
+        "to take it in again, on the primary: blockmirror invite {volume}; here: blockmirror join - --backing {}",
+        facts.backing.display()
+    );
+    match facts.role {
+        Role::Primary => Judgement { verdict: format!("{}; {words}", judgement.verdict), ..judgement },
+        Role::Replica if facts.succession.change.is_some() => judgement,
+        Role::Replica => {
+            let verdict = format!("removed: {words}, and is not kept up; {}", replica::copy(facts));
+            Judgement::new(VolumeState::Removed, verdict, action)
+        }
+    }
+}
+
 /// Judges a volume whose agent does not run, from what is stored.
 #[must_use]
 pub fn stopped(facts: VolumeFacts) -> VolumeStatus {
@@ -138,6 +159,27 @@ pub fn comparison(
         true => (format!("{found} and are copied again"), format!("blockmirror wait {volume} --for in-sync")),
         false => (format!("{found} and were not repaired"), format!("blockmirror compare {volume} {peer}")),
     }
+}
+
+/// What the removal of a host does, or did.
+#[must_use]
+pub fn peer_removal(volume: &Name, peer: &Name, told: &[String], untold: &[String], done: bool) -> String {
+    let (is_removed, is_told) =
+        if done { ("was removed", "were told") } else { ("would be removed", "are told") };
+    let mut verdict = format!(
+        "{peer} {is_removed} from {volume}: its connections end, its key is refused, and nothing is kept for it"
+    );
+    if !told.is_empty() {
+        verdict.push_str(&format!("; {} {is_told} at once", listed(told)));
+    }
+    if !untold.is_empty() {
+        let hears = if untold.len() == 1 { "hears" } else { "hear" };
+        verdict.push_str(&format!(
+            "; {} {hears} of it from any other host, when it can be reached",
+            listed(untold)
+        ));
+    }
+    verdict
 }
 
 /// Whether a replica verifiably has everything but what is on its way.

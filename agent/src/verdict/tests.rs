@@ -448,6 +448,27 @@ fn a_superseded_primary_says_who_keeps_it_from_becoming_a_replica() {
 }
 
 #[test]
+fn a_host_that_was_removed_is_told_so_and_not_to_promote() {
+    let removed = Some(Removed { by: "a".parse().unwrap(), at_unix_seconds: 1_700_000_000 });
+    let succession = Succession { removed, ..Succession::default() };
+    check(
+        VolumeFacts {
+            succession: succession.clone(),
+            ..facts(Role::Replica, vec![peer("a", Role::Primary)])
+        },
+        VolumeState::Removed,
+        "removed: this host was removed from data by a at 22:13:20 UTC, and is not kept up; this copy is consistent",
+        "to take it in again, on the primary: blockmirror invite data; here: blockmirror join - --backing /dev/vdb",
+    );
+    check(
+        VolumeFacts { succession, ..facts(Role::Primary, vec![replica("b")]) },
+        VolumeState::Healthy,
+        "healthy: b holds an identical copy; this host was removed from data by a at 22:13:20 UTC",
+        "none",
+    );
+}
+
+#[test]
 fn a_split_brain_is_told_on_both_sides_with_the_command() {
     let split = PeerStatus {
         connection: Connection::Disconnected,

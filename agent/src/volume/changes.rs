@@ -42,6 +42,10 @@ pub(super) enum Event {
     SessionEnded,
     /// A volume that could not be opened tries again, if this was its last attempt.
     TryAgain(u32),
+    /// It is time to ask that host who the volume's hosts are.
+    AskMembers(HostId),
+    /// It is time to look whether a replica is alone.
+    IsAlone,
     /// A change has ended.
     Changed(Next, Then),
     /// This primary is to be demoted; since when that is tried.
@@ -121,10 +125,13 @@ impl Volume {
             Event::SessionEnded => {
                 if let OpenRole::Replica(replica) = &self.role {
                     self.correct_roles(&replica.state().superblock());
+                    self.ask_members_later();
                 }
             }
             Event::Demote(answer, since) => self.demote(answer, since).await,
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
+            Event::AskMembers(host) => self.ask_members(Some(host)),
+            Event::IsAlone => self.look_whether_alone(),
             Event::Changed(next, then) => {
                 self.go_on(next, then).await;
                 if !matches!(self.role, OpenRole::Changing(_)) {

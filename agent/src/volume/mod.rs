@@ -9,6 +9,7 @@ mod awaiting;
 mod changes;
 mod demotion;
 mod devices;
+mod membership;
 mod opening;
 mod promotable;
 mod promotion;
@@ -35,7 +36,7 @@ use awaiting::{Awaiting, Disk};
 use blockmirror_protocol::session::CompareResult;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::StreamPreamble;
-use blockmirror_protocol::wire::message::{Hello, Member, Message, Refusal, Refused};
+use blockmirror_protocol::wire::message::{Hello, Member, Members, Message, Refusal, Refused, Removal};
 use changes::{Changing, Event};
 pub use demotion::{Demoted, Switched};
 use devices::Devices;
@@ -44,6 +45,7 @@ pub use promotion::Promoted;
 pub(crate) use pulse::HUNG;
 use pulse::Storages;
 pub use pulse::{Pulse, Silence};
+use recoveries::Ending;
 pub use resolution::Resolved;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -90,8 +92,10 @@ pub struct Surroundings {
 /// What a volume finds out that belongs into its configuration.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Learned {
-    /// The volume's hosts, as its primary tells them, the primary first.
-    Members(Vec<Member>),
+    /// The volume's hosts, as its primary tells them, the primary first, and those that were removed.
+    Members(Members),
+    /// Hosts that were removed, as another one tells.
+    Removals(Vec<Removal>),
     /// What this host is, and which other one is the primary, if any is.
     Roles(Role, Option<HostId>),
 }
@@ -109,10 +113,14 @@ pub enum Ask {
     Session(Box<Hello>, ControlSender, ControlReceiver),
     /// A primary opened a stream of frames.
     Frames(StreamPreamble, FrameReceiver),
+    /// Whether a recovery could begin; whether inconsistent content is wanted too.
+    MayRecover(bool, oneshot::Sender<Result<(), Refused>>),
     /// A recovery begins; whether inconsistent content is wanted too.
     Recover(bool, ControlSender, Connection),
     /// A recovery reads.
     Read(Message, ControlSender, ControlReceiver),
+    /// A host is a peer no more: nothing is kept for it. Answered when it was told, if it could be.
+    Part(HostId, oneshot::Sender<()>),
     /// A replica joined.
     AddPeer(PeerConfig, oneshot::Sender<Result<(), String>>),
     /// The configuration changed: peers were paused or resumed, or have other addresses or modes.
@@ -344,9 +352,11 @@ struct Volume {
     /// Hosts that were demoted for this one while it changed its role, and since when they wait.
     taking_over: Vec<(HostId, ControlSender, Instant)>,
     recovery: Rc<RefCell<Option<Rc<recovery::Source>>>>,
-    /// Reads of recoveries that failed, for the streams on which they were asked for.
-    refusals: broadcast::Sender<Refused>,
+    /// What ends recoveries, for the streams on which they were asked for.
+    endings: broadcast::Sender<Ending>,
     events: UnboundedSender<Event>,
+    /// Whether a replica's next question who the hosts are is due by itself.
+    asks_members: bool,
 }
 
 enum OpenRole {
@@ -379,8 +389,9 @@ impl Volume {
             openers: Vec::new(),
             taking_over: Vec::new(),
             recovery: Rc::default(),
-            refusals: broadcast::channel(1).0,
+            endings: broadcast::channel(8).0,
             events,
+            asks_members: false,
         };
         volume.reopen(Others::Ask).await;
         (volume, source)
@@ -392,8 +403,10 @@ impl Volume {
 
     fn link(&self, primary: &Rc<Primary>, peer: &PeerConfig) -> Rc<Peer> {
         primary.limit_resync(peer.host, self.resync_limit(peer));
+        let (events, host) = (self.events.clone(), peer.host);
+        let superseded = move |fence| drop(events.send(Event::Superseded(fence)));
         let events = self.events.clone();
-        let link = Peer::new(peer, move |told| drop(events.send(Event::Superseded(told))));
+        let link = Peer::new(peer, superseded, move || drop(events.send(Event::AskMembers(host))));
         spawn_local(link.clone().keep_linked(primary.clone(), self.surroundings.peers.clone()));
         link
     }
@@ -412,10 +425,13 @@ impl Volume {
         }
     }
 
-    /// Every host of the volume, this primary first.
-    fn members(&self) -> Vec<Member> {
-        let own = Member { addresses: self.addresses.borrow().clone(), ..self.surroundings.own.clone() };
-        std::iter::once(own).chain(self.config.borrow().members()).collect()
+    /// Every host of the volume, this primary first, and those that were removed.
+    fn members(&self) -> Members {
+        let config = self.config.borrow();
+        let addresses = self.addresses.borrow().clone();
+        let own = Member { addresses, version: config.version, ..self.surroundings.own.clone() };
+        let members = std::iter::once(own).chain(config.members()).collect();
+        Members { members, removed: config.removals().collect() }
     }
 
     /// This host is reached elsewhere than before.
@@ -453,10 +469,14 @@ impl Volume {
             Ask::Serves(answer) => self.tell_service(answer),
             Ask::Session(hello, sender, receiver) => self.begin_session(*hello, sender, receiver).await,
             Ask::Frames(preamble, frames) => self.take_frames(preamble, frames),
+            Ask::MayRecover(accept_inconsistent, answer) => {
+                drop(answer.send(self.recoverable(accept_inconsistent).map(|_| ())));
+            }
             Ask::Recover(accept_inconsistent, sender, connection) => {
                 self.begin_recovery(accept_inconsistent, sender, connection).await;
             }
             Ask::Read(first, sender, receiver) => self.read_for_recovery(first, sender, receiver),
+            Ask::Part(host, answer) => self.part(host, answer),
             Ask::AddPeer(peer, answer) => drop(answer.send(self.add_peer(peer).await)),
             Ask::Configure(config) => self.configure(*config),
             Ask::Moved(addresses) => self.tell_addresses(addresses),

@@ -230,6 +230,7 @@ impl Volume {
         replica.count_in(self.troubles.clone());
         let export = Export::new(storage.clone(), backing.clone(), self.pool.clone(), superblock.size_bytes);
         export.count_in(self.troubles.clone());
+        self.ask_members_later();
         self.devices = Devices::start_export(config, &self.surroundings, export, &self.pool);
         Ok(OpenRole::Replica(replica))
     }

@@ -15,7 +15,7 @@ use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::succession::{self, Candidate};
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Fence, Refusal, Standing, TookOver};
+use blockmirror_protocol::wire::message::{Fence, Refusal, Refused, Standing, TookOver};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
@@ -42,7 +42,11 @@ pub struct Promoted {
 impl Volume {
     pub(super) fn promote(&mut self, force: bool, answer: Answer<Promoted>) {
         let began = Instant::now();
-        let replica = match self.promotable() {
+        if force {
+            let text = "this replica is being promoted".to_owned();
+            self.end_recoveries(None, &Refused { refusal: Refusal::Role, text });
+        }
+        let replica = match self.promotable(force) {
             Ok(replica) => replica,
             Err(failure) => return drop(answer.send(Err(failure))),
         };
@@ -104,7 +108,7 @@ impl Volume {
             }
             _ => {}
         }
-        let replica = match self.promotable() {
+        let replica = match self.promotable(false) {
             Ok(replica) => replica,
             Err(failure) => return refuse(sender, Refusal::Role, failure.message),
         };
@@ -144,7 +148,7 @@ impl Volume {
 
     /// What this host was demoted for did not come to be: it is the primary again.
     pub(super) fn promote_again(&mut self, then: Then) {
-        let replica = match self.promotable() {
+        let replica = match self.promotable(false) {
             Ok(replica) => replica,
             Err(failure) => {
                 tracing::error!(volume = %self.name(), "{}", failure.message);
@@ -162,11 +166,19 @@ impl Volume {
     }
 
     /// The replica, if nothing stands in the way of changing its role.
-    fn promotable(&self) -> Result<Rc<Replica>, Failure> {
+    fn promotable(&self, force: bool) -> Result<Rc<Replica>, Failure> {
         let (volume, own) = (self.name(), &self.surroundings.own.name);
         match &self.role {
-            OpenRole::Replica(replica) if replica.is_recovering() => {
-                Err(refused("a recovery reads this replica; wait for its end, or interrupt it"))
+            OpenRole::Replica(replica) if replica.is_recovering() && !force => Err(refused(
+                "a recovery reads this replica; wait for its end, or interrupt it; --force ends it",
+            )),
+            OpenRole::Replica(_) if self.config.borrow().removal.is_some() && !force => {
+                let config = self.config.borrow();
+                let words = config.removal.as_ref().map(|removal| removal.words(&volume)).unwrap_or_default();
+                Err(refused(format!(
+                    "{words}: its copy was not kept up since, and no other host would follow it; --force promotes it \
+                     all the same"
+                )))
             }
             OpenRole::Replica(replica) if replica.has_failed() => Err(failed(format!(
                 "this replica's backing has failed ({}); check the disk, then restart the agent",

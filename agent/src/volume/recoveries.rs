@@ -1,32 +1,47 @@
 //! Recoveries from a replica: begun on one stream, read on others; no primary writes meanwhile.
+//!
+//! One that nobody reads from for a while ends by itself, and all of them when their host is removed or this replica is
+//! promoted by force: none holds up what keeps the volume alive.
 
 use super::{OpenRole, Volume, refuse};
 use crate::recovery;
-use crate::replica::Recovery;
-use crate::transport::{Connection, ControlReceiver, ControlSender};
+use crate::replica::{Recovery, Replica};
+use crate::transport::{CloseReason, Connection, ControlReceiver, ControlSender};
 use crate::words::with_causes;
+use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{DataState, Message, Recovering, Refusal, Refused};
 use std::rc::Rc;
+use std::time::Duration;
 use tokio::sync::broadcast;
 use tokio::task::spawn_local;
 
+/// After so long without a read a recovery is over.
+const IDLE_TIME: Duration = Duration::from_secs(60);
+/// How long whoever recovers may take to hang up when it was told why.
+const PARTING_TIME: Duration = Duration::from_secs(5);
+
+/// What ends recoveries: all, or those of one host; and why.
+#[derive(Clone)]
+pub(super) struct Ending {
+    host: Option<HostId>,
+    no: Refused,
+}
+
 impl Volume {
-    pub(super) async fn begin_recovery(
-        &mut self,
-        accept_inconsistent: bool,
-        sender: ControlSender,
-        connection: Connection,
-    ) {
-        let OpenRole::Replica(replica) = &self.role else {
-            let text = match &self.role {
-                OpenRole::Closed(text) if !text.is_empty() => text.clone(),
-                _ => "this host is the volume's primary; recover from a replica".to_owned(),
-            };
-            return refuse(sender, Refusal::Role, text);
+    /// The replica, if its content can be read now.
+    pub(super) fn recoverable(&self, accept_inconsistent: bool) -> Result<Rc<Replica>, Refused> {
+        let no = |refusal, text| Err(Refused { refusal, text });
+        let replica = match &self.role {
+            OpenRole::Replica(replica) => replica,
+            OpenRole::Closed(text) if !text.is_empty() => return no(Refusal::Role, text.clone()),
+            _ => {
+                let text = "this host is the volume's primary; recover from a replica".to_owned();
+                return no(Refusal::Role, text);
+            }
         };
         if replica.has_failed() {
             let text = "the backing of this replica has failed; see its log".to_owned();
-            return refuse(sender, Refusal::Backing, text);
+            return no(Refusal::Backing, text);
         }
         let data = replica.report().data;
         if data == DataState::Empty || data == DataState::Inconsistent && !accept_inconsistent {
@@ -39,32 +54,45 @@ impl Volume {
                 ),
                 None => "use another replica, or accept a mixture with --accept-inconsistent".to_owned(),
             };
-            return refuse(sender, Refusal::Backing, format!("{text}; {advice}"));
+            return no(Refusal::Backing, format!("{text}; {advice}"));
         }
-        let Some(guard) = replica.begin_recovery().await else {
+        if replica.is_served() {
             let text = "the primary is connected and writes to this replica; stop it or pause the link first";
-            return refuse(sender, Refusal::Busy, text.to_owned());
+            return no(Refusal::Busy, text.to_owned());
+        }
+        Ok(replica.clone())
+    }
+
+    pub(super) async fn begin_recovery(
+        &mut self,
+        accept_inconsistent: bool,
+        sender: ControlSender,
+        connection: Connection,
+    ) {
+        let replica = match self.recoverable(accept_inconsistent) {
+            Ok(replica) => replica,
+            Err(no) => return refuse(sender, no.refusal, no.text),
         };
+        let guard = replica.begin_recovery().await;
         let superblock = replica.state().superblock();
         let info = Recovering {
             volume: superblock.volume,
             copy: superblock.copy,
             size_bytes: superblock.size_bytes,
             block_size: superblock.block_size,
-            data,
+            data: replica.report().data,
             position: replica.report().position,
         };
-        let source = recovery::Source::new(
+        let source = Rc::new(recovery::Source::new(
             replica.storage().clone(),
             replica.backing().clone(),
             self.pool.clone(),
             info.clone(),
-        );
-        *self.recovery.borrow_mut() = Some(Rc::new(source));
-        let refusals = self.refusals.subscribe();
-        let (kept, replica) = (self.recovery.clone(), replica.clone());
+        ));
+        *self.recovery.borrow_mut() = Some(source.clone());
+        let (endings, kept) = (self.endings.subscribe(), self.recovery.clone());
         spawn_local(async move {
-            serve_recovery(guard, info, sender, connection, refusals).await;
+            serve_recovery(guard, source, info, sender, connection, endings).await;
             if !replica.is_recovering() {
                 // What was kept for reads holds the backing's claim.
                 *kept.borrow_mut() = None;
@@ -76,39 +104,69 @@ impl Volume {
         let source = self.recovery.borrow().clone();
         match (&self.role, source) {
             (OpenRole::Replica(replica), Some(source)) if replica.is_recovering() => {
-                let (refusals, name) = (self.refusals.clone(), self.config.borrow().name.clone());
+                let (endings, name) = (self.endings.clone(), self.config.borrow().name.clone());
                 spawn_local(async move {
                     let Err(error) = recovery::serve(&source, first, sender, receiver).await else { return };
                     tracing::info!(volume = %name, "{}", with_causes(&error));
                     // Frames can't carry a reason: it goes out where the recovery was asked for.
                     if let Some(no) = error.refusal() {
-                        drop(refusals.send(no));
+                        drop(endings.send(Ending { host: None, no }));
                     }
                 });
             }
             _ => refuse(sender, Refusal::Other, "no recovery was begun on this connection".to_owned()),
         }
     }
+
+    /// Ends all recoveries, or those of one host.
+    pub(super) fn end_recoveries(&self, host: Option<HostId>, no: &Refused) {
+        // An error means that there are none.
+        let _ = self.endings.send(Ending { host, no: no.clone() });
+    }
 }
 
-/// Keeps primaries away while the recovery's connection lives, and tells why a read failed.
+/// Keeps primaries away while the recovery goes on, and tells why it ends here.
 async fn serve_recovery(
     guard: Recovery,
+    source: Rc<recovery::Source>,
     info: Recovering,
     mut sender: ControlSender,
     connection: Connection,
-    mut refusals: broadcast::Receiver<Refused>,
+    mut endings: broadcast::Receiver<Ending>,
 ) {
-    if sender.send(&info.into()).await.is_ok() {
-        tokio::select! {
-            _ = connection.closed() => {}
-            Ok(no) = refusals.recv() => {
-                if sender.send(&no.into()).await.is_ok() {
-                    // The recovery hangs up when it has read that.
-                    connection.closed().await;
+    let peer = connection.peer();
+    let ending = async {
+        loop {
+            match endings.recv().await {
+                Ok(ending) if ending.host.is_none_or(|host| host == peer) => return ending.no,
+                Ok(_) => {}
+                Err(_) => {
+                    let text = "this host ended the recovery".to_owned();
+                    return Refused { refusal: Refusal::Other, text };
                 }
             }
         }
+    };
+    let no = if sender.send(&info.into()).await.is_ok() {
+        tokio::select! {
+            _ = connection.closed() => None,
+            no = ending => Some(no),
+            () = source.is_idle_for(IDLE_TIME) => {
+                let text = "nothing was read for too long, so this host goes on; the same command goes on, too";
+                Some(Refused { refusal: Refusal::Other, text: text.to_owned() })
+            }
+        }
+    } else {
+        None
+    };
+    // From here on nobody is kept away, and nothing is read any more.
+    drop((guard, source));
+    if let Some(no) = no {
+        tracing::info!(%peer, "a recovery was ended: {}", no.text);
+        if sender.send(&no.into()).await.is_ok() {
+            // The recovery hangs up when it has read that.
+            let _ = tokio::time::timeout(PARTING_TIME, connection.closed()).await;
+        }
+        connection.close(CloseReason::Done, "the recovery was ended");
     }
-    drop(guard);
 }

@@ -6,6 +6,7 @@ use crate::transport::{ControlReceiver, ControlSender, FrameReceiver};
 use crate::words::{with_causes, with_name};
 use blockmirror_protocol::replica::PrimaryMisbehaved;
 use blockmirror_protocol::wire::StreamPreamble;
+use blockmirror_protocol::wire::message::Members;
 use blockmirror_protocol::wire::message::{Hello, Refusal, Superseded};
 use tokio::task::spawn_local;
 
@@ -62,7 +63,7 @@ impl Volume {
         let (replica, learned, events) =
             (replica.clone(), self.surroundings.learned.clone(), self.events.clone());
         spawn_local(async move {
-            let learned = |members| drop(learned.send((name.clone(), Learned::Members(members))));
+            let learned = |members: Members| drop(learned.send((name.clone(), Learned::Members(members))));
             if let Err(error) = replica.serve(hello, sender, receiver, learned).await {
                 let text = primary.map(|peer| with_name(&error, peer.host, &peer.name));
                 let text = text.unwrap_or_else(|| with_causes(&error));

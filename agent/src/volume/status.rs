@@ -3,7 +3,7 @@
 use super::{Changing, OpenRole, Volume};
 use crate::config::{PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
-    Blocked, Connection, Health, NetworkPath, PeerState, PeerStatus, Progress, Rollback, Succession,
+    Blocked, Connection, Health, NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, Succession,
     VolumeFacts,
 };
 use crate::device::blocking;
@@ -118,6 +118,7 @@ impl Volume {
                 }
             }
         }
+        facts.succession.removed = config.removal.as_ref().map(Removed::from);
         facts
     }
 

@@ -566,14 +566,15 @@ fn primary_sends_small_copies_that_fill_large_buffers() {
 }
 
 fn member(name: &str) -> Member {
-    Member { name: name.into(), host: HostId([9; 32]), addresses: Vec::new(), mode: Mode::Async }
+    Member { name: name.into(), host: HostId([9; 32]), addresses: Vec::new(), mode: Mode::Async, version: 0 }
 }
 
 /// Thousands of equal names in one message occupied the supervisor for hours.
 #[test]
 fn primary_tells_of_five_thousand_hosts() {
     let mut replica = replica("a");
-    let told = |count| crate::wire::message::Members { members: vec![member("a"); count] };
+    let told =
+        |count| crate::wire::message::Members { members: vec![member("a"); count], removed: Vec::new() };
     replica.handle_message(told(5000).into()).expect_err("no volume has so many");
     replica.handle_message(told(33).into()).expect("a volume may have so many");
 }

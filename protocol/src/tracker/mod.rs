@@ -393,6 +393,19 @@ impl Tracker {
         self.drive(now);
     }
 
+    /// A replica is one no more (X3): nothing waits for it, and what its map and window kept active is free. What is
+    /// written from now on is another history than what it has (L1).
+    pub fn remove_session(&mut self, peer: HostId, now: Time) {
+        let Some(mut session) = self.sessions.remove(&peer) else { return };
+        session.handle_disconnected(now);
+        if session.take_left() {
+            self.generations.next = generation::Next::Left;
+        }
+        self.free_log();
+        self.begin_arrivals(now);
+        self.drive(now);
+    }
+
     /// Compares the volume with a replica; [`Tracker::take_compared`] gives the result. Says whether it began.
     #[must_use]
     pub fn begin_compare(&mut self, peer: HostId, now: Time) -> bool {

@@ -74,6 +74,24 @@ pub struct Member {
     pub addresses: Vec<String>,
     /// The mode in which the primary mirrors to it (W4).
     pub mode: Mode,
+    /// How often it was taken in and removed before (X3): even, since it is in.
+    pub version: u64,
+}
+
+/// That a host is none of the volume's any more (X3). It travels with the list of members, so that those who were away
+/// when it was removed hear of it from anybody.
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Removal {
+    /// The fingerprint of its key, which nobody is to listen to.
+    pub host: HostId,
+    /// The name that it went by.
+    pub name: String,
+    /// The host on which the operator removed it.
+    pub by: String,
+    /// When that was, in seconds since 1970, by the clock there.
+    pub at_seconds: u64,
+    /// How often it was taken in and removed: odd, since it is out. What has the higher number is newer.
+    pub version: u64,
 }
 
 /// How many hosts a volume has at most, the primary included.
@@ -555,11 +573,20 @@ pub struct TookOver {
     pub fence: Fence,
 }
 
-/// The hosts of the volume changed.
-#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+/// The hosts of the volume: told by its primary after each greeting and when they change, and by anybody who is asked.
+#[derive(Clone, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
 pub struct Members {
-    /// Every host of the volume, the primary first.
+    /// Every host of the volume, the primary first; in an answer, the one that is asked first.
     pub members: Vec<Member>,
+    /// The hosts that were removed. One of them that asks is told of its own removal alone.
+    pub removed: Vec<Removal>,
+}
+
+/// A host asks another one who the volume's hosts are. Answered by [`Members`].
+#[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct AskMembers {
+    /// The volume.
+    pub volume: VolumeId,
 }
 
 /// A new host asks to become a replica, with the secret of an invitation.
@@ -743,6 +770,7 @@ messages! {
     31 => Parted,
     32 => Alone,
     33 => AskMark,
+    60 => AskMembers,
     75 => Whereabouts,
 }
 
@@ -789,7 +817,15 @@ mod tests {
         let refused = Refused { refusal: Refusal::Busy, text: "no".into() };
         let digest = CopyDigest { session: Session(6), number: 7, digest: [0xab; 32] };
         let whereabouts = Whereabouts { name: "b".into(), listen: vec!["h:1".into()], instance: [0xcd; 16] };
-        let rows: [(Message, &str); 10] = [
+        let removal = Removal {
+            host: HostId([7; 32]),
+            name: "b".into(),
+            by: "a".into(),
+            at_seconds: 0x0102_0304,
+            version: 1,
+        };
+        let members = Members { members: Vec::new(), removed: vec![removal] };
+        let rows: [(Message, &str); 12] = [
             (
                 acknowledgement.into(),
                 "520000000900010000000000000003020000000000000400000000000000\
@@ -824,6 +860,12 @@ mod tests {
                 whereabouts.into(),
                 "2e0000004b00010000000000000062010000000000000003000000000000\
                  00683a31cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd",
+            ),
+            (AskMembers { volume: VolumeId([9; 16]) }.into(), "120000003c0009090909090909090909090909090909"),
+            (
+                members.into(),
+                "540000000b00000000000000000001000000000000000707070707070707\
+                 07070707070707070707070707070707070707070707070701000000000000006201000000000000006104030201000000000100000000000000",
             ),
         ];
         for (message, bytes) in rows {
@@ -890,6 +932,7 @@ mod tests {
             host: HostId([1; 32]),
             addresses: vec!["10.0.0.1:7447".into()],
             mode: Mode::Sync,
+            version: 2,
         };
         let hello = Hello {
             versions: (1, 1),
@@ -950,9 +993,11 @@ mod tests {
             name: format!("host-{number}"),
             host: HostId([1; 32]),
             addresses: vec!["10.0.0.1:7447".into()],
+            version: 0,
             mode: Mode::Async,
         };
-        let told = |count| Message::from(Members { members: (0..count).map(member).collect() });
+        let told =
+            |count| Message::from(Members { members: (0..count).map(member).collect(), removed: Vec::new() });
         assert!(matches!(told(5000).encode(), Err(OverLimit(bytes)) if bytes > LIMIT_BYTES));
         let longest = Member {
             name: "a".repeat(NAME_LIMIT_BYTES),
@@ -961,7 +1006,10 @@ mod tests {
         };
         let most = vec![longest.clone(); MEMBERS_LIMIT];
         assert!(Member::are_sound(&most), "as many as there may be");
-        assert!(Message::from(Members { members: most }).encode().is_ok(), "fit into a message");
+        assert!(
+            Message::from(Members { members: most, removed: Vec::new() }).encode().is_ok(),
+            "fit into a message"
+        );
         assert!(!Member::are_sound(&vec![longest.clone(); MEMBERS_LIMIT + 1]));
         let name = "a".repeat(NAME_LIMIT_BYTES + 1);
         assert!(!Member::are_sound(&[Member { name, ..longest.clone() }]));

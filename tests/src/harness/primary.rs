@@ -63,7 +63,13 @@ pub fn digest(range: ByteRange, data: &Data) -> [u8; 32] {
 
 /// A host as others are told of it.
 fn member(number: usize) -> Member {
-    Member { name: number.to_string(), host: host_id(number), addresses: Vec::new(), mode: Mode::Async }
+    Member {
+        name: number.to_string(),
+        host: host_id(number),
+        addresses: Vec::new(),
+        mode: Mode::Async,
+        version: 0,
+    }
 }
 
 impl PrimaryShell {

@@ -3,6 +3,7 @@
 use super::Arguments;
 use crate::client::Client;
 use crate::offline;
+use crate::token;
 use blockmirror_agent::config::{Address, Mistake, Name};
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::token::Token;
@@ -34,10 +35,11 @@ pub fn identify(
     client: &Client,
     kept: Option<&RecoveryState>,
 ) -> Result<Identity, Failure> {
-    match &arguments.token {
-        Some(token) => identify_by_token(arguments, token, kept),
-        None => identify_by_key(arguments, client),
+    if arguments.token.is_none() && arguments.token_file.is_none() {
+        return identify_by_key(arguments, client);
     }
+    let token = token::read(arguments.token.as_deref(), arguments.token_file.as_deref())?;
+    identify_by_token(arguments, &token, kept)
 }
 
 fn identify_by_token(

@@ -55,14 +55,17 @@ pub struct Arguments {
     /// The volume's name on the peer
     name: Name,
     /// Where the peer's agent listens; with a token, by default where the token says
-    #[arg(long, value_name = "ADDR:PORT", required_unless_present = "token")]
+    #[arg(long, value_name = "ADDR:PORT", required_unless_present_any = ["token", "token_file"])]
     from: Option<Address>,
     /// Where the content goes: an image file, made where it is missing, or a block device
     #[arg(long, value_name = "PATH")]
     to: PathBuf,
-    /// What `blockmirror invite` printed, where the peer doesn't know this host's key
-    #[arg(long, conflicts_with_all = ["key", "peer_key"])]
+    /// What `blockmirror invite` printed, where the peer doesn't know this host's key; `-` reads it from standard input
+    #[arg(long, conflicts_with_all = ["key", "peer_key", "token_file"])]
     token: Option<String>,
+    /// A file that holds it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["key", "peer_key"])]
+    token_file: Option<PathBuf>,
     /// This host's key; by default the agent's
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,

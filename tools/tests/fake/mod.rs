@@ -146,6 +146,47 @@ impl Operations for Fake {
         Ok(Invitation { schema, volume, token, expires_seconds, addresses })
     }
 
+    async fn invitations(&self, volume: Name) -> Result<InvitationsReply, Failure> {
+        self.find(&volume)?;
+        let open = (InvitationState::Open, Some(600));
+        let states = [("0badcafe", open), ("0badf00d", (InvitationState::Used, None))];
+        let invitations = states.map(|(id, (state, left_seconds))| InvitationStatus {
+            id: id.to_owned(),
+            state,
+            left_seconds,
+        });
+        Ok(InvitationsReply {
+            schema: INVITATIONS_SCHEMA.to_owned(),
+            volume,
+            invitations: invitations.to_vec(),
+        })
+    }
+
+    async fn revoke(&self, volume: Name, id: String) -> Result<InvitationsReply, Failure> {
+        self.note(format!("revoke {volume} {id}"));
+        self.invitations(volume).await
+    }
+
+    async fn remove_peer(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: RemovePeerRequest,
+    ) -> Result<PeerRemoval, Failure> {
+        self.note(format!("remove {volume} {peer} {}", serde_json::to_string(&request).unwrap()));
+        let verdict = verdict::peer_removal(&volume, &peer, &[], &["c".to_owned()], !request.dry_run);
+        let (schema, done) = (PEER_REMOVAL_SCHEMA.to_owned(), !request.dry_run);
+        Ok(PeerRemoval {
+            schema,
+            volume,
+            peer,
+            done,
+            told: Vec::new(),
+            untold: vec!["c".to_owned()],
+            verdict,
+        })
+    }
+
     async fn join(&self, request: JoinRequest) -> Result<StatusReply, Failure> {
         self.note(format!("join {}", serde_json::to_string(&request).unwrap()));
         match request.token.as_str() {

@@ -8,13 +8,14 @@ mod orders;
 mod status;
 
 pub use orders::{
-    AddressRequest, Comparison, CreateRequest, Demotion, Difference, Forgetting, Invitation, InviteRequest,
-    JoinRequest, ModeRequest, PeersReply, PromoteRequest, Promotion, Resolution, ResolveRequest, Stake,
-    Switch, SwitchRequest, TuneRequest, Undoing,
+    AddressRequest, Comparison, CreateRequest, Demotion, Difference, Forgetting, Invitation, InvitationState,
+    InvitationStatus, InvitationsReply, InviteRequest, JoinRequest, ModeRequest, PeerRemoval, PeersReply,
+    PromoteRequest, Promotion, RemovePeerRequest, Resolution, ResolveRequest, Stake, Switch, SwitchRequest,
+    TuneRequest, Undoing,
 };
 pub use status::{
     Awaited, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung, NetworkPath,
-    PeerState, PeerStatus, Progress, Rollback, StatusReply, Succession, VolumeFacts, VolumeState,
+    PeerState, PeerStatus, Progress, Removed, Rollback, StatusReply, Succession, VolumeFacts, VolumeState,
     VolumeStatus,
 };
 
@@ -29,6 +30,10 @@ pub const STATUS_SCHEMA: &str = "blockmirror/status/v1";
 pub const PEERS_SCHEMA: &str = "blockmirror/peers/v1";
 /// The schema of [`Invitation`].
 pub const INVITATION_SCHEMA: &str = "blockmirror/invitation/v1";
+/// The schema of [`InvitationsReply`].
+pub const INVITATIONS_SCHEMA: &str = "blockmirror/invitations/v1";
+/// The schema of [`PeerRemoval`].
+pub const PEER_REMOVAL_SCHEMA: &str = "blockmirror/peer-removal/v1";
 /// The schema of [`Comparison`].
 pub const COMPARISON_SCHEMA: &str = "blockmirror/comparison/v1";
 /// The schema of [`Promotion`].

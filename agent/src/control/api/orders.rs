@@ -46,6 +46,71 @@ pub struct Invitation {
     pub addresses: Vec<Address>,
 }
 
+/// The invitations of a volume that are remembered.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct InvitationsReply {
+    /// [`super::INVITATIONS_SCHEMA`].
+    pub schema: String,
+    /// The volume.
+    pub volume: Name,
+    /// The oldest first.
+    pub invitations: Vec<InvitationStatus>,
+}
+
+/// An invitation, and what became of it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct InvitationStatus {
+    /// What it is called: the beginning of its secret's hash.
+    pub id: String,
+    /// How it stands.
+    pub state: InvitationState,
+    /// How long it is good for yet; null where it is not.
+    pub left_seconds: Option<u64>,
+}
+
+/// What became of an invitation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InvitationState {
+    /// Whoever has its token is let in.
+    Open,
+    /// A host joined or recovered with it.
+    Used,
+    /// It was not used in time.
+    Expired,
+    /// The operator took it back.
+    Revoked,
+}
+
+/// Removes a host from a volume. Answered by [`PeerRemoval`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemovePeerRequest {
+    /// Whether it is wanted even where that leaves the only copy, or another host should do it.
+    pub force: bool,
+    /// Whether it is only to be said what that would do.
+    pub dry_run: bool,
+}
+
+/// A host that is none of the volume's any more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeerRemoval {
+    /// [`super::PEER_REMOVAL_SCHEMA`].
+    pub schema: String,
+    /// The volume.
+    pub volume: Name,
+    /// The host.
+    pub peer: Name,
+    /// Whether it was removed; false where it was only asked what that would do.
+    pub done: bool,
+    /// The other hosts that are told at once.
+    pub told: Vec<String>,
+    /// The others, which hear of it when they are back.
+    pub untold: Vec<String>,
+    /// In words.
+    pub verdict: String,
+}
+
 /// Makes this host a replica. Answered by [`super::StatusReply`] with that volume alone.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

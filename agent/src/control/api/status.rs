@@ -1,6 +1,8 @@
 //! How the host, its volumes and their peers stand.
 
-use crate::config::{Address, Compression, DeviceKind, Mode, Name, PeerConfig, Role, VolumeConfig};
+use crate::config::{
+    Address, Compression, DeviceKind, Mode, Name, PeerConfig, RemovedConfig, Role, VolumeConfig,
+};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -57,6 +59,8 @@ pub enum VolumeState {
     Superseded,
     /// Both this host and another one wrote after they were last in sync: the operator decides whose content stays.
     SplitBrain,
+    /// Replica: this host was removed from the volume.
+    Removed,
     /// The agent is not running.
     Stopped,
 }
@@ -240,9 +244,27 @@ pub struct Succession {
     pub split_from: Option<String>,
     /// Since when.
     pub split_seconds: Option<u64>,
+    /// That this host was removed from the volume, as another one says.
+    #[serde(default)]
+    pub removed: Option<Removed>,
     /// What others call this host; null when the agent is not running.
     #[serde(default)]
     pub own_name: Option<String>,
+}
+
+/// That a host is none of the volume's any more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Removed {
+    /// The host on which the operator removed it.
+    pub by: Name,
+    /// When that was, in seconds since 1970.
+    pub at_unix_seconds: u64,
+}
+
+impl From<&RemovedConfig> for Removed {
+    fn from(removed: &RemovedConfig) -> Self {
+        Self { by: removed.by.clone(), at_unix_seconds: removed.at_seconds }
+    }
 }
 
 /// A point that a copy can be rolled back to.

@@ -1,0 +1,154 @@
+//! Members that are removed (X3): by the operator here, or as others tell. The key of one that was removed is listened to no
+//! more, its connections end, and whoever asks hears of it.
+
+use super::{Supervisor, refused};
+use crate::config::{Name, PeerConfig, Role, VolumeConfig};
+use crate::control::api::{
+    Connection as Link, Failure, PEER_REMOVAL_SCHEMA, PeerRemoval, PeerStatus, RemovePeerRequest,
+    VolumeStatus,
+};
+use crate::quantity::unix_seconds;
+use crate::standing;
+use crate::transport::Connection;
+use crate::verdict;
+use crate::volume::{Ask, Handle, Learned};
+use crate::words::with_causes;
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::{AskMembers, Fence, Hello, Member, Members, Refused};
+use std::time::Duration;
+
+/// How long others may take to say whether whoever greets was removed. A greeting waits for it.
+const HEARSAY_TIME: Duration = Duration::from_secs(1);
+
+/// A greeting that was listened to.
+pub(super) struct Heard {
+    connection: Connection,
+    fence: Fence,
+}
+
+impl Supervisor {
+    /// Removes a host from a volume, or says what that would do.
+    pub(super) async fn remove_peer(
+        &self,
+        volume: Name,
+        peer: Name,
+        request: RemovePeerRequest,
+    ) -> Result<PeerRemoval, Failure> {
+        let removed = self.peer_of(&volume, &peer).await?;
+        let status = self.one_status(&volume).await?;
+        if let Some(text) = objection(&status, &removed).filter(|_| !request.force) {
+            return Err(refused(text));
+        }
+        if !request.dry_run {
+            self.change_config(&volume, |config| config.remove(removed.host, &self.name, unix_seconds()))
+                .await?;
+            tracing::info!(%volume, %peer, "removed from the volume by the operator");
+        }
+        let others = status.facts.peers.iter().filter(|other| other.name != peer);
+        let (told, untold): (Vec<&PeerStatus>, Vec<&PeerStatus>) = others
+            .partition(|other| status.facts.role == Role::Primary && other.connection == Link::Connected);
+        let names =
+            |peers: Vec<&PeerStatus>| peers.iter().map(|peer| peer.name.to_string()).collect::<Vec<_>>();
+        let (told, untold) = (names(told), names(untold));
+        let verdict = verdict::peer_removal(&volume, &peer, &told, &untold, !request.dry_run);
+        Ok(PeerRemoval {
+            schema: PEER_REMOVAL_SCHEMA.to_owned(),
+            volume,
+            peer,
+            done: !request.dry_run,
+            told,
+            untold,
+            verdict,
+        })
+    }
+
+    /// Leaves hosts that are peers of a volume no more. A connection that no other volume shares ends.
+    pub(super) async fn part(&self, handle: &Handle, hosts: Vec<HostId>) {
+        for host in &hosts {
+            // No answer means that the volume's thread has ended, and its sessions with it.
+            let _ = handle.answer(|answer| Ask::Part(*host, answer)).await;
+            if !self.knows(*host).await {
+                self.peers.disconnect(*host);
+            }
+        }
+        if !hosts.is_empty() {
+            self.parted.send_replace(());
+        }
+    }
+
+    /// Who the volume's hosts are, for one of them, or for one that was removed.
+    pub(super) async fn tell_members(&self, ask: AskMembers, asker: HostId) -> Result<Members, Refused> {
+        let config = self.config_of(ask.volume).await.ok_or_else(super::admission::unknown_volume)?;
+        if let Some(removal) = config.told_removal_of(asker) {
+            return Ok(Members { members: Vec::new(), removed: vec![removal] });
+        }
+        if config.peers.iter().all(|peer| peer.host != asker) {
+            return Err(super::incoming::unknown_key(&config, asker));
+        }
+        Ok(self.members_of(&config))
+    }
+
+    /// Every host of a volume, this one first, and those that were removed.
+    pub(super) fn members_of(&self, config: &VolumeConfig) -> Members {
+        let own = Member { version: config.version, ..self.own_member() };
+        let members = std::iter::once(own).chain(config.members()).collect();
+        Members { members, removed: config.removals().collect() }
+    }
+
+    /// Before a host is listened to that greets over a new connection or with a new fence: hears from all others that can
+    /// be reached whether it was removed while this host was away. Says whether it is a member.
+    pub(super) async fn may_be_heard(
+        &self,
+        config: &VolumeConfig,
+        hello: &Hello,
+        connection: &Connection,
+    ) -> bool {
+        let (volume, peer) = (config.id, connection.peer());
+        let is_known = |heard: &Heard| heard.fence == hello.fence && heard.connection.is_same(connection);
+        if self.heard.lock().await.get(&(volume, peer)).is_some_and(is_known) {
+            return true;
+        }
+        let others: Vec<PeerConfig> =
+            config.peers.iter().filter(|other| other.host != peer).cloned().collect();
+        let removals = standing::ask_removals(&self.peers, volume, others, HEARSAY_TIME).await;
+        if let Err(failure) = self.learn(&config.name, Learned::Removals(removals)).await {
+            tracing::warn!(volume = %config.name, "{}", with_causes(&failure));
+        }
+        let config = self.config_of(volume).await;
+        let is_member = config.is_some_and(|config| config.peers.iter().any(|known| known.host == peer));
+        if is_member {
+            let heard = Heard { connection: connection.clone(), fence: hello.fence };
+            self.heard.lock().await.insert((volume, peer), heard);
+        }
+        is_member
+    }
+}
+
+/// Why a host is not removed here and now, unless the operator insists.
+fn objection(status: &VolumeStatus, removed: &PeerConfig) -> Option<String> {
+    let (facts, name, host) = (&status.facts, &status.facts.name, &removed.name);
+    if facts.role == Role::Replica {
+        let primary = facts.peers.iter().find(|peer| peer.role == Role::Primary);
+        let primary = primary.filter(|primary| primary.connection == Link::Connected)?;
+        return Some(match primary.name == *host {
+            true => format!(
+                "{host} is the primary of {name} and writes to this host: switch or promote first; --force removes it \
+                 all the same, and nobody is the primary then"
+            ),
+            false => format!(
+                "{} is the primary of {name}; there: blockmirror remove-peer {name} {host}; --force removes it here all \
+                 the same, and the others hear of it from this host",
+                primary.name
+            ),
+        });
+    }
+    let (last, others): (Vec<&PeerStatus>, Vec<&PeerStatus>) =
+        facts.peers.iter().filter(|peer| verdict::is_in_sync(peer)).partition(|peer| peer.name == *host);
+    let is_last = !last.is_empty() && others.is_empty();
+    is_last.then(|| {
+        format!(
+            "{host} is the only replica of {name} that is in sync: without it this host has the only copy; let another \
+             one join first, or remove it all the same with --force"
+        )
+    })
+}

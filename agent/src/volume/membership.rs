@@ -1,0 +1,90 @@
+//! Who the volume's hosts are, kept up to date (X3): a host that was removed is left, and nothing is kept for it; and other
+//! hosts are asked about removals when one is met again, and as long as no primary writes to this replica, which may have
+//! been removed while it was away.
+
+use super::changes::Event;
+use super::{Learned, OpenRole, Volume};
+use crate::config::PeerConfig;
+use crate::standing;
+use crate::words::with_causes;
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::{Refusal, Refused};
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::task::spawn_local;
+
+/// How long others may take to say who the volume's hosts are.
+const ANSWER_TIME: Duration = Duration::from_secs(3);
+/// How often a replica that no primary writes to asks.
+const ASK_TIME: Duration = Duration::from_secs(5);
+
+impl Volume {
+    /// A host is a peer no more: its sessions and recoveries end, and nothing is kept for it.
+    pub(super) fn part(&mut self, host: HostId, answer: oneshot::Sender<()>) {
+        let text = "this host was removed from the volume".to_owned();
+        self.end_recoveries(Some(host), &Refused { refusal: Refusal::UnknownKey, text });
+        match &mut self.role {
+            OpenRole::Primary(primary, links) => {
+                // Whoever asked may be gone; nothing depends on it.
+                let Some(link) = links.remove(&host) else { return answer.send(()).unwrap_or_default() };
+                link.part();
+                if let Err(error) = primary.remove_peer(host) {
+                    tracing::warn!("{}", with_causes(&error));
+                }
+                if links.len() == 1 {
+                    // The one that is left keeps no activity log any more (D5).
+                    links.values().for_each(|link| link.greet_anew());
+                }
+                spawn_local(async move {
+                    link.ended().await;
+                    answer.send(()).unwrap_or_default();
+                });
+            }
+            OpenRole::Replica(replica) => {
+                if replica.greeter() == Some(host) {
+                    replica.disconnect();
+                }
+                answer.send(()).unwrap_or_default();
+            }
+            // It is opened, or goes on, without that host.
+            OpenRole::Closed(_) | OpenRole::Changing(_) => answer.send(()).unwrap_or_default(),
+        }
+    }
+
+    /// Asks one other host, or all of them, which hosts were removed.
+    pub(super) fn ask_members(&self, host: Option<HostId>) {
+        let config = self.config.borrow();
+        let asked: Vec<PeerConfig> =
+            config.peers.iter().filter(|peer| host.is_none_or(|host| peer.host == host)).cloned().collect();
+        let (name, id) = (config.name.clone(), config.id);
+        let (peers, learned) = (self.surroundings.peers.clone(), self.surroundings.learned.clone());
+        spawn_local(async move {
+            let removals = standing::ask_removals(&peers, id, asked, ANSWER_TIME).await;
+            if !removals.is_empty() {
+                // The supervisor is there as long as a volume is.
+                drop(learned.send((name, Learned::Removals(removals))));
+            }
+        });
+    }
+
+    /// On a replica that no primary writes to: asks all others in a while, and again as long as that is so.
+    pub(super) fn ask_members_later(&mut self) {
+        if std::mem::replace(&mut self.asks_members, true) {
+            return;
+        }
+        let events = self.events.clone();
+        spawn_local(async move {
+            tokio::time::sleep(ASK_TIME).await;
+            drop(events.send(Event::IsAlone));
+        });
+    }
+
+    /// Looks whether a replica is still alone.
+    pub(super) fn look_whether_alone(&mut self) {
+        self.asks_members = false;
+        if matches!(&self.role, OpenRole::Replica(replica) if !replica.report().connected) {
+            self.ask_members(None);
+            self.ask_members_later();
+        }
+    }
+}
