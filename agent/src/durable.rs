@@ -2,7 +2,7 @@
 //!
 //! The new content goes to a file beside the old one, is made durable, and takes the name in one step; the folder is
 //! synced last, so that success means the name is durable too. A crash may leave the file beside, which the next
-//! write overwrites. Files are readable by their owner alone: what is kept this way is secret.
+//! write removes. Files are readable by their owner alone: what is kept this way is secret.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -47,7 +47,10 @@ fn write_beside(path: &Path, content: &[u8]) -> io::Result<PathBuf> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(format!(".new-{}", std::process::id()));
     let beside = path.with_file_name(name);
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+    // Whatever is there, left by a crash or put there by somebody who may write to the folder, is neither followed nor
+    // written to.
+    remove(&beside)?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
     file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
     file.write_all(content)?;
     file.sync_all()?;
@@ -72,6 +75,21 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"second");
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn a_link_that_somebody_put_beside_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, other) = (folder.path().join("file"), folder.path().join("other"));
+        std::fs::write(&other, b"of somebody else").unwrap();
+        let beside = folder.path().join(format!("file.new-{}", std::process::id()));
+        std::os::unix::fs::symlink(&other, &beside).unwrap();
+        replace(&path, b"secret").unwrap();
+        assert_eq!(std::fs::read(&other).unwrap(), b"of somebody else");
+        assert_eq!(std::fs::read(&path).unwrap(), b"secret");
+        std::fs::hard_link(&other, &beside).unwrap();
+        replace(&path, b"another").unwrap();
+        assert_eq!(std::fs::read(&other).unwrap(), b"of somebody else");
     }
 
     #[test]

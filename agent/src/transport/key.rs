@@ -12,8 +12,8 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::CertifiedKey;
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -59,6 +59,14 @@ pub enum KeyError {
         /// What the parser met.
         source: pem::Error,
     },
+    /// The key belongs to another user, who can change it.
+    #[error("{path} belongs to the user {owner}, who could put another key there: chown root {path}", path = path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
     /// The key is of a kind that cannot sign a handshake, or none could be made.
     #[error("cannot make use of the host's key")]
     Cryptography(#[source] rustls::Error),
@@ -98,11 +106,19 @@ impl HostKey {
     /// [`KeyError`] when the file cannot be read, may be read by others, or holds no key.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
         let unreadable = |source| KeyError::Io { operation: "read", path: path.to_owned(), source };
-        let mode = std::fs::metadata(path).map_err(unreadable)?.permissions().mode() & 0o777;
+        // What is looked at is what is read.
+        let mut file = std::fs::File::open(path).map_err(unreadable)?;
+        let metadata = file.metadata().map_err(unreadable)?;
+        let mode = metadata.permissions().mode() & 0o777;
         if mode & 0o077 != 0 {
             return Err(KeyError::Exposed { path: path.to_owned(), mode });
         }
-        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        let (owner, own) = (metadata.uid(), rustix::process::geteuid().as_raw());
+        if owner != own && owner != 0 {
+            return Err(KeyError::Foreign { path: path.to_owned(), owner });
+        }
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(unreadable)?;
         Self::from_pem(&text, path)
     }
 
@@ -245,6 +261,18 @@ mod tests {
         assert_eq!(key.id().to_string(), "a1e9156054e04fac899ae9f275132cdc07a5dbc4ea2c2ad3a1ffc6e0d253681f");
         let der = PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes()).unwrap();
         assert_eq!(to_pem(der.secret_pkcs8_der()), text);
+    }
+
+    #[test]
+    fn a_key_of_another_user_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        HostKey::load_or_create(folder.path()).unwrap();
+        let path = folder.path().join(FILE_NAME);
+        if std::os::unix::fs::chown(&path, Some(12345), None).is_err() {
+            return eprintln!("skipped: needs root");
+        }
+        let error = HostKey::load(&path).unwrap_err();
+        assert!(matches!(error, KeyError::Foreign { owner: 12345, .. }), "{error:?}");
     }
 
     #[test]
