@@ -26,6 +26,7 @@ use instances::Instances;
 use membership::Heard;
 pub use operations::Operator;
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -209,11 +210,19 @@ impl Supervisor {
         let name = config.name.clone();
         let (handle, opened) = Handle::start(config.clone(), surroundings)
             .map_err(|error| failed(format!("no thread can be had for the volume: {error}")))?;
-        self.volumes
-            .lock()
-            .await
+        let mut volumes = self.volumes.lock().await;
+        volumes
             .insert(name, Entry { config, handle: Arc::new(handle), standings: Arc::new(Semaphore::new(1)) });
+        self.keep_room(&volumes);
         Ok(opened)
+    }
+
+    /// Keeps room for the handshakes of the volumes' hosts, as far as they are known by address.
+    fn keep_room(&self, volumes: &BTreeMap<Name, Entry>) {
+        let peers = volumes.values().flat_map(|entry| &entry.config.peers);
+        let addresses = peers.flat_map(|peer| &peer.addresses);
+        let parsed = addresses.filter_map(|address| address.as_str().parse::<SocketAddr>().ok());
+        self.endpoint.keep_room_for(parsed.map(|address| address.ip().to_canonical()).collect());
     }
 
     fn state_folder(&self, name: &Name) -> PathBuf {
@@ -304,6 +313,7 @@ impl Supervisor {
             let is_left = |peer: &&PeerConfig| entry.config.peers.iter().all(|kept| kept.host != peer.host);
             let left: Vec<HostId> = before.peers.iter().filter(is_left).map(|peer| peer.host).collect();
             let handle = entry.handle.clone();
+            self.keep_room(&volumes);
             drop(volumes);
             self.part(&handle, left).await;
         }

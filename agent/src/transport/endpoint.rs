@@ -7,6 +7,7 @@
 
 use super::connection::{CloseReason, Connection};
 use super::dial::{self, ConnectError};
+use super::handshakes::{Handshakes, Origin, Verdict};
 use super::key::HostKey;
 use super::settings::Options;
 use super::socket::{self, ThreadRuntime};
@@ -14,8 +15,9 @@ use super::tls;
 use crate::busy_poll;
 use blockmirror_protocol::units::HostId;
 use quinn::{TransportConfig, VarInt};
+use std::collections::HashSet;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -25,12 +27,6 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{Mutex, Notify, mpsc, watch};
 use tokio::task::{JoinSet, LocalSet, spawn_local};
 use tokio::time::timeout;
-
-/// How many handshakes are under way at a time; more are refused.
-const HANDSHAKES: usize = 128;
-/// From so many on, whoever dials must first prove to receive what is sent to its address: forged ones must not take all
-/// the room.
-const UNPROVEN_HANDSHAKES: usize = 32;
 
 /// How many connections wait for [`Endpoint::accept`].
 const ACCEPTED: usize = 64;
@@ -51,11 +47,15 @@ struct Inner {
     handle: Handle,
     local_address: SocketAddr,
     accepted: Mutex<mpsc::Receiver<Connection>>,
+    known: Known,
     guests: mpsc::UnboundedSender<Guest>,
     taken: Arc<AtomicBool>,
     stop: Arc<Notify>,
     stopped: watch::Receiver<bool>,
 }
+
+/// The addresses of known hosts.
+type Known = Arc<std::sync::Mutex<HashSet<IpAddr>>>;
 
 /// Work that is not the transport's and is done on its thread.
 type Guest = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send>;
@@ -143,10 +143,12 @@ impl Endpoint {
         let (guests, guests_receiver) = mpsc::unbounded_channel();
         let (stopped, stopped_receiver) = watch::channel(false);
         let stop = Arc::new(Notify::new());
+        let known = Known::default();
         let thread = Thread {
             runtime,
             quic: quic.clone(),
             accepted,
+            known: known.clone(),
             guests: guests_receiver,
             stop: stop.clone(),
             stopped,
@@ -164,8 +166,8 @@ impl Endpoint {
         });
         let accepted = Mutex::new(accepted_receiver);
         let stopped = stopped_receiver;
-        let inner =
-            Inner { dialler, handle, local_address, accepted, guests, taken: Arc::default(), stop, stopped };
+        let taken = Arc::default();
+        let inner = Inner { dialler, handle, local_address, accepted, known, guests, taken, stop, stopped };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -193,6 +195,14 @@ impl Endpoint {
             Some(Ok(outcome)) => outcome,
             Some(Err(_)) | None => Err(ConnectError::ShuttingDown(expected)),
         }
+    }
+
+    /// From where known hosts dial: room for their handshakes is kept free, whoever else dials.
+    ///
+    /// # Panics
+    /// Never: no holder of the lock does.
+    pub fn keep_room_for(&self, addresses: HashSet<IpAddr>) {
+        *self.inner.known.lock().expect("no holder of the lock panics") = addresses;
     }
 
     /// Waits for the next host that has connected. Nothing comes any more once the endpoint is closed. Cancel-safe.
@@ -282,6 +292,7 @@ struct Thread {
     runtime: ThreadsOwn,
     quic: quinn::Endpoint,
     accepted: mpsc::Sender<Connection>,
+    known: Known,
     guests: mpsc::UnboundedReceiver<Guest>,
     stop: Arc<Notify>,
     stopped: watch::Sender<bool>,
@@ -290,12 +301,12 @@ struct Thread {
 
 impl Thread {
     fn run(self) {
-        let Self { runtime, quic, accepted, guests, stop, stopped, handshake_timeout } = self;
+        let Self { runtime, quic, accepted, known, guests, stop, stopped, handshake_timeout } = self;
         let local = LocalSet::new();
         let serve = local.run_until(async {
             spawn_local(busy_poll::stay_awake());
             tokio::select! {
-                () = accept_all(&quic, accepted, handshake_timeout) => {}
+                () = accept_all(&quic, accepted, &known, handshake_timeout) => {}
                 () = take_in(guests) => {}
                 () = stop.notified() => {}
             }
@@ -321,20 +332,37 @@ async fn take_in(mut guests: mpsc::UnboundedReceiver<Guest>) {
     std::future::pending().await
 }
 
-async fn accept_all(quic: &quinn::Endpoint, accepted: mpsc::Sender<Connection>, limit: Duration) {
-    let mut handshakes = JoinSet::new();
+async fn accept_all(
+    quic: &quinn::Endpoint,
+    accepted: mpsc::Sender<Connection>,
+    known: &Known,
+    limit: Duration,
+) {
+    let mut tasks = JoinSet::new();
+    let mut handshakes = Handshakes::default();
     loop {
         tokio::select! {
-            incoming = quic.accept() => match incoming {
-                None => return,
-                Some(incoming) if handshakes.len() >= HANDSHAKES => incoming.refuse(),
-                Some(incoming) if handshakes.len() >= UNPROVEN_HANDSHAKES && incoming.may_retry() => {
+            incoming = quic.accept() => {
+                let Some(incoming) = incoming else { return };
+                let address = incoming.remote_address().ip();
+                let origin = Origin::new(address, &known.lock().expect("no holder of the lock panics"));
+                match handshakes.judge(origin, incoming.may_retry()) {
+                    Verdict::Refuse => incoming.refuse(),
                     // It may, so there is no error.
-                    let _ = incoming.retry();
+                    Verdict::Prove => drop(incoming.retry()),
+                    Verdict::Take => {
+                        handshakes.begin(origin);
+                        let shake = shake_hands(incoming, accepted.clone(), limit);
+                        tasks.spawn(async move {
+                            shake.await;
+                            origin
+                        });
+                    }
                 }
-                Some(incoming) => drop(handshakes.spawn(shake_hands(incoming, accepted.clone(), limit))),
-            },
-            Some(_) = handshakes.join_next() => {}
+            }
+            Some(ended) = tasks.join_next() => {
+                handshakes.end(ended.expect("a handshake neither panics nor is cancelled"));
+            }
         }
     }
 }

@@ -19,6 +19,7 @@ mod dial;
 mod endpoint;
 mod error;
 mod frames;
+mod handshakes;
 pub mod key;
 mod limit;
 pub mod packing;

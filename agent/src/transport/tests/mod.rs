@@ -3,6 +3,7 @@
 mod endings;
 mod misbehaviour;
 mod reaching;
+mod stalls;
 mod streams;
 
 use super::*;

@@ -1,0 +1,65 @@
+//! Strangers who begin handshakes and don't go on.
+
+use super::*;
+use std::collections::HashSet;
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::task::JoinSet;
+
+/// Longer than any test.
+const LONG: Duration = Duration::from_secs(600);
+
+/// Whether a packet asks whoever dials to prove its address (RFC 9000, 17.2.5).
+fn is_retry(packet: &[u8]) -> bool {
+    packet[0] & 0xf0 == 0xf0
+}
+
+/// Hands packets of one handshake on, from an address of its own, until its address is proved and something is answered:
+/// then it is under way, or refused, and nothing goes on.
+async fn begin_and_stall(from: String, to: SocketAddr, front: UdpSocket, answered: UnboundedSender<()>) {
+    let back = UdpSocket::bind(from).await.unwrap();
+    back.connect(to).await.unwrap();
+    let (mut one, mut other) = ([0; 2048], [0; 2048]);
+    let mut dialler = None;
+    loop {
+        tokio::select! {
+            received = front.recv_from(&mut one) => {
+                let (length, address) = received.unwrap();
+                dialler = Some(address);
+                back.send(&one[..length]).await.unwrap();
+            }
+            received = back.recv(&mut other) => {
+                let packet = &other[..received.unwrap()];
+                if is_retry(packet) {
+                    front.send_to(packet, dialler.expect("it has dialled")).await.unwrap();
+                } else {
+                    answered.send(()).unwrap();
+                    return std::future::pending().await;
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_known_host_connects_while_strangers_stall_as_many_handshakes_as_there_are() {
+    let options = Options { idle_timeout: LONG, connect_timeout: LONG, ..Options::default() };
+    let (acceptor, stranger) = (endpoint(&options), endpoint(&options));
+    acceptor.keep_room_for(HashSet::from([[127, 0, 0, 1].into()]));
+    let (answered, mut answers) = unbounded_channel();
+    let mut stalled = JoinSet::new();
+    // One network after the other, more than there is room for in all.
+    for number in 0..160 {
+        let front = UdpSocket::bind(LOOPBACK).await.unwrap();
+        let addresses = [front.local_addr().unwrap().to_string()];
+        let from = format!("127.0.0.{}:0", 2 + number / 16);
+        stalled.spawn(begin_and_stall(from, acceptor.local_address(), front, answered.clone()));
+        let (stranger, id) = (stranger.clone(), acceptor.id());
+        stalled.spawn(async move { drop(stranger.connect(&addresses, id).await) });
+        answers.recv().await.unwrap();
+    }
+    let member = endpoint(&Options::default());
+    let connection = member.connect(&[address_of(&acceptor)], acceptor.id()).await.unwrap();
+    assert_eq!(connection.peer(), acceptor.id());
+    assert_eq!(acceptor.accept().await.unwrap().peer(), member.id());
+}
