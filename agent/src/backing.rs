@@ -7,13 +7,17 @@
 //! and from whom; an operator who made a true copy himself removes it. Either way the volume is told that the content
 //! is not what its maps are relative to.
 //!
+//! A finished recovery also records of what history the content is that it copied: that, and nothing newer, is what the
+//! host claims from then on, whatever it had before its disk was lost (X4, L4).
+//!
 //! The record's first line is the identity of what was served last. A recovery adds, or puts in its place where that is
 //! the target, that the target is being filled, and at the end, that it was: the configuration may be changed to it
 //! then. A disk that has no name of its own, as many virtual ones, is known by where it is plugged in: one that takes its
 //! place there is not told from it.
 
 use crate::durable;
-use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Position, Sequence};
+use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +29,13 @@ const FILE_NAME: &str = "backing";
 const RECOVERED: &str = "recovered from ";
 /// What it begins with as long as the recovery is not complete.
 const RECOVERING: &str = "being recovered from ";
+/// What stands between the source and what its copy was; earlier releases did not say that.
+const HOLDING: &str = " holding ";
+/// What its copy was where it was no legal image of the volume.
+const MIXTURE: &str = "a mixture";
+/// What stands between the position of its content and its generations, and between these.
+const OF: &str = " of ";
+const AND: &str = ",";
 /// What stands between the source and the target's identity.
 const INTO: &str = " into ";
 /// What the identity of a disk begins with that has no name.
@@ -87,9 +98,63 @@ pub enum Match {
     Adopted {
         /// What is to be recorded.
         identity: String,
-        /// The host whose copy it was recovered from.
-        source: Option<HostId>,
+        /// The recovery that filled it; nothing where it is new, or the operator says that it is a true copy.
+        recovered: Option<Recovered>,
     },
+}
+
+/// A recovery that is complete.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Recovered {
+    /// The host whose copy was recovered.
+    pub source: HostId,
+    /// What that was; nothing where an earlier release recovered it.
+    pub content: Option<Content>,
+}
+
+/// What a copy was that was recovered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Content {
+    /// A mixture of old and new, taken all the same: it is no history's.
+    Mixture,
+    /// A legal image of the volume.
+    Image {
+        /// The last epoch that is in it.
+        position: Position,
+        /// The copy's generations, newest first.
+        lineage: Vec<GenerationId>,
+    },
+}
+
+impl fmt::Display for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mixture => f.write_str(MIXTURE),
+            Self::Image { position: Position { generation, epoch, sequence }, lineage } => {
+                let lineage: Vec<String> = lineage.iter().map(ToString::to_string).collect();
+                write!(f, "{generation}/{}/{}{OF}{}", epoch.0, sequence.0, lineage.join(AND))
+            }
+        }
+    }
+}
+
+impl Content {
+    /// Reads what [`fmt::Display`] wrote.
+    fn parse(text: &str) -> Option<Self> {
+        if text == MIXTURE {
+            return Some(Self::Mixture);
+        }
+        let (position, lineage) = text.split_once(OF)?;
+        let mut parts = position.split('/');
+        let position = Position {
+            generation: GenerationId::from_hex(parts.next()?).ok()?,
+            epoch: Epoch(parts.next()?.parse().ok()?),
+            sequence: Sequence(parts.next()?.parse().ok()?),
+        };
+        let lineage = lineage.split(AND).filter(|text| !text.is_empty());
+        let lineage = lineage.map(|text| GenerationId::from_hex(text).ok()).collect::<Option<_>>()?;
+        Some(Self::Image { position, lineage })
+    }
 }
 
 /// Compares a backing with the record.
@@ -102,7 +167,7 @@ pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingErro
     let recorded = match std::fs::read_to_string(&record) {
         Ok(recorded) => recorded.trim().to_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok(Match::Adopted { identity: found, source: None });
+            return Ok(Match::Adopted { identity: found, recovered: None });
         }
         Err(error) => return Err(io_error("read", &record)(error)),
     };
@@ -110,8 +175,8 @@ pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingErro
     if lines().any(|line| line.starts_with(RECOVERING) && is_into(line, &found)) {
         return Err(BackingError::HalfRecovered { path: backing.to_owned(), record });
     }
-    if let Some(source) = lines().filter(|line| is_into(line, &found)).find_map(source_of) {
-        return Ok(Match::Adopted { identity: found, source: HostId::from_hex(source).ok() });
+    if let Some(recovered) = lines().filter(|line| is_into(line, &found)).find_map(recovered) {
+        return Ok(Match::Adopted { identity: found, recovered: Some(recovered) });
     }
     let expected = lines().next().unwrap_or_default().to_owned();
     if expected == found {
@@ -129,10 +194,13 @@ fn is_into(line: &str, identity: &str) -> bool {
         && line.split_once(INTO).is_none_or(|(_, target)| target == identity)
 }
 
-/// Whom the content of a finished recovery is from.
-fn source_of(line: &str) -> Option<&str> {
+/// Whom the content of a finished recovery is from, and what it is. What can't be read of that is not known.
+fn recovered(line: &str) -> Option<Recovered> {
     let rest = line.strip_prefix(RECOVERED)?;
-    Some(rest.split_once(INTO).map_or(rest, |(source, _)| source))
+    let from = rest.split_once(INTO).map_or(rest, |(from, _)| from);
+    let (source, content) = from.split_once(HOLDING).unwrap_or((from, ""));
+    let source = HostId::from_hex(source).unwrap_or_default();
+    Some(Recovered { source, content: Content::parse(content) })
 }
 
 /// Whether a file or disk is one that the record names. One that can't be looked at is none.
@@ -182,8 +250,13 @@ pub fn record_recovery_begun(state_folder: &Path, target: &Path, source: HostId)
 ///
 /// # Errors
 /// [`BackingError::Io`] when the record can't be read or written, or the target not looked at.
-pub fn record_recovery(state_folder: &Path, target: &Path, source: HostId) -> Result<(), BackingError> {
-    record_recovering(state_folder, target, &format!("{RECOVERED}{source}{INTO}"))
+pub fn record_recovery(
+    state_folder: &Path,
+    target: &Path,
+    source: HostId,
+    content: &Content,
+) -> Result<(), BackingError> {
+    record_recovering(state_folder, target, &format!("{RECOVERED}{source}{HOLDING}{content}{INTO}"))
 }
 
 /// Puts a line about the target in the place of whatever the record says of it.
@@ -291,7 +364,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let backing = folder.path().join("image");
         std::fs::write(&backing, [0; 512]).unwrap();
-        let Match::Adopted { identity, source: None } = compare(folder.path(), &backing).unwrap() else {
+        let Match::Adopted { identity, recovered: None } = compare(folder.path(), &backing).unwrap() else {
             panic!("nothing is on record yet");
         };
         record(folder.path(), &identity).unwrap();
@@ -309,11 +382,12 @@ mod tests {
             let half = compare(folder.path(), &backing);
             assert!(matches!(half, Err(BackingError::HalfRecovered { .. })), "{half:?}");
             assert_eq!(compare(folder.path(), &moved).unwrap(), Match::Same, "it was not written to");
-            record_recovery(folder.path(), &backing, HostId([source; 32])).unwrap();
-            let source = Some(HostId([source; 32]));
+            let source = HostId([source; 32]);
+            record_recovery(folder.path(), &backing, source, &Content::Mixture).unwrap();
+            let recovered = Some(Recovered { source, content: Some(Content::Mixture) });
             assert_eq!(
                 compare(folder.path(), &backing).unwrap(),
-                Match::Adopted { identity: super::identity(&backing).unwrap(), source }
+                Match::Adopted { identity: super::identity(&backing).unwrap(), recovered }
             );
             assert_eq!(compare(folder.path(), &moved).unwrap(), Match::Same);
             assert_eq!(std::fs::read_to_string(&record_path).unwrap().lines().count(), 2);
@@ -336,14 +410,41 @@ mod tests {
         let backing = folder.path().join("image");
         std::fs::write(&backing, [0; 512]).unwrap();
         record(folder.path(), &format!("{RECOVERED}{}", HostId([8; 32]))).unwrap();
-        let adopted = compare(folder.path(), &backing);
-        assert!(matches!(adopted, Ok(Match::Adopted { source: Some(HostId([8, ..])), .. })), "{adopted:?}");
+        let recovered = |source| {
+            let Ok(Match::Adopted { recovered, .. }) = compare(folder.path(), &backing) else {
+                panic!("it was recovered into");
+            };
+            assert_eq!(recovered.as_ref().map(|recovered| recovered.source), Some(HostId([source; 32])));
+            recovered.unwrap().content
+        };
+        assert_eq!(recovered(8), None);
+        record(
+            folder.path(),
+            &format!("{RECOVERED}{}{INTO}{}", HostId([8; 32]), identity(&backing).unwrap()),
+        )
+        .unwrap();
+        assert_eq!(recovered(8), None);
         record(folder.path(), &format!("{RECOVERING}{}", HostId([8; 32]))).unwrap();
         let half = compare(folder.path(), &backing);
         assert!(matches!(half, Err(BackingError::HalfRecovered { .. })), "{half:?}");
-        record_recovery(folder.path(), &backing, HostId([7; 32])).unwrap();
-        let adopted = compare(folder.path(), &backing);
-        assert!(matches!(adopted, Ok(Match::Adopted { source: Some(HostId([7, ..])), .. })), "{adopted:?}");
+        record_recovery(folder.path(), &backing, HostId([7; 32]), &Content::Mixture).unwrap();
+        assert_eq!(recovered(7), Some(Content::Mixture));
+        // What can't be read says nothing.
+        let damaged = format!("{RECOVERED}{}{HOLDING}x/1/2{OF}{INTO}", HostId([8; 32]));
+        record(folder.path(), &format!("{damaged}{}", identity(&backing).unwrap())).unwrap();
+        assert_eq!(recovered(8), None);
+    }
+
+    #[test]
+    fn what_was_recovered_is_read_back_as_it_was_recorded() {
+        let generation = |byte| GenerationId([byte; 16]);
+        let position = Position { generation: generation(1), epoch: Epoch(1 << 41), sequence: Sequence(7) };
+        for lineage in [vec![], vec![generation(1)], vec![generation(1), generation(0xab)]] {
+            let content = Content::Image { position, lineage };
+            assert_eq!(Content::parse(&content.to_string()), Some(content));
+        }
+        assert_eq!(Content::parse(&Content::Mixture.to_string()), Some(Content::Mixture));
+        assert_eq!(Content::parse(""), None);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The hands of Blockmirror: opens things, waits, moves bytes, reports. The rules are in `blockmirror_protocol`.
 
 pub mod absence;
+pub mod adoption;
 pub mod backing;
 pub mod buffer;
 pub mod busy_poll;

@@ -173,6 +173,18 @@ impl State {
         }
     }
 
+    /// Writes a record that any block may differ, durably, before the volume is opened in a role.
+    ///
+    /// # Errors
+    /// [`StateError`] when the log can't be read or written.
+    pub async fn log_everything(&self) -> Result<(), StateError> {
+        let (activity_log::Recovered::Active { serial, .. } | activity_log::Recovered::Unsure { serial }) =
+            self.recover_log().await?;
+        let record = activity_log::encode_everything(serial + 1);
+        let offset = activity_log::record_offset(serial + 1);
+        Ok(storage::write(&*self.storage, &self.log_file, offset, self.page(&record), true).await?)
+    }
+
     /// The file of the activity log, for its records.
     #[must_use]
     pub fn log_file(&self) -> &Rc<File> {

@@ -12,6 +12,30 @@ pub(crate) const RUN_BITS: u32 = 40;
 /// No host misses more runs of primaries than this: an epoch further ahead is a mistake or a lie.
 const RUN_STEP: u64 = 1 << 16;
 
+/// Where what a primary holds of a generation ends, where that may be before the generation did: its content was
+/// recovered from a copy that lacked what came after, or it was set back to what it was before (X4). Nothing is
+/// known where no generation is named.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+pub struct End {
+    /// The generation.
+    pub generation: GenerationId,
+    /// The first epoch of it that is not in this host's content.
+    pub epoch: Epoch,
+    /// The first epoch that is again: that of the first run that began with this content. 0 as long as none has.
+    pub until: Epoch,
+}
+
+impl End {
+    /// Whether a copy with this lineage and at this position has what the content that ends here lacks.
+    #[must_use]
+    pub fn lacks(&self, lineage: &[GenerationId], position: Position) -> bool {
+        !self.generation.is_none()
+            && lineage.first() == Some(&self.generation)
+            && position.generation == self.generation
+            && (self.epoch..self.until).contains(&position.epoch)
+    }
+}
+
 /// How two lineages stand to each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Relation {
@@ -125,6 +149,31 @@ mod tests {
             ("", "", Relation::Unrelated),
         ] {
             assert_eq!(relation(&lineage(mine), &lineage(theirs)), expected, "{mine} {theirs}");
+        }
+    }
+
+    #[test]
+    fn a_content_lacks_what_came_after_its_end_and_before_its_own_first_run() {
+        let end = End { generation: GenerationId([b'b'; 16]), epoch: Epoch(9), until: Epoch(1 << 40) };
+        let position = |byte, epoch| Position {
+            generation: GenerationId([byte; 16]),
+            epoch: Epoch(epoch),
+            sequence: Sequence(0),
+        };
+        for (end, theirs, position, lacks) in [
+            (end, "ba", position(b'b', 9), true),
+            (end, "ba", position(b'b', 700), true),
+            (end, "ba", position(b'b', 8), false),
+            // It followed since.
+            (end, "ba", position(b'b', 1 << 40), false),
+            (end, "cba", position(b'c', 9), false),
+            // Nothing of the newest generation is durable there.
+            (end, "ba", position(b'a', 10), false),
+            (end, "a", position(b'a', 10), false),
+            (End { until: Epoch(0), ..end }, "ba", position(b'b', 9), false),
+            (End::default(), "", Position::default(), false),
+        ] {
+            assert_eq!(end.lacks(&lineage(theirs), position), lacks, "{end:?} {theirs} {position:?}");
         }
     }
 

@@ -3,7 +3,7 @@
 //! are made elsewhere.
 
 use crate::disk::superblock::{Role, Superblock};
-use crate::lineage::{self, Relation};
+use crate::lineage::{self, End, Relation};
 use crate::units::{GenerationId, HostId, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise, Standing};
 
@@ -77,7 +77,7 @@ impl Candidate {
     /// answered, as far as anybody who can be heard knows.
     #[must_use]
     pub fn objection(&self, others: &[Heard]) -> Option<Objection> {
-        let Superblock { fence, lineage, data, mode, promise, released, .. } = &self.superblock;
+        let Superblock { fence, lineage, data, mode, promise, released, end, .. } = &self.superblock;
         let heard = || others.iter().filter_map(|other| Some((other.host, other.standing.as_ref()?)));
         if let Some((primary, _)) =
             heard().find(|(_, standing)| standing.role == Role::Primary && standing.serves)
@@ -99,7 +99,9 @@ impl Candidate {
         if *released {
             return unheard(silent(false));
         }
-        if let Some((later, _)) = heard().find(|(_, standing)| is_later(standing, lineage, self.position)) {
+        if let Some((later, _)) =
+            heard().find(|(_, standing)| is_later(standing, lineage, self.position, *end))
+        {
             return Some(Objection::Later(later));
         }
         if *data == DataState::Inconsistent {
@@ -160,18 +162,20 @@ pub fn denies(standing: Option<&Standing>, fence: Fence) -> bool {
     of_its_copy.is_some_and(|standing| standing.fence.counter < fence.counter)
 }
 
-/// Whether a host that stands so holds what is newer than `marker` of a copy with these generations.
+/// Whether a host that stands so holds what is newer than `marker` of a copy with these generations, whose content ends
+/// there.
 #[must_use]
-pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Position) -> bool {
+pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Position, end: End) -> bool {
     is_usable(standing)
-        && match lineage::relation(generations, &standing.lineage) {
-            Relation::TheirsIsNewer => true,
-            Relation::Same => {
-                standing.marker != marker
-                    && lineage::later(generations, marker, standing.marker) == standing.marker
-            }
-            Relation::MineIsNewer | Relation::Forked(_) | Relation::Unrelated => false,
-        }
+        && (end.lacks(&standing.lineage, standing.marker)
+            || match lineage::relation(generations, &standing.lineage) {
+                Relation::TheirsIsNewer => true,
+                Relation::Same => {
+                    standing.marker != marker
+                        && lineage::later(generations, marker, standing.marker) == standing.marker
+                }
+                Relation::MineIsNewer | Relation::Forked(_) | Relation::Unrelated => false,
+            })
 }
 
 #[cfg(test)]
@@ -212,6 +216,7 @@ mod tests {
             mode,
             promise,
             released: false,
+            end: End::default(),
         };
         Candidate { own: host(2), superblock, position: position(7), is_connected: false, is_promised: false }
     }
@@ -238,6 +243,7 @@ mod tests {
             silent_milliseconds: 0,
             dirty_bytes: 0,
             began: Vec::new(),
+            end: End::default(),
         }
     }
 

@@ -67,6 +67,7 @@ fn hello_of(primary: &Superblock) -> Hello {
         lineage: primary.lineage.clone(),
         mode: primary.mode,
         members: Vec::new(),
+        end: blockmirror_protocol::lineage::End::default(),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The primary's disk is gone: its content comes back from the replica, and the volume goes on.
 
 use blockmirror_agent::config::ConfigFolder;
+use blockmirror_agent::control::api::{CopyState, PeerState, VolumeState};
 use blockmirror_protocol::disk::recovery::RecoveryState;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{first_difference, noise, stamped};
@@ -252,6 +253,186 @@ fn a_recovery_that_the_volume_cannot_learn_of_leaves_the_backing_as_it_is() {
     let recover = ["recover", "data", "--from", &address, "--to", text(&backing), "--overwrite"];
     mirror.primary.refuse(&recover, 1, &["cannot read"]);
     assert!(fs::read(&backing).expect("the backing") == before, "nothing is lost");
+}
+
+/// A volume on `a` with the replicas `b` and `c`, of which `b` was away while a block was written durably and `c` got it.
+/// `a` was killed since and its disk is gone; `c` is stopped, and `b` runs. Gives what `c` holds.
+fn left_behind(is_noticed: bool) -> (Mirror, Vec<u8>) {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    fill(&mirror, 16 * MIB);
+    mirror.assert_identical();
+    let mut client = mirror.client();
+    if is_noticed {
+        mirror.replicas[0].stop();
+        mirror.wait_until_lost("b");
+    } else {
+        // The block is of the same generation as what `b` has.
+        mirror.replicas[0].link().cut();
+    }
+    for stamp in 1..4 {
+        client.write_durably(3 * MIB, &stamped(stamp)).expect("a write");
+    }
+    let backing = mirror.replicas[1].backing();
+    until("c has what was written", || {
+        let block = fs::read(&backing).expect("the backing")[3 * MIB as usize..][..4096].to_vec();
+        if block == stamped(3) { Ok(()) } else { Err("not yet".to_owned()) }
+    });
+    mirror.wait_for_peer("c", "c has everything", |peer| peer.lag_bytes == Some(0));
+    mirror.primary.kill();
+    until("the killed agent has let go of its backing", || {
+        let file = fs::File::open(mirror.primary.backing()).expect("a backing");
+        file.try_lock().map_err(|error| error.to_string())
+    });
+    fs::remove_file(mirror.primary.backing()).expect("the disk is gone");
+    mirror.replicas[1].stop();
+    if is_noticed {
+        mirror.replicas[0].start();
+    } else {
+        mirror.replicas[0].link().mend();
+        mirror.replicas[0]
+            .wait_until("the primary is gone", |status| status.verdict.contains("is not connected"));
+    }
+    let holds = fs::read(&backing).expect("the backing");
+    (mirror, holds)
+}
+
+/// The arguments of a recovery of the primary's disk from `b`.
+fn from_b(mirror: &Mirror) -> Vec<String> {
+    let (from, to) = (mirror.replica().link().address().to_string(), mirror.primary.backing());
+    ["recover", "data", "--from", &from, "--to", text(&to)].map(str::to_owned).to_vec()
+}
+
+fn recover_from_b(mirror: &Mirror, more: &[&str]) -> String {
+    let arguments = from_b(mirror);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(more.iter().copied()).collect();
+    let said = mirror.primary.tool(&arguments);
+    assert_eq!(said.code, 0, "{said:?}");
+    said.error
+}
+
+fn is_split(mirror: &Mirror, name: &str) {
+    mirror.wait_for_peer(name, "the split is told", |peer| {
+        matches!(peer.state, Some(PeerState::SplitBrain | PeerState::Stranger))
+    });
+}
+
+#[test]
+fn a_primary_that_was_recovered_from_an_older_copy_overwrites_no_newer_one() {
+    // It claimed the newest generation with the content of an older one, and all hosts were told to be in sync.
+    for is_noticed in [true, false] {
+        let (mut mirror, holds) = left_behind(is_noticed);
+        let said = recover_from_b(&mirror, &[]);
+        assert!(said.contains("c did not say how up to date it is"), "{said}");
+        mirror.primary.start();
+        mirror.wait_for_peer("b", "b follows", |peer| peer.state == Some(PeerState::InSync));
+        mirror.client().write_durably(5 * MIB, &stamped(9)).expect("the volume goes on");
+        mirror.replicas[1].start();
+        is_split(&mirror, "c");
+        let c = &mirror.replicas[1];
+        c.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
+        assert!(fs::read(c.backing()).expect("the backing") == holds, "what only c has is kept");
+
+        // The operator decides for what was recovered; what c had can still be brought back.
+        c.succeed(&["resolve", "data", "--keep", "a"]);
+        mirror.assert_identical();
+        assert!(mirror.replicas[1].status().facts.succession.history.is_some());
+    }
+}
+
+#[test]
+fn a_recovered_primary_whose_operator_decides_for_the_newer_copy_gets_it() {
+    let (mut mirror, holds) = left_behind(false);
+    recover_from_b(&mirror, &[]);
+    mirror.primary.start();
+    mirror.replicas[1].start();
+    is_split(&mirror, "c");
+    mirror.primary.succeed(&["demote", "data"]);
+    let c = &mirror.replicas[1];
+    mirror.primary.succeed(&["resolve", "data", "--keep", "c"]);
+    c.succeed(&["promote", "data", "--force"]);
+    // It has followed what was recovered, which is a history of its own by now.
+    mirror.replica().succeed(&["resolve", "data", "--keep", "c"]);
+    c.wait_until("all are in sync", |status| status.state == VolumeState::Healthy);
+    for host in [&mirror.primary, mirror.replica(), c] {
+        assert!(fs::read(host.backing()).expect("the backing") == holds, "{} has it", host.name());
+    }
+}
+
+#[test]
+fn a_recovery_from_a_copy_that_is_not_the_newest_is_refused() {
+    let (mut mirror, holds) = left_behind(true);
+    mirror.replicas[1].start();
+    let arguments = from_b(&mirror);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let c = mirror.replicas[1].link().address().to_string();
+    let advice =
+        format!("c has later content than this peer; recover from it: blockmirror recover data --from {c}");
+    mirror.primary.refuse(&arguments, 5, &[&advice, "--accept-older"]);
+    let backing = mirror.primary.backing();
+    assert!(!backing.exists(), "nothing was begun");
+    mirror.primary.succeed(&["recover", "data", "--from", &c, "--to", text(&backing)]);
+    mirror.primary.start();
+    mirror.assert_identical();
+    assert!(fs::read(&backing).expect("the backing") == holds);
+}
+
+#[test]
+fn what_an_earlier_release_or_a_mixture_filled_is_no_source_for_a_host_with_another_copy() {
+    for (content, is_known) in [("", false), (" holding a mixture", true)] {
+        let (mut mirror, holds) = left_behind(true);
+        recover_from_b(&mirror, &[]);
+        let line = record(&mirror.primary);
+        let (from, rest) = line.split_once(" holding ").expect("what was recovered is on record");
+        let (_, into) = rest.split_once(" into ").expect("the target is on record");
+        fs::write(mirror.primary.state("backing"), format!("{from}{content} into {into}")).expect("a record");
+        mirror.primary.start();
+        mirror.replicas[1].start();
+        is_split(&mirror, "c");
+        assert!(fs::read(mirror.replicas[1].backing()).expect("the backing") == holds);
+        if is_known {
+            // Not even the host that it came from takes it unasked: its copy may be whole by now.
+            is_split(&mirror, "b");
+            for replica in &mirror.replicas {
+                replica.succeed(&["resolve", "data", "--keep", "a"]);
+            }
+            mirror.assert_identical();
+        }
+    }
+}
+
+#[test]
+fn a_replica_that_was_recovered_is_as_good_as_what_it_was_recovered_from() {
+    let (mut mirror, _) = left_behind(true);
+    let (backing, b) = (mirror.replicas[1].backing(), mirror.replicas[0].link().address().to_string());
+    fs::remove_file(&backing).expect("the disk is gone");
+    mirror.replicas[1].succeed(&["recover", "data", "--from", &b, "--to", text(&backing)]);
+    mirror.replicas[1].start();
+    let c = &mirror.replicas[1];
+    assert_eq!(c.status().facts.data, Some(CopyState::Consistent));
+    assert_eq!(c.status().facts.epoch, mirror.replica().status().facts.epoch, "it claims no more");
+    c.succeed(&["promote", "data", "--force"]);
+    let mut client = blockmirror_tests::machines::nbd::Client::connect(&c.socket()).expect("it serves");
+    client.write_durably(7 * MIB, &stamped(5)).expect("a write");
+    until("b follows it", || match first_difference(&c.backing(), &mirror.replica().backing()) {
+        None => Ok(()),
+        Some(at) => Err(format!("they differ at {at}")),
+    });
+}
+
+#[test]
+fn a_token_is_not_used_up_by_a_recovery_that_is_refused() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    fill(&mirror, 16 * MIB);
+    mirror.assert_identical();
+    let (token, target) = (mirror.replica().invite(), mirror.primary.path("other.img"));
+    let recover =
+        ["recover", "data", "--token", &token, "--to", text(&target), "--retry", "0s", "--accept-older"];
+    mirror.primary.refuse(&recover, 5, &["the primary is connected"]);
+    mirror.primary.stop();
+    mirror.replica().wait_until("the primary is gone", |status| status.verdict.contains("is not connected"));
+    mirror.primary.succeed(&recover);
+    assert_eq!(first_difference(&target, &mirror.replica().backing()), None);
+    mirror.primary.refuse(&[&recover[..], &["--overwrite"]].concat(), 1, &["used already"]);
 }
 
 /// Begins a recovery into the backing of a host whose agent is stopped, interrupts it, sees that the volume is not opened

@@ -456,6 +456,7 @@ fn a_refused_greeting_is_not_repeated() {
         fence: Fence { counter: 1, holder: host_id(PRIMARY) },
         lineage,
         members: Vec::new(),
+        end: blockmirror_protocol::lineage::End::default(),
     };
     let mut now = Time::default();
     for attempt in 1..4 {

@@ -11,6 +11,7 @@ use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker, pre_images};
+use blockmirror_protocol::lineage::End;
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Extent, Position};
 use blockmirror_protocol::wire::message::{DataState, Fence};
 use clap::Args;
@@ -123,6 +124,11 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     match superblock.gap {
         0 => page.row("rollback point", "none needed"),
         gap => page.row("rollback point", format!("layer {gap} of pre-images")),
+    }
+    let End { generation, epoch, until } = superblock.end;
+    if !generation.is_none() {
+        let until = if until.0 == 0 { String::new() } else { format!(", and again from {}", until.0) };
+        page.row("content ends", format!("before epoch {} of generation {generation}{until}", epoch.0));
     }
     page.row("layers begun", superblock.layers);
     match superblock.history {

@@ -36,6 +36,7 @@ pub(crate) fn superblock() -> Superblock {
         mode: Mode::Async,
         promise: Promise::None,
         released: false,
+        end: blockmirror_protocol::lineage::End::default(),
     }
 }
 

@@ -28,7 +28,7 @@ use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, WriteFailed};
-use blockmirror_protocol::units::{GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time};
+use blockmirror_protocol::units::{GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
@@ -118,15 +118,7 @@ impl Primary {
     ) -> Result<Rc<Self>, crate::metadata::StateError> {
         let first = lineage::first_epoch_after(state.superblock().position.epoch);
         let epoch = first.ok_or(crate::metadata::StateError::UsedUp)?;
-        state
-            .change_superblock(|superblock| {
-                superblock.position = Position {
-                    generation: superblock.lineage.first().copied().unwrap_or_default(),
-                    epoch,
-                    sequence: Sequence(0),
-                };
-            })
-            .await?;
+        state.change_superblock(|superblock| superblock.begin_run(epoch)).await?;
         let superblock = state.superblock();
         let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
         state.remove_other_maps(&hosts)?;
@@ -336,6 +328,7 @@ impl Primary {
             fence: superblock.fence,
             lineage: self.inner.borrow().tracker.lineage().to_vec(),
             members,
+            end: superblock.end,
         }
     }
 

@@ -59,6 +59,7 @@ impl Fixture {
             block_size: BlockSize::default(),
             data: DataState::Consistent,
             position: Position::default(),
+            lineage: Vec::new(),
         };
         let source = Source::new(faults.clone(), backing, BufferPool::new(16 << 20), info);
         let endpoints = [endpoint(), endpoint()];

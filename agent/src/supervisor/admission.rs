@@ -106,6 +106,22 @@ impl Supervisor {
         })
     }
 
+    /// Whether a host would be let in to recover; a secret is not used up.
+    pub(super) async fn may_ask(
+        &self,
+        config: &VolumeConfig,
+        secret: Option<[u8; 32]>,
+        peer: HostId,
+    ) -> Result<(), Refused> {
+        if self.may_recover(config, peer).await {
+            return Ok(());
+        }
+        match secret {
+            Some(secret) => self.check_secret(&config.name, &Secret(secret)),
+            None => Err(Refused { refusal: Refusal::UnknownKey, text: NO_HOST.to_owned() }),
+        }
+    }
+
     /// Lets a host read for a recovery: one of the volume's, or the bearer of a token. A token is used up only where the
     /// recovery can begin. Without a right to anything, nobody hears which volumes there are.
     pub(super) async fn admit_recovery(

@@ -3,14 +3,15 @@
 
 use super::Supervisor;
 use super::admission::unknown_volume;
-use crate::config::VolumeConfig;
+use crate::config::{PeerConfig, VolumeConfig};
 use crate::standing;
 use crate::transport::{CloseReason, Connection, ControlReceiver, ControlSender, Incoming, ReceiveError};
 use crate::volume::{Ask, HUNG, Service, paused, refuse};
 use crate::words::with_causes;
+use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::{
-    AskStanding, Hello, Message, Recover, Refusal, Refused, Standing, TakeOver,
+    AskOthers, AskStanding, Hello, Message, Other, Others, Recover, Refusal, Refused, Standing, TakeOver,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -21,6 +22,9 @@ const FIRST_MESSAGE_TIME: Duration = Duration::from_secs(10);
 
 /// How long a volume may take to say whether it serves its devices.
 const SERVES_TIME: Duration = Duration::from_secs(1);
+
+/// How long other hosts may take to say how they stand, where that is told on.
+const OTHERS_TIME: Duration = Duration::from_secs(2);
 
 /// How long a key that is not known may stay connected, and how often that is looked at.
 const STRANGER_TIME: Duration = Duration::from_secs(60);
@@ -178,6 +182,10 @@ impl Supervisor {
             Ok(Ok(message @ (Message::ReadContent(_) | Message::AskDigest(_)))) => {
                 self.take_read(message, &connection, sender, receiver).await
             }
+            Ok(Ok(Message::AskOthers(ask))) => match self.others(ask, connection.peer()).await {
+                Ok(others) => return sender.end_with(others, Some(receiver)),
+                Err(no) => Err((no, sender)),
+            },
             Ok(Ok(Message::AskStanding(ask))) => match self.stand(ask, connection.peer()).await {
                 Ok(standing) => return sender.end_with(standing, Some(receiver)),
                 Err(no) => Err((no, sender)),
@@ -239,6 +247,10 @@ impl Supervisor {
         if !is_member(&config, asker) {
             return Err(unknown_key(&config, asker));
         }
+        self.own_standing(config, asker).await
+    }
+
+    async fn own_standing(&self, config: VolumeConfig, asker: HostId) -> Result<Standing, Refused> {
         let (handle, standings) = {
             let volumes = self.volumes.lock().await;
             let entry = volumes.get(&config.name).ok_or_else(unknown_volume)?;
@@ -271,6 +283,28 @@ impl Supervisor {
             let text = "the volume's state can't be read here; see `blockmirror status`".to_owned();
             Refused { refusal: Refusal::Backing, text }
         })
+    }
+
+    /// How all hosts of a volume stand, for one that would recover it.
+    async fn others(&self, ask: AskOthers, asker: HostId) -> Result<Others, Refused> {
+        let config = self.config_called(&ask.name).await.ok_or_else(unknown_volume)?;
+        self.may_ask(&config, ask.secret, asker).await?;
+        let hosts: Vec<PeerConfig> = config.peers.iter().filter(|peer| peer.host != asker).cloned().collect();
+        let answers = standing::ask_all(&self.peers, config.id, &hosts, OTHERS_TIME).await;
+        let others = answers.into_iter().map(|(peer, answered)| Other {
+            name: peer.name.to_string(),
+            host: peer.host,
+            addresses: peer.addresses.iter().map(ToString::to_string).collect(),
+            standing: answered.ok().map(told_on),
+        });
+        let others = others.collect();
+        Ok(Others { own: told_on(self.own_standing(config, asker).await?), others })
+    }
+
+    async fn config_called(&self, name: &str) -> Option<VolumeConfig> {
+        let volumes = self.volumes.lock().await;
+        let named = volumes.values().find(|entry| entry.config.name.as_str() == name);
+        named.map(|entry| entry.config.clone())
     }
 
     async fn take_over(
@@ -350,6 +384,13 @@ impl Supervisor {
 
 fn is_member(config: &VolumeConfig, host: HostId) -> bool {
     config.peers.iter().any(|peer| peer.host == host)
+}
+
+/// What is told on of how a host stands: no more than a message has room for.
+fn told_on(mut standing: Standing) -> Standing {
+    standing.lineage.truncate(LINEAGE_LIMIT);
+    standing.began.clear();
+    standing
 }
 
 pub(super) fn unknown_key(config: &VolumeConfig, host: HostId) -> Refused {

@@ -16,6 +16,7 @@ use crate::transport::{Connection, key};
 use crate::volume::Learned;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
+use blockmirror_protocol::lineage::End;
 use blockmirror_protocol::units::{
     BlockSize, CopyId, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
 };
@@ -79,6 +80,7 @@ impl Supervisor {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
+            end: End::default(),
         };
         self.set_up(config, superblock, prepared.made).await
     }
@@ -126,6 +128,7 @@ impl Supervisor {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
+            end: End::default(),
         };
         // The volume is ready before the token is used up, because the primary dials at once.
         let reply = self.set_up(config, superblock, prepared.made).await?;

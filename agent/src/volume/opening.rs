@@ -8,7 +8,8 @@ use super::awaiting::{Disk, Unopened};
 use super::changes::Event;
 use super::promotable::heard;
 use super::{Learned, OpenRole, Volume};
-use crate::backing;
+use crate::adoption;
+use crate::backing::{self, Content};
 use crate::config::VolumeConfig;
 use crate::crashes;
 use crate::export::Export;
@@ -18,14 +19,13 @@ use crate::replica::Replica;
 use crate::standing;
 use crate::storage::file::File;
 use crate::storage::{self, Storage};
-use crate::transport::key;
 use crate::volume::devices::Devices;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::replica::promotion;
 use blockmirror_protocol::succession;
-use blockmirror_protocol::units::CopyId;
-use blockmirror_protocol::wire::message::{DataState, Fence};
+use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::Fence;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
@@ -137,7 +137,7 @@ impl Volume {
     }
 
     /// The name of a host, or its fingerprint where none is known.
-    pub(super) fn name_of(&self, host: blockmirror_protocol::units::HostId) -> String {
+    pub(super) fn name_of(&self, host: HostId) -> String {
         let config = self.config.borrow();
         let known = config.peers.iter().find(|peer| peer.host == host);
         known.map_or_else(|| format!("host {host}"), |peer| peer.name.to_string())
@@ -236,36 +236,24 @@ impl Volume {
     }
 }
 
-/// Where the backing took the place of another one, makes the metadata say that its content is unknown to peers:
-/// all maps are full but that of the peer it was recovered from, and a replica's copy is a new one.
+/// Where the backing took the place of another one, makes the metadata say what is known of its content.
 async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<(), String> {
     let compared = backing::compare(folder, &config.backing).map_err(|error| with_causes(&error))?;
     let record = |identity: &str| backing::record(folder, identity).map_err(|error| with_causes(&error));
-    let (identity, source) = match compared {
+    let (identity, recovered) = match compared {
         backing::Match::Same => return Ok(()),
         backing::Match::Renamed { identity } => return record(&identity),
-        backing::Match::Adopted { identity, source } => (identity, source),
+        backing::Match::Adopted { identity, recovered } => (identity, recovered),
     };
-    let state_error = |error: crate::metadata::StateError| with_causes(&error);
-    match state.superblock().role {
-        Role::Primary => {
-            for peer in config.peers.iter().filter(|peer| Some(peer.host) != source) {
-                let (mut map, file) = state.open_map(peer.host).await.map_err(state_error)?;
-                let base = map.base();
-                map.begin_anew(base);
-                state.write_map(&file, map.take_changes()).await.map_err(state_error)?;
-            }
-        }
-        Role::Replica => {
-            let copy = CopyId(key::random());
-            let change = |superblock: &mut Superblock| {
-                (superblock.copy, superblock.data) = (copy, DataState::Empty);
-                // What a layer holds is that of the old one.
-                (superblock.gap, superblock.history) = (0, 0);
-            };
-            state.change_superblock(change).await.map_err(state_error)?;
-        }
+    let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
+    if let Some(Content::Mixture) = recovered.as_ref().and_then(|recovered| recovered.content.as_ref()) {
+        tracing::warn!(
+            volume = %config.name,
+            "what was recovered is a mixture of old and new: no host that has another copy takes it, unless \
+             `blockmirror resolve {} --keep` says so there", config.name
+        );
     }
+    adoption::adopt(state, &peers, recovered.as_ref()).await.map_err(|error| with_causes(&error))?;
     // Only now: a crash before this does it all again.
     record(&identity)
 }

@@ -183,6 +183,7 @@ mod tests {
             mode,
             promise,
             released: false,
+            end: blockmirror_protocol::lineage::End::default(),
         };
         let candidate = Candidate {
             own: HostId([2; 32]),
@@ -218,6 +219,7 @@ mod tests {
             dirty_bytes: 0,
             began: Vec::new(),
             silent_milliseconds: 0,
+            end: blockmirror_protocol::lineage::End::default(),
         }
     }
 

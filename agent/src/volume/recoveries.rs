@@ -82,6 +82,7 @@ impl Volume {
             block_size: superblock.block_size,
             data: replica.report().data,
             position: replica.report().position,
+            lineage: superblock.lineage,
         };
         let source = Rc::new(recovery::Source::new(
             replica.storage().clone(),

@@ -17,7 +17,7 @@ use crate::stored::{self, Undelivered};
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::replica::resolve::{self, Keep};
-use blockmirror_protocol::units::{GenerationId, HostId};
+use blockmirror_protocol::units::{GenerationId, HostId, Position};
 use blockmirror_protocol::wire::message::Fence;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -76,19 +76,20 @@ impl Volume {
 
     async fn resolver(&self) -> Result<Resolver, Failure> {
         let own = &self.surroundings.own;
-        let (superblock, openers) = match &self.role {
+        let (superblock, position, openers) = match &self.role {
             OpenRole::Replica(replica) if replica.is_recovering() => {
                 return Err(refused("a recovery reads this replica; wait for its end, or interrupt it"));
             }
-            OpenRole::Replica(replica) => (replica.state().superblock(), None),
+            OpenRole::Replica(replica) => (replica.state().superblock(), replica.report().position, None),
             OpenRole::Primary(primary, _) => {
                 let is_superseded = primary.superseded().is_some();
                 let openers = if is_superseded { Some(self.devices.openers().await) } else { None };
-                (Superblock { role: Role::Primary, ..primary.state().superblock() }, openers)
+                let superblock = Superblock { role: Role::Primary, ..primary.state().superblock() };
+                (superblock, Position::default(), openers)
             }
             OpenRole::Changing(_) | OpenRole::Closed(_) => return Err(self.not_open()),
         };
-        Ok(Resolver { volume: self.name(), own: (own.host, own.name.clone()), superblock, openers })
+        Ok(Resolver { volume: self.name(), own: (own.host, own.name.clone()), superblock, position, openers })
     }
 }
 
@@ -144,6 +145,8 @@ async fn look(hands: &Hands, folder: &Path, resolver: &Resolver, keep: HostId) -
     };
     // A map can be large; the volume goes on meanwhile.
     let (undelivered, began) = tokio::task::spawn_blocking(read).await.unwrap_or_default();
+    // No map says what the one had that the other was set back from.
+    let undelivered = undelivered.filter(|_| !resolver.lacks_what_ended(&winner.standing));
     Ok(yielding(&resolver.superblock, &began, undelivered.as_ref(), &winner))
 }
 

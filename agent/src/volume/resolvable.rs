@@ -7,7 +7,7 @@ use crate::standing::Answered;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::succession;
-use blockmirror_protocol::units::{GenerationId, HostId};
+use blockmirror_protocol::units::{GenerationId, HostId, Position};
 use blockmirror_protocol::wire::message::{Claim, DataState, Standing};
 
 /// A host that was asked to resolve a split.
@@ -19,6 +19,8 @@ pub(super) struct Resolver {
     pub(super) own: (HostId, String),
     /// What is durable here.
     pub(super) superblock: Superblock,
+    /// The last epoch that is durable here.
+    pub(super) position: Position,
     /// On a primary that another one was promoted after: who has its devices open.
     pub(super) openers: Option<Vec<String>>,
 }
@@ -127,6 +129,12 @@ impl Resolver {
         }
     }
 
+    /// Whether one of the two was recovered or set back to what it was before the other's content.
+    pub(super) fn lacks_what_ended(&self, standing: &Standing) -> bool {
+        let Superblock { lineage, end, .. } = &self.superblock;
+        end.lacks(&standing.lineage, standing.marker) || standing.end.lacks(lineage, self.position)
+    }
+
     /// Whether one of the two would have to give something up to follow the other.
     fn is_split_from(&self, host: HostId, standing: &Standing) -> bool {
         let mine: &[GenerationId] = &self.superblock.lineage;
@@ -137,6 +145,9 @@ impl Resolver {
         }
         if mine.is_empty() || standing.lineage.is_empty() || standing.data == DataState::Empty {
             return false;
+        }
+        if self.lacks_what_ended(standing) {
+            return true;
         }
         let was_promoted = |fence: HostId, host| fence == host;
         match lineage::relation(mine, &standing.lineage) {
@@ -153,7 +164,8 @@ impl Resolver {
 mod tests {
     use super::*;
     use crate::config;
-    use blockmirror_protocol::units::{BlockSize, CopyId, Position, Session, VolumeId};
+    use blockmirror_protocol::lineage::End;
+    use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, Session, VolumeId};
     use blockmirror_protocol::wire::message::{Fence, Mode, Promise};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
@@ -185,9 +197,16 @@ mod tests {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
+            end: End::default(),
         };
         let own = (HostId([1; 32]), "a".to_owned());
-        Resolver { volume: "data".parse().unwrap(), own, superblock, openers: None }
+        Resolver {
+            volume: "data".parse().unwrap(),
+            own,
+            superblock,
+            position: Position::default(),
+            openers: None,
+        }
     }
 
     fn standing(generations: &str) -> Standing {
@@ -202,6 +221,7 @@ mod tests {
             dirty_bytes: 0,
             began: Vec::new(),
             silent_milliseconds: 0,
+            end: End::default(),
         }
     }
 
@@ -230,6 +250,28 @@ mod tests {
             let winner = resolver.winner(B, &[says("b", 2, Ok(standing(theirs)))]);
             assert_eq!(winner.map(|winner| winner.name), Ok("b".to_owned()), "{mine} {theirs}");
         }
+    }
+
+    #[test]
+    fn a_host_that_was_recovered_from_an_older_copy_is_split_from_one_that_has_more() {
+        let position = |epoch| Position {
+            generation: GenerationId([b'a'; 16]),
+            epoch: Epoch(epoch),
+            ..Position::default()
+        };
+        let end = End { generation: GenerationId([b'a'; 16]), epoch: Epoch(9), until: Epoch(20) };
+        let older = Standing { end, ..standing("ba") };
+        let yields = |position, standing: Standing| {
+            Resolver { position, ..resolver("a") }.winner(B, &[says("b", 2, Ok(standing))]).is_ok()
+        };
+        assert!(yields(position(9), older.clone()), "this one has more");
+        assert!(!yields(position(8), older), "this one has no more than was recovered");
+        let mut recovered = resolver("ba");
+        recovered.superblock.end = end;
+        let more = Standing { role: Role::Replica, fence: fence(1), marker: position(9), ..standing("a") };
+        assert!(recovered.winner(B, &[says("b", 2, Ok(more.clone()))]).is_ok(), "the other one has more");
+        let no_more = Standing { marker: position(8), ..more };
+        assert!(recovered.winner(B, &[says("b", 2, Ok(no_more))]).is_err());
     }
 
     #[test]

@@ -17,12 +17,15 @@
 //! 1240 mode (1)  1241 released (1)  1242 zero (6)
 //! 1248 counter of the source's fence (8)          1256 history (8)
 //! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
+//! 1400 end: generation (16), epoch (8), until (8) 1432 zero
 //! ```
 //!
 //! Version 1 had zeroes from 1216 on, which read as what was true of every copy then: nothing adopted, no gap, no
-//! layers, asynchronous, never released, no history. Version 2 had zeroes from 1264 on: nothing was promised.
+//! layers, asynchronous, never released, no history. Version 2 had zeroes from 1264 on: nothing was
+//! promised, and no end is known.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
+use crate::lineage::End;
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
 pub use crate::wire::message::Role;
 use crate::wire::message::{DataState, Fence, Mode, Promise};
@@ -80,7 +83,11 @@ struct Raw {
     promise: u8,
     zero_at_last: [u8; 3],
     promise_replicas: U32,
-    rest: [u8; PAGE_BYTES - 1272],
+    unused: [u8; 128],
+    end_generation: [u8; 16],
+    end_epoch: U64,
+    end_until: U64,
+    rest: [u8; PAGE_BYTES - 1432],
 }
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
@@ -139,6 +146,8 @@ pub struct Superblock {
     pub promise: Promise,
     /// Whether the primary was demoted when this replica had everything: whoever is promoted next loses nothing.
     pub released: bool,
+    /// On a primary, or one that was demoted: where its content ends, where that may be before its newest generation did.
+    pub end: End,
 }
 
 impl Superblock {
@@ -147,6 +156,18 @@ impl Superblock {
     #[must_use]
     pub fn is_on_its_own(&self) -> bool {
         self.source == Fence::default()
+    }
+
+    /// What the superblock says when a primary is opened: its epochs get numbers that no earlier run used, and what it
+    /// held before is settled.
+    pub fn begin_run(&mut self, epoch: Epoch) {
+        let generation = self.lineage.first().copied().unwrap_or_default();
+        if self.end.generation != generation {
+            self.end = End::default();
+        } else if self.end.until == Epoch(0) {
+            self.end.until = epoch;
+        }
+        self.position = Position { generation, epoch, sequence: Sequence(0) };
     }
 
     /// The page to write at [`super::slot_offset`] of `serial`.
@@ -207,7 +228,11 @@ impl Superblock {
                 Promise::None | Promise::WhileHeard => 0,
                 Promise::Replicas(replicas) => replicas,
             }),
-            rest: [0; PAGE_BYTES - 1272],
+            unused: [0; 128],
+            end_generation: self.end.generation.0,
+            end_epoch: U64::new(self.end.epoch.0),
+            end_until: U64::new(self.end.until.0),
+            rest: [0; PAGE_BYTES - 1432],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -278,6 +303,11 @@ impl Superblock {
                 _ => return Err(corrupted),
             },
             released: raw.released != 0,
+            end: End {
+                generation: GenerationId(raw.end_generation),
+                epoch: Epoch(raw.end_epoch.get()),
+                until: Epoch(raw.end_until.get()),
+            },
         };
         Ok(Some((raw.serial.get(), superblock)))
     }
@@ -307,26 +337,45 @@ mod tests {
             mode: Mode::Sync,
             promise: Promise::Replicas(16),
             released: true,
+            end: End { generation: GenerationId([16; 16]), epoch: Epoch(17), until: Epoch(18) },
         }
     }
 
     #[test]
     fn the_page_has_these_golden_bytes() {
         let page = sample().encode(11);
-        let bytes = page[..256].iter().chain(&page[1216..1272]);
+        let bytes = page[..256].iter().chain(&page[1216..1272]).chain(&page[1400..1432]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(text, golden(include_str!("golden/superblock-3.hex")));
-        assert!(page[256..1216].iter().chain(&page[1272..]).all(|byte| *byte == 0));
+        let zero = page[256..1216].iter().chain(&page[1272..1400]).chain(&page[1432..]);
+        assert!(zero.copied().all(|byte| byte == 0));
     }
 
     #[test]
-    fn a_page_of_version_2_reads_as_one_to_which_nothing_was_promised() {
+    fn a_page_of_version_2_knows_of_no_promise_and_no_end() {
         let mut page = [0; PAGE_BYTES];
         let text = golden(include_str!("golden/superblock-2.hex"));
-        for (place, at) in (0..256).chain(1216..1264).enumerate() {
-            page[at] = u8::from_str_radix(&text[2 * place..2 * place + 2], 16).unwrap();
+        for (number, at) in (0..256).chain(1216..1264).enumerate() {
+            page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
         }
-        assert_eq!(Superblock::recover(&page), Ok((11, Superblock { promise: Promise::None, ..sample() })));
+        let old = Superblock { promise: Promise::None, end: End::default(), ..sample() };
+        assert_eq!(Superblock::recover(&page), Ok((11, old)));
+    }
+
+    #[test]
+    fn a_run_settles_where_the_content_before_it_ended_and_later_ones_leave_it() {
+        let generation = GenerationId([6; 16]);
+        let end = End { generation, epoch: Epoch(8), until: Epoch(0) };
+        let mut superblock = Superblock { end, ..sample() };
+        run(&mut superblock);
+        let settled = End { until: superblock.position.epoch, ..end };
+        assert_eq!((superblock.end, superblock.position.generation), (settled, generation));
+        run(&mut superblock);
+        assert_eq!(superblock.end, settled, "nothing of that generation was written since");
+        assert!(superblock.position.epoch > settled.until);
+        superblock.lineage.insert(0, GenerationId([7; 16]));
+        run(&mut superblock);
+        assert_eq!(superblock.end, End::default());
     }
 
     #[test]
@@ -344,10 +393,16 @@ mod tests {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
+            end: End::default(),
             source: Fence { counter: 0, holder: HostId([9; 32]) },
             ..sample()
         };
         assert_eq!(Superblock::recover(&page), Ok((11, old)));
+    }
+
+    fn run(superblock: &mut Superblock) {
+        let epoch = crate::lineage::first_epoch_after(superblock.position.epoch);
+        superblock.begin_run(epoch.expect("a run is left"));
     }
 
     fn golden(text: &str) -> String {

@@ -11,10 +11,10 @@
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
-use crate::lineage;
+use crate::lineage::{self, End};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
-use crate::units::{GenerationId, HostId, Position};
+use crate::units::{Epoch, GenerationId, HostId, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise};
 
 /// Why a replica can't be promoted, whatever it would lose.
@@ -111,6 +111,10 @@ pub fn record(superblock: &mut Superblock, host: HostId, position: Position) -> 
     superblock.position = position;
     (superblock.gap, superblock.history) = (0, 0);
     superblock.released = false;
+    if superblock.end.until == Epoch(0) {
+        // It is where a run of this host as primary was to end, and says nothing of what a replica has.
+        superblock.end = End::default();
+    }
     Ok(())
 }
 

@@ -107,6 +107,15 @@ impl Replica {
                 Refusal::SplitBrain,
                 "split brain: this host wrote alone after the two were last in sync",
             ),
+            Relation::Same | Relation::TheirsIsNewer
+                if self.superblock.data != DataState::Empty
+                    && hello.end.lacks(&self.superblock.lineage, self.position) =>
+            {
+                refused(
+                    Refusal::SplitBrain,
+                    "split brain: the primary was recovered from an older copy, or set back, and lacks what this host has",
+                )
+            }
             Relation::Same | Relation::TheirsIsNewer | Relation::Unrelated => None,
         }
     }

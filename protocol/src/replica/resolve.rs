@@ -6,7 +6,7 @@
 
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
-use crate::lineage;
+use crate::lineage::{self, End};
 use crate::planted::{Bug, planted};
 use crate::units::GenerationId;
 use crate::wire::message::{Claim, DataState, Fence, Mode};
@@ -67,6 +67,7 @@ pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: 
     }
     superblock.lineage = lineage;
     superblock.history = history;
+    superblock.end = End::default();
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
     superblock.layers = superblock.layers.max(history);
 }

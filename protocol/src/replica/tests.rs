@@ -3,6 +3,7 @@
 use super::*;
 use crate::disk::activity_log::Recovered;
 use crate::disk::superblock::Role;
+use crate::lineage::End;
 use crate::units::{BlockSize, CopyId, GenerationId, HostId, Stream, VolumeId};
 use crate::wire::VERSIONS;
 use crate::wire::message::{Fence, Parting, Superseded, Union};
@@ -41,6 +42,7 @@ pub(super) fn superblock(generations: &str) -> Superblock {
         mode: Mode::Async,
         promise: Promise::None,
         released: false,
+        end: End::default(),
     }
 }
 
@@ -67,6 +69,28 @@ fn hello(fence: Fence, generations: &str) -> Hello {
         lineage: lineage(generations),
         mode: Mode::Async,
         members: Vec::new(),
+        end: End::default(),
+    }
+}
+
+#[test]
+fn what_a_recovered_primary_lacks_is_not_overwritten_though_it_is_of_the_same_generation() {
+    // The primary's disk was recovered from a copy at epoch 8 of generation b; this one got more of that generation.
+    let end = End { generation: GenerationId([b'b'; 16]), epoch: Epoch(9), until: Epoch(1 << 40) };
+    for (theirs, data, epoch, is_split) in [
+        ("ba", DataState::Consistent, 9, true),
+        ("cba", DataState::Consistent, 9, true),
+        ("cba", DataState::Inconsistent, 9, true),
+        ("cba", DataState::Consistent, 8, false),
+        ("cba", DataState::Consistent, 1 << 40, false),
+        ("cba", DataState::Empty, 9, false),
+    ] {
+        let position =
+            Position { generation: GenerationId([b'b'; 16]), epoch: Epoch(epoch), sequence: Sequence(0) };
+        let replica = replica_of(Superblock { data, position, ..superblock("ba") }, Vec::new());
+        let hello = Hello { end, ..hello(fence(2, 2), theirs) };
+        let refusal = replica.objection(&hello).map(|refused| refused.refusal);
+        assert_eq!(refusal, is_split.then_some(Refusal::SplitBrain), "{theirs} {data:?} {epoch}");
     }
 }
 

@@ -141,6 +141,7 @@ mod tests {
             mode: Mode::Async,
             promise: crate::wire::message::Promise::None,
             released: false,
+            end: crate::lineage::End::default(),
         }
     }
 

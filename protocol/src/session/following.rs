@@ -282,6 +282,7 @@ mod tests {
             fence,
             lineage: lineage.clone(),
             members: Vec::new(),
+            end: crate::lineage::End::default(),
         };
         session.handle_connected(SESSION, &identity);
         let welcome = Welcome {

@@ -5,7 +5,7 @@
 
 use super::{Action, Link, Phase, Session, State};
 use crate::disk::dirty_map::Base;
-use crate::lineage::{self, Relation};
+use crate::lineage::{self, End, Relation};
 use crate::planted::{Bug, planted};
 use crate::session::resync::Resync;
 use crate::session::stream::Window;
@@ -36,6 +36,8 @@ pub struct Identity {
     pub lineage: Vec<GenerationId>,
     /// Every host of the volume, the primary first.
     pub members: Vec<Member>,
+    /// Where the primary's content ended when its run began.
+    pub end: End,
 }
 
 /// Why a session cannot go on.
@@ -98,6 +100,7 @@ impl Session {
             lineage: identity.lineage.clone(),
             mode: self.mode,
             members: identity.members.clone(),
+            end: identity.end,
         };
         self.actions.push_back(Action::Send(hello.into()));
     }

@@ -28,6 +28,7 @@ fn greet(session: &mut Session, generations: &str, welcome: Welcome) {
         fence: fence(1),
         lineage: lineage(generations),
         members: Vec::new(),
+        end: crate::lineage::End::default(),
     };
     session.handle_connected(SessionNumber(1), &identity);
     for message in [welcome.into(), Union { ranges: Vec::new(), last: true }.into()] {

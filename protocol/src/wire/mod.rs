@@ -9,7 +9,7 @@
 //!
 //! | version | since | why |
 //! |---|---|---|
-//! | 6 | 0.6 | replicas say what their markers say, and are promised not to be left without a word; hosts say who and where they are, and for how long a disk has not answered; members are removed, and hosts ask each other who the members are |
+//! | 6 | 0.6 | hosts say who, where and how far they are: markers, ends of content, silent disks; replicas are promised not to be left without a word; members are removed |
 //! | 5 | 0.5 | payloads may be packed |
 //! | 4 | 0.4 | hosts say when their generations began; holes are copied in ranges of up to 64 MiB |
 //! | 3 | 0.3 | digests of doubtful blocks are compared before they are copied |

@@ -22,6 +22,7 @@ use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
+use blockmirror_protocol::lineage::End;
 use blockmirror_protocol::tracker::Tracker;
 use blockmirror_protocol::units::{
     CopyId, GenerationId, HostId, Position, Session as SessionNumber, VolumeId,
@@ -152,6 +153,7 @@ impl Host {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
+            end: End::default(),
         };
         let mut host = Self {
             number,

@@ -15,7 +15,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{Identity, Session};
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
-use blockmirror_protocol::units::{GenerationId, Position, Sequence, Time};
+use blockmirror_protocol::units::{GenerationId, Sequence, Time};
 use blockmirror_protocol::wire::message::{Member, Mode};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -97,11 +97,8 @@ impl World {
     pub(super) fn start_primary(&mut self, host: usize) {
         let peers: Vec<usize> = (0..self.hosts.len()).filter(|peer| *peer != host).collect();
         let it = &mut self.hosts[host];
-        it.superblock.position = Position {
-            generation: it.superblock.lineage[0],
-            epoch: lineage::first_epoch_after(it.superblock.position.epoch).expect("a run is left"),
-            sequence: Sequence(0),
-        };
+        let epoch = lineage::first_epoch_after(it.superblock.position.epoch);
+        it.superblock.begin_run(epoch.expect("a run is left"));
         it.write_superblock_now();
         it.history = History::new(it.disk.content().clone());
         let disk = std::mem::take(&mut self.hosts[host].disk);
@@ -154,6 +151,7 @@ impl World {
             fence: it.superblock.fence,
             lineage: it.superblock.lineage.clone(),
             members: (0..self.hosts.len()).map(member).collect(),
+            end: it.superblock.end,
         }
     }
 

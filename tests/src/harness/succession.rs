@@ -61,6 +61,7 @@ impl World {
             silent_milliseconds: 0,
             dirty_bytes: 0,
             began: Vec::new(),
+            end: superblock.end,
             lineage: superblock.lineage,
         };
         Some(standing).filter(|_| !self.random.once_in(8))

@@ -9,6 +9,7 @@
 mod copy;
 mod identity;
 mod journal;
+mod others;
 mod own_volume;
 mod peer;
 mod progress;
@@ -75,6 +76,9 @@ pub struct Arguments {
     /// Take content that is not a legal image of the volume, too
     #[arg(long)]
     accept_inconsistent: bool,
+    /// Take content, too, that is older than what another host has
+    #[arg(long)]
+    accept_older: bool,
     /// Use the target even if it holds data, which is lost
     #[arg(long)]
     overwrite: bool,
@@ -164,6 +168,9 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
             accept_inconsistent: arguments.accept_inconsistent,
         },
     };
+    let accept_older = arguments.accept_older;
+    // Before a token is used up for what is refused then.
+    peer.survey(accept_older).await.map_err(Trouble::into_failure)?;
     let opened = peer.open().await.map_err(Trouble::into_failure)?;
     found.must_hold(opened.info.size_bytes)?;
     let ring = storage::open()?;
@@ -200,11 +207,14 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     match outcome {
         Ok(Some((opened, digests))) => {
             let report = work.report(&opened, &digests, path, started.elapsed());
-            opened.connection.close(CloseReason::Done, "the recovery is complete");
             must_agree(&digests)?;
+            // A host may have come back meanwhile.
+            let judged = work.peer.judge(&opened, accept_older).await.map_err(Trouble::into_failure);
+            opened.connection.close(CloseReason::Done, "the recovery is complete");
+            judged?;
             // The volume learns of it before the recovery's own notes are gone.
             if let Some(own) = &own {
-                own.hand_over(&report.target, opened.connection.peer())?;
+                own.hand_over(&report.target, opened.connection.peer(), &opened.content())?;
             }
             work.complete().await?;
             Ok(tell(&report, json, output)?)

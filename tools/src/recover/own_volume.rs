@@ -4,7 +4,7 @@
 use crate::client::Client;
 use crate::offline;
 use crate::output::warn;
-use blockmirror_agent::backing::{self, BackingError};
+use blockmirror_agent::backing::{self, BackingError, Content};
 use blockmirror_agent::config::{Role, VolumeConfig};
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::system;
@@ -73,8 +73,8 @@ impl OwnVolume {
     }
 
     /// Records that the target is what the source has, and says how to go on.
-    pub fn hand_over(&self, target: &Path, source: HostId) -> Result<(), Failure> {
-        backing::record_recovery(&self.folder, target, source)
+    pub fn hand_over(&self, target: &Path, source: HostId, content: &Content) -> Result<(), Failure> {
+        backing::record_recovery(&self.folder, target, source, content)
             .map_err(|error: BackingError| failure(&error))?;
         let shown = target.display();
         let how = match &self.config {

@@ -1,14 +1,18 @@
 //! The host that has the content: who it is, whether it lets us in, and why it stops.
 
+use super::others::{self, Source};
+use blockmirror_agent::backing::Content;
 use blockmirror_agent::config::VOLUME_LIMIT_BYTES;
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::transport::{
-    BindError, ConnectError, Connection, ControlReceiver, ControlSender, Endpoint, HostKey, Lost,
-    ReceiveError, SendError,
+    BindError, CloseReason, ConnectError, Connection, ControlReceiver, ControlSender, Endpoint, HostKey,
+    Lost, ReceiveError, SendError,
 };
 use blockmirror_protocol::disk::recovery::Subject;
 use blockmirror_protocol::units::{HostId, SECTOR_BYTES, VolumeId};
-use blockmirror_protocol::wire::message::{DataState, Message, Recover, Recovering, Refusal, Refused};
+use blockmirror_protocol::wire::message::{
+    DataState, Message, Others, Recover, Recovering, Refusal, Refused,
+};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -140,11 +144,31 @@ impl Peer {
         let connection = self.connect().await?;
         match tokio::time::timeout(ANSWER_TIMEOUT, self.ask(connection)).await {
             Ok(opened) => opened,
-            Err(_) => {
-                let message = "the peer does not answer; look at the log of its agent";
-                Err(Trouble::Passing(Failure::new(FailureKind::Timeout, message)))
-            }
+            Err(_) => Err(silent()),
         }
+    }
+
+    /// Refuses to recover where another host has later content than the peer.
+    pub async fn survey(&self, accept_older: bool) -> Result<(), Trouble> {
+        let connection = self.connect().await?;
+        let asked = tokio::time::timeout(ANSWER_TIMEOUT, others::ask(self, &connection)).await;
+        let Others { own, mut others } = asked.unwrap_or_else(|_| Err(silent()))?;
+        connection.close(CloseReason::Done, "the other hosts are known");
+        if let Some(volume) = self.volume {
+            others::ask_silent(self, volume, &mut others).await;
+        }
+        let source = Source { data: own.data, lineage: &own.lineage, position: own.marker };
+        Ok(others::judge(&source, &others, &self.request.name, accept_older)?)
+    }
+
+    /// The same of what was recovered.
+    pub async fn judge(&self, opened: &Opened, accept_older: bool) -> Result<(), Trouble> {
+        let asked = tokio::time::timeout(ANSWER_TIMEOUT, others::ask(self, &opened.connection)).await;
+        let Others { mut others, .. } = asked.unwrap_or_else(|_| Err(silent()))?;
+        others::ask_silent(self, opened.info.volume, &mut others).await;
+        let Recovering { data, lineage, position, .. } = &opened.info;
+        let source = Source { data: *data, lineage, position: *position };
+        Ok(others::judge(&source, &others, &self.request.name, accept_older)?)
     }
 
     async fn connect(&self) -> Result<Connection, Trouble> {
@@ -208,11 +232,26 @@ impl Peer {
     }
 }
 
+fn silent() -> Trouble {
+    let message = "the peer does not answer; look at the log of its agent";
+    Trouble::Passing(Failure::new(FailureKind::Timeout, message))
+}
+
 impl Opened {
     /// What is recovered.
     pub fn subject(&self) -> Subject {
         let Recovering { volume, copy, size_bytes, position, .. } = self.info;
         Subject { volume, copy, size_bytes, position }
+    }
+
+    /// Of what history that is.
+    pub fn content(&self) -> Content {
+        match self.info.data {
+            DataState::Consistent => {
+                Content::Image { position: self.info.position, lineage: self.info.lineage.clone() }
+            }
+            DataState::Empty | DataState::Inconsistent => Content::Mixture,
+        }
     }
 
     /// Waits until the peer or the connection puts an end to it. Cancel-safe.

@@ -11,10 +11,13 @@ use blockmirror_agent::transport::{
     CloseReason, Connection, ControlReceiver, ControlSender, Endpoint, HostKey, Incoming,
 };
 use blockmirror_protocol::disk::recovery::CHUNK_BYTES;
+use blockmirror_protocol::lineage::End;
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Message, Recover, Recovering, Refusal, Refused};
+use blockmirror_protocol::wire::message::{
+    DataState, Fence, Message, Other, Others, Recover, Recovering, Refusal, Refused, Role, Standing,
+};
 use std::cell::RefCell;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -39,6 +42,8 @@ pub struct Knobs {
     pub inconsistent: bool,
     /// The epoch that the copy is at.
     pub epoch: u64,
+    /// Another host of the volume, and how many epochs more it has, if it says so.
+    pub other: Option<Option<u64>>,
     /// After so many reads each connection is cut.
     pub cut_after: Option<u64>,
     /// A byte that changes before the digest is computed.
@@ -163,6 +168,7 @@ async fn serve_connection(connection: Connection, serving: Rc<Serving>) {
         match message {
             Message::Recover(recover) => match serving.let_in(&recover, connection.peer()) {
                 Ok(info) => {
+                    serving.seen.lock().unwrap().peers.push(connection.peer());
                     sender.send(&info.clone().into()).await.unwrap();
                     let pool = BufferPool::new(64 << 20);
                     let storage = serving.storage.clone();
@@ -174,6 +180,15 @@ async fn serve_connection(connection: Connection, serving: Rc<Serving>) {
                     sender.finish().await.unwrap_or_default();
                 }
             },
+            Message::AskOthers(ask) => {
+                let request = Recover { name: ask.name, secret: ask.secret, accept_inconsistent: true };
+                let answer = match serving.let_in(&request, connection.peer()) {
+                    Ok(info) => serving.others(&info).into(),
+                    Err(refused) => Message::from(refused),
+                };
+                sender.send(&answer).await.unwrap();
+                sender.finish().await.unwrap_or_default();
+            }
             message => {
                 let source: Rc<Source> = source.clone().expect("a recovery begins with Recover");
                 reads += u64::from(matches!(message, Message::ReadContent(_)));
@@ -213,7 +228,6 @@ impl Serving {
     fn let_in(&self, recover: &Recover, peer: HostId) -> Result<Recovering, Refused> {
         let refuse = |refusal, text: &str| Err(Refused { refusal, text: text.into() });
         let knobs = self.knobs.lock().unwrap().clone();
-        self.seen.lock().unwrap().peers.push(peer);
         if let Some(refused) = knobs.refuse {
             return Err(refused);
         }
@@ -241,7 +255,36 @@ impl Serving {
             block_size: BlockSize::default(),
             data: if knobs.inconsistent { DataState::Inconsistent } else { DataState::Consistent },
             position,
+            lineage: vec![GenerationId([3; 16])],
         })
+    }
+
+    fn others(&self, info: &Recovering) -> Others {
+        let own = Standing {
+            role: Role::Replica,
+            data: info.data,
+            can_roll_back: false,
+            fence: Fence::default(),
+            lineage: info.lineage.clone(),
+            marker: info.position,
+            silent_milliseconds: 0,
+            serves: false,
+            dirty_bytes: 0,
+            began: Vec::new(),
+            end: End::default(),
+        };
+        let newer = |epochs| {
+            let mut standing = own.clone();
+            standing.marker.epoch.0 += epochs;
+            standing
+        };
+        let other = self.knobs.lock().unwrap().other.map(|epochs| Other {
+            name: "c".into(),
+            host: HostId([9; 32]),
+            addresses: vec!["c:7447".into()],
+            standing: epochs.map(newer),
+        });
+        Others { others: other.into_iter().collect(), own }
     }
 
     /// Waits for its turn, and turns the knobs that concern this message.

@@ -61,6 +61,45 @@ fn a_wrong_token_or_key_lets_nobody_in() {
 }
 
 #[test]
+fn content_that_is_older_than_another_hosts_is_taken_only_when_asked_for() {
+    let scene = Scene::new();
+    scene.host.set(|knobs| knobs.other = Some(Some(1)));
+    let advice =
+        "c has later content than this peer; recover from it: blockmirror recover data --from c:7447";
+    scene.recover(&[]).bad(5, advice);
+    assert!(!scene.target().exists() && scene.host.seen().peers.is_empty(), "nothing was begun");
+    let ended = scene.recover(&["--accept-older"]).good();
+    assert!(ended.errors.contains("c has later content"), "{}", ended.errors);
+    scene.assert_recovered();
+}
+
+#[test]
+fn a_host_that_does_not_say_what_it_has_is_named() {
+    let scene = Scene::new();
+    scene.host.set(|knobs| knobs.other = Some(None));
+    let ended = scene.recover(&[]).good();
+    assert!(ended.errors.contains("c did not say how up to date it is"), "{}", ended.errors);
+    scene.assert_recovered();
+    scene.host.set(|knobs| knobs.other = Some(Some(0)));
+    let ended = scene.recover(&["--overwrite"]).good();
+    assert!(!ended.errors.contains("c "), "{}", ended.errors);
+}
+
+#[test]
+fn a_host_that_comes_back_with_later_content_in_the_middle_is_noticed_at_the_end() {
+    let scene = Scene::new();
+    scene.host.allow(1);
+    let mut running = scene.start(&[]);
+    running.wait_until(|| !scene.host.seen().reads.is_empty());
+    scene.host.set(|knobs| knobs.other = Some(Some(1)));
+    scene.host.allow(u64::MAX);
+    running.end().bad(5, "c has later content");
+    assert!(scene.state().is_some(), "it is not complete");
+    scene.recover(&["--accept-older"]).good();
+    scene.assert_recovered();
+}
+
+#[test]
 fn refusals_have_their_exit_codes() {
     let scene = Scene::new();
     for (refusal, code) in [
