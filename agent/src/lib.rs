@@ -12,6 +12,7 @@ pub mod device;
 pub mod durable;
 pub mod export;
 pub mod generations;
+pub mod holding;
 pub mod invitations;
 pub mod log;
 pub mod metadata;

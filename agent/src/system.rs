@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -230,6 +230,16 @@ pub fn holders(number: u64) -> io::Result<Vec<Holder>> {
 
 fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// The loop devices that are backed by this file, by the names that the kernel remembers: no file is looked at.
+#[must_use]
+pub fn loop_devices_on(file: &Path) -> Vec<PathBuf> {
+    let devices = children(Path::new("/sys/block")).unwrap_or_default();
+    let is_on_it = |device: &PathBuf| {
+        read(&device.join("loop/backing_file")).is_ok_and(|name| name == file.as_os_str().as_bytes())
+    };
+    devices.into_iter().filter(is_on_it).map(|device| node(&device)).collect()
 }
 
 /// The entries of a folder of the kernel's; none when there is no such folder.

@@ -264,6 +264,11 @@ impl Primary {
         self.drive(|inner, now| inner.tracker.configure(modes, loss, now));
     }
 
+    /// Something else wrote to the backing: all of it is compared with every replica.
+    pub fn doubt_everything(&self) {
+        self.drive(|inner, now| inner.tracker.doubt_everything(now));
+    }
+
     /// How many bytes a second a resync of a replica may copy at most.
     pub fn limit_resync(&self, peer: HostId, limit: Option<NonZeroU64>) {
         self.drive(|inner, now| inner.tracker.limit_resync(peer, limit, now));

@@ -12,7 +12,7 @@
 
 use super::users::{self, User};
 use super::zeroing::can_punch_beyond;
-use super::{claim, direct};
+use super::{Writes, claim, direct};
 use crate::device::{Part, blocking};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
@@ -22,8 +22,8 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// How often, and how long apart, a file that is claimed is tried: 5 s in all.
@@ -83,6 +83,10 @@ pub(super) struct Descriptor {
     pub(super) punches: AtomicBool,
     /// Whether ranges can be zeroed in place; cleared when the file refuses.
     pub(super) zeroes_ranges: AtomicBool,
+    /// What a backing was found to be before it was opened.
+    pub(super) found: Option<fs::Metadata>,
+    /// Who wants to know of writes, if anybody does.
+    pub(super) writes: OnceLock<Arc<Writes>>,
 }
 
 impl Descriptor {
@@ -249,7 +253,9 @@ impl File {
         if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(OpenError::UnusableSize { path: path.to_path_buf(), size_bytes });
         }
-        Self::with(fd, path, kind, size_bytes, direct).map_err(about.cannot("examine"))
+        let mut file = Self::with(fd, path, kind, size_bytes, direct).map_err(about.cannot("examine"))?;
+        Arc::get_mut(&mut file.descriptor).expect("nobody shares it yet").found = Some(status);
+        Ok(file)
     }
 
     /// Makes an image file of `size_bytes` that reads as zeroes and takes no space yet. It is durable when this
@@ -335,6 +341,8 @@ impl File {
             writes_durably: file_system != FUSE_MAGIC,
             punches: AtomicBool::new(punches),
             zeroes_ranges: AtomicBool::new(true),
+            found: None,
+            writes: OnceLock::new(),
         };
         Ok(Self { descriptor: Arc::new(descriptor) })
     }
@@ -348,6 +356,18 @@ impl File {
     pub(super) fn without_durable_writes(mut self) -> Self {
         Arc::get_mut(&mut self.descriptor).expect("nobody shares it yet").writes_durably = false;
         self
+    }
+
+    /// What a backing was found to be before it was opened: trying whether holes can be punched changes its times.
+    #[must_use]
+    pub fn found(&self) -> Option<&fs::Metadata> {
+        self.descriptor.found.as_ref()
+    }
+
+    /// Counts writes from now on; the first one after each quiet time leaves `mark` at the beginning of `note`. Only the
+    /// first call for a file does that.
+    pub fn watch_writes(&self, note: fs::File, mark: &'static [u8]) -> Arc<Writes> {
+        self.descriptor.writes.get_or_init(|| Arc::new(Writes::new(note, mark))).clone()
     }
 
     /// The path that the file was opened by.

@@ -7,6 +7,7 @@
 
 use super::file::{Descriptor, File, Kind};
 use super::unaligned::{Overwrite, ReadAround};
+use super::writes::Writing;
 use super::zeroing::Zeroing;
 use super::{Error, Operation, Outcome, UnderWay};
 use crate::buffer::{Buffer, BufferPool};
@@ -128,6 +129,8 @@ pub(super) struct Job {
     failure: Option<io::Error>,
     /// When it was begun, or its last step ended.
     moved: Instant,
+    /// Ends with the job.
+    _writing: Option<Writing>,
 }
 
 impl Job {
@@ -147,6 +150,7 @@ impl Job {
         };
         let then_sync =
             !descriptor.writes_durably && matches!(operation, Operation::Write { durable: true, .. });
+        let writing = descriptor.writes.get().and_then(|writes| writes.begin(&operation));
         let task = if fits { Task::new(descriptor, operation, pool) } else { Task::Sync { done: true } };
         let descriptor = Arc::clone(descriptor);
         Self {
@@ -157,6 +161,7 @@ impl Job {
             then_sync,
             failure,
             moved: Instant::now(),
+            _writing: writing,
         }
     }
 

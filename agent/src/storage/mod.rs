@@ -24,6 +24,7 @@ mod tests;
 pub mod threads;
 mod unaligned;
 pub mod users;
+mod writes;
 mod zeroing;
 
 use crate::buffer::Buffer;
@@ -37,6 +38,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Instant;
 use threads::Threads;
+pub use writes::Writes;
 
 /// One thing to do with an open file. Ranges are 512-aligned; where the file wants a larger alignment, the storage
 /// reads, modifies and writes, and the caller keeps other operations off the widened range meanwhile.

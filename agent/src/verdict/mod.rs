@@ -73,6 +73,18 @@ pub fn running(facts: VolumeFacts) -> VolumeStatus {
     }
     judgement.verdict.push_str(&replica::kept(&facts));
     health::add(&facts, &mut judgement);
+    if let Some(words) = &facts.touched {
+        let backing = facts.backing.display();
+        judgement.verdict.push_str(&format!(
+            "; the backing {backing} was changed by something else ({words}): all of it is compared"
+        ));
+    }
+    for device in &facts.backing_users {
+        let (device, backing) = (device.display(), facts.backing.display());
+        judgement.verdict.push_str(&format!(
+            "; warning: {device} is on {backing} too, and what is written there is not mirrored: losetup -d {device}"
+        ));
+    }
     for device in &facts.devices {
         if let Some(error) = &device.error {
             judgement.verdict.push_str(&format!("; the {} device is not served ({error})", device.kind));
@@ -95,6 +107,8 @@ pub fn misconfigured(name: Name, mistake: String) -> VolumeStatus {
         block_size_bytes: 0,
         backing: PathBuf::new(),
         backing_error: None,
+        touched: None,
+        backing_users: Vec::new(),
         storage: None,
         devices: Vec::new(),
         data: None,

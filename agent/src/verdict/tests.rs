@@ -70,6 +70,8 @@ fn facts(role: Role, peers: Vec<PeerStatus>) -> VolumeFacts {
         succession: Succession::default(),
         blocked: None,
         health: Health::default(),
+        touched: None,
+        backing_users: Vec::new(),
         peers,
     }
 }
@@ -711,4 +713,22 @@ fn each_kind_of_failure_has_its_exit_code() {
     assert_eq!(kinds.map(FailureKind::exit_code), [1, 2, 3, 4, 5, 6]);
     let names = serde_json::to_string(&kinds).unwrap();
     assert_eq!(names, r#"["failed","usage","agent-not-running","no-such-volume","refused","timeout"]"#);
+}
+
+#[test]
+fn a_backing_that_something_else_uses_or_changed_is_named() {
+    let touched = Some("something else wrote to it after it was closed here".to_owned());
+    let status = running(VolumeFacts { touched, ..facts(Role::Primary, vec![resyncing("b")]) });
+    assert!(
+        status.verdict.ends_with(
+            "; the backing /dev/vdb was changed by something else (something else wrote to it after it was closed \
+             here): all of it is compared"
+        ),
+        "{}",
+        status.verdict
+    );
+    let backing_users = vec!["/dev/loop3".into()];
+    let status =
+        running(VolumeFacts { backing_users, ..facts(Role::Replica, vec![peer("a", Role::Primary)]) });
+    assert!(status.verdict.ends_with("is not mirrored: losetup -d /dev/loop3"), "{}", status.verdict);
 }

@@ -46,6 +46,8 @@ pub(super) enum Event {
     AskMembers(HostId),
     /// It is time to look whether a replica is alone.
     IsAlone,
+    /// Something else wrote to the backing; when, in words.
+    Touched(String),
     /// A change has ended.
     Changed(Next, Then),
     /// This primary is to be demoted; since when that is tried.
@@ -132,6 +134,7 @@ impl Volume {
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
             Event::AskMembers(host) => self.ask_members(Some(host)),
             Event::IsAlone => self.look_whether_alone(),
+            Event::Touched(words) => self.note_touched(words).await,
             Event::Changed(next, then) => {
                 self.go_on(next, then).await;
                 if !matches!(self.role, OpenRole::Changing(_)) {

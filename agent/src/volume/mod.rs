@@ -26,6 +26,7 @@ use crate::busy_poll;
 use crate::config::{Mode, Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{Failure, VolumeFacts};
 use crate::crashes;
+use crate::holding::Holding;
 use crate::primary::{Peer, Primary};
 use crate::recovery;
 use crate::replica::Replica;
@@ -351,12 +352,26 @@ struct Volume {
     openers: Vec<String>,
     /// Hosts that were demoted for this one while it changed its role, and since when they wait.
     taking_over: Vec<(HostId, ControlSender, Instant)>,
+    /// What tells whether something else writes to the backing, while that is open.
+    holding: Option<Rc<Holding>>,
+    /// What it told, until all was compared.
+    touched: RefCell<Option<Touched>>,
     recovery: Rc<RefCell<Option<Rc<recovery::Source>>>>,
     /// What ends recoveries, for the streams on which they were asked for.
     endings: broadcast::Sender<Ending>,
     events: UnboundedSender<Event>,
     /// Whether a replica's next question who the hosts are is due by itself.
     asks_members: bool,
+}
+
+/// The backing was written by something else.
+struct Touched {
+    /// When, in words.
+    words: String,
+    /// How often this host had adopted another's content by then.
+    adopted: u64,
+    /// Whether what follows from it has to be done when the volume is opened next.
+    is_due: bool,
 }
 
 enum OpenRole {
@@ -388,6 +403,8 @@ impl Volume {
             devices: Devices::default(),
             openers: Vec::new(),
             taking_over: Vec::new(),
+            holding: None,
+            touched: RefCell::default(),
             recovery: Rc::default(),
             endings: broadcast::channel(8).0,
             events,
@@ -509,6 +526,38 @@ impl Volume {
             OpenRole::Closed(_) | OpenRole::Changing(_) => {}
         }
         self.role = OpenRole::Closed(String::new());
+        self.let_go().await;
+    }
+
+    /// Notes what the backing looks like that was open until now.
+    async fn let_go(&mut self) {
+        if let Some(holding) = self.holding.take() {
+            holding.close().await;
+        }
+    }
+
+    /// Something else wrote to the backing that is open here: nothing is in sync until all is compared (X4).
+    async fn note_touched(&mut self, words: String) {
+        tracing::warn!(
+            volume = %self.name(),
+            "{}: {words}; all of it is compared before anything counts as in sync",
+            self.config.borrow().backing.display()
+        );
+        let adopted = match &self.role {
+            OpenRole::Primary(primary, _) => primary.state().superblock().adopted,
+            OpenRole::Replica(replica) => replica.state().superblock().adopted,
+            OpenRole::Closed(_) | OpenRole::Changing(_) => 0,
+        };
+        let is_due = !matches!(self.role, OpenRole::Primary(..));
+        *self.touched.borrow_mut() = Some(Touched { words, adopted, is_due });
+        match &self.role {
+            OpenRole::Primary(primary, _) => primary.doubt_everything(),
+            OpenRole::Replica(replica) => {
+                replica.close().await;
+                self.reopen(Others::Known).await;
+            }
+            OpenRole::Closed(_) | OpenRole::Changing(_) => {}
+        }
     }
 
     /// Tells what is served, after a look whether the disk answers: one that hangs while nobody uses it shows by nothing

@@ -7,12 +7,13 @@
 use super::awaiting::{Disk, Unopened};
 use super::changes::Event;
 use super::promotable::heard;
-use super::{Learned, OpenRole, Volume};
+use super::{Learned, OpenRole, Touched, Volume};
 use crate::adoption;
 use crate::backing::{self, Content};
 use crate::config::VolumeConfig;
 use crate::crashes;
 use crate::export::Export;
+use crate::holding::Holding;
 use crate::metadata::State;
 use crate::primary::{Primary, Succeeded};
 use crate::replica::Replica;
@@ -53,6 +54,7 @@ impl Volume {
         // The old role's claim on the backing is given back before the backing is claimed anew.
         *self.recovery.borrow_mut() = None;
         self.role = OpenRole::Closed(String::new());
+        self.let_go().await;
         self.openers.clear();
         match self.try_open(others).await {
             Ok(role) => {
@@ -84,7 +86,8 @@ impl Volume {
         }
         self.correct_roles(&state.superblock());
         let (config, backing) = (self.config.borrow().clone(), backing?);
-        adopt(&config, &self.surroundings.state_folder, &state).await?;
+        let is_new = adopt(&config, &self.surroundings.state_folder, &state).await?;
+        self.hold(&storage, &backing, &state, is_new).await?;
         self.disk = Some(Disk::new(storage.clone(), backing.clone(), self.pool.clone()));
         if !backing.is_direct() {
             tracing::warn!(volume = %config.name, "the backing refuses direct I/O; it is written through the cache");
@@ -93,6 +96,42 @@ impl Volume {
             Role::Primary => Ok(self.open_primary(&config, storage, backing, state).await?),
             Role::Replica => Ok(self.open_replica(&config, storage, backing, state).await?),
         }
+    }
+
+    /// Finds out whether something else wrote to the backing since it was open here, which means that any block may differ
+    /// (X4), and notes that it is open. Of one that `is_new` the metadata says that already.
+    async fn hold(
+        &mut self,
+        storage: &Rc<dyn Storage>,
+        backing: &Rc<File>,
+        state: &State,
+        is_new: bool,
+    ) -> Result<(), String> {
+        let folder = &self.surroundings.state_folder;
+        let compared = match is_new {
+            true => None,
+            false => Holding::compare(folder, storage, backing, &self.pool)
+                .await
+                .map_err(|error| with_causes(&error))?,
+        };
+        if let Some(words) = compared {
+            let (name, path) = (self.name(), backing.path().display());
+            tracing::warn!(
+                volume = %name,
+                "{path}: {words}; all of it is compared before anything counts as in sync"
+            );
+            let adopted = state.superblock().adopted;
+            *self.touched.borrow_mut() = Some(Touched { words, adopted, is_due: true });
+        }
+        if self.touched.borrow().as_ref().is_some_and(|touched| touched.is_due) {
+            state.log_everything().await.map_err(|error| with_causes(&error))?;
+            self.touched.borrow_mut().iter_mut().for_each(|touched| touched.is_due = false);
+        }
+        let events = self.events.clone();
+        let touched = move |words| drop(events.send(Event::Touched(words)));
+        let held = Holding::begin(folder, storage.clone(), backing.clone(), self.pool.clone(), touched);
+        self.holding = held.map_err(|error| format!("cannot note that the backing is open: {error}"))?;
+        Ok(())
     }
 
     fn must_belong(&self, superblock: &Superblock) -> Result<(), String> {
@@ -236,13 +275,14 @@ impl Volume {
     }
 }
 
-/// Where the backing took the place of another one, makes the metadata say what is known of its content.
-async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<(), String> {
+/// Where the backing took the place of another one, makes the metadata say what is known of its content. Says whether it
+/// did.
+async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<bool, String> {
     let compared = backing::compare(folder, &config.backing).map_err(|error| with_causes(&error))?;
     let record = |identity: &str| backing::record(folder, identity).map_err(|error| with_causes(&error));
     let (identity, recovered) = match compared {
-        backing::Match::Same => return Ok(()),
-        backing::Match::Renamed { identity } => return record(&identity),
+        backing::Match::Same => return Ok(false),
+        backing::Match::Renamed { identity } => return record(&identity).map(|()| false),
         backing::Match::Adopted { identity, recovered } => (identity, recovered),
     };
     let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
@@ -255,5 +295,5 @@ async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<()
     }
     adoption::adopt(state, &peers, recovered.as_ref()).await.map_err(|error| with_causes(&error))?;
     // Only now: a crash before this does it all again.
-    record(&identity)
+    record(&identity).map(|()| true)
 }

@@ -25,6 +25,8 @@ pub(super) struct Applicant {
     pub(super) link_seconds: u64,
     /// The present, in seconds since 1970.
     pub(super) now: u64,
+    /// That something else wrote to this copy, if it was not compared since.
+    pub(super) touched: Option<String>,
 }
 
 /// What was said, as the rule takes it.
@@ -52,7 +54,24 @@ impl Applicant {
 
     /// Why it should not be promoted now, given what the others say; what is not said here loses nothing.
     pub(super) fn objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
-        let objection = self.candidate.objection(&heard(answers))?;
+        let objection = self.candidate.objection(&heard(answers));
+        let has_better = matches!(
+            objection,
+            Some(
+                Objection::Serves(_)
+                    | Objection::Connected
+                    | Objection::Promoted(_)
+                    | Objection::Later(_)
+                    | Objection::Demoted(_)
+            )
+        );
+        if let Some(words) = self.touched.as_ref().filter(|_| !has_better) {
+            return Some(format!(
+                "this copy was changed by something else ({words}), and was not compared with a primary's since; \
+                 --force promotes it as it is"
+            ));
+        }
+        let objection = objection?;
         let name = |host: HostId| {
             let known = answers.iter().find(|(peer, _)| peer.host == host);
             known.map_or_else(|| "another host".to_owned(), |(peer, _)| peer.name.to_string())
@@ -200,6 +219,7 @@ mod tests {
             last_written: Some(NOW - 3600),
             link_seconds: 90,
             now: NOW,
+            touched: None,
         }
     }
 
@@ -230,6 +250,15 @@ mod tests {
 
     fn says(name: &str, host: u8, standing: Standing) -> (PeerConfig, Answered) {
         (peer(name, host, Role::Replica), Ok(standing))
+    }
+
+    #[test]
+    fn a_copy_that_something_else_changed_is_promoted_only_by_force() {
+        let touched = Some("something else wrote to it after it was closed here".to_owned());
+        let mut applicant = applicant(Mode::Sync, Promise::Replicas(1));
+        applicant.touched = touched;
+        let text = applicant.objection(&[says("c", 3, standing(7))]).unwrap();
+        assert!(text.contains("changed by something else") && text.contains("--force"), "{text}");
     }
 
     #[test]

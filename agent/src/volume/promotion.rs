@@ -218,6 +218,7 @@ impl Volume {
                 .map(|at| unix_seconds().saturating_sub(at.elapsed().map_or(0, |age| age.as_secs()))),
             link_seconds: replica.since().elapsed().as_secs(),
             now: unix_seconds(),
+            touched: self.touched.borrow().as_ref().map(|touched| touched.words.clone()),
         }
     }
 }

@@ -11,11 +11,13 @@ use crate::primary::{LinkState, Split};
 use crate::quantity::{per_cent, unix_seconds};
 use crate::replica::Replica;
 use crate::stored::{self, Stored};
+use crate::system;
 use crate::transport;
 use crate::words::with_name;
 use blockmirror_protocol::session::{Connection as Link, ReplicaState, Report};
 use blockmirror_protocol::tracker;
 use blockmirror_protocol::units::Time;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How long the state folder may take to say what it holds.
@@ -46,6 +48,7 @@ impl Volume {
             storage: Some(self.storage_kind.clone()).filter(|kind| !kind.is_empty()),
             devices: self.devices.statuses().await,
             health: self.health().await,
+            backing_users: self.backing_users().await,
             peers: Vec::new(),
             ..VolumeFacts::unknown(&config)
         };
@@ -119,7 +122,19 @@ impl Volume {
             }
         }
         facts.succession.removed = config.removal.as_ref().map(Removed::from);
+        self.forget_touched(&facts);
+        facts.touched = self.touched.borrow().as_ref().map(|touched| touched.words.clone());
         facts
+    }
+
+    /// The loop devices on an image that is a backing: they go round the claim on it.
+    async fn backing_users(&self) -> Vec<PathBuf> {
+        let backing = self.config.borrow().backing.clone();
+        let looked = blocking(move || {
+            let place = std::fs::canonicalize(&backing).unwrap_or(backing);
+            system::loop_devices_on(&place)
+        });
+        tokio::time::timeout(STORED_TIME, looked).await.unwrap_or_default()
     }
 
     async fn health(&self) -> Health {
@@ -137,6 +152,24 @@ impl Volume {
         let (folder, of) = (self.surroundings.state_folder.clone(), config.clone());
         let read = blocking(move || stored::read(&folder, &of));
         tokio::time::timeout(STORED_TIME, read).await.unwrap_or_else(|_| Stored::nothing(config))
+    }
+
+    /// Forgets that something else wrote to the backing, once all was compared.
+    fn forget_touched(&self, facts: &VolumeFacts) {
+        let is_compared = match &self.role {
+            OpenRole::Primary(..) => {
+                !facts.peers.is_empty()
+                    && facts.peers.iter().all(|peer| peer.state == Some(PeerState::InSync))
+            }
+            OpenRole::Replica(replica) => {
+                let adopted = replica.state().superblock().adopted;
+                self.touched.borrow().as_ref().is_some_and(|touched| touched.adopted < adopted)
+            }
+            OpenRole::Closed(_) | OpenRole::Changing(_) => false,
+        };
+        if is_compared {
+            *self.touched.borrow_mut() = None;
+        }
     }
 
     /// What a replica knows of who may write.

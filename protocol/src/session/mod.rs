@@ -408,6 +408,18 @@ impl Session {
         self.mark_doubtful(blocks, sequence);
     }
 
+    /// Any block may differ, and none is known to (X4). `last` is the newest write.
+    pub(crate) fn doubt_everything(&mut self, last: Sequence) {
+        let whole = ByteRange::new(0, self.size_bytes);
+        if let State::Linked(link) = &mut self.state {
+            link.resync.rewritten(&whole.blocks(self.block_size));
+            if link.phase.streams() {
+                self.left |= link.break_off();
+            }
+        }
+        self.mark_suspect(whole, last);
+    }
+
     /// An epoch was closed (W3). The replica hears of it if it has frames of it, so that ends of epochs are as bounded
     /// as frames are, and that it claims no position that it doesn't have.
     pub(crate) fn handle_epoch_end(&mut self, epoch: Epoch, sequence: Sequence) {

@@ -36,6 +36,10 @@ pub enum Work {
 
 /// What the shell must do.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a greeting is large, and rare: it is not worth an allocation for each"
+)]
 pub enum Action {
     /// Write a record to the activity log, durably.
     WriteLog {

@@ -449,6 +449,14 @@ impl Tracker {
         self.drive(now);
     }
 
+    /// Something else wrote to the backing, nobody knows where: all of it is compared with every replica (X4).
+    pub fn doubt_everything(&mut self, now: Time) {
+        let last = self.last;
+        self.sessions.values_mut().for_each(|session| session.doubt_everything(last));
+        self.write_maps();
+        self.drive(now);
+    }
+
     /// Another host was promoted: no write is taken or answered well any more (L5). What is under way ends.
     pub fn supersede(&mut self, now: Time) {
         self.superseded = true;

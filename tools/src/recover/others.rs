@@ -136,6 +136,7 @@ mod tests {
             serves: false,
             dirty_bytes: 0,
             began: Vec::new(),
+            silent_milliseconds: 0,
             end: End::default(),
         }
     }

@@ -39,6 +39,8 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
         epoch: Some(12),
         blocked: None,
         health: Health::default(),
+        touched: None,
+        backing_users: Vec::new(),
         succession: Succession::default(),
         peers: vec![PeerStatus {
             name: peer.parse().unwrap(),

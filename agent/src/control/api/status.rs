@@ -96,6 +96,12 @@ pub struct VolumeFacts {
     pub backing: PathBuf,
     /// How the backing failed, if it did.
     pub backing_error: Option<String>,
+    /// That something else wrote to it, and when, as long as not all of it was compared since.
+    #[serde(default)]
+    pub touched: Option<String>,
+    /// Loop devices of others on it: what is written there is not mirrored.
+    #[serde(default)]
+    pub backing_users: Vec<PathBuf>,
     /// What carries out I/O, `io_uring` or `threads`; null when the agent is not running.
     pub storage: Option<String>,
     /// What applications can open.
@@ -188,6 +194,8 @@ impl VolumeFacts {
             block_size_bytes: config.block_size.bytes(),
             backing: config.backing.clone(),
             backing_error: None,
+            touched: None,
+            backing_users: Vec::new(),
             storage: None,
             devices: Vec::new(),
             data: None,

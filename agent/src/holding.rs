@@ -1,0 +1,447 @@
+//! Whether a backing was written by something else, as far as the system tells (X4).
+//!
+//! While a host holds a backing it keeps two notes in the volume's state folder. `held` is durable: it says that the
+//! backing is open and since which start of the system, or, once it was closed in order, what it looked like: the times
+//! of an image, the kernel's count of a disk's writes, and a digest of what others write first (both ends, where file
+//! systems keep what changes with each mount, and samples in between). `held-now` is not synced and so costs next to
+//! nothing: it says what the times or counts were when this host last wrote nothing, or that it is just writing. So it is
+//! right after the agent was killed, and of no use after the system went down.
+//!
+//! When the backing is opened it is compared with the notes. After a crash of the system, anything that was written since
+//! the system started was not written by this host. After a kill in the middle of writes, only times tell, to a second:
+//! what a disk got then can't be told from what this host had under way.
+//!
+//! While it is held, the times or counts must not change when this host writes nothing.
+
+use crate::buffer::BufferPool;
+use crate::durable;
+use crate::storage::file::{File, Kind};
+use crate::storage::{self, Storage, Writes};
+use crate::system;
+use blockmirror_protocol::ranges::ByteRange;
+use std::cell::{Cell, RefCell};
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The durable note, and the other one.
+const NOTE: &str = "held";
+const NOW: &str = "held-now";
+
+/// The words of the notes.
+const OPEN: &str = "open";
+const CLOSED: &str = "closed";
+const QUIET: &str = "quiet";
+const BUSY: &str = "busy ";
+
+/// How often it is looked whether this host writes.
+const LOOK_TIME: Duration = Duration::from_millis(250);
+/// How much later than the last note this host itself may have written to an image, in seconds.
+const BUSY_SECONDS: i64 = 1;
+/// How long the last look at a backing may take when it is closed.
+const CLOSE_TIME: Duration = Duration::from_secs(5);
+
+/// How much of each end is looked at, and how many places in between, in bytes.
+const EDGE_BYTES: u64 = 1 << 20;
+const SAMPLES: u64 = 16;
+const SAMPLE_BYTES: u64 = 4096;
+
+/// What the kernel tells of a backing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Looks {
+    /// An image: when it was modified and changed, in seconds and nanoseconds, and its size.
+    Image { modified: (i64, i64), changed: (i64, i64), size_bytes: u64 },
+    /// A disk: which one it is since the start of the system, and how many sectors were written and discarded since then.
+    Disk { sequence: String, written: u64, discarded: u64 },
+}
+
+/// This start of the system: its name, and when it was, in seconds since 1970.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Boot {
+    name: String,
+    at: i64,
+}
+
+/// What the notes say.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Noted {
+    /// Nothing: an earlier release had it, or nobody.
+    Nothing,
+    /// It was closed in order.
+    Closed { boot: String, looks: Looks, digest: String },
+    /// It was open, since this start of the system; and what was noted last.
+    Open { boot: String, now: Option<(bool, String, Looks)> },
+}
+
+/// See the module. Lives on the volume's thread.
+pub struct Holding {
+    folder: PathBuf,
+    storage: Rc<dyn Storage>,
+    backing: Rc<File>,
+    pool: BufferPool,
+    writes: Arc<Writes>,
+    now: fs::File,
+    boot: Boot,
+    /// What it looked like when this host last wrote nothing.
+    quiet: RefCell<Option<Looks>>,
+    begun: Cell<u64>,
+    touched: Box<dyn Fn(String)>,
+}
+
+impl Holding {
+    /// Compares what the backing looked like before it was opened with the notes. Says in words what was noticed.
+    ///
+    /// # Errors
+    /// When the backing can't be read.
+    pub async fn compare(
+        folder: &Path,
+        storage: &Rc<dyn Storage>,
+        backing: &Rc<File>,
+        pool: &BufferPool,
+    ) -> Result<Option<String>, storage::Error> {
+        let noted = read_notes(folder);
+        let Some((boot, looks)) = boot().zip(backing.found().and_then(looks_of)) else { return Ok(None) };
+        if let Some(words) = judge(&noted, &looks, &boot) {
+            return Ok(Some(words));
+        }
+        if let Noted::Closed { digest: before, .. } = &noted
+            && *before != digest(storage, backing, pool).await?
+        {
+            return Ok(Some("its content is not what it was when it was closed here".to_owned()));
+        }
+        Ok(None)
+    }
+
+    /// Notes that the backing is held from now on. `touched` is called once it is noticed that something else writes.
+    ///
+    /// # Errors
+    /// When the notes can't be written.
+    pub fn begin(
+        folder: &Path,
+        storage: Rc<dyn Storage>,
+        backing: Rc<File>,
+        pool: BufferPool,
+        touched: impl Fn(String) + 'static,
+    ) -> io::Result<Option<Rc<Self>>> {
+        let Some(boot) = boot().filter(|_| backing.is_direct() || backing.kind() == Kind::Image) else {
+            // What is written late would be counted late.
+            durable::remove(&folder.join(NOTE))?;
+            return Ok(None);
+        };
+        let path = folder.join(NOW);
+        let now = fs::File::options().create(true).truncate(false).write(true).open(path)?;
+        let holding = Rc::new(Self {
+            folder: folder.to_owned(),
+            storage,
+            writes: backing.watch_writes(now.try_clone()?, BUSY.as_bytes()),
+            backing,
+            pool,
+            now,
+            boot,
+            quiet: RefCell::default(),
+            begun: Cell::new(0),
+            touched: Box::new(touched),
+        });
+        holding.note_quiet()?;
+        durable::replace(&folder.join(NOTE), format!("{OPEN}\n{}\n", holding.boot.name).as_bytes())?;
+        tokio::task::spawn_local(look(Rc::downgrade(&holding)));
+        Ok(Some(holding))
+    }
+
+    /// Notes what the backing looks like, where everything that was written has ended.
+    pub async fn close(self: Rc<Self>) {
+        let closing = async {
+            if !self.writes.is_idle() || self.is_touched() {
+                return Ok(());
+            }
+            // The times of an image are not durable by a sync of its data alone.
+            let synced = self.backing.as_fd().try_clone_to_owned();
+            let digest = digest(&self.storage, &self.backing, &self.pool).await.map_err(io::Error::other)?;
+            tokio::task::spawn_blocking(move || fs::File::from(synced?).sync_all()).await??;
+            let Some(looks) = looks(&self.backing) else { return Ok(()) };
+            let text = format!("{CLOSED}\n{}\n{}\n{digest}\n", self.boot.name, looks.text());
+            durable::replace(&self.folder.join(NOTE), text.as_bytes())
+        };
+        let closed: io::Result<()> = tokio::time::timeout(CLOSE_TIME, closing).await.unwrap_or(Ok(()));
+        if let Err(error) = closed {
+            tracing::warn!(%error, "cannot note what the backing looks like; the next start compares what it can");
+        }
+    }
+
+    /// Whether something else has written since this host last did. Where this host writes, that can't be told.
+    fn is_touched(&self) -> bool {
+        if !self.writes.is_quiet() {
+            return false;
+        }
+        let quiet = self.quiet.borrow();
+        quiet.as_ref().zip(looks(&self.backing)).is_some_and(|(before, now)| before.was_written(&now))
+    }
+
+    /// Writes what it looks like now, while this host writes nothing.
+    fn note_quiet(&self) -> io::Result<()> {
+        let Some(looks) = looks(&self.backing) else { return Ok(()) };
+        let text = format!("{QUIET}\n{}\n{}\n", self.boot.name, looks.text());
+        self.now.write_all_at(text.as_bytes(), 0)?;
+        *self.quiet.borrow_mut() = Some(looks);
+        self.writes.become_quiet();
+        Ok(())
+    }
+
+    /// One look. Nothing is submitted meanwhile: that happens on this thread.
+    fn look(&self) {
+        let begun = self.writes.begun();
+        let wrote = self.begun.replace(begun) != begun || !self.writes.is_idle();
+        if wrote {
+            *self.quiet.borrow_mut() = None;
+        } else if self.quiet.borrow().is_none() {
+            if let Err(error) = self.note_quiet() {
+                tracing::debug!(%error, "cannot note what the backing looks like");
+            }
+        } else if self.is_touched() {
+            // Said once: from now on this is what it looks like.
+            *self.quiet.borrow_mut() = None;
+            (self.touched)("something else wrote to it while it was open here".to_owned());
+        }
+    }
+}
+
+async fn look(holding: Weak<Holding>) {
+    loop {
+        tokio::time::sleep(LOOK_TIME).await;
+        let Some(holding) = holding.upgrade() else { return };
+        holding.look();
+    }
+}
+
+/// What is noticed, in words. A digest that was noted is for the caller to compare.
+fn judge(noted: &Noted, looks: &Looks, boot: &Boot) -> Option<String> {
+    let written = |since: &str| Some(format!("something else wrote to it {since}"));
+    match noted {
+        Noted::Nothing => None,
+        Noted::Closed { boot: then, looks: before, .. } => {
+            let is_told = before.is_kept() || *then == boot.name;
+            if is_told && before != looks { written("after it was closed here") } else { None }
+        }
+        Noted::Open { boot: then, .. } if *then != boot.name => {
+            let is_written = match looks {
+                Looks::Image { modified, .. } => modified.0 > boot.at,
+                Looks::Disk { written, discarded, .. } => *written + *discarded > 0,
+            };
+            if is_written { written("after this system started, before it was opened here") } else { None }
+        }
+        Noted::Open { now: Some((is_quiet, then, before)), .. } if *then == boot.name => {
+            let is_written = match (before, looks) {
+                (Looks::Image { modified, .. }, Looks::Image { modified: now, .. }) if !is_quiet => {
+                    now.0 > modified.0 + BUSY_SECONDS || now < modified
+                }
+                (Looks::Disk { sequence, .. }, Looks::Disk { sequence: now, .. }) if !is_quiet => {
+                    sequence != now
+                }
+                _ => before.was_written(looks),
+            };
+            if is_written { written("after the agent was killed") } else { None }
+        }
+        Noted::Open { .. } => {
+            Some("it is not known what it looked like when the agent was killed".to_owned())
+        }
+    }
+}
+
+impl Looks {
+    /// Whether a start of the system leaves it as it is.
+    fn is_kept(&self) -> bool {
+        matches!(self, Self::Image { .. })
+    }
+
+    /// Whether what looks like `now` was written since it looked so.
+    fn was_written(&self, now: &Self) -> bool {
+        match (self, now) {
+            (
+                Self::Image { modified, size_bytes, .. },
+                Self::Image { modified: then, size_bytes: size, .. },
+            ) => modified != then || size_bytes != size,
+            _ => self != now,
+        }
+    }
+
+    fn text(&self) -> String {
+        match self {
+            Self::Image { modified, changed, size_bytes } => {
+                format!("image {}.{} {}.{} {size_bytes}", modified.0, modified.1, changed.0, changed.1)
+            }
+            Self::Disk { sequence, written, discarded } => format!("disk {sequence} {written} {discarded}"),
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        let time = |text: &str| {
+            let (seconds, nanoseconds) = text.split_once('.')?;
+            Some((seconds.parse().ok()?, nanoseconds.parse().ok()?))
+        };
+        match words.next()? {
+            "image" => Some(Self::Image {
+                modified: time(words.next()?)?,
+                changed: time(words.next()?)?,
+                size_bytes: words.next()?.parse().ok()?,
+            }),
+            "disk" => Some(Self::Disk {
+                sequence: words.next()?.to_owned(),
+                written: words.next()?.parse().ok()?,
+                discarded: words.next()?.parse().ok()?,
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// What the kernel tells of an open backing; nothing where it doesn't.
+fn looks(backing: &File) -> Option<Looks> {
+    let file = fs::File::from(backing.as_fd().try_clone_to_owned().ok()?);
+    looks_of(&file.metadata().ok()?)
+}
+
+fn looks_of(status: &fs::Metadata) -> Option<Looks> {
+    if !status.file_type().is_block_device() {
+        return Some(Looks::Image {
+            modified: (status.mtime(), status.mtime_nsec()),
+            changed: (status.ctime(), status.ctime_nsec()),
+            size_bytes: status.len(),
+        });
+    }
+    // Documentation/admin-guide/iostats.rst: the seventh number is of sectors written, the fourteenth of sectors
+    // discarded. A flush counts as a write, of none.
+    let folder = system::device_folder(status.rdev());
+    let counts = String::from_utf8(system::read(&folder.join("stat")).ok()?).ok()?;
+    let count = |place| counts.split_whitespace().nth(place)?.parse().ok();
+    let disk = if folder.join("partition").exists() { folder.parent()?.to_owned() } else { folder };
+    // A kernel that doesn't count disks gives them no other name to tell by.
+    let sequence = system::read(&disk.join("diskseq")).unwrap_or_default();
+    let sequence = String::from_utf8(sequence).ok().filter(|text| !text.is_empty());
+    Some(Looks::Disk {
+        sequence: sequence.unwrap_or_else(|| "-".to_owned()),
+        written: count(6)?,
+        discarded: count(13).unwrap_or(0),
+    })
+}
+
+fn boot() -> Option<Boot> {
+    let name = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned();
+    let counts = fs::read_to_string("/proc/stat").ok()?;
+    let at = counts.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+    Some(Boot { name, at })
+}
+
+fn read_notes(folder: &Path) -> Noted {
+    let note = fs::read_to_string(folder.join(NOTE)).unwrap_or_default();
+    let mut lines = note.lines();
+    let closed = |mut lines: std::str::Lines<'_>| {
+        let boot = lines.next()?.to_owned();
+        let looks = Looks::parse(lines.next()?)?;
+        Some(Noted::Closed { boot, looks, digest: lines.next()?.to_owned() })
+    };
+    match lines.next() {
+        Some(CLOSED) => closed(lines).unwrap_or(Noted::Nothing),
+        Some(OPEN) => {
+            let boot = lines.next().unwrap_or_default().to_owned();
+            Noted::Open { boot, now: parse_now(&fs::read_to_string(folder.join(NOW)).unwrap_or_default()) }
+        }
+        _ => Noted::Nothing,
+    }
+}
+
+fn parse_now(text: &str) -> Option<(bool, String, Looks)> {
+    let mut lines = text.lines();
+    let is_quiet = lines.next()? == QUIET;
+    let boot = lines.next()?.to_owned();
+    Some((is_quiet, boot, Looks::parse(lines.next()?)?))
+}
+
+/// The digest of what others write first.
+async fn digest(
+    storage: &Rc<dyn Storage>,
+    backing: &Rc<File>,
+    pool: &BufferPool,
+) -> Result<String, storage::Error> {
+    let size = backing.size_bytes();
+    let edge = EDGE_BYTES.min(size);
+    let step = (size / (SAMPLES + 1)).max(SAMPLE_BYTES) & !(SAMPLE_BYTES - 1);
+    let samples = (1..=SAMPLES).map(|number| ByteRange::new(number * step, SAMPLE_BYTES));
+    let edges = [ByteRange::new(0, edge), ByteRange::between(size - edge, size)];
+    let mut hasher = blake3::Hasher::new();
+    for range in edges.into_iter().chain(samples.filter(|range| range.end() <= size)) {
+        hasher.update(&storage::read(&**storage, backing, pool, range).await?);
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(modified: (i64, i64)) -> Looks {
+        Looks::Image { modified, changed: modified, size_bytes: 1 << 20 }
+    }
+
+    fn disk(sequence: &str, written: u64) -> Looks {
+        Looks::Disk { sequence: sequence.to_owned(), written, discarded: 0 }
+    }
+
+    #[test]
+    fn what_something_else_wrote_is_noticed() {
+        let boot = Boot { name: "now".to_owned(), at: 1000 };
+        let closed =
+            |boot: &str, looks| Noted::Closed { boot: boot.to_owned(), looks, digest: String::new() };
+        let open = |boot: &str, now: Option<(bool, &str, Looks)>| Noted::Open {
+            boot: boot.to_owned(),
+            now: now.map(|(is_quiet, boot, looks)| (is_quiet, boot.to_owned(), looks)),
+        };
+        let (before, later) = (image((1500, 1)), image((1500, 2)));
+        for (noted, looks, is_noticed) in [
+            (Noted::Nothing, image((9, 9)), false),
+            (closed("now", before.clone()), before.clone(), false),
+            (closed("then", before.clone()), before.clone(), false),
+            (closed("then", before.clone()), later.clone(), true),
+            (closed("now", disk("7", 5)), disk("7", 5), false),
+            (closed("now", disk("7", 5)), disk("7", 6), true),
+            (closed("now", disk("7", 5)), disk("8", 5), true),
+            // The counts began anew: the digest tells.
+            (closed("then", disk("7", 5)), disk("7", 1), false),
+            // The agent was killed.
+            (open("now", Some((true, "now", before.clone()))), before.clone(), false),
+            (open("now", Some((true, "now", before.clone()))), later.clone(), true),
+            (open("now", Some((false, "now", before.clone()))), later.clone(), false),
+            (open("now", Some((false, "now", before.clone()))), image((1502, 0)), true),
+            (open("now", Some((true, "now", disk("7", 5)))), disk("7", 6), true),
+            (open("now", Some((false, "now", disk("7", 5)))), disk("7", 6), false),
+            (open("now", Some((false, "now", disk("7", 5)))), disk("8", 6), true),
+            (open("now", None), before.clone(), true),
+            // The system went down.
+            (open("then", Some((true, "then", before.clone()))), image((999, 0)), false),
+            (open("then", None), later, true),
+            (open("then", None), disk("7", 0), false),
+            (open("then", None), disk("7", 1), true),
+        ] {
+            assert_eq!(judge(&noted, &looks, &boot).is_some(), is_noticed, "{noted:?} {looks:?}");
+        }
+    }
+
+    #[test]
+    fn the_notes_are_read_back_as_they_were_written() {
+        for looks in [image((1, 23)), disk("7", 5), disk("-", 0)] {
+            assert_eq!(Looks::parse(&looks.text()), Some(looks.clone()));
+            let text = format!("{QUIET}\nboot\n{}\n", looks.text());
+            assert_eq!(parse_now(&text), Some((true, "boot".to_owned(), looks.clone())));
+            let busy = text.replacen(QUIET, BUSY, 1);
+            assert_eq!(parse_now(&busy), Some((false, "boot".to_owned(), looks)));
+        }
+        assert_eq!(BUSY.len(), QUIET.len(), "one takes the place of the other");
+        assert_eq!(parse_now(""), None);
+        assert_eq!(Looks::parse("image 1.2"), None);
+    }
+}

@@ -1,0 +1,245 @@
+//! A backing that something else writes, while no agent holds it or behind its back: noticed, named, and compared before
+//! anything counts as in sync (X4).
+
+use blockmirror_agent::control::api::{CopyState, PeerState, VolumeState, VolumeStatus};
+use blockmirror_tests::harness::random::Random;
+use blockmirror_tests::machines::content::{first_difference, noise};
+use blockmirror_tests::machines::folder::Folder;
+use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::patience::until;
+use blockmirror_tests::machines::programs::{succeed, text};
+use blockmirror_tests::require;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+const MIB: u64 = 1 << 20;
+const SIZE_BYTES: u64 = 32 * MIB;
+/// Far from what is looked at first, and never written by the volume's applications.
+const PLACE: u64 = 21 * MIB + 4096 * 3;
+
+fn mirrored(replicas: &[&str]) -> Mirror {
+    let mirror = Mirror::new(SIZE_BYTES, "nbd", replicas);
+    let mut random = Random::new(3);
+    let mut client = mirror.client();
+    for offset in (0..16 * MIB).step_by(MIB as usize) {
+        client.write(offset, &noise(&mut random, MIB)).expect("a write");
+    }
+    client.flush().expect("a flush");
+    drop(client);
+    mirror.assert_identical();
+    mirror
+}
+
+/// Writes what the agent doesn't know of.
+fn touch(backing: &Path) {
+    let file = File::options().write(true).open(backing).expect("the backing");
+    file.write_all_at(&noise(&mut Random::new(4), 4096), PLACE).expect("a write");
+    file.sync_all().expect("a sync");
+}
+
+/// Waits until a killed agent has let go of its backing, and its host has noted that it wrote nothing more.
+fn let_go(host: &Host) {
+    until("the killed agent has let go of its backing", || {
+        let file = File::open(host.backing()).expect("a backing");
+        file.try_lock().map_err(|error| error.to_string())
+    });
+}
+
+/// Waits until the host has noted what its backing looks like when nothing is written.
+fn wait_until_noted(host: &Host) {
+    until("the host has written nothing for a while", || {
+        let note = fs::read_to_string(host.state("held-now")).unwrap_or_default();
+        if note.starts_with("quiet") { Ok(()) } else { Err(note) }
+    });
+}
+
+fn is_named(status: &VolumeStatus) -> bool {
+    status.verdict.contains("was changed by something else")
+}
+
+fn was_told(host: &Host, words: &str) {
+    assert!(host.log().contains(words), "{}: {}", host.name(), host.log());
+}
+
+#[test]
+fn a_primarys_image_that_was_written_while_the_agent_was_stopped_is_compared() {
+    let mut mirror = mirrored(&["b", "c"]);
+    mirror.primary.stop();
+    touch(&mirror.primary.backing());
+    mirror.replicas[0].link().cut();
+    mirror.primary.start();
+    let named = mirror.primary.wait_until("it is named", is_named);
+    assert_ne!(named.state, VolumeState::Healthy);
+    mirror.replicas[0].link().mend();
+    mirror.assert_identical();
+    was_told(&mirror.primary, "something else wrote to it after it was closed here");
+    mirror.primary.wait_until("all is compared", |status| !is_named(status));
+    // What was compared once is not doubted again.
+    mirror.primary.stop();
+    mirror.primary.start();
+    mirror.wait_until_in_sync();
+    assert_eq!(mirror.primary.log().matches("something else wrote").count(), 1, "{}", mirror.primary.log());
+}
+
+#[test]
+fn a_primarys_image_that_was_written_after_the_agent_was_killed_is_compared() {
+    let mut mirror = mirrored(&["b"]);
+    wait_until_noted(&mirror.primary);
+    mirror.primary.kill();
+    let_go(&mirror.primary);
+    touch(&mirror.primary.backing());
+    mirror.primary.start();
+    mirror.assert_identical();
+    was_told(&mirror.primary, "something else wrote to it after the agent was killed");
+}
+
+#[test]
+fn an_agent_that_is_stopped_or_killed_doubts_nothing_that_it_wrote_itself() {
+    let mut mirror = mirrored(&["b"]);
+    let mut random = Random::new(9);
+    for round in 0..4 {
+        let mut client = mirror.client();
+        client.write_durably(round * MIB, &noise(&mut random, 4096)).expect("a write");
+        drop(client);
+        match round {
+            0 => mirror.primary.stop(),
+            1 => mirror.primary.kill(),
+            2 => {
+                wait_until_noted(&mirror.primary);
+                mirror.primary.kill();
+            }
+            _ => {
+                mirror.replicas[0].kill();
+                mirror.replicas[0].start();
+                continue;
+            }
+        }
+        mirror.primary.start();
+        mirror.assert_identical();
+    }
+    mirror.assert_identical();
+    for host in [&mirror.primary, mirror.replica()] {
+        assert!(!host.log().contains("something else"), "{}", host.log());
+    }
+}
+
+#[test]
+fn a_replicas_image_that_was_written_while_its_agent_was_away_is_repaired() {
+    for is_killed in [false, true] {
+        let mut mirror = mirrored(&["b"]);
+        if is_killed {
+            wait_until_noted(mirror.replica());
+            mirror.replicas[0].kill();
+            let_go(mirror.replica());
+        } else {
+            mirror.replicas[0].stop();
+        }
+        touch(&mirror.replica().backing());
+        mirror.primary.link().cut();
+        mirror.replicas[0].link().cut();
+        mirror.replicas[0].start();
+        let status = mirror.replica().wait_until("it is named", is_named);
+        assert_eq!(status.facts.data, Some(CopyState::Consistent));
+        mirror.replicas[0].link().mend();
+        mirror.primary.link().mend();
+        mirror.replica().wait_until("all is compared", |status| !is_named(status));
+        mirror.wait_for_peer("b", "b is in sync", |peer| peer.state == Some(PeerState::InSync));
+        assert_eq!(first_difference(&mirror.primary.backing(), &mirror.replica().backing()), None);
+    }
+}
+
+#[test]
+fn a_replica_that_something_else_changed_is_not_promoted_without_force() {
+    let mut mirror = mirrored(&["b"]);
+    mirror.replicas[0].stop();
+    touch(&mirror.replica().backing());
+    mirror.primary.stop();
+    mirror.replicas[0].start();
+    mirror.replica().refuse(&["promote", "data"], 5, &["was changed by something else", "--force"]);
+    mirror.replica().succeed(&["promote", "data", "--force"]);
+    mirror.primary.start();
+    let b = mirror.replica();
+    b.wait_until("a follows, by digests of everything", |status| status.state == VolumeState::Healthy);
+    assert_eq!(first_difference(&mirror.primary.backing(), &b.backing()), None);
+}
+
+#[test]
+fn what_is_written_to_an_image_behind_the_agents_back_is_noticed_while_it_runs() {
+    for is_replica in [false, true] {
+        let mirror = mirrored(&["b"]);
+        let host = if is_replica { mirror.replica() } else { &mirror.primary };
+        wait_until_noted(host);
+        touch(&host.backing());
+        until("it is noticed", || {
+            let log = host.log();
+            if log.contains("something else wrote to it while it was open here") { Ok(()) } else { Err(log) }
+        });
+        until("the copies are identical", || {
+            match first_difference(&mirror.primary.backing(), &mirror.replica().backing()) {
+                None => Ok(()),
+                Some(at) => Err(format!("they differ at {at}")),
+            }
+        });
+        mirror.assert_identical();
+    }
+}
+
+#[test]
+fn a_loop_device_on_the_image_of_a_volume_is_named() {
+    require!("root", "losetup");
+    let mirror = mirrored(&["b"]);
+    let image = mirror.replica().backing();
+    let device = succeed("losetup", &["--find", "--show", "--read-only", text(&image)]);
+    let named = mirror.replica().wait_until("the loop device is named", |status| {
+        status.verdict.contains(&format!("losetup -d {}", device.trim()))
+    });
+    succeed("losetup", &["--detach", device.trim()]);
+    assert_eq!(named.facts.backing_users.len(), 1);
+    mirror.replica().wait_until("it is gone", |status| status.facts.backing_users.is_empty());
+}
+
+#[test]
+fn a_disk_that_was_written_while_the_agent_was_stopped_or_after_it_was_killed_is_compared() {
+    require!("root", "losetup");
+    let folder = Folder::new();
+    let image = folder.join("disk");
+    File::create(&image).and_then(|file| file.set_len(SIZE_BYTES)).expect("a disk");
+    let disk = folder.attach(&image);
+    let mut primary = Host::new(&folder, "a");
+    primary.succeed(&["create", "data", "--backing", text(&disk), "--device", "nbd"]);
+    let replica = Host::new(&folder, "b");
+    replica.join(&primary, &replica.backing());
+    let in_sync = |primary: &Host| {
+        primary.succeed(&["wait", "data", "--for", "in-sync", "--timeout", "90s"]);
+    };
+    in_sync(&primary);
+    for is_killed in [false, true] {
+        if is_killed {
+            wait_until_noted(&primary);
+            primary.kill();
+            until("the killed agent has let go of its disk", || {
+                use std::os::unix::fs::OpenOptionsExt;
+                let opened = File::options().read(true).custom_flags(libc::O_EXCL).open(&disk);
+                opened.map(drop).map_err(|error| error.to_string())
+            });
+        } else {
+            primary.stop();
+        }
+        let file = File::options().write(true).open(&disk).expect("the disk");
+        let content = noise(&mut Random::new(5 + u64::from(is_killed)), 4096);
+        file.write_all_at(&content, PLACE).and_then(|()| file.sync_all()).expect("a write");
+        drop(file);
+        primary.start();
+        in_sync(&primary);
+        let mut copied = vec![0; content.len()];
+        File::open(replica.backing())
+            .and_then(|file| file.read_exact_at(&mut copied, PLACE))
+            .expect("a read");
+        assert!(copied == content, "what was written is on the replica when it counts as in sync");
+        let when = if is_killed { "after the agent was killed" } else { "after it was closed here" };
+        was_told(&primary, when);
+    }
+    drop((primary, replica));
+}
