@@ -41,7 +41,11 @@ impl Primary {
         let position = self.position();
         let (has_undelivered, unanswered) = {
             let tracker = &self.inner.borrow().tracker;
-            (tracker.lacks_answered(fence.holder), tracker.unanswered_generations())
+            match self.superseded.get() {
+                Some(_) => (tracker.lacks_answered(fence.holder), tracker.unanswered_generations()),
+                // It is demoted in order, and whoever is released has everything.
+                None => (false, 0),
+            }
         };
         let own = has_undelivered.then(|| GenerationId(crate::transport::key::random()));
         self.state
