@@ -268,7 +268,8 @@ mod tests {
         assert!(!yields(position(8), older), "this one has no more than was recovered");
         let mut recovered = resolver("ba");
         recovered.superblock.end = end;
-        let more = Standing { role: Role::Replica, fence: fence(1), marker: position(9), ..standing("a") };
+        let before = Fence { counter: 2, holder: HostId([1; 32]) };
+        let more = Standing { role: Role::Replica, fence: before, marker: position(9), ..standing("a") };
         assert!(recovered.winner(B, &[says("b", 2, Ok(more.clone()))]).is_ok(), "the other one has more");
         let no_more = Standing { marker: position(8), ..more };
         assert!(recovered.winner(B, &[says("b", 2, Ok(no_more))]).is_err());
