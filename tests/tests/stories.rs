@@ -500,7 +500,7 @@ fn greetings(tracker: &mut Tracker, now: Time) -> usize {
 #[test]
 fn a_stalled_replica_blocks_nobody() {
     for mut world in in_sync(&Settings::scripted()).take(4) {
-        world.links[link()].stalled_until = world.now + PATIENCE * 10;
+        world.links[link()].stalled_until = world.now + PATIENCE * 3;
         for number in 0..2000 {
             world.ask(PRIMARY, write(number * 4096, 4096));
             if number % 3 == 0 {

@@ -338,8 +338,14 @@ impl Replica {
                 let me = self.me();
                 spawn_local(async move {
                     let is_forgotten = change == StateChange::Forget;
+                    let is_commit = matches!(change, StateChange::Commit { .. });
                     let written = me.note_state(me.write_state(change).await);
                     me.drive(|inner| inner.machine.handle_state_written(written));
+                    if is_commit {
+                        // It counts from now on, and so must the primary's word.
+                        let now = me.now();
+                        me.drive(|inner| inner.machine.ask_promise(now));
+                    }
                     if is_forgotten {
                         me.forgotten.notify_waiters();
                     }
