@@ -432,7 +432,7 @@ fn a_token_is_not_used_up_by_a_recovery_that_is_refused() {
     mirror.replica().wait_until("the primary is gone", |status| status.verdict.contains("is not connected"));
     mirror.primary.succeed(&recover);
     assert_eq!(first_difference(&target, &mirror.replica().backing()), None);
-    mirror.primary.refuse(&[&recover[..], &["--overwrite"]].concat(), 1, &["used already"]);
+    mirror.primary.refuse(&[&recover[..], &["--overwrite"]].concat(), 5, &["used already"]);
 }
 
 /// Begins a recovery into the backing of a host whose agent is stopped, interrupts it, sees that the volume is not opened

@@ -145,9 +145,15 @@ async fn look(hands: &Hands, folder: &Path, resolver: &Resolver, keep: HostId) -
     };
     // A map can be large; the volume goes on meanwhile.
     let (undelivered, began) = tokio::task::spawn_blocking(read).await.unwrap_or_default();
-    // No map says what the one had that the other was set back from.
-    let undelivered = undelivered.filter(|_| !resolver.lacks_what_ended(&winner.standing));
-    Ok(yielding(&resolver.superblock, &began, undelivered.as_ref(), &winner))
+    // No map says what the one had that the other was set back from: there is nothing in common to go on from.
+    let has_common = !resolver.lacks_what_ended(&winner.standing);
+    Ok(yielding(
+        &resolver.superblock,
+        &began,
+        undelivered.as_ref().filter(|_| has_common),
+        &winner,
+        has_common,
+    ))
 }
 
 /// When the oldest of the generations began that are in one lineage alone, where that is known: since then that history
@@ -163,10 +169,14 @@ fn yielding(
     began: &[u64],
     undelivered: Option<&Undelivered>,
     winner: &Winner,
+    has_common: bool,
 ) -> Yielding {
     let standing = &winner.standing;
     let map = undelivered.map(|undelivered| undelivered.base);
-    let lineage = resolve::yielded(&superblock.lineage, &standing.lineage, map, superblock.adopted);
+    let lineage = match has_common {
+        true => resolve::yielded(&superblock.lineage, &standing.lineage, map, superblock.adopted),
+        false => Vec::new(),
+    };
     let loses = undelivered.filter(|_| !lineage.is_empty());
     let block_bytes = superblock.block_size.bytes();
     // The other's map is of what this copy was when it last followed.

@@ -108,8 +108,7 @@ impl Replica {
                 "split brain: this host wrote alone after the two were last in sync",
             ),
             Relation::Same | Relation::TheirsIsNewer
-                if self.superblock.data != DataState::Empty
-                    && hello.end.lacks(&self.superblock.lineage, self.position) =>
+                if hello.end.lacks(&self.superblock.lineage, self.position) =>
             {
                 refused(
                     Refusal::SplitBrain,
