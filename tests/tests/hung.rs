@@ -2,7 +2,7 @@
 //! whoever waits is told.
 
 use blockmirror_agent::config::Mode;
-use blockmirror_agent::control::api::{VolumeState, VolumeStatus};
+use blockmirror_agent::control::api::{Connection, VolumeState, VolumeStatus};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::hanging::Hanging;
 use blockmirror_tests::machines::host::Host;
@@ -116,6 +116,40 @@ fn an_agent_whose_disk_hangs_ends_when_it_is_told_to_and_names_the_disk() {
     scene.disk.go_on();
     scene.mirror.primary.wait_until("it is served", |status| status.state == VolumeState::Healthy);
     scene.mirror.primary.stop();
+}
+
+/// An image whose file server hangs is asked for holes and written on other threads than the volume's, also where that is
+/// the transport's.
+#[test]
+fn an_image_whose_server_hangs_stops_neither_its_thread_nor_the_transport() {
+    require!("root", "losetup", "qemu-storage-daemon");
+    let folder = Folder::new();
+    let primary = Host::new(&folder, "a");
+    let disk = Hanging::new(&folder, "disk", 8 * MIB);
+    primary.succeed(&["create", "data", "--backing", text(disk.file()), "--device", "nbd"]);
+    let device = disk.file().to_owned();
+    let mut scene = Scene { disk, mirror: Mirror { primary, replicas: Vec::new(), folder }, device };
+    let (disk, mirror) = (&scene.disk, &mut scene.mirror);
+    mirror.add("b");
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.wait_until_quiet();
+    // From here on the volume lives on the transport's thread.
+    mirror.primary.stop();
+    mirror.primary.start();
+    mirror.wait_until_in_sync();
+    let mut client = mirror.client();
+    disk.stall();
+    client.begin_write(0, &[7; 4096]).expect("it is taken");
+    mirror.primary.wait_until("it is told that the disk hangs", |status| {
+        status.facts.health.hung.as_ref().is_some_and(|hung| hung.seconds >= 5)
+    });
+    assert_eq!(mirror.peer("b").connection, Connection::Connected, "the transport goes on");
+    mirror.primary.refuse(&["demote", "data"], 5, &["does not answer"]);
+    disk.go_on();
+    mirror.primary.wait_until("all is well", |status| status.state == VolumeState::Healthy);
+    client.finish().expect("the write is answered");
+    drop(client);
+    mirror.primary.stop();
 }
 
 /// A loop device of another program was on an image whose server hung: each look for the users of an image asked about

@@ -111,6 +111,14 @@ impl Client {
         self.ask(CommandKind::Write, CommandFlags::NONE, offset, data.len() as u64, data)
     }
 
+    /// Waits for the answer to the last request.
+    ///
+    /// # Errors
+    /// When the server fails it or is gone.
+    pub fn finish(&mut self) -> io::Result<()> {
+        self.answer()
+    }
+
     fn ask(
         &mut self,
         kind: CommandKind,
