@@ -183,11 +183,7 @@ fn a_paused_replica_misses_what_is_written_until_it_is_resumed() {
 fn a_pause_on_the_replica_keeps_the_primary_away_over_restarts() {
     let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
     mirror.replica().succeed(&["pause", "data", "a"]);
-    mirror.wait_for_peer("b", "the primary is told why", |peer| {
-        let error = peer.error.as_deref().unwrap_or_default();
-        peer.connection != Connection::Connected
-            && error.contains("the operator of the replica paused the link")
-    });
+    mirror.wait_for_peer("b", "the primary is told why", |peer| peer.connection == Connection::Paused);
     mirror.replica_mut().stop();
     mirror.replica_mut().start();
     mirror.client().write_durably(0, &[7; 4096]).expect("a write");
