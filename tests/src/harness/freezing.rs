@@ -10,8 +10,9 @@ use std::time::Duration;
 
 /// How long it takes to ask the others who leads.
 const ASKING: Duration = Duration::from_millis(20);
-/// A process is frozen for so many of the longest outages at most.
+/// A process is frozen for so many of the longest outages at most, and never for longer than this.
 const OUTAGES: u32 = 20;
+const LONGEST: Duration = Duration::from_secs(10);
 
 impl World {
     /// Nothing happens on a host for a while.
@@ -19,7 +20,8 @@ impl World {
         if self.hosts[host].frozen_until > self.now || self.hosts[host].tracker().is_none() {
             return;
         }
-        let until = self.now + self.random.up_to(self.settings.outage * OUTAGES) + ASKING;
+        let longest = LONGEST.min(self.settings.outage * OUTAGES);
+        let until = self.now + self.random.up_to(longest) + ASKING;
         self.note(|| format!("host {host} is frozen until {until:?}"));
         let it = &mut self.hosts[host];
         it.frozen_until = until;

@@ -96,6 +96,8 @@ pub struct Host {
     pub superseded: Option<Fence>,
     /// Lives of primaries in which something was answered that this copy knows of.
     pub known_lives: BTreeSet<(usize, u64)>,
+    /// Whether it is what it was before, and has adopted nothing since.
+    pub is_set_back: bool,
     /// What its disks held when they were remembered last.
     pub snapshot: Option<Snapshot>,
     /// Whom greetings were taken from, by the number of their fences.
@@ -179,6 +181,7 @@ impl Host {
             demotion: None,
             superseded: None,
             known_lives: BTreeSet::new(),
+            is_set_back: false,
             snapshot: None,
             followed: BTreeMap::new(),
             heard: BTreeMap::new(),

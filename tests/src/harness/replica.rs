@@ -393,6 +393,7 @@ impl World {
                     it.note_history(&change);
                     it.mirror.state_is_durable(&change);
                     if matches!(change, StateChange::Commit { .. }) {
+                        it.is_set_back = false;
                         it.expected.take_if(|expected| Some(expected.primary) != source);
                     }
                     self.learn_lives(host, &change);

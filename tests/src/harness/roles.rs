@@ -200,7 +200,8 @@ impl World {
     fn check_split(&self, host: usize, primary: usize) {
         let (it, leader) = (&self.hosts[host].superblock, &self.hosts[primary].superblock);
         let is_met = self.hosts[primary].heard.get(&host) == Some(&it.copy);
-        if leader.fence.against(it.fence) == Claim::Rival || !is_met {
+        // What a host that was set back follows may be so old that the primary has no room for it any more.
+        if leader.fence.against(it.fence) == Claim::Rival || !is_met || self.hosts[host].is_set_back {
             return;
         }
         assert!(
