@@ -72,7 +72,7 @@ pub struct Settings {
 /// How many generations a lineage holds: what so many hosts need, and hardly more.
 #[must_use]
 pub fn lineage_limit(hosts: usize) -> usize {
-    4 * hosts
+    5 * hosts
 }
 
 impl Settings {
