@@ -66,7 +66,11 @@ impl World {
         }
         let now = Time(self.now);
         if let Message::Welcome(welcome) = &message {
-            self.hosts[link.dialler].heard.insert(link.listener, welcome.copy);
+            let it = &mut self.hosts[link.dialler];
+            // One that had forgotten it by then is at odds with the copy, and rightly so.
+            if welcome.lineage.first().is_none_or(|newest| it.known_lineage().contains(newest)) {
+                it.heard.insert(link.listener, welcome.copy);
+            }
         }
         let Some(tracker) = self.hosts[link.dialler].tracker_mut() else { return };
         match tracker.handle_message(host_id(link.listener), message, now) {

@@ -64,7 +64,10 @@ impl World {
     pub(super) fn is_frozen(&self, event: &Event) -> Option<Duration> {
         let host = match event {
             Event::Request(host) | Event::Disk(host, _) | Event::File(host, _) => *host,
-            Event::Promote(host, _) | Event::StepDown(host, _) | Event::Tell(host, _) => *host,
+            Event::Promote(host, _)
+            | Event::PromoteByRule(host, _)
+            | Event::StepDown(host, _)
+            | Event::Tell(host, _) => *host,
             Event::DiallerLost(link, _) | Event::Connect(link, _) => link.dialler,
             Event::Arrival(link, _, channel) if *channel == Channel::ToDialler => link.dialler,
             Event::Arrival(link, ..) | Event::Stray(link, _) | Event::ListenerLost(link, _) => link.listener,

@@ -212,6 +212,13 @@ impl Host {
         }
     }
 
+    /// The generations that it goes by: a primary knows more of them than it has recorded, where a copy was met while the
+    /// newest was being recorded.
+    #[must_use]
+    pub fn known_lineage(&self) -> &[GenerationId] {
+        self.tracker().map_or(&self.superblock.lineage, Tracker::lineage)
+    }
+
     /// Whether an agent runs.
     #[must_use]
     pub fn is_up(&self) -> bool {

@@ -32,6 +32,9 @@ impl World {
         if self.random.once_in(20) {
             return self.freeze(primary);
         }
+        if self.settings.has_operators && self.random.once_in(10) {
+            return self.isolate(link);
+        }
         match self.random.below(if self.settings.bad_sectors { 20 } else { 16 }) {
             0..=3 => self.cut(link),
             4..=6 => self.take_down(link.listener, crash),
@@ -92,6 +95,19 @@ impl World {
         }
         self.note(|| format!("sector {sector} of host {host} goes bad"));
         self.hosts[host].disk.spoil(sector);
+    }
+
+    /// A primary and a replica don't reach each other for a while, and an operator wants to promote the replica meanwhile.
+    fn isolate(&mut self, link: LinkId) {
+        let time = self.random.up_to(self.settings.patience * 2);
+        let life = self.hosts[link.listener].life;
+        self.note(|| format!("link {link} is dead for {time:?}"));
+        self.cut(link);
+        for link in [link, LinkId::new(link.listener, link.dialler)] {
+            self.links[link].stalled_until = self.now + time;
+        }
+        let wait = self.random.up_to(time);
+        self.plan(wait, Event::PromoteByRule(link.listener, life));
     }
 
     fn stall(&mut self, link: LinkId) {

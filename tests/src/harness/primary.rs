@@ -149,7 +149,7 @@ impl World {
             copy: it.superblock.copy,
             adopted: it.superblock.adopted,
             fence: it.superblock.fence,
-            lineage: it.superblock.lineage.clone(),
+            lineage: it.known_lineage().to_vec(),
             members: (0..self.hosts.len()).map(member).collect(),
             end: it.superblock.end,
         }

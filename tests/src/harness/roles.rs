@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// How long operators look for one primary that everybody can follow.
 const AGREEING: Duration = Duration::from_secs(100);
+/// How much happens until they look again.
+const STEPS: u32 = 16;
 /// How long a demotion waits for replicas to record that they have everything, at most.
 const RELEASE: Duration = Duration::from_secs(1);
 
@@ -120,7 +122,10 @@ impl World {
     pub(super) fn agree_on_primary(&mut self) {
         let end = self.now + AGREEING;
         while !self.is_agreed() {
-            assert!(self.step(end), "operators find no primary to follow: {}", self.describe());
+            // What they have done takes its time.
+            for _ in 0..STEPS {
+                assert!(self.step(end), "operators find no primary to follow: {}", self.describe());
+            }
         }
     }
 
@@ -171,7 +176,7 @@ impl World {
         if host == primary || it.data == DataState::Empty || it.lineage.is_empty() {
             return host != primary && leader.fence.is_refused_by(it.fence);
         }
-        let relation = lineage::relation(&leader.lineage, &it.lineage);
+        let relation = lineage::relation(self.hosts[primary].known_lineage(), &it.lineage);
         !matches!(relation, Relation::Same | Relation::MineIsNewer) || leader.fence.is_refused_by(it.fence)
     }
 

@@ -40,6 +40,8 @@ pub enum Event {
     Promote(usize, u64),
     /// A replica, in this life, tells its primary what it was not asked, and asks for its word.
     Tell(usize, u64),
+    /// An operator promotes a host, in this life, unless the rule objects.
+    PromoteByRule(usize, u64),
     /// A host that was frozen, in this life, goes on.
     Thaw(usize, u64),
     /// It has asked the others who leads.
@@ -260,6 +262,8 @@ impl World {
             Event::Promote(host, life) if self.hosts[host].life == life => self.promote(host),
             Event::Promote(..) => {}
             Event::StepDown(host, life) => self.step_down_if_superseded(host, life),
+            Event::PromoteByRule(host, life) if self.hosts[host].life == life => self.promote_by_rule(host),
+            Event::PromoteByRule(..) => {}
             Event::Tell(host, life) => self.tell(host, life),
             Event::Thaw(host, life) => self.thaw(host, life),
             Event::Asked(host, life) => self.asked(host, life),
