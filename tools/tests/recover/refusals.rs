@@ -112,7 +112,7 @@ fn refusals_have_their_exit_codes() {
     ] {
         let refused = Refused { refusal, text: "not\x1b[2J now".into() };
         scene.host.set(|knobs| knobs.refuse = Some(refused));
-        scene.recover(&[]).bad(code, "the peer refuses: not[2J now\n");
+        scene.recover(&[]).bad(code, "the peer refuses: not\u{fffd}[2J now\n");
     }
 }
 
