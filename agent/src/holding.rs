@@ -118,10 +118,11 @@ impl Holding {
     }
 
     /// Notes that the backing is held from now on. `touched` is called once it is noticed that something else writes.
+    /// Nothing may be written before this returns.
     ///
     /// # Errors
     /// When the notes can't be written.
-    pub fn begin(
+    pub async fn begin(
         folder: &Path,
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
@@ -147,7 +148,9 @@ impl Holding {
             begun: Cell::new(0),
             touched: Box::new(touched),
         });
-        holding.note_quiet()?;
+        if let Some(looks) = looks(&holding.backing).await {
+            holding.note_quiet(looks)?;
+        }
         durable::replace(&folder.join(NOTE), format!("{OPEN}\n{}\n", holding.boot.name).as_bytes())?;
         tokio::task::spawn_local(look(Rc::downgrade(&holding)));
         Ok(Some(holding))
@@ -156,14 +159,15 @@ impl Holding {
     /// Notes what the backing looks like, where everything that was written has ended.
     pub async fn close(self: Rc<Self>) {
         let closing = async {
-            if !self.writes.is_idle() || self.is_touched() {
+            let Some((_, now)) = self.looks_at_rest().await else { return Ok(()) };
+            if self.is_touched(&now) {
                 return Ok(());
             }
             // The times of an image are not durable by a sync of its data alone.
             let synced = self.backing.as_fd().try_clone_to_owned();
             let digest = digest(&self.storage, &self.backing, &self.pool).await.map_err(io::Error::other)?;
             tokio::task::spawn_blocking(move || fs::File::from(synced?).sync_all()).await??;
-            let Some(looks) = looks(&self.backing) else { return Ok(()) };
+            let Some(looks) = looks(&self.backing).await else { return Ok(()) };
             let text = format!("{CLOSED}\n{}\n{}\n{digest}\n", self.boot.name, looks.text());
             durable::replace(&self.folder.join(NOTE), text.as_bytes())
         };
@@ -173,18 +177,25 @@ impl Holding {
         }
     }
 
-    /// Whether something else has written since this host last did. Where this host writes, that can't be told.
-    fn is_touched(&self) -> bool {
-        if !self.writes.is_quiet() {
-            return false;
+    /// What it looks like while this host writes nothing, and how many writes had begun by then; nothing where it writes.
+    async fn looks_at_rest(&self) -> Option<(u64, Looks)> {
+        let begun = self.writes.begun();
+        if !self.writes.is_idle() {
+            return None;
         }
-        let quiet = self.quiet.borrow();
-        quiet.as_ref().zip(looks(&self.backing)).is_some_and(|(before, now)| before.was_written(&now))
+        let looks = looks(&self.backing).await?;
+        // What this host began to write meanwhile may show or not.
+        (self.writes.begun() == begun).then_some((begun, looks))
     }
 
-    /// Writes what it looks like now, while this host writes nothing.
-    fn note_quiet(&self) -> io::Result<()> {
-        let Some(looks) = looks(&self.backing) else { return Ok(()) };
+    /// Whether something else has written since this host last did. Where this host writes, that can't be told.
+    fn is_touched(&self, now: &Looks) -> bool {
+        let quiet = self.quiet.borrow();
+        self.writes.is_quiet() && quiet.as_ref().is_some_and(|before| before.was_written(now))
+    }
+
+    /// Writes what it looks like, while this host writes nothing.
+    fn note_quiet(&self, looks: Looks) -> io::Result<()> {
         let text = format!("{QUIET}\n{}\n{}\n", self.boot.name, looks.text());
         self.now.write_all_at(text.as_bytes(), 0)?;
         *self.quiet.borrow_mut() = Some(looks);
@@ -192,17 +203,22 @@ impl Holding {
         Ok(())
     }
 
-    /// One look. Nothing is submitted meanwhile: that happens on this thread.
-    fn look(&self) {
-        let begun = self.writes.begun();
-        let wrote = self.begun.replace(begun) != begun || !self.writes.is_idle();
-        if wrote {
+    /// One look. Nothing is submitted between its end and what follows of it: that happens on this thread.
+    async fn look(&self) {
+        let before = self.begun.get();
+        let Some((begun, now)) = self.looks_at_rest().await else {
+            self.begun.set(self.writes.begun());
+            *self.quiet.borrow_mut() = None;
+            return;
+        };
+        self.begun.set(begun);
+        if begun != before {
             *self.quiet.borrow_mut() = None;
         } else if self.quiet.borrow().is_none() {
-            if let Err(error) = self.note_quiet() {
+            if let Err(error) = self.note_quiet(now) {
                 tracing::debug!(%error, "cannot note what the backing looks like");
             }
-        } else if self.is_touched() {
+        } else if self.is_touched(&now) {
             // Said once: from now on this is what it looks like.
             *self.quiet.borrow_mut() = None;
             (self.touched)("something else wrote to it while it was open here".to_owned());
@@ -214,7 +230,7 @@ async fn look(holding: Weak<Holding>) {
     loop {
         tokio::time::sleep(LOOK_TIME).await;
         let Some(holding) = holding.upgrade() else { return };
-        holding.look();
+        holding.look().await;
     }
 }
 
@@ -300,10 +316,11 @@ impl Looks {
     }
 }
 
-/// What the kernel tells of an open backing; nothing where it doesn't.
-fn looks(backing: &File) -> Option<Looks> {
+/// What the kernel tells of an open backing; nothing where it doesn't. It is asked on another thread: a file server
+/// may hang.
+async fn looks(backing: &File) -> Option<Looks> {
     let file = fs::File::from(backing.as_fd().try_clone_to_owned().ok()?);
-    looks_of(&file.metadata().ok()?)
+    tokio::task::spawn_blocking(move || looks_of(&file.metadata().ok()?)).await.ok()?
 }
 
 fn looks_of(status: &fs::Metadata) -> Option<Looks> {

@@ -140,15 +140,22 @@ fn an_image_whose_server_hangs_stops_neither_its_thread_nor_the_transport() {
     let mut client = mirror.client();
     disk.stall();
     client.begin_write(0, &[7; 4096]).expect("it is taken");
-    mirror.primary.wait_until("it is told that the disk hangs", |status| {
-        status.facts.health.hung.as_ref().is_some_and(|hung| hung.seconds >= 5)
-    });
-    assert_eq!(mirror.peer("b").connection, Connection::Connected, "the transport goes on");
+    let hangs = |status: &VolumeStatus| {
+        let hung = status.facts.health.hung.as_ref();
+        hung.is_some_and(|hung| hung.what == text(disk.file()) && hung.seconds >= 5)
+    };
+    mirror.primary.wait_until("it is told that the disk hangs", hangs);
+    // By now the kernel has forgotten what the server last told of the file, and asks before it reads.
+    let mut reader = mirror.client();
+    reader.begin_read(0, 4096).expect("it is taken");
     mirror.primary.refuse(&["demote", "data"], 5, &["does not answer"]);
+    mirror.primary.wait_until("the thread goes on", hangs);
+    assert_eq!(mirror.peer("b").connection, Connection::Connected, "the transport goes on");
     disk.go_on();
     mirror.primary.wait_until("all is well", |status| status.state == VolumeState::Healthy);
     client.finish().expect("the write is answered");
-    drop(client);
+    assert_eq!(reader.finish_read(4096).expect("the read is answered"), [7; 4096]);
+    drop((client, reader));
     mirror.primary.stop();
 }
 

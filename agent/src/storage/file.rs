@@ -32,8 +32,21 @@ const CLAIM_PAUSE: Duration = Duration::from_millis(50);
 
 /// `RAMFS_MAGIC` of `linux/magic.h`.
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
-/// `FUSE_SUPER_MAGIC` of `linux/fuse.h`.
-const FUSE_MAGIC: i64 = 0x6573_5546;
+/// File systems whose content is with a server, or is looked after together with other hosts: any call may wait for those
+/// (`linux/magic.h`; `fs/ceph/super.h`, `fs/smb/client/cifsglob.h` and `fs/gfs2`'s headers for the others).
+const SERVED: [i64; 11] = [
+    libc::FUSE_SUPER_MAGIC,
+    libc::NFS_SUPER_MAGIC,
+    libc::SMB_SUPER_MAGIC,
+    libc::AFS_SUPER_MAGIC,
+    libc::CODA_SUPER_MAGIC,
+    libc::OCFS2_SUPER_MAGIC,
+    0xfe53_4d42, // SMB2
+    0xff53_4d42, // CIFS
+    0x00c3_6400, // Ceph
+    0x0102_1997, // 9P
+    0x0116_1970, // GFS2
+];
 
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +89,8 @@ pub(super) struct Descriptor {
     pub(super) direct: bool,
     /// Whether the bytes are in memory, so that a call copies them and doesn't wait for a disk.
     pub(super) in_memory: bool,
+    /// Whether a call may wait for a server, also one that is told not to wait.
+    pub(super) served: bool,
     /// Whether a durable write is durable by its flag alone. FUSE does not tell its server of the flag where a write is
     /// direct and asynchronous (seen with Linux 6.18), so a sync follows there.
     pub(super) writes_durably: bool,
@@ -338,7 +353,8 @@ impl File {
             memory_alignment: alignment.map_or(1, |alignment| alignment.memory_bytes),
             direct: alignment.is_some(),
             in_memory: matches!(file_system, libc::TMPFS_MAGIC | RAMFS_MAGIC),
-            writes_durably: file_system != FUSE_MAGIC,
+            served: SERVED.contains(&file_system),
+            writes_durably: file_system != libc::FUSE_SUPER_MAGIC,
             punches: AtomicBool::new(punches),
             zeroes_ranges: AtomicBool::new(true),
             found: None,

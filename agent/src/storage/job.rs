@@ -185,6 +185,11 @@ impl Job {
         self.descriptor.in_memory
     }
 
+    /// Whether a call may wait for a server, also one that is told not to wait.
+    pub(super) fn is_served(&self) -> bool {
+        self.descriptor.served
+    }
+
     /// The next call to make; nothing when the operation has ended. The same again until [`Self::ended`] is told.
     pub(super) fn step(&mut self) -> Option<Step> {
         if self.failure.is_some() {

@@ -16,6 +16,10 @@
 //! A file system in memory has no asynchronous I/O: the ring would hand each call to a thread of its own, and back,
 //! for a copy that takes less time than that. Such a call is made on the spot. Where its pages were swapped out, it
 //! waits for them: swap must not lie on a volume whose own backing is in memory.
+//!
+//! The kernel first tries each call on this thread, in a way that does not wait. A file system with a server waits all
+//! the same (FUSE asks for a file's size before each read, seen with Linux 6.18), and a server that hangs would stop the
+//! thread. Such a call is for a thread of the kernel's from the beginning.
 
 use super::file::File;
 use super::job::{Job, Step};
@@ -302,7 +306,8 @@ impl Queues {
                     self.go_on(index);
                 }
                 Some(step) => {
-                    let entry = entry_of(step, Fd(job.fd())).user_data(index as u64);
+                    let flags = if job.is_served() { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+                    let entry = entry_of(step, Fd(job.fd())).user_data(index as u64).flags(flags);
                     // SAFETY: the memory that the entry names belongs to the job, which owns a share of the descriptor
                     // too. It stays in its slot until `reap` has seen the completion; `drop` waits for that as well.
                     if unsafe { self.ring.submission().push(&entry) }.is_err() {

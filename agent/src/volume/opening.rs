@@ -129,7 +129,7 @@ impl Volume {
         }
         let events = self.events.clone();
         let touched = move |words| drop(events.send(Event::Touched(words)));
-        let held = Holding::begin(folder, storage.clone(), backing.clone(), self.pool.clone(), touched);
+        let held = Holding::begin(folder, storage.clone(), backing.clone(), self.pool.clone(), touched).await;
         self.holding = held.map_err(|error| format!("cannot note that the backing is open: {error}"))?;
         Ok(())
     }

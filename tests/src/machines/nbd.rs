@@ -53,7 +53,23 @@ impl Client {
     /// # Errors
     /// When the server fails it or is gone.
     pub fn read(&mut self, offset: u64, length: u64) -> io::Result<Vec<u8>> {
-        self.ask(CommandKind::Read, CommandFlags::NONE, offset, length, &[])?;
+        self.begin_read(offset, length)?;
+        self.finish_read(length)
+    }
+
+    /// Asks for a read, and does not wait for the answer.
+    ///
+    /// # Errors
+    /// When the server is gone.
+    pub fn begin_read(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        self.ask(CommandKind::Read, CommandFlags::NONE, offset, length, &[])
+    }
+
+    /// Waits for so many bytes that the last request was to read.
+    ///
+    /// # Errors
+    /// When the server fails it or is gone.
+    pub fn finish_read(&mut self, length: u64) -> io::Result<Vec<u8>> {
         self.answer()?;
         self.bytes(length as usize)
     }
