@@ -99,6 +99,11 @@ impl Candidate {
         if *released {
             return unheard(silent(false));
         }
+        // It has all that any other one has.
+        let is_demoted = |(host, standing): (HostId, &Standing)| host == fence.holder && is_whole(standing);
+        if fence.holder != self.own && heard().any(is_demoted) {
+            return Some(Objection::Demoted(fence.holder));
+        }
         if let Some((later, _)) =
             heard().find(|(_, standing)| is_later(standing, lineage, self.position, *end))
         {
@@ -109,9 +114,6 @@ impl Candidate {
         }
         if fence.holder == self.own {
             return unheard(silent(true));
-        }
-        if heard().any(|(host, standing)| host == fence.holder && is_whole(standing)) {
-            return Some(Objection::Demoted(fence.holder));
         }
         match promise {
             Promise::WhileHeard if self.is_promised => None,
@@ -301,6 +303,12 @@ mod tests {
             (demoted, vec![silent(A), says(C, standing(7))], unheard(&[A])),
             // It was demoted while this copy was cut off.
             (candidate(Mode::Async, Promise::None), vec![says(A, standing(7))], Objection::Demoted(A)),
+            // The one with everything, not just one with more.
+            (
+                candidate(Mode::Async, Promise::None),
+                vec![says(C, standing(8)), says(A, standing(7))],
+                Objection::Demoted(A),
+            ),
             // Another host that was released may have been promoted, used and lost.
             (released(), vec![silent(A), silent(C)], unheard(&[C])),
             // Writes went on with one of the two, and it need not have been this one.

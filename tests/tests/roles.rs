@@ -265,6 +265,65 @@ fn a_promotion_by_hand_in_the_middle_of_a_switch_makes_no_second_primary() {
     assert_identical(b, c);
 }
 
+/// The replica called the demoted host its primary, and advised to promote by force, which would have lost what only that
+/// host had.
+#[test]
+fn a_replica_that_was_away_when_its_primary_was_demoted_names_that_one() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.replica_mut().stop();
+    scatter(&mut mirror.client(), &mut Random::new(4), 16 * MIB / BLOCK_BYTES, 50);
+    mirror.primary.succeed(&["demote", "data"]);
+    mirror.replica_mut().start();
+    mirror.replica().wait_until("it names the best copy", |status| {
+        status.verdict.contains("a was demoted") && status.action == "on a: blockmirror promote data"
+    });
+    mirror.replica().refuse(
+        &["promote", "data"],
+        5,
+        &["a was the primary, was demoted", "on a: blockmirror promote data"],
+    );
+    mirror.primary.succeed(&["promote", "data"]);
+    mirror.assert_identical();
+}
+
+/// A plain `promote` took the replica's word that it had been in sync: what its primary had answered without it was gone.
+#[test]
+fn a_replica_in_the_mode_sync_is_not_promoted_once_its_primary_answered_without_it() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.wait_until_in_sync();
+    mirror.replica_mut().stop();
+    mirror.client().write_durably(0, &[7; 4096]).expect("a write without the replica");
+    mirror.primary.kill();
+    mirror.replica_mut().start();
+    mirror.replica().refuse(
+        &["promote", "data"],
+        5,
+        &["may have gone on alone", "the last write that it has"],
+    );
+    mirror.replica().succeed(&["promote", "data", "--force"]);
+}
+
+/// A process that was stopped answered flushes after another host had been promoted.
+#[test]
+fn a_primary_that_was_frozen_answers_nothing_when_another_one_leads() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.wait_until_in_sync();
+    let mut client = mirror.client();
+    client.write_durably(0, &[7; 4096]).expect("a write in sync");
+    mirror.primary.stall();
+    let writer = std::thread::spawn(move || client.write_durably(4096, &[8; 4096]).is_ok());
+    mirror.replica().succeed(&["promote", "data"]);
+    mirror.primary.go_on();
+    assert!(!writer.join().expect("the writer ends"), "it was answered by a primary that had been replaced");
+    mirror
+        .primary
+        .wait_until("it follows, and nothing is split", |status| status.state == VolumeState::Following);
+    mirror.replica().wait_until("both are in sync", |status| status.state == VolumeState::Healthy);
+    assert_identical(mirror.replica(), &mirror.primary);
+}
+
 #[test]
 fn a_promotion_that_could_lose_or_split_something_is_refused_with_the_reason() {
     let folder = Folder::new();

@@ -105,6 +105,18 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
         let action = format!("on the host whose content stays: blockmirror promote {} --force", facts.name);
         return Some(Judgement::new(VolumeState::Waiting, verdict, action));
     }
+    if let Some(better) = &succession.better {
+        let name = &better.name;
+        let verdict = match better.was_demoted {
+            true => format!(
+                "nobody is the primary: {name} was demoted while this copy was out of its reach, and has everything; {}",
+                copy(facts)
+            ),
+            false => format!("{name} has later content than this copy; {}", copy(facts)),
+        };
+        let action = format!("on {name}: blockmirror promote {}", facts.name);
+        return Some(Judgement::new(VolumeState::Waiting, verdict, action));
+    }
     let verdict = match (succession.released, succession.demoted) {
         (true, _) => "nobody is the primary: it was demoted, and this copy has everything",
         (false, true) => "nobody is the primary: this host was demoted",

@@ -3,8 +3,8 @@
 use super::*;
 use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::{
-    Awaited, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Rollback, STATUS_SCHEMA,
-    Stake, StatusReply, Succession,
+    Awaited, Better, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Rollback,
+    STATUS_SCHEMA, Stake, StatusReply, Succession,
 };
 use crate::volume::Resolved;
 
@@ -589,6 +589,29 @@ fn a_replica_says_what_a_promotion_would_give() {
             VolumeState::Waiting,
             "nobody is the primary: it was demoted, and this copy has everything",
             "to go on here: blockmirror promote data",
+        ),
+        (
+            whole,
+            Succession {
+                better: Some(Better { name: "a".to_owned(), was_demoted: true }),
+                ..Succession::default()
+            },
+            gone.clone(),
+            VolumeState::Waiting,
+            "nobody is the primary: a was demoted while this copy was out of its reach, and has everything; this copy is \
+             consistent",
+            "on a: blockmirror promote data",
+        ),
+        (
+            whole,
+            Succession {
+                better: Some(Better { name: "c".to_owned(), was_demoted: false }),
+                ..Succession::default()
+            },
+            gone.clone(),
+            VolumeState::Waiting,
+            "c has later content than this copy; this copy is consistent",
+            "on c: blockmirror promote data",
         ),
         (
             whole,

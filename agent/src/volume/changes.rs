@@ -7,11 +7,12 @@ use super::demotion::{Demoted, Switched};
 use super::opening::Others;
 use super::pulse::HUNG;
 use super::{Answer, OpenRole, Volume, refuse};
-use crate::config::VolumeConfig;
+use crate::config::{PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
 use crate::primary::{Primary, Succeeded};
 use crate::replica::{Progress, Replica};
 use crate::standing;
+use crate::standing::Answered;
 use crate::transport::Peers;
 use blockmirror_protocol::succession;
 use blockmirror_protocol::units::HostId;
@@ -46,6 +47,8 @@ pub(super) enum Event {
     AskMembers(HostId),
     /// It is time to look whether a replica is alone.
     IsAlone,
+    /// What other hosts said of themselves, while this replica was alone.
+    Heard(Vec<(PeerConfig, Answered)>),
     /// Something else wrote to the backing; when, in words.
     Touched(String),
     /// A change has ended.
@@ -134,6 +137,7 @@ impl Volume {
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
             Event::AskMembers(host) => self.ask_members(Some(host)),
             Event::IsAlone => self.look_whether_alone(),
+            Event::Heard(answers) => self.look_for_better(&answers),
             Event::Touched(words) => self.note_touched(words).await,
             Event::Changed(next, then) => {
                 self.go_on(next, then).await;

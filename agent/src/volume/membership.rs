@@ -3,10 +3,13 @@
 //! been removed while it was away.
 
 use super::changes::Event;
+use super::promotable::heard;
 use super::{Learned, OpenRole, Volume};
 use crate::config::PeerConfig;
-use crate::standing;
+use crate::control::api::Better;
+use crate::standing::{self, Answered};
 use crate::words::with_causes;
+use blockmirror_protocol::succession::Objection;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Refusal, Refused};
 use std::time::Duration;
@@ -84,7 +87,32 @@ impl Volume {
         self.asks_members = false;
         if matches!(&self.role, OpenRole::Replica(replica) if !replica.report().connected) {
             self.ask_members(None);
+            self.ask_standings();
             self.ask_members_later();
         }
+    }
+
+    /// Asks all others how they stand, for the operator's sake.
+    fn ask_standings(&self) {
+        let config = self.config.borrow();
+        let (id, asked, peers) = (config.id, config.peers.clone(), self.surroundings.peers.clone());
+        let events = self.events.clone();
+        spawn_local(async move {
+            let answers = standing::ask_all(&peers, id, &asked, ANSWER_TIME).await;
+            // Nobody listens any more when the agent has ended meanwhile.
+            drop(events.send(Event::Heard(answers)));
+        });
+    }
+
+    /// Whether one of the hosts that were heard is to be promoted rather than this one.
+    pub(super) fn look_for_better(&mut self, answers: &[(PeerConfig, Answered)]) {
+        let OpenRole::Replica(replica) = &self.role else { return };
+        let objection = self.applicant(replica).candidate.objection(&heard(answers));
+        let (host, was_demoted) = match objection {
+            Some(Objection::Demoted(host)) => (host, true),
+            Some(Objection::Later(host)) => (host, false),
+            _ => return self.better = None,
+        };
+        self.better = Some(Better { name: self.name_of(host), was_demoted });
     }
 }

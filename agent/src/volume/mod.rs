@@ -24,7 +24,7 @@ mod undoing;
 use crate::buffer::BufferPool;
 use crate::busy_poll;
 use crate::config::{Mode, Name, PeerConfig, Role, VolumeConfig};
-use crate::control::api::{Failure, VolumeFacts};
+use crate::control::api::{Better, Failure, VolumeFacts};
 use crate::crashes;
 use crate::holding::Holding;
 use crate::primary::{Peer, Primary};
@@ -362,6 +362,8 @@ struct Volume {
     events: UnboundedSender<Event>,
     /// Whether a replica's next question who the hosts are is due by itself.
     asks_members: bool,
+    /// On a replica without a primary: a host that was heard and is to be promoted rather than this one.
+    better: Option<Better>,
 }
 
 /// The backing was written by something else.
@@ -409,6 +411,7 @@ impl Volume {
             endings: broadcast::channel(8).0,
             events,
             asks_members: false,
+            better: None,
         };
         volume.reopen(Others::Ask).await;
         (volume, source)

@@ -14,9 +14,9 @@ pub use orders::{
     TuneRequest, Undoing,
 };
 pub use status::{
-    Awaited, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung, NetworkPath,
-    PeerState, PeerStatus, Progress, Removed, Rollback, StatusReply, Succession, VolumeFacts, VolumeState,
-    VolumeStatus,
+    Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung,
+    NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, StatusReply, Succession, VolumeFacts,
+    VolumeState, VolumeStatus,
 };
 
 use crate::config::Name;

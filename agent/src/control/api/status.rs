@@ -255,6 +255,9 @@ pub struct Succession {
     /// That this host was removed from the volume, as another one says.
     #[serde(default)]
     pub removed: Option<Removed>,
+    /// On a replica without a primary: a host that was heard and is to be promoted rather than this one.
+    #[serde(default)]
+    pub better: Option<Better>,
     /// What others call this host; null when the agent is not running.
     #[serde(default)]
     pub own_name: Option<String>,
@@ -273,6 +276,15 @@ impl From<&RemovedConfig> for Removed {
     fn from(removed: &RemovedConfig) -> Self {
         Self { by: removed.by.clone(), at_unix_seconds: removed.at_seconds }
     }
+}
+
+/// A host whose copy is better than this one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Better {
+    /// What it is called.
+    pub name: String,
+    /// Whether it was the primary, and was demoted while this copy was out of its reach.
+    pub was_demoted: bool,
 }
 
 /// A point that a copy can be rolled back to.
