@@ -1,6 +1,7 @@
 //! A volume's whole life under a file system: made, mounted, filled, given back, looked at on the replica.
 
-use blockmirror_agent::config::OnReplicaLoss;
+use blockmirror_agent::config::{OnReplicaLoss, StartAlone};
+use blockmirror_agent::control::api::PeerState;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{allocated_bytes, first_difference, noise};
 use blockmirror_tests::machines::folder::Mounted;
@@ -221,5 +222,51 @@ fn a_primary_that_waits_for_its_replicas_starts_without_them_and_says_that_write
     writer.join().expect("it doesn't panic").expect("the write is answered when the replica is back");
     mirror.wait_until_quiet();
     assert_eq!(mirror.primary.status().facts.blocked, None);
+    mirror.assert_identical();
+}
+
+/// An old primary whose successors were away served its old content at once, and status said no more than "at risk".
+#[test]
+fn a_primary_that_starts_alone_says_so_and_waits_for_a_majority_where_the_operator_wants_that() {
+    require!("root");
+    let mut mirror = Mirror::new(8 * MIB, "loop,nbd", &["b", "c"]);
+    mirror.wait_until_quiet();
+    mirror.primary.stop();
+    mirror.replicas.iter_mut().for_each(Host::stop);
+    mirror.primary.start();
+    let status = mirror.primary.wait_until("it says since when it is alone", |status| {
+        status.facts.succession.alone.is_some_and(|alone| alone.heard_at_unix_seconds.is_some())
+    });
+    assert!(status.verdict.starts_with("at risk: no other host was heard since "), "{status:?}");
+    mirror.client().write_durably(0, &[6; 4096]).expect("it serves: that is the default");
+
+    mirror.primary.stop();
+    mirror.primary.configure(|volume| volume.start_alone = Some(StartAlone::Wait));
+    mirror.primary.start();
+    let status = mirror.primary.wait_until("the devices are served", |status| {
+        status.facts.devices.iter().all(|device| device.error.is_none())
+    });
+    assert!(status.verdict.starts_with("blocked: writes wait until 2 of 3 hosts were heard"), "{status:?}");
+    let mut client = mirror.client();
+    assert_eq!(client.read(0, 4096).expect("reads go on"), [6; 4096]);
+    client.begin_write(0, &[7; 4096]).expect("it is taken");
+    // Only what waits fails when the agent stops.
+    mirror.primary.stop();
+    assert!(client.finish().is_err(), "nothing is answered alone");
+    mirror.primary.start();
+    let mut client = mirror.client();
+    client.begin_write(0, &[8; 4096]).expect("it is taken");
+    mirror.replicas[1].start();
+    client.finish().expect("two of three have spoken");
+    let status = mirror.primary.wait_until("c is in sync", |status| {
+        status
+            .facts
+            .peers
+            .iter()
+            .any(|peer| peer.name.as_str() == "c" && peer.state == Some(PeerState::InSync))
+    });
+    assert_eq!(status.facts.succession.alone, None);
+    mirror.replica_mut().start();
+    mirror.wait_until_quiet();
     mirror.assert_identical();
 }

@@ -237,6 +237,16 @@ pub enum OnReplicaLoss {
     Block,
 }
 
+/// What a primary does that starts and hears from too few of the others to know that none was promoted meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StartAlone {
+    /// It serves.
+    Serve,
+    /// Writes and flushes wait until a majority of the volume's hosts was heard, this one included.
+    Wait,
+}
+
 /// What a replica does when there is no room for pre-images.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -302,6 +312,10 @@ pub struct VolumeConfig {
     /// With `on_replica_loss = "block"`, after how many seconds a write or flush that waits fails.
     #[serde(default = "default_block_seconds")]
     pub block_seconds: u64,
+    /// What a primary does that starts and hears from too few others (L5): by default it waits where `on_replica_loss` is
+    /// `"block"`, and serves where it is `"continue"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_alone: Option<StartAlone>,
     /// How much room the pre-images of a replica may take in the state folder (P2).
     #[serde(default = "default_pre_images")]
     pub pre_images: Size,
@@ -403,6 +417,7 @@ impl VolumeConfig {
             on_replica_loss: OnReplicaLoss::default(),
             min_replicas: one(),
             block_seconds: DEFAULT_BLOCK_SECONDS,
+            start_alone: None,
             pre_images: DEFAULT_PRE_IMAGES,
             when_full: WhenFull::default(),
             version: 0,
@@ -468,6 +483,15 @@ impl VolumeConfig {
                 min_replicas: self.min_replicas,
                 limit: Duration::from_secs(self.block_seconds),
             },
+        }
+    }
+
+    /// Whether a primary that starts answers no write before a majority of the hosts was heard.
+    #[must_use]
+    pub fn awaits_majority(&self) -> bool {
+        match self.start_alone {
+            Some(choice) => choice == StartAlone::Wait,
+            None => self.on_replica_loss == OnReplicaLoss::Block,
         }
     }
 

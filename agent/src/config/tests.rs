@@ -19,6 +19,7 @@ activity_log = "1G"
 on_replica_loss = "block"
 min_replicas = 1
 block_seconds = 20
+start_alone = "serve"
 pre_images = "2G"
 when_full = "go-on"
 
@@ -48,6 +49,7 @@ fn example() -> VolumeConfig {
         on_replica_loss: OnReplicaLoss::Block,
         min_replicas: 1,
         block_seconds: 20,
+        start_alone: Some(StartAlone::Serve),
         pre_images: Size(2 << 30),
         when_full: WhenFull::GoOn,
         peers: vec![PeerConfig {
@@ -117,8 +119,8 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest_one() {
     for (from, to, message) in [
         ("backing", "bakcing", r#"data.toml:6: unknown key "bakcing"; did you mean "backing"?"#),
         ("window", "windows", r#"data.toml:11: unknown key "windows"; did you mean "window"?"#),
-        ("paused", "pause", r#"data.toml:24: unknown key "pause"; did you mean "paused"?"#),
-        ("[[peer]]", "[[peers]]", r#"data.toml:19: unknown key "peers"; did you mean "peer"?"#),
+        ("paused", "pause", r#"data.toml:25: unknown key "pause"; did you mean "paused"?"#),
+        ("[[peer]]", "[[peers]]", r#"data.toml:20: unknown key "peers"; did you mean "peer"?"#),
         ("window", "quux", r#"data.toml:11: unknown key "quux"; remove it"#),
     ] {
         assert_eq!(mistake_in(&GOLDEN.replacen(from, to, 1)), message);
@@ -146,11 +148,11 @@ fn a_wrong_value_is_told_with_its_line() {
         ("\"1G\"", "\"8G\"", "data.toml:12: the activity log covers from 512M to 4064M"),
         ("/srv", "srv", r#"data.toml:6: the path of a backing begins with "/""#),
         ("000102", "00010", "data.toml:4: the id of a volume is 32 hexadecimal digits"),
-        ("\"0707", "\"xx07", "data.toml:22: the fingerprint of a host's key is 64 hexadecimal digits"),
+        ("\"0707", "\"xx07", "data.toml:23: the fingerprint of a host's key is 64 hexadecimal digits"),
         (
             "org:7447",
             "org",
-            r#"data.toml:23: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
+            r#"data.toml:24: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
         ),
         ("127.0.0.1:10809", "x", "data.toml:10: invalid socket address syntax"),
         ("role = \"primary\"\n", "", r#"data.toml:1: missing field "role""#),
@@ -363,6 +365,10 @@ fn what_a_host_says_of_itself_counts_more_than_what_the_primary_says_of_it() {
 fn replies_that_should_wait_for_more_replicas_than_can_count_are_a_mistake() {
     let mut config = example();
     assert_eq!(config.shortfall(), None);
+    config.start_alone = None;
+    assert!(config.awaits_majority(), "who chose to wait for replicas waits for hosts, too");
+    config.start_alone = Some(StartAlone::Serve);
+    assert!(!config.awaits_majority());
     config.min_replicas = 2;
     let text = config.shortfall().unwrap().to_string();
     assert!(

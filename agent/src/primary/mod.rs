@@ -27,6 +27,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
+use blockmirror_protocol::tracker::start::Heard;
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, WriteFailed};
 use blockmirror_protocol::units::{GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
@@ -222,6 +223,22 @@ impl Primary {
     #[must_use]
     pub fn blocked(&self) -> Option<Blocked> {
         self.inner.borrow().tracker.blocked(self.now())
+    }
+
+    /// The volume was just opened, after these hosts said how they stand: see [`Tracker::start`].
+    pub fn start(&self, heard: Vec<HostId>, awaits: bool) {
+        self.drive(|inner, now| inner.tracker.start(heard, awaits, now));
+    }
+
+    /// The operator knows that no other host was promoted.
+    pub fn await_no_majority(&self) {
+        self.drive(|inner, now| inner.tracker.await_no_majority(now));
+    }
+
+    /// How many hosts were heard since the start.
+    #[must_use]
+    pub fn heard(&self) -> Heard {
+        self.inner.borrow().tracker.heard()
     }
 
     /// A replica joined: its blocks are all dirty.

@@ -2,8 +2,10 @@
 
 use super::{Judgement, NO_ACTION, elsewhere, is_in_sync, is_usable, link, listed, progress, reason};
 use crate::config::Role;
-use crate::control::api::{Blocked, Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState};
-use crate::quantity::{Seconds, Size};
+use crate::control::api::{
+    Alone, Blocked, Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState,
+};
+use crate::quantity::{Seconds, Size, clock};
 
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     let (covering, lacking): (Vec<&PeerStatus>, Vec<&PeerStatus>) =
@@ -25,14 +27,45 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
         _ if is_split => (VolumeState::SplitBrain, "split brain"),
         (true, _) => (VolumeState::Healthy, "healthy"),
         (false, true) => (VolumeState::Syncing, "syncing"),
-        _ if facts.blocked.is_some() => (VolumeState::Degraded, "blocked"),
+        _ if facts.blocked.is_some() || is_waiting_for_hosts(facts) => (VolumeState::Degraded, "blocked"),
         (false, false) if covering.is_empty() => (VolumeState::Degraded, "at risk"),
         (false, false) => (VolumeState::Degraded, "degraded"),
     };
-    let action = lacking.iter().find_map(|peer| remedy(facts, peer));
+    let action = lacking.iter().find_map(|peer| remedy(facts, peer)).unwrap_or_else(|| NO_ACTION.to_owned());
+    let action = match is_waiting_for_hosts(facts) {
+        true => format!(
+            "{action}; where no other host was promoted: start_alone = \"serve\" in {}.toml, then: systemctl restart \
+             blockmirror-agent",
+            facts.name
+        ),
+        false => action,
+    };
     let waiting = facts.blocked.as_ref().map(waiting).unwrap_or_default();
-    let verdict = format!("{word}: {waiting}{}", clauses.join("; "));
-    Judgement::new(state, verdict, action.unwrap_or_else(|| NO_ACTION.to_owned()))
+    let alone = facts.succession.alone.as_ref();
+    let hosts = alone.filter(|_| is_waiting_for_hosts(facts)).map(hosts_awaited).unwrap_or_default();
+    let alone = alone.map(nobody_heard).unwrap_or_default();
+    let verdict = format!("{word}: {waiting}{hosts}{alone}{}", clauses.join("; "));
+    Judgement::new(state, verdict, action)
+}
+
+/// Whether writes wait for hosts alone. Where they wait for replicas, too, those are among the hosts.
+fn is_waiting_for_hosts(facts: &VolumeFacts) -> bool {
+    facts.blocked.is_none() && facts.succession.alone.is_some_and(|alone| alone.is_awaited)
+}
+
+fn hosts_awaited(alone: &Alone) -> String {
+    let Alone { majority, of, .. } = alone;
+    format!("writes wait until {majority} of {of} hosts were heard, this one included (start_alone); ")
+}
+
+/// That nobody tells this host whether it still is the primary.
+fn nobody_heard(alone: &Alone) -> String {
+    let company = match alone.heard_at_unix_seconds.zip(alone.heard_seconds) {
+        _ if alone.hosts > 1 => return String::new(),
+        Some((at, ago)) => format!("no other host was heard since {}, {} ago", clock(at), Seconds(ago)),
+        None => "no other host was heard since the start".to_owned(),
+    };
+    format!("{company}: one may have been promoted; ")
 }
 
 /// `b holds an identical copy`, where there is one.

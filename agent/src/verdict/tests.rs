@@ -3,7 +3,7 @@
 use super::*;
 use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::{
-    Awaited, Better, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Rollback,
+    Alone, Awaited, Better, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Rollback,
     STATUS_SCHEMA, Stake, StatusReply, Succession,
 };
 use crate::volume::Resolved;
@@ -218,6 +218,44 @@ fn writes_that_wait_for_a_replica_are_the_first_thing_that_is_said() {
     let status = running(VolumeFacts { blocked: Some(none_yet), ..facts(Role::Primary, gone()) });
     assert!(status.verdict.contains("until 2 replicas are in sync (1 now)"), "{}", status.verdict);
     assert!(status.verdict.contains("none waits now"), "{}", status.verdict);
+}
+
+/// An old primary whose successors were away served its old content, and status said no more than "at risk".
+#[test]
+fn a_primary_that_starts_alone_says_since_when_it_heard_from_nobody() {
+    let alone = Alone {
+        heard_at_unix_seconds: Some(1_700_000_000),
+        heard_seconds: Some(32_400),
+        hosts: 1,
+        of: 3,
+        majority: 2,
+        is_awaited: false,
+    };
+    let with = |alone| {
+        let peers =
+            vec![away("b", Connection::Disconnected, 4096), away("c", Connection::Disconnected, 4096)];
+        let mut facts = facts(Role::Primary, peers);
+        facts.succession.alone = Some(alone);
+        running(facts)
+    };
+    let status = with(alone);
+    let words = "at risk: no other host was heard since 22:13:20 UTC, 9h ago: one may have been promoted; b is disconnected";
+    assert!(status.verdict.starts_with(words), "{}", status.verdict);
+    assert_eq!(status.action, "on b: blockmirror status data");
+
+    let status = with(Alone { heard_at_unix_seconds: None, heard_seconds: None, is_awaited: true, ..alone });
+    let words = "blocked: writes wait until 2 of 3 hosts were heard, this one included (start_alone); no other host was \
+                 heard since the start: one may";
+    assert!(status.verdict.starts_with(words), "{}", status.verdict);
+    assert!(
+        status
+            .action
+            .starts_with("on b: blockmirror status data; where no other host was promoted: start_alone")
+    );
+
+    let status = with(Alone { hosts: 2, of: 5, majority: 3, is_awaited: true, ..alone });
+    let words = "blocked: writes wait until 3 of 5 hosts were heard, this one included (start_alone); b is";
+    assert!(status.verdict.starts_with(words), "{}", status.verdict);
 }
 
 /// Other mirrors have said "UpToDate" over a map that was not empty.

@@ -7,6 +7,7 @@
 
 mod awaiting;
 mod changes;
+mod company;
 mod demotion;
 mod devices;
 mod membership;
@@ -48,7 +49,7 @@ use pulse::Storages;
 pub use pulse::{Pulse, Silence};
 use recoveries::Ending;
 pub use resolution::Resolved;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
@@ -362,6 +363,8 @@ struct Volume {
     events: UnboundedSender<Event>,
     /// Whether a replica's next question who the hosts are is due by itself.
     asks_members: bool,
+    /// When a primary last heard from another host, in seconds since 1970.
+    company: Rc<Cell<Option<u64>>>,
     /// On a replica without a primary: a host that was heard and is to be promoted rather than this one.
     better: Option<Better>,
 }
@@ -411,6 +414,7 @@ impl Volume {
             endings: broadcast::channel(8).0,
             events,
             asks_members: false,
+            company: Rc::default(),
             better: None,
         };
         volume.reopen(Others::Ask).await;
@@ -632,6 +636,9 @@ impl Volume {
             OpenRole::Primary(primary, links) => {
                 let modes: Vec<_> = config.peers.iter().map(PeerConfig::wanted).collect();
                 primary.configure(&modes, config.replica_loss());
+                if !config.awaits_majority() {
+                    primary.await_no_majority();
+                }
                 // A replica learns the modes, too: they go with the volume. Each link's next greeting tells of them.
                 self.introduce(links);
                 primary.tell_members(self.members());

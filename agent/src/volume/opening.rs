@@ -81,8 +81,10 @@ impl Volume {
         let config = self.config.borrow().clone();
         let backing = self.find_backing(&config).await;
         // Others are heard before anybody can open the devices, and once before the disk is there.
+        let is_start = matches!(others, Others::Ask);
+        let mut heard = Vec::new();
         if state.superblock().role == Role::Primary && (backing.is_ok() || !self.awaiting.is_retry()) {
-            self.yield_to_others(&state, others).await?;
+            heard = self.yield_to_others(&state, others).await?;
         }
         self.correct_roles(&state.superblock());
         let (config, backing) = (self.config.borrow().clone(), backing?);
@@ -93,7 +95,10 @@ impl Volume {
             tracing::warn!(volume = %config.name, "the backing refuses direct I/O; it is written through the cache");
         }
         match state.superblock().role {
-            Role::Primary => Ok(self.open_primary(&config, storage, backing, state).await?),
+            Role::Primary => {
+                let started = is_start.then_some(heard);
+                Ok(self.open_primary(&config, storage, backing, state, started).await?)
+            }
             Role::Replica => Ok(self.open_replica(&config, storage, backing, state).await?),
         }
     }
@@ -145,10 +150,11 @@ impl Volume {
         Err(format!("the configuration names another id, size or block size than the state in {folder}"))
     }
 
-    /// Records that this host is a replica, where another one was promoted since.
-    async fn yield_to_others(&self, state: &State, others: Others) -> Result<(), String> {
+    /// Records that this host is a replica, where another one was promoted since. Tells which of them said how they stand.
+    async fn yield_to_others(&self, state: &State, others: Others) -> Result<Vec<HostId>, String> {
         let superblock = state.superblock();
         let config = self.config.borrow().clone();
+        let mut spoke = Vec::new();
         let newer = match others {
             Others::Known => None,
             Others::Told(fence) => {
@@ -158,10 +164,12 @@ impl Volume {
             Others::Ask => {
                 let peers = &self.surroundings.peers;
                 let answers = standing::ask_all(peers, config.id, &config.peers, STANDING_TIME).await;
-                succession::newest_fence(superblock.fence, &heard(&answers))
+                let answers = heard(&answers);
+                spoke.extend(answers.iter().filter(|other| other.standing.is_some()).map(|other| other.host));
+                succession::newest_fence(superblock.fence, &answers)
             }
         };
-        let Some(fence) = newer else { return Ok(()) };
+        let Some(fence) = newer else { return Ok(spoke) };
         let holder = self.name_of(fence.holder);
         tracing::warn!(volume = %config.name, "{holder} was promoted since; this host is a replica now");
         state
@@ -172,7 +180,8 @@ impl Volume {
                 promotion::record_demotion(superblock, fence, position, None, 0);
             })
             .await
-            .map_err(|error| with_causes(&error))
+            .map_err(|error| with_causes(&error))?;
+        Ok(spoke)
     }
 
     /// The name of a host, or its fingerprint where none is known.
@@ -209,6 +218,7 @@ impl Volume {
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
         state: State,
+        started: Option<Vec<HostId>>,
     ) -> Result<OpenRole, String> {
         if let Some(shortfall) = config.shortfall() {
             tracing::warn!(volume = %config.name, "{shortfall}; all there are will do until then");
@@ -217,6 +227,10 @@ impl Volume {
             .await
             .map_err(|error| with_causes(&error))?;
         primary.count_in(self.troubles.clone());
+        if let Some(heard) = started {
+            primary.start(heard, config.awaits_majority());
+        }
+        self.note_company(&primary);
         let mut links = BTreeMap::new();
         for peer in &config.peers {
             links.insert(peer.host, self.link(&primary, peer));

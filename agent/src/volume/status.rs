@@ -86,6 +86,7 @@ impl Volume {
                 facts.succession.own_name = Some(self.surroundings.own.name.clone());
                 facts.epoch = Some(epoch);
                 facts.blocked = primary.blocked().map(blocked);
+                facts.succession.alone = self.alone(primary, &config.peers);
                 let now = primary.now();
                 facts.peers = config
                     .peers

@@ -35,6 +35,7 @@ mod generation;
 mod patience;
 mod pieces;
 pub mod replies;
+pub mod start;
 
 pub use action::{Action, LocalWrite, RequestId, Settings, Work, WriteFailed};
 
@@ -54,6 +55,7 @@ use generation::Generations;
 use patience::Waiting;
 use pieces::{Piece, Request};
 use replies::{Owed, ReplicaLoss};
+use start::Start;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -117,6 +119,7 @@ pub struct Tracker {
     withheld: Option<Vec<(RequestId, Sequence)>>,
     /// Another host may write now: nothing is taken any more (L5).
     superseded: bool,
+    start: Start,
     actions: VecDeque<Action>,
 }
 
@@ -184,6 +187,7 @@ impl Tracker {
             patience,
             withheld: None,
             superseded: false,
+            start: Start::default(),
             actions: VecDeque::new(),
         };
         let promise = tracker.promise();
@@ -330,6 +334,7 @@ impl Tracker {
 
     /// A connection to a replica is up. `session` is higher than any before, durably.
     pub fn handle_connected(&mut self, peer: HostId, session: SessionNumber, identity: &Identity, now: Time) {
+        self.note_heard(peer);
         if let Some(link) = self.sessions.get_mut(&peer) {
             link.handle_connected(session, identity);
         }
@@ -630,6 +635,7 @@ impl Tracker {
         self.local.wanted |= self.closing && self.local.durable < self.last;
         self.start_sync();
         self.answer_failed();
+        self.look_for_majority();
         self.settle(now);
         self.drive_sessions(now);
         self.end_waits(now);

@@ -68,6 +68,7 @@ impl Tracker {
     /// A request is done here; it is answered when its replicas are, too.
     pub(super) fn owe(&mut self, request: RequestId, sequence: Sequence, durable: bool, now: Time) {
         if self.sessions.values().all(|session| session.mode() == Mode::Async)
+            && !self.start.awaits
             && self.word().is_none_or(|until| now >= until)
         {
             return self.succeed(request, sequence);
@@ -102,11 +103,13 @@ impl Tracker {
         }
     }
 
-    /// The volume is about to be closed: what waits until more replicas are in sync fails now, not at the end of the
+    /// The volume is about to be closed: what waits until more replicas are in sync, or more hosts are heard, fails now, not at the end of the
     /// operator's patience. What replicas in sync are about to confirm is waited for as before.
     pub fn wait_no_more(&mut self, now: Time) {
-        let ReplicaLoss::Block { min_replicas, .. } = self.loss else { return };
-        self.loss = ReplicaLoss::Block { min_replicas, limit: Duration::ZERO };
+        if let ReplicaLoss::Block { limit, .. } = &mut self.loss {
+            *limit = Duration::ZERO;
+        }
+        self.start.refuses = true;
         self.owed.iter_mut().for_each(|owed| owed.due = Some(now));
         self.drive(now);
     }
@@ -165,6 +168,13 @@ impl Tracker {
     }
 
     fn verdict(&mut self, owed: Owed, now: Time) -> Verdict {
+        if self.start.awaits {
+            let is_over = match self.loss {
+                ReplicaLoss::Block { limit, .. } => now >= owed.since.after(limit),
+                ReplicaLoss::Continue => self.start.refuses,
+            };
+            return if is_over { Verdict::Fail } else { Verdict::Wait };
+        }
         let required = || self.sessions.values().filter(|session| session.mode() != Mode::Async);
         let in_sync = required().filter(|session| session.is_in_sync()).count();
         let all = required().count();

@@ -319,7 +319,7 @@ impl World {
         let (life, role) = (it.life, it.superblock.role);
         self.note(|| format!("host {host} starts its life {life} as {role:?}"));
         match role {
-            Role::Primary => self.start_primary(host),
+            Role::Primary => self.start_primary(host, true),
             Role::Replica => self.start_replica(host),
         }
     }

@@ -14,6 +14,7 @@ use blockmirror_protocol::lineage;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{Identity, Session};
+use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{GenerationId, Sequence, Time};
 use blockmirror_protocol::wire::message::{Member, Mode};
@@ -93,8 +94,9 @@ impl PrimaryShell {
 }
 
 impl World {
-    /// Opens a host's volume as primary: metadata is recovered and a generation begins.
-    pub(super) fn start_primary(&mut self, host: usize) {
+    /// Opens a host's volume as primary: metadata is recovered and a generation begins. Where its agent `starts`, a host that
+    /// waits for replicas also waits for a majority of the hosts.
+    pub(super) fn start_primary(&mut self, host: usize, starts: bool) {
         let peers: Vec<usize> = (0..self.hosts.len()).filter(|peer| *peer != host).collect();
         let it = &mut self.hosts[host];
         let epoch = lineage::first_epoch_after(it.superblock.position.epoch);
@@ -126,8 +128,12 @@ impl World {
             patience: self.settings.patience,
             active_extents: self.settings.active_extents,
         };
+        let mut tracker = Tracker::new(settings, &log, sessions);
+        if starts {
+            tracker.start([], matches!(self.settings.loss, ReplicaLoss::Block { .. }), Time(self.now));
+        }
         it.shell = Shell::Primary(Box::new(PrimaryShell {
-            tracker: Tracker::new(settings, &log, sessions),
+            tracker,
             copies: BTreeMap::new(),
             disk_work: BTreeMap::new(),
             file_work: BTreeMap::new(),

@@ -165,7 +165,7 @@ impl World {
         self.hosts[host].superblock_written();
         self.promotion_is_recorded(host);
         self.hosts[host].life += 1;
-        self.start_primary(host);
+        self.start_primary(host, false);
     }
 
     /// The superblock says durably that the host is primary.

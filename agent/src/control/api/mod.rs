@@ -14,7 +14,7 @@ pub use orders::{
     TuneRequest, Undoing,
 };
 pub use status::{
-    Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung,
+    Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung,
     NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, StatusReply, Succession, VolumeFacts,
     VolumeState, VolumeStatus,
 };

@@ -258,6 +258,9 @@ pub struct Succession {
     /// On a replica without a primary: a host that was heard and is to be promoted rather than this one.
     #[serde(default)]
     pub better: Option<Better>,
+    /// On a primary that has heard from no other host since its start, or from too few.
+    #[serde(default)]
+    pub alone: Option<Alone>,
     /// What others call this host; null when the agent is not running.
     #[serde(default)]
     pub own_name: Option<String>,
@@ -285,6 +288,23 @@ pub struct Better {
     pub name: String,
     /// Whether it was the primary, and was demoted while this copy was out of its reach.
     pub was_demoted: bool,
+}
+
+/// How few hosts a primary has heard since its start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Alone {
+    /// When another host was last heard, by this host's clock, in seconds since 1970; null where that is not known.
+    pub heard_at_unix_seconds: Option<u64>,
+    /// How long ago that was.
+    pub heard_seconds: Option<u64>,
+    /// How many hosts were heard since the start, this one included.
+    pub hosts: usize,
+    /// How many the volume has.
+    pub of: usize,
+    /// How many are a majority.
+    pub majority: usize,
+    /// Whether writes and flushes wait for a majority.
+    pub is_awaited: bool,
 }
 
 /// A point that a copy can be rolled back to.
