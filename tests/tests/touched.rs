@@ -12,7 +12,7 @@ use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const MIB: u64 = 1 << 20;
 const SIZE_BYTES: u64 = 32 * MIB;
@@ -242,4 +242,62 @@ fn a_disk_that_was_written_while_the_agent_was_stopped_or_after_it_was_killed_is
         was_told(&primary, when);
     }
     drop((primary, replica));
+}
+
+/// What a hypervisor keeps of a host at one moment: the volume's state and its backing, with their times.
+struct Snapshot {
+    state: PathBuf,
+    backing: PathBuf,
+}
+
+impl Snapshot {
+    fn of(host: &mut Host) -> Self {
+        let kept = Self { state: host.path("kept-state"), backing: host.path("kept.img") };
+        host.stall();
+        succeed("cp", &["--archive", text(&host.path("state/data")), text(&kept.state)]);
+        succeed("cp", &["--archive", "--sparse=always", text(&host.backing()), text(&kept.backing)]);
+        host.go_on();
+        kept
+    }
+
+    /// Sets the host back to it. The agent does not run.
+    fn restore(&self, host: &Host) {
+        let state = host.path("state/data");
+        fs::remove_dir_all(&state).expect("the state");
+        succeed("cp", &["--archive", text(&self.state), text(&state)]);
+        // Into the file that there is: the same file system and the same file, as after a hypervisor's restore.
+        succeed("cp", &["--preserve=timestamps", text(&self.backing), text(&host.backing())]);
+    }
+}
+
+/// Its marker was sent and not read: the primary called a copy of last week "in sync", by a map of today.
+#[test]
+fn a_replica_that_was_set_back_is_brought_up_to_date() {
+    // Its host stops in order, or goes down, or is set back while the primary is down as well.
+    for case in ["stopped", "killed", "both"] {
+        let mut mirror = mirrored(&["b"]);
+        let snapshot = Snapshot::of(mirror.replica_mut());
+        mirror.wait_until_in_sync();
+        let mut client = mirror.client();
+        client.write_durably(PLACE, &noise(&mut Random::new(8), MIB)).expect("a write after the snapshot");
+        drop(client);
+        mirror.wait_until_quiet();
+        if case == "both" {
+            mirror.primary.stop();
+        }
+        match case {
+            "stopped" => mirror.replica_mut().stop(),
+            _ => mirror.replica_mut().kill(),
+        }
+        let_go(mirror.replica());
+        snapshot.restore(mirror.replica());
+        mirror.replica_mut().start();
+        if case == "both" {
+            mirror.primary.start();
+        }
+        mirror.wait_until_in_sync();
+        mirror.wait_until_quiet();
+        let differs = first_difference(&mirror.primary.backing(), &mirror.replica().backing());
+        assert_eq!(differs, None, "{case}: in sync over a stale copy");
+    }
 }
