@@ -22,6 +22,7 @@ pub mod process;
 pub mod quantity;
 pub mod recovery;
 pub mod replica;
+pub mod secret;
 pub mod standing;
 pub mod storage;
 pub mod stored;

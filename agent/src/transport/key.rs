@@ -5,6 +5,7 @@
 //! read is refused, as SSH does.
 
 use crate::durable;
+use crate::secret::{Exposure, exposure};
 use ::aws_lc_rs::error::Unspecified;
 use ::aws_lc_rs::signature::Ed25519KeyPair;
 use blockmirror_protocol::units::HostId;
@@ -13,7 +14,7 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::CertifiedKey;
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -109,13 +110,14 @@ impl HostKey {
         // What is looked at is what is read.
         let mut file = std::fs::File::open(path).map_err(unreadable)?;
         let metadata = file.metadata().map_err(unreadable)?;
-        let mode = metadata.permissions().mode() & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(KeyError::Exposed { path: path.to_owned(), mode });
-        }
-        let (owner, own) = (metadata.uid(), rustix::process::geteuid().as_raw());
-        if owner != own && owner != 0 {
-            return Err(KeyError::Foreign { path: path.to_owned(), owner });
+        match exposure(&metadata) {
+            Some(Exposure::Readable { mode }) => {
+                return Err(KeyError::Exposed { path: path.to_owned(), mode });
+            }
+            Some(Exposure::Foreign { owner }) => {
+                return Err(KeyError::Foreign { path: path.to_owned(), owner });
+            }
+            None => {}
         }
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(unreadable)?;
@@ -236,6 +238,7 @@ pub(super) fn provider() -> CryptoProvider {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_key_is_created_once_and_loaded_ever_after() {
