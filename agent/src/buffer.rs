@@ -24,6 +24,12 @@ const RUN_BYTES: usize = 1 << 20;
 /// A pool that keeps less has each buffer mapped by itself: what is left of some runs would fill it.
 const SMALLEST_WITH_RUNS: usize = 16 * RUN_BYTES;
 
+/// How many bytes of memory a buffer of `length` bytes takes.
+#[must_use]
+pub fn capacity_for(length: usize) -> usize {
+    length.max(SMALLEST).next_power_of_two()
+}
+
 /// A shared pool of aligned memory. Clones are handles to the same pool.
 #[derive(Clone)]
 pub struct BufferPool {
@@ -53,7 +59,7 @@ impl BufferPool {
     /// A buffer of `length` bytes whose content is unspecified (but initialised).
     #[must_use]
     pub fn take(&self, length: usize) -> Buffer {
-        let capacity = length.max(SMALLEST).next_power_of_two();
+        let capacity = capacity_for(length);
         let class = class_of(capacity);
         let reused = (class < CLASSES).then(|| self.shared.lock().take(class)).flatten();
         let memory = reused.unwrap_or_else(|| self.shared.grow(capacity));

@@ -6,7 +6,7 @@ use crate::config::{DeviceKind, VolumeConfig};
 use crate::control::api::DeviceStatus;
 use crate::device::Volume;
 use crate::device::loopback::{Loopback, Options};
-use crate::device::nbd::{ListenError, Server};
+use crate::device::nbd::{ListenError, Offer, Server};
 use crate::device::openers::{self, Claim, Users};
 use crate::export::Export;
 use crate::words::with_causes;
@@ -126,10 +126,11 @@ impl Devices {
         let name = config.name.as_str();
         let socket: PathBuf = surroundings.run_folder.join(format!("{name}.nbd"));
         let uri = format!("nbd+unix:///{name}?socket={}", socket.display());
-        let served = Server::unix(&socket, name, volume.clone(), pool.clone());
+        let offer = Offer::new(name, volume, pool.clone());
+        let served = Server::unix(&socket, offer.clone());
         self.keep_nbd(uri, served);
         if let Some(address) = config.nbd_listen {
-            let served = Server::tcp(address, name, volume, pool.clone());
+            let served = Server::tcp(address, offer);
             self.keep_nbd(format!("nbd://{address}/{name}"), served);
         }
     }

@@ -3,7 +3,7 @@
 use crate::memory::Memory;
 use blockmirror_agent::buffer::BufferPool;
 use blockmirror_agent::device::Geometry;
-use blockmirror_agent::device::nbd::Server;
+use blockmirror_agent::device::nbd::{Offer, Server};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::rc::Rc;
@@ -113,8 +113,9 @@ async fn serve(path: PathBuf, geometry: Geometry, mut visits: mpsc::UnboundedRec
     let pool = BufferPool::new(16 << 20);
     let volume = Memory::new(geometry, pool.clone());
     let answering = tokio::task::spawn_local(volume.clone().answer());
-    let unix = Server::unix(&path, NAME, volume.clone(), pool.clone()).unwrap();
-    let tcp = Server::tcp("127.0.0.1:0".parse().unwrap(), NAME, volume.clone(), pool).unwrap();
+    let offer = Offer::new(NAME, volume.clone(), pool);
+    let unix = Server::unix(&path, offer.clone()).unwrap();
+    let tcp = Server::tcp("127.0.0.1:0".parse().unwrap(), offer).unwrap();
     let served = Rc::new(Served { volume, unix, tcp });
     while let Some(visit) = visits.recv().await {
         visit(served.clone()).await;

@@ -5,7 +5,7 @@ use crate::memory::Memory;
 use crate::raw::{Raw, Said};
 use blockmirror_agent::buffer::BufferPool;
 use blockmirror_agent::device::Geometry;
-use blockmirror_agent::device::nbd::{CONNECTION_LIMIT, ListenError, Server};
+use blockmirror_agent::device::nbd::{CONNECTION_LIMIT, ListenError, Offer, Server};
 use blockmirror_protocol::nbd::handshake::*;
 use blockmirror_protocol::nbd::option_reply::*;
 use blockmirror_protocol::nbd::transmission::*;
@@ -182,7 +182,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     on_a_servers_thread(async |volume, pool| {
-        let start = |path: &Path| Server::unix(path, NAME, volume.clone(), pool.clone());
+        let start = |path: &Path| Server::unix(path, Offer::new(NAME, volume.clone(), pool.clone()));
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "a process that dies leaves its socket behind");
         let first = start(&path).expect("nobody accepts on the old socket");
@@ -205,7 +205,7 @@ fn a_file_that_is_no_socket_is_left_alone() {
     let path = folder.path().join("socket");
     std::fs::write(&path, "precious").unwrap();
     on_a_servers_thread(async |volume, pool| {
-        let refused = Server::unix(&path, NAME, volume, pool);
+        let refused = Server::unix(&path, Offer::new(NAME, volume, pool));
         assert!(matches!(refused, Err(ListenError::NotASocket { .. })));
     });
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");

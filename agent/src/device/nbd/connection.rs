@@ -6,22 +6,25 @@
 //!
 //! Bounds: while [`REQUEST_LIMIT`] requests, or [`BYTE_LIMIT`] bytes of payload and read data, are under way (from a
 //! request's header to the last byte of its reply), no further request is begun, and the kernel's socket buffer fills
-//! up instead. One request begun below the limit may exceed it, by at most 64 MiB.
+//! up instead. One request begun below the limit may exceed it, by at most 64 MiB. Nor is one begun that the memory of
+//! all connections together has no room for (`budget`).
 //!
 //! When the connection ends early, the requests that the volume has keep their [`Replies`] alive until they are
 //! answered; the answers go nowhere.
 
+use super::budget::{Budget, LeftBehind, Share};
 use super::input::{Input, poll_read};
 use super::negotiate::Agreed;
 use super::outgoing::{Frame, Outgoing};
 use super::request::{Judged, judge};
-use crate::buffer::{Buffer, BufferPool};
+use super::stall::Stall;
+use crate::buffer::{self, Buffer, BufferPool};
 use crate::busy_poll;
 use crate::device::row::Row;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
 use blockmirror_protocol::nbd::Malformed;
 use blockmirror_protocol::nbd::transmission::{CommandKind, Failure, REQUEST_BYTES, RequestHeader};
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -33,7 +36,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 const REQUEST_LIMIT: usize = 128;
 
 /// How many bytes of payload and read data of one connection may be under way before the next request must wait.
-const BYTE_LIMIT: u64 = 64 << 20;
+pub(super) const BYTE_LIMIT: u64 = 64 << 20;
 
 /// From this length on a payload is read straight into its buffer. A shorter one is cheaper to copy than to fetch
 /// with a system call of its own, which would bring no further request along.
@@ -51,6 +54,9 @@ pub(super) enum Ended {
     /// The client took too long to open the export.
     #[error("the client did not open the export in time")]
     TooSlow,
+    /// Others waited for the memory of its requests for too long.
+    #[error("the client neither took its answers nor sent on, and others wait for the memory of that")]
+    Stalled,
     /// The socket failed.
     #[error("the socket failed")]
     Io(#[from] io::Error),
@@ -73,12 +79,17 @@ pub(super) struct Connection<S> {
     replies: Rc<Replies>,
     answers: Vec<(u64, Result<Answer, Errno>)>,
     outgoing: Outgoing,
+    memory: Share,
+    stall: Stall,
+    received_bytes: u64,
 }
 
 /// What the next bytes from the client are.
 enum Receiving {
     /// A request's header.
     Header,
+    /// Nothing yet: there is no memory for this request.
+    Waiting(RequestHeader),
     /// The payload of a write, of which `filled` bytes are here.
     Payload { request: RequestHeader, fua: bool, buffer: Buffer, filled: usize },
     /// The payload of a write that fails; so many bytes are still to come.
@@ -101,7 +112,13 @@ enum Stuck {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    pub(super) fn new(socket: S, volume: Rc<dyn Volume>, pool: BufferPool, agreed: Agreed) -> Self {
+    pub(super) fn new(
+        socket: S,
+        volume: Rc<dyn Volume>,
+        pool: BufferPool,
+        budget: Rc<Budget>,
+        agreed: Agreed,
+    ) -> Self {
         Self {
             socket,
             geometry: volume.geometry(),
@@ -116,6 +133,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             replies: Rc::default(),
             answers: Vec::new(),
             outgoing: Outgoing::default(),
+            memory: Share::new(budget),
+            stall: Stall::default(),
+            received_bytes: 0,
         }
     }
 
@@ -124,12 +144,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         std::mem::swap(&mut self.answers, &mut self.replies.answers.borrow_mut());
         for (key, answer) in self.answers.drain(..) {
             let request = self.submitted.remove(key);
-            self.outgoing.push(Frame::answering(&request, self.agreed, answer));
+            let frame = Frame::answering(&request, self.agreed, answer);
+            self.outgoing.push(frame.holding(memory_bytes(&request)));
         }
     }
 
     /// Takes from the input as many requests as it has and the limits allow.
-    fn take_requests(&mut self) -> Result<Stuck, Malformed> {
+    fn take_requests(&mut self, waker: &Waker) -> Result<Stuck, Malformed> {
         loop {
             match &mut self.receiving {
                 Receiving::Ended => return Ok(Stuck::Ended),
@@ -143,7 +164,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     let Some(header) = self.input.take_array::<REQUEST_BYTES>() else {
                         return Ok(Stuck::WantsInput);
                     };
-                    self.begin(RequestHeader::parse(&header)?);
+                    self.judge(RequestHeader::parse(&header)?, waker);
+                }
+                Receiving::Waiting(request) => {
+                    let request = *request;
+                    self.receiving = Receiving::Header;
+                    self.judge(request, waker);
+                    if matches!(self.receiving, Receiving::Waiting(_)) {
+                        return Ok(Stuck::AtLimit);
+                    }
                 }
                 Receiving::Payload { buffer, filled, .. } => {
                     let here = self.input.take(buffer.len() - *filled);
@@ -168,15 +197,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn is_at_limit(&self) -> bool {
-        self.submitted.count + self.outgoing.len() >= REQUEST_LIMIT
-            || self.submitted.bytes + self.outgoing.data_bytes() >= BYTE_LIMIT
+        self.submitted.count + self.outgoing.len() >= REQUEST_LIMIT || self.memory.bytes() >= BYTE_LIMIT
+    }
+
+    /// Gives back the memory of replies that are written.
+    fn settle(&mut self) {
+        let receives = match &self.receiving {
+            Receiving::Payload { request, .. } => memory_bytes(request),
+            _ => 0,
+        };
+        self.memory.shrink_to(receives + self.submitted.bytes + self.outgoing.memory_bytes());
     }
 
     /// Acts on a request's header.
-    fn begin(&mut self, request: RequestHeader) {
+    fn judge(&mut self, request: RequestHeader, waker: &Waker) {
+        let judged = judge(&request, &self.geometry, self.agreed);
+        let needs_memory = matches!(judged, Judged::Submit(_) | Judged::Receive { .. });
+        if needs_memory && !self.memory.admit(memory_bytes(&request), waker) {
+            self.receiving = Receiving::Waiting(request);
+            return;
+        }
+        self.begin(request, judged);
+    }
+
+    fn begin(&mut self, request: RequestHeader, judged: Judged) {
         let brings_payload = request.kind == CommandKind::Write;
         self.expects_long_payload = brings_payload && request.length as usize >= DIRECT_BYTES;
-        match judge(&request, &self.geometry, self.agreed) {
+        match judged {
             Judged::Submit(command) => self.submit(request, command),
             Judged::Receive { range, fua } => {
                 let buffer = self.pool.take(range.length as usize);
@@ -224,6 +271,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             _ => ready!(self.input.poll_fill(&mut self.socket, cx, usize::MAX))?,
         };
         busy_poll::note_event();
+        self.received_bytes += count as u64;
         if count == 0 {
             let between_requests = matches!(self.receiving, Receiving::Header) && self.input.is_empty();
             if !between_requests {
@@ -232,6 +280,45 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.receiving = Receiving::Ended;
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Ready when the client has to go, because it keeps others waiting.
+    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let is_its_turn = !self.outgoing.is_empty() || matches!(self.receiving, Receiving::Payload { .. });
+        if !self.memory.has_loan() || !is_its_turn {
+            return Poll::Pending;
+        }
+        let moved_bytes = self.received_bytes + self.outgoing.sent_bytes();
+        self.stall.poll(cx, moved_bytes, self.memory.is_wanted())
+    }
+
+    /// Sends, takes and receives all that goes.
+    fn poll_requests(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Ended>> {
+        loop {
+            self.collect_answers();
+            let sent = self.outgoing.poll_send(&mut self.socket, cx)?.is_ready();
+            self.settle();
+            let stuck = self.take_requests(cx.waker())?;
+            if sent && !self.outgoing.is_empty() {
+                continue;
+            }
+            match stuck {
+                Stuck::WantsInput => {
+                    let received = self.poll_receive(cx);
+                    if received.is_pending() {
+                        self.row = Row::first();
+                    }
+                    ready!(received)?;
+                }
+                Stuck::RowComplete => {
+                    // The storage, which was woken before, has its turn first.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Stuck::Ended if sent && self.submitted.count == 0 => return Poll::Ready(Ok(())),
+                Stuck::Ended | Stuck::AtLimit => return Poll::Pending,
+            }
+        }
     }
 }
 
@@ -242,36 +329,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
         let connection = self.get_mut();
         connection.replies.wake_by(cx.waker());
         connection.row.next();
-        loop {
-            connection.collect_answers();
-            let sent = connection.outgoing.poll_send(&mut connection.socket, cx)?.is_ready();
-            let stuck = connection.take_requests()?;
-            if sent && !connection.outgoing.is_empty() {
-                continue;
-            }
-            match stuck {
-                Stuck::WantsInput => {
-                    let received = connection.poll_receive(cx);
-                    if received.is_pending() {
-                        connection.row = Row::first();
-                    }
-                    ready!(received)?;
-                }
-                Stuck::RowComplete => {
-                    // The storage, which was woken before, has its turn first.
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
-                Stuck::Ended if sent && connection.submitted.count == 0 => return Poll::Ready(Ok(())),
-                Stuck::Ended | Stuck::AtLimit => return Poll::Pending,
-            }
+        let ended = connection.poll_requests(cx);
+        if ended.is_pending() && connection.poll_stalled(cx).is_ready() {
+            return Poll::Ready(Err(Ended::Stalled));
         }
+        ended
     }
 }
 
 impl<S> Drop for Connection<S> {
     fn drop(&mut self) {
-        self.replies.close();
+        self.replies.close(self.memory.leave_behind(self.submitted.bytes));
     }
 }
 
@@ -292,7 +360,7 @@ impl Submitted {
         });
         self.slots[slot] = Some(request);
         self.count += 1;
-        self.bytes += data_bytes(&request);
+        self.bytes += memory_bytes(&request);
         slot as u64
     }
 
@@ -301,15 +369,16 @@ impl Submitted {
         let request = self.slots[slot].take().expect("the volume answers each request once");
         self.free.push(slot);
         self.count -= 1;
-        self.bytes -= data_bytes(&request);
+        self.bytes -= memory_bytes(&request);
         request
     }
 }
 
-/// How much memory a request's data needs.
-fn data_bytes(request: &RequestHeader) -> u64 {
+/// How much memory a request needs that was not refused, in bytes: that of its data, and a little in any case.
+pub(super) fn memory_bytes(request: &RequestHeader) -> u64 {
     let moves_data = matches!(request.kind, CommandKind::Read | CommandKind::Write);
-    if moves_data { u64::from(request.length) } else { 0 }
+    let data = if moves_data { request.length as usize } else { 0 };
+    buffer::capacity_for(data) as u64
 }
 
 /// Where the volume leaves its answers for the connection.
@@ -317,7 +386,8 @@ fn data_bytes(request: &RequestHeader) -> u64 {
 struct Replies {
     answers: RefCell<Vec<(u64, Result<Answer, Errno>)>>,
     waker: RefCell<Option<Waker>>,
-    closed: Cell<bool>,
+    /// Set when nobody is left to read the answers.
+    closed: RefCell<Option<LeftBehind>>,
 }
 
 impl Replies {
@@ -328,9 +398,9 @@ impl Replies {
         }
     }
 
-    /// Nobody is left to read the answers.
-    fn close(&self) {
-        self.closed.set(true);
+    /// Nobody is left to read the answers. The requests that the volume has keep `memory` until the last is answered.
+    fn close(&self, memory: LeftBehind) {
+        *self.closed.borrow_mut() = Some(memory);
         self.waker.take();
         self.answers.take();
     }
@@ -338,7 +408,7 @@ impl Replies {
 
 impl Reply for Replies {
     fn complete(&self, cookie: u64, answer: Result<Answer, Errno>) {
-        if self.closed.get() {
+        if self.closed.borrow().is_some() {
             return;
         }
         let mut answers = self.answers.borrow_mut();

@@ -7,21 +7,24 @@
 //! What a client does can end its own connection only. A client that goes away leaves its requests to the volume,
 //! which finishes them; their answers are dropped. Over TCP one that vanished without a word is gone after a minute.
 //! Retained per connection: a read buffer, and the requests within the bounds of `connection`; connections are bounded
-//! by [`CONNECTION_LIMIT`].
+//! by [`CONNECTION_LIMIT`]. The requests of all connections of a volume together are bounded by `budget`: 256 MiB.
 //!
 //! NBD over TCP neither encrypts nor asks who is there. Whoever can reach the address can read and write the volume.
 
+mod budget;
 mod connection;
 mod input;
 mod negotiate;
 mod outgoing;
 mod request;
+mod stall;
 #[cfg(test)]
 mod tests;
 mod unix_socket;
 
 use super::Volume;
 use crate::buffer::BufferPool;
+use budget::Budget;
 use connection::{Connection, Ended};
 use rustix::net::sockopt;
 use std::cell::{Cell, RefCell};
@@ -41,6 +44,10 @@ use unix_socket::SocketFile;
 /// How many connections a server keeps at a time. Of those that have not opened the export yet the oldest gives way to a new
 /// one; when all have, more wait in the kernel's queue.
 pub const CONNECTION_LIMIT: usize = 64;
+
+/// How many servers of one volume there are: one on a Unix socket, one over TCP.
+#[cfg(test)]
+const SERVERS_LIMIT: usize = 2;
 
 /// How long a client may take until it has opened the export.
 const NEGOTIATION_LIMIT: Duration = Duration::from_secs(60);
@@ -88,6 +95,23 @@ pub enum ListenError {
     },
 }
 
+/// What the servers of one volume have in common: the volume and its name, and the memory of all their clients.
+#[derive(Clone)]
+pub struct Offer {
+    name: Rc<str>,
+    volume: Rc<dyn Volume>,
+    pool: BufferPool,
+    budget: Rc<Budget>,
+}
+
+impl Offer {
+    /// An offer of `volume` under `name`.
+    #[must_use]
+    pub fn new(name: &str, volume: Rc<dyn Volume>, pool: BufferPool) -> Self {
+        Self { name: name.into(), volume, pool, budget: Rc::default() }
+    }
+}
+
 /// A client with the export open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Client {
@@ -124,43 +148,33 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `volume` under `name` on a Unix socket that only this process's user can open. A socket that nobody
-    /// accepts on is replaced.
+    /// Serves a volume on a Unix socket that only this process's user can open. A socket that nobody accepts on is
+    /// replaced.
     ///
     /// # Errors
     /// [`ListenError`].
     ///
     /// # Panics
     /// Outside of a `LocalSet` on a runtime with I/O and time.
-    pub fn unix(
-        path: &Path,
-        name: &str,
-        volume: Rc<dyn Volume>,
-        pool: BufferPool,
-    ) -> Result<Self, ListenError> {
+    pub fn unix(path: &Path, offer: Offer) -> Result<Self, ListenError> {
         let (listener, file) = unix_socket::listen(path)?;
-        Ok(Self::start(Listener::Unix(listener), Some(file), None, Shared::new(name, volume, pool)))
+        Ok(Self::start(Listener::Unix(listener), Some(file), None, Shared::new(offer)))
     }
 
-    /// Serves `volume` under `name` on a TCP address.
+    /// Serves a volume on a TCP address.
     ///
     /// # Errors
     /// [`ListenError::Io`].
     ///
     /// # Panics
     /// As [`unix`](Self::unix).
-    pub fn tcp(
-        address: SocketAddr,
-        name: &str,
-        volume: Rc<dyn Volume>,
-        pool: BufferPool,
-    ) -> Result<Self, ListenError> {
+    pub fn tcp(address: SocketAddr, offer: Offer) -> Result<Self, ListenError> {
         let (listener, address) = listen_tcp(address).map_err(|source| ListenError::Io {
             operation: "listen on",
             place: address.to_string(),
             source,
         })?;
-        Ok(Self::start(Listener::Tcp(listener), None, Some(address), Shared::new(name, volume, pool)))
+        Ok(Self::start(Listener::Tcp(listener), None, Some(address), Shared::new(offer)))
     }
 
     fn start(
@@ -212,9 +226,7 @@ fn listen_tcp(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
 
 /// What all connections of a server share.
 struct Shared {
-    name: String,
-    volume: Rc<dyn Volume>,
-    pool: BufferPool,
+    offer: Offer,
     clients: RefCell<BTreeMap<u64, Client>>,
     next_client: Cell<u64>,
     /// Connections that have not opened the export yet, oldest first; what is dropped here ends them.
@@ -222,11 +234,9 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(name: &str, volume: Rc<dyn Volume>, pool: BufferPool) -> Rc<Self> {
+    fn new(offer: Offer) -> Rc<Self> {
         Rc::new(Self {
-            name: name.to_owned(),
-            volume,
-            pool,
+            offer,
             clients: RefCell::default(),
             next_client: Cell::new(0),
             negotiating: RefCell::default(),
@@ -328,7 +338,7 @@ async fn serve(listener: Listener, shared: Rc<Shared>, mut stopped: oneshot::Rec
                     connections.spawn_local(attend(socket, client, shared.clone()));
                 }
                 Err(error) => {
-                    tracing::warn!(volume = shared.name, %error, "cannot accept an nbd client");
+                    tracing::warn!(volume = &*shared.offer.name, %error, "cannot accept an nbd client");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
                 }
@@ -350,7 +360,7 @@ fn report_panic(ended: Result<(), tokio::task::JoinError>) {
 
 /// One connection from its first byte to its last.
 async fn attend<S: AsyncRead + AsyncWrite + Unpin>(socket: S, client: Client, shared: Rc<Shared>) {
-    let volume = shared.name.as_str();
+    let volume = &*shared.offer.name;
     match converse(socket, client, &shared).await {
         Ok(()) => tracing::debug!(volume, %client, "nbd client left"),
         Err(ended @ Ended::Misbehaved(_)) => {
@@ -368,18 +378,19 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     client: Client,
     shared: &Rc<Shared>,
 ) -> Result<(), Ended> {
-    let geometry = shared.volume.geometry();
+    let geometry = shared.offer.volume.geometry();
     let key = shared.next_key();
     let (place, given_up) = oneshot::channel();
     shared.negotiating.borrow_mut().insert(key, place);
     let negotiated = tokio::select! {
-        negotiated = negotiate::negotiate(&mut socket, &shared.name, geometry) => negotiated,
+        negotiated = negotiate::negotiate(&mut socket, &shared.offer.name, geometry) => negotiated,
         _ = given_up => Err(Ended::TooSlow),
         () = tokio::time::sleep(NEGOTIATION_LIMIT) => Err(Ended::TooSlow),
     };
     drop(shared.negotiating.borrow_mut().remove(&key));
     let Some(agreed) = negotiated? else { return Ok(()) };
+    let Offer { name, volume, pool, budget } = shared.offer.clone();
     let _registered = shared.register(client);
-    tracing::debug!(volume = shared.name, %client, "nbd client opened the volume");
-    Connection::new(socket, shared.volume.clone(), shared.pool.clone(), agreed).await
+    tracing::debug!(volume = &*name, %client, "nbd client opened the volume");
+    Connection::new(socket, volume, pool, budget, agreed).await
 }

@@ -28,6 +28,8 @@ pub(super) struct Frame {
     head: [u8; HEAD_BYTES],
     head_length: usize,
     body: Body,
+    /// What its request took of the connection's memory, in bytes; given back when it is written.
+    memory_bytes: u64,
 }
 
 enum Body {
@@ -40,7 +42,12 @@ impl Frame {
     fn new(start: &[u8], body: Body) -> Self {
         let mut head = [0; HEAD_BYTES];
         head[..start.len()].copy_from_slice(start);
-        Self { head, head_length: start.len(), body }
+        Self { head, head_length: start.len(), body, memory_bytes: 0 }
+    }
+
+    /// The same frame, which keeps so many bytes of the connection's memory until it is written.
+    pub(super) fn holding(self, memory_bytes: u64) -> Self {
+        Self { memory_bytes, ..self }
     }
 
     /// The reply to a request that the volume has answered.
@@ -118,11 +125,6 @@ impl Frame {
     fn len(&self) -> usize {
         self.pieces().iter().map(|piece| piece.len()).sum()
     }
-
-    /// How many bytes of data wait in the frame.
-    fn data_bytes(&self) -> u64 {
-        if let Body::Data(data) = &self.body { data.len() as u64 } else { 0 }
-    }
 }
 
 fn descriptor(part: Part) -> Descriptor {
@@ -150,12 +152,13 @@ pub(super) struct Outgoing {
     frames: VecDeque<Frame>,
     /// How much of the first frame was written.
     written: usize,
-    data_bytes: u64,
+    memory_bytes: u64,
+    sent_bytes: u64,
 }
 
 impl Outgoing {
     pub(super) fn push(&mut self, frame: Frame) {
-        self.data_bytes += frame.data_bytes();
+        self.memory_bytes += frame.memory_bytes;
         self.frames.push_back(frame);
     }
 
@@ -167,9 +170,14 @@ impl Outgoing {
         self.frames.is_empty()
     }
 
-    /// How many bytes of reads wait here.
-    pub(super) fn data_bytes(&self) -> u64 {
-        self.data_bytes
+    /// How many bytes the socket has taken so far.
+    pub(super) fn sent_bytes(&self) -> u64 {
+        self.sent_bytes
+    }
+
+    /// How much of the connection's memory the frames keep, in bytes.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
     }
 
     /// Writes all there is, as much at a time as the socket takes. Ready when nothing is left.
@@ -207,11 +215,12 @@ impl Outgoing {
 
     fn advance(&mut self, written: usize) {
         self.written += written;
+        self.sent_bytes += written as u64;
         while let Some(first) = self.frames.front()
             && first.len() <= self.written
         {
             self.written -= first.len();
-            self.data_bytes -= first.data_bytes();
+            self.memory_bytes -= first.memory_bytes;
             self.frames.pop_front();
         }
     }

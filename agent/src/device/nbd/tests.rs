@@ -209,11 +209,14 @@ fn set_up(input: Vec<u8>, steps: Vec<usize>, agreed: Agreed) -> Setup {
     });
     let output = Rc::<RefCell<Vec<u8>>>::default();
     let socket = Choppy { input, given: 0, output: output.clone(), steps, calls: Cell::new(0) };
-    let connection = Connection::new(socket, volume.clone(), pool, agreed);
+    let connection = Connection::new(socket, volume.clone(), pool, Rc::default(), agreed);
     Setup { volume, output, connection }
 }
 
 fn drive(connection: Connection<Choppy>, volume: &Plain, choices: &[usize]) -> Result<(), Ended> {
+    // A connection with much under way has a timer.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let _entered = runtime.enter();
     let mut connection = pin!(connection);
     let mut context = Context::from_waker(Waker::noop());
     for choice in choices.iter().cycle() {
