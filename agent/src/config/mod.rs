@@ -294,9 +294,13 @@ pub struct VolumeConfig {
     /// What applications can open while this host is the primary.
     #[serde(default = "DeviceKind::defaults")]
     pub devices: Vec<DeviceKind>,
-    /// Where the NBD export is also served over TCP, unencrypted.
+    /// Where the NBD export is also served over TCP.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nbd_listen: Option<SocketAddr>,
+    /// The folder of the certificates with which that is encrypted, as an absolute path. Clients need one too then; without
+    /// a folder nothing is encrypted and everybody is served.
+    #[serde(default, deserialize_with = "tls_folder", skip_serializing_if = "Option::is_none")]
+    pub nbd_tls: Option<PathBuf>,
     /// How much of the live stream is kept unacknowledged in memory (W7).
     #[serde(default = "default_window", deserialize_with = "window")]
     pub window: Size,
@@ -412,6 +416,7 @@ impl VolumeConfig {
             block_size,
             devices: DeviceKind::defaults(),
             nbd_listen: None,
+            nbd_tls: None,
             window: DEFAULT_WINDOW,
             activity_log: DEFAULT_ACTIVITY_LOG,
             on_replica_loss: OnReplicaLoss::default(),
@@ -549,6 +554,16 @@ fn absolute_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, 
     match path.is_absolute() {
         true => Ok(path),
         false => Err(serde::de::Error::custom("the path of a backing begins with \"/\"")),
+    }
+}
+
+fn tls_folder<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    match path.is_absolute() {
+        true => Ok(Some(path)),
+        false => Err(serde::de::Error::custom(
+            "nbd_tls is the folder of the certificates, a path that begins with \"/\"",
+        )),
     }
 }
 

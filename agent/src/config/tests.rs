@@ -14,6 +14,7 @@ size_bytes = 107374182400
 block_size_bytes = 4096
 devices = ["nbd", "loop"]
 nbd_listen = "127.0.0.1:10809"
+nbd_tls = "/etc/blockmirror/nbd-tls"
 window = "64M"
 activity_log = "1G"
 on_replica_loss = "block"
@@ -44,6 +45,7 @@ fn example() -> VolumeConfig {
         block_size: BlockSize::default(),
         devices: DeviceKind::defaults(),
         nbd_listen: Some("127.0.0.1:10809".parse().unwrap()),
+        nbd_tls: Some("/etc/blockmirror/nbd-tls".into()),
         window: DEFAULT_WINDOW,
         activity_log: Size(1 << 30),
         on_replica_loss: OnReplicaLoss::Block,
@@ -92,7 +94,8 @@ fn a_saved_volume_is_readable_text_and_reads_back() {
     folder.save_volume(&example()).unwrap();
     assert_eq!(fs::read_to_string(folder.volume_path(&example().name)).unwrap(), GOLDEN);
     assert_eq!(folder.load_volume(&example().name).unwrap(), example());
-    let again = VolumeConfig { peers: Vec::new(), nbd_listen: None, devices: Vec::new(), ..example() };
+    let again =
+        VolumeConfig { peers: Vec::new(), nbd_listen: None, nbd_tls: None, devices: Vec::new(), ..example() };
     folder.save_volume(&again).unwrap();
     let found = folder.load_volumes().unwrap();
     assert!(found.mistakes.is_empty());
@@ -104,12 +107,14 @@ fn a_saved_volume_is_readable_text_and_reads_back() {
 #[test]
 fn what_is_left_out_has_its_default() {
     let (_temporary, folder) = folder();
-    let kept =
-        |line: &&str| !["devices", "nbd_listen", "window", "paused"].iter().any(|key| line.starts_with(key));
+    let kept = |line: &&str| !["devices", "nbd_", "window", "paused"].iter().any(|key| line.starts_with(key));
     let text: Vec<&str> = GOLDEN.lines().filter(kept).collect();
     fs::create_dir_all(folder.path().join("volumes")).unwrap();
     fs::write(folder.volume_path(&example().name), text.join("\n")).unwrap();
-    assert_eq!(folder.load_volume(&example().name).unwrap(), VolumeConfig { nbd_listen: None, ..example() });
+    assert_eq!(
+        folder.load_volume(&example().name).unwrap(),
+        VolumeConfig { nbd_listen: None, nbd_tls: None, ..example() }
+    );
     assert_eq!(folder.load_agent().unwrap(), AgentConfig::default());
     assert!(!AgentConfig::default().host_name().as_str().is_empty());
 }
@@ -118,10 +123,10 @@ fn what_is_left_out_has_its_default() {
 fn an_unknown_key_is_named_with_its_line_and_the_nearest_one() {
     for (from, to, message) in [
         ("backing", "bakcing", r#"data.toml:6: unknown key "bakcing"; did you mean "backing"?"#),
-        ("window", "windows", r#"data.toml:11: unknown key "windows"; did you mean "window"?"#),
-        ("paused", "pause", r#"data.toml:25: unknown key "pause"; did you mean "paused"?"#),
-        ("[[peer]]", "[[peers]]", r#"data.toml:20: unknown key "peers"; did you mean "peer"?"#),
-        ("window", "quux", r#"data.toml:11: unknown key "quux"; remove it"#),
+        ("window", "windows", r#"data.toml:12: unknown key "windows"; did you mean "window"?"#),
+        ("paused", "pause", r#"data.toml:26: unknown key "pause"; did you mean "paused"?"#),
+        ("[[peer]]", "[[peers]]", r#"data.toml:21: unknown key "peers"; did you mean "peer"?"#),
+        ("window", "quux", r#"data.toml:12: unknown key "quux"; remove it"#),
     ] {
         assert_eq!(mistake_in(&GOLDEN.replacen(from, to, 1)), message);
     }
@@ -142,21 +147,26 @@ fn a_wrong_value_is_told_with_its_line() {
         (
             "\"64M\"",
             "\"64Q\"",
-            r#"data.toml:11: "64Q" is not a size; write a whole number of bytes, or a number with K, M, G or T (powers of 1024)"#,
+            r#"data.toml:12: "64Q" is not a size; write a whole number of bytes, or a number with K, M, G or T (powers of 1024)"#,
         ),
-        ("\"64M\"", "\"64K\"", "data.toml:11: the window is at least 2M"),
-        ("\"1G\"", "\"8G\"", "data.toml:12: the activity log covers from 512M to 4064M"),
+        ("\"64M\"", "\"64K\"", "data.toml:12: the window is at least 2M"),
+        ("\"1G\"", "\"8G\"", "data.toml:13: the activity log covers from 512M to 4064M"),
         ("/srv", "srv", r#"data.toml:6: the path of a backing begins with "/""#),
         ("000102", "00010", "data.toml:4: the id of a volume is 32 hexadecimal digits"),
-        ("\"0707", "\"xx07", "data.toml:23: the fingerprint of a host's key is 64 hexadecimal digits"),
+        ("\"0707", "\"xx07", "data.toml:24: the fingerprint of a host's key is 64 hexadecimal digits"),
         (
             "org:7447",
             "org",
-            r#"data.toml:24: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
+            r#"data.toml:25: "b.example.org" is not an address; write ADDRESS:PORT, such as 192.0.2.1:7447 or [2001:db8::1]:7447"#,
         ),
         ("127.0.0.1:10809", "x", "data.toml:10: invalid socket address syntax"),
+        (
+            "/etc/blockmirror/nbd-tls",
+            "required",
+            r#"data.toml:11: nbd_tls is the folder of the certificates, a path that begins with "/""#,
+        ),
         ("role = \"primary\"\n", "", r#"data.toml:1: missing field "role""#),
-        ("window = \"64M\"", "window = ", "data.toml:11: "),
+        ("window = \"64M\"", "window = ", "data.toml:12: "),
     ] {
         let found = mistake_in(&GOLDEN.replacen(from, to, 1));
         assert!(

@@ -6,7 +6,7 @@ use crate::config::{DeviceKind, VolumeConfig};
 use crate::control::api::DeviceStatus;
 use crate::device::Volume;
 use crate::device::loopback::{Loopback, Options};
-use crate::device::nbd::{ListenError, Offer, Server};
+use crate::device::nbd::{ListenError, Offer, Server, Tls};
 use crate::device::openers::{self, Claim, Users};
 use crate::export::Export;
 use crate::words::with_causes;
@@ -130,8 +130,12 @@ impl Devices {
         let served = Server::unix(&socket, offer.clone());
         self.keep_nbd(uri, served);
         if let Some(address) = config.nbd_listen {
-            let served = Server::tcp(address, offer);
-            self.keep_nbd(format!("nbd://{address}/{name}"), served);
+            let folder = config.nbd_tls.as_deref();
+            let scheme = if folder.is_some() { "nbds" } else { "nbd" };
+            let tls = folder.map(Tls::load).transpose().map_err(ListenError::from);
+            let served = tls.and_then(|tls| Server::tcp(address, offer, tls));
+            let address = served.as_ref().ok().and_then(Server::address).unwrap_or(address);
+            self.keep_nbd(format!("{scheme}://{address}/{name}"), served);
         }
     }
 

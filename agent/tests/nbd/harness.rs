@@ -115,7 +115,7 @@ async fn serve(path: PathBuf, geometry: Geometry, mut visits: mpsc::UnboundedRec
     let answering = tokio::task::spawn_local(volume.clone().answer());
     let offer = Offer::new(NAME, volume.clone(), pool);
     let unix = Server::unix(&path, offer.clone()).unwrap();
-    let tcp = Server::tcp("127.0.0.1:0".parse().unwrap(), offer).unwrap();
+    let tcp = Server::tcp("127.0.0.1:0".parse().unwrap(), offer, None).unwrap();
     let served = Rc::new(Served { volume, unix, tcp });
     while let Some(visit) = visits.recv().await {
         visit(served.clone()).await;

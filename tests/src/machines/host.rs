@@ -9,6 +9,7 @@ use blockmirror_agent::config::{ConfigFolder, VolumeConfig};
 use blockmirror_agent::control::api::{StatusReply, VolumeStatus};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -147,6 +148,41 @@ impl Host {
     #[must_use]
     pub fn device(&self) -> PathBuf {
         self.path("devices/data")
+    }
+
+    /// The volume's NBD export over TCP, for clients.
+    ///
+    /// # Panics
+    /// When it is not served.
+    #[must_use]
+    pub fn tcp_uri(&self) -> String {
+        let uris = self.status().facts.devices.into_iter().filter(|device| device.error.is_none());
+        let mut uris = uris.filter_map(|device| device.uri);
+        uris.find(|uri| !uri.contains("+unix:")).expect("the export is served over TCP")
+    }
+
+    /// The address of that.
+    ///
+    /// # Panics
+    /// When it is not served.
+    #[must_use]
+    pub fn tcp_address(&self) -> SocketAddr {
+        let uri = self.tcp_uri();
+        let address = uri.split('/').nth(2).expect("an address is the third part of a uri");
+        address.parse().expect("the agent tells an address")
+    }
+
+    /// The most memory that its agent had at any time, in bytes.
+    ///
+    /// # Panics
+    /// When the agent does not run.
+    #[must_use]
+    pub fn peak_memory_bytes(&self) -> u64 {
+        let process = self.agent.as_ref().expect("the agent runs").id();
+        let text = fs::read_to_string(format!("/proc/{process}/status")).expect("the agent runs");
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the kernel tells it");
+        let number = line.trim().strip_suffix(" kB").expect("it counts in kilobytes");
+        number.trim().parse::<u64>().expect("it is a number") * 1024
     }
 
     /// A metadata file of the volume.

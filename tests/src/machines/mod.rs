@@ -10,6 +10,7 @@
 //! `BLOCKMIRROR_NO_SKIPS` in the environment it fails instead, so that nothing is skipped silently where all of it is
 //! meant to run.
 
+pub mod certificates;
 pub mod content;
 pub mod folder;
 pub mod hanging;

@@ -57,6 +57,9 @@ pub(super) enum Ended {
     /// Others waited for the memory of its requests for too long.
     #[error("the client neither took its answers nor sent on, and others wait for the memory of that")]
     Stalled,
+    /// No TLS came about: the client has no certificate that is good here, or what it sent is no TLS.
+    #[error("the client did not get through the tls handshake")]
+    Handshake(#[source] io::Error),
     /// The socket failed.
     #[error("the socket failed")]
     Io(#[from] io::Error),
@@ -315,7 +318,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
-                Stuck::Ended if sent && self.submitted.count == 0 => return Poll::Ready(Ok(())),
+                Stuck::Ended if sent && self.submitted.count == 0 => {
+                    // The client has left, so it does not matter what becomes of the goodbye.
+                    let _ = ready!(Pin::new(&mut self.socket).poll_shutdown(cx));
+                    return Poll::Ready(Ok(()));
+                }
                 Stuck::Ended | Stuck::AtLimit => return Poll::Pending,
             }
         }

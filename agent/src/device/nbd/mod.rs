@@ -9,7 +9,8 @@
 //! Retained per connection: a read buffer, and the requests within the bounds of `connection`; connections are bounded
 //! by [`CONNECTION_LIMIT`]. The requests of all connections of a volume together are bounded by `budget`: 256 MiB.
 //!
-//! NBD over TCP neither encrypts nor asks who is there. Whoever can reach the address can read and write the volume.
+//! NBD over TCP by itself neither encrypts nor asks who is there: whoever can reach the address can read and write the
+//! volume. With [`Tls`] it does both, and serves nobody without. The Unix socket is plain.
 
 mod budget;
 mod connection;
@@ -20,12 +21,17 @@ mod request;
 mod stall;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod unix_socket;
+
+pub use tls::{Tls, TlsError};
 
 use super::Volume;
 use crate::buffer::BufferPool;
+use crate::words::with_causes;
 use budget::Budget;
 use connection::{Connection, Ended};
+use negotiate::{Agreed, Negotiation};
 use rustix::net::sockopt;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -35,6 +41,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
+use tls::Encrypted;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::oneshot;
@@ -93,6 +100,9 @@ pub enum ListenError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The certificates for TLS cannot be used.
+    #[error("cannot serve tls")]
+    Tls(#[from] TlsError),
 }
 
 /// What the servers of one volume have in common: the volume and its name, and the memory of all their clients.
@@ -158,23 +168,23 @@ impl Server {
     /// Outside of a `LocalSet` on a runtime with I/O and time.
     pub fn unix(path: &Path, offer: Offer) -> Result<Self, ListenError> {
         let (listener, file) = unix_socket::listen(path)?;
-        Ok(Self::start(Listener::Unix(listener), Some(file), None, Shared::new(offer)))
+        Ok(Self::start(Listener::Unix(listener), Some(file), None, Shared::new(offer, None)))
     }
 
-    /// Serves a volume on a TCP address.
+    /// Serves a volume on a TCP address, with TLS alone where that is given.
     ///
     /// # Errors
     /// [`ListenError::Io`].
     ///
     /// # Panics
     /// As [`unix`](Self::unix).
-    pub fn tcp(address: SocketAddr, offer: Offer) -> Result<Self, ListenError> {
+    pub fn tcp(address: SocketAddr, offer: Offer, tls: Option<Tls>) -> Result<Self, ListenError> {
         let (listener, address) = listen_tcp(address).map_err(|source| ListenError::Io {
             operation: "listen on",
             place: address.to_string(),
             source,
         })?;
-        Ok(Self::start(Listener::Tcp(listener), None, Some(address), Shared::new(offer)))
+        Ok(Self::start(Listener::Tcp(listener), None, Some(address), Shared::new(offer, tls)))
     }
 
     fn start(
@@ -227,6 +237,7 @@ fn listen_tcp(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
 /// What all connections of a server share.
 struct Shared {
     offer: Offer,
+    tls: Option<Tls>,
     clients: RefCell<BTreeMap<u64, Client>>,
     next_client: Cell<u64>,
     /// Connections that have not opened the export yet, oldest first; what is dropped here ends them.
@@ -234,9 +245,10 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(offer: Offer) -> Rc<Self> {
+    fn new(offer: Offer, tls: Option<Tls>) -> Rc<Self> {
         Rc::new(Self {
             offer,
+            tls,
             clients: RefCell::default(),
             next_client: Cell::new(0),
             negotiating: RefCell::default(),
@@ -363,13 +375,10 @@ async fn attend<S: AsyncRead + AsyncWrite + Unpin>(socket: S, client: Client, sh
     let volume = &*shared.offer.name;
     match converse(socket, client, &shared).await {
         Ok(()) => tracing::debug!(volume, %client, "nbd client left"),
-        Err(ended @ Ended::Misbehaved(_)) => {
-            let error = &ended as &dyn std::error::Error;
-            tracing::warn!(volume, %client, error, "nbd connection closed");
+        Err(ended @ (Ended::Misbehaved(_) | Ended::Handshake(_))) => {
+            tracing::warn!(volume, %client, "nbd connection closed: {}", with_causes(&ended));
         }
-        Err(ended) => {
-            tracing::info!(volume, %client, error = &ended as &dyn std::error::Error, "nbd connection lost");
-        }
+        Err(ended) => tracing::info!(volume, %client, "nbd connection lost: {}", with_causes(&ended)),
     }
 }
 
@@ -378,17 +387,63 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     client: Client,
     shared: &Rc<Shared>,
 ) -> Result<(), Ended> {
-    let geometry = shared.offer.volume.geometry();
+    if let Some(tls) = &shared.tls {
+        let opened = in_time(shared, open_encrypted(socket, tls, &shared.offer)).await?;
+        let Some((socket, agreed)) = opened else { return Ok(()) };
+        return transmit(socket, client, shared, agreed).await;
+    }
+    let opened = in_time(shared, open(&mut socket, &shared.offer)).await?;
+    let Some(agreed) = opened else { return Ok(()) };
+    transmit(socket, client, shared, agreed).await
+}
+
+/// Lets a client open the export for as long as it may take, and nobody else needs its place.
+async fn in_time<T>(
+    shared: &Rc<Shared>,
+    opening: impl Future<Output = Result<T, Ended>>,
+) -> Result<T, Ended> {
     let key = shared.next_key();
     let (place, given_up) = oneshot::channel();
     shared.negotiating.borrow_mut().insert(key, place);
-    let negotiated = tokio::select! {
-        negotiated = negotiate::negotiate(&mut socket, &shared.offer.name, geometry) => negotiated,
+    let opened = tokio::select! {
+        opened = opening => opened,
         _ = given_up => Err(Ended::TooSlow),
         () = tokio::time::sleep(NEGOTIATION_LIMIT) => Err(Ended::TooSlow),
     };
     drop(shared.negotiating.borrow_mut().remove(&key));
-    let Some(agreed) = negotiated? else { return Ok(()) };
+    opened
+}
+
+async fn open<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: &mut S,
+    offer: &Offer,
+) -> Result<Option<Agreed>, Ended> {
+    let flags = negotiate::greet(socket).await?;
+    let negotiation = Negotiation::new(&offer.name, offer.volume.geometry(), flags, false);
+    negotiate::negotiate(socket, negotiation).await
+}
+
+async fn open_encrypted<S: AsyncRead + AsyncWrite + Unpin>(
+    mut socket: S,
+    tls: &Tls,
+    offer: &Offer,
+) -> Result<Option<(Encrypted<S>, Agreed)>, Ended> {
+    let flags = negotiate::greet(&mut socket).await?;
+    if !negotiate::ask_for_tls(&mut socket, flags).await? {
+        return Ok(None);
+    }
+    let mut socket = tls.accept(socket).await.map_err(Ended::Handshake)?;
+    let negotiation = Negotiation::new(&offer.name, offer.volume.geometry(), flags, true);
+    let agreed = negotiate::negotiate(&mut socket, negotiation).await?;
+    Ok(agreed.map(|agreed| (socket, agreed)))
+}
+
+async fn transmit<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: S,
+    client: Client,
+    shared: &Rc<Shared>,
+    agreed: Agreed,
+) -> Result<(), Ended> {
     let Offer { name, volume, pool, budget } = shared.offer.clone();
     let _registered = shared.register(client);
     tracing::debug!(volume = &*name, %client, "nbd client opened the volume");

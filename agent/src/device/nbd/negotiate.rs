@@ -2,6 +2,11 @@
 //!
 //! What to say to an option is decided by [`Negotiation::respond`], which has no socket. The volume is the one export;
 //! it has its own name and is also the default export, whose name is empty.
+//!
+//! Where TLS is required (the protocol's FORCEDTLS), there are two conversations. The first knows no export and agrees on
+//! nothing: it hears of no option but to start TLS or to leave ([`ask_for_tls`]). The second is the ordinary one, inside
+//! TLS. Nothing is read ahead, so what a client sent behind its wish for TLS is not lost in a buffer: it is taken for the
+//! start of the handshake, fails as such, and the connection ends. It is never heard as an option.
 
 use super::connection::Ended;
 use super::request::{PAYLOAD_LIMIT_BYTES, REQUEST_UNIT_BYTES};
@@ -35,31 +40,85 @@ pub(super) struct Agreed {
     pub(super) allocation: bool,
 }
 
-/// Talks to a client until it has opened the export, or left without (`None`).
-pub(super) async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
-    socket: &mut S,
-    name: &str,
-    geometry: Geometry,
-) -> Result<Option<Agreed>, Ended> {
+/// The first words on a connection.
+pub(super) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut S) -> Result<ClientFlags, Ended> {
     socket.write_all(&greeting()).await?;
     let mut flags = [0; CLIENT_FLAGS_BYTES];
     fill(socket, &mut flags).await?;
-    let flags = ClientFlags::parse(flags)?;
-    let mut negotiation = Negotiation { name, geometry, flags, agreed: Agreed::default() };
+    Ok(ClientFlags::parse(flags)?)
+}
+
+/// Hears a client's options until it has opened the export, or left without (`None`).
+pub(super) async fn negotiate<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: &mut S,
+    mut negotiation: Negotiation<'_>,
+) -> Result<Option<Agreed>, Ended> {
     loop {
-        let mut header = [0; OPTION_HEADER_BYTES];
-        fill(socket, &mut header).await?;
-        let header = OptionHeader::parse(&header)?;
-        let data = read_data(socket, header.length).await?;
+        let (number, data) = read_option(socket).await?;
         let mut out = Vec::new();
-        let next = negotiation.respond(header.option, data.as_deref(), &mut out)?;
-        socket.write_all(&out).await?;
+        let next = negotiation.respond(number, data.as_deref(), &mut out)?;
+        say(socket, &out).await?;
         match next {
             Next::Listen => {}
-            Next::Transmit => return Ok(Some(negotiation.agreed)),
+            Next::Proceed => return Ok(Some(negotiation.agreed)),
             Next::Close => return Ok(None),
         }
     }
+}
+
+/// Hears a client's options until it wants TLS; false when it has left without, or can't.
+pub(super) async fn ask_for_tls<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: &mut S,
+    flags: ClientFlags,
+) -> Result<bool, Ended> {
+    loop {
+        let (number, data) = read_option(socket).await?;
+        let (reply, next) = without_tls(flags, number, data.as_deref());
+        let mut out = Vec::new();
+        reply.iter().for_each(|reply| reply.encode(number, &mut out));
+        say(socket, &out).await?;
+        match next {
+            Next::Listen => {}
+            Next::Proceed => return Ok(true),
+            Next::Close => return Ok(false),
+        }
+    }
+}
+
+/// What is said to an option before there is TLS, where that is required.
+fn without_tls(flags: ClientFlags, number: u32, data: Option<&[u8]>) -> (Option<OptionReply>, Next) {
+    // Opening the export by its name has no reply that refuses it, and TLS is for clients that understand replies.
+    if number == option::EXPORT_NAME || !flags.fixed_newstyle {
+        return (None, Next::Close);
+    }
+    match number {
+        option::ABORT => (Some(OptionReply::Acknowledged), Next::Close),
+        option::START_TLS if data.is_some_and(<[u8]>::is_empty) => {
+            (Some(OptionReply::Acknowledged), Next::Proceed)
+        }
+        option::START_TLS => {
+            (Some(refuse(Refusal::Invalid, "the option to start tls has no data")), Next::Listen)
+        }
+        _ => {
+            let reply =
+                refuse(Refusal::TlsRequired, "this server wants tls, and a certificate: start tls first");
+            (Some(reply), Next::Listen)
+        }
+    }
+}
+
+/// The next option's number and data, which is `None` when it is too long.
+async fn read_option<S: AsyncRead + Unpin>(socket: &mut S) -> Result<(u32, Option<Vec<u8>>), Ended> {
+    let mut header = [0; OPTION_HEADER_BYTES];
+    fill(socket, &mut header).await?;
+    let header = OptionHeader::parse(&header)?;
+    Ok((header.option, read_data(socket, header.length).await?))
+}
+
+/// Sends all of it on its way, also through a socket that encrypts.
+async fn say<S: AsyncWrite + Unpin>(socket: &mut S, bytes: &[u8]) -> Result<(), Ended> {
+    socket.write_all(bytes).await?;
+    Ok(socket.flush().await?)
 }
 
 /// The data of an option, or `None` when it is too long, after it was skipped.
@@ -88,20 +147,27 @@ async fn fill<S: AsyncRead + Unpin>(socket: &mut S, target: &mut [u8]) -> Result
 enum Next {
     /// Another option.
     Listen,
-    /// The export is open.
-    Transmit,
+    /// What the options are for has come: the export is open, or TLS begins.
+    Proceed,
     /// The connection ends, as the client wishes or as the protocol wants it.
     Close,
 }
 
-struct Negotiation<'a> {
+/// What is known of a client that hasn't opened the export yet.
+pub(super) struct Negotiation<'a> {
     name: &'a str,
     geometry: Geometry,
     flags: ClientFlags,
+    encrypted: bool,
     agreed: Agreed,
 }
 
-impl Negotiation<'_> {
+impl<'a> Negotiation<'a> {
+    /// A client that has said nothing but its flags, inside TLS if that is `encrypted`.
+    pub(super) fn new(name: &'a str, geometry: Geometry, flags: ClientFlags, encrypted: bool) -> Self {
+        Self { name, geometry, flags, encrypted, agreed: Agreed::default() }
+    }
+
     /// Appends what to say to an option, whose `data` is `None` where it was too long.
     fn respond(&mut self, number: u32, data: Option<&[u8]>, out: &mut Vec<u8>) -> Result<Next, Malformed> {
         if number == option::EXPORT_NAME {
@@ -128,7 +194,7 @@ impl Negotiation<'_> {
         match asked {
             ClientOption::ExportName(name) if self.is_ours(&name) => {
                 out.extend(export_name_reply(self.summary(), self.flags.no_zeroes));
-                Next::Transmit
+                Next::Proceed
             }
             _ => Next::Close,
         }
@@ -138,7 +204,7 @@ impl Negotiation<'_> {
         let replies = match asked {
             ClientOption::Abort => return (vec![OptionReply::Acknowledged], Next::Close),
             ClientOption::Go(query) if self.is_ours(&query.name) => {
-                return (self.describe(&query), Next::Transmit);
+                return (self.describe(&query), Next::Proceed);
             }
             ClientOption::Info(query) if self.is_ours(&query.name) => self.describe(&query),
             ClientOption::Go(_) | ClientOption::Info(_) => vec![unknown_export()],
@@ -149,6 +215,9 @@ impl Negotiation<'_> {
             }
             ClientOption::ListMetaContext(query) => self.list_contexts(&query),
             ClientOption::SetMetaContext(query) => self.set_contexts(&query),
+            ClientOption::StartTls if self.encrypted => {
+                vec![refuse(Refusal::Invalid, "there is tls already")]
+            }
             ClientOption::StartTls => vec![refuse(Refusal::Unsupported, "there is no TLS here")],
             ClientOption::ExportName(_) | ClientOption::Unknown(_) => vec![refuse(Refusal::Unsupported, "")],
         };

@@ -180,7 +180,8 @@ impl Outgoing {
         self.memory_bytes
     }
 
-    /// Writes all there is, as much at a time as the socket takes. Ready when nothing is left.
+    /// Writes all there is, as much at a time as the socket takes. Ready when nothing is left, here or in a socket that
+    /// encrypts.
     pub(super) fn poll_send<S: AsyncWrite + Unpin>(
         &mut self,
         socket: &mut S,
@@ -195,7 +196,7 @@ impl Outgoing {
             }
             self.advance(written);
         }
-        Poll::Ready(Ok(()))
+        Pin::new(socket).poll_flush(cx)
     }
 
     /// Puts what comes next into `pieces` and says how many it became.
