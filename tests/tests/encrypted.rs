@@ -449,6 +449,24 @@ fn certificates_that_cannot_be_used_are_told_and_nothing_is_served_instead() {
     tell(&mut served, &server, "holds no certificate");
 }
 
+#[test]
+fn an_export_that_is_open_to_a_network_is_warned_of() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &[]);
+    let mut listen = |address: &str| {
+        mirror.primary.stop();
+        mirror.primary.configure(|volume| volume.nbd_listen = Some(address.parse().expect("an address")));
+        mirror.primary.start();
+        mirror.primary.wait_until("the volume is served", |status| !status.facts.devices.is_empty());
+        (mirror.primary.status().verdict, mirror.primary.log())
+    };
+    let words = "is not encrypted and serves whoever reaches it";
+    let (verdict, log) = listen("127.0.0.1:0");
+    assert!(!verdict.contains(words) && !log.contains(words), "{verdict}");
+    let (verdict, log) = listen("0.0.0.0:0");
+    assert!(verdict.contains("; warning: nbd on 0.0.0.0:") && verdict.contains(words), "{verdict}");
+    assert!(log.contains(words), "{log}");
+}
+
 /// 64 clients that asked and did not read had 8 GiB of the agent's memory.
 #[test]
 fn clients_that_take_no_answers_have_256_mib_of_memory_together() {

@@ -96,7 +96,7 @@ fn succession(stored: &Stored) -> Succession {
 }
 
 fn unserved(kind: blockmirror_agent::config::DeviceKind) -> DeviceStatus {
-    DeviceStatus { kind, uri: None, path: None, error: Some("agent not running".to_owned()) }
+    DeviceStatus { kind, uri: None, path: None, error: Some("agent not running".to_owned()), warning: None }
 }
 
 fn peer(peer: &PeerConfig, out_of_sync_bytes: Option<u64>) -> PeerStatus {

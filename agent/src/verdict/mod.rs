@@ -89,6 +89,9 @@ pub fn running(facts: VolumeFacts) -> VolumeStatus {
         if let Some(error) = &device.error {
             judgement.verdict.push_str(&format!("; the {} device is not served ({error})", device.kind));
         }
+        if let Some(warning) = &device.warning {
+            judgement.verdict.push_str(&format!("; warning: {warning}"));
+        }
     }
     judgement.of(facts)
 }

@@ -690,12 +690,30 @@ fn a_stopped_agent_is_told_first() {
 }
 
 #[test]
+fn a_device_that_is_open_to_everybody_is_told() {
+    let device = DeviceStatus {
+        kind: DeviceKind::Nbd,
+        uri: Some("nbd://192.0.2.1:10809/data".to_owned()),
+        path: None,
+        error: None,
+        warning: Some("nbd on 192.0.2.1:10809 asks nobody who they are".to_owned()),
+    };
+    check(
+        VolumeFacts { devices: vec![device], ..facts(Role::Primary, vec![replica("b")]) },
+        VolumeState::Healthy,
+        "healthy: b holds an identical copy; warning: nbd on 192.0.2.1:10809 asks nobody who they are",
+        "none",
+    );
+}
+
+#[test]
 fn a_device_that_is_not_served_is_told() {
     let device = DeviceStatus {
         kind: DeviceKind::Loop,
         uri: None,
         path: None,
         error: Some("no loop device is free".to_owned()),
+        warning: None,
     };
     check(
         VolumeFacts { devices: vec![device], ..facts(Role::Primary, vec![replica("b")]) },
@@ -745,12 +763,14 @@ fn a_status_has_its_golden_form_in_json() {
                     uri: Some("nbd+unix:///data?socket=/run/blockmirror/data.nbd".to_owned()),
                     path: None,
                     error: None,
+                    warning: None,
                 },
                 DeviceStatus {
                     kind: DeviceKind::Loop,
                     uri: None,
                     path: Some("/dev/blockmirror/data".into()),
                     error: None,
+                    warning: None,
                 },
             ],
             ..facts(Role::Primary, vec![resyncing("b")])

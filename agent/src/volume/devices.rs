@@ -136,6 +136,19 @@ impl Devices {
             let served = tls.and_then(|tls| Server::tcp(address, offer, tls));
             let address = served.as_ref().ok().and_then(Server::address).unwrap_or(address);
             self.keep_nbd(format!("{scheme}://{address}/{name}"), served);
+            if folder.is_none() && !address.ip().is_loopback() {
+                self.warn(format!(
+                    "nbd on {address} is not encrypted and serves whoever reaches it; set nbd_tls"
+                ));
+            }
+        }
+    }
+
+    /// Says something about the device that was kept last.
+    fn warn(&mut self, warning: String) {
+        if let Some(status) = self.statuses.last_mut().filter(|status| status.error.is_none()) {
+            tracing::warn!("{warning}");
+            status.warning = Some(warning);
         }
     }
 
@@ -173,6 +186,6 @@ impl Devices {
         if let Some(error) = &error {
             tracing::error!("the {kind} device is not served: {error}");
         }
-        self.statuses.push(DeviceStatus { kind, uri, path, error });
+        self.statuses.push(DeviceStatus { kind, uri, path, error, warning: None });
     }
 }

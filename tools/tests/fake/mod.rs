@@ -32,7 +32,13 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
         backing_error: None,
         storage: Some("io_uring".to_owned()),
         devices: path
-            .map(|path| DeviceStatus { kind: DeviceKind::Loop, uri: None, path: Some(path), error: None })
+            .map(|path| DeviceStatus {
+                kind: DeviceKind::Loop,
+                uri: None,
+                path: Some(path),
+                error: None,
+                warning: None,
+            })
             .into_iter()
             .collect(),
         data: Some(CopyState::Consistent),

@@ -355,6 +355,9 @@ pub struct DeviceStatus {
     /// Why it is not served, if it is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What an operator should know who has it served like this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// The link to a peer.
