@@ -68,11 +68,13 @@ pub enum Bug {
     BreakWord,
     /// What was done before a process was frozen is answered before it is asked whether it still leads.
     AnswerUnasked,
+    /// A write goes on although its extents could not be recorded in the activity log (W2).
+    GoOnUnrecorded,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -102,6 +104,7 @@ impl Bug {
         Self::IgnoreMark,
         Self::BreakWord,
         Self::AnswerUnasked,
+        Self::GoOnUnrecorded,
     ];
 }
 

@@ -266,7 +266,7 @@ impl Tracker {
 
     /// A record of the activity log is durable, or could not be written.
     pub fn handle_log_written(&mut self, written: bool, now: Time) {
-        if written {
+        if written || planted(Bug::GoOnUnrecorded) {
             self.activity.record_written();
             let claimed = std::mem::take(&mut self.claimed);
             for piece in claimed {

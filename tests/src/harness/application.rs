@@ -2,6 +2,7 @@
 
 use super::host::host_id;
 use super::promises::Expected;
+use super::settings::Settings;
 use super::world::{Event, World};
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
@@ -88,7 +89,8 @@ impl World {
         let it = &mut self.hosts[host];
         it.application.waiting.remove(&id).expect("a request is answered once");
         let may_wait = matches!(self.settings.loss, ReplicaLoss::Block { .. });
-        let may_fail = self.settings.disk_failures > 0 || it.superseded.is_some() || may_wait;
+        let Settings { disk_failures, state_failures, .. } = self.settings;
+        let may_fail = disk_failures > 0 || state_failures || it.superseded.is_some() || may_wait;
         assert!(good || may_fail, "a request fails only with a disk, or when another host was promoted");
         let work = it.promises.work(id);
         if good && work != Work::Flush {

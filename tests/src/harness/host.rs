@@ -86,6 +86,10 @@ pub struct Host {
     pub promoted_after: usize,
     /// Until when nothing happens here.
     pub frozen_until: Duration,
+    /// Until when nothing can be written to its state folder.
+    pub state_fails_until: Duration,
+    /// Whether that is for want of room.
+    pub state_is_full: bool,
     /// Whether it went on after it was frozen, and does not know yet who leads.
     pub is_unsure: bool,
     /// Whether an operator keeps greetings away.
@@ -176,6 +180,8 @@ impl Host {
             is_promoted_by_rule: false,
             promoted_after: 0,
             frozen_until: Duration::ZERO,
+            state_fails_until: Duration::ZERO,
+            state_is_full: false,
             is_unsure: false,
             is_held: false,
             demotion: None,
@@ -312,6 +318,13 @@ impl World {
         if self.hosts[host].is_up() {
             self.crash(host, Crash::Process);
         }
+        if self.state_fails(host) {
+            // The agent waits for it (X6).
+            let it = &mut self.hosts[host];
+            it.start_is_planned = true;
+            let delay = it.state_fails_until - self.now;
+            return self.plan(delay, Event::Start(host));
+        }
         let it = &mut self.hosts[host];
         it.start_is_planned = false;
         it.life += 1;
@@ -345,6 +358,7 @@ impl World {
             }
         }
         let it = &mut self.hosts[host];
+        it.is_promoted_by_rule = false;
         it.promises.crash();
         if crash == Crash::Power {
             it.promises.power_was_lost(&it.disk);
@@ -420,7 +434,7 @@ impl World {
 
     /// A batch of a metadata write of a host ended.
     pub(super) fn file_ended(&mut self, host: usize, id: FileOperation) {
-        let fails = self.fails();
+        let fails = self.fails() || self.state_fails(host);
         let it = &mut self.hosts[host];
         let step = it.files.step(id, fails, &mut self.random);
         it.ended_operations += u64::from(step.is_some());

@@ -32,6 +32,10 @@ impl World {
         if self.random.once_in(20) {
             return self.freeze(primary);
         }
+        if self.settings.state_failures && self.random.once_in(12) {
+            let host = self.random.pick(&[primary, link.listener]);
+            return self.fail_state(host);
+        }
         if self.settings.has_operators && self.random.once_in(10) {
             return self.isolate(link);
         }

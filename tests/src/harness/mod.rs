@@ -31,6 +31,7 @@ pub mod script;
 pub mod seeds;
 pub mod set_back;
 pub mod settings;
+mod state_folder;
 mod succession;
 mod undo;
 pub mod world;

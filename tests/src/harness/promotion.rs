@@ -173,8 +173,9 @@ impl World {
         let it = &mut self.hosts[host];
         // Of the superblock that says that it is promoted already.
         let holder = it.promoted_after;
+        let is_by_rule = std::mem::take(&mut it.is_promoted_by_rule);
         if let Some(expected) = it.expected.take() {
-            if it.is_promoted_by_rule && expected.primary == holder {
+            if is_by_rule && expected.primary == holder {
                 expected.all.check_known(&it.disk, host);
             }
             expected.promises.check_known(&it.disk, host);

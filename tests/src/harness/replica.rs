@@ -360,7 +360,8 @@ impl World {
 
     /// A metadata write of a replica ended.
     pub(super) fn replica_file_ended(&mut self, host: usize, id: FileOperation, good: bool) {
-        let is_full = self.is_rough && self.random.once_in(self.settings.space_failures);
+        let has_room = !(self.state_fails(host) && self.hosts[host].state_is_full);
+        let is_full = !has_room || self.is_rough && self.random.once_in(self.settings.space_failures);
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else { panic!("the host is a replica") };
         match shell.file_work.remove(&id).expect("it is known") {

@@ -23,6 +23,9 @@ impl World {
     /// When that takes too long.
     pub fn settle(&mut self) {
         (self.is_rough, self.is_busy) = (false, false);
+        for host in &mut self.hosts {
+            host.state_fails_until = host.state_fails_until.min(self.now);
+        }
         for link in self.links.ids() {
             self.links[link].stalled_until = self.now;
         }

@@ -56,7 +56,7 @@ impl World {
                 continue;
             };
             let is_released = |to| tracker.is_released(host_id(to));
-            if demotion.to.is_some_and(is_released) || now >= end {
+            if (demotion.to.is_some_and(is_released) || now >= end) && now >= it.state_fails_until {
                 let fence = it.superblock.fence;
                 self.step_down(host, fence, None);
                 if let Some(to) = demotion.to {
@@ -87,6 +87,11 @@ impl World {
     /// A primary that is superseded becomes a replica.
     pub(super) fn step_down_if_superseded(&mut self, host: usize, life: u64) {
         let number = self.next_operation();
+        if self.state_fails(host) {
+            // It takes no writes; it becomes a replica when it can record that.
+            let delay = self.hosts[host].state_fails_until - self.now;
+            return self.plan(delay, Event::StepDown(host, life));
+        }
         let it = &self.hosts[host];
         let (Some(fence), true, Some(tracker)) = (it.superseded, it.life == life, it.tracker()) else {
             return self.go_on_demoting();
@@ -197,6 +202,11 @@ impl World {
         it.write_superblock_now();
         let known = self.hosts[primary].known_lives.clone();
         self.hosts[host].known_lives = known;
+        let (it, leader) = (&self.hosts[host].superblock, &self.hosts[primary].superblock);
+        assert!(
+            leader.fence.against(it.fence) == Claim::Older || !leader.fence.is_refused_by(it.fence),
+            "L6: host {host} gave its content up for that of {primary}, and refuses it all the same"
+        );
         self.start(host);
     }
 
@@ -209,8 +219,11 @@ impl World {
         if leader.fence.against(it.fence) == Claim::Rival || !is_met || self.hosts[host].is_set_back {
             return;
         }
+        let (Some(newest), Some(own)) = (leader.lineage.first(), it.lineage.first()) else {
+            panic!("L3: host {host} and {primary} are at odds, and one of them has no content")
+        };
         assert!(
-            !self.generations.contains(leader.lineage[0], it.lineage[0]),
+            !self.generations.contains(*newest, *own),
             "L2: host {host} has nothing that {primary} lacks, and yet is refused"
         );
     }

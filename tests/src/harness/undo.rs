@@ -73,7 +73,7 @@ impl World {
     pub(super) fn undo(&mut self, host: usize) -> bool {
         let it = &self.hosts[host];
         let is_replica = matches!(it.shell, Shell::Replica(_));
-        if !is_replica || undo::steps(&it.superblock).is_err() || it.has_failed() {
+        if !is_replica || undo::steps(&it.superblock).is_err() || it.has_failed() || self.state_fails(host) {
             return false;
         }
         self.crash(host, Crash::Process);
