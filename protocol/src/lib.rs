@@ -5,6 +5,7 @@
 pub mod dirty_map;
 pub mod disk;
 pub mod lineage;
+pub mod membership;
 pub mod nbd;
 pub mod order;
 pub mod planted;

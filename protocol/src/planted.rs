@@ -70,11 +70,13 @@ pub enum Bug {
     AnswerUnasked,
     /// A write goes on although its extents could not be recorded in the activity log (W2).
     GoOnUnrecorded,
+    /// A host that was removed is a member again as soon as anybody lists it (X3).
+    BelieveOldList,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -105,6 +107,7 @@ impl Bug {
         Self::BreakWord,
         Self::AnswerUnasked,
         Self::GoOnUnrecorded,
+        Self::BelieveOldList,
     ];
 }
 

@@ -1,18 +1,14 @@
-//! Hosts that were removed from a volume (X3), as each of its hosts keeps them and tells them on.
-//!
-//! Each host's membership has a number that grows by one whenever the host is removed or taken in again: even for a member,
-//! odd for one that was removed. Two that tell each other of a host both keep the higher number, whatever the order in
-//! which they hear of things; so a host that joins again by a new token is a member again everywhere.
+//! Hosts that were removed from a volume (X3), as each of its hosts keeps them and tells them on. Which word counts, by the
+//! numbers of memberships, is [`blockmirror_protocol::membership`]'s.
 
 use super::{Name, PeerConfig, Role, VolumeConfig};
+use blockmirror_protocol::membership;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Member, Removal};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// How many removed hosts that it never knew a volume remembers at most; of those that it knew, all.
 const STRANGERS: usize = 256;
-/// How much newer than what is known a word may be: nobody is to use the numbers up.
-const STEP: u64 = 1 << 16;
 
 /// A host that was removed from the volume: `[[removed]]`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -101,8 +97,8 @@ impl VolumeConfig {
 
     /// Takes over which hosts were removed, this one (`own`) among them, as a member tells.
     pub fn learn_removals(&mut self, told: &[Removal], own: HostId) {
-        for removal in told.iter().filter(|removal| !removal.version.is_multiple_of(2)) {
-            let is_news = |known: u64| removal.version > known && removal.version - known <= STEP;
+        for removal in told {
+            let is_news = |known: u64| membership::is_removal(removal.version, known);
             if removal.host == own {
                 let known = self.removal.as_ref().map_or(self.version, |removal| removal.version);
                 if is_news(known) {
@@ -134,9 +130,7 @@ impl VolumeConfig {
     pub(super) fn takes_for_member(&mut self, member: &Member, own: HostId) -> bool {
         let removed = if member.host == own { self.removal.as_ref() } else { self.removal_of(member.host) };
         let known = removed.map(|removed| removed.version);
-        let is_sound =
-            member.version.is_multiple_of(2) && member.version <= known.unwrap_or(0).saturating_add(STEP);
-        let is_member = is_sound && known.is_none_or(|known| member.version > known);
+        let is_member = membership::is_member(member.version, known);
         if is_member && member.host == own {
             self.removal = None;
             self.version = self.version.max(member.version);
@@ -165,6 +159,7 @@ fn host_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HostId, D::Erro
 mod tests {
     use super::*;
     use crate::config::Mode;
+    use blockmirror_protocol::membership::STEP;
     use blockmirror_protocol::units::{BlockSize, VolumeId};
 
     const OWN: HostId = HostId([9; 32]);

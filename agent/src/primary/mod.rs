@@ -262,6 +262,12 @@ impl Primary {
         Ok(())
     }
 
+    /// Whether this host is a replica, also one that is just being removed.
+    #[must_use]
+    pub fn has_peer(&self, peer: HostId) -> bool {
+        self.inner.borrow().maps.contains_key(&peer)
+    }
+
     /// A replica is one no more: nothing waits for it, and its map is gone (X3). Its link goes on until it is ended.
     ///
     /// # Errors

@@ -31,15 +31,19 @@ impl Volume {
                 // Whoever asked may be gone; nothing depends on it.
                 let Some(link) = links.remove(&host) else { return answer.send(()).unwrap_or_default() };
                 link.part();
-                if let Err(error) = primary.remove_peer(host) {
-                    tracing::warn!("{}", with_causes(&error));
-                }
-                if links.len() == 1 {
-                    // The one that is left keeps no activity log any more (D5).
-                    links.values().for_each(|link| link.greet_anew());
-                }
+                // The one that is left, if it is one, keeps no activity log any more (D5).
+                let last = links.values().next().filter(|_| links.len() == 1).cloned();
+                let primary = primary.clone();
                 spawn_local(async move {
+                    // One that takes its leave counts on nothing any more; what was promised to one that can't be
+                    // reached is kept.
                     link.ended().await;
+                    if let Err(error) = primary.remove_peer(host) {
+                        tracing::warn!("{}", with_causes(&error));
+                    }
+                    if let Some(last) = last {
+                        last.greet_anew();
+                    }
                     answer.send(()).unwrap_or_default();
                 });
             }

@@ -603,6 +603,9 @@ impl Volume {
         if matches!(&self.role, OpenRole::Primary(_, links) if links.contains_key(&peer.host)) {
             return Ok(());
         }
+        if primary.has_peer(peer.host) {
+            return Err("this host is just being removed from the volume; try again in a moment".to_owned());
+        }
         primary
             .add_peer(peer.host, peer.mode.into(), window_bytes)
             .await

@@ -50,7 +50,14 @@ impl Replica {
                 }
             }
             StateChange::Release => self.tidy_log(),
-            StateChange::Follow(_) | StateChange::Behind | StateChange::Begin { .. } => {}
+            StateChange::Begin { .. } => {
+                let session = answer.as_ref().map(|(_, session)| *session);
+                if let Some(link) = self.link.as_mut().filter(|link| Some(link.session) == session) {
+                    // The commit of this resync is sent later, and its lineage is newer than whatever came so far.
+                    link.generation_came = false;
+                }
+            }
+            StateChange::Follow(_) | StateChange::Behind => {}
         }
         if let Some((answer, session)) = answer
             && self.link.as_ref().is_some_and(|link| link.session == session)

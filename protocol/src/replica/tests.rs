@@ -424,6 +424,29 @@ fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
     assert_eq!(marker, Action::WriteMarker(Mark { position, ..Mark::default() }));
 }
 
+/// A copy in sync followed a generation by stream, fell behind, and was resynced in the same session for so long that the
+/// primary's lineage had no room for that one any more: the commit took it for one that had just begun, put it before those
+/// of the commit, and the next greeting was a split.
+#[test]
+fn a_commit_replaces_a_generation_that_came_before_its_resync() {
+    let mut replica = in_sync();
+    let generation = lineage("b")[0];
+    replica.handle_frame(FrameId(1), copy_frame(Body::Generation { generation })).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::Drop(_)));
+    while replica.superblock.lineage != lineage("ba") {
+        drive(&mut replica, |action| matches!(action, Action::WriteState(StateChange::Generation(_))));
+        replica.handle_state_written(true);
+    }
+    replica.handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 4096 }.into()).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
+    replica.handle_layer_begun(Saved::Done);
+    drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
+    let position = Position { generation: lineage("d")[0], epoch: Epoch(0), sequence: Sequence(0) };
+    replica.handle_message(commit(position, "dc")).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::Send(Message::Committed(_))));
+    assert_eq!(replica.superblock.lineage, lineage("dc"));
+}
+
 /// A host that was set back in the middle of its first sync had nothing durable that named the copies since.
 #[test]
 fn the_marker_names_the_copies_that_are_durable_and_the_primary_is_told() {

@@ -117,6 +117,8 @@ pub struct Tracker {
     /// While it isn't known whether this host still leads: requests that are done, with the last write that each answer
     /// speaks for.
     withheld: Option<Vec<(RequestId, Sequence)>>,
+    /// Until when hosts that were removed may count on nothing being answered without them.
+    word_of_removed: Option<Time>,
     /// Another host may write now: nothing is taken any more (L5).
     superseded: bool,
     start: Start,
@@ -186,6 +188,7 @@ impl Tracker {
             closing: false,
             patience,
             withheld: None,
+            word_of_removed: None,
             superseded: false,
             start: Start::default(),
             actions: VecDeque::new(),
@@ -406,6 +409,8 @@ impl Tracker {
         if session.take_left() {
             self.generations.next = generation::Next::Left;
         }
+        // It need not have heard that it was removed, and may be promoted as one that was promised something (W4).
+        self.word_of_removed = self.word_of_removed.max(session.promised());
         self.free_log();
         self.begin_arrivals(now);
         self.drive(now);

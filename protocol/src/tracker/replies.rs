@@ -146,7 +146,7 @@ impl Tracker {
 
     /// Until when a replica that is not in sync may count on nothing being answered without it.
     fn word(&self) -> Option<Time> {
-        let words = self.sessions.values().filter_map(Session::promised);
+        let words = self.sessions.values().filter_map(Session::promised).chain(self.word_of_removed);
         words.filter(|_| !planted(Bug::BreakWord)).max()
     }
 

@@ -3,7 +3,7 @@
 
 use super::disk::Data;
 use super::files::batches_of_map;
-use super::host::{Shell, SuperblockWork, host_id};
+use super::host::{Shell, SuperblockWork, host_id, host_number};
 use super::links::{Channel, LinkId, Packet};
 use super::mirror::Image;
 use super::primary::{DiskWork, FileWork};
@@ -11,8 +11,9 @@ use super::world::{Event, World};
 use blockmirror_protocol::disk::dirty_map;
 use blockmirror_protocol::session::resync::CopyRead;
 use blockmirror_protocol::session::{self, PeerError};
+use blockmirror_protocol::succession;
 use blockmirror_protocol::units::Time;
-use blockmirror_protocol::wire::message::{Commit, Message};
+use blockmirror_protocol::wire::message::{Commit, Fence, Message, Refusal};
 use blockmirror_protocol::wire::{Body, FrameHeader};
 use std::time::Duration;
 
@@ -29,7 +30,8 @@ impl World {
         let is_listening = self.hosts[link.listener].is_up();
         let it = &mut self.hosts[link.dialler];
         let Shell::Primary(shell) = &it.shell else { return };
-        if life != it.life || self.links[link].dialler_side.is_some() {
+        let is_peer = it.members.contains(link.listener);
+        if life != it.life || self.links[link].dialler_side.is_some() || !is_peer {
             return;
         }
         if shell.is_recording() || !is_listening {
@@ -43,6 +45,9 @@ impl World {
     pub(super) fn session_recorded(&mut self, link: LinkId, good: bool) {
         if good {
             self.hosts[link.dialler].superblock_written();
+        }
+        if !self.hosts[link.dialler].members.contains(link.listener) {
+            return;
         }
         if !good || !self.hosts[link.listener].is_up() {
             return self.plan_connect(link);
@@ -75,13 +80,32 @@ impl World {
         let Some(tracker) = self.hosts[link.dialler].tracker_mut() else { return };
         match tracker.handle_message(host_id(link.listener), message, now) {
             Ok(()) => {}
-            Err(PeerError::Refused(_) | PeerError::SplitBrain | PeerError::NothingInCommon) => self.cut(link),
+            Err(PeerError::Refused(no)) => {
+                self.cut(link);
+                if no.refusal == Refusal::UnknownKey {
+                    self.ask_members(link.dialler, link.listener);
+                }
+            }
+            Err(PeerError::SplitBrain | PeerError::NothingInCommon) => self.cut(link),
             Err(PeerError::Superseded(fence)) => {
                 self.cut(link);
-                self.supersede(link.dialler, fence);
+                self.hear_of(link, fence);
             }
             Err(error) => panic!("host {}: {error}", link.listener),
         }
+    }
+
+    /// A replica says that another host was promoted: where that one can be asked, it knows best (X2).
+    fn hear_of(&mut self, link: LinkId, fence: Fence) {
+        let holder = host_number(fence.holder);
+        if holder != link.listener {
+            let is_member = self.hosts[link.dialler].members.contains(holder);
+            let standing = if is_member { self.hear(link.dialler, holder) } else { None };
+            if !is_member || succession::denies(standing.as_ref(), fence) {
+                return;
+            }
+        }
+        self.supersede(link.dialler, fence);
     }
 
     /// At times operators promote a replica just when some of what it was sent is durable there.
@@ -148,6 +172,9 @@ impl World {
             _ => {}
         }
         self.send(link, Channel::ToListener, Packet::Message(message.encode().expect("it is short")));
+        if matches!(message, Message::Hello(_)) {
+            self.introduce(link);
+        }
     }
 
     fn send_commit(&mut self, link: LinkId, commit: &Commit) {

@@ -62,6 +62,21 @@ impl Files {
         self.files.entry(name.into()).or_default().insert(offset, *page);
     }
 
+    /// Removes a file; what is being written to it goes nowhere.
+    pub fn remove(&mut self, name: &str) {
+        self.changes += 1;
+        self.files.remove(name);
+        self.running.values_mut().filter(|(running, _)| running == name).for_each(|(running, _)| {
+            "removed".clone_into(running);
+        });
+    }
+
+    /// The names of all files.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.files.keys().cloned().collect()
+    }
+
     /// Ends the next batch of a write, unless a crash ended it before. One that fails is done in part.
     pub fn step(&mut self, id: FileOperation, fails: bool, random: &mut Random) -> Option<Step> {
         let (name, batches) = self.running.get_mut(&id)?;

@@ -1,10 +1,9 @@
 //! A primary's process is frozen for a while, as by a stopped virtual machine, and goes on as if nothing had been: what was
 //! under way has ended, and its peers may have gone on without it.
 
-use super::host::host_id;
 use super::links::Channel;
 use super::world::{Event, World};
-use blockmirror_protocol::succession::{self, Heard};
+use blockmirror_protocol::succession;
 use blockmirror_protocol::units::Time;
 use std::time::Duration;
 
@@ -49,10 +48,7 @@ impl World {
         if self.hosts[host].life != life || self.hosts[host].tracker().is_none() {
             return;
         }
-        let others: Vec<Heard> = (0..self.hosts.len())
-            .filter(|other| *other != host)
-            .map(|other| Heard { host: host_id(other), standing: self.hear(host, other) })
-            .collect();
+        let others = self.hear_all(host);
         self.hosts[host].is_unsure = false;
         match succession::newest_fence(self.hosts[host].superblock.fence, &others) {
             Some(fence) => self.supersede(host, fence),

@@ -8,6 +8,7 @@ use super::files::{Batch, FileOperation, Files, Step};
 use super::gap::{HistoryPoint, Layers};
 use super::history::History;
 use super::links::LinkId;
+use super::membership::Members;
 use super::mirror::Mirror;
 use super::primary::PrimaryShell;
 use super::promises::{Expected, Promises};
@@ -84,6 +85,8 @@ pub struct Host {
     pub is_promoted_by_rule: bool,
     /// Who held the fence before it.
     pub promoted_after: usize,
+    /// Who the volume's hosts are, as far as it knows.
+    pub members: Members,
     /// Until when nothing happens here.
     pub frozen_until: Duration,
     /// Until when nothing can be written to its state folder.
@@ -179,6 +182,7 @@ impl Host {
             expected: None,
             is_promoted_by_rule: false,
             promoted_after: 0,
+            members: Members::all(settings.sector_bytes.len(), number),
             frozen_until: Duration::ZERO,
             state_fails_until: Duration::ZERO,
             state_is_full: false,
@@ -396,7 +400,8 @@ impl World {
         let number = self.next_operation();
         let keeps_state = self.random.once_in(2);
         let life = self.hosts[host].life;
-        let mut fresh = Host { life, ..Host::new(&self.settings, host) };
+        let members = self.hosts[host].members.clone();
+        let mut fresh = Host { life, members, ..Host::new(&self.settings, host) };
         if keeps_state {
             // Only its disk is another one: what the state folder says of the old one's content is of no use.
             let old = &mut self.hosts[host];

@@ -32,6 +32,9 @@ impl World {
         if self.random.once_in(20) {
             return self.freeze(primary);
         }
+        if self.settings.members_change && self.random.once_in(8) {
+            return self.change_members(primary);
+        }
         if self.settings.state_failures && self.random.once_in(12) {
             let host = self.random.pick(&[primary, link.listener]);
             return self.fail_state(host);
@@ -112,6 +115,11 @@ impl World {
         }
         let wait = self.random.up_to(time);
         self.plan(wait, Event::PromoteByRule(link.listener, life));
+        let is_peer = self.hosts[link.dialler].members.contains(link.listener);
+        if self.settings.members_change && is_peer && self.random.once_in(2) {
+            // Another operator thinks that it is gone for good.
+            self.remove_member(link.dialler, link.listener);
+        }
     }
 
     fn stall(&mut self, link: LinkId) {

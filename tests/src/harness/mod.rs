@@ -18,6 +18,7 @@ pub mod generations;
 pub mod history;
 pub mod host;
 pub mod links;
+pub mod membership;
 pub mod mirror;
 pub mod mishaps;
 pub mod primary;

@@ -8,8 +8,8 @@ use super::links::LinkId;
 use super::promises::Promises;
 use super::settings::lineage_limit;
 use super::world::World;
-use blockmirror_protocol::disk::activity_log;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
+use blockmirror_protocol::disk::{activity_log, dirty_map};
 use blockmirror_protocol::lineage;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
@@ -17,7 +17,6 @@ use blockmirror_protocol::session::{Identity, Session};
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{GenerationId, Sequence, Time};
-use blockmirror_protocol::wire::message::{Member, Mode};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -28,12 +27,16 @@ pub(super) enum DiskWork {
     /// For a copy, or for its digest.
     Copy(usize, CopyRead, ByteRange, bool),
     Digest(u64, ByteRange),
+    /// It was for a host that was removed since.
+    Nothing,
 }
 
 #[derive(Debug)]
 pub(super) enum FileWork {
     Log,
     Map(usize),
+    /// It was for a host that was removed since.
+    Nothing,
     Session(LinkId),
     Generation(GenerationId),
 }
@@ -62,17 +65,6 @@ pub fn digest(range: ByteRange, data: &Data) -> [u8; 32] {
     bytes
 }
 
-/// A host as others are told of it.
-fn member(number: usize) -> Member {
-    Member {
-        name: number.to_string(),
-        host: host_id(number),
-        addresses: Vec::new(),
-        mode: Mode::Async,
-        version: 0,
-    }
-}
-
 impl PrimaryShell {
     /// Whether nothing is under way.
     #[must_use]
@@ -86,6 +78,21 @@ impl PrimaryShell {
         self.copies.len()
     }
 
+    /// Nothing is kept for a host any more.
+    pub(super) fn forget(&mut self, peer: usize) {
+        self.copies.retain(|(host, _), _| *host != peer);
+        for work in self.disk_work.values_mut() {
+            if matches!(work, DiskWork::Copy(host, ..) if *host == peer) {
+                *work = DiskWork::Nothing;
+            }
+        }
+        for work in self.file_work.values_mut() {
+            if matches!(work, FileWork::Map(host) if *host == peer) {
+                *work = FileWork::Nothing;
+            }
+        }
+    }
+
     /// Whether the superblock is being written.
     pub(super) fn is_recording(&self) -> bool {
         let is_recording = |work: &FileWork| matches!(work, FileWork::Session(_) | FileWork::Generation(_));
@@ -97,7 +104,8 @@ impl World {
     /// Opens a host's volume as primary: metadata is recovered and a generation begins. Where its agent `starts`, a host that
     /// waits for replicas also waits for a majority of the hosts.
     pub(super) fn start_primary(&mut self, host: usize, starts: bool) {
-        let peers: Vec<usize> = (0..self.hosts.len()).filter(|peer| *peer != host).collect();
+        let peers = self.hosts[host].members.peers();
+        self.remove_other_maps(host);
         let it = &mut self.hosts[host];
         let epoch = lineage::first_epoch_after(it.superblock.position.epoch);
         it.superblock.begin_run(epoch.expect("a run is left"));
@@ -144,6 +152,18 @@ impl World {
         self.plan_request(host);
     }
 
+    /// The maps of hosts that are none of the volume's any more go.
+    fn remove_other_maps(&mut self, host: usize) {
+        let it = &mut self.hosts[host];
+        let kept: Vec<String> =
+            it.members.peers().into_iter().map(|peer| dirty_map::file_name(host_id(peer))).collect();
+        for name in it.files.names() {
+            if name.starts_with(dirty_map::FILE_PREFIX) && !kept.contains(&name) {
+                it.files.remove(&name);
+            }
+        }
+    }
+
     /// What a primary says of itself.
     pub(super) fn identity(&self, host: usize) -> Identity {
         let it = &self.hosts[host];
@@ -156,7 +176,7 @@ impl World {
             adopted: it.superblock.adopted,
             fence: it.superblock.fence,
             lineage: it.known_lineage().to_vec(),
-            members: (0..self.hosts.len()).map(member).collect(),
+            members: self.members_of(host),
             end: it.superblock.end,
         }
     }
@@ -227,6 +247,7 @@ impl World {
             (DiskWork::Digest(hold, range), Ended::Read(data)) => {
                 tracker.handle_digest(hold, (!fails).then(|| digest(range, &data)), now);
             }
+            (DiskWork::Nothing, _) => {}
             (work, ended) => panic!("{work:?} ended as {ended:?}"),
         }
         if fails {
@@ -252,6 +273,7 @@ impl World {
         match shell.file_work.remove(&id).expect("it is known") {
             FileWork::Log => shell.tracker.handle_log_written(good, now),
             FileWork::Map(peer) => shell.tracker.handle_map_written(host_id(peer), good, now),
+            FileWork::Nothing => {}
             FileWork::Session(link) => {
                 self.session_recorded(link, good);
                 self.record_next(host);

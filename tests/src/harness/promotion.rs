@@ -37,7 +37,7 @@ impl World {
         if !matches!(self.hosts[host].shell, Shell::Replica(_)) {
             self.hosts[host].is_promoted_by_rule = false;
         }
-        let hosts = self.hosts.len();
+        let peers = self.hosts[host].members.peers().into();
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else {
             it.is_held = false;
@@ -65,7 +65,7 @@ impl World {
             steps: steps.into(),
             position: shell.machine.report().position,
             restored,
-            peers: (0..hosts).filter(|peer| *peer != host).collect(),
+            peers,
             writing: None,
             disk: BTreeSet::new(),
             has_begun_step: false,

@@ -14,7 +14,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
 use blockmirror_protocol::units::{Sequence, Time};
 use blockmirror_protocol::wire::FrameHeader;
-use blockmirror_protocol::wire::message::{DataState, Fence, Message, Superseded};
+use blockmirror_protocol::wire::message::{DataState, Fence, Members, Message, Superseded};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -56,13 +56,13 @@ pub struct ReplicaShell {
 
 impl ReplicaShell {
     /// A replica as the files of its host say.
-    fn recover(host: &Host, hosts: usize, window_bytes: u64, space: SpacePolicy) -> Self {
+    fn recover(host: &Host, window_bytes: u64, space: SpacePolicy) -> Self {
         let bytes = host.files.bytes(marker::FILE_NAME, marker::FILE_BYTES);
         let (marker_serial, mark) = marker::recover(&bytes).unwrap_or_default();
         let superblock = host.superblock.clone();
         let settings =
             replica::Settings { sector_bytes: host.disk.sector_bytes() as u32, window_bytes, space };
-        let maps = (0..hosts).filter(|peer| *peer != host.number);
+        let maps = host.members.peers().into_iter();
         let maps = maps.map(|peer| (host_id(peer), host.recover_map(peer)));
         let is_known = |map: &DirtyMap| !map.base().is_none();
         let saved = host.layers.saved(superblock.gap);
@@ -92,6 +92,11 @@ impl ReplicaShell {
         self.disk_work.is_empty() && self.file_work.is_empty()
     }
 
+    /// Whether this host's greeting was taken last.
+    pub(super) fn is_greeted_by(&self, host: usize) -> bool {
+        self.speaker.is_some_and(|link| link.dialler == host)
+    }
+
     /// Payloads that are neither dropped nor written.
     #[must_use]
     pub fn held_payloads(&self) -> usize {
@@ -116,7 +121,7 @@ impl World {
         let Superblock { data, position, gap, .. } = it.superblock;
         it.mirror.recovered(data, position, gap);
         let (window, space) = (self.settings.window_bytes, self.settings.space);
-        let shell = ReplicaShell::recover(&self.hosts[host], self.hosts.len(), window, space);
+        let shell = ReplicaShell::recover(&self.hosts[host], window, space);
         self.hosts[host].shell = Shell::Replica(Box::new(shell));
         self.plan_telling(host);
     }
@@ -137,7 +142,11 @@ impl World {
         if let Shell::Replica(shell) = &mut it.shell {
             shell.machine.ask_promise(now);
             shell.machine.tell_mark();
+            let is_alone = !shell.machine.report().connected;
             self.plan_telling(host);
+            if is_alone && self.random.once_in(4) {
+                self.ask_removals(host, None);
+            }
         }
     }
 
@@ -153,6 +162,10 @@ impl World {
     }
 
     fn listener_hears(&mut self, link: LinkId, message: Message) {
+        let is_greeting = matches!(message, Message::Hello(_));
+        if is_greeting && !self.may_be_heard(link.listener, link.dialler) {
+            return self.turn_away(link);
+        }
         if let (Message::Hello(hello), Shell::Primary(_)) = (&message, &self.hosts[link.listener].shell) {
             return self.primary_is_greeted(link, hello.fence);
         }
@@ -180,8 +193,18 @@ impl World {
         }
         if self.is_served(link) {
             let machine = self.machine_mut(link.listener);
+            let told = match &message {
+                Message::Hello(hello) => {
+                    Some(Members { members: hello.members.clone(), removed: Vec::new() })
+                }
+                Message::Members(told) => Some(told.clone()),
+                _ => None,
+            };
             let result = machine.handle_message(message);
             self.end_if_refused(link, result);
+            if let Some(told) = told {
+                self.learn(link.listener, &told);
+            }
         }
     }
 
@@ -319,6 +342,8 @@ impl World {
                 let known = self.hosts[host].followed.insert(counter, holder);
                 let is_new = known.is_none_or(|known| known == holder);
                 assert!(is_new, "L5: host {host} follows {holder} and {known:?}, both of fence {counter}");
+                let is_member = self.hosts[host].members.contains(speaker.dialler);
+                assert!(is_member, "X3: host {host} follows {}, which was removed", speaker.dialler);
                 if self.links[speaker].is_up {
                     self.check_lives(host, speaker.dialler);
                 }

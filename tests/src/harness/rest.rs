@@ -30,6 +30,7 @@ impl World {
             self.links[link].stalled_until = self.now;
         }
         let end = self.now + SETTLING;
+        self.reunite();
         self.make_room();
         self.come_to_rest(end);
     }

@@ -31,6 +31,8 @@ pub struct Settings {
     pub disk_failures: u64,
     /// Whether sectors of replicas' disks go bad.
     pub bad_sectors: bool,
+    /// Whether hosts are removed, and taken in again.
+    pub members_change: bool,
     /// Whether state folders fail for a while.
     pub state_failures: bool,
     /// One save of pre-images in so many finds no room; 0 for none.
@@ -102,6 +104,7 @@ impl Settings {
             link_delay: Duration::from_millis(2),
             disk_failures: 0,
             bad_sectors: false,
+            members_change: false,
             state_failures: false,
             space_failures: 0,
             space: SpacePolicy::Pause,
@@ -226,6 +229,7 @@ impl Settings {
             link_delay: random.pick(&milliseconds),
             disk_failures: random.pick(&[0, 0, 100, 500]),
             bad_sectors: random.once_in(3),
+            members_change: random.once_in(4),
             state_failures: random.once_in(4),
             space_failures: random.pick(&[0, 0, 20]),
             space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),

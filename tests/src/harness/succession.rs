@@ -6,17 +6,17 @@ use super::links::LinkId;
 use super::world::World;
 use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::lineage;
-use blockmirror_protocol::succession::{Candidate, Heard};
+use blockmirror_protocol::succession::Candidate;
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::Standing;
 
 impl World {
     /// An operator promotes a replica, unless the rule objects.
-    pub(super) fn promote_by_rule(&mut self, host: usize) {
-        let others: Vec<Heard> = (0..self.hosts.len())
-            .filter(|other| *other != host)
-            .map(|other| Heard { host: host_id(other), standing: self.hear(host, other) })
-            .collect();
+    pub fn promote_by_rule(&mut self, host: usize) {
+        if self.hosts[host].members.is_removed() {
+            return;
+        }
+        let others = self.hear_all(host);
         let it = &self.hosts[host];
         let Shell::Replica(shell) = &it.shell else { return };
         let report = shell.machine.report();
@@ -39,15 +39,21 @@ impl World {
         self.promote(host);
     }
 
-    /// What a host says of itself when another one asks; nothing where it can't be reached.
-    pub(super) fn hear(&mut self, asker: usize, host: usize) -> Option<Standing> {
+    /// Whether a host answers another one's question.
+    pub(super) fn reaches(&self, asker: usize, host: usize) -> bool {
         let now = self.now;
         let is_stalled = |link: LinkId| self.links[link].stalled_until > now;
         let links = [LinkId::new(asker, host), LinkId::new(host, asker)];
         let it = &self.hosts[host];
-        if !it.is_up() || it.frozen_until > now || links.into_iter().any(is_stalled) {
+        it.is_up() && it.frozen_until <= now && !links.into_iter().any(is_stalled)
+    }
+
+    /// What a host says of itself when another one asks; nothing where it can't be reached.
+    pub(super) fn hear(&mut self, asker: usize, host: usize) -> Option<Standing> {
+        if !self.reaches(asker, host) || !self.hosts[host].members.contains(asker) {
             return None;
         }
+        let it = &self.hosts[host];
         let bytes = it.files.bytes(marker::FILE_NAME, marker::FILE_BYTES);
         let mark = marker::recover(&bytes).map(|(_, mark)| mark).unwrap_or_default();
         let superblock = it.durable_superblock();

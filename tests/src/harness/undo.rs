@@ -126,7 +126,7 @@ impl World {
     }
 
     fn write_undone_maps(&mut self, host: usize, point: &HistoryPoint) {
-        for peer in (0..self.hosts.len()).filter(|peer| *peer != host) {
+        for peer in self.hosts[host].members.peers() {
             let it = &mut self.hosts[host];
             let saved = it.layers.saved(point.layer);
             let (map, id) = (it.recover_map(peer), host_id(peer));
