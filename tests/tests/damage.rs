@@ -5,6 +5,7 @@ use blockmirror_protocol::disk::PAGE_BYTES;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
+use blockmirror_tests::machines::hanging::Hanging;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
@@ -217,4 +218,43 @@ fn a_full_disk_under_a_replica_is_told_and_heals_when_there_is_space() {
     assert_eq!(difference, None);
     replica.stop();
     mounted.unmount();
+}
+
+/// One bad sector on the primary left a whole mebibyte uncopied, and held all copying up for seconds.
+#[test]
+fn a_replica_has_all_but_the_block_that_its_primary_cannot_read() {
+    require!("root", "qemu-storage-daemon");
+    const BAD_BLOCK: u64 = 1125;
+    let folder = Folder::new();
+    let primary = Host::new(&folder, "a");
+    let disk = Hanging::with_bad_sector(&folder, "disk", 8 * MIB, BAD_BLOCK * 8);
+    primary.succeed(&["create", "data", "--backing", text(disk.file()), "--device", "nbd"]);
+    let mut mirror = Mirror { primary, replicas: Vec::new(), folder };
+    let content = noise(&mut Random::new(11), 8 * MIB);
+    // One at a time: the server takes one write's bytes for another's where several come at once.
+    let mut client = mirror.client();
+    for (number, part) in content.chunks(64 << 10).enumerate() {
+        client.write((number as u64) << 16, part).expect("writes succeed");
+    }
+    drop(client);
+    let replica = Host::new(&mirror.folder, "b");
+    let backing = replica.backing();
+    replica.join(&mirror.primary, &backing);
+    mirror.replicas.push(replica);
+    let left = mirror.wait_for_peer("b", "all that can be read is copied", |peer| {
+        peer.out_of_sync_bytes == Some(BLOCK_BYTES) && peer.error.is_some()
+    });
+    assert_ne!(left.state, Some(PeerState::InSync));
+    let place = BAD_BLOCK * BLOCK_BYTES;
+    let words =
+        format!("4K can't be read here and so can't be copied (bytes {place} to {})", place + BLOCK_BYTES);
+    assert!(left.error.as_ref().is_some_and(|error| error.starts_with(&words)), "{left:?}");
+    let copied = fs::read(&backing).expect("the replica's image");
+    let differs = |block: &u64| {
+        let range = (block * BLOCK_BYTES) as usize..((block + 1) * BLOCK_BYTES) as usize;
+        copied[range.clone()] != content[range]
+    };
+    let different: Vec<u64> = (0..8 * MIB / BLOCK_BYTES).filter(differs).collect();
+    assert_eq!(different, [BAD_BLOCK]);
+    mirror.primary.stop();
 }

@@ -8,7 +8,7 @@ use crate::control::api::{
 };
 use crate::device::blocking;
 use crate::primary::{LinkState, Split};
-use crate::quantity::{per_cent, unix_seconds};
+use crate::quantity::{Size, per_cent, unix_seconds};
 use crate::replica::Replica;
 use crate::stored::{self, Stored};
 use crate::system;
@@ -230,6 +230,26 @@ fn words(change: &Changing) -> String {
     }
 }
 
+/// How many ranges that can't be read are named.
+const NAMED_RANGES: usize = 4;
+
+/// What can't be read here, so that the replica lacks it.
+fn unreadable(report: &Report) -> String {
+    let bytes = report.unreadable.iter().map(|range| range.length).sum();
+    let named = report.unreadable.iter().take(NAMED_RANGES);
+    let mut places: Vec<String> = named.map(|range| format!("{} to {}", range.offset, range.end())).collect();
+    let further = report.unreadable.len().saturating_sub(NAMED_RANGES);
+    if further > 0 {
+        places.push(format!("{further} more places"));
+    }
+    let rest = if report.more_unreadable { "; there are more, and it waits" } else { "" };
+    let places = match places.is_empty() {
+        true => String::new(),
+        false => format!(" (bytes {})", places.join(", ")),
+    };
+    format!("{} can't be read here and so can't be copied{places}; a write there heals it{rest}", Size(bytes))
+}
+
 /// A replica, as its session and link report it.
 fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> PeerStatus {
     let connection = match report.connection {
@@ -248,8 +268,8 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
         ReplicaState::Behind => PeerState::Behind,
         ReplicaState::OutOfSync => PeerState::OutOfSync,
     };
-    let error = if report.local_read_failed {
-        Some("blocks can't be read here, so they can't be copied".to_owned())
+    let error = if report.more_unreadable || !report.unreadable.is_empty() {
+        Some(unreadable(report))
     } else if report.went_back {
         Some(
             "its copy has gone back behind what was durable there, as when a host is restored from a snapshot: \

@@ -8,6 +8,7 @@ use crate::units::{Epoch, GenerationId, Position, Sequence, Time};
 use crate::wire::message::{Agreed, Alone, AskMark, Commit, Mode, Promise, Release};
 use crate::wire::{Body, FrameHeader};
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::time::Duration;
 
 impl Session {
@@ -140,7 +141,9 @@ impl Session {
         let State::Linked(link) = &self.state else { return false };
         let is_tail = link.tail_since.is_some_and(|since| now >= since.after(TAIL_TIME));
         let mut parts = self.map.split(range.blocks(self.block_size));
-        link.phase == Phase::Resyncing && is_tail && parts.any(|(is_dirty, _)| is_dirty)
+        // What can't be read is copied after the write, not before it.
+        let waits = |mut part: Range<u64>| part.any(|block| !link.resync.is_unreadable(block));
+        link.phase == Phase::Resyncing && is_tail && parts.any(|(is_dirty, part)| is_dirty && waits(part))
     }
 
     /// Whether the replica is in sync, and so counts for its mode (W4).

@@ -35,6 +35,7 @@ mod pace;
 mod report;
 pub mod resync;
 mod stream;
+mod unreadable;
 mod verify;
 
 use crate::dirty_map::{DirtyMap, MapChanges};

@@ -3,6 +3,7 @@
 //! Nothing here says "in sync" over a map that is not empty or an acknowledgement that is late (D4).
 
 use super::{ACKNOWLEDGEMENT_DEADLINE, Phase, Session, State, Verify};
+use crate::ranges::ByteRange;
 use crate::session::resync::Progress;
 use crate::units::{Epoch, Time};
 use std::time::Duration;
@@ -30,8 +31,10 @@ pub struct Report {
     pub resync: Option<Progress>,
     /// How far a compare is, in bytes done and in total, if one is under way.
     pub compare: Option<(u64, u64)>,
-    /// Whether the last read for a copy failed here.
-    pub local_read_failed: bool,
+    /// What can't be read here and so can't be copied, whole blocks; known while the replica is linked.
+    pub unreadable: Vec<ByteRange>,
+    /// Whether there is more of that than is remembered, so that the copying waits.
+    pub more_unreadable: bool,
     /// Whether the map's file could not be written the last time.
     pub map_failed: bool,
     /// How many acknowledgements came, over all sessions.
@@ -90,7 +93,8 @@ impl Session {
             since: self.since,
             resync: None,
             compare: None,
-            local_read_failed: false,
+            unreadable: Vec::new(),
+            more_unreadable: false,
             map_failed: self.map_failures > 0,
             heard: self.heard,
             went_back: self.went_back,
@@ -104,7 +108,8 @@ impl Session {
                 report.lag_bytes = link.window.bytes();
                 report.lag = link.window.oldest().map_or(Duration::ZERO, |(_, sent)| now.since(sent));
                 report.compare = link.verify.as_ref().map(Verify::progress);
-                report.local_read_failed = link.resync.is_blocked();
+                let (unreadable, is_all) = link.resync.unreadable();
+                (report.unreadable, report.more_unreadable) = (unreadable, !is_all);
                 let is_late = report.lag > ACKNOWLEDGEMENT_DEADLINE;
                 report.state = match link.phase {
                     Phase::InSync if is_late => ReplicaState::Behind,

@@ -10,12 +10,16 @@
 //! replica read may not have been. Where they differ, the blocks are certain to, and are picked again. What reads as
 //! zeroes here is not compared: the frame that says so is as small as the question.
 //!
+//! Where the local disk fails to read several blocks, they are read again in halves, so that only those that can't be read
+//! stay dirty (`unreadable`). While there is one the replica is not in sync (D4).
+//!
 //! The dirty map itself is the resumption point: what was copied is clean, so an interrupted resync goes on where it
 //! was (R5).
 
 use super::doubt::{Choice, Doubt};
 use super::ground::Ground;
 use super::pace::Pace;
+use super::unreadable::{Cut, FIRST_WAIT, Unreadable};
 use super::{Action, PeerError, TAIL_BLOCKS};
 use crate::dirty_map::DirtyMap;
 use crate::order::Order;
@@ -26,7 +30,6 @@ use crate::wire::ZERO_LIMIT_BYTES;
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::time::Duration;
 
 /// How many bytes one copy reads at most.
 pub const COPY_BYTES: u64 = 1 << 20;
@@ -35,8 +38,6 @@ pub const COPY_BYTES: u64 = 1 << 20;
 const COMPARED_BYTES: u64 = 256 << 10;
 /// How many copies may be under way, whatever their size.
 const COPIES: usize = 512;
-/// How long a range whose local read failed is left alone.
-const READ_RETRY: Duration = Duration::from_secs(5);
 /// Names a read of a copy. Never used twice for one replica, so that a read of a lost link is not taken for a new one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct CopyRead(pub u64);
@@ -83,6 +84,8 @@ pub(super) struct Resync {
     /// Blocks of copies under way, start to end; disjoint.
     under_way: BTreeMap<u64, u64>,
     under_way_bytes: u64,
+    unreadable: Unreadable,
+    /// More can't be read than is remembered: until when nothing is.
     blocked_until: Option<Time>,
     /// Until when the operator's limit holds back a copy for which there is room.
     paced_until: Option<Time>,
@@ -132,6 +135,7 @@ impl Resync {
             next_read: first_read,
             under_way: BTreeMap::new(),
             under_way_bytes: 0,
+            unreadable: Unreadable::default(),
             blocked_until: None,
             doubt: Doubt::default(),
             ground: Ground::HOLE,
@@ -158,6 +162,10 @@ impl Resync {
             return None;
         }
         (self.blocked_until, self.paced_until) = (None, None);
+        self.unreadable.wake(now);
+        if self.unreadable.are_all(map) {
+            return None;
+        }
         if self.under_way_bytes >= budget || count >= COPIES || matches!(self.ground, Ground::Asked { .. }) {
             return None;
         }
@@ -223,6 +231,13 @@ impl Resync {
             if let Some((start, _)) = self.under_way.range(run.start..run.end).next() {
                 run.end = *start;
             }
+            match self.unreadable.cut(&run) {
+                Cut::Until(end) => run.end = end,
+                Cut::From(start) => {
+                    at = start;
+                    continue;
+                }
+            }
             let range = ByteRange::of_blocks(run.clone(), self.block_size, self.size_bytes);
             if order.is_busy(range) && !planted(Bug::CopyWhileWriting) {
                 if limit > self.blocks(COPY_BYTES) {
@@ -275,7 +290,12 @@ impl Resync {
         match content {
             CopyContent::Failed => {
                 self.forget(&copy.blocks, copy.weight_bytes);
-                self.blocked_until = Some(now.after(READ_RETRY));
+                if !self.unreadable.failed(&copy.blocks, !copy.rewritten.is_empty(), now) {
+                    self.blocked_until = Some(now.after(FIRST_WAIT));
+                } else if copy.blocks.end - copy.blocks.start > 1 {
+                    // Its halves come next, so that few are remembered.
+                    self.cursor = self.cursor.min(copy.blocks.start);
+                }
                 return None;
             }
             CopyContent::Data => {
@@ -284,6 +304,7 @@ impl Resync {
             }
             CopyContent::Hole(_) | CopyContent::Zero | CopyContent::Digest(_) => {}
         }
+        self.unreadable.read(&copy.blocks);
         self.sent.push_back(copy);
         Some((self.first_number + self.sent.len() as u64 - 1, range))
     }
@@ -314,6 +335,7 @@ impl Resync {
 
     /// A write was sequenced to blocks that are dirty: copies that were picked before it do not make them clean.
     pub(super) fn rewritten(&mut self, blocks: &Range<u64>) {
+        self.unreadable.written(blocks);
         if self.under_way.range(..blocks.end).next_back().is_none_or(|(_, end)| *end <= blocks.start) {
             return;
         }
@@ -395,7 +417,8 @@ impl Resync {
 
     /// When to try again after a failed read, or when the operator's limit allows it.
     pub(super) fn timeout(&self) -> Option<Time> {
-        self.blocked_until.or(self.paced_until)
+        let waits = self.blocked_until.or(self.paced_until);
+        if waits.is_some() { waits } else { self.unreadable.timeout() }
     }
 
     /// The operator wants so many bytes a second at most.
@@ -403,9 +426,14 @@ impl Resync {
         self.pace.set_limit(limit);
     }
 
-    /// Whether the last read failed.
-    pub(super) fn is_blocked(&self) -> bool {
-        self.blocked_until.is_some()
+    /// What can't be read here, and whether that is all.
+    pub(super) fn unreadable(&self) -> (Vec<ByteRange>, bool) {
+        (self.unreadable.ranges(self.block_size, self.size_bytes), self.blocked_until.is_none())
+    }
+
+    /// Whether a block can't be read here, as far as is known.
+    pub(super) fn is_unreadable(&self, block: u64) -> bool {
+        self.unreadable.has(block)
     }
 
     pub(super) fn progress(&self, map: &DirtyMap, now: Time) -> Progress {

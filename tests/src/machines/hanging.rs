@@ -1,5 +1,5 @@
 //! A file whose server can be stopped: whoever reads, writes or asks about it then waits until it goes on. It stands for a
-//! disk or a file server that hangs.
+//! disk or a file server that hangs. It may also fail to read one sector.
 
 use super::folder::Folder;
 use super::patience::until;
@@ -30,12 +30,34 @@ impl Hanging {
     /// When it can't be served.
     #[must_use]
     pub fn new(folder: &Folder, name: &str, size_bytes: u64) -> Self {
+        let image = |path: &Path| format!("driver=file,filename={},node-name=n,cache.direct=on", text(path));
+        Self::of(folder, name, size_bytes, image)
+    }
+
+    /// The same, where each read fails that this sector of 512 bytes is part of. Writes succeed.
+    ///
+    /// # Panics
+    /// When it can't be served.
+    #[must_use]
+    pub fn with_bad_sector(folder: &Folder, name: &str, size_bytes: u64, sector: u64) -> Self {
+        let image = |path: &Path| {
+            format!(
+                "driver=blkdebug,node-name=n,inject-error.0.event=none,inject-error.0.iotype=read,\
+                 inject-error.0.errno=5,inject-error.0.sector={sector},image.driver=file,image.cache.direct=on,\
+                 image.filename={}",
+                text(path)
+            )
+        };
+        Self::of(folder, name, size_bytes, image)
+    }
+
+    fn of(folder: &Folder, name: &str, size_bytes: u64, node: impl Fn(&Path) -> String) -> Self {
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let (image, file) = (folder.join(&format!("{name}.served")), folder.join(name));
         for path in [&image, &file] {
             File::create(path).and_then(|file| file.set_len(size_bytes)).expect("an image");
         }
-        let node = format!("driver=file,filename={},node-name=n,cache.direct=on", text(&image));
+        let node = node(&image);
         let export = format!("type=fuse,id=e,node-name=n,mountpoint={},writable=on", text(&file));
         let server = Command::new("qemu-storage-daemon")
             .args(["--blockdev", &node, "--export", &export])

@@ -3,6 +3,7 @@
 use super::*;
 use crate::disk::dirty_map::Base;
 use crate::units::{HostId, VolumeId};
+use std::time::Duration;
 
 const BLOCKS: u64 = 1024;
 
@@ -272,4 +273,121 @@ fn a_limit_holds_copies_back_and_says_until_when() {
     assert_eq!(harness.picks().len(), 4, "the last blocks don't wait");
     harness.resync.set_limit(None);
     assert_eq!(harness.resync.pace.copy_bytes(false), COPY_BYTES);
+}
+
+/// A disk that can't read these blocks.
+struct BadDisk(Vec<u64>);
+
+impl Harness {
+    /// Copies all that can be read from such a disk at a moment, and gives how many reads that took.
+    fn copy_from(&mut self, disk: &BadDisk, now: Time) -> usize {
+        let order = Order::<u8>::new(512);
+        let mut reads = 0;
+        while let Some(action) = self.resync.pick(&self.map, &self.certain, &order, false, now) {
+            let Action::ReadCopy { read, range, digest } = action else { panic!("it asks for {action:?}") };
+            reads += 1;
+            let blocks = range.blocks(BlockSize::default());
+            let content = match digest {
+                _ if disk.0.iter().any(|bad| blocks.contains(bad)) => CopyContent::Failed,
+                true => CopyContent::Digest([1; 32]),
+                false => CopyContent::Data,
+            };
+            let Some((number, sent)) = self.resync.read_ended(read, content, now) else { continue };
+            assert_eq!(sent, range);
+            if digest {
+                self.compared(number, [2; 32]).unwrap();
+            }
+            self.durable(number).unwrap();
+        }
+        reads
+    }
+
+    fn dirty(&self) -> Vec<u64> {
+        (0..BLOCKS).filter(|block| self.map.is_dirty(*block)).collect()
+    }
+
+    fn unreadable(&self) -> Vec<u64> {
+        let (ranges, is_all) = self.resync.unreadable();
+        assert!(is_all);
+        ranges.into_iter().flat_map(|range| range.blocks(BlockSize::default())).collect()
+    }
+}
+
+#[test]
+fn only_blocks_that_cant_be_read_stay_uncopied() {
+    for are_certain in [true, false] {
+        for bad in [vec![0], vec![300], vec![BLOCKS - 1], vec![299, 300, 301, 700], (512..768).collect()] {
+            let mut harness = Harness::new();
+            if are_certain {
+                harness.certain.mark(0..BLOCKS);
+            }
+            let disk = BadDisk(bad);
+            let reads = harness.copy_from(&disk, Time::default());
+            assert_eq!((harness.dirty(), harness.unreadable()), (disk.0.clone(), disk.0.clone()));
+            assert!(harness.resync.is_idle());
+            // Each of them takes a chain of halves at the most.
+            assert!(reads <= 64 + 20 * disk.0.len(), "{reads} reads for {} blocks", disk.0.len());
+        }
+    }
+}
+
+#[test]
+fn a_block_that_cant_be_read_is_tried_again_alone_and_ever_more_seldom() {
+    let mut harness = Harness::new();
+    let disk = BadDisk(vec![300]);
+    harness.copy_from(&disk, Time::default());
+    let mut before = Time::default();
+    for wait in [5, 10, 20, 40, 60, 60] {
+        let due = harness.resync.timeout().expect("it is tried again");
+        assert_eq!(due, before.after(Duration::from_secs(wait)));
+        assert_eq!(harness.copy_from(&disk, Time(due.0 - Duration::from_millis(1))), 0);
+        assert_eq!(harness.copy_from(&disk, due), 1);
+        before = due;
+    }
+    let due = harness.resync.timeout().expect("it is tried again");
+    assert_eq!(harness.copy_from(&BadDisk(vec![]), due), 1);
+    assert_eq!((harness.dirty(), harness.unreadable()), (vec![], vec![]));
+    assert_eq!(harness.resync.timeout(), None);
+}
+
+#[test]
+fn a_write_to_a_block_that_cant_be_read_makes_it_be_copied_at_once() {
+    let mut harness = Harness::new();
+    harness.copy_from(&BadDisk(vec![300, 301]), Time::default());
+    harness.resync.rewritten(&(300..301));
+    harness.copy_from(&BadDisk(vec![301]), Time::default());
+    assert_eq!((harness.dirty(), harness.unreadable()), (vec![301], vec![301]));
+}
+
+#[test]
+fn a_read_that_failed_beside_a_write_to_its_block_is_made_again_at_once() {
+    let mut harness = Harness::new();
+    let disk = BadDisk(vec![300]);
+    harness.copy_from(&disk, Time::default());
+    let due = harness.resync.timeout().expect("it is tried again");
+    let order = Order::<u8>::new(512);
+    let pick = harness.resync.pick(&harness.map, &harness.certain, &order, false, due);
+    let Some(Action::ReadCopy { read, .. }) = pick else { panic!("it is read, and not {pick:?}") };
+    harness.resync.rewritten(&(300..301));
+    assert_eq!(harness.resync.read_ended(read, CopyContent::Failed, due), None);
+    assert_eq!(harness.copy_from(&BadDisk(vec![]), due), 1);
+    assert_eq!(harness.dirty(), Vec::<u64>::new());
+}
+
+#[test]
+fn a_disk_that_reads_nothing_costs_bounded_memory_and_is_left_alone_between_attempts() {
+    let blocks = 16 * BLOCKS;
+    let mut harness = Harness::of(blocks);
+    harness.resync.ground = Ground::Data;
+    harness.certain.mark(0..blocks);
+    let mut now = Time::default();
+    for _ in 0..8 {
+        harness.copy_from(&BadDisk((0..blocks).collect()), now);
+        let due = harness.resync.timeout().expect("it is tried again");
+        assert!(due >= now.after(Duration::from_secs(1)));
+        let (ranges, is_all) = harness.resync.unreadable();
+        assert!(!is_all && ranges.iter().map(|range| range.length / 4096).sum::<u64>() <= BLOCKS);
+        now = due;
+    }
+    assert_eq!(harness.map.dirty_blocks(), blocks);
 }
