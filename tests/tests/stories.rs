@@ -691,29 +691,6 @@ fn a_primary_that_is_left_with_one_replica_comes_to_rest() {
     }
 }
 
-/// A replica that was cut off counted on its primary's word; there it was removed, and with the session the word was
-/// forgotten: what was answered next was missing where an operator promoted, and nothing objected.
-#[test]
-fn a_host_that_has_not_heard_that_it_was_removed_is_promised_what_it_was_promised() {
-    let settings = Settings { modes: vec![Mode::Sync; 4], ..hosts(2) };
-    for mut world in in_sync(&settings) {
-        world.pass(6000);
-        world.ask(PRIMARY, write(0, 4096));
-        world.ask(PRIMARY, Work::Flush);
-        world.pass(1000);
-        world.part(link());
-        world.part(back());
-        world.pass(1500);
-        world.remove_member(PRIMARY, REPLICA);
-        world.ask(PRIMARY, write(0, 4096));
-        world.ask(PRIMARY, Work::Flush);
-        world.pass(500);
-        world.promote_by_rule(REPLICA);
-        world.wait_until("the replica is promoted", |world| world.hosts[REPLICA].tracker().is_some());
-        world.finish();
-    }
-}
-
 /// A host was removed while another one was away, which listened to it as before when it came back.
 #[test]
 fn a_host_that_was_away_hears_of_a_removal_before_it_listens_to_the_removed_one() {

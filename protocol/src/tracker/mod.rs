@@ -36,6 +36,8 @@ mod patience;
 mod pieces;
 pub mod replies;
 pub mod start;
+#[cfg(test)]
+mod testing;
 
 pub use action::{Action, LocalWrite, RequestId, Settings, Work, WriteFailed};
 

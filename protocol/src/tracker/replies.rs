@@ -220,3 +220,28 @@ impl Owed {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::promise::PATIENCE;
+    use crate::tracker::RequestId;
+    use crate::tracker::replies::ReplicaLoss;
+    use crate::tracker::testing::{NOW, answers, host, session, tracker, write};
+    use crate::wire::message::Mode;
+    use std::time::Duration;
+
+    /// With the session the word was forgotten: the host, which need not have heard of its removal, could be promoted as one
+    /// without which nothing is answered.
+    #[test]
+    fn what_was_promised_to_a_host_holds_when_it_is_removed() {
+        let mut tracker = tracker(vec![session(1, Mode::Sync)], ReplicaLoss::Continue, PATIENCE);
+        answers(&mut tracker, NOW);
+        let removed = NOW.after(Duration::from_secs(1));
+        tracker.remove_session(host(1), removed);
+        assert_eq!(write(&mut tracker, 1, removed), []);
+        let over = NOW.after(PATIENCE);
+        assert_eq!(tracker.poll_timeout().map(|due| due <= over), Some(true), "it is thought about again");
+        tracker.handle_timeout(over);
+        assert_eq!(answers(&mut tracker, over), [(RequestId(1), true)]);
+    }
+}

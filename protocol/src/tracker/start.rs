@@ -66,74 +66,17 @@ impl Tracker {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::dirty_map::DirtyMap;
-    use crate::disk::activity_log::Recovered;
-    use crate::ranges::ByteRange;
-    use crate::session::{self, Session};
+    use crate::tracker::RequestId;
+    use crate::tracker::Tracker;
     use crate::tracker::replies::ReplicaLoss;
-    use crate::tracker::{Action, LEAST_ACTIVE_EXTENTS, LocalWrite, RequestId, Settings, Work};
-    use crate::units::{BlockSize, EXTENT_BYTES, Epoch, GenerationId, VolumeId};
+    use crate::tracker::testing::{NOW, answers, host, session, tracker, write};
     use crate::wire::message::Mode;
     use std::time::Duration;
 
-    const NOW: Time = Time(Duration::from_secs(1));
-
-    fn host(number: u8) -> HostId {
-        HostId([number; 32])
-    }
-
-    fn session(number: u8) -> Session {
-        let size = BlockSize::default();
-        let mut map = DirtyMap::full(VolumeId([1; 16]), host(number), EXTENT_BYTES, size);
-        map.clear(0..EXTENT_BYTES / size.bytes());
-        Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, Mode::Async)
-    }
-
     /// A primary with so many replicas that has just started.
-    fn tracker(replicas: u8, loss: ReplicaLoss) -> Tracker {
-        let settings = Settings {
-            size_bytes: EXTENT_BYTES,
-            sector_bytes: 512,
-            lineage: vec![GenerationId([1; 16])],
-            lineage_limit: 8,
-            first_epoch: Epoch(1),
-            loss,
-            opened_at: NOW,
-            patience: Duration::ZERO,
-            active_extents: LEAST_ACTIVE_EXTENTS,
-        };
-        let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
-        Tracker::new(settings, &log, (1..=replicas).map(session).collect())
-    }
-
-    /// Carries out all that the tracker asks for; the answers that it gave.
-    fn answers(tracker: &mut Tracker, now: Time) -> Vec<(RequestId, bool)> {
-        let mut answers = Vec::new();
-        while let Some(action) = tracker.poll_action() {
-            match action {
-                Action::Reply { request, result } => answers.push((request, result.is_ok())),
-                Action::WriteLocal { sequence, .. } => {
-                    tracker.handle_local_written(sequence, LocalWrite::Written, now);
-                }
-                Action::SyncLocal => tracker.handle_synced(true, now),
-                Action::BeginGeneration { .. } => {
-                    tracker.handle_generation(Some(GenerationId([2; 16])), now);
-                }
-                Action::WriteLog { .. } => tracker.handle_log_written(true, now),
-                Action::Peer { peer, action: session::Action::WriteMap(_) } => {
-                    tracker.handle_map_written(peer, true, now);
-                }
-                _ => {}
-            }
-        }
-        answers
-    }
-
-    fn write(tracker: &mut Tracker, id: u64, now: Time) -> Vec<(RequestId, bool)> {
-        let work = Work::Write { range: ByteRange::new(0, 4096), fua: false };
-        tracker.handle_request(RequestId(id), work, now);
-        answers(tracker, now)
+    fn started(replicas: u8, loss: ReplicaLoss) -> Tracker {
+        let sessions = (1..=replicas).map(|number| session(number, Mode::Async)).collect();
+        tracker(sessions, loss, Duration::ZERO)
     }
 
     #[test]
@@ -147,7 +90,7 @@ mod tests {
             (4, 1, false),
             (4, 2, true),
         ] {
-            let mut tracker = tracker(replicas, ReplicaLoss::Continue);
+            let mut tracker = started(replicas, ReplicaLoss::Continue);
             answers(&mut tracker, NOW);
             // One that is no host of the volume has no say.
             tracker.start((1..=heard).chain([99]).map(host), true, NOW);
@@ -159,14 +102,14 @@ mod tests {
 
     #[test]
     fn a_majority_lets_go_what_waited_and_a_host_that_joins_later_changes_nothing() {
-        let mut tracker = tracker(2, ReplicaLoss::Continue);
+        let mut tracker = started(2, ReplicaLoss::Continue);
         answers(&mut tracker, NOW);
         tracker.start([], true, NOW);
         assert_eq!(write(&mut tracker, 1, NOW), []);
         tracker.start([host(2)], true, NOW);
         assert_eq!(answers(&mut tracker, NOW), [(RequestId(1), true)]);
         for number in 3..6 {
-            tracker.add_session(session(number), NOW);
+            tracker.add_session(session(number, Mode::Async), NOW);
         }
         answers(&mut tracker, NOW);
         assert_eq!(write(&mut tracker, 2, NOW), [(RequestId(2), true)]);
@@ -174,14 +117,14 @@ mod tests {
 
     #[test]
     fn the_operator_lets_it_serve_and_does_not_wait_for_ever() {
-        let mut served = tracker(1, ReplicaLoss::Continue);
+        let mut served = started(1, ReplicaLoss::Continue);
         answers(&mut served, NOW);
         served.start([], true, NOW);
         assert_eq!(write(&mut served, 1, NOW), []);
         served.await_no_majority(NOW);
         assert_eq!(answers(&mut served, NOW), [(RequestId(1), true)]);
 
-        let mut closed = tracker(1, ReplicaLoss::Continue);
+        let mut closed = started(1, ReplicaLoss::Continue);
         answers(&mut closed, NOW);
         closed.start([], true, NOW);
         assert_eq!(write(&mut closed, 1, NOW), []);
@@ -189,7 +132,7 @@ mod tests {
         assert_eq!(answers(&mut closed, NOW), [(RequestId(1), false)]);
 
         let limit = Duration::from_secs(30);
-        let mut blocked = tracker(1, ReplicaLoss::Block { min_replicas: 1, limit });
+        let mut blocked = started(1, ReplicaLoss::Block { min_replicas: 1, limit });
         answers(&mut blocked, NOW);
         blocked.start([], true, NOW);
         assert_eq!(write(&mut blocked, 1, NOW), []);

@@ -1,0 +1,74 @@
+//! A tracker whose disk and maps do at once what they are asked for, for unit tests.
+
+use super::replies::ReplicaLoss;
+use super::{Action, LEAST_ACTIVE_EXTENTS, LocalWrite, RequestId, Settings, Tracker, Work};
+use crate::dirty_map::DirtyMap;
+use crate::disk::activity_log::Recovered;
+use crate::disk::dirty_map::Base;
+use crate::ranges::ByteRange;
+use crate::session::{self, Session};
+use crate::units::{BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, HostId, Time, VolumeId};
+use crate::wire::message::Mode;
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+pub(super) const NOW: Time = Time(Duration::from_secs(1));
+
+pub(super) fn host(number: u8) -> HostId {
+    HostId([number; 32])
+}
+
+/// A replica that had everything when its primary ended.
+pub(super) fn session(number: u8, mode: Mode) -> Session {
+    let size = BlockSize::default();
+    let base = Base { copy: CopyId([number; 16]), generation: GenerationId([1; 16]), adopted: 0 };
+    let map = DirtyMap::full(VolumeId([1; 16]), host(number), EXTENT_BYTES, size).clean(base);
+    Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, mode)
+}
+
+/// A primary that has just started.
+pub(super) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Duration) -> Tracker {
+    let settings = Settings {
+        size_bytes: EXTENT_BYTES,
+        sector_bytes: 512,
+        lineage: vec![GenerationId([1; 16])],
+        lineage_limit: 8,
+        first_epoch: Epoch(1),
+        loss,
+        opened_at: NOW,
+        patience,
+        active_extents: LEAST_ACTIVE_EXTENTS,
+    };
+    let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
+    Tracker::new(settings, &log, sessions)
+}
+
+/// Carries out all that the tracker asks for; the answers that it gave.
+pub(super) fn answers(tracker: &mut Tracker, now: Time) -> Vec<(RequestId, bool)> {
+    let mut answers = Vec::new();
+    while let Some(action) = tracker.poll_action() {
+        match action {
+            Action::Reply { request, result } => answers.push((request, result.is_ok())),
+            Action::WriteLocal { sequence, .. } => {
+                tracker.handle_local_written(sequence, LocalWrite::Written, now);
+            }
+            Action::SyncLocal => tracker.handle_synced(true, now),
+            Action::BeginGeneration { .. } => {
+                tracker.handle_generation(Some(GenerationId([2; 16])), now);
+            }
+            Action::WriteLog { .. } => tracker.handle_log_written(true, now),
+            Action::Peer { peer, action: session::Action::WriteMap(_) } => {
+                tracker.handle_map_written(peer, true, now);
+            }
+            _ => {}
+        }
+    }
+    answers
+}
+
+/// Asks for a write of one block, and gives the answers that come at once.
+pub(super) fn write(tracker: &mut Tracker, id: u64, now: Time) -> Vec<(RequestId, bool)> {
+    let work = Work::Write { range: ByteRange::new(0, 4096), fua: false };
+    tracker.handle_request(RequestId(id), work, now);
+    answers(tracker, now)
+}
