@@ -1,7 +1,7 @@
 //! A host of the volume that has gone bad, or whose key was stolen: it can't pass for the primary.
 
 use blockmirror_agent::control::api::VolumeState;
-use blockmirror_agent::transport::{Connection, Endpoint, HostKey, Incoming};
+use blockmirror_agent::transport::{Connection, ControlReceiver, ControlSender, Endpoint, HostKey, Incoming};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{Epoch, Sequence, Session, Stream};
@@ -13,6 +13,7 @@ use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::patience::until;
 use std::fs;
+use tokio::sync::mpsc;
 
 const MIB: u64 = 1 << 20;
 
@@ -98,6 +99,20 @@ async fn connect(endpoint: &Endpoint, host: &Host) -> Connection {
     endpoint.connect(&[host.link().address().to_string()], id).await.expect("c is a host of the volume")
 }
 
+/// Hands on each greeting that comes on a connection.
+async fn take_greetings(
+    connection: Connection,
+    greeted: mpsc::UnboundedSender<(Connection, ControlSender, ControlReceiver)>,
+) {
+    while let Ok(incoming) = connection.accept().await {
+        let Incoming::Control(sender, mut receiver) = incoming else { continue };
+        if let Ok(Message::Hello(_)) = receiver.receive().await {
+            // The test may have ended.
+            let _ = greeted.send((connection.clone(), sender, receiver));
+        }
+    }
+}
+
 fn still_takes_writes(mirror: &Mirror, before: &Superblock) {
     let mut client = mirror.client();
     client.write(MIB, &noise(&mut Random::new(2), MIB)).expect("a write");
@@ -144,12 +159,17 @@ fn a_member_that_claims_the_promotion_of_another_one_stops_nobody_while_that_den
     runtime().block_on(async {
         let endpoint = endpoint(&key);
         mirror.replicas[1].link().lead_to(endpoint.local_address());
+        // Others dial as well, to ask or tell something else.
+        let (greeted, mut greetings) = mpsc::unbounded_channel();
+        let dialled = endpoint.clone();
+        tokio::spawn(async move {
+            while let Some(connection) = dialled.accept().await {
+                tokio::spawn(take_greetings(connection, greeted.clone()));
+            }
+        });
         for holder in [stranger, b, before.fence.holder] {
             // The primary dials again whenever a session has ended.
-            let connection = endpoint.accept().await.expect("the primary dials c");
-            let Ok(Incoming::Control(mut sender, _receiver)) = connection.accept().await else {
-                panic!("a session begins with a control stream");
-            };
+            let (connection, mut sender, _receiver) = greetings.recv().await.expect("the primary greets c");
             let claim = Superseded { fence: Fence { counter, holder } };
             sender.send(&claim.into()).await.expect("the primary listens");
             until("the claim is judged", || {
