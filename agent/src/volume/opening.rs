@@ -56,6 +56,7 @@ impl Volume {
         self.role = OpenRole::Closed(String::new());
         self.let_go().await;
         self.openers.clear();
+        self.better = None;
         match self.try_open(others).await {
             Ok(role) => {
                 self.role = role;

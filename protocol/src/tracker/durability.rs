@@ -146,17 +146,15 @@ impl Tracker {
 #[cfg(test)]
 mod tests {
     use super::super::replies::ReplicaLoss;
-    use super::super::{Action, LocalWrite, RequestId, Settings, Tracker, Work, WriteFailed};
+    use super::super::{Action, LocalWrite, RequestId, Tracker, Work, WriteFailed};
     use crate::dirty_map::DirtyMap;
-    use crate::disk::activity_log::Recovered;
+    use crate::promise::PATIENCE;
     use crate::ranges::ByteRange;
     use crate::session::{self, Session};
-    use crate::units::{BlockSize, EXTENT_BYTES, Epoch, GenerationId, HostId, Time, VolumeId};
+    use crate::tracker::testing::{NOW, tracker};
+    use crate::units::{BlockSize, EXTENT_BYTES, GenerationId, HostId, Time, VolumeId};
     use crate::wire::message::Mode;
-    use std::collections::BTreeSet;
     use std::time::Duration;
-
-    const NOW: Time = Time(std::time::Duration::ZERO);
 
     /// Carries out what the tracker asks for, on a disk whose writes and syncs succeed or fail, and gives the replies.
     fn settle(
@@ -181,19 +179,7 @@ mod tests {
     }
 
     fn with(sessions: Vec<Session>) -> Tracker {
-        let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
-        let settings = Settings {
-            size_bytes: EXTENT_BYTES,
-            sector_bytes: 512,
-            lineage: vec![GenerationId([1; 16])],
-            lineage_limit: 4,
-            first_epoch: Epoch(1),
-            loss: ReplicaLoss::Continue,
-            opened_at: NOW,
-            patience: crate::promise::PATIENCE,
-            active_extents: crate::disk::activity_log::CAPACITY,
-        };
-        Tracker::new(settings, &log, sessions)
+        tracker(sessions, ReplicaLoss::Continue, PATIENCE)
     }
 
     fn opened() -> Tracker {

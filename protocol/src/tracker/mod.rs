@@ -339,7 +339,7 @@ impl Tracker {
 
     /// A connection to a replica is up. `session` is higher than any before, durably.
     pub fn handle_connected(&mut self, peer: HostId, session: SessionNumber, identity: &Identity, now: Time) {
-        self.note_heard(peer);
+        self.start.hear(peer);
         if let Some(link) = self.sessions.get_mut(&peer) {
             link.handle_connected(session, identity);
         }

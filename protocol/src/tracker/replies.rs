@@ -103,8 +103,8 @@ impl Tracker {
         }
     }
 
-    /// The volume is about to be closed: what waits until more replicas are in sync, or more hosts are heard, fails now, not at the end of the
-    /// operator's patience. What replicas in sync are about to confirm is waited for as before.
+    /// The volume is about to be closed: what waits until more replicas are in sync, or more hosts are heard, fails now, not
+    /// at the end of the operator's patience. What replicas in sync are about to confirm is waited for as before.
     pub fn wait_no_more(&mut self, now: Time) {
         if let ReplicaLoss::Block { limit, .. } = &mut self.loss {
             *limit = Duration::ZERO;

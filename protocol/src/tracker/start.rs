@@ -16,6 +16,13 @@ pub(super) struct Start {
     pub(super) refuses: bool,
 }
 
+impl Start {
+    /// A host speaks to this one as to its primary.
+    pub(super) fn hear(&mut self, host: HostId) {
+        self.heard.insert(host);
+    }
+}
+
 /// How many hosts a primary has heard since it started.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Heard {
@@ -50,11 +57,6 @@ impl Tracker {
         let of = self.sessions.len() + 1;
         let heard = self.start.heard.iter().filter(|host| self.sessions.contains_key(host)).count();
         Heard { hosts: heard + 1, of, majority: of / 2 + 1, is_awaited: self.start.awaits }
-    }
-
-    /// A host speaks to this one as to its primary.
-    pub(super) fn note_heard(&mut self, host: HostId) {
-        self.start.heard.insert(host);
     }
 
     /// A majority that was there once has spoken for good.
