@@ -1,7 +1,7 @@
 //! What a volume's metadata says once its backing was replaced: no more than what the new content is known to be (L4, X4).
 //!
 //! After a recovery that is the source's history up to the position of its copy: a host that has more is found by its
-//! generations, or by where this content ends ([`End`]), and is never overwritten unasked. A mixture is a history of its
+//! generations, or by where this content ends ([`Ends`]), and is never overwritten unasked. A mixture is a history of its
 //! own. Of what an earlier release recovered, only as much is claimed as this host's map vouches for. Where blocks of others may
 //! differ is not known in any of these cases but one: on the source of a recovery, they are what this host's map says.
 //!
@@ -12,7 +12,7 @@ use crate::backing::{Content, Recovered};
 use crate::metadata::{State, StateError};
 use crate::transport::key;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
-use blockmirror_protocol::lineage::End;
+use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::units::{CopyId, Epoch, GenerationId, HostId, Mark, Position};
 use blockmirror_protocol::wire::message::{DataState, Fence, Mode};
 
@@ -49,7 +49,7 @@ async fn adopt_as_primary(
         .change_superblock(|superblock| match &recovered.content {
             Some(Content::Image { position, lineage }) => claim(superblock, *position, lineage),
             Some(Content::Mixture) => {
-                (superblock.lineage, superblock.end) = (vec![GenerationId(key::random())], End::default());
+                (superblock.lineage, superblock.ends) = (vec![GenerationId(key::random())], Ends::default());
             }
             None => {
                 let known = superblock.lineage.iter().position(|generation| *generation == vouched);
@@ -57,7 +57,7 @@ async fn adopt_as_primary(
                     Some(known) => drop(superblock.lineage.drain(..known)),
                     None => superblock.lineage = vec![GenerationId(key::random())],
                 }
-                superblock.end = End::default();
+                superblock.ends = Ends::default();
             }
         })
         .await
@@ -67,12 +67,11 @@ async fn adopt_as_primary(
 fn claim(superblock: &mut Superblock, position: Position, lineage: &[GenerationId]) {
     superblock.lineage = lineage.to_vec();
     let generation = lineage.first().copied().unwrap_or_default();
-    // A generation of which no epoch was durable there has nothing to end after.
+    // Where no epoch of it was durable there, nothing of it is here.
     let held = position.generation == generation;
-    let epoch = if held { position.epoch.next() } else { Epoch(0) };
-    superblock.end = End { generation, epoch, until: Epoch(0) };
+    superblock.ends = Ends::only(generation, if held { position.epoch.next() } else { Epoch(1) });
     // The next run's epochs come after those of both.
-    superblock.position.epoch = superblock.position.epoch.max(position.epoch);
+    superblock.run = superblock.run.max(position.epoch);
 }
 
 async fn adopt_as_replica(state: &State, recovered: Option<&Recovered>) -> Result<(), StateError> {
@@ -91,7 +90,7 @@ async fn adopt_as_replica(state: &State, recovered: Option<&Recovered>) -> Resul
     state
         .change_superblock(|superblock| {
             superblock.copy = copy;
-            (superblock.gap, superblock.history, superblock.end) = (0, 0, End::default());
+            (superblock.gap, superblock.history, superblock.ends) = (0, 0, Ends::default());
             (superblock.mode, superblock.released) = (Mode::Async, false);
             match image {
                 Some((position, lineage)) => {
@@ -133,7 +132,8 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         tokio::task::LocalSet::new().block_on(&runtime, async {
             let lineage = vec![generation(7), generation(6), generation(5)];
-            let before = Superblock { role, lineage, position: position(7, 900), ..superblock() };
+            let run = Epoch(900);
+            let before = Superblock { role, lineage, position: position(7, 900), run, ..superblock() };
             let storage = storage::open().unwrap();
             let state =
                 State::create(folder.path(), storage, BufferPool::new(1 << 20), &before).await.unwrap();
@@ -158,21 +158,21 @@ mod tests {
     #[test]
     fn a_recovered_primary_claims_what_the_copy_had_and_ends_there() {
         let image = |at, lineage| Some(Content::Image { position: at, lineage });
-        let end = |byte, epoch| End { generation: generation(byte), epoch: Epoch(epoch), until: Epoch(0) };
+        let end = |byte, epoch| Ends::only(generation(byte), Epoch(epoch));
         for (content, lineage, ends, epoch) in [
             (image(position(6, 30), vec![generation(6), generation(5)]), vec![6, 5], end(6, 31), 900),
             (image(position(6, 1000), vec![generation(6), generation(5)]), vec![6, 5], end(6, 1001), 1000),
             // The source had recorded a generation of which no epoch was durable there.
-            (image(position(5, 30), vec![generation(6), generation(5)]), vec![6, 5], end(6, 0), 900),
+            (image(position(5, 30), vec![generation(6), generation(5)]), vec![6, 5], end(6, 1), 900),
             // Its history may be another one.
             (image(position(9, 30), vec![generation(9), generation(5)]), vec![9, 5], end(9, 31), 900),
             // What was known of the source is what it had confirmed.
-            (None, vec![6, 5], End::default(), 900),
+            (None, vec![6, 5], Ends::default(), 900),
         ] {
             let (superblock, _, log, are_full) = adopted(Role::Primary, content.clone());
             let lineage: Vec<GenerationId> = lineage.into_iter().map(generation).collect();
             assert_eq!(superblock.lineage, lineage, "{content:?}");
-            assert_eq!((superblock.end, superblock.position.epoch), (ends, Epoch(epoch)), "{content:?}");
+            assert_eq!((superblock.ends, superblock.run), (ends, Epoch(epoch)), "{content:?}");
             assert!(matches!(log, Log::Active { .. }));
             assert_eq!(are_full, [false, true], "the source's blocks are known");
         }

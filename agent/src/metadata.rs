@@ -20,7 +20,7 @@ use blockmirror_protocol::disk::{
 };
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{promotion, undo};
-use blockmirror_protocol::units::{GenerationId, HostId, Mark};
+use blockmirror_protocol::units::{GenerationId, HostId, Mark, Position};
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -275,12 +275,13 @@ impl State {
     pub async fn write_promoted_maps(
         &self,
         peers: &[HostId],
+        position: Position,
         restored: &[ByteRange],
     ) -> Result<(), StateError> {
         let superblock = self.superblock();
         for peer in peers {
             let (map, file) = self.open_map(*peer).await?;
-            let mut map = promotion::map_for(map, &superblock, restored);
+            let mut map = promotion::map_for(map, &superblock, *peer, position, restored);
             self.write_map(&file, map.take_changes()).await?;
         }
         Ok(())

@@ -130,12 +130,15 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, service: Servic
         data: superblock.data,
         can_roll_back: superblock.gap != 0,
         fence: superblock.fence,
-        marker: lineage::later(&superblock.lineage, superblock.position, marker),
+        marker: match superblock.role {
+            Role::Primary => superblock.stands(),
+            Role::Replica => lineage::later(&superblock.lineage, superblock.position, marker),
+        },
         serves: service.serves,
         silent_milliseconds: u64::try_from(service.silent.as_millis()).unwrap_or(u64::MAX),
         dirty_bytes: undelivered.map_or(u64::MAX, |undelivered| undelivered.bytes),
         began: generations::of_lineage(folder, &superblock.lineage),
-        end: superblock.end,
+        ends: superblock.ends,
         lineage: superblock.lineage,
     })
 }

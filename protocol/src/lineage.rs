@@ -12,27 +12,65 @@ pub(crate) const RUN_BITS: u32 = 40;
 /// No host misses more runs of primaries than this: an epoch further ahead is a mistake or a lie.
 const RUN_STEP: u64 = 1 << 16;
 
-/// Where what a primary holds of a generation ends, where that may be before the generation did: its content was
-/// recovered from a copy that lacked what came after, or it was set back to what it was before (X4). Nothing is
-/// known where no generation is named.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
-pub struct End {
-    /// The generation.
-    pub generation: GenerationId,
-    /// The first epoch of it that is not in this host's content.
-    pub epoch: Epoch,
-    /// The first epoch that is again: that of the first run that began with this content. 0 as long as none has.
-    pub until: Epoch,
-}
+/// Where what a primary holds of generations ends, for those that it began itself, and for the one that its content was
+/// recovered at: the first epoch of each that is not in its content. A copy that is further in one of them has what this
+/// host has lost, as where it was set back to what it was before (X4).
+#[derive(Clone, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+pub struct Ends(Vec<(GenerationId, Epoch)>);
 
-impl End {
-    /// Whether a copy with this lineage and at this position has what the content that ends here lacks.
+impl Ends {
+    /// The content ends before this epoch of this generation, and nothing is known of others.
     #[must_use]
-    pub fn lacks(&self, lineage: &[GenerationId], position: Position) -> bool {
-        !self.generation.is_none()
-            && lineage.first() == Some(&self.generation)
-            && position.generation == self.generation
-            && (self.epoch..self.until).contains(&position.epoch)
+    pub fn only(generation: GenerationId, epoch: Epoch) -> Self {
+        Self(vec![(generation, epoch)])
+    }
+
+    /// The first epoch of this generation that is not there, where it is known.
+    #[must_use]
+    pub fn of(&self, generation: GenerationId) -> Option<Epoch> {
+        self.0.iter().find(|(known, _)| *known == generation).map(|(_, epoch)| *epoch)
+    }
+
+    /// This is the first epoch of this generation that is not there.
+    pub fn set(&mut self, generation: GenerationId, epoch: Epoch) {
+        match self.0.iter_mut().find(|(known, _)| *known == generation) {
+            Some((_, end)) => *end = epoch,
+            None => self.0.push((generation, epoch)),
+        }
+    }
+
+    /// Keeps what is known of the generations of this lineage.
+    pub fn keep(&mut self, lineage: &[GenerationId]) {
+        self.0.retain(|(generation, _)| lineage.contains(generation));
+    }
+
+    /// How many generations there are of which an end is known.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether nothing is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Every generation of which an end is known, with that.
+    pub fn iter(&self) -> impl Iterator<Item = (GenerationId, Epoch)> + '_ {
+        self.0.iter().copied()
+    }
+
+    /// Whether a copy at this position has what the content lacks that ends so. A generation is written in one run of a
+    /// primary. One that is opened later and writes nothing tells of its content as of the last epoch before its own run:
+    /// that is no epoch in which anything was written.
+    #[must_use]
+    pub fn lacks(&self, position: Position) -> bool {
+        let run = |epoch: Epoch| epoch.0 >> RUN_BITS;
+        let is_written = run(position.epoch) == run(position.epoch.next());
+        self.of(position.generation).is_some_and(|end| {
+            position.epoch >= end && is_written && (run(end) == 0 || run(end) == run(position.epoch))
+        })
     }
 }
 
@@ -153,28 +191,35 @@ mod tests {
     }
 
     #[test]
-    fn a_content_lacks_what_came_after_its_end_and_before_its_own_first_run() {
-        let end = End { generation: GenerationId([b'b'; 16]), epoch: Epoch(9), until: Epoch(1 << 40) };
+    fn a_content_lacks_what_came_after_its_end() {
+        let generation = |byte| GenerationId([byte; 16]);
+        let run = 1 << RUN_BITS;
+        let mut ends = Ends::only(generation(b'b'), Epoch(9));
+        ends.set(generation(b'c'), Epoch(run + 20));
+        ends.set(generation(b'b'), Epoch(1));
         let position = |byte, epoch| Position {
-            generation: GenerationId([byte; 16]),
+            generation: generation(byte),
             epoch: Epoch(epoch),
             sequence: Sequence(0),
         };
-        for (end, theirs, position, lacks) in [
-            (end, "ba", position(b'b', 9), true),
-            (end, "ba", position(b'b', 700), true),
-            (end, "ba", position(b'b', 8), false),
-            // It followed since.
-            (end, "ba", position(b'b', 1 << 40), false),
-            (end, "cba", position(b'c', 9), false),
-            // Nothing of the newest generation is durable there.
-            (end, "ba", position(b'a', 10), false),
-            (end, "a", position(b'a', 10), false),
-            (End { until: Epoch(0), ..end }, "ba", position(b'b', 9), false),
-            (End::default(), "", Position::default(), false),
+        for (position, lacks) in [
+            // Nothing of it is there, in whichever run it was written.
+            (position(b'b', 1), true),
+            (position(b'b', 7 * run), true),
+            (position(b'b', 0), false),
+            (position(b'c', run + 19), false),
+            (position(b'c', run + 20), true),
+            // Those were opened later and wrote nothing.
+            (position(b'c', 2 * run - 1), false),
+            (position(b'c', 3 * run - 1), false),
+            // Others may have begun that one.
+            (position(b'a', 700), false),
+            (Position::default(), false),
         ] {
-            assert_eq!(end.lacks(&lineage(theirs), position), lacks, "{end:?} {theirs} {position:?}");
+            assert_eq!(ends.lacks(position), lacks, "{position:?}");
         }
+        ends.keep(&lineage("ca"));
+        assert_eq!((ends.of(generation(b'b')), ends.of(generation(b'c'))), (None, Some(Epoch(run + 20))));
     }
 
     #[test]

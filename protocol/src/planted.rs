@@ -52,6 +52,10 @@ pub enum Bug {
     UndoUnmarked,
     /// A bit is cleared when the digests agree, not when what they agree on is durable on the replica (D2).
     ClearOnMatch,
+    /// Replicas are told of epochs before it is recorded that they may be (X4).
+    TellUnrecorded,
+    /// A replica takes a greeting of a primary that lacks what it has, because that was set back (X4).
+    IgnoreEnds,
     /// A host that gives its content up goes on to refuse the winner, which was promoted as often (L6).
     KeepEqualFence,
     /// An empty copy refuses a primary for generations that it no longer has the content of (L3).
@@ -76,7 +80,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 33] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -104,6 +108,8 @@ impl Bug {
         Self::PruneFollowed,
         Self::NarrowSectors,
         Self::IgnoreMark,
+        Self::IgnoreEnds,
+        Self::TellUnrecorded,
         Self::BreakWord,
         Self::AnswerUnasked,
         Self::GoOnUnrecorded,

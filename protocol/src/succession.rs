@@ -3,7 +3,7 @@
 //! are made elsewhere.
 
 use crate::disk::superblock::{Role, Superblock};
-use crate::lineage::{self, End, Relation};
+use crate::lineage::{self, Ends, Relation};
 use crate::units::{GenerationId, HostId, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise, Standing};
 
@@ -77,7 +77,7 @@ impl Candidate {
     /// answered, as far as anybody who can be heard knows.
     #[must_use]
     pub fn objection(&self, others: &[Heard]) -> Option<Objection> {
-        let Superblock { fence, lineage, data, mode, promise, released, end, .. } = &self.superblock;
+        let Superblock { fence, lineage, data, mode, promise, released, ends, .. } = &self.superblock;
         let heard = || others.iter().filter_map(|other| Some((other.host, other.standing.as_ref()?)));
         if let Some((primary, _)) =
             heard().find(|(_, standing)| standing.role == Role::Primary && standing.serves)
@@ -105,7 +105,7 @@ impl Candidate {
             return Some(Objection::Demoted(fence.holder));
         }
         if let Some((later, _)) =
-            heard().find(|(_, standing)| is_later(standing, lineage, self.position, *end))
+            heard().find(|(_, standing)| is_later(standing, lineage, self.position, ends))
         {
             return Some(Objection::Later(later));
         }
@@ -167,9 +167,9 @@ pub fn denies(standing: Option<&Standing>, fence: Fence) -> bool {
 /// Whether a host that stands so holds what is newer than `marker` of a copy with these generations, whose content ends
 /// there.
 #[must_use]
-pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Position, end: End) -> bool {
+pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Position, ends: &Ends) -> bool {
     is_usable(standing)
-        && (end.lacks(&standing.lineage, standing.marker)
+        && (ends.lacks(standing.marker)
             || match lineage::relation(generations, &standing.lineage) {
                 Relation::TheirsIsNewer => true,
                 Relation::Same => {
@@ -218,7 +218,8 @@ mod tests {
             mode,
             promise,
             released: false,
-            end: End::default(),
+            run: Epoch(0),
+            ends: Ends::default(),
         };
         Candidate { own: host(2), superblock, position: position(7), is_connected: false, is_promised: false }
     }
@@ -245,7 +246,7 @@ mod tests {
             silent_milliseconds: 0,
             dirty_bytes: 0,
             began: Vec::new(),
-            end: End::default(),
+            ends: Ends::default(),
         }
     }
 

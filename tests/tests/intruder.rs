@@ -68,7 +68,7 @@ fn hello_of(primary: &Superblock) -> Hello {
         lineage: primary.lineage.clone(),
         mode: primary.mode,
         members: Vec::new(),
-        end: blockmirror_protocol::lineage::End::default(),
+        ends: blockmirror_protocol::lineage::Ends::default(),
     }
 }
 

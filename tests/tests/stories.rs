@@ -14,7 +14,7 @@ use blockmirror_protocol::session::{self, Identity, PeerError, ReplicaState, Ses
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, Tracker, Work};
 use blockmirror_protocol::units::{
-    BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, Session as SessionNumber, Time,
+    BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, Position, Session as SessionNumber, Time,
 };
 use blockmirror_protocol::wire::message::{DataState, Fence, Message, Mode, Refusal, Refused};
 use blockmirror_tests::harness::application::PATIENCE;
@@ -438,6 +438,7 @@ fn a_refused_greeting_is_not_repeated() {
         sector_bytes: 512,
         lineage: lineage.clone(),
         lineage_limit: 4,
+        opened: Position::default(),
         first_epoch: Epoch(1),
         loss: ReplicaLoss::Continue,
         opened_at: Time::default(),
@@ -456,7 +457,7 @@ fn a_refused_greeting_is_not_repeated() {
         fence: Fence { counter: 1, holder: host_id(PRIMARY) },
         lineage,
         members: Vec::new(),
-        end: blockmirror_protocol::lineage::End::default(),
+        ends: blockmirror_protocol::lineage::Ends::default(),
     };
     let mut now = Time::default();
     for attempt in 1..4 {

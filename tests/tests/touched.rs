@@ -2,6 +2,7 @@
 //! anything counts as in sync (X4).
 
 use blockmirror_agent::control::api::{CopyState, PeerState, VolumeState, VolumeStatus};
+use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{first_difference, noise};
 use blockmirror_tests::machines::folder::Folder;
@@ -300,4 +301,96 @@ fn a_replica_that_was_set_back_is_brought_up_to_date() {
         let differs = first_difference(&mirror.primary.backing(), &mirror.replica().backing());
         assert_eq!(differs, None, "{case}: in sync over a stale copy");
     }
+}
+
+/// A replica that has what its primary lacks.
+fn is_split(status: &VolumeStatus) -> bool {
+    status.state == VolumeState::SplitBrain
+}
+
+/// Waits until the primary has recorded that it told its replicas of nothing after the last epoch, as it does when nothing
+/// is written any more.
+fn wait_until_it_rests(primary: &Host) {
+    until("the primary tells of nothing ahead", || {
+        let bytes = fs::read(primary.state(superblock::FILE_NAME)).map_err(|error| error.to_string())?;
+        let (_, superblock) = Superblock::recover(&bytes).map_err(|error| error.to_string())?;
+        let newest = superblock.lineage.first().copied().unwrap_or_default();
+        let (end, open) = (superblock.ends.of(newest), primary.status().facts.epoch);
+        if end.map(|end| end.0) == open { Ok(()) } else { Err(format!("{end:?} and {open:?}")) }
+    });
+}
+
+/// A mirror whose primary was set back behind a write that was answered and mirrored.
+fn with_a_primary_set_back() -> Mirror {
+    let mut mirror = mirrored(&["b"]);
+    wait_until_it_rests(&mirror.primary);
+    let snapshot = Snapshot::of(&mut mirror.primary);
+    mirror.wait_until_in_sync();
+    let mut client = mirror.client();
+    client.write_durably(PLACE, &noise(&mut Random::new(8), MIB)).expect("a write after the snapshot");
+    drop(client);
+    mirror.wait_until_quiet();
+    mirror.primary.kill();
+    let_go(&mirror.primary);
+    snapshot.restore(&mirror.primary);
+    mirror.primary.start();
+    mirror
+}
+
+/// Its replica had more of the same generation, and was called in sync over it; or lost it to the next copy.
+#[test]
+fn what_a_primary_lost_that_was_set_back_is_not_overwritten_on_its_replica() {
+    for kept in ["a", "b"] {
+        let mirror = with_a_primary_set_back();
+        let (a, b) = (&mirror.primary, mirror.replica());
+        let before = fs::read(b.backing()).expect("b's content");
+        a.wait_until("the split is told", is_split);
+        let told = b.wait_until("the split is told there", is_split);
+        assert!(told.verdict.contains("set back"), "{}", told.verdict);
+        // What it writes now is no reason to take it for newer.
+        let mut client = mirror.client();
+        client.write_durably(MIB, &noise(&mut Random::new(9), 4096)).expect("a write");
+        drop(client);
+        assert!(fs::read(b.backing()).expect("b's content") == before, "b was written to");
+        match kept {
+            "a" => {
+                b.succeed(&["resolve", "data", "--keep", "a"]);
+                mirror.assert_identical();
+            }
+            _ => {
+                until("nobody has the device open", || {
+                    let said = a.tool(&["demote", "data"]);
+                    if said.code == 0 { Ok(()) } else { Err(said.error) }
+                });
+                a.succeed(&["resolve", "data", "--keep", "b"]);
+                b.succeed(&["promote", "data", "--force"]);
+                b.wait_until("a follows", |status| status.state == VolumeState::Healthy);
+                assert!(fs::read(b.backing()).expect("b's content") == before, "b lost what only it had");
+                assert_eq!(first_difference(&a.backing(), &b.backing()), None);
+            }
+        }
+    }
+}
+
+/// The map of its successor said that it had everything, as it did when it was demoted.
+#[test]
+fn a_primary_of_before_that_was_set_back_is_brought_up_to_date() {
+    let mut mirror = mirrored(&["b"]);
+    let snapshot = Snapshot::of(&mut mirror.primary);
+    mirror.wait_until_in_sync();
+    let mut client = mirror.client();
+    client.write_durably(PLACE, &noise(&mut Random::new(8), MIB)).expect("a write after the snapshot");
+    drop(client);
+    mirror.wait_until_quiet();
+    until("nobody has the device open", || {
+        let said = mirror.primary.tool(&["switch", "data", "--to", "b"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+    mirror.primary.kill();
+    let_go(&mirror.primary);
+    snapshot.restore(&mirror.primary);
+    mirror.primary.start();
+    let b = mirror.replica();
+    b.wait_until("a follows", |status| status.state == VolumeState::Healthy);
+    assert_eq!(first_difference(&mirror.primary.backing(), &b.backing()), None, "in sync over a stale copy");
 }

@@ -11,7 +11,6 @@ use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker, pre_images};
-use blockmirror_protocol::lineage::End;
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Extent, Position};
 use blockmirror_protocol::wire::message::{DataState, Fence};
 use clap::Args;
@@ -125,10 +124,11 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
         0 => page.row("rollback point", "none needed"),
         gap => page.row("rollback point", format!("layer {gap} of pre-images")),
     }
-    let End { generation, epoch, until } = superblock.end;
-    if !generation.is_none() {
-        let until = if until.0 == 0 { String::new() } else { format!(", and again from {}", until.0) };
-        page.row("content ends", format!("before epoch {} of generation {generation}{until}", epoch.0));
+    if superblock.run.0 > 0 {
+        page.row("last run", format!("from epoch {}", superblock.run.0));
+    }
+    for (generation, epoch) in superblock.ends.iter() {
+        page.row("content ends", format!("before epoch {} of generation {generation}", epoch.0));
     }
     page.row("layers begun", superblock.layers);
     match superblock.history {

@@ -11,7 +11,7 @@ use blockmirror_protocol::disk::pre_images::{Batch, Entry, FIRST_BATCH};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, Key, RecoveryState, Subject};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, superblock};
-use blockmirror_protocol::lineage::End;
+use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{
     BlockSize, CopyId, EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session,
@@ -54,7 +54,8 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         mode: Mode::Sync,
         promise: Promise::None,
         released: false,
-        end: End::default(),
+        run: Epoch(0),
+        ends: Ends::default(),
     }
 }
 

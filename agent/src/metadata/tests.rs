@@ -36,7 +36,8 @@ pub(crate) fn superblock() -> Superblock {
         mode: Mode::Async,
         promise: Promise::None,
         released: false,
-        end: blockmirror_protocol::lineage::End::default(),
+        run: blockmirror_protocol::units::Epoch(0),
+        ends: blockmirror_protocol::lineage::Ends::default(),
     }
 }
 
@@ -258,7 +259,7 @@ fn the_maps_of_a_promotion_know_what_is_restored_or_nothing() {
                 map.mark(7..8);
                 state.write_map(&file, map.take_changes()).await.unwrap();
             },
-            async |state| state.write_promoted_maps(&PEERS, &restored).await.unwrap(),
+            async |state| state.write_promoted_maps(&PEERS, Position::default(), &restored).await.unwrap(),
             async |state, has_ended| {
                 let (kept, _) = state.open_map(PEERS[0]).await.unwrap();
                 let (new, _) = state.open_map(PEERS[1]).await.unwrap();
@@ -273,7 +274,7 @@ fn the_maps_of_a_promotion_know_what_is_restored_or_nothing() {
                 }
                 assert!(!has_ended || !new.is_full());
                 // Whoever promotes again gets there.
-                state.write_promoted_maps(&PEERS, &restored).await.unwrap();
+                state.write_promoted_maps(&PEERS, Position::default(), &restored).await.unwrap();
                 for (peer, other) in [(PEERS[0], &[7][..]), (PEERS[1], &[])] {
                     let (map, _) = state.open_map(peer).await.unwrap();
                     assert_eq!(dirty(&map), [other, &blocks].concat());

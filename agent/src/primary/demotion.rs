@@ -7,7 +7,7 @@ use super::Primary;
 use crate::metadata::StateError;
 use blockmirror_protocol::replica::promotion;
 use blockmirror_protocol::session::{Connection, ReplicaState};
-use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Position};
+use blockmirror_protocol::units::{GenerationId, HostId};
 use blockmirror_protocol::wire::message::Fence;
 use std::time::Duration;
 
@@ -25,20 +25,12 @@ impl Primary {
         self.superseded.get()
     }
 
-    /// The last epoch that ended, in the newest generation.
-    fn position(&self) -> Position {
-        let inner = self.inner.borrow();
-        let (open, sequence) = inner.tracker.position();
-        let generation = inner.tracker.lineage().first().copied().unwrap_or_default();
-        Position { generation, epoch: Epoch(open.0 - 1), sequence }
-    }
-
     /// Records durably that this host is a replica from now on, of the holder of `fence`.
     ///
     /// # Errors
     /// [`StateError`] when it can't be written; then it is the primary still.
     pub async fn record_demotion(&self, fence: Fence) -> Result<(), StateError> {
-        let position = self.position();
+        let position = self.inner.borrow().tracker.reached();
         let (has_undelivered, unanswered) = {
             let tracker = &self.inner.borrow().tracker;
             match self.superseded.get() {

@@ -71,6 +71,8 @@ pub struct LinkState {
 pub enum Split {
     /// Both wrote after they were last in sync, or were promoted at the same time.
     Brain,
+    /// The other one has what this one lacks, which was recovered from an older copy or set back (X4).
+    Beyond,
     /// Their histories have nothing in common.
     Strangers,
 }
@@ -329,7 +331,11 @@ impl Peer {
         match error {
             PeerError::Refused(refused) => {
                 state.replica_failed = refused.refusal == Refusal::Backing;
-                state.split = (refused.refusal == Refusal::SplitBrain).then_some(Split::Brain);
+                state.split = match refused.refusal {
+                    Refusal::SplitBrain => Some(Split::Brain),
+                    Refusal::Beyond => Some(Split::Beyond),
+                    _ => None,
+                };
                 if refused.refusal == Refusal::UnknownKey {
                     drop(state);
                     (self.asks)();

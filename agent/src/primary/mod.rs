@@ -21,7 +21,6 @@ use crate::troubles::{Kind, Troubles};
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::disk::superblock::Superblock;
-use blockmirror_protocol::lineage;
 use blockmirror_protocol::promise::PATIENCE;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
@@ -29,7 +28,7 @@ use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Se
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
 use blockmirror_protocol::tracker::start::Heard;
 use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, WriteFailed};
-use blockmirror_protocol::units::{GenerationId, HostId, Sequence, Session as SessionNumber, Time};
+use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
@@ -117,9 +116,8 @@ impl Primary {
         pool: BufferPool,
         config: &VolumeConfig,
     ) -> Result<Rc<Self>, crate::metadata::StateError> {
-        let first = lineage::first_epoch_after(state.superblock().position.epoch);
-        let epoch = first.ok_or(crate::metadata::StateError::UsedUp)?;
-        state.change_superblock(|superblock| superblock.begin_run(epoch)).await?;
+        let run = state.superblock().next_run().ok_or(crate::metadata::StateError::UsedUp)?;
+        state.change_superblock(|superblock| superblock.begin_run(run)).await?;
         let superblock = state.superblock();
         let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
         state.remove_other_maps(&hosts)?;
@@ -139,7 +137,8 @@ impl Primary {
             sector_bytes: backing.alignment(),
             lineage: superblock.lineage,
             lineage_limit: LINEAGE_LIMIT,
-            first_epoch: superblock.position.epoch,
+            opened: superblock.position,
+            first_epoch: superblock.run,
             loss: config.replica_loss(),
             opened_at: Time::default(),
             patience: PATIENCE,
@@ -356,7 +355,7 @@ impl Primary {
             fence: superblock.fence,
             lineage: self.inner.borrow().tracker.lineage().to_vec(),
             members,
-            end: superblock.end,
+            ends: superblock.ends,
         }
     }
 
@@ -456,7 +455,8 @@ impl Primary {
             Action::WriteLocal { sequence, request, range, zero, durable } => {
                 self.write(inner, sequence, request, range, zero, durable);
             }
-            Action::BeginGeneration { kept } => self.begin_generation(kept),
+            Action::BeginGeneration { kept, first, end } => self.begin_generation(kept, first, end),
+            Action::TellUpTo { end } => self.tell_up_to(end),
             Action::SyncLocal => self.submit(&self.backing, Operation::Sync, |primary, outcome| {
                 let synced = primary.note(outcome);
                 primary.drive(|inner, now| inner.tracker.handle_synced(synced, now));
@@ -500,23 +500,36 @@ impl Primary {
         self.reads.count_in(troubles);
     }
 
-    fn begin_generation(&self, kept: Vec<GenerationId>) {
+    fn begin_generation(&self, kept: Vec<GenerationId>, first: Epoch, end: Epoch) {
         let primary = self.me();
         spawn_local(async move {
             let generation = GenerationId(crate::transport::key::random());
             let change = |superblock: &mut Superblock| {
-                lineage::begin(&mut superblock.lineage, generation, &kept, LINEAGE_LIMIT);
+                superblock.begin_generation(generation, &kept, LINEAGE_LIMIT, (first, end));
             };
-            let recorded = primary.state.change_superblock(change).await;
-            if let Err(error) = &recorded {
-                let text = crate::words::with_causes(error);
-                tracing::error!("{text}");
-                primary.error.borrow_mut().get_or_insert(text);
-            }
-            let generation = recorded.is_ok().then_some(generation);
+            let generation = primary.record(change).await.then_some(generation);
             generation.into_iter().for_each(|generation| primary.state.note_generation(generation));
             primary.drive(|inner, now| inner.tracker.handle_generation(generation, now));
         });
+    }
+
+    fn tell_up_to(&self, end: Epoch) {
+        let primary = self.me();
+        spawn_local(async move {
+            let recorded = primary.record(|superblock| superblock.tell_up_to(end)).await;
+            primary.drive(|inner, now| inner.tracker.handle_told(recorded, now));
+        });
+    }
+
+    /// Changes the superblock for the tracker. Says whether that is durable.
+    async fn record(&self, change: impl FnOnce(&mut Superblock)) -> bool {
+        let recorded = self.state.change_superblock(change).await;
+        if let Err(error) = &recorded {
+            let text = crate::words::with_causes(error);
+            tracing::error!("{text}");
+            self.error.borrow_mut().get_or_insert(text);
+        }
+        recorded.is_ok()
     }
 
     fn carry_out_for(&self, inner: &mut Inner, peer: HostId, action: session::Action) {

@@ -31,6 +31,17 @@ use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::spawn_local;
 
+/// That greetings of a primary are refused, because this host has what that one lacks (L3).
+#[derive(Clone, Copy, Debug)]
+pub struct Split {
+    /// The primary.
+    pub from: HostId,
+    /// Since when.
+    pub since: Instant,
+    /// Whether that one was recovered from an older copy or set back (X4); else this host wrote alone.
+    pub is_beyond: bool,
+}
+
 /// A volume on a replica. Lives on the volume's thread.
 pub struct Replica {
     me: Weak<Self>,
@@ -47,8 +58,8 @@ pub struct Replica {
     shortage: RefCell<Option<String>>,
     /// That a history was given up, or could not be.
     forgotten: Notify,
-    /// Since when greetings are refused because this host wrote alone (L3), and whose.
-    split: Cell<Option<(HostId, Instant)>>,
+    /// Whose greetings are refused.
+    split: Cell<Option<Split>>,
     /// Whether the primary said that its operator paused the mirroring.
     paused_there: Cell<bool>,
     /// The volume's name, for words to the operator.

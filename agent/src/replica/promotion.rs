@@ -83,7 +83,7 @@ impl Replica {
             match step {
                 Step::WriteMaps => {
                     let restored = saved_in(&self.layers.lock().await, superblock.gap);
-                    self.state.write_promoted_maps(peers, &restored).await?;
+                    self.state.write_promoted_maps(peers, position, &restored).await?;
                 }
                 Step::Begin => self.state.change_superblock(promotion::begin).await?,
                 Step::Restore { layer } => self.restore(layer, progress).await?,

@@ -4,7 +4,7 @@
 //! newer greeting takes the place of an older session at once; the machine answers it only when everything of the old one
 //! has ended (R1).
 
-use super::Replica;
+use super::{Replica, Split};
 use crate::transport::{ControlReceiver, ControlSender, FrameReceiver, ReceiveError, SendError};
 use blockmirror_protocol::replica::{FrameId, PrimaryMisbehaved};
 use blockmirror_protocol::units::{HostId, Session as SessionNumber};
@@ -95,6 +95,7 @@ impl Replica {
         // Checked before anything is ended for it.
         self.inner.borrow().machine.check_numbers(&hello)?;
         if let Some(no) = self.objection(&hello) {
+            self.inner.borrow_mut().machine.note_rejected(&hello);
             // The session that is being served goes on.
             sender.end_with(no, Some(receiver));
             return Ok(());
@@ -257,10 +258,12 @@ impl Replica {
             }
             return superseded.map(Message::from);
         };
-        if refused.refusal == Refusal::SplitBrain {
+        if matches!(refused.refusal, Refusal::SplitBrain | Refusal::Beyond) {
             let holder = hello.fence.holder;
-            let known = self.split.get().filter(|(host, _)| *host == holder);
-            self.split.set(known.or_else(|| Some((holder, Instant::now()))));
+            let is_beyond = refused.refusal == Refusal::Beyond;
+            let known = self.split.get().filter(|split| split.from == holder);
+            let since = known.map_or_else(Instant::now, |split| split.since);
+            self.split.set(Some(Split { from: holder, since, is_beyond }));
             let name = &self.name;
             refused
                 .text
@@ -269,9 +272,9 @@ impl Replica {
         Some(refused.into())
     }
 
-    /// Whose greetings are refused because this host wrote alone after the two were last in sync, and since when.
+    /// Whose greetings are refused because this host has what that one lacks.
     #[must_use]
-    pub fn split(&self) -> Option<(HostId, Instant)> {
+    pub fn split(&self) -> Option<Split> {
         self.split.get()
     }
 

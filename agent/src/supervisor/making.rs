@@ -16,9 +16,9 @@ use crate::transport::{Connection, key};
 use crate::volume::Learned;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
-use blockmirror_protocol::lineage::End;
+use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::units::{
-    BlockSize, CopyId, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
+    BlockSize, CopyId, Epoch, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
 };
 use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Members, Message, Mode, Promise};
 use std::path::{Path, PathBuf};
@@ -80,7 +80,8 @@ impl Supervisor {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
-            end: End::default(),
+            run: Epoch(0),
+            ends: Ends::default(),
         };
         self.set_up(config, superblock, prepared.made).await
     }
@@ -128,7 +129,8 @@ impl Supervisor {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
-            end: End::default(),
+            run: Epoch(0),
+            ends: Ends::default(),
         };
         // The volume is ready before the token is used up, because the primary dials at once.
         let reply = self.set_up(config, superblock, prepared.made).await?;

@@ -128,6 +128,10 @@ fn lack(peer: &PeerStatus) -> String {
     let name = &peer.name;
     match (peer.connection, peer.state) {
         (_, Some(PeerState::Failed)) => format!("{name} has failed{}; {}", reason(peer), worth(peer)),
+        (_, Some(PeerState::SplitBrain)) if peer.is_beyond => format!(
+            "{name} has what this host lost, which was set back or recovered from an older copy; \
+             neither takes the other's content"
+        ),
         (_, Some(PeerState::SplitBrain)) => {
             format!(
                 "{name} and this host both wrote after they were last in sync, and neither takes the other's content"

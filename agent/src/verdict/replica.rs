@@ -75,11 +75,16 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
     let succession = &facts.succession;
     if let Some(other) = &succession.split_from {
         let since = succession.split_seconds.map(|seconds| format!(" since {}", Seconds(seconds)));
-        let verdict = format!(
-            "split brain{}: this host wrote alone after it was last in sync with {other}, and takes nothing from it; {}",
-            since.unwrap_or_default(),
-            copy(facts)
-        );
+        let why = match succession.is_beyond {
+            true => format!(
+                "{other} was set back, or recovered from an older copy, and lacks what this host has; \
+                 nothing is taken from it"
+            ),
+            false => format!(
+                "this host wrote alone after it was last in sync with {other}, and takes nothing from it"
+            ),
+        };
+        let verdict = format!("split brain{}: {why}; {}", since.unwrap_or_default(), copy(facts));
         let action = format!(
             "to keep {other}'s content: blockmirror resolve {} --keep {other}; --dry-run tells what that loses",
             facts.name

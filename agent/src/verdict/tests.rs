@@ -22,6 +22,7 @@ fn peer(name: &str, role: Role) -> PeerStatus {
         mode: Mode::Async,
         compression: Compression::Lz4,
         resync_limit_bytes: Some(120 << 20),
+        is_beyond: false,
         state: Some(PeerState::InSync),
         data: Some(CopyState::Consistent),
         out_of_sync_bytes: Some(0),
@@ -530,6 +531,34 @@ fn a_split_brain_is_told_on_both_sides_with_the_command() {
         VolumeState::SplitBrain,
         "split brain since 1m: this host wrote alone after it was last in sync with a, and takes nothing from it; \
          this copy is consistent",
+        "to keep a's content: blockmirror resolve data --keep a; --dry-run tells what that loses",
+    );
+}
+
+#[test]
+fn where_a_primary_was_set_back_both_sides_say_so() {
+    let beyond = PeerStatus {
+        connection: Connection::Disconnected,
+        state: Some(PeerState::SplitBrain),
+        is_beyond: true,
+        ..replica("b")
+    };
+    let own = Succession { own_name: Some("a".to_owned()), ..Succession::default() };
+    check(
+        VolumeFacts { succession: own, ..facts(Role::Primary, vec![beyond]) },
+        VolumeState::SplitBrain,
+        "split brain: b has what this host lost, which was set back or recovered from an older copy; \
+         neither takes the other's content",
+        "to keep this host's content, on b: blockmirror resolve data --keep a; to keep b's, \
+         here: blockmirror demote data, then blockmirror resolve data --keep b",
+    );
+    let succession =
+        Succession { split_from: Some("a".to_owned()), is_beyond: true, ..Succession::default() };
+    check(
+        VolumeFacts { succession, ..facts(Role::Replica, vec![peer("a", Role::Primary)]) },
+        VolumeState::SplitBrain,
+        "split brain: a was set back, or recovered from an older copy, and lacks what this host has; \
+         nothing is taken from it; this copy is consistent",
         "to keep a's content: blockmirror resolve data --keep a; --dry-run tells what that loses",
     );
 }

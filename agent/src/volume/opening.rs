@@ -175,7 +175,7 @@ impl Volume {
         tracing::warn!(volume = %config.name, "{holder} was promoted since; this host is a replica now");
         state
             .change_superblock(|superblock| {
-                let position = superblock.position;
+                let position = superblock.stands();
                 // What was written last and never delivered is lost here, as with any crash of a primary whose
                 // replica was promoted; it is saved as it is overwritten (L3).
                 promotion::record_demotion(superblock, fence, position, None, 0);

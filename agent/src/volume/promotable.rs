@@ -202,7 +202,8 @@ mod tests {
             mode,
             promise,
             released: false,
-            end: blockmirror_protocol::lineage::End::default(),
+            run: Epoch(0),
+            ends: blockmirror_protocol::lineage::Ends::default(),
         };
         let candidate = Candidate {
             own: HostId([2; 32]),
@@ -239,7 +240,7 @@ mod tests {
             dirty_bytes: 0,
             began: Vec::new(),
             silent_milliseconds: 0,
-            end: blockmirror_protocol::lineage::End::default(),
+            ends: blockmirror_protocol::lineage::Ends::default(),
         }
     }
 

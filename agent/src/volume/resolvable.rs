@@ -131,8 +131,7 @@ impl Resolver {
 
     /// Whether one of the two was recovered or set back to what it was before the other's content.
     pub(super) fn lacks_what_ended(&self, standing: &Standing) -> bool {
-        let Superblock { lineage, end, .. } = &self.superblock;
-        end.lacks(&standing.lineage, standing.marker) || standing.end.lacks(lineage, self.position)
+        self.superblock.ends.lacks(standing.marker) || standing.ends.lacks(self.position)
     }
 
     /// Whether one of the two would have to give something up to follow the other.
@@ -164,7 +163,7 @@ impl Resolver {
 mod tests {
     use super::*;
     use crate::config;
-    use blockmirror_protocol::lineage::End;
+    use blockmirror_protocol::lineage::Ends;
     use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, Session, VolumeId};
     use blockmirror_protocol::wire::message::{Fence, Mode, Promise};
 
@@ -197,7 +196,8 @@ mod tests {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
-            end: End::default(),
+            run: Epoch(0),
+            ends: Ends::default(),
         };
         let own = (HostId([1; 32]), "a".to_owned());
         Resolver {
@@ -221,7 +221,7 @@ mod tests {
             dirty_bytes: 0,
             began: Vec::new(),
             silent_milliseconds: 0,
-            end: End::default(),
+            ends: Ends::default(),
         }
     }
 
@@ -259,15 +259,15 @@ mod tests {
             epoch: Epoch(epoch),
             ..Position::default()
         };
-        let end = End { generation: GenerationId([b'a'; 16]), epoch: Epoch(9), until: Epoch(20) };
-        let older = Standing { end, ..standing("ba") };
+        let ends = Ends::only(GenerationId([b'a'; 16]), Epoch(9));
+        let older = Standing { ends: ends.clone(), ..standing("ba") };
         let yields = |position, standing: Standing| {
             Resolver { position, ..resolver("a") }.winner(B, &[says("b", 2, Ok(standing))]).is_ok()
         };
         assert!(yields(position(9), older.clone()), "this one has more");
         assert!(!yields(position(8), older), "this one has no more than was recovered");
         let mut recovered = resolver("ba");
-        recovered.superblock.end = end;
+        recovered.superblock.ends = ends;
         let before = Fence { counter: 2, holder: HostId([1; 32]) };
         let more = Standing { role: Role::Replica, fence: before, marker: position(9), ..standing("a") };
         assert!(recovered.winner(B, &[says("b", 2, Ok(more.clone()))]).is_ok(), "the other one has more");

@@ -187,8 +187,9 @@ impl Volume {
             is_full: replica.report().is_full,
             shortage: replica.shortage(),
             own_name: Some(self.surroundings.own.name.clone()),
-            split_from: split.map(|(host, _)| self.name_of(host)),
-            split_seconds: split.map(|(_, since)| since.elapsed().as_secs()),
+            split_from: split.map(|split| self.name_of(split.from)),
+            split_seconds: split.map(|split| split.since.elapsed().as_secs()),
+            is_beyond: split.is_some_and(|split| split.is_beyond),
             ..Succession::default()
         }
     }
@@ -261,7 +262,7 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
     };
     let state = match report.state {
         _ if link.replica_failed && report.connection != Link::Connected => PeerState::Failed,
-        _ if link.split == Some(Split::Brain) => PeerState::SplitBrain,
+        _ if matches!(link.split, Some(Split::Brain | Split::Beyond)) => PeerState::SplitBrain,
         _ if link.split == Some(Split::Strangers) => PeerState::Stranger,
         ReplicaState::InSync => PeerState::InSync,
         ReplicaState::Resyncing => PeerState::Resyncing,
@@ -287,6 +288,7 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
         connection_seconds: Some(now.since(report.since).as_secs()),
         paused_there: connection == Connection::Paused && !link.paused,
         error,
+        is_beyond: link.split == Some(Split::Beyond),
         state: Some(state),
         // What is on its way is told as lag; it is not out of sync until its acknowledgement is late (D4).
         out_of_sync_bytes: Some(if in_sync { report.map_bytes } else { report.out_of_sync_bytes }),

@@ -17,15 +17,17 @@
 //! 1240 mode (1)  1241 released (1)  1242 zero (6)
 //! 1248 counter of the source's fence (8)          1256 history (8)
 //! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
-//! 1400 end: generation (16), epoch (8), until (8) 1432 zero
+//! 1400 zero                1440 run (8)
+//! 1448 ends: an epoch (8) for each generation of the lineage, 0 where none is known      1960 zero
 //! ```
 //!
 //! Version 1 had zeroes from 1216 on, which read as what was true of every copy then: nothing adopted, no gap, no
 //! layers, asynchronous, never released, no history. Version 2 had zeroes from 1264 on: nothing was
-//! promised, and no end is known.
+//! promised, and no end is known. Version 3 said at 1400 where a recovered content ends: generation (16), epoch (8), and
+//! the first epoch of the run after it (8), with which that was settled. It had no run: the position of a primary told it.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
-use crate::lineage::End;
+use crate::lineage::{self, Ends};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
 pub use crate::wire::message::Role;
 use crate::wire::message::{DataState, Fence, Mode, Promise};
@@ -37,7 +39,7 @@ pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
 pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 
@@ -84,10 +86,13 @@ struct Raw {
     zero_at_last: [u8; 3],
     promise_replicas: U32,
     unused: [u8; 128],
-    end_generation: [u8; 16],
-    end_epoch: U64,
-    end_until: U64,
-    rest: [u8; PAGE_BYTES - 1432],
+    old_end_generation: [u8; 16],
+    old_end_epoch: U64,
+    old_end_until: U64,
+    unused_too: U64,
+    run: U64,
+    ends: [U64; LINEAGE_LIMIT],
+    rest: [u8; PAGE_BYTES - 1960],
 }
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
@@ -122,8 +127,8 @@ pub struct Superblock {
     pub session: Session,
     /// Who may write.
     pub fence: Fence,
-    /// On a replica, the position that it last adopted by a commit; on a primary, one before all that it writes while
-    /// it is open.
+    /// On a replica, the position that it last adopted by a commit; on a primary, where its content stood when it was
+    /// opened.
     pub position: Position,
     /// On a replica, the fence of the primary whose content it adopted last, or whose resync made it inconsistent; none
     /// once its content was given up or brought back, until it follows a primary again (L6).
@@ -146,8 +151,11 @@ pub struct Superblock {
     pub promise: Promise,
     /// Whether the primary was demoted when this replica had everything: whoever is promoted next loses nothing.
     pub released: bool,
-    /// On a primary, or one that was demoted: where its content ends, where that may be before its newest generation did.
-    pub end: End,
+    /// The first epoch of this host's last run as primary: whatever it numbered before is lower.
+    pub run: Epoch,
+    /// On a primary, where its content ends in generations that others may be further in. Of the one that is going on, an
+    /// epoch that no replica was told of.
+    pub ends: Ends,
 }
 
 impl Superblock {
@@ -158,16 +166,55 @@ impl Superblock {
         self.source == Fence::default()
     }
 
-    /// What the superblock says when a primary is opened: its epochs get numbers that no earlier run used, and what it
-    /// held before is settled.
-    pub fn begin_run(&mut self, epoch: Epoch) {
+    /// The first epoch of this host's next run as primary; nothing where the numbers are used up.
+    #[must_use]
+    pub fn next_run(&self) -> Option<Epoch> {
+        lineage::first_epoch_after(self.run.max(self.position.epoch))
+    }
+
+    /// Where the content of a primary stands that isn't open. What it told others of its newest generation was before the
+    /// end of that; in one that another host began, nobody is further than before its next run.
+    fn reached(&self, next: Epoch) -> Position {
         let generation = self.lineage.first().copied().unwrap_or_default();
-        if self.end.generation != generation {
-            self.end = End::default();
-        } else if self.end.until == Epoch(0) {
-            self.end.until = epoch;
+        let end = self.ends.of(generation).unwrap_or(next);
+        Position { generation, epoch: Epoch(end.0.saturating_sub(1)), sequence: Sequence(0) }
+    }
+
+    /// What the superblock says when a primary is opened whose epochs get numbers from `run` on.
+    pub fn begin_run(&mut self, run: Epoch) {
+        (self.position, self.run) = (self.reached(run), run);
+    }
+
+    /// Where the content of this host stands that was a primary when it ended.
+    #[must_use]
+    pub fn stands(&self) -> Position {
+        self.reached(self.run)
+    }
+
+    /// What the superblock says when a primary begins a generation with the epoch `first`. Others are told of no epoch of
+    /// it from `end` on before [`Superblock::tell_up_to`].
+    pub fn begin_generation(
+        &mut self,
+        generation: GenerationId,
+        kept: &[GenerationId],
+        limit: usize,
+        (first, end): (Epoch, Epoch),
+    ) {
+        if let Some(newest) =
+            self.lineage.first().filter(|newest| self.ends.of(**newest).is_some_and(|end| end > first))
+        {
+            self.ends.set(*newest, first);
         }
-        self.position = Position { generation, epoch, sequence: Sequence(0) };
+        lineage::begin(&mut self.lineage, generation, kept, limit);
+        self.ends.set(generation, end);
+        self.ends.keep(&self.lineage);
+    }
+
+    /// Others may be told of the epochs of the newest generation up to this one, which is the first that they may not be
+    /// told of; no lower one than any of which they were.
+    pub fn tell_up_to(&mut self, end: Epoch) {
+        let newest = self.lineage.first().copied().unwrap_or_default();
+        self.ends.set(newest, end);
     }
 
     /// The page to write at [`super::slot_offset`] of `serial`.
@@ -180,6 +227,10 @@ impl Superblock {
         let mut lineage = [[0; 16]; LINEAGE_LIMIT];
         for (slot, generation) in lineage.iter_mut().zip(&self.lineage) {
             *slot = generation.0;
+        }
+        let mut ends = [U64::ZERO; LINEAGE_LIMIT];
+        for (slot, generation) in ends.iter_mut().zip(&self.lineage) {
+            *slot = U64::new(self.ends.of(*generation).map_or(0, |end| end.0.max(1)));
         }
         let raw = Raw {
             magic: MAGIC,
@@ -229,10 +280,13 @@ impl Superblock {
                 Promise::Replicas(replicas) => replicas,
             }),
             unused: [0; 128],
-            end_generation: self.end.generation.0,
-            end_epoch: U64::new(self.end.epoch.0),
-            end_until: U64::new(self.end.until.0),
-            rest: [0; PAGE_BYTES - 1432],
+            old_end_generation: [0; 16],
+            old_end_epoch: U64::ZERO,
+            old_end_until: U64::ZERO,
+            unused_too: U64::ZERO,
+            run: U64::new(self.run.0),
+            ends,
+            rest: [0; PAGE_BYTES - 1960],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -266,6 +320,14 @@ impl Superblock {
         let block_size = BlockSize::new(raw.block_bytes.get().into()).map_err(|_| corrupted.clone())?;
         let length = raw.lineage_length.get() as usize;
         let lineage = raw.lineage.get(..length).ok_or_else(|| corrupted.clone())?;
+        let mut ends = Ends::default();
+        for (generation, end) in lineage.iter().zip(&raw.ends).filter(|(_, end)| end.get() != 0) {
+            ends.set(GenerationId(*generation), Epoch(end.get()));
+        }
+        let old_end = GenerationId(raw.old_end_generation);
+        if !old_end.is_none() && raw.old_end_until.get() == 0 {
+            ends.set(old_end, Epoch(raw.old_end_epoch.get().max(1)));
+        }
         let superblock = Self {
             volume: VolumeId(raw.volume),
             copy: CopyId(raw.copy),
@@ -303,11 +365,8 @@ impl Superblock {
                 _ => return Err(corrupted),
             },
             released: raw.released != 0,
-            end: End {
-                generation: GenerationId(raw.end_generation),
-                epoch: Epoch(raw.end_epoch.get()),
-                until: Epoch(raw.end_until.get()),
-            },
+            run: Epoch(if raw.version.get() < 4 { raw.epoch.get() } else { raw.run.get() }),
+            ends,
         };
         Ok(Some((raw.serial.get(), superblock)))
     }
@@ -337,17 +396,18 @@ mod tests {
             mode: Mode::Sync,
             promise: Promise::Replicas(16),
             released: true,
-            end: End { generation: GenerationId([16; 16]), epoch: Epoch(17), until: Epoch(18) },
+            run: Epoch(17),
+            ends: Ends::only(GenerationId([10; 16]), Epoch(18)),
         }
     }
 
     #[test]
     fn the_page_has_these_golden_bytes() {
         let page = sample().encode(11);
-        let bytes = page[..256].iter().chain(&page[1216..1272]).chain(&page[1400..1432]);
+        let bytes = page[..256].iter().chain(&page[1216..1272]).chain(&page[1440..1464]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(text, golden(include_str!("golden/superblock-3.hex")));
-        let zero = page[256..1216].iter().chain(&page[1272..1400]).chain(&page[1432..]);
+        assert_eq!(text, golden(include_str!("golden/superblock-4.hex")));
+        let zero = page[256..1216].iter().chain(&page[1272..1440]).chain(&page[1464..]);
         assert!(zero.copied().all(|byte| byte == 0));
     }
 
@@ -358,24 +418,51 @@ mod tests {
         for (number, at) in (0..256).chain(1216..1264).enumerate() {
             page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
         }
-        let old = Superblock { promise: Promise::None, end: End::default(), ..sample() };
+        let old = Superblock { promise: Promise::None, ..without_ends() };
         assert_eq!(Superblock::recover(&page), Ok((11, old)));
     }
 
+    /// What an earlier layout has no room for.
+    fn without_ends() -> Superblock {
+        Superblock { run: sample().position.epoch, ends: Ends::default(), ..sample() }
+    }
+
     #[test]
-    fn a_run_settles_where_the_content_before_it_ended_and_later_ones_leave_it() {
-        let generation = GenerationId([6; 16]);
-        let end = End { generation, epoch: Epoch(8), until: Epoch(0) };
-        let mut superblock = Superblock { end, ..sample() };
-        run(&mut superblock);
-        let settled = End { until: superblock.position.epoch, ..end };
-        assert_eq!((superblock.end, superblock.position.generation), (settled, generation));
-        run(&mut superblock);
-        assert_eq!(superblock.end, settled, "nothing of that generation was written since");
-        assert!(superblock.position.epoch > settled.until);
-        superblock.lineage.insert(0, GenerationId([7; 16]));
-        run(&mut superblock);
-        assert_eq!(superblock.end, End::default());
+    fn a_page_of_version_3_tells_where_a_recovered_content_ends_until_a_run_has_settled_it() {
+        let mut page = [0; PAGE_BYTES];
+        let text = golden(include_str!("golden/superblock-3.hex"));
+        for (number, at) in (0..256).chain(1216..1272).chain(1400..1432).enumerate() {
+            page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
+        }
+        assert_eq!(Superblock::recover(&page), Ok((11, without_ends())));
+        page[1424..1432].fill(0);
+        seal(&mut page, CRC_AT);
+        let ends = Ends::only(GenerationId([16; 16]), Epoch(17));
+        assert_eq!(Superblock::recover(&page), Ok((11, Superblock { ends, ..without_ends() })));
+    }
+
+    #[test]
+    fn a_primary_stands_where_it_may_have_told_others_that_it_does() {
+        let generation = |byte| GenerationId([byte; 16]);
+        let position = |byte, epoch| Position {
+            generation: generation(byte),
+            epoch: Epoch(epoch),
+            sequence: Sequence(0),
+        };
+        let mut superblock = Superblock { lineage: vec![generation(1)], ends: Ends::default(), ..sample() };
+        // Another host began that generation: nobody who follows this one is told of less than others may have.
+        superblock.begin_run(Epoch(1 << 40));
+        assert_eq!(superblock.position, position(1, (1 << 40) - 1));
+        superblock.begin_generation(generation(2), &[], 64, (Epoch(1 << 40), Epoch((1 << 40) + 5)));
+        assert!(!superblock.ends.lacks(position(1, 2 << 40)), "others may have been further");
+        assert_eq!(superblock.stands(), position(2, (1 << 40) + 4));
+        superblock.tell_up_to(Epoch((1 << 40) + 9));
+        superblock.begin_generation(generation(3), &[], 64, (Epoch((1 << 40) + 7), Epoch((1 << 40) + 8)));
+        assert_eq!(superblock.ends.of(generation(2)), Some(Epoch((1 << 40) + 7)), "it has ended");
+        // What is written in the next run is of a generation of its own.
+        superblock.begin_run(Epoch(2 << 40));
+        assert_eq!((superblock.position, superblock.run), (position(3, (1 << 40) + 7), Epoch(2 << 40)));
+        assert_eq!(superblock.next_run(), Some(Epoch(3 << 40)));
     }
 
     #[test]
@@ -393,16 +480,10 @@ mod tests {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
-            end: End::default(),
             source: Fence { counter: 0, holder: HostId([9; 32]) },
-            ..sample()
+            ..without_ends()
         };
         assert_eq!(Superblock::recover(&page), Ok((11, old)));
-    }
-
-    fn run(superblock: &mut Superblock) {
-        let epoch = crate::lineage::first_epoch_after(superblock.position.epoch);
-        superblock.begin_run(epoch.expect("a run is left"));
     }
 
     fn golden(text: &str) -> String {
@@ -437,12 +518,12 @@ mod tests {
             assert_eq!(Superblock::recover(&bytes), corrupted);
         }
         let mut newer = sample().encode(6);
-        newer[8] = 4;
+        newer[8] = 5;
         seal(&mut newer, CRC_AT);
         let file = [newer, sample().encode(5)].concat();
         assert_eq!(
             Superblock::recover(&file),
-            Err(MetadataError::TooNew { what: WHAT, found: 4, known: VERSION })
+            Err(MetadataError::TooNew { what: WHAT, found: 5, known: VERSION })
         );
     }
 }

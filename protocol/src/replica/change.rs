@@ -1,7 +1,7 @@
 //! Changes of what a replica's superblock says. Each is one durable write, so a crash leaves it done or not begun.
 
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
-use crate::lineage::{self, End};
+use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
 use crate::units::{GenerationId, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise};
@@ -88,7 +88,7 @@ impl StateChange {
                 superblock.source = *source;
                 superblock.gap = 0;
                 superblock.adopted += 1;
-                superblock.end = End::default();
+                superblock.ends = Ends::default();
             }
             Self::Release => superblock.released = true,
         }

@@ -86,6 +86,9 @@ pub struct Replica {
     /// A greeting that waits for the old session to drain.
     greeting: Option<Hello>,
     last_session: SessionNumber,
+    /// Whether the primary greeted with the number of a session that it had opened before, and nothing was committed since:
+    /// it was set back, and what it knows of this copy is of before (X4).
+    primary_went_back: bool,
     sync: Option<SyncScope>,
     marker: Marker,
     promise: Held,
@@ -203,6 +206,7 @@ impl Replica {
             link: None,
             greeting: None,
             last_session: SessionNumber(0),
+            primary_went_back: false,
             sync: None,
             marker: Marker { durable: mark, ..Marker::default() },
             promise: Held::default(),

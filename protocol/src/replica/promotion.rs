@@ -6,15 +6,16 @@
 //!
 //! A map that this copy has kept since it was a primary is still good; for every other peer a clean one is made. It is
 //! relative to the newest generation here: a peer that has the same one differs only in the extents of the two
-//! activity logs (D5), and to any other peer the map does not apply (L2).
+//! activity logs (D5), and to any other peer the map does not apply (L2). Of the primary from before it is known that it
+//! has all that this host got from it: where it says less, it was set back (X4).
 
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
-use crate::lineage::{self, End};
+use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
-use crate::units::{Epoch, GenerationId, HostId, Position};
+use crate::units::{GenerationId, HostId, Mark, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise};
 
 /// Why a replica can't be promoted, whatever it would lose.
@@ -63,9 +64,7 @@ pub fn steps(superblock: &Superblock) -> Result<Vec<Step>, NotPromotable> {
         return Err(NotPromotable::Primary);
     }
     // The promotion must have a number, and the epochs that come after it.
-    if superblock.fence.raised(HostId::default()).is_none()
-        || lineage::first_epoch_after(superblock.position.epoch).is_none()
-    {
+    if superblock.fence.raised(HostId::default()).is_none() || superblock.next_run().is_none() {
         return Err(NotPromotable::UsedUp);
     }
     match (superblock.data, superblock.gap) {
@@ -79,13 +78,22 @@ pub fn steps(superblock: &Superblock) -> Result<Vec<Step>, NotPromotable> {
 }
 
 /// The map to write for a peer: the one that was kept, if it is still good, else a clean one, with every block that a
-/// rollback will restore (P2). `map` is as recovered, or full.
+/// rollback will restore (P2). `map` is as recovered, or full; `position` is the replica's last one.
 #[must_use]
-pub fn map_for(mut map: DirtyMap, superblock: &Superblock, restored: &[ByteRange]) -> DirtyMap {
+pub fn map_for(
+    mut map: DirtyMap,
+    superblock: &Superblock,
+    peer: HostId,
+    position: Position,
+    restored: &[ByteRange],
+) -> DirtyMap {
     let (base, adopted) = (map.base(), superblock.adopted);
     if base.is_none() || base.adopted != adopted {
         let generation = superblock.lineage.first().copied().unwrap_or_default();
         map = map.clean(Base { generation, adopted, ..Base::default() });
+        if peer == superblock.source.holder && position.generation == generation {
+            map.note_known(Mark { position, ..Mark::default() });
+        }
     }
     for range in restored.iter().filter(|_| !planted(Bug::RollBackUnmarked)) {
         map.mark(range.blocks(superblock.block_size));
@@ -111,10 +119,6 @@ pub fn record(superblock: &mut Superblock, host: HostId, position: Position) -> 
     superblock.position = position;
     (superblock.gap, superblock.history) = (0, 0);
     superblock.released = false;
-    if superblock.end.until == Epoch(0) {
-        // It is where a run of this host as primary was to end, and says nothing of what a replica has.
-        superblock.end = End::default();
-    }
     Ok(())
 }
 
@@ -142,4 +146,29 @@ pub fn record_demotion(
     superblock.source = fence;
     superblock.position = position;
     (superblock.mode, superblock.promise) = (Mode::Async, Promise::None);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{BlockSize, Epoch, Sequence, VolumeId};
+
+    /// The map said that it differs nowhere, whatever its host had been set back to.
+    #[test]
+    fn the_primary_of_before_is_known_to_have_what_came_from_it() {
+        let host = |number| HostId([number; 32]);
+        let mut superblock = crate::replica::tests::superblock("ba");
+        superblock.source = Fence { counter: 2, holder: host(2) };
+        let generation = superblock.lineage[0];
+        let position = Position { generation, epoch: Epoch(9), sequence: Sequence(0) };
+        let known = |peer, position| {
+            let map = DirtyMap::full(VolumeId([1; 16]), peer, 1 << 20, BlockSize::default());
+            map_for(map, &superblock, peer, position, &[]).known().position
+        };
+        assert_eq!(known(host(2), position), position);
+        assert_eq!(known(host(3), position), Position::default(), "another replica may have less");
+        // Nothing of the newest generation is durable here: others may have it in any state.
+        let older = Position { generation: superblock.lineage[1], ..position };
+        assert_eq!(known(host(2), older), Position::default());
+    }
 }

@@ -33,6 +33,7 @@ impl Replica {
     pub(super) fn greet(&mut self, hello: Hello) -> Result<(), PrimaryMisbehaved> {
         self.check_numbers(&hello)?;
         if let Some(answer) = self.rejection(&hello) {
+            self.note_rejected(&hello);
             self.actions.push_back(Action::Send(answer));
             return Ok(());
         }
@@ -58,7 +59,7 @@ impl Replica {
         if !Member::are_sound(&hello.members) {
             return Err(PrimaryMisbehaved("it tells of more hosts, names or addresses than a volume has"));
         }
-        if hello.lineage.len() > LINEAGE_LIMIT {
+        if hello.lineage.len().max(hello.ends.len()) > LINEAGE_LIMIT {
             return Err(PrimaryMisbehaved("its lineage is longer than any"));
         }
         Ok(())
@@ -74,6 +75,13 @@ impl Replica {
     pub fn rejection(&self, hello: &Hello) -> Option<Message> {
         let refused = self.objection(hello).map(Message::from);
         refused.or_else(|| self.supersedes(hello.fence).map(Message::from))
+    }
+
+    /// A greeting was answered with a rejection. A primary gives its sessions higher and higher numbers, durably: one that
+    /// gives an old one was set back to what it was before (X4).
+    pub fn note_rejected(&mut self, hello: &Hello) {
+        let is_of_before = hello.fence == self.superblock.fence && hello.session <= self.last_session;
+        self.primary_went_back |= is_of_before && !planted(Bug::IgnoreEnds);
     }
 
     /// Why a greeting is refused, if it is. One from a host that another one was promoted after has another answer.
@@ -107,14 +115,10 @@ impl Replica {
                 Refusal::SplitBrain,
                 "split brain: this host wrote alone after the two were last in sync",
             ),
-            Relation::Same | Relation::TheirsIsNewer
-                if hello.end.lacks(&self.superblock.lineage, self.position) =>
-            {
-                refused(
-                    Refusal::SplitBrain,
-                    "split brain: the primary was recovered from an older copy, or set back, and lacks what this host has",
-                )
-            }
+            Relation::Same | Relation::TheirsIsNewer if hello.ends.lacks(self.position) => refused(
+                Refusal::Beyond,
+                "split brain: the primary was recovered from an older copy, or set back, and lacks what this host has",
+            ),
             Relation::Same | Relation::TheirsIsNewer | Relation::Unrelated => None,
         }
     }
@@ -223,7 +227,7 @@ impl Replica {
         if self.is_in_gap() && source != primary {
             ranges.extend(self.gap.overwritten(block_size, size_bytes).take(UNION_LIMIT + 1));
         }
-        if ranges.len() > UNION_LIMIT {
+        if ranges.len() > UNION_LIMIT || self.primary_went_back {
             ranges = vec![ByteRange::new(0, size_bytes)];
         }
         let mut parts = ranges.chunks(RANGES_PER_UNION).peekable();

@@ -29,6 +29,7 @@ impl Replica {
         match change {
             StateChange::Commit { position, .. } => {
                 self.position = position;
+                self.primary_went_back = false;
                 self.maps.clear();
                 self.log_is_void();
                 self.end_gap(layer);

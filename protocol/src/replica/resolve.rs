@@ -6,7 +6,7 @@
 
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
-use crate::lineage::{self, End};
+use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
 use crate::units::GenerationId;
 use crate::wire::message::{Claim, DataState, Fence, Mode};
@@ -66,8 +66,12 @@ pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: 
         superblock.fence = winner;
     }
     superblock.lineage = lineage;
+    if !superblock.lineage.contains(&superblock.position.generation) {
+        // It has all that the two have in common.
+        superblock.position = superblock.stands();
+    }
     superblock.history = history;
-    superblock.end = End::default();
+    superblock.ends = Ends::default();
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
     superblock.layers = superblock.layers.max(history);
 }
@@ -75,7 +79,7 @@ pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::HostId;
+    use crate::units::{Epoch, HostId, Position, Sequence};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()
@@ -96,6 +100,26 @@ mod tests {
             record(&mut superblock, lineage("a"), 1, winner);
             assert_eq!(superblock.fence, expected);
         }
+    }
+
+    /// It said that it stood in a generation which the winner had never heard of, and was taken for set back (X4).
+    #[test]
+    fn a_host_that_yields_has_all_that_the_two_have_in_common() {
+        let generation = |byte| GenerationId([byte; 16]);
+        let mut superblock = crate::replica::tests::superblock("ca");
+        superblock.run = Epoch(40);
+        superblock.ends = Ends::only(generation(b'a'), Epoch(30));
+        superblock.position =
+            Position { generation: generation(b'c'), epoch: Epoch(41), sequence: Sequence(0) };
+        let stands = |superblock: &Superblock, lineage| {
+            let mut yielded = superblock.clone();
+            record(&mut yielded, lineage, 1, Fence::default());
+            (yielded.position.generation, yielded.position.epoch)
+        };
+        assert_eq!(stands(&superblock, lineage("a")), (generation(b'a'), Epoch(29)));
+        superblock.ends = Ends::default();
+        assert_eq!(stands(&superblock, lineage("a")), (generation(b'a'), Epoch(39)), "another host began it");
+        assert_eq!(stands(&superblock, lineage("ca")), (generation(b'c'), Epoch(41)));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::*;
 use crate::disk::activity_log::Recovered;
 use crate::disk::superblock::Role;
-use crate::lineage::End;
+use crate::lineage::Ends;
 use crate::units::{BlockSize, CopyId, GenerationId, HostId, Stream, VolumeId};
 use crate::wire::VERSIONS;
 use crate::wire::message::{Fence, Parting, Superseded, Union};
@@ -42,7 +42,8 @@ pub(super) fn superblock(generations: &str) -> Superblock {
         mode: Mode::Async,
         promise: Promise::None,
         released: false,
-        end: End::default(),
+        run: Epoch(0),
+        ends: Ends::default(),
     }
 }
 
@@ -69,28 +70,29 @@ fn hello(fence: Fence, generations: &str) -> Hello {
         lineage: lineage(generations),
         mode: Mode::Async,
         members: Vec::new(),
-        end: End::default(),
+        ends: Ends::default(),
     }
 }
 
 #[test]
 fn what_a_recovered_primary_lacks_is_not_overwritten_though_it_is_of_the_same_generation() {
     // The primary's disk was recovered from a copy at epoch 8 of generation b; this one got more of that generation.
-    let end = End { generation: GenerationId([b'b'; 16]), epoch: Epoch(9), until: Epoch(1 << 40) };
+    let ends = Ends::only(GenerationId([b'b'; 16]), Epoch(9));
     for (theirs, data, epoch, is_split) in [
         ("ba", DataState::Consistent, 9, true),
         ("cba", DataState::Consistent, 9, true),
         ("cba", DataState::Inconsistent, 9, true),
         ("cba", DataState::Consistent, 8, false),
-        ("cba", DataState::Consistent, 1 << 40, false),
+        // It followed a run in which nothing was written.
+        ("cba", DataState::Consistent, (1 << 40) - 1, false),
         ("cba", DataState::Empty, 9, false),
     ] {
         let position =
             Position { generation: GenerationId([b'b'; 16]), epoch: Epoch(epoch), sequence: Sequence(0) };
         let replica = replica_of(Superblock { data, position, ..superblock("ba") }, Vec::new());
-        let hello = Hello { end, ..hello(fence(2, 2), theirs) };
+        let hello = Hello { ends: ends.clone(), ..hello(fence(2, 2), theirs) };
         let refusal = replica.objection(&hello).map(|refused| refused.refusal);
-        assert_eq!(refusal, is_split.then_some(Refusal::SplitBrain), "{theirs} {data:?} {epoch}");
+        assert_eq!(refusal, is_split.then_some(Refusal::Beyond), "{theirs} {data:?} {epoch}");
     }
 }
 

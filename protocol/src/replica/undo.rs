@@ -141,7 +141,8 @@ mod tests {
             mode: Mode::Async,
             promise: crate::wire::message::Promise::None,
             released: false,
-            end: crate::lineage::End::default(),
+            run: crate::units::Epoch(0),
+            ends: crate::lineage::Ends::default(),
         }
     }
 

@@ -24,12 +24,15 @@ impl Session {
             link.sent = circumstances.position.1;
             link.received = link.sent;
         }
-        let Some((epoch, sequence)) = *closed else { return Wants { epoch_end: true, generation: false } };
+        let Some((epoch, sequence)) = *closed else { return Wants { epoch_end: true, ..Wants::default() } };
         if *streams && link.durable < epoch && !planted(Bug::CommitAtLastCopy) {
             return Wants::default();
         }
         if !circumstances.may_commit {
-            return Wants { epoch_end: false, generation: true };
+            return Wants { generation: true, ..Wants::default() };
+        }
+        if circumstances.told_before.is_some_and(|end| epoch >= end) {
+            return Wants { is_untold: true, ..Wants::default() };
         }
         let generation = circumstances.lineage.first().copied().unwrap_or_default();
         *sent = Some(generation);
@@ -38,7 +41,7 @@ impl Session {
         self.unconfirmed.push((generation, Epoch(u64::MAX)));
         let commit = Commit {
             session: link.session,
-            position: Position { generation, epoch, sequence },
+            position: circumstances.opened.unwrap_or(Position { generation, epoch, sequence }),
             lineage: circumstances.lineage.to_vec(),
             active: (circumstances.active)(),
             mode: self.mode,
@@ -285,7 +288,7 @@ mod tests {
             fence,
             lineage: lineage.clone(),
             members: Vec::new(),
-            end: crate::lineage::End::default(),
+            ends: crate::lineage::Ends::default(),
         };
         session.handle_connected(SESSION, &identity);
         let welcome = Welcome {
@@ -311,6 +314,8 @@ mod tests {
             application_is_active,
             lineage: &lineage,
             position,
+            opened: None,
+            told_before: None,
             may_commit,
             promise: Promise::None,
             active,

@@ -5,7 +5,7 @@
 
 use super::{Action, Link, Phase, Session, State};
 use crate::disk::dirty_map::Base;
-use crate::lineage::{self, End, Relation};
+use crate::lineage::{self, Ends, Relation};
 use crate::planted::{Bug, planted};
 use crate::session::resync::Resync;
 use crate::session::stream::Window;
@@ -36,8 +36,8 @@ pub struct Identity {
     pub lineage: Vec<GenerationId>,
     /// Every host of the volume, the primary first.
     pub members: Vec<Member>,
-    /// Where the primary's content ended when its run began.
-    pub end: End,
+    /// Where the primary's content ends in generations that others may be further in.
+    pub ends: Ends,
 }
 
 /// Why a session cannot go on.
@@ -100,7 +100,7 @@ impl Session {
             lineage: identity.lineage.clone(),
             mode: self.mode,
             members: identity.members.clone(),
-            end: identity.end,
+            ends: identity.ends.clone(),
         };
         self.actions.push_back(Action::Send(hello.into()));
     }
@@ -154,7 +154,9 @@ impl Session {
                     self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
                 }
                 // One that went back, as where its host was restored from an older copy, may differ anywhere (X4).
-                let has_gone_back = lineage::went_back(&greeting.lineage, welcome.mark, self.map.known());
+                // So may one that had copies in sessions that this primary knows nothing of: it went back itself.
+                let has_gone_back = lineage::went_back(&greeting.lineage, welcome.mark, self.map.known())
+                    || welcome.mark.session >= greeting.session;
                 if has_gone_back && !planted(Bug::IgnoreMark) {
                     self.went_back = true;
                     self.map.begin_anew(self.map.base());

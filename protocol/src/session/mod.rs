@@ -46,7 +46,8 @@ use crate::promise::PATIENCE;
 use crate::ranges::ByteRange;
 use crate::tracker::RequestId;
 use crate::units::{
-    BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Sequence, Session as SessionNumber, Stream, Time,
+    BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber,
+    Stream, Time,
 };
 use crate::wire::message::{
     Acknowledgement, Committed, CopyDigest, Grant, Message, Mode, Parted, Promise, ReleaseRecorded, Renew,
@@ -261,6 +262,10 @@ pub(crate) struct Circumstances<'a> {
     pub lineage: &'a [GenerationId],
     /// The last epoch that was closed, and the last write.
     pub position: (Epoch, Sequence),
+    /// Where the content stood when the volume was opened, as long as nothing was written since.
+    pub opened: Option<Position>,
+    /// The first epoch of the newest generation that no replica may be told of (X4); nothing as long as nothing was written.
+    pub told_before: Option<Epoch>,
     /// Whether the generation is one that a replica may be committed to (L1).
     pub may_commit: bool,
     /// What a replica in the mode sync is promised.
@@ -276,6 +281,8 @@ pub(crate) struct Wants {
     pub epoch_end: bool,
     /// A generation must begin before a commit.
     pub generation: bool,
+    /// Replicas may not be told yet of the epoch that is to be committed.
+    pub is_untold: bool,
 }
 
 impl LiveWrite {

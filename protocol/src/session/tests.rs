@@ -28,7 +28,7 @@ fn greet(session: &mut Session, generations: &str, welcome: Welcome) {
         fence: fence(1),
         lineage: lineage(generations),
         members: Vec::new(),
-        end: crate::lineage::End::default(),
+        ends: crate::lineage::Ends::default(),
     };
     session.handle_connected(SessionNumber(1), &identity);
     for message in [welcome.into(), Union { ranges: Vec::new(), last: true }.into()] {
@@ -42,6 +42,8 @@ fn circumstances(lineage: &[GenerationId]) -> Circumstances<'_> {
         application_is_active: false,
         lineage,
         position,
+        opened: None,
+        told_before: None,
         may_commit: true,
         promise: Promise::None,
         active: &Vec::new,

@@ -4,7 +4,7 @@ use super::replies::ReplicaLoss;
 use crate::disk::activity_log::Record;
 use crate::ranges::ByteRange;
 use crate::session;
-use crate::units::{Epoch, GenerationId, HostId, Sequence, Time};
+use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Time};
 use std::time::Duration;
 
 /// Names a request of a front end.
@@ -36,10 +36,6 @@ pub enum Work {
 
 /// What the shell must do.
 #[derive(Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "a greeting is large, and rare: it is not worth an allocation for each"
-)]
 pub enum Action {
     /// Write a record to the activity log, durably.
     WriteLog {
@@ -63,10 +59,21 @@ pub enum Action {
     },
     /// Make all ended writes durable on the backing.
     SyncLocal,
-    /// Draw a generation's name and record it durably at the head of the lineage, by [`crate::lineage::begin`].
+    /// Draw a generation's name and record it durably at the head of the lineage, by
+    /// [`crate::disk::superblock::Superblock::begin_generation`].
     BeginGeneration {
         /// Generations that are not to be pruned (L2).
         kept: Vec<GenerationId>,
+        /// The first epoch of it.
+        first: Epoch,
+        /// The first epoch of it that no replica is told of before [`Action::TellUpTo`].
+        end: Epoch,
+    },
+    /// Record durably up to which epoch of the newest generation replicas may be told (X4), by
+    /// [`crate::disk::superblock::Superblock::tell_up_to`].
+    TellUpTo {
+        /// The first epoch that they may not be told of.
+        end: Epoch,
     },
     /// Answer a request. Its data is not needed any more.
     Reply {
@@ -102,7 +109,9 @@ pub struct Settings {
     pub lineage: Vec<GenerationId>,
     /// How many generations it may hold: two for each peer, and two more, are enough.
     pub lineage_limit: usize,
-    /// The number of the first epoch, by [`crate::lineage::first_epoch_after`]; durably recorded.
+    /// Where the content stands, as the superblock says once its run has begun.
+    pub opened: Position,
+    /// The number of the first epoch, by [`crate::disk::superblock::Superblock::next_run`]; durably recorded.
     pub first_epoch: Epoch,
     /// What happens while a replica that writes should wait for is lost.
     pub loss: ReplicaLoss,

@@ -106,6 +106,7 @@ impl Tracker {
             self.fail(flush);
         }
         let mut held = std::mem::take(&mut self.generations.held);
+        held.extend(std::mem::take(&mut self.told.held));
         held.extend(self.take_waiting());
         for piece in std::mem::take(&mut self.claimed).into_iter().chain(held) {
             self.activity.give_back(piece.range.extents(), None);
@@ -172,7 +173,9 @@ mod tests {
                     tracker.handle_generation(Some(GenerationId([2; 16])), NOW);
                 }
                 Action::Reply { request, result } => replies.push((request, result)),
-                Action::ReadDigest { .. } | Action::Peer { .. } => panic!("there is no peer"),
+                Action::TellUpTo { .. } | Action::ReadDigest { .. } | Action::Peer { .. } => {
+                    panic!("there is no peer")
+                }
             }
         }
         replies
@@ -247,6 +250,7 @@ mod tests {
                     Action::BeginGeneration { .. } => {
                         tracker.handle_generation(Some(GenerationId([2; 16])), now);
                     }
+                    Action::TellUpTo { .. } => tracker.handle_told(true, now),
                     Action::Reply { request, result } => replies.push((request, result)),
                     Action::Peer { peer, action: session::Action::WriteMap(_) } => {
                         tracker.handle_map_written(peer, false, now);

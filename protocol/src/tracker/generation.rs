@@ -9,10 +9,11 @@
 //! of a replica while another one may have the same newest generation and yet lack some of it. Else those two could be
 //! taken for equals when the primary is gone (D5).
 
+use super::told::Told;
 use super::{Action, Piece, Session, Tracker};
 use crate::lineage;
 use crate::planted::{Bug, planted};
-use crate::units::{GenerationId, Time};
+use crate::units::{Epoch, GenerationId, Time};
 
 /// Where the next generation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +33,8 @@ pub(super) struct Generations {
     limit: usize,
     pub(super) next: Next,
     pub(super) beginning: bool,
+    /// The first epoch of the one that is beginning.
+    first: Epoch,
     /// Pieces that wait for the generation, in order.
     pub(super) held: Vec<Piece>,
     /// How many of the newest ones were begun since anything was answered.
@@ -41,7 +44,7 @@ pub(super) struct Generations {
 impl Generations {
     pub(super) fn new(lineage: Vec<GenerationId>, limit: usize) -> Self {
         let next = if planted(Bug::KeepGeneration) { Next::NotWanted } else { Next::Opened };
-        Self { lineage, limit, next, beginning: false, held: Vec::new(), unanswered: 0 }
+        Self { lineage, limit, next, beginning: false, first: Epoch(0), held: Vec::new(), unanswered: 0 }
     }
 
     pub(super) fn newest(&self) -> GenerationId {
@@ -60,6 +63,7 @@ impl Tracker {
             Some(generation) => {
                 self.generations.next = Next::NotWanted;
                 self.generations.unanswered += 1;
+                self.told.begin(self.generations.first, now);
                 let (kept, limit, epoch) =
                     (self.kept_generations(), self.generations.limit, self.epoch.number);
                 lineage::begin(&mut self.generations.lineage, generation, &kept, limit);
@@ -99,8 +103,9 @@ impl Tracker {
     pub(super) fn begin_generation(&mut self) {
         if !std::mem::replace(&mut self.generations.beginning, true) {
             self.close_epoch();
-            let kept = self.kept_generations();
-            self.actions.push_back(Action::BeginGeneration { kept });
+            let (kept, first) = (self.kept_generations(), self.epoch.number);
+            self.generations.first = first;
+            self.actions.push_back(Action::BeginGeneration { kept, first, end: Told::first_end(first) });
         }
     }
 

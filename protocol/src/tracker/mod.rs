@@ -16,6 +16,7 @@
 //! | [`Action::WriteLocal`] | [`Tracker::handle_local_written`] |
 //! | [`Action::SyncLocal`] | [`Tracker::handle_synced`] |
 //! | [`Action::BeginGeneration`] | [`Tracker::handle_generation`] |
+//! | [`Action::TellUpTo`] | [`Tracker::handle_told`] |
 //! | [`Action::ReadDigest`] | [`Tracker::handle_digest`] |
 //! | [`session::Action::WriteMap`] | [`Tracker::handle_map_written`] |
 //! | [`session::Action::ReadCopy`] | [`Tracker::handle_copy_read`] |
@@ -38,6 +39,7 @@ pub mod replies;
 pub mod start;
 #[cfg(test)]
 mod testing;
+mod told;
 
 pub use action::{Action, LocalWrite, RequestId, Settings, Work, WriteFailed};
 
@@ -47,7 +49,9 @@ use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session::resync::{CopyContent, CopyRead};
 use crate::session::{self, Circumstances, CompareResult, Handled, Identity, PeerError, Report, Session};
-use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
+use crate::units::{
+    EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time,
+};
 use crate::wire::message::{Message, Mode, Promise};
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
 use activity::ActiveSet;
@@ -61,6 +65,7 @@ use start::Start;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::num::NonZeroU64;
 use std::time::Duration;
+use told::Told;
 
 /// How long writes may stay in an open epoch, unsynced here and unacknowledged there, at most.
 const EPOCH_TIME: Duration = Duration::from_millis(250);
@@ -83,6 +88,9 @@ const PIECES: u32 = 16;
 pub struct Tracker {
     size_bytes: u64,
     generations: Generations,
+    told: Told,
+    /// Where the content stood when the volume was opened.
+    opened: Position,
     loss: ReplicaLoss,
     order: Order<Admitted>,
     activity: ActiveSet,
@@ -151,6 +159,7 @@ impl Tracker {
             sector_bytes,
             lineage,
             lineage_limit,
+            opened,
             first_epoch,
             loss,
             opened_at,
@@ -161,10 +170,12 @@ impl Tracker {
         let serial = match log {
             Recovered::Active { serial, .. } | Recovered::Unsure { serial } => *serial,
         };
-        let opened = lineage.first().copied().unwrap_or_default();
+        let newest = lineage.first().copied().unwrap_or_default();
         let mut tracker = Self {
             size_bytes,
             generations: Generations::new(lineage, lineage_limit),
+            told: Told::default(),
+            opened,
             loss,
             order: Order::new(sector_bytes),
             activity: ActiveSet::new(serial, active_extents),
@@ -198,7 +209,7 @@ impl Tracker {
         let promise = tracker.promise();
         for session in tracker.sessions.values_mut() {
             // What it confirmed last in an earlier run need not be recorded here.
-            session.may_have(opened);
+            session.may_have(newest);
             // What an earlier run of the agent promised is not known any more.
             let until = (promise == Promise::WhileHeard).then(|| opened_at.after(patience));
             session.keep_word(patience, until);
@@ -234,8 +245,10 @@ impl Tracker {
         let idle = self.idle.map(|(since, _)| since.after(IDLE_TIME));
         let sessions = self.sessions.values().filter_map(Session::poll_timeout);
         let full = self.full_since.map(|since| since.after(FULL_TIME));
-        let others = [epoch, idle, full, self.reply_timeout(), self.agreement_timeout(), self.wait_timeout()];
-        sessions.chain(others.into_iter().flatten()).min()
+        let waits =
+            [self.reply_timeout(), self.agreement_timeout(), self.wait_timeout(), self.told_timeout()];
+        let others = [epoch, idle, full].into_iter().chain(waits);
+        sessions.chain(others.flatten()).min()
     }
 
     /// An application asks for something. Ranges lie inside the volume and are 512-aligned.
@@ -476,7 +489,8 @@ impl Tracker {
         for (request, _) in self.withheld.take().into_iter().flatten() {
             self.answer(request, Err(WriteFailed));
         }
-        let held = std::mem::take(&mut self.generations.held);
+        let mut held = std::mem::take(&mut self.generations.held);
+        held.extend(std::mem::take(&mut self.told.held));
         let claimed = std::mem::take(&mut self.claimed);
         for piece in claimed.into_iter().chain(held).chain(self.take_waiting()) {
             self.activity.give_back(piece.range.extents(), None);
@@ -532,7 +546,8 @@ impl Tracker {
         let is_idle = self.requests.is_empty()
             && self.local.running.is_none()
             && self.under_way.is_empty()
-            && !self.generations.beginning;
+            && !self.generations.beginning
+            && !self.told.is_asked();
         let is_durable = self.local.opened && self.local.durable == self.last;
         let is_done = |session: &Session| session.is_saved() || session.map_is_out_of_reach();
         let is_saved = self.sessions.values().all(is_done) && self.activity.is_recorded();
@@ -554,6 +569,20 @@ impl Tracker {
     #[must_use]
     pub fn position(&self) -> (Epoch, Sequence) {
         (self.epoch.number, self.last)
+    }
+
+    /// Where the content stands, as of the last epoch that ended.
+    #[must_use]
+    pub fn reached(&self) -> Position {
+        match self.told.end() {
+            Some(_) => Position {
+                generation: self.generations.newest(),
+                epoch: Epoch(self.epoch.number.0 - 1),
+                sequence: self.last,
+            },
+            // No epoch of a run that wrote nothing is one of that generation.
+            None => self.opened,
+        }
     }
 
     /// How many extents are active.
@@ -647,6 +676,7 @@ impl Tracker {
         self.drive_sessions(now);
         self.end_waits(now);
         self.agree(now);
+        self.look_ahead(now);
         if self.closing {
             self.activity.let_idle_go(u64::MAX, self.safe());
         }
@@ -663,11 +693,15 @@ impl Tracker {
         let asked_lately = self.last_asked.is_some_and(|asked| now.since(asked) < QUIET_TIME);
         let is_active = asked_lately || !self.under_way.is_empty();
         let (mut epoch_end, mut generation, promise) = (false, false, self.promise());
+        let (told_before, mut is_untold) = (self.told.end(), false);
+        let opened = Some(self.opened).filter(|_| told_before.is_none());
         for (session, may_commit) in self.sessions.values_mut().zip(may_commit) {
             let circumstances = Circumstances {
                 application_is_active: is_active,
                 lineage: &self.generations.lineage,
                 position: (Epoch(self.epoch.number.0 - 1), self.last),
+                opened,
+                told_before,
                 may_commit,
                 promise,
                 active: &active,
@@ -675,8 +709,10 @@ impl Tracker {
             let wants = session.drive(&self.order, &circumstances, now);
             epoch_end |= wants.epoch_end;
             generation |= wants.generation;
+            is_untold |= wants.is_untold;
         }
-        if epoch_end {
+        self.told.is_wanted |= is_untold;
+        if epoch_end && self.may_tell(self.epoch.number) {
             self.end_epoch();
         }
         if generation {

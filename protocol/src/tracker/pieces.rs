@@ -94,7 +94,7 @@ impl Tracker {
 
     /// As [`Tracker::begin`], for a piece that waits for no copy.
     pub(super) fn sequence(&mut self, piece: Piece, now: Time) {
-        if self.hold_for_generation(piece) {
+        if self.hold_for_generation(piece) || self.hold_for_told(piece) {
             return;
         }
         let sequence = self.last.next();

@@ -7,7 +7,7 @@ use crate::disk::activity_log::Recovered;
 use crate::disk::dirty_map::Base;
 use crate::ranges::ByteRange;
 use crate::session::{self, Session};
-use crate::units::{BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, HostId, Time, VolumeId};
+use crate::units::{BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Time, VolumeId};
 use crate::wire::message::Mode;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -33,6 +33,7 @@ pub(super) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Durat
         sector_bytes: 512,
         lineage: vec![GenerationId([1; 16])],
         lineage_limit: 8,
+        opened: Position::default(),
         first_epoch: Epoch(1),
         loss,
         opened_at: NOW,
@@ -47,23 +48,28 @@ pub(super) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Durat
 pub(super) fn answers(tracker: &mut Tracker, now: Time) -> Vec<(RequestId, bool)> {
     let mut answers = Vec::new();
     while let Some(action) = tracker.poll_action() {
-        match action {
-            Action::Reply { request, result } => answers.push((request, result.is_ok())),
-            Action::WriteLocal { sequence, .. } => {
-                tracker.handle_local_written(sequence, LocalWrite::Written, now);
-            }
-            Action::SyncLocal => tracker.handle_synced(true, now),
-            Action::BeginGeneration { .. } => {
-                tracker.handle_generation(Some(GenerationId([2; 16])), now);
-            }
-            Action::WriteLog { .. } => tracker.handle_log_written(true, now),
-            Action::Peer { peer, action: session::Action::WriteMap(_) } => {
-                tracker.handle_map_written(peer, true, now);
-            }
-            _ => {}
-        }
+        answers.extend(carry_out(tracker, action, now));
     }
     answers
+}
+
+/// Carries an action out; the answer, where it is one.
+pub(super) fn carry_out(tracker: &mut Tracker, action: Action, now: Time) -> Option<(RequestId, bool)> {
+    match action {
+        Action::Reply { request, result } => return Some((request, result.is_ok())),
+        Action::WriteLocal { sequence, .. } => {
+            tracker.handle_local_written(sequence, LocalWrite::Written, now);
+        }
+        Action::SyncLocal => tracker.handle_synced(true, now),
+        Action::BeginGeneration { .. } => tracker.handle_generation(Some(GenerationId([2; 16])), now),
+        Action::TellUpTo { .. } => tracker.handle_told(true, now),
+        Action::WriteLog { .. } => tracker.handle_log_written(true, now),
+        Action::Peer { peer, action: session::Action::WriteMap(_) } => {
+            tracker.handle_map_written(peer, true, now);
+        }
+        Action::ReadDigest { .. } | Action::Peer { .. } => {}
+    }
+    None
 }
 
 /// Asks for a write of one block, and gives the answers that come at once.

@@ -4,7 +4,7 @@
 //! Tags are given here by hand and never reused, so that the order of the variants means nothing. The receiver limits
 //! the length to [`LIMIT_BYTES`] before it reads a body.
 
-use crate::lineage::End;
+use crate::lineage::Ends;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{
@@ -287,8 +287,8 @@ pub struct Hello {
     pub mode: Mode,
     /// Every host of the volume, the primary first.
     pub members: Vec<Member>,
-    /// Where the primary's content ended when its run began, if that may have been before its newest generation did.
-    pub end: End,
+    /// Where the primary's content ends in generations that others may be further in.
+    pub ends: Ends,
 }
 
 /// The replica accepts the session. It has drained every older one, and writes nothing of it any more (R1).
@@ -357,6 +357,9 @@ pub enum Refusal {
     Space,
     /// The operator paused the mirroring on that host.
     Paused,
+    /// As [`Refusal::SplitBrain`], where the primary lacks what the replica has, because it was recovered from an older copy
+    /// or set back (X4).
+    Beyond,
 }
 
 /// A host says no, and why.
@@ -560,8 +563,8 @@ pub struct Standing {
     pub began: Vec<u64>,
     /// On a primary, for how long what it serves from has not answered; 0 where it does.
     pub silent_milliseconds: u64,
-    /// Where its content ends, if that may be before its newest generation did.
-    pub end: End,
+    /// On a primary, or one that was demoted, where its content ends in generations that others may be further in.
+    pub ends: Ends,
 }
 
 /// The primary was demoted for this host, which is to be promoted in its place (`switch`).
@@ -877,7 +880,7 @@ mod tests {
             dirty_bytes: 7,
             began: vec![8],
             silent_milliseconds: 12,
-            end: End { generation: GenerationId([9; 16]), epoch: Epoch(10), until: Epoch(11) },
+            ends: Ends::only(GenerationId([9; 16]), Epoch(10)),
         };
         let other =
             Other { name: "c".into(), host: HostId([1; 32]), addresses: vec!["c:1".into()], standing: None };
@@ -930,13 +933,12 @@ mod tests {
             ),
             (
                 Others { own: standing, others: vec![other] }.into(),
-                "f10000002900010000000200000000020000000000000003030303030303030303030303\
-                 030303030303030303030303030303030303030100000000000000040404040404040404\
-                 040404040404040404040404040404040404040404040405000000000000000600000000\
-                 000000000700000000000000010000000000000008000000000000000c00000000000000\
-                 090909090909090909090909090909090a000000000000000b0000000000000001000000\
-                 000000000100000000000000630101010101010101010101010101010101010101010101\
-                 01010101010101010101000000000000000300000000000000633a3100",
+                "f1000000290001000000020000000002000000000000000303030303030303030303030303030303030303030303\
+             03030303030303030301000000000000000404040404040404040404040404040404040404040404040404040404\
+             04040405000000000000000600000000000000000700000000000000010000000000000008000000000000000c00\
+             0000000000000100000000000000090909090909090909090909090909090a000000000000000100000000000000\
+             01000000000000006301010101010101010101010101010101010101010101010101010101010101010100000000\
+             0000000300000000000000633a3100",
             ),
         ];
         for (message, bytes) in rows {
@@ -993,7 +995,7 @@ mod tests {
             lineage: vec![GenerationId([5; 16])],
             mode: Mode::Sync,
             members: vec![member],
-            end: End { generation: GenerationId([5; 16]), epoch: Epoch(6), until: Epoch(7) },
+            ends: Ends::only(GenerationId([5; 16]), Epoch(6)),
         };
         let message = Message::from(hello);
         assert_eq!(Message::decode(&message.encode().unwrap()[LENGTH_BYTES..]).unwrap(), message);

@@ -23,10 +23,10 @@ use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
-use blockmirror_protocol::lineage::End;
+use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::tracker::Tracker;
 use blockmirror_protocol::units::{
-    CopyId, GenerationId, HostId, Position, Session as SessionNumber, VolumeId,
+    CopyId, Epoch, GenerationId, HostId, Mark, Position, Session as SessionNumber, VolumeId,
 };
 use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -123,7 +123,9 @@ pub(super) enum SuperblockWork {
     /// The number of the next session, for this link.
     Session(LinkId),
     /// A generation, when those of the maps are kept.
-    Generation(Vec<GenerationId>),
+    Generation { kept: Vec<GenerationId>, first: Epoch, end: Epoch },
+    /// Up to which epoch others may be told.
+    Told(Epoch),
 }
 
 /// The name of a host.
@@ -162,7 +164,8 @@ impl Host {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
-            end: End::default(),
+            run: Epoch(0),
+            ends: Ends::default(),
         };
         let mut host = Self {
             number,
@@ -310,6 +313,11 @@ impl Host {
     }
 
     /// What the superblock's file says.
+    /// How far it is, as its metadata says durably.
+    pub(super) fn mark(&self) -> Mark {
+        super::set_back::mark_of(&self.files)
+    }
+
     pub(super) fn durable_superblock(&self) -> Superblock {
         let bytes = self.files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
         Superblock::recover(&bytes).expect("a superblock is whole").1

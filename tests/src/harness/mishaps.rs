@@ -27,7 +27,8 @@ impl World {
         let crash = self.random.pick(&[Crash::Process, Crash::Power]);
         // What was promised to a promoted copy that was set back, nobody can know.
         if !self.settings.has_operators && self.random.once_in(12) {
-            return self.set_back(link.listener);
+            let host = self.random.pick(&[primary, link.listener]);
+            return self.set_back(host);
         }
         if self.random.once_in(20) {
             return self.freeze(primary);

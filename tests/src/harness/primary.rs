@@ -10,7 +10,7 @@ use super::settings::lineage_limit;
 use super::world::World;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{activity_log, dirty_map};
-use blockmirror_protocol::lineage;
+use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{Identity, Session};
@@ -38,7 +38,10 @@ pub(super) enum FileWork {
     /// It was for a host that was removed since.
     Nothing,
     Session(LinkId),
-    Generation(GenerationId),
+    /// And where what went before ended until then.
+    Generation(GenerationId, Ends),
+    /// What the superblock said before.
+    Told(Ends),
 }
 
 /// See the module.
@@ -95,7 +98,9 @@ impl PrimaryShell {
 
     /// Whether the superblock is being written.
     pub(super) fn is_recording(&self) -> bool {
-        let is_recording = |work: &FileWork| matches!(work, FileWork::Session(_) | FileWork::Generation(_));
+        let is_recording = |work: &FileWork| {
+            matches!(work, FileWork::Session(_) | FileWork::Generation(..) | FileWork::Told(_))
+        };
         self.file_work.values().any(is_recording)
     }
 }
@@ -107,8 +112,8 @@ impl World {
         let peers = self.hosts[host].members.peers();
         self.remove_other_maps(host);
         let it = &mut self.hosts[host];
-        let epoch = lineage::first_epoch_after(it.superblock.position.epoch);
-        it.superblock.begin_run(epoch.expect("a run is left"));
+        let run = it.superblock.next_run();
+        it.superblock.begin_run(run.expect("a run is left"));
         it.write_superblock_now();
         it.history = History::new(it.disk.content().clone());
         let disk = std::mem::take(&mut self.hosts[host].disk);
@@ -130,7 +135,8 @@ impl World {
             sector_bytes: it.disk.sector_bytes(),
             lineage: it.superblock.lineage.clone(),
             lineage_limit: lineage_limit(self.settings.sector_bytes.len()),
-            first_epoch: it.superblock.position.epoch,
+            opened: it.superblock.position,
+            first_epoch: it.superblock.run,
             loss: self.settings.loss,
             opened_at: Time(self.now),
             patience: self.settings.patience,
@@ -177,7 +183,7 @@ impl World {
             fence: it.superblock.fence,
             lineage: it.known_lineage().to_vec(),
             members: self.members_of(host),
-            end: it.superblock.end,
+            ends: it.superblock.ends.clone(),
         }
     }
 
@@ -194,8 +200,13 @@ impl World {
                 let id = self.start_primary_disk(host, DiskWork::Write(sequence, range, durable));
                 self.hosts[host].disk.write(id, range, &data, durable);
             }
-            Action::BeginGeneration { kept } => {
-                self.hosts[host].superblock_work.push_back(SuperblockWork::Generation(kept));
+            Action::BeginGeneration { kept, first, end } => {
+                let work = SuperblockWork::Generation { kept, first, end };
+                self.hosts[host].superblock_work.push_back(work);
+                self.record_next(host);
+            }
+            Action::TellUpTo { end } => {
+                self.hosts[host].superblock_work.push_back(SuperblockWork::Told(end));
                 self.record_next(host);
             }
             Action::SyncLocal => {
@@ -278,13 +289,23 @@ impl World {
                 self.session_recorded(link, good);
                 self.record_next(host);
             }
-            FileWork::Generation(generation) => {
+            FileWork::Told(before) => {
+                shell.tracker.handle_told(good, now);
+                let it = &mut self.hosts[host];
+                match good {
+                    true => it.superblock_written(),
+                    false => it.superblock.ends = before,
+                }
+                self.record_next(host);
+            }
+            FileWork::Generation(generation, before) => {
                 shell.tracker.handle_generation(good.then_some(generation), now);
                 let it = &mut self.hosts[host];
                 if good {
                     it.superblock_written();
                 } else {
                     it.superblock.lineage.retain(|other| *other != generation);
+                    it.superblock.ends = before;
                 }
                 self.record_next(host);
             }
@@ -305,12 +326,18 @@ impl World {
                 it.superblock.session = it.superblock.next_session();
                 FileWork::Session(link)
             }
-            Some(SuperblockWork::Generation(kept)) => {
+            Some(SuperblockWork::Told(end)) => {
+                let before = it.superblock.ends.clone();
+                it.superblock.tell_up_to(end);
+                FileWork::Told(before)
+            }
+            Some(SuperblockWork::Generation { kept, first, end }) => {
                 let mut generation = GenerationId([host as u8; 16]);
                 generation.0[..8].copy_from_slice(&number.to_le_bytes());
                 self.generations.begin(generation, &it.superblock.lineage, Some((host, it.life)));
-                lineage::begin(&mut it.superblock.lineage, generation, &kept, limit);
-                FileWork::Generation(generation)
+                let before = it.superblock.ends.clone();
+                it.superblock.begin_generation(generation, &kept, limit, (first, end));
+                FileWork::Generation(generation, before)
             }
         };
         self.start_superblock_write(host, work);

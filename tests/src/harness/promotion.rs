@@ -139,9 +139,10 @@ impl World {
     fn write_next_map(&mut self, host: usize) -> bool {
         let promotion = self.promotion(host);
         let Some(peer) = promotion.peers.pop_front() else { return false };
-        let restored = promotion.restored.clone();
+        let (restored, position) = (promotion.restored.clone(), promotion.position);
         let it = &self.hosts[host];
-        let mut map = promotion::map_for(it.recover_map(peer), &it.superblock, &restored);
+        let map = it.recover_map(peer);
+        let mut map = promotion::map_for(map, &it.superblock, host_id(peer), position, &restored);
         let batches = batches_of_map(map.take_changes());
         self.promotion_file(host, &dirty_map::file_name(host_id(peer)), batches);
         true

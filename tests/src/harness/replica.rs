@@ -176,6 +176,7 @@ impl World {
         let Shell::Replica(shell) = &mut self.hosts[link.listener].shell else { return self.cut(link) };
         if let Message::Hello(hello) = &message {
             if let Some(answer) = shell.machine.rejection(hello) {
+                shell.machine.note_rejected(hello);
                 // The session that is open goes on.
                 return self.send(
                     link,

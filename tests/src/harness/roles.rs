@@ -7,7 +7,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::replica::{promotion, resolve};
-use blockmirror_protocol::units::{GenerationId, Position, Time};
+use blockmirror_protocol::units::{GenerationId, Time};
 use blockmirror_protocol::wire::message::{Claim, DataState, Fence};
 use std::time::Duration;
 
@@ -103,12 +103,11 @@ impl World {
     /// A primary becomes a replica, which its superblock says before anything else happens.
     fn step_down(&mut self, host: usize, fence: Fence, own: Option<GenerationId>) {
         let tracker = self.hosts[host].tracker().expect("it is primary");
-        let (epoch, sequence) = tracker.position();
+        let position = tracker.reached();
         let unanswered = tracker.unanswered_generations();
         self.crash(host, Crash::Process);
         let it = &mut self.hosts[host];
         it.recover_superblock();
-        let position = Position { generation: it.superblock.lineage[0], epoch, sequence };
         if let Some(own) = own {
             self.generations.begin(own, &it.superblock.lineage, None);
         }
@@ -182,7 +181,14 @@ impl World {
             return host != primary && leader.fence.is_refused_by(it.fence);
         }
         let relation = lineage::relation(self.hosts[primary].known_lineage(), &it.lineage);
-        !matches!(relation, Relation::Same | Relation::MineIsNewer) || leader.fence.is_refused_by(it.fence)
+        !matches!(relation, Relation::Same | Relation::MineIsNewer)
+            || leader.fence.is_refused_by(it.fence)
+            || self.is_beyond(host, primary)
+    }
+
+    /// Whether a replica has what its primary lacks, because that was set back (X4).
+    fn is_beyond(&self, host: usize, primary: usize) -> bool {
+        self.hosts[primary].superblock.ends.lacks(self.hosts[host].mark().position)
     }
 
     /// An operator decides that a host's own content goes (L6).
@@ -190,11 +196,15 @@ impl World {
         self.check_split(host, primary);
         let Superblock { lineage: winner, fence, .. } = self.hosts[primary].superblock.clone();
         self.note(|| format!("host {host} yields to {primary}"));
+        let is_beyond = self.is_beyond(host, primary);
         self.crash(host, Crash::Process);
         let it = &mut self.hosts[host];
         it.recover_superblock();
         let base = it.recover_map(primary).base();
-        let lineage = resolve::yielded(&it.superblock.lineage, &winner, Some(base), it.superblock.adopted);
+        let lineage = match is_beyond {
+            true => Vec::new(),
+            false => resolve::yielded(&it.superblock.lineage, &winner, Some(base), it.superblock.adopted),
+        };
         let history = it.keep_what_it_has();
         resolve::record(&mut it.superblock, lineage, history, fence);
         it.followed.insert(fence.counter, fence.holder);
@@ -216,7 +226,8 @@ impl World {
         let (it, leader) = (&self.hosts[host].superblock, &self.hosts[primary].superblock);
         let is_met = self.hosts[primary].heard.get(&host) == Some(&it.copy);
         // What a host that was set back follows may be so old that the primary has no room for it any more.
-        if leader.fence.against(it.fence) == Claim::Rival || !is_met || self.hosts[host].is_set_back {
+        let is_set_back = self.hosts[host].is_set_back || self.hosts[primary].is_set_back;
+        if leader.fence.against(it.fence) == Claim::Rival || !is_met || is_set_back {
             return;
         }
         let (Some(newest), Some(own)) = (leader.lineage.first(), it.lineage.first()) else {

@@ -1,15 +1,18 @@
 //! A host is set back to what it was before: the hypervisor restores a snapshot of its disks, backing and metadata alike
-//! (X4). By itself such a copy can't know; its primary must.
+//! (X4). By itself such a copy can't know; its primary must, or its replicas where it is the primary.
 
 use super::disk::{Crash, Disk};
 use super::files::Files;
 use super::gap::{HistoryPoint, Layers};
+use super::host::Host;
 use super::mirror::Mirror;
+use super::promises::Promises;
 use super::world::{Event, World};
 use blockmirror_protocol::disk::marker;
-use blockmirror_protocol::disk::superblock::{self, Superblock};
-use blockmirror_protocol::lineage;
+use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
+use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::units::Mark;
+use blockmirror_protocol::wire::message::DataState;
 use std::collections::BTreeSet;
 
 /// What a power loss left on a host's disks, and what the model knew of it then.
@@ -21,13 +24,14 @@ pub struct Snapshot {
     kept: Option<HistoryPoint>,
     mirror: Mirror,
     known_lives: BTreeSet<(usize, u64)>,
+    promises: Promises,
 }
 
 impl World {
-    /// A replica's host loses power. At times its disks are remembered then; at other times they are what they were when
+    /// A host loses power. At times its disks are remembered then; at other times they are what they were when
     /// they were remembered last.
     pub(super) fn set_back(&mut self, host: usize) {
-        if !self.hosts[host].is_up() || self.hosts[host].is_primary() {
+        if !self.hosts[host].is_up() {
             return;
         }
         self.crash(host, Crash::Power);
@@ -44,41 +48,75 @@ impl World {
                     kept: it.kept.clone(),
                     mirror: it.mirror.clone(),
                     known_lives: it.known_lives.clone(),
+                    promises: it.promises.clone(),
                 });
             }
         }
-        let delay = self.random.up_to(self.settings.outage);
-        self.hosts[host].start_is_planned = true;
-        self.plan(delay, Event::Start(host));
+        if !std::mem::replace(&mut self.hosts[host].start_is_planned, true) {
+            let delay = self.random.up_to(self.settings.outage);
+            self.plan(delay, Event::Start(host));
+        }
     }
 
     /// Whether primaries know durably that the host was further than that. What they know is written within some seconds;
     /// where one crashes before, nobody can tell.
     fn would_notice(&self, host: usize, snapshot: &Snapshot) -> bool {
-        let superblock = snapshot.files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
-        let (_, Superblock { lineage, position, .. }) =
-            Superblock::recover(&superblock).expect("a superblock is whole");
-        let marker = snapshot.files.bytes(marker::FILE_NAME, marker::FILE_BYTES);
-        let marked = marker::recover(&marker).map(|(_, mark)| mark).unwrap_or_default();
-        let mark = Mark { position: lineage::later(&lineage, position, marked.position), ..marked };
-        let mut primaries = self.hosts.iter().filter(|other| other.is_primary());
-        primaries.all(|primary| {
+        let (before, mark) = (superblock_of(&snapshot.files), mark_of(&snapshot.files));
+        let others = || self.hosts.iter().filter(|other| other.number != host);
+        let is_noticed_by = |primary: &Host| {
             lineage::went_back(&primary.superblock.lineage, mark, primary.recover_map(host).known())
-        })
+        };
+        match before.role {
+            Role::Replica => {
+                let mut primaries = others().filter(|other| other.is_primary());
+                !self.hosts[host].is_primary() && primaries.all(is_noticed_by)
+            }
+            Role::Primary => others().all(|other| {
+                let superblock = other.durable_superblock();
+                let relation = lineage::relation(&before.lineage, &superblock.lineage);
+                let has_more = matches!(relation, Relation::TheirsIsNewer | Relation::Forked(_))
+                    || before.ends.lacks(other.mark().position);
+                match superblock.data {
+                    _ if other.is_primary() => is_noticed_by(other),
+                    DataState::Empty => true,
+                    DataState::Inconsistent => has_more || other.mark().session > before.session,
+                    DataState::Consistent => has_more,
+                }
+            }),
+        }
     }
 
     fn restore_snapshot(&mut self, host: usize, snapshot: Snapshot) {
-        self.note(|| format!("host {host} is set back"));
+        let role = superblock_of(&snapshot.files).role;
+        self.note(|| format!("host {host} is set back, {role:?}"));
         let it = &mut self.hosts[host];
-        let Snapshot { disk, files, layers, kept, mirror, known_lives } = snapshot;
+        let Snapshot { disk, files, layers, kept, mirror, known_lives, promises } = snapshot;
         (it.disk, it.files, it.layers) = (disk, files, layers);
         (it.kept, it.mirror, it.known_lives) = (kept, mirror, known_lives);
+        it.promises = promises;
         it.expected = None;
         it.is_set_back = true;
         it.recover_superblock();
         self.differences.forget(host);
-        for link in self.links.ids().filter(|link| link.listener == host) {
+        for link in self.links.ids().filter(|link| [link.dialler, link.listener].contains(&host)) {
             self.links[link].united_by = None;
         }
     }
+}
+
+fn superblock_of(files: &Files) -> Superblock {
+    let bytes = files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
+    Superblock::recover(&bytes).expect("a superblock is whole").1
+}
+
+/// How far a host is whose metadata says so.
+pub(super) fn mark_of(files: &Files) -> Mark {
+    let superblock = superblock_of(files);
+    let marker = files.bytes(marker::FILE_NAME, marker::FILE_BYTES);
+    let marked = marker::recover(&marker).map(|(_, mark)| mark).unwrap_or_default();
+    let position = match superblock.role {
+        Role::Primary => superblock.stands(),
+        Role::Replica => lineage::later(&superblock.lineage, superblock.position, marked.position),
+    };
+    Mark { position, ..marked }
 }

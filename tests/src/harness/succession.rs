@@ -4,8 +4,6 @@
 use super::host::{Shell, host_id, host_number};
 use super::links::LinkId;
 use super::world::World;
-use blockmirror_protocol::disk::marker;
-use blockmirror_protocol::lineage;
 use blockmirror_protocol::succession::Candidate;
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::Standing;
@@ -54,20 +52,18 @@ impl World {
             return None;
         }
         let it = &self.hosts[host];
-        let bytes = it.files.bytes(marker::FILE_NAME, marker::FILE_BYTES);
-        let mark = marker::recover(&bytes).map(|(_, mark)| mark).unwrap_or_default();
         let superblock = it.durable_superblock();
         let standing = Standing {
             role: superblock.role,
             data: superblock.data,
             can_roll_back: superblock.gap != 0,
             fence: superblock.fence,
-            marker: lineage::later(&superblock.lineage, superblock.position, mark.position),
+            marker: it.mark().position,
             serves: it.tracker().is_some() && it.superseded.is_none() && !it.has_failed(),
             silent_milliseconds: 0,
             dirty_bytes: 0,
             began: Vec::new(),
-            end: superblock.end,
+            ends: superblock.ends,
             lineage: superblock.lineage,
         };
         Some(standing).filter(|_| !self.random.once_in(8))

@@ -6,7 +6,7 @@ use super::peer::{Peer, Trouble};
 use crate::output::warn;
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::transport::Connection;
-use blockmirror_protocol::lineage::End;
+use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::succession::is_later;
 use blockmirror_protocol::units::{GenerationId, Position, VolumeId};
 use blockmirror_protocol::wire::message::{
@@ -107,7 +107,7 @@ fn has_later(source: &Source<'_>, other: &Other) -> bool {
         _ if source.data != DataState::Consistent => {
             standing.data == DataState::Consistent || standing.can_roll_back
         }
-        _ => is_later(standing, source.lineage, source.position, End::default()),
+        _ => is_later(standing, source.lineage, source.position, &Ends::default()),
     }
 }
 
@@ -137,7 +137,7 @@ mod tests {
             dirty_bytes: 0,
             began: Vec::new(),
             silent_milliseconds: 0,
-            end: End::default(),
+            ends: Ends::default(),
         }
     }
 

@@ -76,6 +76,7 @@ impl Trouble {
             | Refusal::Backing
             | Refusal::Unrelated
             | Refusal::SplitBrain
+            | Refusal::Beyond
             | Refusal::Space
             | Refusal::Paused
             | Refusal::UnknownKey

@@ -62,6 +62,7 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
             compression: Compression::Off,
             resync_limit_bytes: None,
             state: (role == Role::Primary).then_some(PeerState::InSync),
+            is_beyond: false,
             data: Some(CopyState::Consistent),
             out_of_sync_bytes: (role == Role::Primary).then_some(0),
             lag_bytes: (role == Role::Primary).then_some(0),

@@ -11,7 +11,7 @@ use blockmirror_agent::transport::{
     CloseReason, Connection, ControlReceiver, ControlSender, Endpoint, HostKey, Incoming,
 };
 use blockmirror_protocol::disk::recovery::CHUNK_BYTES;
-use blockmirror_protocol::lineage::End;
+use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, VolumeId,
 };
@@ -271,7 +271,7 @@ impl Serving {
             serves: false,
             dirty_bytes: 0,
             began: Vec::new(),
-            end: End::default(),
+            ends: Ends::default(),
         };
         let newer = |epochs| {
             let mut standing = own.clone();

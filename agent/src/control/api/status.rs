@@ -252,6 +252,9 @@ pub struct Succession {
     pub split_from: Option<String>,
     /// Since when.
     pub split_seconds: Option<u64>,
+    /// Whether it wrote nothing alone, and that host lost what is here: it was recovered from an older copy or set back.
+    #[serde(default)]
+    pub is_beyond: bool,
     /// That this host was removed from the volume, as another one says.
     #[serde(default)]
     pub removed: Option<Removed>,
@@ -449,6 +452,9 @@ pub struct PeerStatus {
     pub resync_limit_bytes: Option<u64>,
     /// How far it is; null where this host doesn't know.
     pub state: Option<PeerState>,
+    /// With a split brain, whether it has what this host lost, which was recovered from an older copy or set back.
+    #[serde(default)]
+    pub is_beyond: bool,
     /// What its copy held when it last told.
     pub data: Option<CopyState>,
     /// What may differ there: what is marked, and what is on its way as soon as the peer is not in sync.
@@ -486,6 +492,7 @@ impl PeerStatus {
             mode: peer.mode,
             compression: peer.compression,
             resync_limit_bytes: peer.resync_limit.map(|limit| limit.0),
+            is_beyond: false,
             state: None,
             data: None,
             out_of_sync_bytes: None,
