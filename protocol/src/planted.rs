@@ -76,11 +76,13 @@ pub enum Bug {
     GoOnUnrecorded,
     /// A host that was removed is a member again as soon as anybody lists it (X3).
     BelieveOldList,
+    /// A running primary believes a host that another one knows to be removed (X3).
+    BelieveRemoved,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -114,6 +116,7 @@ impl Bug {
         Self::AnswerUnasked,
         Self::GoOnUnrecorded,
         Self::BelieveOldList,
+        Self::BelieveRemoved,
     ];
 }
 

@@ -4,6 +4,8 @@
 
 use crate::disk::superblock::{Role, Superblock};
 use crate::lineage::{self, Ends, Relation};
+use crate::membership;
+use crate::planted::{Bug, planted};
 use crate::units::{GenerationId, HostId, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise, Standing};
 
@@ -162,6 +164,54 @@ pub fn newest_fence(ours: Fence, others: &[Heard]) -> Option<Fence> {
 pub fn denies(standing: Option<&Standing>, fence: Fence) -> bool {
     let of_its_copy = standing.filter(|standing| standing.data != DataState::Empty);
     of_its_copy.is_some_and(|standing| standing.fence.counter < fence.counter)
+}
+
+/// A member's word that another host was promoted, or that it was itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Succeeded {
+    /// The fence that it tells of.
+    pub fence: Fence,
+    /// Who says so.
+    pub by: HostId,
+}
+
+/// What a running primary makes of such a word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Judgement {
+    /// Another host leads.
+    Superseded,
+    /// This host is a member of the volume no more: neither its word nor its promotion counts (X3).
+    Removed(HostId),
+    /// The one that is said to have been promoted knows nothing of that (X2).
+    Denied,
+}
+
+impl Succeeded {
+    /// Judges the word by what the others said who could be asked. `members` are the other members that this host knows, and
+    /// the numbers of their memberships; `removals` are the hosts that any of them but the speaker tells to be removed;
+    /// `holder` is how the one stands that is said to have been promoted, where that is another one than the speaker and
+    /// could be asked. Nobody's silence stands against the word: two hosts that write are worse than none.
+    #[must_use]
+    pub fn judge(
+        &self,
+        members: &[(HostId, u64)],
+        removals: &[(HostId, u64)],
+        holder: Option<&Standing>,
+    ) -> Judgement {
+        let is_member = |host: HostId| {
+            let known = members.iter().find(|(known, _)| *known == host);
+            let is_removed = |known: u64| {
+                let mut told = removals.iter().filter(|(removed, _)| *removed == host);
+                told.any(|(_, told)| membership::is_removal(*told, known)) && !planted(Bug::BelieveRemoved)
+            };
+            known.is_some_and(|(_, known)| !is_removed(*known))
+        };
+        if let Some(removed) = [self.by, self.fence.holder].into_iter().find(|host| !is_member(*host)) {
+            return Judgement::Removed(removed);
+        }
+        let is_third = self.fence.holder != self.by;
+        if is_third && denies(holder, self.fence) { Judgement::Denied } else { Judgement::Superseded }
+    }
 }
 
 /// Whether a host that stands so holds what is newer than `marker` of a copy with these generations, whose content ends
@@ -333,6 +383,34 @@ mod tests {
         assert_eq!(mixture.obstacle(), None);
         mixture.superblock.data = DataState::Empty;
         assert_eq!(mixture.obstacle(), Some(Obstacle::Empty));
+    }
+
+    /// A host that was removed and promoted itself stopped a primary that had not heard of the removal yet.
+    #[test]
+    fn a_word_of_a_promotion_counts_while_speaker_and_holder_are_members_and_none_denies_it() {
+        use Judgement::{Denied, Removed, Superseded};
+        let b = host(2);
+        let members = [(b, 2), (C, 0)];
+        let claims = |holder, by| Succeeded { fence: Fence { counter: 5, holder }, by };
+        let knows = |counter| Standing { fence: Fence { counter, holder: C }, ..standing(7) };
+        let (denies, confirms) = (knows(4), knows(5));
+        for (what, word, removals, holder, judged) in [
+            ("nobody else can be reached", claims(b, b), vec![], None, Superseded),
+            ("the others know of no removal", claims(b, b), vec![(C, 1)], None, Superseded),
+            ("one knows that it was removed", claims(b, b), vec![(b, 3)], None, Removed(b)),
+            ("it has joined again since", claims(b, b), vec![(b, 1)], None, Superseded),
+            ("that is no removal", claims(b, b), vec![(b, 4)], None, Superseded),
+            ("that is out of bounds", claims(b, b), vec![(b, 3 + membership::STEP)], None, Superseded),
+            ("it was removed here meanwhile", claims(A, A), vec![], None, Removed(A)),
+            ("the holder is silent", claims(C, b), vec![], None, Superseded),
+            ("the holder says so", claims(C, b), vec![], Some(&confirms), Superseded),
+            ("the holder denies it", claims(C, b), vec![], Some(&denies), Denied),
+            ("the holder was removed", claims(C, b), vec![(C, 1)], Some(&confirms), Removed(C)),
+            ("the speaker was removed", claims(C, b), vec![(b, 3)], Some(&confirms), Removed(b)),
+            ("the holder is none of the volume's", claims(host(9), b), vec![], None, Removed(host(9))),
+        ] {
+            assert_eq!(word.judge(&members, &removals, holder), judged, "{what}");
+        }
     }
 
     /// One member could stop every primary by a fence that it made up, or that of a host that does not exist.

@@ -187,6 +187,39 @@ fn a_member_that_claims_the_promotion_of_another_one_stops_nobody_while_that_den
     still_takes_writes(&mirror, &before);
 }
 
+/// A primary that had not heard of a removal yet was stopped by the one that was removed.
+#[test]
+fn a_removed_host_that_promoted_itself_stops_no_primary_that_can_hear_of_the_removal() {
+    let (mirror, key) = mirror_without_c();
+    let before = superblock_of(&mirror.primary);
+    mirror.replica().succeed(&["remove-peer", "data", "c", "--force"]);
+    runtime().block_on(async {
+        let endpoint = endpoint(&key);
+        mirror.replicas[1].link().lead_to(endpoint.local_address());
+        let (greeted, mut greetings) = mpsc::unbounded_channel();
+        let dialled = endpoint.clone();
+        tokio::spawn(async move {
+            while let Some(connection) = dialled.accept().await {
+                tokio::spawn(take_greetings(connection, greeted.clone()));
+            }
+        });
+        let (connection, mut sender, _receiver) = greetings.recv().await.expect("the primary greets c");
+        let claim = Superseded { fence: Fence { counter: before.fence.counter + 1, holder: key.id() } };
+        sender.send(&claim.into()).await.expect("the primary listens");
+        until("the claim is judged", || {
+            let log = mirror.primary.log();
+            let words = "c says that it was promoted, but c was removed from the volume";
+            if log.contains(words) { Ok(()) } else { Err(log) }
+        });
+        // It is a stranger now.
+        connection.closed().await;
+        endpoint.close().await;
+    });
+    still_takes_writes(&mirror, &before);
+    let status = mirror.primary.status();
+    assert!(status.facts.peers.iter().all(|peer| peer.name.as_str() != "c"), "{status:?}");
+}
+
 /// Each connection has 256 MiB of room, and there was no limit to how many a key may have.
 #[test]
 fn a_member_has_four_connections_and_a_fifth_is_closed() {

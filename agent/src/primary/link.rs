@@ -9,6 +9,7 @@ use crate::config::{Compression, Mode, Name, PeerConfig};
 use crate::transport::packing::{Frame, Packer};
 use crate::transport::{Connection, FrameSender, Limit, Peers};
 use blockmirror_protocol::session::PeerError;
+use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::units::{HostId, Session as SessionNumber};
 use blockmirror_protocol::wire::message::{Fence, Members, Message, Parting, Refusal};
 use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
@@ -99,15 +100,6 @@ pub struct Peer {
     superseded: Box<dyn Fn(Succeeded)>,
     /// Called when it is time to ask this host who the volume's hosts are.
     asks: Box<dyn Fn()>,
-}
-
-/// A host's word that another one was promoted.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Succeeded {
-    /// The fence that it tells of.
-    pub fence: Fence,
-    /// Who says so.
-    pub by: HostId,
 }
 
 /// Why a link ended.

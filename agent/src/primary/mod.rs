@@ -27,12 +27,12 @@ use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
 use blockmirror_protocol::tracker::start::Heard;
-use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker, WriteFailed};
+use blockmirror_protocol::tracker::{self, Action, Doubt, LocalWrite, RequestId, Tracker, WriteFailed};
 use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
-pub use link::{LinkState, Peer, Split, Succeeded};
+pub use link::{LinkState, Peer, Split};
 pub(crate) use requests::{Reads, allocation};
 use requests::{how_ended, is_full};
 use std::cell::{Cell, RefCell};
@@ -73,13 +73,16 @@ pub struct Primary {
     /// Told of everything that a replica says.
     heard: Notify,
     absence: absence::Watch,
-    /// Told when the process was away: others are to be asked who leads.
+    /// Told when the process was away: others are to be asked who leads, which ends these doubts.
     away: Notify,
+    absences: RefCell<Vec<Doubt>>,
     /// Told when it is known who leads.
     settled: Notify,
     /// The volume is opened anew: nothing of this one is to stay.
     retired: Cell<bool>,
     superseded: Cell<Option<Fence>>,
+    /// The volume is about to be closed.
+    waits_no_more: Cell<bool>,
     session_numbers: tokio::sync::Mutex<()>,
 }
 
@@ -170,9 +173,11 @@ impl Primary {
             heard: Notify::new(),
             absence: absence::Watch::new(),
             away: Notify::new(),
+            absences: RefCell::default(),
             settled: Notify::new(),
             retired: Cell::new(false),
             superseded: Cell::new(None),
+            waits_no_more: Cell::new(false),
             session_numbers: tokio::sync::Mutex::new(()),
         });
         primary.drive(|_, _| ());
@@ -321,6 +326,8 @@ impl Primary {
     /// The volume is about to be closed: what waits until more replicas are in sync fails now.
     pub fn wait_no_more(&self) {
         self.drive(|inner, now| inner.tracker.wait_no_more(now));
+        self.waits_no_more.set(true);
+        self.settled.notify_waiters();
     }
 
     /// Ends when a call to the kernel has been under way for so long.
@@ -405,20 +412,28 @@ impl Primary {
     /// A process that was away answers nothing before others were asked who leads.
     fn look_for_absence(&self, inner: &mut Inner, now: Time) {
         if self.absence.was_away() {
-            inner.tracker.doubt(now);
+            self.absences.borrow_mut().push(inner.tracker.note_absence(now));
             self.away.notify_one();
         }
     }
 
     /// Waits until the process was away, and it isn't known who leads: then others are to be asked, and this primary told by
-    /// [`Primary::trust`] or [`Primary::supersede`].
-    pub async fn was_away(&self) {
+    /// [`Primary::trust`], with these doubts, or by [`Primary::supersede`].
+    pub async fn was_away(&self) -> Vec<Doubt> {
         self.away.notified().await;
+        self.absences.take()
     }
 
-    /// Nobody who can be reached knows of another primary.
-    pub fn trust(&self) {
-        self.drive(|inner, now| inner.tracker.trust(now));
+    /// Another host may lead: nothing is answered until others were asked, and this primary told as in
+    /// [`Primary::was_away`].
+    #[must_use]
+    pub fn doubt(&self) -> Doubt {
+        self.drive(|inner, now| inner.tracker.doubt(now))
+    }
+
+    /// Nobody who could be reached since these doubts began knows of another primary.
+    pub fn trust(&self, doubts: impl IntoIterator<Item = Doubt>) {
+        self.drive(|inner, now| doubts.into_iter().for_each(|doubt| inner.tracker.trust(doubt, now)));
         self.settled.notify_waiters();
     }
 

@@ -62,10 +62,9 @@ impl Primary {
         if is_in_doubt {
             let primary = self.me();
             spawn_local(async move {
-                primary.settled.notified().await;
-                match primary.superseded.get() {
-                    None => primary.read(range, reply, cookie),
-                    Some(_) => reply.complete(cookie, Err(Errno(libc::EIO))),
+                match primary.settles().await {
+                    true => primary.read(range, reply, cookie),
+                    false => reply.complete(cookie, Err(Errno(libc::EIO))),
                 }
             });
             return;
@@ -75,6 +74,21 @@ impl Primary {
         self.submit(&self.backing, operation, move |primary, outcome| {
             reply.complete(cookie, primary.reads.answer(outcome));
         });
+    }
+
+    /// Waits until it is known whether this host still leads, and says whether it does; also where that is not to be waited
+    /// for.
+    async fn settles(&self) -> bool {
+        loop {
+            let settled = self.settled.notified();
+            if self.superseded.get().is_some() || self.waits_no_more.get() {
+                return false;
+            }
+            if !self.inner.borrow().tracker.is_in_doubt() {
+                return true;
+            }
+            settled.await;
+        }
     }
 
     fn answer_allocation(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {

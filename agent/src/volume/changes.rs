@@ -6,17 +6,17 @@
 use super::demotion::{Demoted, Switched};
 use super::opening::Others;
 use super::pulse::HUNG;
-use super::{Answer, OpenRole, Volume, refuse};
+use super::{Answer, Learned, OpenRole, Volume, refuse};
 use crate::config::{PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
-use crate::primary::{Primary, Succeeded};
+use crate::primary::Primary;
 use crate::replica::{Progress, Replica};
 use crate::standing;
 use crate::standing::Answered;
 use crate::transport::Peers;
-use blockmirror_protocol::succession;
+use blockmirror_protocol::succession::{Judgement, Succeeded};
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Fence, Refusal};
+use blockmirror_protocol::wire::message::{Fence, Refusal, Removal};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
@@ -26,7 +26,7 @@ use tokio::task::spawn_local;
 const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(30);
 /// How often the users of a superseded primary's devices are looked for.
 const LOOK_TIME: Duration = Duration::from_secs(1);
-/// How long a host may take to confirm that it was promoted.
+/// How long hosts may take to say what they know of a promotion: the one itself, and whether the others removed anybody.
 const CONFIRM_TIME: Duration = Duration::from_secs(2);
 /// How long a superseded primary may take to make durable what it knows.
 const CLOSE_TIME: Duration = Duration::from_secs(10);
@@ -35,8 +35,10 @@ const END_TIME: Duration = Duration::from_secs(30);
 
 /// What the volume's own tasks tell it.
 pub(super) enum Event {
-    /// Another host was promoted.
-    Superseded(Succeeded),
+    /// A member says that another host was promoted.
+    Told(Succeeded),
+    /// Another host was promoted: that is believed.
+    Superseded(Fence),
     /// It is time to look who has the devices of a superseded primary open.
     LookForOpeners,
     /// A session with a primary has ended.
@@ -97,6 +99,24 @@ impl Hands {
         drop(self.events.send(Event::Changed(next, Box::new(then))));
     }
 
+    /// What is to be made of a member's word that another host was promoted, and which removals the others tell of.
+    async fn judge(&self, told: Succeeded) -> (Judgement, Vec<Removal>) {
+        let (volume, members) = (self.config.id, &self.config.peers);
+        let holder = members.iter().find(|peer| peer.host == told.fence.holder && peer.host != told.by);
+        let stands = async {
+            match holder {
+                Some(holder) => standing::ask(&self.peers, volume, holder, CONFIRM_TIME).await.ok(),
+                None => None,
+            }
+        };
+        let others = members.iter().filter(|peer| peer.host != told.by).cloned().collect();
+        let removals = standing::ask_removals(&self.peers, volume, others, CONFIRM_TIME);
+        let (standing, removals) = tokio::join!(stands, removals);
+        let members: Vec<_> = members.iter().map(|peer| (peer.host, peer.version)).collect();
+        let told_removed: Vec<_> = removals.iter().map(|removal| (removal.host, removal.version)).collect();
+        (told.judge(&members, &told_removed, standing.as_ref()), removals)
+    }
+
     /// The hosts of all peers.
     pub(super) fn hosts(&self) -> Vec<HostId> {
         self.config.peers.iter().map(|peer| peer.host).collect()
@@ -124,7 +144,8 @@ impl Volume {
 
     pub(super) async fn handle(&mut self, event: Event) {
         match event {
-            Event::Superseded(told) => self.hear_of(told).await,
+            Event::Told(told) => self.hear_of(told),
+            Event::Superseded(fence) => self.supersede(fence).await,
             Event::LookForOpeners => self.look_for_openers().await,
             Event::TryAgain(attempt) => self.try_again(attempt).await,
             Event::SessionEnded => {
@@ -193,24 +214,48 @@ impl Volume {
         }
     }
 
-    /// A host says that another one was promoted. Where that one can be asked, it knows best: nobody stops a primary by
-    /// claims about others. Where it can't, as when it has just died, the claim counts: two that write are worse (X2).
-    async fn hear_of(&mut self, told: Succeeded) {
-        let Succeeded { fence, by } = told;
-        let config = self.config.borrow().clone();
-        let holder = config.peers.iter().find(|peer| peer.host == fence.holder).cloned();
-        let Some(holder) = holder.filter(|_| fence.holder != by) else { return self.supersede(fence).await };
-        let (hands, teller) = (self.hands(), self.name_of(by));
+    /// A member says that another host was promoted. Nothing is answered until the others were asked: whether any of them
+    /// knows that the speaker was removed (X3), and the one that was promoted, which knows best (X2). One that can't be
+    /// asked, as when it has just died, stands against nothing: two that write are worse.
+    fn hear_of(&mut self, told: Succeeded) {
+        let OpenRole::Primary(primary, _) = &self.role else { return };
+        // A link that begins anew meanwhile is told the same again.
+        if !self.judged.borrow_mut().insert(told.by) {
+            return;
+        }
+        let doubt = primary.doubt();
+        let (hands, learned, judged) = (self.hands(), self.surroundings.learned.clone(), self.judged.clone());
+        let speaker = self.name_of(told.by);
+        let is_own = told.fence.holder == told.by;
+        let holder = if is_own { "it".to_owned() } else { self.name_of(told.fence.holder) };
+        // Not to keep what it has open, when the volume is opened anew.
+        let primary = Rc::downgrade(primary);
         spawn_local(async move {
-            let answered = standing::ask(&hands.peers, config.id, &holder, CONFIRM_TIME).await;
-            if succession::denies(answered.as_ref().ok(), fence) {
-                return tracing::warn!(
-                    volume = %config.name,
-                    "{teller} says that {} was promoted, which that one denies; this host goes on as the primary",
-                    holder.name
-                );
+            let (judgement, removals) = hands.judge(told).await;
+            judged.borrow_mut().remove(&told.by);
+            let volume = &hands.config.name;
+            if !removals.is_empty() {
+                // The supervisor is there as long as a volume is. It ends the connections of those that were removed.
+                drop(learned.send((volume.clone(), Learned::Removals(removals))));
             }
-            drop(hands.events.send(Event::Superseded(Succeeded { fence, by: fence.holder })));
+            match judgement {
+                Judgement::Superseded => return drop(hands.events.send(Event::Superseded(told.fence))),
+                Judgement::Removed(host) => {
+                    let removed = if host == told.by { &speaker } else { &holder };
+                    tracing::warn!(
+                        %volume,
+                        "{speaker} says that {holder} was promoted, but {removed} was removed from the volume; this host \
+                         goes on as the primary"
+                    );
+                }
+                Judgement::Denied => tracing::warn!(
+                    %volume,
+                    "{speaker} says that {holder} was promoted, which that one denies; this host goes on as the primary"
+                ),
+            }
+            if let Some(primary) = primary.upgrade() {
+                primary.trust([doubt]);
+            }
         });
     }
 

@@ -50,7 +50,7 @@ pub use pulse::{Pulse, Silence};
 use recoveries::Ending;
 pub use resolution::Resolved;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -361,6 +361,8 @@ struct Volume {
     /// What ends recoveries, for the streams on which they were asked for.
     endings: broadcast::Sender<Ending>,
     events: UnboundedSender<Event>,
+    /// Members whose word that another host was promoted is being judged.
+    judged: Rc<RefCell<BTreeSet<HostId>>>,
     /// Whether a replica's next question who the hosts are is due by itself.
     asks_members: bool,
     /// When a primary last heard from another host, in seconds since 1970.
@@ -413,6 +415,7 @@ impl Volume {
             recovery: Rc::default(),
             endings: broadcast::channel(8).0,
             events,
+            judged: Rc::default(),
             asks_members: false,
             company: Rc::default(),
             better: None,
@@ -428,7 +431,7 @@ impl Volume {
     fn link(&self, primary: &Rc<Primary>, peer: &PeerConfig) -> Rc<Peer> {
         primary.limit_resync(peer.host, self.resync_limit(peer));
         let (events, host) = (self.events.clone(), peer.host);
-        let superseded = move |fence| drop(events.send(Event::Superseded(fence)));
+        let superseded = move |told| drop(events.send(Event::Told(told)));
         let events = self.events.clone();
         let link = Peer::new(peer, superseded, move || drop(events.send(Event::AskMembers(host))));
         spawn_local(link.clone().keep_linked(primary.clone(), self.surroundings.peers.clone()));

@@ -15,7 +15,7 @@ use crate::crashes;
 use crate::export::Export;
 use crate::holding::Holding;
 use crate::metadata::State;
-use crate::primary::{Primary, Succeeded};
+use crate::primary::Primary;
 use crate::replica::Replica;
 use crate::standing;
 use crate::storage::file::File;
@@ -248,21 +248,18 @@ impl Volume {
         let (events, hands, me) = (self.events.clone(), self.hands(), Rc::downgrade(primary));
         spawn_local(async move {
             while let Some(primary) = me.upgrade() {
-                tokio::select! {
-                    () = primary.was_away() => {}
+                let doubts = tokio::select! {
+                    doubts = primary.was_away() => doubts,
                     () = primary.is_retired() => return,
-                }
+                };
                 let config = &hands.config;
                 tracing::warn!(volume = %config.name, "this process was stopped for a while; others are asked who leads");
                 let answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
                 let known = primary.superseded().unwrap_or(primary.state().superblock().fence);
                 match succession::newest_fence(known, &heard(&answers)) {
                     // Nobody listens any more when the agent has ended meanwhile.
-                    Some(fence) => {
-                        // The holder was asked already.
-                        drop(events.send(Event::Superseded(Succeeded { fence, by: fence.holder })));
-                    }
-                    None => primary.trust(),
+                    Some(fence) => drop(events.send(Event::Superseded(fence))),
+                    None => primary.trust(doubts),
                 }
             }
         });

@@ -33,6 +33,7 @@ pub(crate) mod activity;
 mod agreement;
 mod durability;
 mod generation;
+mod leading;
 mod patience;
 mod pieces;
 pub mod replies;
@@ -42,6 +43,7 @@ mod testing;
 mod told;
 
 pub use action::{Action, LocalWrite, RequestId, Settings, Work, WriteFailed};
+pub use leading::Doubt;
 
 use crate::disk::activity_log::{CAPACITY, Recovered};
 use crate::order::Order;
@@ -58,6 +60,7 @@ use activity::ActiveSet;
 use agreement::Agreement;
 use durability::Local;
 use generation::Generations;
+use leading::Leading;
 use patience::Waiting;
 use pieces::{Piece, Request};
 use replies::{Owed, ReplicaLoss};
@@ -124,13 +127,9 @@ pub struct Tracker {
     full_since: Option<Time>,
     closing: bool,
     patience: Duration,
-    /// While it isn't known whether this host still leads: requests that are done, with the last write that each answer
-    /// speaks for.
-    withheld: Option<Vec<(RequestId, Sequence)>>,
+    leading: Leading,
     /// Until when hosts that were removed may count on nothing being answered without them.
     word_of_removed: Option<Time>,
-    /// Another host may write now: nothing is taken any more (L5).
-    superseded: bool,
     start: Start,
     actions: VecDeque<Action>,
 }
@@ -200,9 +199,8 @@ impl Tracker {
             full_since: None,
             closing: false,
             patience,
-            withheld: None,
+            leading: Leading::default(),
             word_of_removed: None,
-            superseded: false,
             start: Start::default(),
             actions: VecDeque::new(),
         };
@@ -262,7 +260,7 @@ impl Tracker {
         let request = Request { work, rest, pieces: 0, failed: false, sequence: self.last };
         let known = self.requests.insert(id, request);
         assert!(known.is_none(), "a request has a name of its own");
-        if self.superseded {
+        if self.leading.is_superseded {
             self.answer(id, Err(WriteFailed));
         } else if self.local.failed {
             self.fail(id);
@@ -482,26 +480,6 @@ impl Tracker {
         self.drive(now);
     }
 
-    /// Another host was promoted: no write is taken or answered well any more (L5). What is under way ends.
-    pub fn supersede(&mut self, now: Time) {
-        self.superseded = true;
-        self.fail_owed();
-        for (request, _) in self.withheld.take().into_iter().flatten() {
-            self.answer(request, Err(WriteFailed));
-        }
-        let mut held = std::mem::take(&mut self.generations.held);
-        held.extend(std::mem::take(&mut self.told.held));
-        let claimed = std::mem::take(&mut self.claimed);
-        for piece in claimed.into_iter().chain(held).chain(self.take_waiting()) {
-            self.activity.give_back(piece.range.extents(), None);
-            self.done_piece(piece.request, false, now);
-        }
-        for piece in std::mem::take(&mut self.arrivals) {
-            self.done_piece(piece.request, false, now);
-        }
-        self.drive(now);
-    }
-
     /// The volume is being demoted, after [`Tracker::close`] was called: every replica that has everything records that
     /// it does. [`Tracker::is_released`] says which ones have.
     pub fn release(&mut self, now: Time) {
@@ -606,47 +584,10 @@ impl Tracker {
         self.epoch = OpenEpoch { number: epoch.next(), bytes: 0, since: None };
     }
 
-    /// This host was away, as a process that was frozen or a machine that slept: another one may lead by now. Nothing is
-    /// answered well until [`Tracker::trust`], and what was promised holds as if it had just been asked for.
-    pub fn doubt(&mut self, now: Time) {
-        if !self.superseded {
-            self.withheld.get_or_insert_default();
-        }
-        self.sessions.values_mut().for_each(|session| session.renew_word(now));
-        self.drive(now);
-    }
-
-    /// As far as anybody who can be reached knows, this host still leads.
-    pub fn trust(&mut self, now: Time) {
-        for (request, sequence) in self.withheld.take().into_iter().flatten() {
-            self.succeed(request, sequence);
-        }
-        self.drive(now);
-    }
-
-    /// Whether it isn't known whether this host still leads.
-    #[must_use]
-    pub fn is_in_doubt(&self) -> bool {
-        self.withheld.is_some()
-    }
-
     /// Asks every connected replica to say that it is there.
     pub fn ask_marks(&mut self, now: Time) {
         self.sessions.values_mut().for_each(Session::ask_mark);
         self.drive(now);
-    }
-
-    /// Answers a request that is done wherever it must be; the answer speaks for all writes up to this one.
-    fn succeed(&mut self, id: RequestId, sequence: Sequence) {
-        if self.superseded {
-            return self.answer(id, Err(WriteFailed));
-        }
-        if let Some(withheld) = self.withheld.as_mut().filter(|_| !planted(Bug::AnswerUnasked)) {
-            return withheld.push((id, sequence));
-        }
-        self.sessions.values_mut().for_each(|session| session.note_answered(sequence));
-        self.generations.unanswered = 0;
-        self.answer(id, Ok(()));
     }
 
     /// Whether applications were answered something that this replica lacks; so for one that is not known here.

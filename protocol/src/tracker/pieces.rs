@@ -50,7 +50,7 @@ impl Tracker {
     /// Claims extents for the pieces that arrived, in order, as far as the active set has room.
     pub(super) fn begin_arrivals(&mut self, now: Time) {
         while let Some(piece) = self.arrivals.front().copied() {
-            if self.local.failed || self.superseded {
+            if self.local.failed || self.leading.is_superseded {
                 self.arrivals.pop_front();
                 self.done_piece(piece.request, false, now);
                 continue;
@@ -75,7 +75,7 @@ impl Tracker {
     }
 
     pub(super) fn begin_if_active(&mut self, piece: Piece, now: Time) {
-        if self.local.failed || self.superseded {
+        if self.local.failed || self.leading.is_superseded {
             self.activity.give_back(piece.range.extents(), None);
             self.done_piece(piece.request, false, now);
         } else if self.activity.are_active(piece.range.extents()) {
@@ -168,7 +168,7 @@ impl Tracker {
             let durable =
                 matches!(work, super::Work::Write { fua: true, .. } | super::Work::Zero { fua: true, .. });
             match request.failed {
-                true if self.superseded => self.answer(id, Err(super::WriteFailed)),
+                true if self.leading.is_superseded => self.answer(id, Err(super::WriteFailed)),
                 true => self.fail(id),
                 false => self.owe(id, sequence, durable, now),
             }

@@ -110,6 +110,7 @@ impl Tracker {
             *limit = Duration::ZERO;
         }
         self.start.refuses = true;
+        self.fail_withheld();
         self.owed.iter_mut().for_each(|owed| owed.due = Some(now));
         self.drive(now);
     }

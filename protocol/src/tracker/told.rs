@@ -179,7 +179,7 @@ impl Tracker {
 
     /// Whether a bound may be asked for.
     fn looks_ahead(&self) -> bool {
-        let is_over = self.local.failed || self.superseded;
+        let is_over = self.local.failed || self.leading.is_superseded;
         !self.sessions.is_empty() && !is_over && !self.generations.beginning
     }
 }

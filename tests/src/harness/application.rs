@@ -83,8 +83,8 @@ impl World {
     pub(super) fn replied(&mut self, host: usize, id: RequestId, good: bool) {
         self.note(|| format!("reply to {}: {good}", id.0));
         assert!(
-            !good || !self.hosts[host].is_unsure,
-            "a host that was frozen answers before it knows who leads"
+            !good || self.hosts[host].doubts.is_empty(),
+            "L5: host {host} answers before it knows whether it leads"
         );
         let it = &mut self.hosts[host];
         it.application.waiting.remove(&id).expect("a request is answered once");

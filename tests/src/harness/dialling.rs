@@ -3,7 +3,7 @@
 
 use super::disk::Data;
 use super::files::batches_of_map;
-use super::host::{Shell, SuperblockWork, host_id, host_number};
+use super::host::{Shell, SuperblockWork, host_id};
 use super::links::{Channel, LinkId, Packet};
 use super::mirror::Image;
 use super::primary::{DiskWork, FileWork};
@@ -11,9 +11,9 @@ use super::world::{Event, World};
 use blockmirror_protocol::disk::dirty_map;
 use blockmirror_protocol::session::resync::CopyRead;
 use blockmirror_protocol::session::{self, PeerError};
-use blockmirror_protocol::succession;
+use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::units::Time;
-use blockmirror_protocol::wire::message::{Commit, Fence, Message, Refusal};
+use blockmirror_protocol::wire::message::{Commit, Message, Refusal};
 use blockmirror_protocol::wire::{Body, FrameHeader};
 use std::time::Duration;
 
@@ -89,23 +89,10 @@ impl World {
             Err(PeerError::SplitBrain | PeerError::NothingInCommon) => self.cut(link),
             Err(PeerError::Superseded(fence)) => {
                 self.cut(link);
-                self.hear_of(link, fence);
+                self.hear_of(link.dialler, Succeeded { fence, by: host_id(link.listener) });
             }
             Err(error) => panic!("host {}: {error}", link.listener),
         }
-    }
-
-    /// A replica says that another host was promoted: where that one can be asked, it knows best (X2).
-    fn hear_of(&mut self, link: LinkId, fence: Fence) {
-        let holder = host_number(fence.holder);
-        if holder != link.listener {
-            let is_member = self.hosts[link.dialler].members.contains(holder);
-            let standing = if is_member { self.hear(link.dialler, holder) } else { None };
-            if !is_member || succession::denies(standing.as_ref(), fence) {
-                return;
-            }
-        }
-        self.supersede(link.dialler, fence);
     }
 
     /// At times operators promote a replica just when some of what it was sent is durable there.

@@ -4,11 +4,12 @@
 use super::links::Channel;
 use super::world::{Event, World};
 use blockmirror_protocol::succession;
+use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::units::Time;
 use std::time::Duration;
 
 /// How long it takes to ask the others who leads.
-const ASKING: Duration = Duration::from_millis(20);
+pub(super) const ASKING: Duration = Duration::from_millis(20);
 /// A process is frozen for so many of the longest outages at most, and never for longer than this.
 const OUTAGES: u32 = 20;
 const LONGEST: Duration = Duration::from_secs(10);
@@ -36,23 +37,23 @@ impl World {
             return;
         }
         let Some(tracker) = it.tracker_mut() else { return };
-        tracker.doubt(now);
-        it.is_unsure = true;
+        let doubt = tracker.note_absence(now);
+        it.doubts.insert(doubt);
         let delay = self.random.up_to(ASKING);
-        self.plan(delay, Event::Asked(host, life));
+        self.plan(delay, Event::Asked(host, life, doubt));
     }
 
     /// The others have said how they stand, those that could be reached.
-    pub(super) fn asked(&mut self, host: usize, life: u64) {
+    pub(super) fn asked(&mut self, host: usize, life: u64, doubt: Doubt) {
         let now = Time(self.now);
         if self.hosts[host].life != life || self.hosts[host].tracker().is_none() {
             return;
         }
         let others = self.hear_all(host);
-        self.hosts[host].is_unsure = false;
+        self.hosts[host].doubts.remove(&doubt);
         match succession::newest_fence(self.hosts[host].superblock.fence, &others) {
             Some(fence) => self.supersede(host, fence),
-            None => self.hosts[host].tracker_mut().expect("it was looked at").trust(now),
+            None => self.hosts[host].tracker_mut().expect("it was looked at").trust(doubt, now),
         }
     }
 
@@ -63,7 +64,8 @@ impl World {
             Event::Promote(host, _)
             | Event::PromoteByRule(host, _)
             | Event::StepDown(host, _)
-            | Event::Tell(host, _) => *host,
+            | Event::Tell(host, _)
+            | Event::Judge(host, ..) => *host,
             Event::DiallerLost(link, _) | Event::Connect(link, _) => link.dialler,
             Event::Arrival(link, _, channel) if *channel == Channel::ToDialler => link.dialler,
             Event::Arrival(link, ..) | Event::Stray(link, _) | Event::ListenerLost(link, _) => link.listener,

@@ -24,7 +24,7 @@ use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
 use blockmirror_protocol::lineage::Ends;
-use blockmirror_protocol::tracker::Tracker;
+use blockmirror_protocol::tracker::{Doubt, Tracker};
 use blockmirror_protocol::units::{
     CopyId, Epoch, GenerationId, HostId, Mark, Position, Session as SessionNumber, VolumeId,
 };
@@ -93,8 +93,8 @@ pub struct Host {
     pub state_fails_until: Duration,
     /// Whether that is for want of room.
     pub state_is_full: bool,
-    /// Whether it went on after it was frozen, and does not know yet who leads.
-    pub is_unsure: bool,
+    /// Why it does not know whether it leads, as a primary that has asked the others.
+    pub doubts: BTreeSet<Doubt>,
     /// Whether an operator keeps greetings away.
     pub is_held: bool,
     /// The demotion that is under way.
@@ -189,7 +189,7 @@ impl Host {
             frozen_until: Duration::ZERO,
             state_fails_until: Duration::ZERO,
             state_is_full: false,
-            is_unsure: false,
+            doubts: BTreeSet::new(),
             is_held: false,
             demotion: None,
             superseded: None,
@@ -359,7 +359,8 @@ impl World {
         it.superblock_work.clear();
         it.heard.clear();
         (it.is_held, it.demotion, it.superseded) = (false, None, None);
-        (it.frozen_until, it.is_unsure) = (Duration::ZERO, false);
+        it.frozen_until = Duration::ZERO;
+        it.doubts.clear();
         it.disk.crash(crash, &mut self.random);
         it.files.crash(&mut self.random);
         it.shell = Shell::Down;

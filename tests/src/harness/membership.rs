@@ -1,13 +1,15 @@
 //! Who the volume's hosts are, as each of them knows (X3): operators remove some while everything runs, and take them in
 //! again, empty or with what they had; whoever was away hears of it later, from anybody.
 
+use super::freezing::ASKING;
 use super::host::{Shell, host_id, host_number};
 use super::links::{Channel, LinkId, Packet};
-use super::world::World;
+use super::world::{Event, World};
 use blockmirror_protocol::disk::dirty_map;
 use blockmirror_protocol::membership;
 use blockmirror_protocol::session::Session;
-use blockmirror_protocol::succession::Heard;
+use blockmirror_protocol::succession::{Heard, Judgement, Succeeded};
+use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::{
     Member, Members as Told, Message, Mode, Promise, Refusal, Refused, Removal,
@@ -322,6 +324,51 @@ impl World {
             Some(version) => vec![removal(asker, *version)],
             None => members.tell().removed,
         }
+    }
+
+    /// A member says that another host was promoted: nothing is answered until the others were asked.
+    pub(super) fn hear_of(&mut self, host: usize, told: Succeeded) {
+        let now = Time(self.now);
+        let it = &mut self.hosts[host];
+        if !told.fence.supersedes(it.superblock.fence) {
+            // Both were promoted, and neither before the other: operators decide.
+            return;
+        }
+        let life = it.life;
+        let doubt = it.tracker_mut().expect("it was told as a primary").doubt(now);
+        it.doubts.insert(doubt);
+        let delay = self.random.up_to(ASKING);
+        self.plan(delay, Event::Judge(host, life, told, doubt));
+    }
+
+    /// The others have said what they know of it, those that could be reached.
+    pub(super) fn judge(&mut self, host: usize, life: u64, told: Succeeded, doubt: Doubt) {
+        if self.hosts[host].life != life || self.hosts[host].tracker().is_none() {
+            return;
+        }
+        let (by, holder) = (host_number(told.by), host_number(told.fence.holder));
+        let known = self.hosts[host].members.known.clone();
+        let others: Vec<usize> = known.keys().copied().filter(|other| *other != by).collect();
+        let removed: Vec<Removal> =
+            others.iter().flat_map(|other| self.removals_told(host, *other)).collect();
+        let standing = if others.contains(&holder) { self.hear(host, holder) } else { None };
+        let members: Vec<_> = known.iter().map(|(host, version)| (host_id(*host), *version)).collect();
+        let removals: Vec<_> = removed.iter().map(|removal| (removal.host, removal.version)).collect();
+        let judgement = told.judge(&members, &removals, standing.as_ref());
+        self.note(|| format!("host {host} hears that {holder} was promoted from {by}: {judgement:?}"));
+        if !removed.is_empty() {
+            self.learn(host, &Told { members: Vec::new(), removed });
+        }
+        let it = &mut self.hosts[host];
+        it.doubts.remove(&doubt);
+        if judgement == Judgement::Superseded {
+            assert!(
+                it.members.contains(by) && it.members.contains(holder),
+                "X3: host {host} believes {by} that {holder} was promoted, and hears that one of them was removed"
+            );
+            return self.supersede(host, told.fence);
+        }
+        it.tracker_mut().expect("it was looked at").trust(doubt, Time(self.now));
     }
 
     /// A host that greeted is none of the volume's.

@@ -8,6 +8,8 @@ use super::host::{Host, Shell};
 use super::links::{Channel, LinkId, Links};
 use super::random::Random;
 use super::settings::Settings;
+use blockmirror_protocol::succession::Succeeded;
+use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::FrameHeader;
 use std::collections::BTreeMap;
@@ -44,8 +46,10 @@ pub enum Event {
     PromoteByRule(usize, u64),
     /// A host that was frozen, in this life, goes on.
     Thaw(usize, u64),
-    /// It has asked the others who leads.
-    Asked(usize, u64),
+    /// It has asked the others who leads, which ends this doubt.
+    Asked(usize, u64, Doubt),
+    /// A primary, in this life, has asked the others about what it was told, which ends this doubt.
+    Judge(usize, u64, Succeeded, Doubt),
     /// A primary that is demoted or superseded, in this life, looks whether it can step down.
     StepDown(usize, u64),
 }
@@ -266,7 +270,8 @@ impl World {
             Event::PromoteByRule(..) => {}
             Event::Tell(host, life) => self.tell(host, life),
             Event::Thaw(host, life) => self.thaw(host, life),
-            Event::Asked(host, life) => self.asked(host, life),
+            Event::Asked(host, life, doubt) => self.asked(host, life, doubt),
+            Event::Judge(host, life, told, doubt) => self.judge(host, life, told, doubt),
         }
     }
 
