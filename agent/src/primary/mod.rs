@@ -27,7 +27,9 @@ use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
 use blockmirror_protocol::tracker::start::Heard;
-use blockmirror_protocol::tracker::{self, Action, Doubt, LocalWrite, RequestId, Tracker, WriteFailed};
+use blockmirror_protocol::tracker::{
+    self, Action, Doubt, Follower, LocalWrite, RequestId, Tracker, WriteFailed,
+};
 use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
 use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
 use bytes::Bytes;
@@ -92,7 +94,7 @@ struct Inner {
     requests: HashMap<RequestId, Pending>,
     maps: HashMap<HostId, Rc<File>>,
     links: HashMap<HostId, LinkQueues>,
-    copies: HashMap<(HostId, CopyRead), Bytes>,
+    copies: HashMap<(Follower, CopyRead), Bytes>,
     compares: HashMap<HostId, oneshot::Sender<Option<CompareResult>>>,
 }
 
@@ -280,7 +282,7 @@ impl Primary {
         let others: Vec<HostId> = self.drive(|inner, now| {
             inner.tracker.remove_session(peer, now);
             inner.maps.remove(&peer);
-            inner.copies.retain(|(host, _), _| *host != peer);
+            inner.copies.retain(|(follower, _), _| follower.host != peer);
             inner.maps.keys().copied().collect()
         });
         self.state.remove_other_maps(&others)
@@ -547,16 +549,16 @@ impl Primary {
         recorded.is_ok()
     }
 
-    fn carry_out_for(&self, inner: &mut Inner, peer: HostId, action: session::Action) {
+    fn carry_out_for(&self, inner: &mut Inner, peer: Follower, action: session::Action) {
         match action {
-            session::Action::Send(message) => inner.queue(peer, Queued::Message(message)),
+            session::Action::Send(message) => inner.queue(peer.host, Queued::Message(message)),
             session::Action::SendFrame { header, request } => {
                 let payload =
                     request.map_or_else(Bytes::new, |request| inner.frame_data(request, header.body.range()));
-                inner.queue(peer, Queued::Live(header.encode(&payload), payload));
+                inner.queue(peer.host, Queued::Live(header.encode(&payload), payload));
             }
             session::Action::WriteMap(changes) => {
-                let file = inner.maps[&peer].clone();
+                let file = inner.maps[&peer.host].clone();
                 let primary = self.me();
                 spawn_local(async move {
                     let written = primary.state.write_map(&file, changes).await;
@@ -572,18 +574,15 @@ impl Primary {
                     let (content, data) = primary.read_copy(range, digest).await;
                     primary.drive(|inner, now| {
                         inner.copies.insert((peer, read), data);
+                        // What it does not take up, it says to drop.
                         inner.tracker.handle_copy_read(peer, read, content, now);
-                        // What the session did not take up, because its link is gone, is dropped with it.
-                        if !inner.links.contains_key(&peer) {
-                            inner.copies.remove(&(peer, read));
-                        }
                     });
                 });
             }
             session::Action::SendCopy { read, header } => {
                 let payload = inner.copies.remove(&(peer, read)).unwrap_or_default();
                 if let Some(header) = header {
-                    inner.queue(peer, Queued::Bulk(header.encode(&payload), payload));
+                    inner.queue(peer.host, Queued::Bulk(header.encode(&payload), payload));
                 }
             }
             session::Action::Hold { .. } => unreachable!("the tracker carries holds out itself"),

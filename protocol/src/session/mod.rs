@@ -119,6 +119,8 @@ pub enum Action {
 #[derive(Debug)]
 pub struct Session {
     peer: HostId,
+    /// Tells it from an earlier one with the same host, which was removed; the tracker's.
+    pub(crate) incarnation: u64,
     block_size: BlockSize,
     size_bytes: u64,
     window_limit_bytes: u64,
@@ -306,6 +308,7 @@ impl Session {
         let was_passed_over = !map.is_clean();
         Self {
             peer,
+            incarnation: 0,
             block_size,
             size_bytes,
             window_limit_bytes,

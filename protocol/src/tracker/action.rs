@@ -34,6 +34,15 @@ pub enum Work {
     Flush,
 }
 
+/// A replica, as actions and what comes back of them name it. A host that was removed and joins again is another one, so
+/// that nothing which was begun before comes back to it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Follower {
+    /// The host.
+    pub host: HostId,
+    pub(super) incarnation: u64,
+}
+
 /// What the shell must do.
 #[derive(Debug)]
 pub enum Action {
@@ -92,7 +101,7 @@ pub enum Action {
     /// Something for one replica's session.
     Peer {
         /// The replica.
-        peer: HostId,
+        peer: Follower,
         /// What.
         action: session::Action,
     },

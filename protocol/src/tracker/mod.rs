@@ -40,9 +40,11 @@ pub mod replies;
 pub mod start;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod told;
 
-pub use action::{Action, LocalWrite, RequestId, Settings, Work, WriteFailed};
+pub use action::{Action, Follower, LocalWrite, RequestId, Settings, Work, WriteFailed};
 pub use leading::Doubt;
 
 use crate::disk::activity_log::{CAPACITY, Recovered};
@@ -120,7 +122,9 @@ pub struct Tracker {
     owed: VecDeque<Owed>,
     agreement: Agreement,
     sessions: BTreeMap<HostId, Session>,
-    holds: HashMap<u64, (HostId, u64, ByteRange)>,
+    /// How many replicas have joined since the volume was opened.
+    joined: u64,
+    holds: HashMap<u64, (Follower, u64, ByteRange)>,
     next_hold: u64,
     idle: Option<(Time, u64)>,
     /// Since when writes wait because the active set is full.
@@ -193,6 +197,7 @@ impl Tracker {
             owed: VecDeque::new(),
             agreement: Agreement::default(),
             sessions: sessions.into_iter().map(|session| (session.peer(), session)).collect(),
+            joined: 0,
             holds: HashMap::new(),
             next_hold: 0,
             idle: None,
@@ -317,8 +322,8 @@ impl Tracker {
     }
 
     /// A replica's map was written, or could not be.
-    pub fn handle_map_written(&mut self, peer: HostId, written: bool, now: Time) {
-        if let Some(session) = self.sessions.get_mut(&peer) {
+    pub fn handle_map_written(&mut self, peer: Follower, written: bool, now: Time) {
+        if let Some(session) = self.session_of(peer) {
             session.handle_map_written(written, now);
         }
         self.free_log();
@@ -327,9 +332,14 @@ impl Tracker {
     }
 
     /// The read of a copy has ended.
-    pub fn handle_copy_read(&mut self, peer: HostId, read: CopyRead, content: CopyContent, now: Time) {
-        if let Some(session) = self.sessions.get_mut(&peer) {
-            session.handle_copy_read(read, content, now);
+    pub fn handle_copy_read(&mut self, peer: Follower, read: CopyRead, content: CopyContent, now: Time) {
+        match self.session_of(peer) {
+            Some(session) => session.handle_copy_read(read, content, now),
+            // It was removed meanwhile: what was read is dropped.
+            None => {
+                let action = session::Action::SendCopy { read, header: None };
+                self.actions.push_back(Action::Peer { peer, action });
+            }
         }
         self.drive(now);
     }
@@ -339,7 +349,7 @@ impl Tracker {
         let (peer, number, range) = self.holds.remove(&hold).expect("a held range is read once");
         let freed = self.order.finish(Admitted::Hold(hold), range);
         self.run(freed);
-        if let Some(session) = self.sessions.get_mut(&peer) {
+        if let Some(session) = self.session_of(peer) {
             match digest {
                 Some(digest) => session.handle_local_digest(number, digest),
                 None => session.abandon_compare(),
@@ -408,6 +418,8 @@ impl Tracker {
     /// A replica joined.
     pub fn add_session(&mut self, mut session: Session, now: Time) {
         session.keep_word(self.patience, None);
+        self.joined += 1;
+        session.incarnation = self.joined;
         let peer = session.peer();
         assert!(self.sessions.insert(peer, session).is_none(), "a replica joins once");
         self.write_maps();
@@ -661,14 +673,20 @@ impl Tracker {
         }
     }
 
+    /// The session with a replica, unless that was removed meanwhile.
+    fn session_of(&mut self, peer: Follower) -> Option<&mut Session> {
+        self.sessions.get_mut(&peer.host).filter(|session| session.incarnation == peer.incarnation)
+    }
+
     /// Moves the sessions' actions to the tracker's, in order.
     fn collect(&mut self) {
         let mut wanted = Vec::new();
-        for (peer, session) in &mut self.sessions {
+        for (host, session) in &mut self.sessions {
+            let peer = Follower { host: *host, incarnation: session.incarnation };
             while let Some(action) = session.poll_action() {
                 match action {
-                    session::Action::Hold { number, range } => wanted.push((*peer, number, range)),
-                    action => self.actions.push_back(Action::Peer { peer: *peer, action }),
+                    session::Action::Hold { number, range } => wanted.push((peer, number, range)),
+                    action => self.actions.push_back(Action::Peer { peer, action }),
                 }
             }
         }
@@ -679,7 +697,7 @@ impl Tracker {
             let hold = self.next_hold;
             self.next_hold += 1;
             self.holds.insert(hold, (peer, number, range));
-            let session = self.sessions.get_mut(&peer).expect("it asked for the hold");
+            let session = self.session_of(peer).expect("it asked for the hold");
             session.handle_hold(number, range);
             if self.order.admit(Admitted::Hold(hold), range) {
                 self.run(vec![Admitted::Hold(hold)]);

@@ -141,8 +141,7 @@ impl Tracker {
                 }
                 Admitted::Hold(hold) => {
                     let (peer, number, range) = self.holds[&hold];
-                    let wanted =
-                        self.sessions.get_mut(&peer).is_some_and(|session| session.wants_digest(number));
+                    let wanted = self.session_of(peer).is_some_and(|session| session.wants_digest(number));
                     if wanted {
                         self.actions.push_back(Action::ReadDigest { hold, range });
                     } else {

@@ -3,7 +3,7 @@
 
 use super::disk::Data;
 use super::files::batches_of_map;
-use super::host::{Shell, SuperblockWork, host_id};
+use super::host::{Shell, SuperblockWork, host_id, host_number};
 use super::links::{Channel, LinkId, Packet};
 use super::mirror::Image;
 use super::primary::{DiskWork, FileWork};
@@ -12,6 +12,7 @@ use blockmirror_protocol::disk::dirty_map;
 use blockmirror_protocol::session::resync::CopyRead;
 use blockmirror_protocol::session::{self, PeerError};
 use blockmirror_protocol::succession::Succeeded;
+use blockmirror_protocol::tracker::Follower;
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::{Commit, Message, Refusal};
 use blockmirror_protocol::wire::{Body, FrameHeader};
@@ -121,7 +122,8 @@ impl World {
     }
 
     /// Carries out what a session wants.
-    pub(super) fn act_session(&mut self, link: LinkId, action: session::Action) {
+    pub(super) fn act_session(&mut self, host: usize, peer: Follower, action: session::Action) {
+        let link = LinkId::new(host, host_number(peer.host));
         match action {
             session::Action::Send(message) => self.send_message(link, &message),
             session::Action::SendFrame { header, request } => {
@@ -130,15 +132,13 @@ impl World {
             }
             session::Action::WriteMap(changes) => {
                 let name = dirty_map::file_name(host_id(link.listener));
-                let work = FileWork::Map(link.listener);
-                self.start_primary_file(link.dialler, &name, batches_of_map(changes), work);
+                self.start_primary_file(host, &name, batches_of_map(changes), FileWork::Map(peer));
             }
             session::Action::ReadCopy { read, range, digest } => {
-                let work = DiskWork::Copy(link.listener, read, range, digest);
-                let id = self.start_primary_disk(link.dialler, work);
-                self.hosts[link.dialler].disk.begin_read(id, range);
+                let id = self.start_primary_disk(host, DiskWork::Copy(peer, read, range, digest));
+                self.hosts[host].disk.begin_read(id, range);
             }
-            session::Action::SendCopy { read, header } => self.send_copy(link, read, header),
+            session::Action::SendCopy { read, header } => self.send_copy(link, peer, read, header),
             session::Action::Hold { .. } => panic!("the tracker carries out holds itself"),
         }
     }
@@ -183,9 +183,9 @@ impl World {
         self.send_frame(link, Channel::Live, header, data);
     }
 
-    fn send_copy(&mut self, link: LinkId, read: CopyRead, header: Option<FrameHeader>) {
+    fn send_copy(&mut self, link: LinkId, peer: Follower, read: CopyRead, header: Option<FrameHeader>) {
         let Shell::Primary(shell) = &mut self.hosts[link.dialler].shell else { panic!("it is primary") };
-        let (read, data) = shell.copies.remove(&(link.listener, read)).expect("the read has ended");
+        let (read, data) = shell.copies.remove(&(peer, read)).expect("the read has ended");
         let Some(header) = header else { return };
         let range = header.body.range();
         let is_hole = matches!(header.body, Body::CopyZero { .. })

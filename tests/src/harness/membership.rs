@@ -231,7 +231,6 @@ impl World {
         it.heard.remove(&peer);
         let left = match &mut it.shell {
             Shell::Primary(shell) => {
-                shell.forget(peer);
                 shell.tracker.remove_session(host_id(peer), now);
                 it.files.remove(&dirty_map::file_name(host_id(peer)));
                 self.excuse(host, peer);

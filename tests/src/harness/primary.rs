@@ -3,7 +3,7 @@
 use super::disk::{Data, DiskOperation, Ended};
 use super::files::{Batch, FileOperation};
 use super::history::History;
-use super::host::{Shell, SuperblockWork, VOLUME, host_id, host_number};
+use super::host::{Shell, SuperblockWork, VOLUME, host_id};
 use super::links::LinkId;
 use super::promises::Promises;
 use super::settings::lineage_limit;
@@ -15,7 +15,7 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{Identity, Session};
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
-use blockmirror_protocol::tracker::{self, Action, LocalWrite, RequestId, Tracker};
+use blockmirror_protocol::tracker::{self, Action, Follower, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{GenerationId, Sequence, Time};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -25,18 +25,14 @@ pub(super) enum DiskWork {
     Write(Sequence, ByteRange, bool),
     Sync,
     /// For a copy, or for its digest.
-    Copy(usize, CopyRead, ByteRange, bool),
+    Copy(Follower, CopyRead, ByteRange, bool),
     Digest(u64, ByteRange),
-    /// It was for a host that was removed since.
-    Nothing,
 }
 
 #[derive(Debug)]
 pub(super) enum FileWork {
     Log,
-    Map(usize),
-    /// It was for a host that was removed since.
-    Nothing,
+    Map(Follower),
     Session(LinkId),
     /// And where what went before ended until then.
     Generation(GenerationId, Ends),
@@ -50,7 +46,7 @@ pub struct PrimaryShell {
     /// The machine.
     pub tracker: Tracker,
     /// What was read for copies to each host, and neither sent nor dropped yet.
-    pub(super) copies: BTreeMap<(usize, CopyRead), (ByteRange, Data)>,
+    pub(super) copies: BTreeMap<(Follower, CopyRead), (ByteRange, Data)>,
     disk_work: BTreeMap<DiskOperation, DiskWork>,
     file_work: BTreeMap<FileOperation, FileWork>,
 }
@@ -79,21 +75,6 @@ impl PrimaryShell {
     #[must_use]
     pub fn held_copies(&self) -> usize {
         self.copies.len()
-    }
-
-    /// Nothing is kept for a host any more.
-    pub(super) fn forget(&mut self, peer: usize) {
-        self.copies.retain(|(host, _), _| *host != peer);
-        for work in self.disk_work.values_mut() {
-            if matches!(work, DiskWork::Copy(host, ..) if *host == peer) {
-                *work = DiskWork::Nothing;
-            }
-        }
-        for work in self.file_work.values_mut() {
-            if matches!(work, FileWork::Map(host) if *host == peer) {
-                *work = FileWork::Nothing;
-            }
-        }
     }
 
     /// Whether the superblock is being written.
@@ -218,7 +199,7 @@ impl World {
                 let id = self.start_primary_disk(host, DiskWork::Digest(hold, range));
                 self.hosts[host].disk.begin_read(id, range);
             }
-            Action::Peer { peer, action } => self.act_session(LinkId::new(host, host_number(peer)), action),
+            Action::Peer { peer, action } => self.act_session(host, peer, action),
         }
     }
 
@@ -253,12 +234,11 @@ impl World {
                     _ => CopyContent::Data,
                 };
                 shell.copies.insert((peer, read), (range, data));
-                tracker.handle_copy_read(host_id(peer), read, content, now);
+                tracker.handle_copy_read(peer, read, content, now);
             }
             (DiskWork::Digest(hold, range), Ended::Read(data)) => {
                 tracker.handle_digest(hold, (!fails).then(|| digest(range, &data)), now);
             }
-            (DiskWork::Nothing, _) => {}
             (work, ended) => panic!("{work:?} ended as {ended:?}"),
         }
         if fails {
@@ -283,8 +263,7 @@ impl World {
         let Shell::Primary(shell) = &mut self.hosts[host].shell else { panic!("the host is primary") };
         match shell.file_work.remove(&id).expect("it is known") {
             FileWork::Log => shell.tracker.handle_log_written(good, now),
-            FileWork::Map(peer) => shell.tracker.handle_map_written(host_id(peer), good, now),
-            FileWork::Nothing => {}
+            FileWork::Map(peer) => shell.tracker.handle_map_written(peer, good, now),
             FileWork::Session(link) => {
                 self.session_recorded(link, good);
                 self.record_next(host);
