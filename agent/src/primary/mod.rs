@@ -274,11 +274,15 @@ impl Primary {
         self.inner.borrow().maps.contains_key(&peer)
     }
 
-    /// A replica is one no more: nothing waits for it, and its map is gone (X3). Its link goes on until it is ended.
+    /// A replica is one no more: nothing waits for it, and its map is gone (X3). Its link goes on until it is ended. Nothing
+    /// is done where the volume is opened anew meanwhile: the maps are another one's now, which knows who its peers are.
     ///
     /// # Errors
     /// [`crate::metadata::StateError`] when its map can't be removed; the next start tries again.
     pub fn remove_peer(&self, peer: HostId) -> Result<(), crate::metadata::StateError> {
+        if self.retired.get() {
+            return Ok(());
+        }
         let others: Vec<HostId> = self.drive(|inner, now| {
             inner.tracker.remove_session(peer, now);
             inner.maps.remove(&peer);

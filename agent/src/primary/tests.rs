@@ -6,6 +6,7 @@ use crate::metadata::tests::superblock;
 use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
 use crate::storage::{Engine, open_with};
+use blockmirror_protocol::disk::dirty_map;
 use blockmirror_protocol::disk::superblock::Role;
 use std::io;
 use std::path::Path;
@@ -120,6 +121,24 @@ fn a_write_that_finds_no_room_is_answered_so_and_the_next_one_goes_well() {
         faults.fail(Calls::Syncs, 1, libc::ENOSPC);
         assert_eq!(error_of(&primary, Command::Flush).await, Some(libc::EIO), "what was answered is lost");
         assert_eq!(error_of(&primary, write()).await, Some(libc::EIO), "and the backing failed");
+    });
+}
+
+/// The task that ends the session of a host which was removed took away maps of the volume that was opened anew meanwhile.
+#[test]
+fn a_primary_that_was_retired_takes_away_nobodys_map() {
+    run(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (primary, _) = open(folder.path()).await;
+        let map = folder.path().join("state").join(dirty_map::file_name(HostId([2; 32])));
+        let leave = |primary: &Primary| {
+            std::fs::write(&map, []).expect("a file");
+            primary.remove_peer(HostId([3; 32])).expect("it is left");
+            map.exists()
+        };
+        assert!(!leave(&primary), "nobody else uses the folder");
+        primary.retire();
+        assert!(leave(&primary));
     });
 }
 

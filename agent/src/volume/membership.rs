@@ -12,6 +12,7 @@ use crate::words::with_causes;
 use blockmirror_protocol::succession::Objection;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Refusal, Refused};
+use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
@@ -33,12 +34,13 @@ impl Volume {
                 link.part();
                 // The one that is left, if it is one, keeps no activity log any more (D5).
                 let last = links.values().next().filter(|_| links.len() == 1).cloned();
-                let primary = primary.clone();
+                // Not to keep what it has open, when the volume is opened anew.
+                let primary = Rc::downgrade(primary);
                 spawn_local(async move {
                     // One that takes its leave counts on nothing any more; what was promised to one that can't be
                     // reached is kept.
                     link.ended().await;
-                    if let Err(error) = primary.remove_peer(host) {
+                    if let Some(Err(error)) = primary.upgrade().map(|primary| primary.remove_peer(host)) {
                         tracing::warn!("{}", with_causes(&error));
                     }
                     if let Some(last) = last {
