@@ -21,14 +21,27 @@ use tokio::task::JoinSet;
 /// What a peer answered, or why it didn't, in words.
 pub type Answered = Result<Standing, String>;
 
-/// Asks all of a volume's other hosts at once; each has so long to answer. One that another one knows to be removed has
-/// no say (X3).
+/// What all of a volume's other hosts said.
+pub struct Told {
+    /// How they stand. One that another one knows to be removed has no say (X3).
+    pub answers: Vec<(PeerConfig, Answered)>,
+    /// The hosts that any of them knows to be removed.
+    pub removals: Vec<Removal>,
+}
+
+/// Asks all of a volume's other hosts at once how they stand; each has so long to answer. One that another one knows to be
+/// removed has no say (X3).
 pub async fn ask_all(
     peers: &Peers,
     volume: VolumeId,
     hosts: &[PeerConfig],
     limit: Duration,
 ) -> Vec<(PeerConfig, Answered)> {
+    hear_all(peers, volume, hosts, limit).await.answers
+}
+
+/// As [`ask_all`], for whoever has to hear of removals as well: each host is asked once for either.
+pub async fn hear_all(peers: &Peers, volume: VolumeId, hosts: &[PeerConfig], limit: Duration) -> Told {
     let mut asked = JoinSet::new();
     for peer in hosts {
         let (peers, peer) = (peers.clone(), peer.clone());
@@ -40,7 +53,8 @@ pub async fn ask_all(
     }
     let mut answers = asked.join_all().await;
     answers.sort_by(|(one, ..), (other, ..)| one.name.cmp(&other.name));
-    without_removed(answers)
+    let removals = answers.iter().flat_map(|(_, _, removed)| removed).cloned().collect();
+    Told { answers: without_removed(answers), removals }
 }
 
 /// The answers, where those of hosts that another one knows to be removed don't count.

@@ -3,7 +3,7 @@
 use blockmirror_agent::config::{ConfigFolder, VolumeConfig};
 use blockmirror_agent::control::api::{Connection, PeerState, VolumeState};
 use blockmirror_agent::token::Token;
-use blockmirror_agent::transport::{Connection as Transport, ControlReceiver, Endpoint, HostKey};
+use blockmirror_agent::transport::{Connection as Transport, ControlReceiver, Endpoint, HostKey, Incoming};
 use blockmirror_protocol::wire::message::{Message, Recover, Refusal};
 use blockmirror_tests::machines::content::stamped;
 use blockmirror_tests::machines::host::Host;
@@ -12,6 +12,7 @@ use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{own, text};
 use std::io::Write;
 use std::process::{Command, Stdio};
+use tokio::sync::mpsc;
 
 const MIB: u64 = 1 << 20;
 
@@ -243,6 +244,47 @@ fn a_recovery_that_nobody_reads_does_not_hold_up_a_forced_promotion_and_ends_wit
         b.refuse(&["promote", "data"], 5, &["a recovery reads this replica", "--force ends it"]);
         b.succeed(&["promote", "data", "--force"]);
         connection.closed().await;
+        endpoint.close().await;
+    });
+}
+
+/// What a host that does not answer is asked on a connection, until that ends.
+async fn note_questions(connection: Transport, asked: mpsc::UnboundedSender<Message>) {
+    while let Ok(incoming) = connection.accept().await {
+        let Incoming::Control(_sender, mut receiver) = incoming else { continue };
+        if let Ok(question) = receiver.receive().await {
+            // The test may have ended.
+            let _ = asked.send(question);
+        }
+    }
+}
+
+/// It asked each host twice every five seconds.
+#[test]
+fn a_replica_that_is_alone_asks_each_host_once_at_a_time_who_the_hosts_are() {
+    let mut mirror = Mirror::new(16 * MIB, "none", &["b", "c"]);
+    mirror.replicas[1].stop();
+    let key = HostKey::load(&mirror.replicas[1].path("state/host.key")).expect("the key of c");
+    mirror.primary.kill();
+    in_a_runtime(async {
+        let endpoint = bind(&key);
+        mirror.replicas[1].link().lead_to(endpoint.local_address());
+        let (asked, mut questions) = mpsc::unbounded_channel();
+        let dialled = endpoint.clone();
+        tokio::spawn(async move {
+            while let Some(connection) = dialled.accept().await {
+                tokio::spawn(note_questions(connection, asked.clone()));
+            }
+        });
+        let (mut standings, mut members) = (0, 0);
+        while standings < 3 {
+            match questions.recv().await.expect("b asks") {
+                Message::AskStanding(_) => standings += 1,
+                Message::AskMembers(_) => members += 1,
+                _ => {}
+            }
+        }
+        assert!((2..=3).contains(&members), "{members}");
         endpoint.close().await;
     });
 }

@@ -4,9 +4,10 @@
 //! Every step of a change is durable before the next, so a change that is cut short is like a crash.
 
 use super::demotion::{Demoted, Switched};
+use super::membership::pass_on;
 use super::opening::Others;
 use super::pulse::HUNG;
-use super::{Answer, Learned, OpenRole, Volume, refuse};
+use super::{Answer, OpenRole, Volume, refuse};
 use crate::config::{PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
 use crate::primary::Primary;
@@ -156,7 +157,7 @@ impl Volume {
             }
             Event::Demote(answer, since) => self.demote(answer, since).await,
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
-            Event::AskMembers(host) => self.ask_members(Some(host)),
+            Event::AskMembers(host) => self.ask_members(host),
             Event::IsAlone => self.look_whether_alone(),
             Event::Heard(answers) => self.look_for_better(&answers),
             Event::Touched(words) => self.note_touched(words).await,
@@ -234,10 +235,8 @@ impl Volume {
             let (judgement, removals) = hands.judge(told).await;
             judged.borrow_mut().remove(&told.by);
             let volume = &hands.config.name;
-            if !removals.is_empty() {
-                // The supervisor is there as long as a volume is. It ends the connections of those that were removed.
-                drop(learned.send((volume.clone(), Learned::Removals(removals))));
-            }
+            // The connections of those that were removed end.
+            pass_on(&learned, volume.clone(), removals);
             match judgement {
                 Judgement::Superseded => return drop(hands.events.send(Event::Superseded(told.fence))),
                 Judgement::Removed(host) => {

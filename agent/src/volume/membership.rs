@@ -5,15 +5,16 @@
 use super::changes::Event;
 use super::promotable::heard;
 use super::{Learned, OpenRole, Volume};
-use crate::config::PeerConfig;
+use crate::config::{Name, PeerConfig};
 use crate::control::api::Better;
 use crate::standing::{self, Answered};
 use crate::words::with_causes;
 use blockmirror_protocol::succession::Objection;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Refusal, Refused};
+use blockmirror_protocol::wire::message::{Refusal, Refused, Removal};
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 
@@ -60,19 +61,15 @@ impl Volume {
         }
     }
 
-    /// Asks one other host, or all of them, which hosts were removed.
-    pub(super) fn ask_members(&self, host: Option<HostId>) {
+    /// Asks another host which hosts were removed.
+    pub(super) fn ask_members(&self, host: HostId) {
         let config = self.config.borrow();
-        let asked: Vec<PeerConfig> =
-            config.peers.iter().filter(|peer| host.is_none_or(|host| peer.host == host)).cloned().collect();
+        let Some(asked) = config.peers.iter().find(|peer| peer.host == host).cloned() else { return };
         let (name, id) = (config.name.clone(), config.id);
         let (peers, learned) = (self.surroundings.peers.clone(), self.surroundings.learned.clone());
         spawn_local(async move {
-            let removals = standing::ask_removals(&peers, id, asked, ANSWER_TIME).await;
-            if !removals.is_empty() {
-                // The supervisor is there as long as a volume is.
-                drop(learned.send((name, Learned::Removals(removals))));
-            }
+            let removals = standing::ask_removals(&peers, id, vec![asked], ANSWER_TIME).await;
+            pass_on(&learned, name, removals);
         });
     }
 
@@ -92,21 +89,22 @@ impl Volume {
     pub(super) fn look_whether_alone(&mut self) {
         self.asks_members = false;
         if matches!(&self.role, OpenRole::Replica(replica) if !replica.report().connected) {
-            self.ask_members(None);
-            self.ask_standings();
+            self.ask_all();
             self.ask_members_later();
         }
     }
 
-    /// Asks all others how they stand, for the operator's sake.
-    fn ask_standings(&self) {
+    /// Asks all others which hosts were removed and, for the operator's sake, how they stand.
+    fn ask_all(&self) {
         let config = self.config.borrow();
-        let (id, asked, peers) = (config.id, config.peers.clone(), self.surroundings.peers.clone());
+        let (name, id, asked) = (config.name.clone(), config.id, config.peers.clone());
+        let (peers, learned) = (self.surroundings.peers.clone(), self.surroundings.learned.clone());
         let events = self.events.clone();
         spawn_local(async move {
-            let answers = standing::ask_all(&peers, id, &asked, ANSWER_TIME).await;
+            let told = standing::hear_all(&peers, id, &asked, ANSWER_TIME).await;
+            pass_on(&learned, name, told.removals);
             // Nobody listens any more when the agent has ended meanwhile.
-            drop(events.send(Event::Heard(answers)));
+            drop(events.send(Event::Heard(told.answers)));
         });
     }
 
@@ -120,5 +118,12 @@ impl Volume {
             _ => return self.better = None,
         };
         self.better = Some(Better { name: self.name_of(host), was_demoted });
+    }
+}
+
+/// Has the supervisor keep which hosts were removed, if any were. It is there as long as a volume is.
+pub(super) fn pass_on(learned: &UnboundedSender<(Name, Learned)>, volume: Name, removals: Vec<Removal>) {
+    if !removals.is_empty() {
+        drop(learned.send((volume, Learned::Removals(removals))));
     }
 }
