@@ -94,6 +94,9 @@ pub enum Contradiction {
         /// How many could be.
         count: usize,
     },
+    /// Certificates for an export that isn't there.
+    #[error("nbd_tls is for the export over TCP, which needs nbd_listen; set that too, or remove nbd_tls")]
+    TlsForNothing,
     /// A volume's file has another name.
     #[error("the file of the volume \"{0}\" is called \"{0}.toml\"; rename the file or the volume")]
     FileName(Name),

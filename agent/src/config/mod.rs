@@ -450,6 +450,9 @@ impl VolumeConfig {
         if primaries.filter(|role| *role == Role::Primary).count() > 1 {
             return Err(Contradiction::TwoPrimaries);
         }
+        if self.nbd_tls.is_some() && self.nbd_listen.is_none() {
+            return Err(Contradiction::TlsForNothing);
+        }
         Ok(())
     }
 

@@ -195,6 +195,10 @@ fn statements_that_contradict_each_other_are_found() {
             "data.toml: more than one host is the primary; make all but one a replica",
         ),
         (
+            GOLDEN.replace("nbd_listen = \"127.0.0.1:10809\"\n", ""),
+            "data.toml: nbd_tls is for the export over TCP, which needs nbd_listen; set that too, or remove nbd_tls",
+        ),
+        (
             GOLDEN.replacen("\"data\"", "\"other\"", 1),
             r#"data.toml: the file of the volume "other" is called "other.toml"; rename the file or the volume"#,
         ),
