@@ -1,10 +1,12 @@
 //! What comes late: disks and file systems that are not there when the agent starts. They are waited for, status says so,
 //! and the volume is opened by itself when they come (X6).
 
+use blockmirror_agent::config::StartAlone;
 use blockmirror_agent::control::api::{VolumeState, VolumeStatus};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
@@ -69,6 +71,29 @@ fn the_right_image_is_taken_up_after_a_wrong_one_stood_in_its_place() {
     fs::rename(&away, &image).expect("a name");
     mirror.primary.wait_until("the right one is served", |status| status.state == VolumeState::Degraded);
     mirror.client().write_durably(0, &[1; 4096]).expect("a write");
+}
+
+/// The operator said who leads; that the disk was away for a moment just then made a start of it, which waits for others.
+#[test]
+fn a_promotion_whose_disk_comes_late_waits_for_no_majority() {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.client().write_durably(0, &[1; 4096]).expect("a write");
+    mirror.wait_until_quiet();
+    mirror.replica_mut().stop();
+    mirror.replica().configure(|volume| volume.start_alone = Some(StartAlone::Wait));
+    mirror.replica_mut().start();
+    mirror.replica().wait_until("it follows", |status| status.state == VolumeState::Following);
+    mirror.primary.kill();
+    let (image, away) = (mirror.replica().backing(), mirror.folder.join("away"));
+    fs::rename(&image, &away).expect("a name");
+    // It is the primary then, and can't be opened as one yet.
+    mirror.replica().tool(&["promote", "data", "--force"]);
+    assert_awaits(mirror.replica(), &image);
+    fs::rename(&away, &image).expect("a name");
+    let status = mirror.replica().wait_until("it is served", |status| status.state == VolumeState::Degraded);
+    assert!(!status.facts.succession.alone.is_some_and(|alone| alone.is_awaited), "{status:?}");
+    let mut client = Client::connect(&mirror.replica().socket()).expect("it is served");
+    client.write_durably(0, &[2; 4096]).expect("it is answered");
 }
 
 #[test]

@@ -361,6 +361,8 @@ struct Volume {
     /// What ends recoveries, for the streams on which they were asked for.
     endings: broadcast::Sender<Ending>,
     events: UnboundedSender<Event>,
+    /// Whether the volume was open since the agent started.
+    has_opened: bool,
     /// Members whose word that another host was promoted is being judged.
     judged: Rc<RefCell<BTreeSet<HostId>>>,
     /// Whether a replica's next question who the hosts are is due by itself.
@@ -415,6 +417,7 @@ impl Volume {
             recovery: Rc::default(),
             endings: broadcast::channel(8).0,
             events,
+            has_opened: false,
             judged: Rc::default(),
             asks_members: false,
             company: Rc::default(),

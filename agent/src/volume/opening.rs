@@ -60,6 +60,7 @@ impl Volume {
         match self.try_open(others).await {
             Ok(role) => {
                 self.role = role;
+                self.has_opened = true;
                 if let Some(obstacle) = self.awaiting.has_come() {
                     tracing::info!(volume = %self.name(), "the volume is open (before: {})", obstacle.text());
                 }
@@ -82,7 +83,8 @@ impl Volume {
         let config = self.config.borrow().clone();
         let backing = self.find_backing(&config).await;
         // Others are heard before anybody can open the devices, and once before the disk is there.
-        let is_start = matches!(others, Others::Ask);
+        // What was open here has its role since by this host's own doing, or by its operator's.
+        let is_start = !self.has_opened;
         let mut heard = Vec::new();
         if state.superblock().role == Role::Primary && (backing.is_ok() || !self.awaiting.is_retry()) {
             heard = self.yield_to_others(&state, others).await?;
