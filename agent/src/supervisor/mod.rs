@@ -25,8 +25,8 @@ use incoming::Connections;
 use instances::Instances;
 use membership::Heard;
 pub use operations::Operator;
-use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -217,12 +217,16 @@ impl Supervisor {
         Ok(opened)
     }
 
-    /// Keeps room for the handshakes of the volumes' hosts, as far as they are known by address.
+    /// Keeps room for the handshakes of the volumes' hosts.
     fn keep_room(&self, volumes: &BTreeMap<Name, Entry>) {
-        let peers = volumes.values().flat_map(|entry| &entry.config.peers);
-        let addresses = peers.flat_map(|peer| &peer.addresses);
-        let parsed = addresses.filter_map(|address| address.as_str().parse::<SocketAddr>().ok());
-        self.endpoint.keep_room_for(parsed.map(|address| address.ip().to_canonical()).collect());
+        let mut hosts: HashMap<HostId, HashSet<IpAddr>> = HashMap::new();
+        for peer in volumes.values().flat_map(|entry| &entry.config.peers) {
+            // The others are names, which are resolved when the host is dialled.
+            let parsed =
+                peer.addresses.iter().filter_map(|address| address.as_str().parse::<SocketAddr>().ok());
+            hosts.entry(peer.host).or_default().extend(parsed.map(|address| address.ip().to_canonical()));
+        }
+        self.endpoint.keep_room_for(hosts);
     }
 
     fn state_folder(&self, name: &Name) -> PathBuf {

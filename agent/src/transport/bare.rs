@@ -9,6 +9,7 @@ use super::settings::{self, Options};
 use blockmirror_protocol::units::HostId;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use tokio::runtime::Handle;
 
 /// A socket whose packets are handled by the runtime that it was opened in.
@@ -28,7 +29,7 @@ impl Bare {
     pub fn open(listen: SocketAddr, key: &HostKey, options: &Options) -> io::Result<Self> {
         let quic = endpoint::open(listen, key, options, Handle::current())?;
         let (transport, timeout) = (options.transport(), options.connect_timeout);
-        Ok(Self { dialler: Dialler { quic, key: key.clone(), transport, timeout } })
+        Ok(Self { dialler: Dialler { quic, key: key.clone(), transport, timeout, known: Arc::default() } })
     }
 
     /// Where it listens.

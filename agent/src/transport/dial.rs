@@ -111,6 +111,7 @@ pub(super) async fn dial(
         return Err(ConnectError::NoAddress(expected));
     }
     let (targets, mut failed) = resolve(&addresses, dialler.timeout).await;
+    dialler.known.lock().expect("no holder of the lock panics").dialled(expected, &targets);
     let targets = in_order(targets, first);
     let mut attempts = JoinSet::new();
     for (index, address) in targets.into_iter().enumerate() {

@@ -7,7 +7,7 @@
 
 use super::connection::{CloseReason, Connection};
 use super::dial::{self, ConnectError};
-use super::handshakes::{Handshakes, Origin, Verdict};
+use super::handshakes::{Handshakes, KnownHosts, Origin, Verdict};
 use super::key::HostKey;
 use super::settings::Options;
 use super::socket::{self, ThreadRuntime};
@@ -15,7 +15,7 @@ use super::tls;
 use crate::busy_poll;
 use blockmirror_protocol::units::HostId;
 use quinn::{TransportConfig, VarInt};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
@@ -47,15 +47,14 @@ struct Inner {
     handle: Handle,
     local_address: SocketAddr,
     accepted: Mutex<mpsc::Receiver<Connection>>,
-    known: Known,
     guests: mpsc::UnboundedSender<Guest>,
     taken: Arc<AtomicBool>,
     stop: Arc<Notify>,
     stopped: watch::Receiver<bool>,
 }
 
-/// The addresses of known hosts.
-type Known = Arc<std::sync::Mutex<HashSet<IpAddr>>>;
+/// Where known hosts are.
+type Known = Arc<std::sync::Mutex<KnownHosts>>;
 
 /// Work that is not the transport's and is done on its thread.
 type Guest = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()>>> + Send>;
@@ -96,6 +95,7 @@ pub(super) struct Dialler {
     pub(super) key: HostKey,
     pub(super) transport: Arc<TransportConfig>,
     pub(super) timeout: Duration,
+    pub(super) known: Known,
 }
 
 /// Why an endpoint could not be opened.
@@ -163,11 +163,12 @@ impl Endpoint {
             key: key.clone(),
             transport: options.transport(),
             timeout: options.connect_timeout,
+            known,
         });
         let accepted = Mutex::new(accepted_receiver);
         let stopped = stopped_receiver;
         let taken = Arc::default();
-        let inner = Inner { dialler, handle, local_address, accepted, known, guests, taken, stop, stopped };
+        let inner = Inner { dialler, handle, local_address, accepted, guests, taken, stop, stopped };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -197,12 +198,13 @@ impl Endpoint {
         }
     }
 
-    /// From where known hosts dial: room for their handshakes is kept free, whoever else dials.
+    /// The known hosts, and from where they dial: room for their handshakes is kept free, whoever else dials. Where a host is
+    /// known by name, it is kept for the addresses that the name stood for when the host was last dialled.
     ///
     /// # Panics
     /// Never: no holder of the lock does.
-    pub fn keep_room_for(&self, addresses: HashSet<IpAddr>) {
-        *self.inner.known.lock().expect("no holder of the lock panics") = addresses;
+    pub fn keep_room_for(&self, hosts: HashMap<HostId, HashSet<IpAddr>>) {
+        self.inner.dialler.known.lock().expect("no holder of the lock panics").set(hosts);
     }
 
     /// Waits for the next host that has connected. Nothing comes any more once the endpoint is closed. Cancel-safe.

@@ -41,11 +41,9 @@ async fn begin_and_stall(from: String, to: SocketAddr, front: UdpSocket, answere
     }
 }
 
-#[tokio::test]
-async fn a_known_host_connects_while_strangers_stall_as_many_handshakes_as_there_are() {
-    let options = Options { idle_timeout: LONG, connect_timeout: LONG, ..Options::default() };
-    let (acceptor, stranger) = (endpoint(&options), endpoint(&options));
-    acceptor.keep_room_for(HashSet::from([[127, 0, 0, 1].into()]));
+/// As many handshakes with a host as it takes at all are begun by strangers, and stall.
+async fn stall(acceptor: &Endpoint, options: &Options) -> JoinSet<()> {
+    let stranger = endpoint(options);
     let (answered, mut answers) = unbounded_channel();
     let mut stalled = JoinSet::new();
     // One network after the other, more than there is room for in all.
@@ -58,8 +56,36 @@ async fn a_known_host_connects_while_strangers_stall_as_many_handshakes_as_there
         stalled.spawn(async move { drop(stranger.connect(&addresses, id).await) });
         answers.recv().await.unwrap();
     }
-    let member = endpoint(&Options::default());
-    let connection = member.connect(&[address_of(&acceptor)], acceptor.id()).await.unwrap();
+    stalled
+}
+
+fn patient() -> Options {
+    Options { idle_timeout: LONG, connect_timeout: LONG, ..Options::default() }
+}
+
+async fn assert_connects(member: &Endpoint, acceptor: &Endpoint) {
+    let connection = member.connect(&[address_of(acceptor)], acceptor.id()).await.unwrap();
     assert_eq!(connection.peer(), acceptor.id());
     assert_eq!(acceptor.accept().await.unwrap().peer(), member.id());
+}
+
+#[tokio::test]
+async fn a_known_host_connects_while_strangers_stall_as_many_handshakes_as_there_are() {
+    let (acceptor, member) = (endpoint(&patient()), endpoint(&Options::default()));
+    acceptor.keep_room_for([(member.id(), HashSet::from([[127, 0, 0, 1].into()]))].into());
+    let _stalled = stall(&acceptor, &patient()).await;
+    assert_connects(&member, &acceptor).await;
+}
+
+/// A host that is known by name shared the room for strangers.
+#[tokio::test]
+async fn a_host_that_was_dialled_by_name_connects_as_one_that_is_known_by_its_address() {
+    let (acceptor, member) = (endpoint(&patient()), endpoint(&Options::default()));
+    acceptor.keep_room_for([(member.id(), HashSet::new())].into());
+    let name = format!("localhost:{}", member.local_address().port());
+    let dialled = acceptor.connect(&[name], member.id()).await.unwrap();
+    assert_eq!(member.accept().await.unwrap().peer(), acceptor.id());
+    dialled.close(CloseReason::Done, "it goes away for a while");
+    let _stalled = stall(&acceptor, &patient()).await;
+    assert_connects(&member, &acceptor).await;
 }
