@@ -2,7 +2,7 @@
 
 use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus, VolumeState};
 use blockmirror_tests::harness::random::Random;
-use blockmirror_tests::machines::content::noise;
+use blockmirror_tests::machines::content::{first_difference, noise};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
@@ -214,6 +214,10 @@ fn two_hosts_with_one_key_are_named_and_not_in_sync_until_one_is_gone() {
     assert!(status.verdict.starts_with("two hosts use the key of b: at "), "{status:?}");
     let address = mirror.replica().link().address();
     assert!(status.facts.peers[0].addresses.iter().any(|known| *known == address.into()), "{status:?}");
+    // Neither is mirrored to, as nobody knows which of the two it would be.
+    mirror.wait_for_peer("b", "its session ends", |peer| peer.connection == Connection::Disconnected);
+    mirror.client().write_durably(0, &[1; 4096]).expect("the primary goes on");
+    assert_ne!(first_difference(&mirror.primary.backing(), &mirror.replica().backing()), None);
     clone.kill();
     mirror.assert_identical();
 }

@@ -87,6 +87,8 @@ pub struct Peer {
     state: RefCell<LinkState>,
     changed: Notify,
     stopped: Cell<bool>,
+    /// Two hosts use the replica's key: nobody knows which of them a session is with.
+    is_doubled: Cell<bool>,
     mode: Cell<Mode>,
     compression: Cell<Compression>,
     /// The session is to begin anew.
@@ -155,6 +157,7 @@ impl Peer {
             state: RefCell::new(LinkState { paused: config.paused, ..LinkState::default() }),
             changed: Notify::new(),
             stopped: Cell::new(false),
+            is_doubled: Cell::new(false),
             mode: Cell::new(config.mode),
             compression: Cell::new(config.compression),
             restart: Cell::new(false),
@@ -205,6 +208,13 @@ impl Peer {
         self.changed.notify_one();
     }
 
+    /// Whether two hosts use the replica's key: no session is begun as long as that is so, and one that is open ends.
+    pub fn set_doubled(&self, is_doubled: bool) {
+        if self.is_doubled.replace(is_doubled) != is_doubled {
+            self.changed.notify_one();
+        }
+    }
+
     /// Ends [`Peer::keep_linked`].
     pub fn stop(&self) {
         self.stopped.set(true);
@@ -224,7 +234,7 @@ impl Peer {
     }
 
     fn may_link(&self) -> bool {
-        !self.stopped.get() && !self.state.borrow().paused
+        !self.stopped.get() && !self.is_doubled.get() && !self.state.borrow().paused
     }
 
     /// Keeps a session with the replica open until [`Peer::stop`].

@@ -234,6 +234,11 @@ impl Supervisor {
         if config.peers.iter().any(|known| known.host == peer && known.paused) {
             return Err((paused(), sender));
         }
+        if let Some(places) = self.twins(peer) {
+            let text =
+                format!("two hosts use the key of this one: {places}; nothing is mirrored until one is gone");
+            return Err((Refused { refusal: Refusal::Busy, text }, sender));
+        }
         if !self.may_be_heard(&config, &hello, connection).await {
             let config = self.config_of(hello.volume).await.unwrap_or(config);
             return Err((unknown_key(&config, peer), sender));

@@ -2,7 +2,8 @@
 //!
 //! An agent that was restarted leaves a connection that dies within seconds. So two agents count as two hosts only when both
 //! have live connections for longer than that. Until the older one is gone, nothing that the newer one says of itself is
-//! believed.
+//! believed; and once they count as two, there is no session with either, since nobody knows which of them it would be
+//! with. Their connections stay: they tell when one is gone.
 
 use blockmirror_protocol::units::HostId;
 use std::collections::HashMap;

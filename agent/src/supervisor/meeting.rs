@@ -15,7 +15,7 @@ use crate::transport::Connection;
 use crate::volume::Ask;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Member, Message, Refusal, Refused, Whereabouts};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
@@ -67,6 +67,7 @@ impl Supervisor {
                         self.tell_volumes(now).await;
                         contacts.clear();
                     }
+                    self.look_for_twins().await;
                 }
                 Ok(host) = opened.recv() => {
                     // Somebody else dialled it.
@@ -150,6 +151,40 @@ impl Supervisor {
     pub(super) fn twins(&self, host: HostId) -> Option<String> {
         let twins = self.instances.lock().expect("no holder of the lock panics").twins(host, Instant::now());
         twins.map(|(one, other)| format!("at {one} and {other}"))
+    }
+
+    /// The keys that two hosts use each, as was last looked for.
+    pub(super) fn doubled(&self) -> BTreeSet<HostId> {
+        self.doubled.lock().expect("no holder of the lock panics").clone()
+    }
+
+    /// Looks whether two hosts use one key: then sessions with either end, until one is gone.
+    async fn look_for_twins(&self) {
+        let volumes = self.volumes.lock().await;
+        let names: BTreeMap<HostId, &Name> = volumes
+            .values()
+            .flat_map(|entry| &entry.config.peers)
+            .map(|peer| (peer.host, &peer.name))
+            .collect();
+        let places = names.keys().filter_map(|host| Some((*host, self.twins(*host)?)));
+        let places: BTreeMap<HostId, String> = places.collect();
+        let doubled: BTreeSet<HostId> = places.keys().copied().collect();
+        let before = std::mem::replace(
+            &mut *self.doubled.lock().expect("no holder of the lock panics"),
+            doubled.clone(),
+        );
+        if before == doubled {
+            return;
+        }
+        for (host, places) in places.iter().filter(|(host, _)| !before.contains(host)) {
+            let name = names[host];
+            tracing::warn!(
+                "two hosts use the key of {name}: {places}; nothing is mirrored with either until one is gone"
+            );
+        }
+        for entry in volumes.values() {
+            entry.handle.ask(Ask::Doubled(doubled.clone()));
+        }
     }
 
     async fn knows_member(&self, host: HostId) -> bool {

@@ -25,7 +25,7 @@ use incoming::Connections;
 use instances::Instances;
 use membership::Heard;
 pub use operations::Operator;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
@@ -78,6 +78,8 @@ pub struct Supervisor {
     strangers: Arc<Semaphore>,
     /// The agents that were heard with each key.
     instances: std::sync::Mutex<Instances>,
+    /// The keys that two of them use each.
+    doubled: std::sync::Mutex<BTreeSet<HostId>>,
     /// Drawn at the start: tells this agent from another one with the same key.
     instance: [u8; 16],
     /// How many connections each key has opened to this host.
@@ -120,6 +122,7 @@ impl Supervisor {
             heard: Mutex::default(),
             strangers: Arc::new(Semaphore::new(STRANGERS)),
             instances: std::sync::Mutex::default(),
+            doubled: std::sync::Mutex::default(),
             instance: key::random(),
             connections: Connections::default(),
             making: Mutex::default(),
@@ -211,6 +214,7 @@ impl Supervisor {
         let (handle, opened) = Handle::start(config.clone(), surroundings)
             .map_err(|error| failed(format!("no thread can be had for the volume: {error}")))?;
         let mut volumes = self.volumes.lock().await;
+        handle.ask(Ask::Doubled(self.doubled()));
         volumes
             .insert(name, Entry { config, handle: Arc::new(handle), standings: Arc::new(Semaphore::new(1)) });
         self.keep_room(&volumes);

@@ -12,6 +12,7 @@ use crate::words::with_causes;
 use blockmirror_protocol::succession::Objection;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Refusal, Refused, Removal};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
@@ -59,6 +60,22 @@ impl Volume {
             // It is opened, or goes on, without that host.
             OpenRole::Closed(_) | OpenRole::Changing(_) => answer.send(()).unwrap_or_default(),
         }
+    }
+
+    /// Two hosts use each of these keys: it can't be told which of them a session is with, so there is none with either.
+    pub(super) fn keep_from(&mut self, hosts: BTreeSet<HostId>) {
+        match &self.role {
+            OpenRole::Primary(_, links) => {
+                links.iter().for_each(|(host, link)| link.set_doubled(hosts.contains(host)));
+            }
+            OpenRole::Replica(replica) => {
+                if replica.greeter().is_some_and(|greeter| hosts.contains(&greeter)) {
+                    replica.disconnect();
+                }
+            }
+            OpenRole::Closed(_) | OpenRole::Changing(_) => {}
+        }
+        self.doubled = hosts;
     }
 
     /// Asks another host which hosts were removed.

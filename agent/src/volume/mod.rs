@@ -129,6 +129,8 @@ pub enum Ask {
     Configure(Box<VolumeConfig>),
     /// Others reach this host at these addresses now.
     Moved(Vec<String>),
+    /// The keys that two hosts use each.
+    Doubled(BTreeSet<HostId>),
     /// Compare with a peer.
     Compare(HostId, oneshot::Sender<Option<CompareResult>>),
     /// Make this replica the primary; whether also where something may be lost.
@@ -361,6 +363,8 @@ struct Volume {
     /// What ends recoveries, for the streams on which they were asked for.
     endings: broadcast::Sender<Ending>,
     events: UnboundedSender<Event>,
+    /// Hosts whose keys others use as well.
+    doubled: BTreeSet<HostId>,
     /// Whether the volume was open since the agent started.
     has_opened: bool,
     /// Members whose word that another host was promoted is being judged.
@@ -417,6 +421,7 @@ impl Volume {
             recovery: Rc::default(),
             endings: broadcast::channel(8).0,
             events,
+            doubled: BTreeSet::new(),
             has_opened: false,
             judged: Rc::default(),
             asks_members: false,
@@ -437,6 +442,7 @@ impl Volume {
         let superseded = move |told| drop(events.send(Event::Told(told)));
         let events = self.events.clone();
         let link = Peer::new(peer, superseded, move || drop(events.send(Event::AskMembers(host))));
+        link.set_doubled(self.doubled.contains(&host));
         spawn_local(link.clone().keep_linked(primary.clone(), self.surroundings.peers.clone()));
         link
     }
@@ -510,6 +516,7 @@ impl Volume {
             Ask::AddPeer(peer, answer) => drop(answer.send(self.add_peer(peer).await)),
             Ask::Configure(config) => self.configure(*config),
             Ask::Moved(addresses) => self.tell_addresses(addresses),
+            Ask::Doubled(hosts) => self.keep_from(hosts),
             Ask::Compare(host, answer) => self.compare(host, answer),
             Ask::Promote(force, answer) => self.promote(force, answer),
             Ask::Demote(answer) => self.demote(answer, Instant::now()).await,
