@@ -12,25 +12,31 @@ use std::process::ExitCode;
 pub enum Error {
     /// What was asked for did not work.
     Failure(Failure),
+    /// The operator interrupted it; what there is to say of that.
+    Interrupted(Failure),
     /// Standard output or the runtime failed.
     Io(io::Error),
 }
+
+/// The exit code of a command that was interrupted: what a shell gives for a program that the signal ends.
+const INTERRUPTED: u8 = 130;
 
 impl Error {
     /// Tells the operator, or a program that asked for JSON, on standard error and gives the exit code. A reader that went
     /// away has what it wanted.
     pub fn report(self, json: bool) -> ExitCode {
-        let failure = match self {
+        let (failure, signalled) = match self {
             Self::Io(error) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
-            Self::Io(error) => Failure::from_error(FailureKind::Failed, &error),
-            Self::Failure(failure) => failure,
+            Self::Io(error) => (Failure::from_error(FailureKind::Failed, &error), None),
+            Self::Failure(failure) => (failure, None),
+            Self::Interrupted(failure) => (failure, Some(INTERRUPTED)),
         };
         match serde_json::to_string(&failure) {
             // Where nobody reads that, there is nobody to tell.
             Ok(text) if json => drop(writeln!(io::stderr(), "{text}")),
             _ => warn(&failure.message),
         }
-        ExitCode::from(failure.kind.exit_code())
+        ExitCode::from(signalled.unwrap_or(failure.kind.exit_code()))
     }
 }
 

@@ -219,7 +219,7 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
             work.complete().await?;
             Ok(tell(&report, json, output)?)
         }
-        Ok(None) => Err(work.stop(Failure::new(FailureKind::Failed, "interrupted")).await.into()),
+        Ok(None) => Err(Error::Interrupted(work.interrupt().await)),
         Err(failure) => Err(work.stop(failure).await.into()),
     }
 }
@@ -365,6 +365,18 @@ impl Work {
         outcome
     }
 
+    /// What to tell of a recovery that the operator interrupted. Whoever does so again does not want to wait for the disk.
+    async fn interrupt(self) -> Failure {
+        let stop = self.stop(Failure::new(FailureKind::Failed, "interrupted"));
+        tokio::select! {
+            failure = stop => failure,
+            _ = tokio::signal::ctrl_c() => {
+                let message = "interrupted; run the same command again to go on where it was, but for what was copied last";
+                Failure::new(FailureKind::Failed, message)
+            }
+        }
+    }
+
     /// What to tell of a recovery that has not come to its end.
     async fn stop(mut self, failure: Failure) -> Failure {
         self.target.drain().await;
@@ -375,7 +387,7 @@ impl Work {
         self.peer.endpoint.close().await;
         let state = self.journal.state();
         let (done, size) = (Size(state.done_bytes()), Size(state.subject.size_bytes));
-        let advice = format!("{done} of {size} are there; run the same command again to go on");
+        let advice = format!("{done} of {size} are there; run the same command again to go on where it was");
         Failure::new(failure.kind, format!("{failure}; {advice}"))
     }
 

@@ -55,7 +55,7 @@ fn an_interrupted_recovery_notes_what_it_has() {
     let mut running = scene.start(&[]);
     running.wait_until(|| done(&scene) == 3);
     running.interrupt();
-    running.end().bad(1, "interrupted; ");
+    running.end().bad(130, "are there; run the same command again to go on where it was");
     assert_eq!(done(&scene), 3);
     scene.host.allow(u64::MAX);
     scene.recover(&[]).good();
