@@ -164,6 +164,13 @@ impl HostKey {
         Ok(Self { id, certified: Arc::new(certified), reset_secret })
     }
 
+    /// The same key for an endpoint beside the agent's: with reset tokens of its own. With the agent's, whoever sees a
+    /// connection of this endpoint could have the agent make the token that ends it (RFC 9000, section 21.11).
+    #[must_use]
+    pub fn beside_the_agent(self) -> Self {
+        Self { reset_secret: random(), ..self }
+    }
+
     /// What the host's peers know it by.
     #[must_use]
     pub fn id(&self) -> HostId {
@@ -264,6 +271,14 @@ mod tests {
         assert_eq!(key.id().to_string(), "a1e9156054e04fac899ae9f275132cdc07a5dbc4ea2c2ad3a1ffc6e0d253681f");
         let der = PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes()).unwrap();
         assert_eq!(to_pem(der.secret_pkcs8_der()), text);
+    }
+
+    #[test]
+    fn an_endpoint_beside_the_agents_has_reset_tokens_of_its_own() {
+        let key = HostKey::ephemeral().unwrap();
+        let beside = key.clone().beside_the_agent();
+        assert_eq!(beside.id(), key.id());
+        assert_ne!(beside.reset_secret(), key.reset_secret());
     }
 
     #[test]

@@ -128,9 +128,10 @@ impl From<ReceiveError> for Trouble {
     }
 }
 
-/// A socket of our own.
+/// A socket of our own, beside that of the agent, which may have the same key.
 pub fn bind(key: &HostKey) -> Result<Endpoint, Failure> {
-    let bind = |address: SocketAddr| Endpoint::bind(address, key);
+    let key = key.clone().beside_the_agent();
+    let bind = |address: SocketAddr| Endpoint::bind(address, &key);
     let endpoint = match bind((Ipv6Addr::UNSPECIFIED, 0).into()) {
         // The host may know IPv4 alone.
         Err(BindError::Io { .. }) => bind((Ipv4Addr::UNSPECIFIED, 0).into()),
