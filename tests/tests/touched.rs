@@ -394,3 +394,25 @@ fn a_primary_of_before_that_was_set_back_is_brought_up_to_date() {
     b.wait_until("a follows", |status| status.state == VolumeState::Healthy);
     assert_eq!(first_difference(&mirror.primary.backing(), &b.backing()), None, "in sync over a stale copy");
 }
+
+/// Status said no more of it than what opening had failed with.
+#[test]
+fn an_image_that_was_cut_off_is_named_with_both_sizes_and_taken_up_when_it_has_its_size_again() {
+    let mut mirror = mirrored(&["b"]);
+    let image = mirror.replica().backing();
+    let resize = |size_bytes| {
+        let file = File::options().write(true).open(&image).expect("the backing");
+        file.set_len(size_bytes).expect("another size");
+    };
+    mirror.replica_mut().stop();
+    resize(8 * MIB);
+    mirror.replica_mut().start();
+    let status = mirror.replica().wait_until("it is named", |status| status.facts.health.shrunk.is_some());
+    assert_eq!(status.state, VolumeState::Failed);
+    assert!(status.verdict.contains("it has 8388608 bytes, and had 33554432"), "{status:?}");
+    assert!(status.action.contains("33554432 bytes long again and it is opened by itself"), "{status:?}");
+    resize(SIZE_BYTES);
+    mirror.assert_identical();
+    let status = mirror.replica().status();
+    assert_eq!((status.state, status.facts.health.shrunk), (VolumeState::Following, None));
+}

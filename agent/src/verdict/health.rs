@@ -3,7 +3,7 @@
 
 use super::{Judgement, NO_ACTION, is_in_sync, primary};
 use crate::config::Role;
-use crate::control::api::{Errors, Hung, PeerStatus, VolumeFacts, VolumeState};
+use crate::control::api::{Errors, Hung, PeerStatus, Shrunk, VolumeFacts, VolumeState};
 use crate::quantity::Seconds;
 
 /// The backing is not there yet.
@@ -21,6 +21,28 @@ pub(super) fn awaiting(facts: &VolumeFacts) -> Judgement {
         _ => "bring it back and it is taken up by itself".to_owned(),
     };
     Judgement::new(VolumeState::Awaiting, verdict, action)
+}
+
+/// The backing is smaller than the volume.
+pub(super) fn shrunk(facts: &VolumeFacts) -> Judgement {
+    let Shrunk { size_bytes, volume_bytes } = facts.health.shrunk.expect("whoever calls has looked");
+    let backing = facts.backing.display();
+    let verdict = format!(
+        "failed: the backing {backing} has become smaller than the volume: it has {size_bytes} bytes, and had \
+         {volume_bytes}; what was beyond its end is not there"
+    );
+    let again = format!("make {backing} {volume_bytes} bytes long again and it is opened by itself");
+    let action = match (facts.role, primary::recovery_of(facts)) {
+        (Role::Replica, _) => format!("{again}; what differs then is copied"),
+        // It would be the source of all others, also of what is lost.
+        (Role::Primary, Some(recovery)) => {
+            format!(
+                "with a disk of {volume_bytes} bytes or more: {recovery}; only where nothing was lost: {again}"
+            )
+        }
+        (Role::Primary, None) => format!("only where nothing was lost: {again}"),
+    };
+    Judgement::new(VolumeState::Failed, verdict, action)
 }
 
 /// Adds what was wrong and may be so again, and what is in the way.

@@ -4,7 +4,7 @@ use super::*;
 use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::{
     Alone, Awaited, Better, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Rollback,
-    STATUS_SCHEMA, Stake, StatusReply, Succession,
+    STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession,
 };
 use crate::volume::Resolved;
 
@@ -304,6 +304,37 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
         ),
     ] {
         check(failed(peers), VolumeState::Failed, verdict, action);
+    }
+}
+
+#[test]
+fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() {
+    let shrunk = |role, peers| VolumeFacts {
+        health: Health {
+            shrunk: Some(Shrunk { size_bytes: 8 << 20, volume_bytes: 16 << 20 }),
+            ..Health::default()
+        },
+        backing_error: Some("/dev/vdb has 8388608 bytes, the volume 16777216".to_owned()),
+        ..facts(role, peers)
+    };
+    let verdict = "failed: the backing /dev/vdb has become smaller than the volume: it has 8388608 bytes, and had \
+                   16777216; what was beyond its end is not there";
+    for (facts, action) in [
+        (
+            shrunk(Role::Replica, vec![peer("a", Role::Primary)]),
+            "make /dev/vdb 16777216 bytes long again and it is opened by itself; what differs then is copied",
+        ),
+        (
+            shrunk(Role::Primary, vec![away("b", Connection::Disconnected, 0)]),
+            "with a disk of 16777216 bytes or more: blockmirror recover data --from b:7447 --to PATH; only where nothing \
+             was lost: make /dev/vdb 16777216 bytes long again and it is opened by itself",
+        ),
+        (
+            shrunk(Role::Primary, Vec::new()),
+            "only where nothing was lost: make /dev/vdb 16777216 bytes long again and it is opened by itself",
+        ),
+    ] {
+        check(facts, VolumeState::Failed, verdict, action);
     }
 }
 

@@ -10,7 +10,7 @@ use super::{OpenRole, Volume};
 use crate::backing::{self, BackingError};
 use crate::buffer::BufferPool;
 use crate::config::VolumeConfig;
-use crate::control::api::{Awaited, Hung};
+use crate::control::api::{Awaited, Hung, Shrunk};
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, Storage, UnderWay};
 use crate::system;
@@ -49,6 +49,8 @@ pub(super) enum Unopened {
     Awaited(String),
     /// Something is wrong.
     Failed(String),
+    /// The backing is smaller than the volume; in words as well.
+    Shrunk(Shrunk, String),
 }
 
 impl From<String> for Unopened {
@@ -60,7 +62,7 @@ impl From<String> for Unopened {
 impl Unopened {
     pub(super) fn text(&self) -> &str {
         match self {
-            Self::Awaited(text) | Self::Failed(text) => text,
+            Self::Awaited(text) | Self::Failed(text) | Self::Shrunk(_, text) => text,
         }
     }
 }
@@ -110,6 +112,14 @@ impl Awaiting {
         let (obstacle, since) = self.obstacle.as_ref()?;
         let Unopened::Awaited(what) = obstacle else { return None };
         Some(Awaited { what: what.clone(), seconds: since.elapsed().as_secs() })
+    }
+
+    /// For status: that the backing is smaller than the volume.
+    pub(super) fn shrunk(&self) -> Option<Shrunk> {
+        match &self.obstacle {
+            Some((Unopened::Shrunk(shrunk, _), _)) => Some(*shrunk),
+            _ => None,
+        }
     }
 }
 
@@ -214,10 +224,11 @@ fn look(config: &VolumeConfig, state_folder: &Path) -> Result<File, Looked> {
         }
         error => Looked::Unopened(Unopened::Failed(with_causes(&error))),
     })?;
-    if file.size_bytes() < config.size_bytes {
+    let shrunk = Shrunk { size_bytes: file.size_bytes(), volume_bytes: config.size_bytes };
+    if shrunk.size_bytes < shrunk.volume_bytes {
         let text =
-            format!("{} has {} bytes, the volume {}", path.display(), file.size_bytes(), config.size_bytes);
-        return Err(Looked::Unopened(Unopened::Failed(text)));
+            format!("{} has {} bytes, the volume {}", path.display(), shrunk.size_bytes, shrunk.volume_bytes);
+        return Err(Looked::Unopened(Unopened::Shrunk(shrunk, text)));
     }
     Ok(file)
 }

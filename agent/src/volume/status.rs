@@ -142,6 +142,7 @@ impl Volume {
         Health {
             hung: self.hung().await,
             awaited: self.awaiting.awaited(),
+            shrunk: self.awaiting.shrunk(),
             errors: self.troubles.errors(),
             stale: self.devices.stale().await,
             mistake: None,

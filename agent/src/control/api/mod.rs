@@ -15,8 +15,8 @@ pub use orders::{
 };
 pub use status::{
     Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung,
-    NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, StatusReply, Succession, VolumeFacts,
-    VolumeState, VolumeStatus,
+    NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, Shrunk, StatusReply, Succession,
+    VolumeFacts, VolumeState, VolumeStatus,
 };
 
 use crate::config::Name;

@@ -132,6 +132,9 @@ pub struct Health {
     /// What is not there yet.
     #[serde(default)]
     pub awaited: Option<Awaited>,
+    /// That the backing is smaller than the volume.
+    #[serde(default)]
+    pub shrunk: Option<Shrunk>,
     /// Errors that there were, also where all is well again.
     #[serde(default)]
     pub errors: Option<Errors>,
@@ -180,6 +183,15 @@ pub struct Awaited {
     pub what: String,
     /// For how long.
     pub seconds: u64,
+}
+
+/// A backing that has become smaller than the volume: what was beyond its end is not there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Shrunk {
+    /// How many bytes it has.
+    pub size_bytes: u64,
+    /// How many the volume has, and the backing had.
+    pub volume_bytes: u64,
 }
 
 impl VolumeFacts {
