@@ -4,6 +4,7 @@
 //! The hook writes a line into the volume's state folder before the process ends. The lines go when the volume has been
 //! open for a while. A power cut or a kill leaves none, so these count for nothing.
 
+use crate::control::api::Panics;
 use crate::durable;
 use crate::words::printable;
 use std::cell::RefCell;
@@ -47,16 +48,12 @@ fn append(folder: &Path, text: &str) -> io::Result<()> {
 
 /// Why a volume is not opened, where it has ended the process too often.
 #[must_use]
-pub fn obstacle(folder: &Path) -> Option<String> {
-    let path = folder.join(FILE_NAME);
-    let text = fs::read_to_string(&path).ok()?;
-    let last = text.lines().last().filter(|_| text.lines().count() >= LIMIT)?;
-    Some(format!(
-        "it ended the agent {} times in a row, which is a mistake of Blockmirror's ({last}); it stays closed, so that \
-         other volumes are served, and its state is kept; to try again: rm {}; systemctl restart blockmirror-agent",
-        text.lines().count(),
-        path.display()
-    ))
+pub fn obstacle(folder: &Path) -> Option<Panics> {
+    let notes = folder.join(FILE_NAME);
+    let text = fs::read_to_string(&notes).ok()?;
+    let times = text.lines().count();
+    let last = text.lines().last().filter(|_| times >= LIMIT)?.to_owned();
+    Some(Panics { times, last, notes })
 }
 
 /// The volume does well: what was is forgotten.
@@ -87,9 +84,9 @@ mod tests {
         panics();
         assert_eq!(obstacle(&volume), None, "once may be chance");
         panics();
-        let text = obstacle(&volume).expect("it stays closed");
-        assert!(text.contains("twice") || text.contains("2 times in a row"), "{text}");
-        assert!(text.contains("there is a number for each run") && !text.contains('\n'), "{text}");
+        let Panics { times, last, notes } = obstacle(&volume).expect("it stays closed");
+        assert_eq!((times, notes), (2, volume.join(FILE_NAME)));
+        assert!(last.contains("there is a number for each run") && !last.contains('\n'), "{last}");
         assert_eq!(obstacle(&other), None, "others are opened");
         forget(&volume).unwrap();
         forget(&volume).unwrap();

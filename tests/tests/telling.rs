@@ -1,6 +1,7 @@
 //! What status tells: it is never calmer than reality.
 
 use blockmirror_agent::control::api::VolumeState;
+use blockmirror_agent::crashes;
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
@@ -76,6 +77,46 @@ fn a_volume_with_a_mistake_in_its_file_is_told_as_failed_with_file_and_line() {
     host.stop();
     host.start();
     assert_eq!(host.status().state, VolumeState::Degraded);
+}
+
+/// What each panic of a volume's thread leaves in its state folder, and what is done about two of them, was shown by no
+/// agent.
+#[test]
+fn a_volume_that_ended_the_agent_twice_stays_closed_and_says_how_to_try_again() {
+    let folder = Folder::new();
+    let mut host = Host::new(&folder, "a");
+    host.create(8 * MIB, "nbd");
+    let other = host.path("other.img");
+    host.succeed(&["create", "other", "--backing", text(&other), "--size", "8M", "--device", "nbd"]);
+    let notes = host.state(crashes::FILE_NAME);
+    let note = |times: usize| {
+        let line = "panicked at src/x.rs:1: there is a number for each run\n";
+        fs::write(&notes, line.repeat(times)).expect("a note");
+    };
+    host.kill();
+    note(1);
+    host.start();
+    host.wait_until("once may be chance", |status| status.state == VolumeState::Degraded);
+    host.kill();
+    note(2);
+    host.start();
+    let status = host.wait_until("it stays closed", |status| status.state == VolumeState::Failed);
+    assert!(status.verdict.contains("ended the agent 2 times in a row"), "{status:?}");
+    assert!(status.verdict.contains("there is a number for each run"), "{status:?}");
+    assert!(Client::connect(&host.socket()).is_err(), "it serves nobody");
+    Client::connect(&host.path("run/other.nbd")).expect("the other one is served");
+    // It is closed for as long as nobody says otherwise.
+    host.stop();
+    host.start();
+    let status = host.wait_until("it is closed still", |status| status.state == VolumeState::Failed);
+    let command = status.action.strip_prefix("to try again: rm ").expect("a command");
+    let (path, restart) = command.split_once("; ").expect("two commands");
+    assert_eq!(restart, "systemctl restart blockmirror-agent");
+    succeed("rm", &[path]);
+    host.stop();
+    host.start();
+    host.wait_until("it is served again", |status| status.state == VolumeState::Degraded);
+    Client::connect(&host.socket()).expect("it is served").write_durably(0, &[1; 4096]).expect("a write");
 }
 
 /// The agent was restarted under a mounted file system: the new device was well, and the mount gave errors only.

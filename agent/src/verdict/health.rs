@@ -3,7 +3,7 @@
 
 use super::{Judgement, NO_ACTION, is_in_sync, primary};
 use crate::config::Role;
-use crate::control::api::{Errors, Hung, PeerStatus, Shrunk, VolumeFacts, VolumeState};
+use crate::control::api::{Errors, Hung, Panics, PeerStatus, Shrunk, VolumeFacts, VolumeState};
 use crate::quantity::Seconds;
 
 /// The backing is not there yet.
@@ -42,6 +42,18 @@ pub(super) fn shrunk(facts: &VolumeFacts) -> Judgement {
         }
         (Role::Primary, None) => format!("only where nothing was lost: {again}"),
     };
+    Judgement::new(VolumeState::Failed, verdict, action)
+}
+
+/// The volume ended the agent again and again.
+pub(super) fn panics(facts: &VolumeFacts) -> Judgement {
+    let panics = facts.health.panics.as_ref().expect("whoever calls has looked");
+    let Panics { times, last, notes } = panics;
+    let verdict = format!(
+        "failed: this volume ended the agent {times} times in a row, which is a mistake of Blockmirror's ({last}); it \
+         stays closed, so that other volumes are served, and its state is kept"
+    );
+    let action = format!("to try again: rm {}; systemctl restart blockmirror-agent", notes.display());
     Judgement::new(VolumeState::Failed, verdict, action)
 }
 

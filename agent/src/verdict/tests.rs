@@ -3,8 +3,8 @@
 use super::*;
 use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::{
-    Alone, Awaited, Better, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Rollback,
-    STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession,
+    Alone, Awaited, Better, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Panics,
+    Rollback, STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession,
 };
 use crate::volume::Resolved;
 
@@ -336,6 +336,23 @@ fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() 
     ] {
         check(facts, VolumeState::Failed, verdict, action);
     }
+}
+
+#[test]
+fn a_volume_that_ended_the_agent_says_so_and_how_to_try_again() {
+    let notes = "/var/lib/blockmirror/data/panics".into();
+    let panics = Panics { times: 2, last: "at src/x.rs:1: no".to_owned(), notes };
+    check(
+        VolumeFacts {
+            health: Health { panics: Some(panics), ..Health::default() },
+            backing_error: Some("it ended the agent".to_owned()),
+            ..facts(Role::Primary, vec![replica("b")])
+        },
+        VolumeState::Failed,
+        "failed: this volume ended the agent 2 times in a row, which is a mistake of Blockmirror's (at src/x.rs:1: no); \
+         it stays closed, so that other volumes are served, and its state is kept",
+        "to try again: rm /var/lib/blockmirror/data/panics; systemctl restart blockmirror-agent",
+    );
 }
 
 #[test]

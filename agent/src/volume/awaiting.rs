@@ -10,7 +10,7 @@ use super::{OpenRole, Volume};
 use crate::backing::{self, BackingError};
 use crate::buffer::BufferPool;
 use crate::config::VolumeConfig;
-use crate::control::api::{Awaited, Hung, Shrunk};
+use crate::control::api::{Awaited, Hung, Panics, Shrunk};
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, Storage, UnderWay};
 use crate::system;
@@ -51,6 +51,8 @@ pub(super) enum Unopened {
     Failed(String),
     /// The backing is smaller than the volume; in words as well.
     Shrunk(Shrunk, String),
+    /// The volume ended the agent too often; in words as well.
+    Panicked(Panics, String),
 }
 
 impl From<String> for Unopened {
@@ -62,7 +64,9 @@ impl From<String> for Unopened {
 impl Unopened {
     pub(super) fn text(&self) -> &str {
         match self {
-            Self::Awaited(text) | Self::Failed(text) | Self::Shrunk(_, text) => text,
+            Self::Awaited(text) | Self::Failed(text) | Self::Shrunk(_, text) | Self::Panicked(_, text) => {
+                text
+            }
         }
     }
 }
@@ -112,6 +116,14 @@ impl Awaiting {
         let (obstacle, since) = self.obstacle.as_ref()?;
         let Unopened::Awaited(what) = obstacle else { return None };
         Some(Awaited { what: what.clone(), seconds: since.elapsed().as_secs() })
+    }
+
+    /// For status: that the volume stays closed for its panics.
+    pub(super) fn panics(&self) -> Option<Panics> {
+        match &self.obstacle {
+            Some((Unopened::Panicked(panics, _), _)) => Some(panics.clone()),
+            _ => None,
+        }
     }
 
     /// For status: that the backing is smaller than the volume.

@@ -70,8 +70,9 @@ impl Volume {
     }
 
     async fn try_open(&mut self, others: Others) -> Result<OpenRole, Unopened> {
-        if let Some(text) = crashes::obstacle(&self.surroundings.state_folder) {
-            return Err(text.into());
+        if let Some(panics) = crashes::obstacle(&self.surroundings.state_folder) {
+            let text = format!("it ended the agent {} times in a row ({})", panics.times, panics.last);
+            return Err(Unopened::Panicked(panics, text));
         }
         let storage = storage::open().map_err(|error| format!("no storage can be had: {error}"))?;
         self.storage_kind = storage.kind().to_owned();

@@ -143,6 +143,7 @@ impl Volume {
             hung: self.hung().await,
             awaited: self.awaiting.awaited(),
             shrunk: self.awaiting.shrunk(),
+            panics: self.awaiting.panics(),
             errors: self.troubles.errors(),
             stale: self.devices.stale().await,
             mistake: None,

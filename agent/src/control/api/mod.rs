@@ -15,7 +15,7 @@ pub use orders::{
 };
 pub use status::{
     Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung,
-    NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, Shrunk, StatusReply, Succession,
+    NetworkPath, Panics, PeerState, PeerStatus, Progress, Removed, Rollback, Shrunk, StatusReply, Succession,
     VolumeFacts, VolumeState, VolumeStatus,
 };
 

@@ -135,6 +135,9 @@ pub struct Health {
     /// That the backing is smaller than the volume.
     #[serde(default)]
     pub shrunk: Option<Shrunk>,
+    /// That the volume stays closed, since it ended the agent again and again.
+    #[serde(default)]
+    pub panics: Option<Panics>,
     /// Errors that there were, also where all is well again.
     #[serde(default)]
     pub errors: Option<Errors>,
@@ -183,6 +186,17 @@ pub struct Awaited {
     pub what: String,
     /// For how long.
     pub seconds: u64,
+}
+
+/// How a volume ended the agent, which is a mistake in the program.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Panics {
+    /// How often in a row.
+    pub times: usize,
+    /// The last, in words.
+    pub last: String,
+    /// The file that remembers it: without it the volume is opened again.
+    pub notes: PathBuf,
 }
 
 /// A backing that has become smaller than the volume: what was beyond its end is not there.
