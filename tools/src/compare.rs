@@ -1,4 +1,5 @@
-//! `blockmirror compare`: compares this host's copy with a peer's, by digests. Fails when they differ.
+//! `blockmirror compare`: compares this host's copy with a peer's, by digests. Fails when they differ, or something can't be
+//! read.
 
 use crate::client::Client;
 use crate::output::{Bar, Error, Output};
@@ -36,20 +37,25 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
         true => output.json(&comparison)?,
         false => output.lines(&lines(&comparison))?,
     }
-    match comparison.different_bytes {
-        0 => Ok(()),
-        _ => Err(Failure::new(FailureKind::Failed, format!("{name} differs from the copy on {peer}")).into()),
-    }
+    let message = match (comparison.different_bytes, comparison.unreadable_bytes) {
+        (0, 0) => return Ok(()),
+        (0, _) => format!("a part of {name} can't be read here"),
+        _ => format!("{name} differs from the copy on {peer}"),
+    };
+    Err(Failure::new(FailureKind::Failed, message).into())
 }
 
 fn lines(comparison: &Comparison) -> Vec<String> {
     let mut lines = vec![format!("{} (took {})", comparison.verdict, Seconds(comparison.seconds))];
-    for range in comparison.ranges.iter().take(SHOWN_RANGES) {
-        lines.push(format!("  {} at byte {}", Size(range.length), range.offset));
-    }
-    if comparison.ranges.len() > SHOWN_RANGES {
-        lines
-            .push(format!("  and {} more ranges; --json lists them", comparison.ranges.len() - SHOWN_RANGES));
+    for (ranges, what) in
+        [(&comparison.ranges, ""), (&comparison.unreadable, ", in which something can't be read")]
+    {
+        for range in ranges.iter().take(SHOWN_RANGES) {
+            lines.push(format!("  {} at byte {}{what}", Size(range.length), range.offset));
+        }
+        if ranges.len() > SHOWN_RANGES {
+            lines.push(format!("  and {} more ranges{what}; --json lists them", ranges.len() - SHOWN_RANGES));
+        }
     }
     if comparison.action != blockmirror_agent::verdict::NO_ACTION {
         lines.push(format!("action: {}", comparison.action));

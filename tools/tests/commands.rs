@@ -342,6 +342,22 @@ action: blockmirror wait other --for in-sync
 }
 
 #[test]
+fn compare_tells_what_can_not_be_read_and_fails() {
+    let agent = Agent::start(Fake::with([volume("unreadable", Role::Primary)]));
+    let ended = Ended {
+        code: 1,
+        output: "\
+unreadable: regions of 4M can't be read here; no difference in the other 100G (took 1m 30s)
+  4M at byte 4194304, in which something can't be read
+action: check the disk of this host; b may have what can't be read here: blockmirror switch unreadable --to b
+"
+        .to_owned(),
+        errors: "blockmirror: a part of unreadable can't be read here\n".to_owned(),
+    };
+    assert_eq!(agent.tool(&["compare", "unreadable", "b"]), ended);
+}
+
+#[test]
 fn status_is_one_line_for_what_is_well_and_leads_with_what_is_not() {
     let mut gone = volume("gone", Role::Primary);
     gone.peers[0].connection = Connection::Disconnected;

@@ -14,6 +14,7 @@ use crate::control::api::{
 use crate::quantity::{Seconds, Size};
 use crate::verdict;
 use crate::volume::{Answer, Ask, Handle, Silence};
+use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::CompareResult;
 use blockmirror_protocol::units::HostId;
 use std::pin::pin;
@@ -369,17 +370,29 @@ fn milliseconds(duration: Duration) -> u64 {
 }
 
 fn comparison(volume: Name, peer: Name, result: &CompareResult, began: Instant) -> Comparison {
-    let different_bytes = result.different.iter().map(|range| range.length).sum();
-    let (verdict, action) =
-        verdict::comparison(&volume, &peer, result.compared_bytes, different_bytes, different_bytes > 0);
-    let ranges = result.different.iter().take(LISTED_RANGES);
+    let bytes_of = |ranges: &[ByteRange]| ranges.iter().map(|range| range.length).sum::<u64>();
+    let listed = |ranges: &[ByteRange]| {
+        let ranges = ranges.iter().take(LISTED_RANGES);
+        ranges.map(|range| Difference { offset: range.offset, length: range.length }).collect()
+    };
+    let (different_bytes, unreadable_bytes) = (bytes_of(&result.different), bytes_of(&result.unreadable));
+    let (verdict, action) = verdict::comparison(
+        &volume,
+        &peer,
+        result.compared_bytes,
+        different_bytes,
+        unreadable_bytes,
+        different_bytes > 0,
+    );
     Comparison {
         schema: COMPARISON_SCHEMA.to_owned(),
         volume,
         peer,
         compared_bytes: result.compared_bytes,
         different_bytes,
-        ranges: ranges.map(|range| Difference { offset: range.offset, length: range.length }).collect(),
+        ranges: listed(&result.different),
+        unreadable_bytes,
+        unreadable: listed(&result.unreadable),
         seconds: began.elapsed().as_secs(),
         verdict,
         action,

@@ -167,9 +167,24 @@ pub fn comparison(
     peer: &Name,
     compared_bytes: u64,
     different_bytes: u64,
+    unreadable_bytes: u64,
     queued: bool,
 ) -> (String, String) {
     let (compared, different) = (Size(compared_bytes), Size(different_bytes));
+    if unreadable_bytes > 0 {
+        let rest = match (different_bytes, queued) {
+            (0, _) => format!("no difference in the other {compared}"),
+            (_, true) => format!("{different} of the other {compared} differ on {peer} and are copied again"),
+            (_, false) => {
+                format!("{different} of the other {compared} differ on {peer} and were not repaired")
+            }
+        };
+        let verdict = format!("unreadable: regions of {} can't be read here; {rest}", Size(unreadable_bytes));
+        let action = format!(
+            "check the disk of this host; {peer} may have what can't be read here: blockmirror switch {volume} --to {peer}"
+        );
+        return (verdict, action);
+    }
     if different_bytes == 0 {
         return (format!("identical: {compared} compared with {peer}, no difference"), NO_ACTION.to_owned());
     }

@@ -818,7 +818,19 @@ fn a_comparison_says_what_was_found_and_what_to_do() {
             "blockmirror compare data b",
         ),
     ] {
-        let words = comparison(&volume, &peer, 100 << 30, different, queued);
+        let words = comparison(&volume, &peer, 100 << 30, different, 0, queued);
+        assert_eq!((words.0.as_str(), words.1.as_str()), (verdict, action));
+    }
+    let action =
+        "check the disk of this host; b may have what can't be read here: blockmirror switch data --to b";
+    for (different, verdict) in [
+        (0, "unreadable: regions of 8M can't be read here; no difference in the other 100G"),
+        (
+            4096,
+            "unreadable: regions of 8M can't be read here; 4K of the other 100G differ on b and are copied again",
+        ),
+    ] {
+        let words = comparison(&volume, &peer, 100 << 30, different, 8 << 20, true);
         assert_eq!((words.0.as_str(), words.1.as_str()), (verdict, action));
     }
 }

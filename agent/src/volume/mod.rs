@@ -683,7 +683,9 @@ impl Volume {
         let (primary, troubles) = (primary.clone(), self.troubles.clone());
         spawn_local(async move {
             let result = primary.compare(host).await;
-            if result.as_ref().is_some_and(|result| result.different.is_empty()) {
+            let is_well =
+                |result: &CompareResult| result.different.is_empty() && result.unreadable.is_empty();
+            if result.as_ref().is_some_and(is_well) {
                 troubles.forget();
             }
             drop(answer.send(result));

@@ -4,8 +4,8 @@
 use super::handshake::Identity;
 use super::handshake::tests::{fence, lineage, welcome};
 use super::*;
-use crate::units::{CopyId, VolumeId};
-use crate::wire::message::{DataState, Union, Welcome};
+use crate::units::{CopyId, EXTENT_BYTES, Position, VolumeId};
+use crate::wire::message::{DataState, Digest, Union, Welcome};
 
 const BLOCKS: u64 = 256;
 
@@ -196,4 +196,50 @@ fn a_generation_that_a_replica_followed_is_kept_while_it_is_away() {
     let restarted = session_with(|fresh| fresh.clean(map));
     let kept: Vec<_> = restarted.newest_there(&generations).collect();
     assert!(kept.contains(&begun(1)) && kept.contains(&begun(2)), "{kept:?}");
+}
+
+/// It ended at the first sector that could not be read, and said that the replica was not in sync.
+#[test]
+fn a_compare_goes_on_past_what_can_not_be_read_here_and_tells_it() {
+    const EXTENTS: u64 = 5;
+    let (peer, block_size) = (HostId([2; 32]), BlockSize::default());
+    let size_bytes = EXTENTS * EXTENT_BYTES;
+    let map = DirtyMap::full(VolumeId([1; 16]), peer, size_bytes, block_size).clean(relative_to(2));
+    let mut session = Session::new(peer, map, size_bytes, block_size, 1 << 20, Mode::Async);
+    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    let drive = |session: &mut Session| {
+        session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
+        std::iter::from_fn(|| session.poll_action()).collect::<Vec<_>>()
+    };
+    drive(&mut session);
+    let number = SessionNumber(1);
+    let committed = Committed { session: number, position: Position::default() };
+    session.handle_message(committed.into(), Sequence(3), Time::default()).unwrap();
+    assert!(session.begin_compare(Sequence(3)));
+    loop {
+        let held = drive(&mut session).into_iter().filter_map(|action| match action {
+            Action::Hold { number, range } => Some((number, range)),
+            _ => None,
+        });
+        let held: Vec<_> = held.collect();
+        if held.is_empty() {
+            break;
+        }
+        for (step, range) in held {
+            session.handle_hold(step, range);
+            let extent = range.offset / EXTENT_BYTES;
+            session.handle_local_digest(step, (extent != 1 && extent != 3).then_some([7; 32]));
+            let there = if extent == 4 { [8; 32] } else { [7; 32] };
+            let digest = Digest { session: number, number: step, digest: there };
+            session.handle_message(digest.into(), Sequence(3), Time::default()).unwrap();
+        }
+    }
+    let extent = |number| ByteRange::new(number * EXTENT_BYTES, EXTENT_BYTES);
+    assert_eq!(session.take_compared(Sequence(3)), None, "the mark of what differs is not durable");
+    session.handle_map_written(true, Time::default());
+    let result = session.take_compared(Sequence(3)).expect("it has ended");
+    assert_eq!(result.unreadable, [extent(1), extent(3)]);
+    assert_eq!(result.different, [extent(4)]);
+    assert_eq!(result.compared_bytes, 3 * EXTENT_BYTES);
+    assert!(!session.map().is_dirty(EXTENT_BYTES / block_size.bytes()), "there is nothing to copy");
 }

@@ -4,7 +4,8 @@
 //! same place in the live stream: here the extent is read after every write that was sequenced before, and before
 //! every later one, and the replica does the same with its frames. So both digests are of the same position, and a
 //! difference is one: there are no false alarms. While the replica is not in sync no step begins. An extent that
-//! differs is marked dirty at once (D1) and copied again.
+//! differs is marked dirty at once (D1) and copied again. One that can't be read here is told as such, and is not marked:
+//! there is nothing to copy. One that can't be read there differs, and the copy heals it.
 
 use super::{Action, Phase, Session, State};
 use crate::ranges::ByteRange;
@@ -18,10 +19,12 @@ const STEPS: usize = 2;
 /// How a compare ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CompareResult {
-    /// How many bytes were compared.
+    /// How many bytes were compared: all but those that could not be read here.
     pub compared_bytes: u64,
     /// Extents whose digests differ; they were marked and are copied again.
     pub different: Vec<ByteRange>,
+    /// Extents that could not be read here, at least in part.
+    pub unreadable: Vec<ByteRange>,
     /// The last write before the compare began, and before it ended.
     pub sequences: (Sequence, Sequence),
 }
@@ -36,13 +39,21 @@ pub(super) struct Verify {
     steps: BTreeMap<u64, Step>,
     compared: u64,
     different: Vec<ByteRange>,
+    unreadable: Vec<ByteRange>,
     began: Sequence,
 }
 
 #[derive(Debug, Default)]
 struct Step {
-    local: Option<[u8; 32]>,
+    local: Option<Read>,
     remote: Option<[u8; 32]>,
+}
+
+/// What came of reading an extent here.
+#[derive(Debug, Clone, Copy)]
+enum Read {
+    Digest([u8; 32]),
+    Failed,
 }
 
 impl Verify {
@@ -72,6 +83,7 @@ impl Session {
             steps: BTreeMap::new(),
             compared: 0,
             different: Vec::new(),
+            unreadable: Vec::new(),
             began: last,
         });
         self.next_step += size_bytes.div_ceil(EXTENT_BYTES);
@@ -91,10 +103,10 @@ impl Session {
         self.step(number).is_some()
     }
 
-    /// The digest of a held range here.
-    pub(crate) fn handle_local_digest(&mut self, number: u64, digest: [u8; 32]) {
+    /// The digest of a held range here, unless it could not be read.
+    pub(crate) fn handle_local_digest(&mut self, number: u64, digest: Option<[u8; 32]>) {
         if let Some(step) = self.step(number) {
-            step.local = Some(digest);
+            step.local = Some(digest.map_or(Read::Failed, Read::Digest));
             self.settle(number);
         }
     }
@@ -103,13 +115,6 @@ impl Session {
         if let Some(step) = self.step(number) {
             step.remote = Some(digest);
             self.settle(number);
-        }
-    }
-
-    /// A range could not be read here: the compare ends without a result.
-    pub(crate) fn abandon_compare(&mut self) {
-        if let State::Linked(link) = &mut self.state {
-            link.verify = None;
         }
     }
 
@@ -127,9 +132,12 @@ impl Session {
         }
         let mut verify = link.verify.take()?;
         verify.different.sort_unstable_by_key(|range| range.offset);
+        verify.unreadable.sort_unstable_by_key(|range| range.offset);
+        let unreadable_bytes: u64 = verify.unreadable.iter().map(|range| range.length).sum();
         Some(CompareResult {
-            compared_bytes: verify.size_bytes,
+            compared_bytes: verify.size_bytes - unreadable_bytes,
             different: verify.different,
+            unreadable: verify.unreadable,
             sequences: (verify.began, last),
         })
     }
@@ -162,14 +170,18 @@ impl Session {
         let Some(Step { local: Some(here), remote: Some(there), .. }) = verify.steps.get(&number) else {
             return;
         };
-        let same = here == there;
+        let (here, there) = (*here, *there);
         verify.steps.remove(&number);
         verify.compared += 1;
-        if !same {
-            let range = verify.range(number);
-            verify.different.push(range);
-            // No write is to blame, so nothing is safe until the mark is durable.
-            self.distrust(range.blocks(self.block_size), Sequence(1));
+        let range = verify.range(number);
+        match here {
+            Read::Failed => verify.unreadable.push(range),
+            Read::Digest(here) if here == there => {}
+            Read::Digest(_) => {
+                verify.different.push(range);
+                // No write is to blame, so nothing is safe until the mark is durable.
+                self.distrust(range.blocks(self.block_size), Sequence(1));
+            }
         }
     }
 }

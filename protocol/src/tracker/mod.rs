@@ -350,10 +350,7 @@ impl Tracker {
         let freed = self.order.finish(Admitted::Hold(hold), range);
         self.run(freed);
         if let Some(session) = self.session_of(peer) {
-            match digest {
-                Some(digest) => session.handle_local_digest(number, digest),
-                None => session.abandon_compare(),
-            }
+            session.handle_local_digest(number, digest);
         }
         self.drive(now);
     }

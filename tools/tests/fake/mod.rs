@@ -318,7 +318,7 @@ impl Operations for Fake {
         Ok(Forgetting { schema: FORGETTING_SCHEMA.to_owned(), volume: status, forgotten_bytes: 12 << 20 })
     }
 
-    /// The copy of "other" differs.
+    /// The copy of "other" differs; a part of "unreadable" can't be read.
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
         self.note(format!("compare {volume} {peer}"));
         self.peer(&volume, &peer)?;
@@ -326,8 +326,14 @@ impl Operations for Fake {
             "other" => vec![Difference { offset: 8192, length: 4096 }],
             _ => Vec::new(),
         };
-        let different_bytes = ranges.iter().map(|range| range.length).sum();
-        let (verdict, action) = verdict::comparison(&volume, &peer, 100 << 30, different_bytes, true);
+        let unreadable = match volume.as_str() {
+            "unreadable" => vec![Difference { offset: 4 << 20, length: 4 << 20 }],
+            _ => Vec::new(),
+        };
+        let bytes_of = |ranges: &[Difference]| ranges.iter().map(|range| range.length).sum::<u64>();
+        let (different_bytes, unreadable_bytes) = (bytes_of(&ranges), bytes_of(&unreadable));
+        let (verdict, action) =
+            verdict::comparison(&volume, &peer, 100 << 30, different_bytes, unreadable_bytes, true);
         let schema = COMPARISON_SCHEMA.to_owned();
         let (compared_bytes, seconds) = (100 << 30, 90);
         Ok(Comparison {
@@ -337,6 +343,8 @@ impl Operations for Fake {
             compared_bytes,
             different_bytes,
             ranges,
+            unreadable_bytes,
+            unreadable,
             seconds,
             verdict,
             action,

@@ -298,12 +298,18 @@ pub struct Comparison {
     pub volume: Name,
     /// The peer whose copy was compared with this host's.
     pub peer: Name,
-    /// How much was compared.
+    /// How much was compared: all but what could not be read here.
     pub compared_bytes: u64,
     /// How much differs.
     pub different_bytes: u64,
     /// Where; the first of them, where they are many.
     pub ranges: Vec<Difference>,
+    /// How much could not be read on this host, in whole extents.
+    #[serde(default)]
+    pub unreadable_bytes: u64,
+    /// Where; the first of them, where they are many.
+    #[serde(default)]
+    pub unreadable: Vec<Difference>,
     /// How long it took.
     pub seconds: u64,
     /// What that means.
@@ -312,7 +318,7 @@ pub struct Comparison {
     pub action: String,
 }
 
-/// A range that differs.
+/// A range that differs, or could not be read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Difference {
     /// Its first byte.
