@@ -328,7 +328,7 @@ impl Disk {
             None => vec![self.value(sector)],
         };
         for running in self.running.values() {
-            if let Running::Write { range, data, .. } = running
+            if let Running::Write { range, data, fails: false, .. } = running
                 && sectors(*range).contains(&sector)
             {
                 values.push(data.at(sector));
@@ -342,7 +342,7 @@ impl Disk {
     pub fn touched(&self) -> BTreeSet<u64> {
         let mut touched: BTreeSet<u64> = self.content.keys().chain(self.versions.keys()).copied().collect();
         for running in self.running.values() {
-            if let Running::Write { range, data, .. } = running {
+            if let Running::Write { range, data, fails: false, .. } = running {
                 touched.extend(data.not_zero(*range).into_iter().map(|(sector, _)| sector));
             }
         }

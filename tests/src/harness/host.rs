@@ -83,6 +83,8 @@ pub struct Host {
     pub expected: Option<Expected>,
     /// Whether the promotion that is under way was not objected to.
     pub is_promoted_by_rule: bool,
+    /// Whether nothing but its primary's word speaks for it.
+    pub is_promoted_on_word: bool,
     /// Who held the fence before it.
     pub promoted_after: usize,
     /// Who the volume's hosts are, as far as it knows.
@@ -184,6 +186,7 @@ impl Host {
             kept: None,
             expected: None,
             is_promoted_by_rule: false,
+            is_promoted_on_word: false,
             promoted_after: 0,
             members: Members::all(settings.sector_bytes.len(), number),
             frozen_until: Duration::ZERO,
@@ -371,7 +374,7 @@ impl World {
             }
         }
         let it = &mut self.hosts[host];
-        it.is_promoted_by_rule = false;
+        (it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false);
         it.promises.crash();
         if crash == Crash::Power {
             it.promises.power_was_lost(&it.disk);

@@ -9,8 +9,9 @@ use super::promises::Promises;
 use super::world::{Event, World};
 use blockmirror_protocol::disk::{dirty_map, superblock};
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::replica::Replica;
 use blockmirror_protocol::replica::promotion::{self, Step};
-use blockmirror_protocol::units::Position;
+use blockmirror_protocol::units::{Position, Time};
 use blockmirror_protocol::wire::message::DataState;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
@@ -21,6 +22,8 @@ const LOOK: Duration = Duration::from_millis(50);
 /// See the module.
 #[derive(Debug)]
 pub struct Promotion {
+    /// The machine of the replica that it was: what it knows of its primary's word.
+    machine: Replica,
     steps: VecDeque<Step>,
     position: Position,
     restored: Vec<ByteRange>,
@@ -35,7 +38,8 @@ impl World {
     /// An operator promotes a replica, whatever that loses. Nothing happens where that is impossible.
     pub fn promote(&mut self, host: usize) {
         if !matches!(self.hosts[host].shell, Shell::Replica(_)) {
-            self.hosts[host].is_promoted_by_rule = false;
+            let it = &mut self.hosts[host];
+            (it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false);
         }
         let peers = self.hosts[host].members.peers().into();
         let it = &mut self.hosts[host];
@@ -61,16 +65,7 @@ impl World {
             return;
         }
         let restored = it.layers.saved(it.superblock.gap);
-        let promotion = Promotion {
-            steps: steps.into(),
-            position: shell.machine.report().position,
-            restored,
-            peers,
-            writing: None,
-            disk: BTreeSet::new(),
-            has_begun_step: false,
-        };
-        self.note(|| format!("host {host} is being promoted: {:?}", promotion.steps));
+        self.note(|| format!("host {host} is being promoted: {steps:?}"));
         self.cut_off(host);
         for link in self.links.ids().filter(|link| link.listener == host) {
             // What a rollback restores, this host's own maps remember.
@@ -78,7 +73,19 @@ impl World {
         }
         let it = &mut self.hosts[host];
         it.is_held = false;
-        it.shell = Shell::Promoting(Box::new(promotion));
+        let Shell::Replica(shell) = std::mem::replace(&mut it.shell, Shell::Down) else {
+            unreachable!("it was looked at")
+        };
+        it.shell = Shell::Promoting(Box::new(Promotion {
+            position: shell.machine.report().position,
+            machine: shell.machine,
+            steps: steps.into(),
+            restored,
+            peers,
+            writing: None,
+            disk: BTreeSet::new(),
+            has_begun_step: false,
+        }));
         self.go_on_promoting(host);
     }
 
@@ -115,8 +122,12 @@ impl World {
                     self.hosts[host].disk.sync(id);
                     false
                 }
+                Step::Record if !self.holds_word(host) => {
+                    // The primary may have gone on alone.
+                    return self.take_down(host, super::disk::Crash::Process);
+                }
                 Step::Record => {
-                    let position = promotion.position;
+                    let position = self.promotion(host).position;
                     let it = &mut self.hosts[host];
                     promotion::record(&mut it.superblock, host_id(host), position).expect("a number is left");
                     let batches = it.superblock_batches();
@@ -133,6 +144,12 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Whether nothing is lost as far as a promotion rests on the word of the primary.
+    fn holds_word(&mut self, host: usize) -> bool {
+        let now = Time(self.now);
+        !self.hosts[host].is_promoted_on_word || self.promotion(host).machine.is_promised(now)
     }
 
     /// Writes the next map, if there is one.
@@ -163,6 +180,9 @@ impl World {
     /// The host is the primary from now on.
     fn promoted(&mut self, host: usize) {
         self.note(|| format!("host {host} is promoted"));
+        // What was answered while that was being recorded for too long, it lacks.
+        let holds_word = self.holds_word(host);
+        self.hosts[host].is_promoted_by_rule &= holds_word;
         self.hosts[host].superblock_written();
         self.promotion_is_recorded(host);
         self.hosts[host].life += 1;
@@ -175,6 +195,7 @@ impl World {
         // Of the superblock that says that it is promoted already.
         let holder = it.promoted_after;
         let is_by_rule = std::mem::take(&mut it.is_promoted_by_rule);
+        it.is_promoted_on_word = false;
         if let Some(expected) = it.expected.take() {
             if is_by_rule && expected.primary == holder {
                 expected.all.check_known(&it.disk, host);

@@ -28,11 +28,13 @@ impl World {
         if candidate.obstacle().is_some() || candidate.objection(&others).is_some() {
             return;
         }
+        let on_word = Candidate { is_promised: false, ..candidate }.objection(&others).is_some();
         self.note(|| format!("host {host} is promoted by the rule: {others:?}"));
         let holder = self.hosts[host].superblock.fence.holder;
         if !holder.is_none() {
             let it = &mut self.hosts[host];
             (it.is_promoted_by_rule, it.promoted_after) = (true, host_number(holder));
+            it.is_promoted_on_word = on_word;
         }
         self.promote(host);
     }
