@@ -89,8 +89,9 @@ impl World {
         let it = &mut self.hosts[host];
         it.application.waiting.remove(&id).expect("a request is answered once");
         let may_wait = matches!(self.settings.loss, ReplicaLoss::Block { .. });
-        let Settings { disk_failures, state_failures, .. } = self.settings;
-        let may_fail = disk_failures > 0 || state_failures || it.superseded.is_some() || may_wait;
+        let Settings { disk_failures, state_failures, bad_sectors, .. } = self.settings;
+        let may_fail =
+            disk_failures > 0 || state_failures || bad_sectors || it.superseded.is_some() || may_wait;
         assert!(good || may_fail, "a request fails only with a disk, or when another host was promoted");
         let work = it.promises.work(id);
         if good && work != Work::Flush {

@@ -197,6 +197,16 @@ impl Disk {
         self.bad.clear();
     }
 
+    /// The physical sectors that can't be read, as far as it is asked for them.
+    #[must_use]
+    pub fn unreadable(&self, limit: usize) -> Vec<ByteRange> {
+        let sector = |at: &u64| ByteRange::new(at * SECTOR_BYTES, SECTOR_BYTES).widened(self.sector_bytes);
+        let mut unreadable: Vec<ByteRange> = self.bad.iter().map(sector).collect();
+        unreadable.dedup();
+        unreadable.truncate(limit);
+        unreadable
+    }
+
     /// Whether a range can be read.
     #[must_use]
     pub fn can_read(&self, range: ByteRange) -> bool {

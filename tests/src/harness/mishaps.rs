@@ -54,7 +54,10 @@ impl World {
             12 => self.stall(link),
             13 => self.make_room(),
             14 => self.begin_compare(link),
-            16.. => self.spoil(link.listener),
+            16.. => {
+                let host = self.random.pick(&[primary, link.listener]);
+                self.spoil(host);
+            }
             _ => {
                 if self.random.once_in(3) && self.hosts[link.listener].is_up() {
                     self.replace(link.listener);
@@ -85,10 +88,10 @@ impl World {
         }
     }
 
-    /// A sector of a replica's disk goes bad: one that was written, where there is any. What a primary can't read stays
-    /// uncopied until it is written, so its disk is spared.
+    /// A sector of a host's disk goes bad: one that was written, where there is any. What a primary can't read stays uncopied
+    /// until it is written.
     fn spoil(&mut self, host: usize) {
-        if !matches!(self.hosts[host].shell, Shell::Replica(_)) {
+        if !matches!(self.hosts[host].shell, Shell::Replica(_) | Shell::Primary(_)) {
             return;
         }
         let written: Vec<u64> = self.hosts[host].disk.content().keys().copied().collect();

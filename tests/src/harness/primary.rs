@@ -224,12 +224,15 @@ impl World {
             }
             (DiskWork::Sync, Ended::Done(good)) => tracker.handle_synced(good, now),
             (DiskWork::Copy(peer, read, range, is_digest), Ended::Read(data)) => {
+                let is_hole = |data: &Data| data.hole_bytes(range) == range.length;
                 let content = match &data {
                     _ if fails => CopyContent::Failed,
-                    data if data.hole_bytes(range) == range.length && read.0 % 2 == 0 => CopyContent::Zero,
-                    data if data.hole_bytes(range) == range.length || range.length > COPY_BYTES => {
+                    // Where there is a hole, nothing is read.
+                    data if is_hole(data) && read.0 % 2 == 1 || range.length > COPY_BYTES => {
                         CopyContent::Hole(data.hole_bytes(range))
                     }
+                    _ if !it.disk.can_read(range) => CopyContent::Failed,
+                    data if is_hole(data) => CopyContent::Zero,
                     data if is_digest => CopyContent::Digest(digest(range, data)),
                     _ => CopyContent::Data,
                 };
@@ -237,7 +240,8 @@ impl World {
                 tracker.handle_copy_read(peer, read, content, now);
             }
             (DiskWork::Digest(hold, range), Ended::Read(data)) => {
-                tracker.handle_digest(hold, (!fails).then(|| digest(range, &data)), now);
+                let is_read = !fails && it.disk.can_read(range);
+                tracker.handle_digest(hold, is_read.then(|| digest(range, &data)), now);
             }
             (work, ended) => panic!("{work:?} ended as {ended:?}"),
         }

@@ -207,7 +207,6 @@ impl World {
             other.expected.take_if(|expected| expected.primary == host);
         }
         let it = &mut self.hosts[host];
-        it.disk.heal();
         it.kept = None;
         it.mirror = Mirror::default();
         it.mirror.data = DataState::Consistent;

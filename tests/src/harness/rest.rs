@@ -7,12 +7,15 @@ use super::links::LinkId;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::session::ReplicaState;
+use blockmirror_protocol::tracker::Work;
 use blockmirror_protocol::units::Time;
 use std::fmt::Write;
 use std::time::Duration;
 
 /// How long the hosts have to come to rest once nothing goes wrong any more.
 const SETTLING: Duration = Duration::from_secs(400);
+/// How many sectors that can't be read are overwritten at a time, at most.
+const OVERWRITTEN: usize = 8;
 /// How long closing may take.
 const CLOSING: Duration = Duration::from_secs(80);
 
@@ -57,9 +60,23 @@ impl World {
             if self.steps.is_multiple_of(64) {
                 // What was being recorded may have made two hosts' histories part.
                 self.is_agreed();
+                self.overwrite_unreadable();
             }
         }
         self.check_at_rest();
+    }
+
+    /// Applications write to what primaries can't read: only that heals it.
+    fn overwrite_unreadable(&mut self) {
+        for host in self.primaries() {
+            let it = &self.hosts[host];
+            if it.superseded.is_some() || it.demotion.is_some() || !it.application.waiting.is_empty() {
+                continue;
+            }
+            for range in it.disk.unreadable(OVERWRITTEN) {
+                self.ask(host, Work::Write { range, fua: false });
+            }
+        }
     }
 
     /// Compares every primary with every replica through the machines themselves; nothing may differ.

@@ -29,7 +29,7 @@ pub struct Settings {
     pub link_delay: Duration,
     /// One disk operation in so many fails; 0 for none.
     pub disk_failures: u64,
-    /// Whether sectors of replicas' disks go bad.
+    /// Whether sectors of disks go bad.
     pub bad_sectors: bool,
     /// Whether hosts are removed, and taken in again.
     pub members_change: bool,
