@@ -163,9 +163,13 @@ impl World {
             }
             return false;
         }
-        if (0..self.hosts.len()).any(|host| fence.against(self.hosts[host].superblock.fence) == Claim::Older)
-        {
-            // It hears so, and steps down.
+        let mut newer = self.hosts.iter().map(|host| host.superblock.fence);
+        if let Some(newer) = newer.find(|newer| fence.against(*newer) == Claim::Older) {
+            // It hears so, and steps down. What it was promoted with before it was thrown away, nobody else may tell it:
+            // somebody is promoted once more.
+            if newer.holder == fence.holder {
+                self.demote(primary, None);
+            }
             return false;
         }
         let strays: Vec<usize> =
