@@ -265,7 +265,10 @@ impl Disk {
     /// Ends an operation, unless a crash ended it before. One that fails is done in part.
     pub fn end(&mut self, id: DiskOperation, fails: bool, random: &mut Random) -> Option<Ended> {
         Some(match self.running.remove(&id)? {
-            Running::Write { fails: true, .. } => Ended::Done(false),
+            Running::Write { range, data, fails: true, .. } => {
+                self.note_dropped(range, &data);
+                Ended::Done(false)
+            }
             Running::Write { range, data, durable, .. } => {
                 if fails {
                     self.apply_in_part(range, &data, random);
@@ -305,8 +308,10 @@ impl Disk {
     pub fn crash(&mut self, crash: Crash, random: &mut Random) {
         self.lost.clear();
         for running in std::mem::take(&mut self.running).into_values() {
-            if let Running::Write { range, data, fails: false, .. } = running {
-                self.apply_in_part(range, &data, random);
+            match running {
+                Running::Write { range, data, fails: true, .. } => self.note_dropped(range, &data),
+                Running::Write { range, data, .. } => self.apply_in_part(range, &data, random),
+                Running::Sync { .. } | Running::Read { .. } => {}
             }
         }
         if crash == Crash::Process {
@@ -395,6 +400,12 @@ impl Disk {
                 self.store(sector, data.at(sector), false);
             }
         }
+    }
+
+    /// A write ended without a trace: what it would have left is possible no more.
+    fn note_dropped(&mut self, range: ByteRange, data: &Data) {
+        let affected = self.affected(range, data);
+        self.changed.extend(affected);
     }
 
     /// The sectors of a range that hold anything, or will.

@@ -357,6 +357,7 @@ impl World {
         self.note(|| format!("host {host} crashes: {crash:?}"));
         self.expected_of(host, Promises::crash);
         self.check_disk(host);
+        let demoted = self.demoted_at(host);
         let it = &mut self.hosts[host];
         let was_promoting = matches!(it.shell, Shell::Promoting(_));
         it.superblock_work.clear();
@@ -380,6 +381,10 @@ impl World {
             it.promises.power_was_lost(&it.disk);
         }
         it.application.waiting.clear();
+        if let Some(end) = demoted {
+            let fence = self.hosts[host].superblock.fence;
+            self.record_demotion(host, fence, None, end);
+        }
         self.check_disk(host);
         self.cut_off(host);
     }

@@ -7,7 +7,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::replica::{promotion, resolve};
-use blockmirror_protocol::units::{GenerationId, Time};
+use blockmirror_protocol::units::{GenerationId, Position, Time};
 use blockmirror_protocol::wire::message::{Claim, DataState, Fence};
 use std::time::Duration;
 
@@ -25,6 +25,13 @@ pub struct Demotion {
     pub to: Option<usize>,
     /// When replicas are not waited for any longer, once all is closed.
     pub released_by: Option<Duration>,
+}
+
+/// Where a primary got to that becomes a replica.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct End {
+    position: Position,
+    unanswered: usize,
 }
 
 impl World {
@@ -49,6 +56,10 @@ impl World {
             let Some(demotion) = it.demotion else { continue };
             let Some(tracker) = it.tracker_mut().filter(|tracker| tracker.is_closed()) else { continue };
             let Some(end) = demotion.released_by else {
+                if now < it.state_fails_until {
+                    continue;
+                }
+                let tracker = it.tracker_mut().expect("it was looked at");
                 tracker.release(Time(now));
                 it.demotion = Some(Demotion { released_by: Some(now + RELEASE), ..demotion });
                 let life = it.life;
@@ -102,21 +113,41 @@ impl World {
 
     /// A primary becomes a replica, which its superblock says before anything else happens.
     fn step_down(&mut self, host: usize, fence: Fence, own: Option<GenerationId>) {
-        let tracker = self.hosts[host].tracker().expect("it is primary");
-        let position = tracker.reached();
-        let unanswered = tracker.unanswered_generations();
+        let end = self.end(host).expect("it is primary");
+        self.hosts[host].demotion = None;
         self.crash(host, Crash::Process);
+        self.record_demotion(host, fence, own, end);
+        self.note(|| format!("host {host} has stepped down"));
+        self.start(host);
+    }
+
+    fn end(&self, host: usize) -> Option<End> {
+        let tracker = self.hosts[host].tracker()?;
+        Some(End { position: tracker.reached(), unanswered: tracker.unanswered_generations() })
+    }
+
+    /// Where a primary got to whose replicas are told that they have everything: before that, its superblock says that it
+    /// is a replica.
+    pub(super) fn demoted_at(&self, host: usize) -> Option<End> {
+        self.hosts[host].demotion.filter(|demotion| demotion.released_by.is_some())?;
+        self.end(host)
+    }
+
+    /// The superblock of a host that is down says that it is a replica.
+    pub(super) fn record_demotion(&mut self, host: usize, fence: Fence, own: Option<GenerationId>, end: End) {
+        let End { position, unanswered } = end;
         let it = &mut self.hosts[host];
         it.recover_superblock();
         if let Some(own) = own {
             self.generations.begin(own, &it.superblock.lineage, None);
         }
+        let is_in_order = it.superblock.fence == fence;
+        // Only one that was superseded gives generations up in which it answered nothing.
+        let unanswered = if is_in_order { 0 } else { unanswered };
         promotion::record_demotion(&mut it.superblock, fence, position, own, unanswered);
         it.write_superblock_now();
         it.mirror = Mirror::of_primary(&it.disk, &it.promises);
-        self.note(|| format!("host {host} has stepped down"));
         self.differences.forget(host);
-        self.start(host);
     }
 
     /// Operators see to it that there is one primary that everybody can follow.
