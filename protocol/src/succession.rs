@@ -270,6 +270,7 @@ mod tests {
             released: false,
             run: Epoch(0),
             ends: Ends::default(),
+            agreed: 3,
         };
         Candidate { own: host(2), superblock, position: position(7), is_connected: false, is_promised: false }
     }

@@ -135,6 +135,7 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
         0 => page.row("kept for undo", "nothing"),
         history => page.row("kept for undo", format!("layer {history} of pre-images")),
     }
+    page.row("agreed to", format!("fences up to {}", superblock.agreed));
     page.row("released", if superblock.released { "yes, by a demoted primary" } else { "no" });
     for (index, generation) in superblock.lineage.iter().enumerate() {
         page.row(&format!("lineage {index}"), generation);

@@ -56,6 +56,7 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         released: false,
         run: Epoch(0),
         ends: Ends::default(),
+        agreed: 4,
     }
 }
 
@@ -136,6 +137,7 @@ superblock
   rollback point:  layer 3 of pre-images
   layers begun:    3
   kept for undo:   layer 2 of pre-images
+  agreed to:       fences up to 4
   released:        no
   lineage 0:       06060606060606060606060606060606
   lineage 1:       0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a

@@ -38,6 +38,7 @@ pub(crate) fn superblock() -> Superblock {
         released: false,
         run: blockmirror_protocol::units::Epoch(0),
         ends: blockmirror_protocol::lineage::Ends::default(),
+        agreed: 1,
     }
 }
 

@@ -82,6 +82,7 @@ impl Supervisor {
             released: false,
             run: Epoch(0),
             ends: Ends::default(),
+            agreed: 1,
         };
         self.set_up(config, superblock, prepared.made).await
     }
@@ -131,6 +132,7 @@ impl Supervisor {
             released: false,
             run: Epoch(0),
             ends: Ends::default(),
+            agreed: 0,
         };
         // The volume is ready before the token is used up, because the primary dials at once.
         let reply = self.set_up(config, superblock, prepared.made).await?;

@@ -204,6 +204,7 @@ mod tests {
             released: false,
             run: Epoch(0),
             ends: blockmirror_protocol::lineage::Ends::default(),
+            agreed: 3,
         };
         let candidate = Candidate {
             own: HostId([2; 32]),

@@ -198,6 +198,7 @@ mod tests {
             released: false,
             run: Epoch(0),
             ends: Ends::default(),
+            agreed: 3,
         };
         let own = (HostId([1; 32]), "a".to_owned());
         Resolver {

@@ -17,7 +17,7 @@
 //! 1240 mode (1)  1241 released (1)  1242 zero (6)
 //! 1248 counter of the source's fence (8)          1256 history (8)
 //! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
-//! 1400 zero                1440 run (8)
+//! 1400 zero                1432 agreed (8)            1440 run (8)
 //! 1448 ends: an epoch (8) for each generation of the lineage, 0 where none is known      1960 zero
 //! ```
 //!
@@ -25,6 +25,7 @@
 //! layers, asynchronous, never released, no history. Version 2 had zeroes from 1264 on: nothing was
 //! promised, and no end is known. Version 3 said at 1400 where a recovered content ends: generation (16), epoch (8), and
 //! the first epoch of the run after it (8), with which that was settled. It had no run: the position of a primary told it.
+//! Nobody was asked whether he agreed: whoever was followed by then is agreed to.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
 use crate::lineage::{self, Ends};
@@ -49,6 +50,8 @@ const SESSION_BITS: u32 = 40;
 const WHAT: &str = "superblock";
 pub(super) const MAGIC: [u8; 8] = *b"BMSUPER\0";
 const CRC_AT: usize = 12;
+/// The first version that says to whom the operator agreed.
+const AGREED_SINCE: u32 = 4;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -89,7 +92,7 @@ struct Raw {
     old_end_generation: [u8; 16],
     old_end_epoch: U64,
     old_end_until: U64,
-    unused_too: U64,
+    agreed: U64,
     run: U64,
     ends: [U64; LINEAGE_LIMIT],
     rest: [u8; PAGE_BYTES - 1960],
@@ -156,6 +159,9 @@ pub struct Superblock {
     /// On a primary, where its content ends in generations that others may be further in. Of the one that is going on, an
     /// epoch that no replica was told of.
     pub ends: Ends,
+    /// The counter of the last fence whose holder may overwrite this copy for good, since this host took part in its
+    /// promotion or this host's operator agreed to it.
+    pub agreed: u64,
 }
 
 impl Superblock {
@@ -283,7 +289,7 @@ impl Superblock {
             old_end_generation: [0; 16],
             old_end_epoch: U64::ZERO,
             old_end_until: U64::ZERO,
-            unused_too: U64::ZERO,
+            agreed: U64::new(self.agreed),
             run: U64::new(self.run.0),
             ends,
             rest: [0; PAGE_BYTES - 1960],
@@ -367,6 +373,10 @@ impl Superblock {
             released: raw.released != 0,
             run: Epoch(if raw.version.get() < 4 { raw.epoch.get() } else { raw.run.get() }),
             ends,
+            agreed: match raw.version.get() < AGREED_SINCE {
+                true => raw.fence_counter.get(),
+                false => raw.agreed.get(),
+            },
         };
         Ok(Some((raw.serial.get(), superblock)))
     }
@@ -398,42 +408,45 @@ mod tests {
             released: true,
             run: Epoch(17),
             ends: Ends::only(GenerationId([10; 16]), Epoch(18)),
+            agreed: 19,
         }
     }
 
     #[test]
     fn the_page_has_these_golden_bytes() {
         let page = sample().encode(11);
-        let bytes = page[..256].iter().chain(&page[1216..1272]).chain(&page[1440..1464]);
+        let bytes = page[..256].iter().chain(&page[1216..1272]).chain(&page[1432..1464]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(text, golden(include_str!("golden/superblock-4.hex")));
-        let zero = page[256..1216].iter().chain(&page[1272..1440]).chain(&page[1464..]);
+        let zero = page[256..1216].iter().chain(&page[1272..1432]).chain(&page[1464..]);
         assert!(zero.copied().all(|byte| byte == 0));
+    }
+
+    /// A page with these golden bytes at these places, and zeroes elsewhere.
+    fn page_of(text: &str, places: impl Iterator<Item = usize>) -> Page {
+        let (mut page, text) = ([0; PAGE_BYTES], golden(text));
+        for (number, at) in places.enumerate() {
+            page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
+        }
+        page
     }
 
     #[test]
     fn a_page_of_version_2_knows_of_no_promise_and_no_end() {
-        let mut page = [0; PAGE_BYTES];
-        let text = golden(include_str!("golden/superblock-2.hex"));
-        for (number, at) in (0..256).chain(1216..1264).enumerate() {
-            page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
-        }
+        let page = page_of(include_str!("golden/superblock-2.hex"), (0..256).chain(1216..1264));
         let old = Superblock { promise: Promise::None, ..without_ends() };
         assert_eq!(Superblock::recover(&page), Ok((11, old)));
     }
 
     /// What an earlier layout has no room for.
     fn without_ends() -> Superblock {
-        Superblock { run: sample().position.epoch, ends: Ends::default(), ..sample() }
+        Superblock { run: sample().position.epoch, ends: Ends::default(), agreed: 4, ..sample() }
     }
 
     #[test]
     fn a_page_of_version_3_tells_where_a_recovered_content_ends_until_a_run_has_settled_it() {
-        let mut page = [0; PAGE_BYTES];
-        let text = golden(include_str!("golden/superblock-3.hex"));
-        for (number, at) in (0..256).chain(1216..1272).chain(1400..1432).enumerate() {
-            page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
-        }
+        let text = include_str!("golden/superblock-3.hex");
+        let mut page = page_of(text, (0..256).chain(1216..1272).chain(1400..1432));
         assert_eq!(Superblock::recover(&page), Ok((11, without_ends())));
         page[1424..1432].fill(0);
         seal(&mut page, CRC_AT);
@@ -467,11 +480,7 @@ mod tests {
 
     #[test]
     fn a_page_of_version_1_reads_as_what_was_true_then() {
-        let mut page = [0; PAGE_BYTES];
-        let text = golden(include_str!("golden/superblock-1.hex"));
-        for (at, byte) in page.iter_mut().take(256).enumerate() {
-            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
-        }
+        let page = page_of(include_str!("golden/superblock-1.hex"), 0..256);
         let old = Superblock {
             adopted: 0,
             gap: 0,
@@ -518,12 +527,12 @@ mod tests {
             assert_eq!(Superblock::recover(&bytes), corrupted);
         }
         let mut newer = sample().encode(6);
-        newer[8] = 5;
+        newer[8] = VERSION as u8 + 1;
         seal(&mut newer, CRC_AT);
         let file = [newer, sample().encode(5)].concat();
         assert_eq!(
             Superblock::recover(&file),
-            Err(MetadataError::TooNew { what: WHAT, found: 5, known: VERSION })
+            Err(MetadataError::TooNew { what: WHAT, found: VERSION + 1, known: VERSION })
         );
     }
 }

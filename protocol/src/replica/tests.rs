@@ -44,6 +44,7 @@ pub(super) fn superblock(generations: &str) -> Superblock {
         released: false,
         run: Epoch(0),
         ends: Ends::default(),
+        agreed: 2,
     }
 }
 

@@ -143,6 +143,7 @@ mod tests {
             released: false,
             run: crate::units::Epoch(0),
             ends: crate::lineage::Ends::default(),
+            agreed: 2,
         }
     }
 

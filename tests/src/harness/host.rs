@@ -168,6 +168,7 @@ impl Host {
             released: false,
             run: Epoch(0),
             ends: Ends::default(),
+            agreed: u64::from(is_first),
         };
         let mut host = Self {
             number,
