@@ -78,11 +78,15 @@ pub enum Bug {
     BelieveOldList,
     /// A running primary believes a host that another one knows to be removed (X3).
     BelieveRemoved,
+    /// What a primary overwrites is given up for good, whoever it is (L6).
+    FollowUnagreed,
+    /// What a primary overwrote is given up for want of room before anybody agreed (L6).
+    ForgetUnagreed,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 36] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -117,6 +121,8 @@ impl Bug {
         Self::GoOnUnrecorded,
         Self::BelieveOldList,
         Self::BelieveRemoved,
+        Self::FollowUnagreed,
+        Self::ForgetUnagreed,
     ];
 }
 

@@ -6,6 +6,7 @@ use crate::disk::superblock::{Role, Superblock};
 use crate::lineage::{self, Ends, Relation};
 use crate::membership;
 use crate::planted::{Bug, planted};
+use crate::replica::consent;
 use crate::units::{GenerationId, HostId, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise, Standing};
 
@@ -56,6 +57,8 @@ pub enum Objection {
     Later(HostId),
     /// This host was the primary and was demoted: it has everything.
     Demoted(HostId),
+    /// What a primary overwrote here is kept, and nobody has agreed to it: a promotion gives it up.
+    Kept,
     /// This copy is in the middle of a resync: a promotion rolls it back.
     Rollback,
     /// Any of these may have been promoted, or have more, and they are silent.
@@ -73,6 +76,13 @@ impl Candidate {
             (DataState::Inconsistent, 0) => Some(Obstacle::Mixture),
             _ => None,
         }
+    }
+
+    /// Whether a promotion gives up what is kept because nobody has agreed to who overwrote it. In the first resync it
+    /// doesn't: that is what is rolled back to.
+    #[must_use]
+    pub fn gives_up_what_is_kept(&self) -> bool {
+        consent::is_awaited(&self.superblock) && self.superblock.history != self.superblock.gap
     }
 
     /// Why it should not be promoted now, given what the others say. What is not objected to loses nothing that was
@@ -98,8 +108,9 @@ impl Candidate {
             silent.map(|other| other.host).filter(|host| is_holder || *host != fence.holder).collect()
         };
         let unheard = |silent: Vec<HostId>| (!silent.is_empty()).then_some(Objection::Unheard(silent));
+        let gives_up = self.gives_up_what_is_kept().then_some(Objection::Kept);
         if *released {
-            return unheard(silent(false));
+            return gives_up.or_else(|| unheard(silent(false)));
         }
         // It has all that any other one has.
         let is_demoted = |(host, standing): (HostId, &Standing)| host == fence.holder && is_whole(standing);
@@ -110,6 +121,9 @@ impl Candidate {
             heard().find(|(_, standing)| is_later(standing, lineage, self.position, ends))
         {
             return Some(Objection::Later(later));
+        }
+        if gives_up.is_some() {
+            return gives_up;
         }
         if *data == DataState::Inconsistent {
             return Some(Objection::Rollback);
@@ -344,6 +358,10 @@ mod tests {
         let newer = Standing { lineage: newer, ..standing(1) };
         let mixture = Standing { data: DataState::Inconsistent, ..standing(7) };
         let connected = Candidate { is_connected: true, ..waiting() };
+        let kept = |mut candidate: Candidate, history| {
+            (candidate.superblock.agreed, candidate.superblock.history) = (2, history);
+            candidate
+        };
         let unheard = |hosts: &[HostId]| Objection::Unheard(hosts.to_vec());
         for (candidate, others, objection) in [
             (waiting(), vec![says(A, serving)], Objection::Serves(A)),
@@ -351,7 +369,13 @@ mod tests {
             (behind, vec![silent(A), says(C, standing(7))], Objection::Promoted(A)),
             (waiting(), vec![silent(A), says(C, standing(8))], Objection::Later(C)),
             (waiting(), vec![silent(A), says(C, newer)], Objection::Later(C)),
-            (gap, vec![silent(A)], Objection::Rollback),
+            (gap.clone(), vec![silent(A)], Objection::Rollback),
+            // A primary that nobody here agreed to might demote itself for this host.
+            (kept(released(), 3), vec![silent(A)], Objection::Kept),
+            (kept(waiting(), 3), vec![silent(A)], Objection::Kept),
+            (kept(gap.clone(), 3), vec![silent(A)], Objection::Kept),
+            (kept(gap, 4), vec![silent(A)], Objection::Rollback),
+            (kept(waiting(), 3), vec![silent(A), says(C, standing(8))], Objection::Later(C)),
             (demoted, vec![silent(A), says(C, standing(7))], unheard(&[A])),
             // It was demoted while this copy was cut off.
             (candidate(Mode::Async, Promise::None), vec![says(A, standing(7))], Objection::Demoted(A)),

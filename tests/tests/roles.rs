@@ -95,7 +95,7 @@ fn a_replica_takes_the_place_of_a_killed_primary_which_comes_back_as_its_replica
     assert_eq!(status.facts.role, Role::Replica);
     // What it may not have delivered is kept: its log says what was active when it was killed.
     assert!(status.verdict.starts_with("following b; consistent; "), "{status:?}");
-    assert!(status.verdict.contains("kept for undo"), "{status:?}");
+    assert!(status.verdict.contains("nobody here has agreed that b took over"), "{status:?}");
     assert!(mirror.primary.log().contains("this host came back with at most"), "{}", mirror.primary.log());
     // Whatever was active at the crash may differ: extents of 4 MiB in 64 MiB, and all were. Digests tell that little does.
     let sent = mirror.primary.link().bytes_to_host() - before;
@@ -479,12 +479,15 @@ fn a_third_host_follows_whoever_is_promoted() {
     }
     b.succeed(&["promote", "data", "--force"]);
     scatter(&mut client_of(b), &mut random, 32 * MIB / BLOCK_BYTES, 100);
-    c.wait_until("it follows the new primary", |status| status.verdict == "following b; consistent");
+    c.wait_until("it follows the new primary", |status| {
+        status.verdict.starts_with("following b; consistent; nobody here has agreed that b took over")
+    });
     c.refuse(&["promote", "data"], 5, &["on b: blockmirror switch data --to c"]);
     mirror.primary.start();
     let [b, c] = &mirror.replicas[..] else { panic!("there are two replicas") };
     assert_identical(b, &mirror.primary);
     assert_identical(b, c);
+    c.succeed(&["forget", "data"]);
     b.succeed(&["switch", "data", "--to", "c"]);
     scatter(&mut client_of(c), &mut random, 32 * MIB / BLOCK_BYTES, 100);
     assert_identical(c, b);
@@ -503,6 +506,69 @@ fn a_third_host_follows_whoever_is_promoted() {
             if found.as_deref() == primary { Ok(()) } else { Err(format!("{volume:?}")) }
         });
     }
+}
+
+/// The files of pre-images.
+fn layers_of(host: &Host) -> usize {
+    let files = fs::read_dir(host.state("")).expect("the state folder").map(|file| file.expect("a file"));
+    files.filter(|file| file.file_name().to_string_lossy().starts_with("pre-images")).count()
+}
+
+/// Whoever is promoted, the others follow, and what he overwrote was gone with his commit, whoever he was.
+#[test]
+fn what_a_promoted_host_overwrites_is_kept_where_nobody_took_part_until_it_is_forgotten() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    let mut random = Random::new(10);
+    scatter(&mut mirror.client(), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    mirror.wait_until_quiet();
+    mirror.primary.succeed(&["switch", "data", "--to", "b"]);
+    scatter(&mut client_of(mirror.replica()), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    wait_until_in_sync(mirror.replica());
+    for host in [&mirror.primary, &mirror.replicas[1]] {
+        let status = host.wait_until("it follows", |status| status.state == VolumeState::Following);
+        assert_eq!((status.verdict.as_str(), status.action.as_str()), ("following b; consistent", "none"));
+        assert_eq!((layers_of(host), status.facts.succession.unagreed), (0, None), "{}", host.name());
+    }
+
+    mirror.replica_mut().kill();
+    let c = &mirror.replicas[1];
+    c.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+    c.succeed(&["promote", "data", "--force"]);
+    scatter(&mut client_of(c), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    let a = &mirror.primary;
+    let status = a.wait_until("it says what it keeps", |status| {
+        status.state == VolumeState::Following && status.facts.succession.history.is_some()
+    });
+    assert_eq!(status.facts.succession.unagreed.as_deref(), Some("c"), "{status:?}");
+    let words =
+        "following c; consistent; nobody here has agreed that c took over: what was overwritten since ";
+    assert!(status.verdict.starts_with(words), "{status:?}");
+    assert_eq!(
+        status.action,
+        "if c is to be the primary: blockmirror forget data; if not: blockmirror pause data c, then: blockmirror undo data"
+    );
+    assert!(a.log().contains("took over, and nobody on this host has agreed to that"), "{}", a.log());
+
+    // Whoever is demoted for this host may be the one that nobody here has agreed to.
+    let own = "nobody on a has agreed that c took over";
+    a.refuse(&["promote", "data"], 5, &["on c: blockmirror switch data --to a", own]);
+    mirror.replica_mut().start();
+    let c = &mirror.replicas[1];
+    wait_until_in_sync(c);
+    let said = until("nobody has the device open", || {
+        let said = c.tool(&["switch", "data", "--to", "a"]);
+        if said.error.contains("in use") { Err(said.error) } else { Ok(said) }
+    });
+    assert!(said.code == 1 && said.error.contains(own), "{said:?}");
+    assert!(said.error.contains("this host goes on as the primary"), "{said:?}");
+    wait_until_in_sync(c);
+
+    let a = &mirror.primary;
+    a.succeed(&["forget", "data"]);
+    a.wait_until("nothing is kept", |status| status.verdict == "following c; consistent");
+    until("its layer is gone", || if layers_of(a) == 0 { Ok(()) } else { Err("it is there".to_owned()) });
+    c.succeed(&["switch", "data", "--to", "a"]);
+    assert_identical(a, c);
 }
 
 #[test]

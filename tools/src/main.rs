@@ -84,9 +84,9 @@ enum Verb {
     Switch(switch::Arguments),
     /// Give this host's content up for another's, after a split brain
     Resolve(resolve::Arguments),
-    /// Bring back what this host had before its content was given up
+    /// Bring back what this host had before its content was given up, or another host took over
     Undo(undo::Arguments),
-    /// Give up for good what could be brought back
+    /// Give up for good what could be brought back, and agree to the primary
     Forget(forget::Arguments),
     /// Compare this host's copy with a peer's, by digests
     Compare(compare::Arguments),

@@ -58,14 +58,7 @@ impl Replica {
             match layer.save(&self.backing, ranges).await {
                 Ok(()) => self.note_point(layer),
                 Err(SaveError::Full(shortage)) => return self.note_shortage(&shortage),
-                Err(error @ SaveError::Unreadable(_)) => {
-                    tracing::warn!(
-                        volume = %self.name,
-                        "the resync goes on without a way back: {}",
-                        with_causes(&error)
-                    );
-                    return Saved::Unreadable;
-                }
+                Err(error @ SaveError::Unreadable(_)) => return self.note_unreadable(&with_causes(&error)),
                 Err(error @ SaveError::Storage(_)) => {
                     self.keep_error(&error);
                     return Saved::Failed;
@@ -84,11 +77,27 @@ impl Replica {
 
     fn note_shortage(&self, shortage: &Shortage) -> Saved {
         let text = with_causes(shortage);
-        let before = self.shortage.replace(Some(text.clone()));
-        if before.as_ref() != Some(&text) {
+        if self.is_new_shortage(&text) {
             tracing::warn!(volume = %self.name, "no room for pre-images: {text}");
         }
         Saved::Full
+    }
+
+    fn note_unreadable(&self, error: &str) -> Saved {
+        let name = &self.name;
+        if !self.inner.borrow().machine.must_keep() {
+            tracing::warn!(volume = %name, "the resync goes on without a way back: {error}");
+        } else if self.is_new_shortage(&format!(
+            "{error}, and must be kept: mend the disk, or `blockmirror forget {name}`, which agrees to the primary"
+        )) {
+            tracing::warn!(volume = %name, "the resync waits: {error}");
+        }
+        Saved::Unreadable
+    }
+
+    fn is_new_shortage(&self, text: &str) -> bool {
+        let before = self.shortage.replace(Some(text.to_owned()));
+        before.as_deref() != Some(text)
     }
 
     fn note_point(&self, layer: &Layer) {

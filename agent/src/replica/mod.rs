@@ -16,9 +16,10 @@ use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
 use crate::troubles::{Kind, Troubles};
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::replica::{self, Action, FrameId, Settings, StateChange, Stored};
 use blockmirror_protocol::units::{HostId, Time};
-use blockmirror_protocol::wire::message::{Member, Message};
+use blockmirror_protocol::wire::message::{DataState, Member, Message};
 use bytes::Bytes;
 pub use promotion::{Progress, PromotionError};
 pub use session::SessionError;
@@ -450,10 +451,19 @@ impl Replica {
 
     /// What the operator should hear of.
     fn tell_of(&self, inner: &Inner, change: &StateChange) {
-        let name = &self.name;
+        let (name, superblock) = (&self.name, self.state.superblock());
         match change {
-            StateChange::Begin { source, keep: true, .. } => {
+            StateChange::Keep(_) => self.tell_of_unagreed(superblock.fence.holder),
+            StateChange::Follow { fence, agrees: false } if superblock.history != 0 => {
+                self.tell_of_unagreed(fence.holder);
+            }
+            StateChange::Begin { source, gap, keep } => {
                 let bytes = inner.machine.undelivered_bytes(source.holder).unwrap_or(0);
+                let is_first = *gap == superblock.history && superblock.data == DataState::Consistent;
+                let is_kept = *keep || is_first && bytes > 0 && consent::is_awaited(&superblock);
+                if !is_kept {
+                    return;
+                }
                 tracing::warn!(
                     volume = %name,
                     "this host came back with at most {} that the primary lacks, and is overwritten; what it had is kept: \
@@ -464,6 +474,15 @@ impl Replica {
             StateChange::Forget => tracing::warn!(volume = %name, "what was kept for undo is given up"),
             _ => {}
         }
+    }
+
+    fn tell_of_unagreed(&self, primary: HostId) {
+        let name = &self.name;
+        tracing::warn!(
+            volume = %name,
+            "host {primary} took over, and nobody on this host has agreed to that; what it overwrites is kept: \
+             blockmirror forget {name} agrees, blockmirror undo {name} brings it back"
+        );
     }
 
     async fn write_state(&self, change: StateChange) -> Result<(), crate::metadata::StateError> {

@@ -7,6 +7,7 @@ use crate::pre_images::Layer;
 use crate::storage;
 use crate::transport::key;
 use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::undo::{self, Step};
 use blockmirror_protocol::units::{GenerationId, HostId};
@@ -87,15 +88,22 @@ impl Replica {
         Ok(())
     }
 
-    /// Gives up what was kept for undo, durably; what is being received goes on.
+    /// The operator agrees to the primary: what was kept for undo is given up, durably; what is being received goes on.
     pub async fn forget(&self) {
-        if self.state.superblock().history == 0 {
+        if !self.has_reason_to_forget() {
             return;
         }
         let told = self.forgotten.notified();
-        self.drive(|inner| inner.machine.forget_history());
+        self.drive(|inner| inner.machine.agree());
         // A replica whose disk fails meanwhile records nothing any more; the superblock says what was done.
         let _ = tokio::time::timeout(FORGET_TIME, told).await;
+    }
+
+    /// Whether anything is kept, or would be if there were room.
+    #[must_use]
+    pub fn has_reason_to_forget(&self) -> bool {
+        let superblock = self.state.superblock();
+        superblock.history != 0 || self.report().is_full && !consent::is_given(&superblock)
     }
 
     /// How many bytes were saved for undo.

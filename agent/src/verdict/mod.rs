@@ -73,7 +73,7 @@ pub fn running(facts: VolumeFacts) -> VolumeStatus {
     if let Some(hung) = &facts.health.hung {
         judgement = health::hung(&facts, hung, judgement);
     }
-    judgement.verdict.push_str(&replica::kept(&facts));
+    replica::add_kept(&facts, &mut judgement);
     health::add(&facts, &mut judgement);
     if let Some(words) = &facts.touched {
         let backing = facts.backing.display();

@@ -92,7 +92,12 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
         return Some(Judgement::new(VolumeState::SplitBrain, verdict, action));
     }
     if succession.is_full {
-        let verdict = format!("paused: no room for pre-images; {}", copy(facts));
+        let verdict = match &succession.unagreed {
+            Some(primary) => {
+                format!("paused: what {primary} would overwrite can't be kept; {}", copy(facts))
+            }
+            None => format!("paused: no room for pre-images; {}", copy(facts)),
+        };
         if let Some(shortage) = &succession.shortage {
             let action = format!("{shortage}; it goes on by itself then");
             return Some(Judgement::new(VolumeState::Waiting, verdict, action));
@@ -131,15 +136,35 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
     Some(Judgement::new(VolumeState::Waiting, verdict, action))
 }
 
-/// What could be brought back, and the commands for that and for giving it up.
-pub(super) fn kept(facts: &VolumeFacts) -> String {
-    let Some(history) = &facts.succession.history else { return String::new() };
-    let name = &facts.name;
-    format!(
-        "; {} kept for undo, of what this host had before {}: blockmirror undo {name}, or blockmirror forget {name}",
-        Size(history.bytes),
-        back(history)
-    )
+/// Adds what could be brought back, and the commands for that and for giving it up.
+pub(super) fn add_kept(facts: &VolumeFacts, judgement: &mut Judgement) {
+    let (name, succession) = (&facts.name, &facts.succession);
+    match (&succession.history, &succession.unagreed) {
+        (Some(history), Some(primary)) => {
+            judgement.verdict.push_str(&format!(
+                "; nobody here has agreed that {primary} took over: what was overwritten since {}, is kept ({}); \
+                 blockmirror forget {name} agrees, blockmirror undo {name} brings it back",
+                back(history),
+                Size(history.bytes)
+            ));
+            if judgement.action == NO_ACTION {
+                judgement.action = format!(
+                    "if {primary} is to be the primary: blockmirror forget {name}; if not: blockmirror pause {name} \
+                     {primary}, then: blockmirror undo {name}"
+                );
+            }
+        }
+        (Some(history), None) => judgement.verdict.push_str(&format!(
+            "; {} kept for undo, of what this host had before {}: blockmirror undo {name}, or blockmirror forget {name}",
+            Size(history.bytes),
+            back(history)
+        )),
+        // Nobody agreed, and there is no room to keep anything.
+        (None, Some(primary)) if succession.is_full => judgement.verdict.push_str(&format!(
+            "; nobody here has agreed that {primary} took over: blockmirror forget {name} does"
+        )),
+        (None, _) => {}
+    }
 }
 
 /// `14:03:11 UTC, 2m ago`

@@ -662,6 +662,50 @@ fn a_host_that_gave_its_content_up_says_that_it_can_come_back() {
 }
 
 #[test]
+fn a_replica_says_who_took_over_unasked_and_what_is_kept() {
+    let history = Some(Rollback { at_unix_seconds: 1_000_000_000, age_seconds: 120, bytes: 12 << 20 });
+    let unagreed = Some("a".to_owned());
+    let kept = "nobody here has agreed that a took over: what was overwritten since 01:46:40 UTC, 2m ago, is kept (12M); \
+                blockmirror forget data agrees, blockmirror undo data brings it back";
+    let primary = peer("a", Role::Primary);
+    let succession = Succession { history, unagreed: unagreed.clone(), ..Succession::default() };
+    check(
+        VolumeFacts { succession: succession.clone(), ..facts(Role::Replica, vec![primary.clone()]) },
+        VolumeState::Following,
+        &format!("following a; consistent; {kept}"),
+        "if a is to be the primary: blockmirror forget data; if not: blockmirror pause data a, then: blockmirror undo data",
+    );
+    let shortage = Some("there is no space left for /x: free some there".to_owned());
+    let full = Succession { is_full: true, shortage, ..succession };
+    check(
+        VolumeFacts { succession: full.clone(), ..facts(Role::Replica, vec![primary.clone()]) },
+        VolumeState::Waiting,
+        &format!("paused: what a would overwrite can't be kept; this copy is consistent; {kept}"),
+        "there is no space left for /x: free some there; it goes on by itself then",
+    );
+    check(
+        VolumeFacts {
+            succession: Succession { history: None, ..full },
+            ..facts(Role::Replica, vec![primary.clone()])
+        },
+        VolumeState::Waiting,
+        "paused: what a would overwrite can't be kept; this copy is consistent; nobody here has agreed that a took over: \
+         blockmirror forget data does",
+        "there is no space left for /x: free some there; it goes on by itself then",
+    );
+    // What it undid, it would keep again; there is nothing to say of that before.
+    check(
+        VolumeFacts {
+            succession: Succession { unagreed, ..Succession::default() },
+            ..facts(Role::Replica, vec![primary])
+        },
+        VolumeState::Following,
+        "following a; consistent",
+        "none",
+    );
+}
+
+#[test]
 fn a_replica_says_what_a_promotion_would_give() {
     let rollback = Some(Rollback { at_unix_seconds: 1_000_000_000, age_seconds: 120, bytes: 4096 });
     let primary = peer("a", Role::Primary);

@@ -6,7 +6,7 @@ use crate::quantity::{Seconds, clock};
 use crate::standing::Answered;
 use blockmirror_protocol::succession::{Candidate, Heard, Objection, Obstacle};
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::Promise;
+use blockmirror_protocol::wire::message::{DataState, Promise};
 
 /// A replica that is to be promoted, and what there is to say of it.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub(super) struct Applicant {
     pub(super) now: u64,
     /// That something else wrote to this copy, if it was not compared since.
     pub(super) touched: Option<String>,
+    /// Who took over and was not agreed to, and since when what it overwrites is kept, in seconds since 1970.
+    pub(super) kept: Option<(String, u64)>,
 }
 
 /// What was said, as the rule takes it.
@@ -54,6 +56,24 @@ impl Applicant {
 
     /// Why it should not be promoted now, given what the others say; what is not said here loses nothing.
     pub(super) fn objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
+        let text = self.first_objection(answers)?;
+        let kept = self.kept_words().filter(|kept| !text.contains(kept));
+        Some(kept.map_or_else(|| text.clone(), |kept| format!("{text}; and {kept}")))
+    }
+
+    /// What a promotion would give up that nobody has agreed to, and what to do about that first.
+    pub(super) fn kept_words(&self) -> Option<String> {
+        let (primary, since) = self.kept.as_ref().filter(|_| self.candidate.gives_up_what_is_kept())?;
+        let (volume, age) = (&self.volume, Seconds(self.now.saturating_sub(*since)));
+        Some(format!(
+            "nobody on {own} has agreed that {primary} took over: what was overwritten since {}, {age} ago, is kept; on \
+             {own}, blockmirror undo {volume} brings it back, and blockmirror forget {volume} agrees",
+            clock(*since),
+            own = self.own_name,
+        ))
+    }
+
+    fn first_objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
         let objection = self.candidate.objection(&heard(answers));
         let has_better = matches!(
             objection,
@@ -104,6 +124,14 @@ impl Applicant {
                      on {holder}: blockmirror promote {volume}; --force promotes this one, and what only {holder} has \
                      is given up"
                 )
+            }
+            Objection::Kept => {
+                let kept = self.kept_words().unwrap_or_default();
+                let back = match self.candidate.superblock.data {
+                    DataState::Inconsistent => format!("; {}", self.rollback()),
+                    DataState::Consistent | DataState::Empty => String::new(),
+                };
+                format!("{kept}; then promote, or --force, which gives up what is kept{back}")
             }
             Objection::Rollback => self.rollback(),
             Objection::Unheard(hosts) => {
@@ -172,7 +200,7 @@ mod tests {
     use blockmirror_protocol::units::{
         BlockSize, CopyId, Epoch, GenerationId, Position, Sequence, Session, VolumeId,
     };
-    use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Standing};
+    use blockmirror_protocol::wire::message::{Fence, Mode, Standing};
 
     const NOW: u64 = 1_000_000_000;
 
@@ -222,6 +250,7 @@ mod tests {
             link_seconds: 90,
             now: NOW,
             touched: None,
+            kept: None,
         }
     }
 
@@ -261,6 +290,23 @@ mod tests {
         applicant.touched = touched;
         let text = applicant.objection(&[says("c", 3, standing(7))]).unwrap();
         assert!(text.contains("changed by something else") && text.contains("--force"), "{text}");
+    }
+
+    /// One host that promoted itself overwrote all copies, and the next promotion gave up what was kept of them.
+    #[test]
+    fn what_a_promotion_gives_up_that_nobody_agreed_to_is_said_with_each_objection() {
+        let mut applicant = applicant(Mode::Sync, Promise::Replicas(1));
+        applicant.kept = Some(("a".to_owned(), NOW - 120));
+        let silent_a = || vec![silent("a", 1)];
+        assert_eq!(applicant.objection(&silent_a()), None, "it was agreed to since");
+        (applicant.candidate.superblock.agreed, applicant.candidate.superblock.history) = (2, 3);
+        let kept = "nobody on b has agreed that a took over: what was overwritten since 01:44:40 UTC, 2m ago, is kept; on \
+                    b, blockmirror undo data brings it back, and blockmirror forget data agrees";
+        let force = "; then promote, or --force, which gives up what is kept";
+        assert_eq!(applicant.objection(&silent_a()), Some(format!("{kept}{force}")));
+        let serving = Standing { role: superblock::Role::Primary, serves: true, ..standing(7) };
+        let text = applicant.objection(&[says("a", 1, serving)]).unwrap();
+        assert!(text.starts_with("a is the primary and reachable") && text.ends_with(kept), "{text}");
     }
 
     #[test]

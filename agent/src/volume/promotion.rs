@@ -117,6 +117,10 @@ impl Volume {
             let text = "this host has not recorded that it has everything, so it does not take over";
             return refuse(sender, Refusal::Role, text.to_owned());
         }
+        // The one that was demoted for this host may be the one that nobody here has agreed to.
+        if let Some(text) = self.applicant(&replica).kept_words() {
+            return refuse(sender, Refusal::Role, text);
+        }
         let hands = self.begin_change("taking over as the primary");
         let volume = self.name();
         spawn_local(async move {
@@ -201,6 +205,8 @@ impl Volume {
         let own = &self.surroundings.own;
         let marker = self.surroundings.state_folder.join(marker::FILE_NAME);
         let written = std::fs::metadata(marker).and_then(|status| status.modified());
+        let since = replica.history_point().map_or(0, |(began, _)| began);
+        let kept = self.unagreed(&superblock).map(|primary| (primary, since));
         let candidate = Candidate {
             own: own.host,
             superblock,
@@ -219,6 +225,7 @@ impl Volume {
             link_seconds: replica.since().elapsed().as_secs(),
             now: unix_seconds(),
             touched: self.touched.borrow().as_ref().map(|touched| touched.words.clone()),
+            kept,
         }
     }
 }

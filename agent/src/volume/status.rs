@@ -14,6 +14,8 @@ use crate::stored::{self, Stored};
 use crate::system;
 use crate::transport;
 use crate::words::with_name;
+use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
+use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::session::{Connection as Link, ReplicaState, Report};
 use blockmirror_protocol::tracker;
 use blockmirror_protocol::units::Time;
@@ -175,6 +177,12 @@ impl Volume {
         }
     }
 
+    /// The host that took over, where this one keeps what it overwrites, or would.
+    pub(super) fn unagreed(&self, superblock: &Superblock) -> Option<String> {
+        let is_unagreed = superblock.role == SuperblockRole::Replica && !consent::is_given(superblock);
+        is_unagreed.then(|| self.name_of(superblock.fence.holder))
+    }
+
     /// What a replica knows of who may write.
     fn succession(&self, replica: &Replica) -> Succession {
         let superblock = replica.state().superblock();
@@ -186,6 +194,7 @@ impl Volume {
             demoted: superblock.fence.holder == self.surroundings.own.host,
             rollback: replica.rollback_point().map(point),
             history: replica.history_point().map(point),
+            unagreed: self.unagreed(&superblock),
             is_full: replica.report().is_full,
             shortage: replica.shortage(),
             own_name: Some(self.surroundings.own.name.clone()),

@@ -1,4 +1,5 @@
-//! `undo` and `forget`: what this host had before its content was given up comes back, or is given up for good (L6).
+//! `undo` and `forget`: what this host had before its content was given up, or before another host took over unasked,
+//! comes back, or is given up for good (L6).
 
 use super::changes::{Next, failed, refused};
 use super::{Answer, OpenRole, Volume};
@@ -39,7 +40,7 @@ impl Volume {
     }
 
     fn undoable(&self) -> Result<Rc<Replica>, Failure> {
-        let replica = self.keeper()?;
+        let replica = self.keeper(|replica| replica.state().superblock().history != 0)?;
         if replica.is_recovering() {
             return Err(refused("a recovery reads this replica; wait for its end, or interrupt it"));
         }
@@ -53,29 +54,29 @@ impl Volume {
         Ok(replica)
     }
 
-    /// Gives up what is kept for undo; says how many bytes that were.
+    /// Agrees to the primary, and gives up what is kept for undo; says how many bytes that were.
     pub(super) fn forget(&self, answer: Answer<u64>) {
-        let replica = match self.keeper() {
+        let replica = match self.keeper(Replica::has_reason_to_forget) {
             Ok(replica) => replica,
             Err(failure) => return drop(answer.send(Err(failure))),
         };
         spawn_local(async move {
             let bytes = replica.kept_bytes().await;
             replica.forget().await;
-            let is_gone = replica.state().superblock().history == 0;
+            let is_gone = !replica.has_reason_to_forget();
             let text = || failed("it can't be recorded that nothing is kept; see the agent's log");
             drop(answer.send(if is_gone { Ok(bytes) } else { Err(text()) }));
         });
     }
 
-    /// The replica, if it keeps anything for undo.
-    fn keeper(&self) -> Result<Rc<Replica>, Failure> {
+    /// The replica, if it has a reason.
+    fn keeper(&self, has_reason: impl Fn(&Replica) -> bool) -> Result<Rc<Replica>, Failure> {
         match &self.role {
             OpenRole::Replica(replica) if replica.has_failed() => Err(failed(format!(
                 "this replica's backing has failed ({}); check the disk, then restart the agent",
                 replica.error().unwrap_or_default()
             ))),
-            OpenRole::Replica(replica) if replica.state().superblock().history == 0 => {
+            OpenRole::Replica(replica) if !has_reason(replica) => {
                 Err(refused(NotUndoable::NoHistory.to_string()))
             }
             OpenRole::Replica(replica) => Ok(replica.clone()),

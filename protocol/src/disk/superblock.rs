@@ -160,7 +160,8 @@ pub struct Superblock {
     /// epoch that no replica was told of.
     pub ends: Ends,
     /// The counter of the last fence whose holder may overwrite this copy for good, since this host took part in its
-    /// promotion or this host's operator agreed to it.
+    /// promotion or this host's operator agreed to it; what holders of later ones overwrite is kept
+    /// ([`crate::replica::consent`]).
     pub agreed: u64,
 }
 

@@ -1,5 +1,6 @@
 //! Changes of what a replica's superblock says. Each is one durable write, so a crash leaves it done or not begun.
 
+use super::consent;
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
@@ -9,8 +10,16 @@ use crate::wire::message::{DataState, Fence, Mode, Promise};
 /// See the module.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum StateChange {
-    /// A primary of this fence greeted: lower ones are refused from now on, and nobody was demoted for us any more (L5).
-    Follow(Fence),
+    /// A primary greeted: lower fences are refused from now on, and nobody was demoted for us any more (L5).
+    Follow {
+        /// Its fence.
+        fence: Fence,
+        /// Whether it may overwrite this copy for good ([`consent`]).
+        agrees: bool,
+    },
+    /// This layer keeps what the copy holds, or what the layer leads back to, from a primary to whom nobody has agreed
+    /// (L6).
+    Keep(u64),
     /// The primary went on without this replica, which so may lack what was replied: it counts for nothing until a
     /// commit.
     Behind,
@@ -26,7 +35,7 @@ pub enum StateChange {
     },
     /// There is no room for pre-images, and the operator wants the resync to go on without (P2).
     GiveRollbackUp,
-    /// There is no room for what was kept for undo, or the operator wants it no more (L6).
+    /// There is no room for what was kept for undo, or the operator wants it no more, and agrees to whom he follows (L6).
     Forget,
     /// A generation begins within a session (L1).
     Generation(GenerationId),
@@ -51,7 +60,16 @@ impl StateChange {
     /// Makes the change.
     pub fn apply(&self, superblock: &mut Superblock) {
         match self {
-            Self::Follow(fence) => (superblock.fence, superblock.released) = (*fence, false),
+            Self::Follow { fence, agrees } => {
+                (superblock.fence, superblock.released) = (*fence, false);
+                if *agrees {
+                    consent::give(superblock);
+                }
+            }
+            Self::Keep(layer) => {
+                superblock.history = *layer;
+                superblock.layers = superblock.layers.max(*layer);
+            }
             Self::Behind => (superblock.mode, superblock.promise) = (Mode::Async, Promise::None),
             Self::Begin { source, gap, keep } => {
                 if superblock.data == DataState::Empty && !planted(Bug::EmptyObjects) {
@@ -69,10 +87,14 @@ impl StateChange {
             Self::GiveRollbackUp => {
                 if superblock.history == superblock.gap {
                     superblock.history = 0;
+                    consent::give(superblock);
                 }
                 superblock.gap = 0;
             }
-            Self::Forget => superblock.history = 0,
+            Self::Forget => {
+                superblock.history = 0;
+                consent::give(superblock);
+            }
             Self::Generation(generation) => {
                 if superblock.lineage.first() != Some(generation) {
                     lineage::begin(&mut superblock.lineage, *generation, &[], LINEAGE_LIMIT);

@@ -9,9 +9,11 @@
 //! What a host had before it gave its content up is kept in a layer of its own, the *history* (L6), beyond the commit:
 //! every first overwrite is saved into it, until the operator has no use for it any more or there is no room. The first
 //! resync after that shares its layer. A primary that comes back with writes which the new one lacks keeps the layer of
-//! its resync as history (L3).
+//! its resync as history (L3). What a primary overwrites to whom nobody here has agreed is kept in the same way
+//! ([`consent`]), and is not given up for want of room, unless the operator chose that resyncs go on then.
 
-use super::{Action, FrameId, Replica, StateChange};
+use super::resolve::Keep;
+use super::{Action, FrameId, Replica, StateChange, consent};
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
@@ -34,6 +36,15 @@ pub enum SpacePolicy {
     Pause,
     /// It goes on, and there is no way back.
     GoOn,
+}
+
+/// What a layer is begun for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Purpose {
+    /// A resync that was announced.
+    Rollback,
+    /// A greeting whose holder nobody here has agreed to.
+    Undo,
 }
 
 /// How saving ended.
@@ -69,8 +80,8 @@ pub(super) struct Gap {
     /// Frames whose turn has come and whose blocks are not saved yet.
     waiting: VecDeque<FrameId>,
     saving: Option<Saving>,
-    /// The layer that is being made.
-    pub(super) beginning: bool,
+    /// What the layer is for that is being made.
+    beginning: Option<Purpose>,
     /// Whether saving is held: there was no room, or it is being recorded that there is no way back.
     pub(super) is_full: bool,
     /// Whether there was no room at the last attempt.
@@ -87,7 +98,7 @@ impl Gap {
             kept: map_of(superblock, kept),
             waiting: VecDeque::new(),
             saving: None,
-            beginning: false,
+            beginning: None,
             is_full: false,
             was_full: false,
             is_forgetting: false,
@@ -95,7 +106,7 @@ impl Gap {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.saving.is_none() && !self.beginning
+        self.waiting.is_empty() && self.saving.is_none() && self.beginning.is_none()
     }
 
     /// Ranges that may differ from the rollback point.
@@ -198,21 +209,62 @@ impl Replica {
         self.gap.saving = Some(Saving { frames, ranges: merged, history: self.superblock.history });
     }
 
+    pub(super) fn begin_layer(&mut self, purpose: Purpose) {
+        self.gap.beginning = Some(purpose);
+        self.actions.push_back(Action::BeginLayer(self.position));
+    }
+
     /// The layer that [`Action::BeginLayer`] asked for is there, durably, or can't be had.
     pub fn handle_layer_begun(&mut self, begun: Saved) {
-        assert!(std::mem::take(&mut self.gap.beginning), "a layer begins once");
+        let purpose = self.gap.beginning.take().expect("a layer begins once");
         self.gap.was_full &= begun != Saved::Done;
+        match purpose {
+            Purpose::Rollback => self.rollback_layer_begun(begun),
+            Purpose::Undo => self.undo_layer_begun(begun),
+        }
+    }
+
+    /// The layer for a greeting is there, unless that is gone: then the next layer takes its number.
+    fn undo_layer_begun(&mut self, begun: Saved) {
+        let greeted = self.greeting.as_ref().map(|hello| consent::keep(&self.superblock, hello.fence));
+        let is_wanted = greeted == Some(Keep::NewLayer);
+        match begun {
+            Saved::Done if is_wanted => {
+                self.change_state(StateChange::Keep(self.superblock.layers + 1), None)
+            }
+            Saved::Full if is_wanted && self.settings.space == SpacePolicy::GoOn => self.agree(),
+            Saved::Full if is_wanted => {
+                self.greeting = None;
+                self.pause(begun);
+            }
+            Saved::Done | Saved::Full => {}
+            Saved::Failed | Saved::Unreadable => self.fail(),
+        }
+        self.go_on();
+    }
+
+    /// This layer is the history from now on.
+    pub(super) fn keeps(&mut self, layer: u64) {
+        let Superblock { block_size, size_bytes, gap, .. } = self.superblock;
+        let saved: Vec<ByteRange> = match layer == gap {
+            true => runs(&self.gap.overwritten, block_size, size_bytes).collect(),
+            false => Vec::new(),
+        };
+        self.gap.kept = map_of(&self.superblock, &saved);
+    }
+
+    fn rollback_layer_begun(&mut self, begun: Saved) {
         let gap = match begun {
             Saved::Done => self.superblock.layers + 1,
-            Saved::Full if self.superblock.history != 0 => {
+            Saved::Full if self.superblock.history != 0 && !self.must_keep() => {
                 // What was kept makes room; then the resync that was announced begins.
                 if let Some(link) = &mut self.link {
                     link.announced = true;
                 }
-                return self.forget_history();
+                return self.agree();
             }
             Saved::Full if self.settings.space == SpacePolicy::GoOn => 0,
-            Saved::Full => return self.pause(),
+            Saved::Full => return self.pause(begun),
             Saved::Failed | Saved::Unreadable => return self.fail(),
         };
         self.gap.overwritten = map_of(&self.superblock, &[]);
@@ -245,12 +297,22 @@ impl Replica {
         Some((map.dirty_blocks() * block_size.bytes()).min(size_bytes))
     }
 
-    /// What was kept for undo is given up, durably first; nothing waits for that but what must be saved.
-    pub fn forget_history(&mut self) {
-        if self.superblock.history != 0 && !std::mem::replace(&mut self.gap.is_forgetting, true) {
+    /// The operator agrees to whom this host follows. What was kept for undo is given up, durably first; nothing waits for
+    /// that but what must be saved.
+    pub fn agree(&mut self) {
+        let has_reason = self.superblock.history != 0 || !consent::is_given(&self.superblock);
+        if has_reason && !std::mem::replace(&mut self.gap.is_forgetting, true) {
             self.change_state(StateChange::Forget, None);
         }
         self.go_on();
+    }
+
+    /// Whether nothing may be overwritten that is not in the history: a resync pauses rather.
+    #[must_use]
+    pub fn must_keep(&self) -> bool {
+        consent::is_awaited(&self.superblock)
+            && self.settings.space == SpacePolicy::Pause
+            && !planted(Bug::ForgetUnagreed)
     }
 
     /// The pre-images that [`Action::SavePreImages`] asked for are durable, or can't be saved.
@@ -280,11 +342,15 @@ impl Replica {
             }
             // What was kept was given up meanwhile, which makes room.
             Saved::Full | Saved::Unreadable if self.superblock.history != history => self.wait_again(frames),
+            Saved::Full | Saved::Unreadable if self.must_keep() => {
+                self.forget(frames);
+                return self.pause(saved);
+            }
             Saved::Full | Saved::Unreadable
                 if self.superblock.history != self.superblock.gap && self.superblock.history != 0 =>
             {
                 self.wait_again(frames);
-                return self.forget_history();
+                return self.agree();
             }
             // Only what overwrites a sector that can't be read makes it readable.
             _ if saved == Saved::Unreadable
@@ -298,7 +364,7 @@ impl Replica {
             Saved::Unreadable => unreachable!("it was matched above"),
             Saved::Full => {
                 self.forget(frames);
-                return self.pause();
+                return self.pause(saved);
             }
             Saved::Failed => {
                 self.forget(frames);
@@ -355,17 +421,22 @@ impl Replica {
         self.forget(waiting);
     }
 
-    /// There is no room: the primary goes on without this replica, and marks (P2, W7).
-    fn pause(&mut self) {
+    /// What must be saved can't be: the primary goes on without this replica, and marks (P2, W7).
+    fn pause(&mut self, saved: Saved) {
         (self.gap.is_full, self.gap.was_full) = (true, true);
-        self.actions.push_back(Action::Send(self.no_room().into()));
+        let text = match saved {
+            Saved::Unreadable => {
+                "the replica must keep what would be overwritten, and can't read it; `blockmirror status` there tells \
+                 what leads on"
+            }
+            Saved::Done | Saved::Full | Saved::Failed => {
+                "the replica has no room for pre-images; `blockmirror status` there tells where, and it goes on by \
+                 itself when there is some"
+            }
+        };
+        let refused = Refused { refusal: Refusal::Space, text: text.into() };
+        self.actions.push_back(Action::Send(refused.into()));
         self.unlink();
         self.note_behind();
-    }
-
-    pub(super) fn no_room(&self) -> Refused {
-        let text = "the replica has no room for pre-images; `blockmirror status` there tells where, and it goes on by \
-                    itself when there is some";
-        Refused { refusal: Refusal::Space, text: text.into() }
     }
 }

@@ -27,6 +27,7 @@
 mod action;
 mod agreement;
 mod change;
+pub mod consent;
 mod gap;
 pub mod promotion;
 mod receive;
@@ -56,7 +57,7 @@ use crate::wire::message::{
 };
 use crate::wire::{Body, FrameHeader};
 use agreement::Log;
-use gap::Gap;
+use gap::{Gap, Purpose};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// A sync is worth its time once so many bytes of copies wait for it, or when no more are under way.

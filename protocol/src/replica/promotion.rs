@@ -9,6 +9,7 @@
 //! activity logs (D5), and to any other peer the map does not apply (L2). Of the primary from before it is known that it
 //! has all that this host got from it: where it says less, it was set back (X4).
 
+use super::consent;
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
@@ -114,6 +115,7 @@ pub fn begin(superblock: &mut Superblock) {
 /// [`NotPromotable::UsedUp`] where the fence can't be raised; nothing is changed then.
 pub fn record(superblock: &mut Superblock, host: HostId, position: Position) -> Result<(), NotPromotable> {
     superblock.fence = superblock.fence.raised(host).ok_or(NotPromotable::UsedUp)?;
+    consent::give(superblock);
     superblock.role = Role::Primary;
     superblock.data = DataState::Consistent;
     superblock.position = position;
@@ -142,6 +144,10 @@ pub fn record_demotion(
         }
     }
     superblock.role = Role::Replica;
+    if superblock.fence == fence {
+        // It was demoted in order, so its operator agrees to whoever is promoted next.
+        superblock.agreed = superblock.agreed.max(fence.counter + 1);
+    }
     superblock.fence = fence;
     superblock.source = fence;
     superblock.position = position;

@@ -2,12 +2,15 @@
 //! of them is believed.
 //!
 //! A greeting is compared with this copy's history first (L3): where this host wrote what the primary's lineage does not
-//! contain, as a primary that went on alone did, nothing is overwritten until the operator decides.
+//! contain, as a primary that went on alone did, nothing is overwritten until the operator decides. Before a greeting is
+//! answered whose holder nobody here has agreed to, there is a layer that keeps what it overwrites ([`consent`]).
 
+use super::consent;
 use super::gap::runs;
+use super::resolve::Keep;
 use super::{
     Action, COPY_LIMIT_BYTES, Copies, DIGEST_COST_BYTES, DIGEST_LIMIT, DIGEST_LIMIT_BYTES, FrameId, Item,
-    Link, Marker, PrimaryMisbehaved, Replica, StateChange,
+    Link, Marker, PrimaryMisbehaved, Purpose, Replica, StateChange,
 };
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock, may_number};
 use crate::lineage::{self, Relation};
@@ -158,11 +161,25 @@ impl Replica {
             self.actions.push_back(Action::Send(answer));
             return;
         }
-        if hello.fence != self.superblock.fence || self.superblock.released {
-            let follow = StateChange::Follow(hello.fence);
+        let keep = consent::keep(&self.superblock, hello.fence);
+        let agrees = keep == Keep::Nothing;
+        let is_news = hello.fence != self.superblock.fence || self.superblock.released;
+        if is_news || agrees && !consent::is_given(&self.superblock) {
+            let follow = StateChange::Follow { fence: hello.fence, agrees };
             self.promise.give_up();
             self.greeting = Some(hello);
             return self.change_state(follow, None);
+        }
+        match keep {
+            Keep::NewLayer => {
+                self.greeting = Some(hello);
+                return self.begin_layer(Purpose::Undo);
+            }
+            Keep::Layer(layer) if layer != self.superblock.history => {
+                self.greeting = Some(hello);
+                return self.change_state(StateChange::Keep(layer), None);
+            }
+            Keep::Layer(_) | Keep::Nothing => {}
         }
         if self.superblock.mode != Mode::Async && hello.lineage.first() != self.superblock.lineage.first() {
             // Something was replied without this replica, which begins a generation (L1).

@@ -1,7 +1,7 @@
 //! What the replica records: markers and changes of its superblock, one after the other, each durably before what depends
 //! on it.
 
-use super::{Action, Replica, StateChange};
+use super::{Action, Purpose, Replica, StateChange};
 use crate::units::Session as SessionNumber;
 use crate::wire::message::{Commit, Committed, DataState, Message, ReleaseRecorded, ResyncReady};
 
@@ -58,7 +58,8 @@ impl Replica {
                     link.generation_came = false;
                 }
             }
-            StateChange::Follow(_) | StateChange::Behind => {}
+            StateChange::Keep(layer) => self.keeps(layer),
+            StateChange::Follow { .. } | StateChange::Behind => {}
         }
         if let Some((answer, session)) = answer
             && self.link.as_ref().is_some_and(|link| link.session == session)
@@ -77,8 +78,7 @@ impl Replica {
             if let Some(layer) = self.unused_history() {
                 return self.record_begin(layer, false);
             }
-            self.gap.beginning = true;
-            self.actions.push_back(Action::BeginLayer(self.position));
+            self.begin_layer(Purpose::Rollback);
         } else {
             self.record_begin(self.superblock.gap, false);
         }

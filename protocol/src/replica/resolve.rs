@@ -4,6 +4,7 @@
 //! is brought back by the union of both maps since the fork. What it had is kept in a layer of pre-images, the history,
 //! for as long as the operator may want it back ([`super::undo`]).
 
+use super::consent;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
 use crate::lineage::{self, Ends};
@@ -36,10 +37,10 @@ pub fn yielded(
     if is_known { mine[fork..].to_vec() } else { Vec::new() }
 }
 
-/// Which layer is to keep what a host has that yields.
+/// Which layer is to keep what a host has that yields, or that follows another primary ([`consent`]).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Keep {
-    /// None: the host holds a mixture without a way back.
+    /// None: the host holds a mixture without a way back, or what it has may go.
     Nothing,
     /// The one that leads back to it already.
     Layer(u64),
@@ -47,10 +48,12 @@ pub enum Keep {
     NewLayer,
 }
 
-/// See [`Keep`]. `is_unused` tells whether the history that there is, if any, has no pre-image yet.
+/// Which layer is to keep what a host has that yields. `is_unused` tells whether the history that there is, if any, has no
+/// pre-image yet. What was overwritten before anybody agreed is kept on: since then the host has had nothing of its own.
 #[must_use]
 pub fn keep(superblock: &Superblock, is_unused: bool) -> Keep {
     match (superblock.data, superblock.gap, superblock.history) {
+        (_, _, history) if consent::is_awaited(superblock) => Keep::Layer(history),
         (DataState::Inconsistent, 0, _) | (DataState::Empty, _, _) => Keep::Nothing,
         (DataState::Inconsistent, gap, _) => Keep::Layer(gap),
         (DataState::Consistent, _, history) if history != 0 && is_unused => Keep::Layer(history),
@@ -65,6 +68,7 @@ pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: 
     if winner.against(superblock.fence) != Claim::Older && !planted(Bug::KeepEqualFence) {
         superblock.fence = winner;
     }
+    superblock.agreed = superblock.agreed.max(winner.counter);
     superblock.lineage = lineage;
     if !superblock.lineage.contains(&superblock.position.generation) {
         // It has all that the two have in common.

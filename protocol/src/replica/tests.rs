@@ -628,3 +628,148 @@ fn primary_tells_of_five_thousand_hosts() {
     replica.handle_message(told(5000).into()).expect_err("no volume has so many");
     replica.handle_message(told(33).into()).expect("a volume may have so many");
 }
+
+/// The next thing to do that matters here.
+fn next(replica: &mut Replica) -> Option<Action> {
+    loop {
+        match replica.poll_action()? {
+            Action::WriteLog { .. } => replica.handle_log_written(true),
+            Action::Send(_) => {}
+            action => return Some(action),
+        }
+    }
+}
+
+/// A copy that was in sync with the host 2, and has been greeted by the host 3, which was promoted unasked.
+fn greeted_unasked(superblock: Superblock, saved: Vec<ByteRange>) -> Replica {
+    let mut replica = replica_of(superblock, saved);
+    replica.greet(hello(fence(3, 3), "ba")).unwrap();
+    let follow = StateChange::Follow { fence: fence(3, 3), agrees: false };
+    assert_eq!(next(&mut replica), Some(Action::WriteState(follow)), "the fence counts at once");
+    replica.handle_state_written(true);
+    replica
+}
+
+/// The same, when the layer is there that keeps what it overwrites.
+fn kept() -> Replica {
+    let mut replica = greeted_unasked(superblock("a"), Vec::new());
+    assert!(matches!(next(&mut replica), Some(Action::BeginLayer(_))));
+    assert_eq!(next(&mut replica), None, "it is not answered before");
+    replica.handle_layer_begun(Saved::Done);
+    assert_eq!(next(&mut replica), Some(Action::WriteState(StateChange::Keep(1))));
+    assert_eq!(next(&mut replica), None, "durably");
+    replica.handle_state_written(true);
+    drive(&mut replica, is_welcome);
+    assert_eq!(next(&mut replica), None);
+    replica
+}
+
+/// Any member could promote itself, overwrite all copies and commit: then nothing of what they had was left.
+#[test]
+fn what_a_host_overwrites_that_promoted_itself_is_kept_beyond_its_commit() {
+    let mut replica = kept();
+    replica.handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 4096 }.into()).unwrap();
+    let begin = Action::WriteState(StateChange::Begin { source: fence(3, 3), gap: 1, keep: false });
+    // The resync shares the layer.
+    drive(&mut replica, |action| *action == begin);
+    replica.handle_state_written(true);
+    drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
+    let range = ByteRange::new(0, 4096);
+    replica.handle_frame(FrameId(1), copy_frame(Body::Copy { range, number: 1 })).unwrap();
+    assert_eq!(next(&mut replica), Some(Action::SavePreImages { ranges: vec![range] }));
+    replica.handle_saved(Saved::Done);
+    drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
+    replica.handle_applied(FrameId(1), true);
+    drive(&mut replica, |action| *action == Action::Sync);
+    replica.handle_synced(true);
+    let position = Position { generation: lineage("b")[0], ..Position::default() };
+    replica.handle_message(commit(position, "ba")).unwrap();
+    while let Some(action) = next(&mut replica) {
+        match action {
+            Action::WriteState(_) => replica.handle_state_written(true),
+            Action::WriteMarker(_) => replica.handle_marker_written(true),
+            _ => panic!("{action:?}"),
+        }
+    }
+    assert_eq!((replica.superblock.gap, replica.superblock.history), (0, 1));
+    assert!(consent::is_awaited(&replica.superblock));
+    // A live frame is saved first, where it goes beyond what was saved.
+    let body = Body::Write { range: ByteRange::new(0, 8192), epoch: Epoch(1), sequence: Sequence(1) };
+    replica.handle_frame(FrameId(2), copy_frame(body)).unwrap();
+    let ranges = vec![ByteRange::new(4096, 4096)];
+    assert_eq!(next(&mut replica), Some(Action::SavePreImages { ranges }));
+}
+
+#[test]
+fn a_resync_that_another_primary_goes_on_with_keeps_what_it_would_be_rolled_back_to() {
+    let saved = ByteRange::new(8192, 4096);
+    let mut gap = superblock("a");
+    (gap.data, gap.gap, gap.layers) = (DataState::Inconsistent, 4, 4);
+    let mut replica = greeted_unasked(gap, vec![saved]);
+    assert_eq!(next(&mut replica), Some(Action::WriteState(StateChange::Keep(4))));
+    replica.handle_state_written(true);
+    drive(&mut replica, is_welcome);
+    assert_eq!(next(&mut replica), None);
+    let body = Body::Write { range: saved, epoch: Epoch(1), sequence: Sequence(1) };
+    replica.handle_frame(FrameId(1), copy_frame(body)).unwrap();
+    assert!(matches!(next(&mut replica), Some(Action::Apply { .. })), "it is saved in both already");
+}
+
+#[test]
+fn where_there_is_no_room_to_keep_anything_the_operator_decides() {
+    let full = |space| {
+        let mut replica = greeted_unasked(superblock("a"), Vec::new());
+        replica.settings.space = space;
+        drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
+        replica.handle_layer_begun(Saved::Full);
+        replica
+    };
+    let mut paused = full(SpacePolicy::Pause);
+    drive(&mut paused, |action| matches!(action, Action::Send(Message::Refused(_))));
+    assert!(paused.report().is_full && paused.is_idle());
+    let again = || Hello { session: SessionNumber(2), ..hello(fence(3, 3), "ba") };
+    paused.greet(again()).unwrap();
+    drive(&mut paused, |action| matches!(action, Action::BeginLayer(_)));
+    paused.handle_layer_begun(Saved::Full);
+    drive(&mut paused, |action| matches!(action, Action::Send(Message::Refused(_))));
+    paused.agree();
+    drive(&mut paused, |action| *action == Action::WriteState(StateChange::Forget));
+    paused.handle_state_written(true);
+    let mut gone_on = full(SpacePolicy::GoOn);
+    paused.greet(Hello { session: SessionNumber(3), ..again() }).unwrap();
+    for replica in [&mut paused, &mut gone_on] {
+        drive(replica, is_welcome);
+        assert_eq!((replica.superblock.history, replica.superblock.agreed), (0, 3));
+    }
+}
+
+#[test]
+fn what_is_kept_from_a_host_that_promoted_itself_is_not_given_up_for_want_of_room() {
+    for saved in [Saved::Full, Saved::Unreadable] {
+        let mut replica = kept();
+        let range = ByteRange::new(0, 4096);
+        let body = Body::Write { range, epoch: Epoch(1), sequence: Sequence(1) };
+        replica.handle_frame(FrameId(1), copy_frame(body)).unwrap();
+        assert!(matches!(next(&mut replica), Some(Action::SavePreImages { .. })));
+        replica.handle_saved(saved);
+        drive(&mut replica, |action| matches!(action, Action::Send(Message::Refused(_))));
+        assert_eq!((replica.superblock.history, replica.report().is_full), (1, true));
+        // By its operator's word it goes on.
+        replica.agree();
+        drive(&mut replica, |action| *action == Action::WriteState(StateChange::Forget));
+        replica.handle_state_written(true);
+        assert!(!replica.must_keep() && replica.superblock.history == 0);
+    }
+}
+
+/// A greeting that is gone by the time its layer is there leaves nothing behind.
+#[test]
+fn a_layer_for_a_greeting_that_is_gone_is_begun_again() {
+    let mut replica = greeted_unasked(superblock("a"), Vec::new());
+    drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
+    replica.handle_disconnected();
+    replica.handle_layer_begun(Saved::Done);
+    assert_eq!((next(&mut replica), replica.superblock.history), (None, 0));
+    replica.greet(hello(fence(3, 3), "ba")).unwrap();
+    drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
+}

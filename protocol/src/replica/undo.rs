@@ -3,8 +3,9 @@
 //! The host is then what it was before: its content, its generations, and so the split. Every block that is restored is
 //! durably in its maps of all peers first: their own maps of this host were cleared while it followed them. From there to
 //! the end it counts as a mixture that the same layer leads back from, so a crash in the middle leaves a replica that can
-//! be undone once more, or promoted.
+//! be undone once more, or promoted. Nobody who overwrote it is agreed to any more ([`super::consent`]).
 
+use super::consent;
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
@@ -99,6 +100,7 @@ pub fn begin(superblock: &mut Superblock, before: &[GenerationId], own: Generati
     superblock.gap = superblock.history;
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
     superblock.released = false;
+    consent::withdraw(superblock);
 }
 
 /// What the superblock says when the history is restored; `point` is the position to which it leads back.

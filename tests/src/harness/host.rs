@@ -79,6 +79,8 @@ pub struct Host {
     pub layers: Layers,
     /// What the history leads back to.
     pub kept: Option<HistoryPoint>,
+    /// Up to which fence it agrees to the holders, as far as the model knows.
+    pub agreed: u64,
     /// What the disk must still hold, as a replica whose presence flushes waited for.
     pub expected: Option<Expected>,
     /// Whether the promotion that is under way was not objected to.
@@ -185,6 +187,7 @@ impl Host {
             mirror: Mirror::default(),
             layers: Layers::default(),
             kept: None,
+            agreed: u64::from(is_first),
             expected: None,
             is_promoted_by_rule: false,
             is_promoted_on_word: false,
@@ -428,7 +431,7 @@ impl World {
             (fresh.files, fresh.serial) = (std::mem::take(&mut old.files), old.serial);
             fresh.followed = std::mem::take(&mut old.followed);
         } else {
-            fresh.superblock.fence = Fence::default();
+            (fresh.superblock.fence, fresh.superblock.agreed) = (Fence::default(), 0);
             fresh.superblock.lineage.clear();
         }
         fresh.superblock.role = Role::Replica;

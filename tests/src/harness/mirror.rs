@@ -228,7 +228,8 @@ impl Mirror {
                 self.data = DataState::Consistent;
                 self.commit_is_durable(Some(*position));
             }
-            StateChange::Follow(_)
+            StateChange::Follow { .. }
+            | StateChange::Keep(_)
             | StateChange::Behind
             | StateChange::Generation(_)
             | StateChange::Forget

@@ -70,8 +70,9 @@ impl World {
     fn change_roles(&mut self, primaries: &[usize]) {
         let hosts: Vec<usize> = (0..self.hosts.len()).collect();
         let host = self.random.pick(&hosts);
-        match (primaries.first(), self.random.below(4)) {
+        match (primaries.first(), self.random.below(5)) {
             (_, 3) => drop(self.undo(host)),
+            (_, 4) => self.forget(host),
             (Some(primary), 0) => self.demote(*primary, None),
             (Some(primary), 1) if *primary != host => self.demote(*primary, Some(host)),
             _ if self.random.once_in(2) => self.promote_by_rule(host),

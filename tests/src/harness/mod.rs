@@ -8,6 +8,7 @@
 
 pub mod application;
 pub mod checks;
+mod consent;
 pub mod dialling;
 pub mod differences;
 pub mod disk;

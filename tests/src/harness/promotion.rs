@@ -207,6 +207,7 @@ impl World {
             other.expected.take_if(|expected| expected.primary == host);
         }
         let it = &mut self.hosts[host];
+        it.agrees_up_to(it.superblock.fence.counter);
         it.kept = None;
         it.mirror = Mirror::default();
         it.mirror.data = DataState::Consistent;

@@ -118,7 +118,10 @@ impl World {
     pub(super) fn start_replica(&mut self, host: usize) {
         let it = &mut self.hosts[host];
         it.recover_history();
-        let Superblock { data, position, gap, .. } = it.superblock;
+        let Superblock { data, position, gap, released, .. } = it.superblock;
+        if released {
+            it.is_handed_on();
+        }
         it.mirror.recovered(data, position, gap);
         let (window, space) = (self.settings.window_bytes, self.settings.space);
         let shell = ReplicaShell::recover(&self.hosts[host], window, space);
@@ -326,6 +329,7 @@ impl World {
 
     fn write_state(&mut self, host: usize, change: StateChange) {
         let source = self.replica_shell(host).speaker.map(|link| link.dialler);
+        self.hosts[host].note_change(&change, self.settings.space);
         change.apply(&mut self.hosts[host].superblock);
         let batches = self.hosts[host].superblock_batches();
         self.start_replica_file(host, superblock::FILE_NAME, batches, FileWork::State(change, source));
@@ -345,6 +349,7 @@ impl World {
                 assert!(is_new, "L5: host {host} follows {holder} and {known:?}, both of fence {counter}");
                 let is_member = self.hosts[host].members.contains(speaker.dialler);
                 assert!(is_member, "X3: host {host} follows {}, which was removed", speaker.dialler);
+                self.hosts[host].check_consent(welcome);
                 if self.links[speaker].is_up {
                     self.check_lives(host, speaker.dialler);
                 }
@@ -419,6 +424,9 @@ impl World {
                     it.superblock_written();
                     it.note_history(&change);
                     it.mirror.state_is_durable(&change);
+                    if change == StateChange::Release {
+                        it.is_handed_on();
+                    }
                     if matches!(change, StateChange::Commit { .. }) {
                         it.is_set_back = false;
                         it.expected.take_if(|expected| Some(expected.primary) != source);

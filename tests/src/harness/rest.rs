@@ -61,6 +61,7 @@ impl World {
                 // What was being recorded may have made two hosts' histories part.
                 self.is_agreed();
                 self.overwrite_unreadable();
+                self.relent();
             }
         }
         self.check_at_rest();

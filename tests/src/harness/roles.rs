@@ -142,6 +142,9 @@ impl World {
             self.generations.begin(own, &it.superblock.lineage, None);
         }
         let is_in_order = it.superblock.fence == fence;
+        if is_in_order {
+            it.agrees_up_to(fence.counter + 1);
+        }
         // Only one that was superseded gives generations up in which it answered nothing.
         let unanswered = if is_in_order { 0 } else { unanswered };
         promotion::record_demotion(&mut it.superblock, fence, position, own, unanswered);
@@ -243,6 +246,7 @@ impl World {
         let history = it.keep_what_it_has();
         resolve::record(&mut it.superblock, lineage, history, fence);
         it.followed.insert(fence.counter, fence.holder);
+        it.agrees_up_to(fence.counter);
         it.expected = None;
         it.write_superblock_now();
         let known = self.hosts[primary].known_lives.clone();

@@ -22,6 +22,7 @@ pub struct Snapshot {
     files: Files,
     layers: Layers,
     kept: Option<HistoryPoint>,
+    agreed: u64,
     mirror: Mirror,
     known_lives: BTreeSet<(usize, u64)>,
     promises: Promises,
@@ -46,6 +47,7 @@ impl World {
                     files: it.files.clone(),
                     layers: it.layers.clone(),
                     kept: it.kept.clone(),
+                    agreed: it.agreed,
                     mirror: it.mirror.clone(),
                     known_lives: it.known_lives.clone(),
                     promises: it.promises.clone(),
@@ -90,9 +92,9 @@ impl World {
         let role = superblock_of(&snapshot.files).role;
         self.note(|| format!("host {host} is set back, {role:?}"));
         let it = &mut self.hosts[host];
-        let Snapshot { disk, files, layers, kept, mirror, known_lives, promises } = snapshot;
+        let Snapshot { disk, files, layers, kept, agreed, mirror, known_lives, promises } = snapshot;
         (it.disk, it.files, it.layers) = (disk, files, layers);
-        (it.kept, it.mirror, it.known_lives) = (kept, mirror, known_lives);
+        (it.kept, it.agreed, it.mirror, it.known_lives) = (kept, agreed, mirror, known_lives);
         it.promises = promises;
         it.expected = None;
         it.is_set_back = true;

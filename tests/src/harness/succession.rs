@@ -3,10 +3,14 @@
 
 use super::host::{Shell, host_id, host_number};
 use super::links::LinkId;
-use super::world::World;
-use blockmirror_protocol::succession::Candidate;
+use super::world::{Event, World};
+use blockmirror_protocol::succession::{Candidate, Objection};
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::Standing;
+use std::time::Duration;
+
+/// How long an operator waits until what he said is recorded.
+const LOOK: Duration = Duration::from_millis(50);
 
 impl World {
     /// An operator promotes a replica, unless the rule objects.
@@ -25,8 +29,18 @@ impl World {
             is_connected: report.connected,
             is_promised: shell.machine.is_promised(Time(self.now)),
         };
-        if candidate.obstacle().is_some() || candidate.objection(&others).is_some() {
+        if candidate.obstacle().is_some() {
             return;
+        }
+        match candidate.objection(&others) {
+            None => {}
+            // He agrees at times, and looks again.
+            Some(Objection::Kept) if self.random.once_in(2) => {
+                self.forget(host);
+                let life = self.hosts[host].life;
+                return self.plan(LOOK, Event::PromoteByRule(host, life));
+            }
+            Some(_) => return,
         }
         let on_word = Candidate { is_promised: false, ..candidate }.objection(&others).is_some();
         self.note(|| format!("host {host} is promoted by the rule: {others:?}"));

@@ -20,7 +20,7 @@ impl Host {
         if self.kept.as_ref().is_some_and(|kept| kept.layer != superblock.history) {
             self.kept = None;
         }
-        if matches!(change, StateChange::Begin { keep: true, .. }) {
+        if matches!(change, StateChange::Begin { keep: true, .. } | StateChange::Keep(_)) {
             let layer = layers.get(superblock.history);
             self.kept = Some(HistoryPoint::now(disk, layer, superblock, &self.known_lives));
         }
@@ -51,7 +51,8 @@ impl Host {
         self.kept.take_if(|kept| kept.layer != superblock.history);
         if superblock.history != 0 && self.kept.is_none() {
             let layer = layers.get(superblock.history);
-            assert!(layer.saved.is_empty(), "L6: the history was begun unseen");
+            let was_gap = superblock.gap == superblock.history;
+            assert!(layer.saved.is_empty() || was_gap, "L6: the history was begun unseen");
             self.kept = Some(HistoryPoint::now(disk, layer, superblock, &self.known_lives));
         }
         self.check_history();
@@ -70,7 +71,7 @@ impl Host {
 
 impl World {
     /// An operator brings back what a replica had. Says whether there was anything.
-    pub(super) fn undo(&mut self, host: usize) -> bool {
+    pub fn undo(&mut self, host: usize) -> bool {
         let it = &self.hosts[host];
         let is_replica = matches!(it.shell, Shell::Replica(_));
         if !is_replica || undo::steps(&it.superblock).is_err() || it.has_failed() || self.state_fails(host) {
@@ -116,6 +117,7 @@ impl World {
         let it = &mut self.hosts[host];
         self.generations.begin(generation(host, number), &point.lineage, None);
         undo::begin(&mut it.superblock, &point.lineage, generation(host, number));
+        it.agreed = it.agreed.min(it.superblock.fence.counter.saturating_sub(1));
         it.write_superblock_now();
         // Only the history leads back from here.
         it.mirror = Mirror::default();

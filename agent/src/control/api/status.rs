@@ -265,7 +265,10 @@ pub struct Succession {
     /// What is kept of what this copy was before its content was given up: an undo would bring it back.
     #[serde(default)]
     pub history: Option<Rollback>,
-    /// Whether a resync waits for room for pre-images.
+    /// On a replica that has not agreed to its primary: which host took over. What it overwrites is kept as `history`.
+    #[serde(default)]
+    pub unagreed: Option<String>,
+    /// Whether a resync waits for room for pre-images, or until what they are to hold can be read.
     pub is_full: bool,
     /// What has no room then, and what makes some.
     #[serde(default)]

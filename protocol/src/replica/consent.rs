@@ -1,0 +1,174 @@
+//! Whether a primary may overwrite this copy for good, or only where what it overwrites is kept until this host's operator
+//! agrees (L6).
+//!
+//! Any host of the volume can be promoted: by its own operator, by a mistake, or because its key was stolen. The others
+//! can't tell these apart, and follow whoever holds the newest fence (L5). So a copy gives nothing up on the word of
+//! another host alone. After a change of primary in which this host took no part, all that is overwritten here is saved
+//! first, in the history, beyond the commit. [`super::undo`] brings it back; the operator's word that he agrees gives the
+//! room back.
+//!
+//! A host agrees to the holder of a fence
+//! - whose content is the first that it gets, or takes the place of a mixture without a way back: nothing is lost;
+//! - that is this host itself: its operator promoted it;
+//! - that was promoted next after a primary which was demoted in order, where this host was that primary or had recorded
+//!   that it has everything (`switch`, `demote`), unless that primary was one that it had not agreed to;
+//! - to whom its operator gave this host's content up (`resolve`);
+//! - whom it follows when its operator says so (`forget`), or when there was no room to keep anything and the operator had
+//!   chosen that resyncs go on then.
+//!
+//! An `undo` takes that back: whoever overwrites what was brought back has it kept once more. A program that promotes by
+//! itself has a word of its own only where this host asks it: then that program's word is the operator's, and is given by
+//! [`super::Replica::agree`].
+
+use super::resolve::Keep;
+use crate::disk::superblock::Superblock;
+use crate::planted::{Bug, planted};
+use crate::wire::message::{DataState, Fence};
+
+/// Which layer must keep what the holder of this fence overwrites, before its greeting is answered: none where it may
+/// overwrite this copy for good. An older history stays; it leads back to more.
+#[must_use]
+pub fn keep(superblock: &Superblock, fence: Fence) -> Keep {
+    if is_agreed_to(superblock, fence) || planted(Bug::FollowUnagreed) {
+        return Keep::Nothing;
+    }
+    match (superblock.data, superblock.gap, superblock.history) {
+        (DataState::Empty, _, _) | (DataState::Inconsistent, 0, 0) => Keep::Nothing,
+        (DataState::Consistent, _, 0) => Keep::NewLayer,
+        (DataState::Inconsistent, gap, 0) => Keep::Layer(gap),
+        (_, _, history) => Keep::Layer(history),
+    }
+}
+
+fn is_agreed_to(superblock: &Superblock, fence: Fence) -> bool {
+    let is_next = fence.counter == superblock.fence.counter + 1;
+    fence.counter <= superblock.agreed || is_next && superblock.released && is_given(superblock)
+}
+
+/// Whether this host agrees to the primary that it follows, or followed last.
+#[must_use]
+pub fn is_given(superblock: &Superblock) -> bool {
+    superblock.agreed >= superblock.fence.counter
+}
+
+/// Whether the history keeps what a primary overwrote to whom this host has not agreed.
+#[must_use]
+pub fn is_awaited(superblock: &Superblock) -> bool {
+    superblock.history != 0 && !is_given(superblock)
+}
+
+/// The operator agrees to whom this host follows.
+pub(super) fn give(superblock: &mut Superblock) {
+    superblock.agreed = superblock.agreed.max(superblock.fence.counter);
+}
+
+/// The operator brings back what this host had: he agrees to nobody who overwrote it.
+pub(super) fn withdraw(superblock: &mut Superblock) {
+    superblock.agreed = superblock.agreed.min(superblock.fence.counter.saturating_sub(1));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replica::tests::superblock;
+    use crate::replica::{StateChange, promotion, resolve, undo};
+    use crate::units::{GenerationId, HostId, Position};
+
+    fn fence(counter: u64, holder: u8) -> Fence {
+        Fence { counter, holder: HostId([holder; 32]) }
+    }
+
+    /// A consistent replica of the host 1, to whom it agrees, of the fence 4.
+    fn following() -> Superblock {
+        Superblock { fence: fence(4, 1), agreed: 4, ..superblock("ba") }
+    }
+
+    #[test]
+    fn what_a_primary_overwrites_to_whom_nobody_agreed_is_kept() {
+        let released = || Superblock { released: true, ..following() };
+        let unagreed = || Superblock { agreed: 3, ..following() };
+        let history = || Superblock { history: 7, ..following() };
+        let gap = || Superblock { data: DataState::Inconsistent, gap: 8, ..following() };
+        let mixture = || Superblock { gap: 0, ..gap() };
+        let empty = || Superblock { data: DataState::Empty, ..following() };
+        let handed_on = Superblock { released: true, ..unagreed() };
+        let demoted = Superblock { agreed: 5, ..following() };
+        for (what, superblock, greeting, expected) in [
+            ("whom it follows", following(), fence(4, 1), Keep::Nothing),
+            ("a host that promoted itself", following(), fence(5, 2), Keep::NewLayer),
+            ("one far ahead", following(), fence(400, 2), Keep::NewLayer),
+            ("whom it recorded and has not met", unagreed(), fence(4, 1), Keep::NewLayer),
+            ("the next after one that was demoted", released(), fence(5, 2), Keep::Nothing),
+            ("a later one", released(), fence(6, 2), Keep::NewLayer),
+            ("the next after one that nobody agreed to", handed_on, fence(5, 2), Keep::NewLayer),
+            ("the next after this host itself", demoted.clone(), fence(5, 2), Keep::Nothing),
+            ("the one after that", demoted, fence(6, 2), Keep::NewLayer),
+            ("the oldest history stays", history(), fence(5, 2), Keep::Layer(7)),
+            ("also in a resync", Superblock { history: 7, ..gap() }, fence(5, 2), Keep::Layer(7)),
+            ("a history that is kept for him already", history(), fence(4, 1), Keep::Nothing),
+            ("the way back of a resync", gap(), fence(5, 2), Keep::Layer(8)),
+            ("a mixture", mixture(), fence(5, 2), Keep::Nothing),
+            ("the first content", empty(), fence(5, 2), Keep::Nothing),
+        ] {
+            assert_eq!(keep(&superblock, greeting), expected, "{what}");
+        }
+    }
+
+    /// What each change of the superblock makes of a host that follows, with a history, a primary whom nobody agreed to.
+    #[test]
+    fn each_word_of_the_operator_is_remembered() {
+        let unagreed = || Superblock { fence: fence(5, 2), history: 7, released: true, ..following() };
+        let host = HostId([9; 32]);
+        type Change = fn(&mut Superblock, HostId);
+        let changes: [(&str, Change, u64); 9] = [
+            ("forget", |it, _| StateChange::Forget.apply(it), 5),
+            (
+                "no room and no waiting for it",
+                |it, _| {
+                    it.gap = it.history;
+                    StateChange::GiveRollbackUp.apply(it);
+                },
+                5,
+            ),
+            ("follow", |it, _| StateChange::Follow { fence: fence(6, 3), agrees: false }.apply(it), 4),
+            (
+                "follow one that was agreed to",
+                |it, _| {
+                    StateChange::Follow { fence: fence(6, 3), agrees: true }.apply(it);
+                },
+                6,
+            ),
+            ("promote", |it, host| promotion::record(it, host, Position::default()).expect("a number"), 6),
+            (
+                "demote",
+                |it, host| {
+                    promotion::record(it, host, Position::default()).expect("a number");
+                    let own = it.fence;
+                    promotion::record_demotion(it, own, Position::default(), None, 0);
+                },
+                7,
+            ),
+            (
+                "superseded",
+                |it, _| {
+                    promotion::record_demotion(it, fence(6, 3), Position::default(), None, 0);
+                },
+                4,
+            ),
+            ("resolve", |it, _| resolve::record(it, Vec::new(), 7, fence(6, 3)), 6),
+            (
+                "undo",
+                |it, _| {
+                    give(it);
+                    undo::begin(it, &[], GenerationId([b'o'; 16]));
+                },
+                4,
+            ),
+        ];
+        for (what, change, agreed) in changes {
+            let mut superblock = unagreed();
+            change(&mut superblock, host);
+            assert_eq!(superblock.agreed, agreed, "{what}");
+        }
+    }
+}
