@@ -1,11 +1,16 @@
-//! A host of the volume that has gone bad, or whose key was stolen: it can't pass for the primary.
+//! A host of the volume that has gone bad, or whose key was stolen: it can't pass for the primary, and where it promotes
+//! itself, what it overwrites comes back.
 
 use blockmirror_agent::control::api::VolumeState;
-use blockmirror_agent::transport::{Connection, ControlReceiver, ControlSender, Endpoint, HostKey, Incoming};
+use blockmirror_agent::transport::{
+    CloseReason, Connection, ControlReceiver, ControlSender, Endpoint, FrameSender, HostKey, Incoming,
+};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::units::{Epoch, Sequence, Session, Stream};
-use blockmirror_protocol::wire::message::{Fence, Hello, Message, Refusal, Superseded};
+use blockmirror_protocol::units::{Epoch, GenerationId, Position, Sequence, Session, Stream, VolumeId};
+use blockmirror_protocol::wire::message::{
+    Commit, Fence, Hello, Member, Message, Mode, Promise, Refusal, Release, ResyncBegin, Superseded, TakeOver,
+};
 use blockmirror_protocol::wire::{Body, FrameHeader, StreamKind, StreamPreamble, VERSIONS};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
@@ -180,7 +185,7 @@ fn a_member_that_claims_the_promotion_of_another_one_stops_nobody_while_that_den
                 };
                 if log.contains(words) { Ok(()) } else { Err(log) }
             });
-            connection.close(blockmirror_agent::transport::CloseReason::Done, "");
+            connection.close(CloseReason::Done, "");
         }
         endpoint.close().await;
     });
@@ -236,6 +241,180 @@ fn a_member_has_four_connections_and_a_fifth_is_closed() {
         endpoint.close().await;
     });
     still_takes_writes(&mirror, &superblock_of(&mirror.primary));
+}
+
+/// A session of c as the primary of b, after a promotion that nobody ordered.
+struct Usurper {
+    connection: Connection,
+    sender: ControlSender,
+    receiver: ControlReceiver,
+    streams: Vec<FrameSender>,
+    volume: VolumeId,
+    session: Session,
+    /// Its generations, the last one its own.
+    lineage: Vec<GenerationId>,
+    /// The last epoch.
+    epoch: Epoch,
+    sequence: Sequence,
+    copies: u64,
+}
+
+impl Usurper {
+    /// Greets b, which takes it for the primary.
+    async fn greets(endpoint: &Endpoint, b: &Host, primary: &Superblock, key: &HostKey, raised: u64) -> Self {
+        let connection = connect(endpoint, b).await;
+        let (sender, receiver) = connection.open_control().await.expect("a stream");
+        let fence = Fence { counter: primary.fence.counter + raised, holder: key.id() };
+        let session = Session(primary.session.0 + 1000 * raised);
+        let own = GenerationId([raised as u8; 16]);
+        let lineage = [vec![own], superblock_of(b).lineage].concat();
+        let (volume, epoch) = (primary.volume, Epoch(0));
+        let (sequence, copies) = (Sequence(0), 0);
+        let streams = Vec::new();
+        let mut it =
+            Self { connection, sender, receiver, streams, volume, session, lineage, epoch, sequence, copies };
+        let member = Member {
+            host: key.id(),
+            name: "c".to_owned(),
+            addresses: vec![endpoint.local_address().to_string()],
+            mode: Mode::Async,
+            version: 0,
+        };
+        let lineage = it.lineage.clone();
+        let hello = Hello { fence, session, lineage, members: vec![member], ..hello_of(primary) };
+        it.say(hello.into()).await;
+        it.epoch = it
+            .hear(|message| match message {
+                Message::Welcome(welcome) => Some(welcome.mark.position.epoch),
+                _ => None,
+            })
+            .await;
+        it.hear(|message| matches!(message, Message::Union(union) if union.last).then_some(())).await;
+        it
+    }
+
+    async fn say(&mut self, message: Message) {
+        self.sender.send(&message).await.expect("b listens");
+    }
+
+    /// Waits for an answer, and passes over others.
+    async fn hear<Answer>(&mut self, wanted: impl Fn(&Message) -> Option<Answer>) -> Answer {
+        loop {
+            let message = self.receiver.receive().await.expect("b answers");
+            assert!(!matches!(message, Message::Refused(_) | Message::Superseded(_)), "{message:?}");
+            if let Some(answer) = wanted(&message) {
+                return answer;
+            }
+        }
+    }
+
+    /// A stream that ends would end the session, so each stays open.
+    async fn send(&mut self, kind: StreamKind, frames: Vec<(Body, Vec<u8>)>) {
+        let session = self.session;
+        let preamble = StreamPreamble { volume: self.volume, session, kind };
+        let sender = self.connection.open_frames(&preamble).await.expect("a stream");
+        self.streams.push(sender);
+        let sender = self.streams.last_mut().expect("it was just opened");
+        for (body, payload) in frames {
+            let header = FrameHeader { session, stream: Stream(1), body };
+            sender.send(&header.encode(&payload), payload.into()).await.expect("b listens");
+        }
+        sender.flush().await.expect("b listens");
+    }
+
+    /// Announces a resync, and overwrites these blocks by copies.
+    async fn resyncs(&mut self, blocks: std::ops::Range<u64>, garbage: u8) {
+        let (session, dirty_bytes) = (self.session, (blocks.end - blocks.start) * BLOCK_BYTES);
+        self.say(ResyncBegin { session, dirty_bytes }.into()).await;
+        self.hear(|message| matches!(message, Message::ResyncReady(_)).then_some(())).await;
+        let mut frames = Vec::new();
+        for block in blocks {
+            self.copies += 1;
+            let range = ByteRange::new(block * BLOCK_BYTES, BLOCK_BYTES);
+            frames.push((Body::Copy { range, number: self.copies }, vec![garbage; BLOCK_BYTES as usize]));
+        }
+        self.send(StreamKind::Bulk, frames).await;
+        let copies = self.copies;
+        let is_durable = |message: &Message| matches!(message, Message::Acknowledgement(acknowledgement) if acknowledgement.copies == copies);
+        self.hear(|message| is_durable(message).then_some(())).await;
+    }
+
+    /// Overwrites these blocks by live writes, and ends their epoch.
+    async fn writes(&mut self, blocks: std::ops::Range<u64>, garbage: u8) {
+        self.epoch = self.epoch.next();
+        let mut frames = Vec::new();
+        for block in blocks {
+            self.sequence = self.sequence.next();
+            let range = ByteRange::new(block * BLOCK_BYTES, BLOCK_BYTES);
+            let body = Body::Write { range, epoch: self.epoch, sequence: self.sequence };
+            frames.push((body, vec![garbage; BLOCK_BYTES as usize]));
+        }
+        let end = Body::EpochEnd { epoch: self.epoch, sequence: self.sequence, cut: false };
+        frames.push((end, Vec::new()));
+        self.send(StreamKind::Live, frames).await;
+        let epoch = self.epoch;
+        let is_durable = |message: &Message| matches!(message, Message::Acknowledgement(acknowledgement) if acknowledgement.durable == epoch);
+        self.hear(|message| is_durable(message).then_some(())).await;
+    }
+
+    async fn commits(&mut self) {
+        let (session, lineage) = (self.session, self.lineage.clone());
+        let position = Position { generation: lineage[0], epoch: self.epoch, sequence: self.sequence };
+        let (active, mode) = (Vec::new(), Mode::Async);
+        self.say(Commit { session, position, lineage, active, mode, promise: Promise::None }.into()).await;
+        self.hear(|message| matches!(message, Message::Committed(_)).then_some(())).await;
+    }
+
+    /// Says that it is demoted for b, and has it take over.
+    async fn hands_over(&mut self) -> Message {
+        let (session, generation) = (self.session, self.lineage[0]);
+        self.say(Release { session, generation }.into()).await;
+        self.hear(|message| matches!(message, Message::ReleaseRecorded(_)).then_some(())).await;
+        let (mut sender, mut receiver) = self.connection.open_control().await.expect("a stream");
+        sender.send(&TakeOver { volume: self.volume }.into()).await.expect("b listens");
+        receiver.receive().await.expect("an answer")
+    }
+}
+
+/// Whoever had a member's key could promote itself, and overwrite all copies: the replicas dropped what they had kept at
+/// the commit, and again when they were promoted for it.
+#[test]
+fn a_member_that_promotes_itself_destroys_no_copy() {
+    let (mirror, key) = mirror_without_c();
+    let (primary, b) = (superblock_of(&mirror.primary), mirror.replica());
+    let before = mirror.folder.join("before.img");
+    fs::copy(b.backing(), &before).expect("a copy");
+    runtime().block_on(async {
+        let endpoint = endpoint(&key);
+        let mut c = Usurper::greets(&endpoint, b, &primary, &key, 1).await;
+        c.resyncs(0..64, 0xbd).await;
+        c.writes(32..96, 0xbe).await;
+        c.commits().await;
+        c.writes(64..128, 0xbf).await;
+        let answer = c.hands_over().await;
+        assert!(
+            matches!(&answer, Message::Refused(no) if no.text.contains("nobody on b has agreed that c took over")),
+            "{answer:?}"
+        );
+        // Once more, as if it had been promoted after a demotion in order.
+        c.connection.close(CloseReason::Done, "");
+        let mut c = Usurper::greets(&endpoint, b, &primary, &key, 2).await;
+        c.commits().await;
+        c.writes(0..160, 0xc0).await;
+        let status = b.status();
+        assert_eq!(status.facts.succession.unagreed.as_deref(), Some("c"), "{status:?}");
+        assert!(status.verdict.contains("nobody here has agreed that c took over"), "{status:?}");
+        assert!(status.action.contains("blockmirror pause data c, then: blockmirror undo data"), "{status:?}");
+        c.connection.close(CloseReason::Done, "");
+        endpoint.close().await;
+    });
+    assert_ne!(first_difference(&b.backing(), &before), None, "it was overwritten");
+    b.succeed(&["pause", "data", "c"]);
+    until("its session is over", || {
+        let said = b.tool(&["undo", "data"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+    assert_eq!(first_difference(&b.backing(), &before), None, "all is as it was before c came");
 }
 
 #[test]

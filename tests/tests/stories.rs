@@ -614,8 +614,40 @@ mod planted {
     }
 
     #[test]
+    fn a_host_that_follows_whoever_promoted_itself_has_nothing_to_bring_back() {
+        breaks(Bug::FollowUnagreed, super::what_a_host_overwrites_that_promoted_itself_comes_back);
+    }
+
+    #[test]
     fn an_overwritten_block_without_a_pre_image_does_not_come_back() {
         breaks(Bug::OverwriteUnsaved, super::a_replica_promoted_amid_a_resync_is_what_it_was_before);
+    }
+}
+
+/// Any host of a volume can promote itself: by a mistake, or with a key that was stolen. The others follow, are resynced
+/// and written to, and what they had was gone with the commit. It is kept beyond that, and an undo gives exactly that (L6).
+#[test]
+fn what_a_host_overwrites_that_promoted_itself_comes_back() {
+    for mut world in in_sync(&hosts(3)) {
+        write_here_and_there(&mut world, PRIMARY);
+        let before = world.hosts[REPLICA].disk.content().clone();
+        let between = LinkId::new(THIRD, REPLICA);
+        world.crash(PRIMARY, Crash::Power);
+        world.part(between);
+        world.take_over(THIRD);
+        for block in 0..BLOCKS {
+            world.ask(THIRD, write(block * APART, 4096));
+            world.pass(5);
+        }
+        world.join(between);
+        world.wait_until("the other one was resynced", |world| world.is_in_sync(between));
+        world.ask(THIRD, write(2 * MEBIBYTE + 4096, 8192));
+        world.pass(LOG_IS_IDLE);
+        world.check_equal(between);
+        assert_ne!(*world.hosts[REPLICA].disk.content(), before);
+        assert!(world.undo(REPLICA), "something is kept");
+        assert_eq!(*world.hosts[REPLICA].disk.content(), before);
+        world.finish();
     }
 }
 
