@@ -572,6 +572,49 @@ fn what_a_promoted_host_overwrites_is_kept_where_nobody_took_part_until_it_is_fo
 }
 
 #[test]
+fn a_host_without_room_to_keep_anything_waits_until_its_operator_agrees() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    let mut random = Random::new(11);
+    scatter(&mut mirror.client(), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    mirror.wait_until_quiet();
+    mirror.replicas[1].stop();
+    mirror.replicas[1].configure(|volume| volume.pre_images = Size(0));
+    mirror.primary.kill();
+    let b = mirror.replica();
+    b.wait_until("the loss is noticed", |status| status.state == VolumeState::Waiting);
+    b.succeed(&["promote", "data", "--force"]);
+    scatter(&mut client_of(b), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    let before = mirror.folder.join("before.img");
+    fs::copy(mirror.replicas[1].backing(), &before).expect("a copy");
+
+    mirror.replicas[1].start();
+    let c = &mirror.replicas[1];
+    let status = c.wait_until("it has no room", |status| status.facts.succession.is_full);
+    assert_eq!(
+        status.verdict,
+        "paused: what b would overwrite can't be kept; this copy is consistent; nobody here has agreed that b took over: \
+         blockmirror forget data does"
+    );
+    assert!(status.action.contains("raise `pre_images`"), "{status:?}");
+    c.refuse(&["undo", "data"], 5, &["nothing is kept here"]);
+    assert_eq!(first_difference(&c.backing(), &before), None, "nothing is overwritten");
+    c.succeed(&["forget", "data"]);
+    // The resync has to have a way back, whoever it is from.
+    let is_agreed = "paused: no room for pre-images; this copy is consistent";
+    c.wait_until("it is the resync that has no room", |status| status.verdict == is_agreed);
+    mirror.replicas[1].stop();
+    mirror.replicas[1].configure(|volume| volume.pre_images = Size(64 * MIB));
+    mirror.replicas[1].start();
+    let c = &mirror.replicas[1];
+    mirror.replica().wait_until("it follows", |status| {
+        let mut peers = status.facts.peers.iter();
+        peers.any(|peer| peer.name.as_str() == "c" && peer.state == Some(PeerState::InSync))
+    });
+    assert_eq!(first_difference(&mirror.replica().backing(), &c.backing()), None, "it has all of it");
+    c.wait_until("nothing is kept", |status| status.verdict == "following b; consistent");
+}
+
+#[test]
 fn a_switch_that_does_not_come_to_be_leaves_the_primary_as_it_was() {
     let mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
     let (a, b) = (&mirror.primary, mirror.replica());
