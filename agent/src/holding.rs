@@ -41,8 +41,9 @@ const BUSY: &str = "busy ";
 
 /// How often it is looked whether this host writes.
 const LOOK_TIME: Duration = Duration::from_millis(250);
-/// How much later than the last note this host itself may have written to an image, in seconds.
-const BUSY_SECONDS: i64 = 1;
+/// How much later than the last note this host itself may have written to an image, in seconds: looks are late on a host
+/// that has much to do.
+const BUSY_SECONDS: i64 = 3;
 /// How long the last look at a backing may take when it is closed.
 const CLOSE_TIME: Duration = Duration::from_secs(5);
 
@@ -203,17 +204,28 @@ impl Holding {
         Ok(())
     }
 
+    /// Writes what it looks like while this host writes, so that what it wrote itself until it was killed is not taken for
+    /// another's.
+    async fn note_busy(&self) {
+        let Some(looks) = looks(&self.backing).await else { return };
+        let text = format!("{BUSY}\n{}\n{}\n", self.boot.name, looks.text());
+        if let Err(error) = self.now.write_all_at(text.as_bytes(), 0) {
+            tracing::debug!(%error, "cannot note what the backing looks like");
+        }
+    }
+
     /// One look. Nothing is submitted between its end and what follows of it: that happens on this thread.
     async fn look(&self) {
         let before = self.begun.get();
         let Some((begun, now)) = self.looks_at_rest().await else {
             self.begun.set(self.writes.begun());
             *self.quiet.borrow_mut() = None;
-            return;
+            return self.note_busy().await;
         };
         self.begun.set(begun);
         if begun != before {
             *self.quiet.borrow_mut() = None;
+            self.note_busy().await;
         } else if self.quiet.borrow().is_none() {
             if let Err(error) = self.note_quiet(now) {
                 tracing::debug!(%error, "cannot note what the backing looks like");
@@ -433,7 +445,8 @@ mod tests {
             (open("now", Some((true, "now", before.clone()))), before.clone(), false),
             (open("now", Some((true, "now", before.clone()))), later.clone(), true),
             (open("now", Some((false, "now", before.clone()))), later.clone(), false),
-            (open("now", Some((false, "now", before.clone()))), image((1502, 0)), true),
+            (open("now", Some((false, "now", before.clone()))), image((1503, 0)), false),
+            (open("now", Some((false, "now", before.clone()))), image((1504, 0)), true),
             (open("now", Some((true, "now", disk("7", 5)))), disk("7", 6), true),
             (open("now", Some((false, "now", disk("7", 5)))), disk("7", 6), false),
             (open("now", Some((false, "now", disk("7", 5)))), disk("8", 6), true),
