@@ -39,9 +39,15 @@ impl Watch {
 
     /// Whether the process was away since this was last asked.
     pub fn was_away(&self) -> bool {
+        let is_news = self.is_news();
+        self.seen.set(ABSENCES.load(Ordering::Acquire));
+        is_news
+    }
+
+    /// The same, for one who looks and leaves it to be noticed.
+    pub fn is_news(&self) -> bool {
         look();
-        let absences = ABSENCES.load(Ordering::Acquire);
-        self.seen.replace(absences) != absences
+        self.seen.get() != ABSENCES.load(Ordering::Acquire)
     }
 }
 

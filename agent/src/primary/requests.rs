@@ -55,10 +55,15 @@ impl Volume for Primary {
 
 impl Primary {
     fn read(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
-        let is_in_doubt = self.drive(|inner, now| {
-            inner.tracker.note_read(now);
+        if self.absence.is_news() {
+            // Driving notices it, and doubts who leads.
+            self.drive(|_, _| ());
+        }
+        let is_in_doubt = {
+            let mut inner = self.inner.borrow_mut();
+            inner.tracker.note_read(self.now());
             inner.tracker.is_in_doubt()
-        });
+        };
         if is_in_doubt {
             let primary = self.me();
             spawn_local(async move {

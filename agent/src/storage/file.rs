@@ -116,13 +116,17 @@ impl Descriptor {
     /// metadata files may change. What was cut off reads as zeroes when the file is made longer again, so a write beyond
     /// its end would hide that content was lost.
     pub(super) fn check_size(&self) -> io::Result<()> {
-        if self.kind == Kind::Image {
-            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-            if statx(&self.fd, "", flags, StatxFlags::SIZE)?.stx_size < self.size_bytes {
-                return Err(super::job::cut_off());
-            }
+        if self.kind != Kind::Image {
+            return Ok(());
         }
-        Ok(())
+        let size_bytes = if self.served {
+            // Its server may hang, and is not asked.
+            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+            statx(&self.fd, "", flags, StatxFlags::SIZE)?.stx_size
+        } else {
+            rustix::fs::fstat(&self.fd)?.st_size.cast_unsigned()
+        };
+        if size_bytes < self.size_bytes { Err(super::job::cut_off()) } else { Ok(()) }
     }
 
     /// See [`File::check_end`].
