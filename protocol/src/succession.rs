@@ -172,6 +172,15 @@ pub fn newest_fence(ours: Fence, others: &[Heard]) -> Option<Fence> {
     Fence::newest(known.filter(|fence| fence.supersedes(ours) && is_credible(fence)))
 }
 
+/// The fence to begin a promotion of this host with, so that the next one is newer than all that others go by: the newest
+/// that they know of, also where that is a promotion of this host itself, of which it knows nothing since it lost its state.
+#[must_use]
+pub fn fence_to_raise(own: HostId, ours: Fence, others: &[Heard]) -> Fence {
+    let known = others.iter().filter_map(|other| Some(other.standing.as_ref()?.fence));
+    let forgotten = known.filter(|fence| fence.holder == own && ours.may_become(*fence));
+    Fence::newest(forgotten.chain(newest_fence(ours, others)).chain([ours])).unwrap_or(ours)
+}
+
 /// Whether the holder of a fence, asked how it stands, knows of no such promotion. One that has lost its copy since
 /// can't say.
 #[must_use]
@@ -461,6 +470,21 @@ mod tests {
             ("it is too far ahead", [silent(host(2)), tells(3, fence(5 + Fence::STEP, 3))], None),
         ] {
             assert_eq!(newest_fence(fence(4, 1), &others), newer, "{what}");
+        }
+    }
+
+    /// A host that was promoted, lost its state and joined again was promoted with a number that all others refused.
+    #[test]
+    fn a_promotion_is_newer_than_one_of_the_same_host_that_it_has_forgotten() {
+        let fence = |counter, holder| Fence { counter, holder: host(holder) };
+        let tells = |number, fence| says(host(number), Standing { fence, ..standing(7) });
+        for (others, raised) in [
+            ([tells(2, fence(4, 2)), tells(3, fence(4, 2))], fence(4, 2)),
+            ([tells(2, fence(4, 2)), tells(3, fence(7, 1))], fence(7, 1)),
+            ([tells(2, fence(8, 2)), tells(3, fence(7, 1))], fence(8, 2)),
+            ([silent(host(2)), tells(3, fence(7 + Fence::STEP, 1))], fence(4, 2)),
+        ] {
+            assert_eq!(fence_to_raise(host(1), fence(4, 2), &others), raised);
         }
     }
 }

@@ -74,7 +74,7 @@ impl Volume {
                 return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(refused(text)))));
             }
             let known = applicant.candidate.superblock.fence;
-            let newest = succession::newest_fence(known, &heard(&answers)).unwrap_or(known);
+            let newest = succession::fence_to_raise(applicant.candidate.own, known, &heard(&answers));
             // Where nothing else speaks for it, only the primary's word does.
             applicant.candidate.is_promised = false;
             let on_word = !force && applicant.candidate.objection(&heard(&answers)).is_some();
