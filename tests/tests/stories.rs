@@ -444,6 +444,7 @@ fn a_refused_greeting_is_not_repeated() {
         opened_at: Time::default(),
         patience: PATIENCE,
         active_extents: CAPACITY,
+        owes_word: false,
     };
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
     let mut tracker = Tracker::new(settings, &log, vec![session]);

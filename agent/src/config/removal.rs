@@ -1,7 +1,7 @@
 //! Hosts that were removed from a volume (X3), as each of its hosts keeps them and tells them on. Which word counts, by the
 //! numbers of memberships, is [`blockmirror_protocol::membership`]'s.
 
-use super::{Name, PeerConfig, Role, VolumeConfig};
+use super::{Mode, Name, PeerConfig, Role, VolumeConfig};
 use blockmirror_protocol::membership;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Member, Removal};
@@ -9,6 +9,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// How many removed hosts that it never knew a volume remembers at most; of those that it knew, all.
 const STRANGERS: usize = 256;
+/// For how long a removal counts as late, in seconds; far longer than anybody keeps his word.
+const LATELY_SECONDS: u64 = 3600;
 
 /// A host that was removed from the volume: `[[removed]]`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -25,6 +27,9 @@ pub struct RemovedConfig {
     pub at_seconds: u64,
     /// See [`PeerConfig::version`].
     pub version: u64,
+    /// The mode in which it was mirrored to by this host; nothing where it was not known here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
 }
 
 impl RemovedConfig {
@@ -43,6 +48,7 @@ impl RemovedConfig {
             // TOML's integers have a sign.
             at_seconds: removal.at_seconds.min(i64::MAX as u64),
             version: removal.version,
+            mode: None,
         }
     }
 
@@ -61,9 +67,18 @@ impl VolumeConfig {
     /// Removes a peer, by the operator's word. Does nothing where there is none of that key.
     pub fn remove(&mut self, host: HostId, by: &Name, now_seconds: u64) {
         let Some(index) = self.peers.iter().position(|peer| peer.host == host) else { return };
-        let PeerConfig { name, version, .. } = self.peers.remove(index);
-        let (by, version) = (by.clone(), version + 1);
-        self.removed.push(RemovedConfig { name, host, by, at_seconds: now_seconds, version });
+        let PeerConfig { name, version, mode, .. } = self.peers.remove(index);
+        let (by, version, mode) = (by.clone(), version + 1, Some(mode));
+        self.removed.push(RemovedConfig { name, host, by, at_seconds: now_seconds, version, mode });
+    }
+
+    /// Whether a host that was removed may still count on nothing being answered without it, as one in the mode sync that
+    /// has not heard of its removal (W4). Clocks may have jumped, and hosts' clocks differ.
+    #[must_use]
+    pub fn may_owe_word(&self, now_seconds: u64) -> bool {
+        let is_late =
+            |removed: &RemovedConfig| now_seconds < removed.at_seconds.saturating_add(LATELY_SECONDS);
+        self.removed.iter().any(|removed| removed.mode == Some(Mode::Sync) && is_late(removed))
     }
 
     /// That a host was removed, if it was.
@@ -110,12 +125,13 @@ impl VolumeConfig {
             let removed = self.removed.iter().position(|removed| removed.host == removal.host);
             match (peer, removed) {
                 (Some(index), _) if is_news(self.peers[index].version) => {
-                    self.peers.remove(index);
+                    let mode = Some(self.peers.remove(index).mode);
                     self.readmit(removal.host);
-                    self.removed.push(RemovedConfig::told(removal));
+                    self.removed.push(RemovedConfig { mode, ..RemovedConfig::told(removal) });
                 }
                 (None, Some(index)) if is_news(self.removed[index].version) => {
-                    self.removed[index] = RemovedConfig::told(removal);
+                    let mode = self.removed[index].mode;
+                    self.removed[index] = RemovedConfig { mode, ..RemovedConfig::told(removal) };
                 }
                 (None, None) if is_news(0) && self.removed.len() < STRANGERS => {
                     self.removed.push(RemovedConfig::told(removal));
@@ -158,7 +174,6 @@ fn host_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<HostId, D::Erro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Mode;
     use blockmirror_protocol::membership::STEP;
     use blockmirror_protocol::units::{BlockSize, VolumeId};
 
@@ -166,6 +181,29 @@ mod tests {
 
     fn own_name() -> Name {
         "own".parse().unwrap()
+    }
+
+    /// The word that it was given was known to the run of the agent alone in which it was removed.
+    #[test]
+    fn a_host_that_was_removed_lately_may_count_on_what_it_was_promised() {
+        let removed = |mode, name: &str| {
+            let mut config = config();
+            let index = config.peers.iter().position(|peer| peer.name.as_str() == name).unwrap();
+            config.peers[index].mode = mode;
+            config.remove(config.peers[index].host, &own_name(), 10_000);
+            config
+        };
+        let name = config().peers[1].name.to_string();
+        for (mode, now, owes) in [
+            (Mode::Sync, 10_001, true),
+            (Mode::Sync, 9_000, true),
+            (Mode::Sync, 13_600, false),
+            (Mode::SemiSync, 10_001, false),
+            (Mode::Async, 10_001, false),
+        ] {
+            assert_eq!(removed(mode, &name).may_owe_word(now), owes, "{mode} {now}");
+        }
+        assert!(!config().may_owe_word(0));
     }
 
     fn host(number: u8) -> HostId {

@@ -15,6 +15,7 @@ use crate::buffer::BufferPool;
 use crate::config::{PeerConfig, VolumeConfig};
 use crate::device::{Answer, Errno, Reply};
 use crate::metadata::State;
+use crate::quantity::unix_seconds;
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
 use crate::troubles::{Kind, Troubles};
@@ -148,6 +149,7 @@ impl Primary {
             opened_at: Time::default(),
             patience: PATIENCE,
             active_extents: config.active_extents(),
+            owes_word: config.may_owe_word(unix_seconds()),
         };
         let tracker = Tracker::new(settings, &log, sessions);
         let primary = Rc::new_cyclic(|me| Self {

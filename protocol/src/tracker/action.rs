@@ -131,6 +131,8 @@ pub struct Settings {
     /// How many extents may be active at once: at least [`super::LEAST_ACTIVE_EXTENTS`], at most
     /// [`crate::disk::activity_log::CAPACITY`].
     pub active_extents: usize,
+    /// Whether hosts that were removed may count on nothing being answered without them, by the word of an earlier run.
+    pub owes_word: bool,
 }
 
 /// How a write to the backing ended.

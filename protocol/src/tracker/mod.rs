@@ -168,6 +168,7 @@ impl Tracker {
             opened_at,
             patience,
             active_extents,
+            owes_word,
         } = settings;
         assert!(active_extents <= CAPACITY, "the active set fits into a record");
         let serial = match log {
@@ -205,7 +206,7 @@ impl Tracker {
             closing: false,
             patience,
             leading: Leading::default(),
-            word_of_removed: None,
+            word_of_removed: owes_word.then(|| opened_at.after(patience)),
             start: Start::default(),
             actions: VecDeque::new(),
         };

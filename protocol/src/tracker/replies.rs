@@ -224,12 +224,29 @@ impl Owed {
 
 #[cfg(test)]
 mod tests {
+    use crate::disk::activity_log::Recovered;
     use crate::promise::PATIENCE;
-    use crate::tracker::RequestId;
     use crate::tracker::replies::ReplicaLoss;
-    use crate::tracker::testing::{NOW, answers, host, session, tracker, write};
+    use crate::tracker::testing::{NOW, answers, host, session, settings, tracker, write};
+    use crate::tracker::{RequestId, Settings, Tracker};
     use crate::wire::message::Mode;
+    use std::collections::BTreeSet;
     use std::time::Duration;
+
+    #[test]
+    fn what_was_promised_to_a_host_that_was_removed_holds_over_a_restart() {
+        let settings = |owes_word| Settings { owes_word, ..settings(ReplicaLoss::Continue, PATIENCE) };
+        let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
+        for owes_word in [false, true] {
+            let mut tracker = Tracker::new(settings(owes_word), &log, Vec::new());
+            answers(&mut tracker, NOW);
+            let at_once = write(&mut tracker, 1, NOW);
+            assert_eq!(at_once.is_empty(), owes_word);
+            let over = NOW.after(PATIENCE);
+            tracker.handle_timeout(over);
+            assert_eq!(answers(&mut tracker, over).is_empty(), !owes_word);
+        }
+    }
 
     /// With the session the word was forgotten: the host, which need not have heard of its removal, could be promoted as one
     /// without which nothing is answered.

@@ -26,9 +26,9 @@ pub(super) fn session(number: u8, mode: Mode) -> Session {
     Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, mode)
 }
 
-/// A primary that has just started.
-pub(super) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Duration) -> Tracker {
-    let settings = Settings {
+/// What a primary is opened with.
+pub(super) fn settings(loss: ReplicaLoss, patience: Duration) -> Settings {
+    Settings {
         size_bytes: EXTENT_BYTES,
         sector_bytes: 512,
         lineage: vec![GenerationId([1; 16])],
@@ -39,9 +39,14 @@ pub(super) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Durat
         opened_at: NOW,
         patience,
         active_extents: LEAST_ACTIVE_EXTENTS,
-    };
+        owes_word: false,
+    }
+}
+
+/// A primary that has just started.
+pub(super) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Duration) -> Tracker {
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
-    Tracker::new(settings, &log, sessions)
+    Tracker::new(settings(loss, patience), &log, sessions)
 }
 
 /// Carries out all that the tracker asks for; the answers that it gave.

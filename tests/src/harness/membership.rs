@@ -49,6 +49,11 @@ impl Members {
         self.known.keys().copied().collect()
     }
 
+    /// The hosts that were members, and were removed.
+    pub fn removed(&self) -> impl Iterator<Item = usize> + '_ {
+        self.removed.keys().copied()
+    }
+
     /// Whether this host has heard that it was removed itself.
     #[must_use]
     pub fn is_removed(&self) -> bool {

@@ -17,6 +17,7 @@ use blockmirror_protocol::session::{Identity, Session};
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, Follower, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{GenerationId, Sequence, Time};
+use blockmirror_protocol::wire::message::Mode;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -122,6 +123,7 @@ impl World {
             opened_at: Time(self.now),
             patience: self.settings.patience,
             active_extents: self.settings.active_extents,
+            owes_word: it.members.removed().any(|removed| modes[removed] == Mode::Sync),
         };
         let mut tracker = Tracker::new(settings, &log, sessions);
         if starts {
