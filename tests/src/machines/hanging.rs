@@ -2,7 +2,7 @@
 //! disk or a file server that hangs. It may also fail to read one sector.
 
 use super::folder::Folder;
-use super::patience::until;
+use super::patience::{until, wait_until_stopped};
 use super::programs::{run, text};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
@@ -97,6 +97,7 @@ impl Hanging {
     /// When the server is gone.
     pub fn stall(&self) {
         self.signal(Signal::STOP);
+        wait_until_stopped(self.server.id());
     }
 
     /// All that waited is answered.

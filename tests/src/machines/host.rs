@@ -2,7 +2,7 @@
 
 use super::folder::Folder;
 use super::network::Network;
-use super::patience::until;
+use super::patience::{until, wait_until_stopped};
 use super::programs::{own, text};
 use super::relay::Relay;
 use blockmirror_agent::config::{ConfigFolder, VolumeConfig};
@@ -255,6 +255,7 @@ impl Host {
     /// When it does not run.
     pub fn stall(&mut self) {
         self.signal(Signal::STOP);
+        wait_until_stopped(self.agent.as_ref().expect("the agent runs").id());
     }
 
     /// Lets an agent go on that was stalled.

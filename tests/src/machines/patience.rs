@@ -1,5 +1,6 @@
 //! Waiting for conditions. The deadline bounds how long a failure takes to be seen; nothing is measured by it.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 /// How long a condition is waited for before its test fails. A lost link is noticed after 8 s, and is dialled again
@@ -22,4 +23,25 @@ pub fn until<Seen>(what: &str, mut look: impl FnMut() -> Result<Seen, String>) -
             Err(_) => std::thread::sleep(BETWEEN_LOOKS),
         }
     }
+}
+
+/// Waits until a process that was sent the signal to stop has done so. Until then each of its threads goes on with what it
+/// is at.
+///
+/// # Panics
+/// When it goes on for too long.
+pub fn wait_until_stopped(process: u32) {
+    until("the process has stopped", || {
+        let threads = fs::read_dir(format!("/proc/{process}/task")).map_err(|error| error.to_string())?;
+        for thread in threads {
+            let path = thread.map_err(|error| error.to_string())?.path().join("stat");
+            let stat = fs::read_to_string(&path).map_err(|error| error.to_string())?;
+            // The name, in brackets, may have spaces.
+            let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+            if state != Some('T') {
+                return Err(format!("{} is in the state {state:?}", path.display()));
+            }
+        }
+        Ok(())
+    });
 }
