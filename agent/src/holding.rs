@@ -75,8 +75,9 @@ enum Noted {
     Nothing,
     /// It was closed in order.
     Closed { boot: String, looks: Looks, digest: String },
-    /// It was open, since this start of the system; and what was noted last.
-    Open { boot: String, now: Option<(bool, String, Looks)> },
+    /// It was open, since this start of the system; and what was noted last: with the second in which this host was known
+    /// to write, where it did.
+    Open { boot: String, now: Option<(Option<i64>, String, Looks)> },
 }
 
 /// See the module. Lives on the volume's thread.
@@ -262,14 +263,12 @@ fn judge(noted: &Noted, looks: &Looks, boot: &Boot) -> Option<String> {
             };
             if is_written { written("after this system started, before it was opened here") } else { None }
         }
-        Noted::Open { now: Some((is_quiet, then, before)), .. } if *then == boot.name => {
-            let is_written = match (before, looks) {
-                (Looks::Image { modified, .. }, Looks::Image { modified: now, .. }) if !is_quiet => {
-                    now.0 > modified.0 + BUSY_SECONDS || now < modified
+        Noted::Open { now: Some((busy, then, before)), .. } if *then == boot.name => {
+            let is_written = match (busy, before, looks) {
+                (Some(busy), Looks::Image { modified, .. }, Looks::Image { modified: now, .. }) => {
+                    now.0 > modified.0.max(*busy) + BUSY_SECONDS || now < modified
                 }
-                (Looks::Disk { sequence, .. }, Looks::Disk { sequence: now, .. }) if !is_quiet => {
-                    sequence != now
-                }
+                (Some(_), Looks::Disk { sequence, .. }, Looks::Disk { sequence: now, .. }) => sequence != now,
                 _ => before.was_written(looks),
             };
             if is_written { written("after the agent was killed") } else { None }
@@ -378,7 +377,12 @@ fn read_notes(folder: &Path) -> Noted {
         Some(CLOSED) => closed(lines).unwrap_or(Noted::Nothing),
         Some(OPEN) => {
             let boot = lines.next().unwrap_or_default().to_owned();
-            Noted::Open { boot, now: parse_now(&fs::read_to_string(folder.join(NOW)).unwrap_or_default()) }
+            let now = folder.join(NOW);
+            // The mark alone is written with the first write after a quiet time.
+            let marked = fs::metadata(&now).map_or(0, |note| note.mtime());
+            let noted = parse_now(&fs::read_to_string(now).unwrap_or_default());
+            let now = noted.map(|(is_quiet, boot, looks)| ((!is_quiet).then_some(marked), boot, looks));
+            Noted::Open { boot, now }
         }
         _ => Noted::Nothing,
     }
@@ -428,7 +432,11 @@ mod tests {
             |boot: &str, looks| Noted::Closed { boot: boot.to_owned(), looks, digest: String::new() };
         let open = |boot: &str, now: Option<(bool, &str, Looks)>| Noted::Open {
             boot: boot.to_owned(),
-            now: now.map(|(is_quiet, boot, looks)| (is_quiet, boot.to_owned(), looks)),
+            now: now.map(|(is_quiet, boot, looks)| ((!is_quiet).then_some(0), boot.to_owned(), looks)),
+        };
+        let marked = |at, looks| Noted::Open {
+            boot: "now".to_owned(),
+            now: Some((Some(at), "now".to_owned(), looks)),
         };
         let (before, later) = (image((1500, 1)), image((1500, 2)));
         for (noted, looks, is_noticed) in [
@@ -447,6 +455,10 @@ mod tests {
             (open("now", Some((false, "now", before.clone()))), later.clone(), false),
             (open("now", Some((false, "now", before.clone()))), image((1503, 0)), false),
             (open("now", Some((false, "now", before.clone()))), image((1504, 0)), true),
+            // It was killed right after the first write for a long time.
+            (marked(1600, before.clone()), image((1600, 5)), false),
+            (marked(1600, before.clone()), image((1604, 0)), true),
+            (marked(1600, later.clone()), before.clone(), true),
             (open("now", Some((true, "now", disk("7", 5)))), disk("7", 6), true),
             (open("now", Some((false, "now", disk("7", 5)))), disk("7", 6), false),
             (open("now", Some((false, "now", disk("7", 5)))), disk("8", 6), true),
