@@ -31,18 +31,18 @@ impl Primary {
     /// [`StateError`] when it can't be written; then it is the primary still.
     pub async fn record_demotion(&self, fence: Fence) -> Result<(), StateError> {
         let position = self.inner.borrow().tracker.reached();
-        let (has_undelivered, unanswered) = {
+        let (has_undelivered, answered) = {
             let tracker = &self.inner.borrow().tracker;
             match self.superseded.get() {
-                Some(_) => (tracker.lacks_answered(fence.holder), tracker.unanswered_generations()),
+                Some(_) => (tracker.lacks_answered(fence.holder), tracker.answered_generation()),
                 // It is demoted in order, and whoever is released has everything.
-                None => (false, 0),
+                None => (false, None),
             }
         };
         let own = has_undelivered.then(|| GenerationId(crate::transport::key::random()));
         self.state
             .change_superblock(|superblock| {
-                promotion::record_demotion(superblock, fence, position, own, unanswered)
+                promotion::record_demotion(superblock, fence, position, own, answered)
             })
             .await?;
         own.into_iter().for_each(|generation| self.state.note_generation(generation));

@@ -181,7 +181,7 @@ impl Volume {
                 let position = superblock.stands();
                 // What was written last and never delivered is lost here, as with any crash of a primary whose
                 // replica was promoted; it is saved as it is overwritten (L3).
-                promotion::record_demotion(superblock, fence, position, None, 0);
+                promotion::record_demotion(superblock, fence, position, None, None);
             })
             .await
             .map_err(|error| with_causes(&error))?;

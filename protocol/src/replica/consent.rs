@@ -144,14 +144,14 @@ mod tests {
                 |it, host| {
                     promotion::record(it, host, Position::default()).expect("a number");
                     let own = it.fence;
-                    promotion::record_demotion(it, own, Position::default(), None, 0);
+                    promotion::record_demotion(it, own, Position::default(), None, None);
                 },
                 7,
             ),
             (
                 "superseded",
                 |it, _| {
-                    promotion::record_demotion(it, fence(6, 3), Position::default(), None, 0);
+                    promotion::record_demotion(it, fence(6, 3), Position::default(), None, None);
                 },
                 4,
             ),

@@ -126,19 +126,20 @@ pub fn record(superblock: &mut Superblock, host: HostId, position: Position) -> 
 
 /// What the superblock says once a primary is demoted, or met the newer `fence`; `position` is where it got to. A
 /// generation of its `own` is begun for what it answered and never delivered to the host that was promoted: that is not
-/// lost without the operator's word (L3, L6). Where there is nothing of that, the newest generations go in which nothing
-/// was answered: what was written in them is in the maps, and nobody misses it.
+/// lost without the operator's word (L3, L6). Where there is nothing of that, the generations go that are newer than the one
+/// in which anything was `answered` last: what was written in them is in the maps, and nobody misses it.
 pub fn record_demotion(
     superblock: &mut Superblock,
     fence: Fence,
     mut position: Position,
     own: Option<GenerationId>,
-    unanswered: usize,
+    answered: Option<GenerationId>,
 ) {
     match own {
         Some(own) => lineage::begin(&mut superblock.lineage, own, &[], LINEAGE_LIMIT),
         None => {
-            let begun = unanswered.min(superblock.lineage.len().saturating_sub(1));
+            let place = |newest| superblock.lineage.iter().position(|generation| *generation == newest);
+            let begun = answered.and_then(place).unwrap_or(0);
             superblock.lineage.drain(..begun);
             position.generation = superblock.lineage.first().copied().unwrap_or_default();
         }

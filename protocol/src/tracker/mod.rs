@@ -606,10 +606,12 @@ impl Tracker {
         self.sessions.get(&peer).is_none_or(Session::lacks_answered)
     }
 
-    /// How many of the newest generations were begun for nothing: no answer was given in them.
+    /// The newest generation in which anything was answered, or the one that the volume was opened with. Those after it were
+    /// begun for nothing, also one that is just being recorded.
     #[must_use]
-    pub fn unanswered_generations(&self) -> usize {
-        self.generations.unanswered
+    pub fn answered_generation(&self) -> Option<GenerationId> {
+        let Generations { lineage, unanswered, .. } = &self.generations;
+        lineage.get((*unanswered).min(lineage.len().saturating_sub(1))).copied()
     }
 
     fn answer(&mut self, id: RequestId, result: Result<(), WriteFailed>) {

@@ -67,6 +67,10 @@ enum Verdict {
 impl Tracker {
     /// A request is done here; it is answered when its replicas are, too.
     pub(super) fn owe(&mut self, request: RequestId, sequence: Sequence, durable: bool, now: Time) {
+        if self.leading.is_superseded {
+            // No replica that it could wait for comes back.
+            return self.answer(request, Err(WriteFailed));
+        }
         if self.sessions.values().all(|session| session.mode() == Mode::Async)
             && !self.start.awaits
             && self.word().is_none_or(|until| now >= until)

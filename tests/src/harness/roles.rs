@@ -31,7 +31,7 @@ pub struct Demotion {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct End {
     position: Position,
-    unanswered: usize,
+    answered: Option<GenerationId>,
 }
 
 impl World {
@@ -123,7 +123,7 @@ impl World {
 
     fn end(&self, host: usize) -> Option<End> {
         let tracker = self.hosts[host].tracker()?;
-        Some(End { position: tracker.reached(), unanswered: tracker.unanswered_generations() })
+        Some(End { position: tracker.reached(), answered: tracker.answered_generation() })
     }
 
     /// Where a primary got to whose replicas are told that they have everything: before that, its superblock says that it
@@ -135,7 +135,7 @@ impl World {
 
     /// The superblock of a host that is down says that it is a replica.
     pub(super) fn record_demotion(&mut self, host: usize, fence: Fence, own: Option<GenerationId>, end: End) {
-        let End { position, unanswered } = end;
+        let End { position, answered } = end;
         let it = &mut self.hosts[host];
         it.recover_superblock();
         if let Some(own) = own {
@@ -146,8 +146,8 @@ impl World {
             it.agrees_up_to(fence.counter + 1);
         }
         // Only one that was superseded gives generations up in which it answered nothing.
-        let unanswered = if is_in_order { 0 } else { unanswered };
-        promotion::record_demotion(&mut it.superblock, fence, position, own, unanswered);
+        let answered = answered.filter(|_| !is_in_order);
+        promotion::record_demotion(&mut it.superblock, fence, position, own, answered);
         it.write_superblock_now();
         it.mirror = Mirror::of_primary(&it.disk, &it.promises);
         self.differences.forget(host);
