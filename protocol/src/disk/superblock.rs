@@ -332,9 +332,18 @@ impl Superblock {
             ends.set(GenerationId(*generation), Epoch(end.get()));
         }
         let old_end = GenerationId(raw.old_end_generation);
-        if !old_end.is_none() && raw.old_end_until.get() == 0 {
+        // One that a run has settled is told from what followed by the number of its own.
+        let is_told = raw.old_end_until.get() == 0 || raw.old_end_epoch.get() >> lineage::RUN_BITS != 0;
+        if !old_end.is_none() && is_told {
             ends.set(old_end, Epoch(raw.old_end_epoch.get().max(1)));
         }
+        let epoch = Epoch(raw.epoch.get());
+        let run = match (raw.version.get() < 4, raw.role) {
+            (false, _) => Epoch(raw.run.get()),
+            // It had numbered epochs of the run that the position tells of: it stands after all of them.
+            (true, 1) => lineage::first_epoch_after(epoch).unwrap_or(epoch),
+            (true, _) => epoch,
+        };
         let superblock = Self {
             volume: VolumeId(raw.volume),
             copy: CopyId(raw.copy),
@@ -372,7 +381,7 @@ impl Superblock {
                 _ => return Err(corrupted),
             },
             released: raw.released != 0,
-            run: Epoch(if raw.version.get() < 4 { raw.epoch.get() } else { raw.run.get() }),
+            run,
             ends,
             agreed: match raw.version.get() < AGREED_SINCE {
                 true => raw.fence_counter.get(),
@@ -453,6 +462,11 @@ mod tests {
         seal(&mut page, CRC_AT);
         let ends = Ends::only(GenerationId([16; 16]), Epoch(17));
         assert_eq!(Superblock::recover(&page), Ok((11, Superblock { ends, ..without_ends() })));
+        // A primary may have written all through its run.
+        page[68] = 1;
+        seal(&mut page, CRC_AT);
+        let (_, primary) = Superblock::recover(&page).unwrap();
+        assert!(primary.stands().epoch > primary.position.epoch);
     }
 
     #[test]

@@ -90,6 +90,9 @@ pub struct Replica {
     /// Whether the primary greeted with the number of a session that it had opened before, and nothing was committed since:
     /// it was set back, and what it knows of this copy is of before (X4).
     primary_went_back: bool,
+    /// The last epoch of which a write came in a resync, and nothing was committed since: of how far its primary was, this copy
+    /// says nothing durable before its commit.
+    told: Epoch,
     sync: Option<SyncScope>,
     marker: Marker,
     promise: Held,
@@ -208,6 +211,7 @@ impl Replica {
             greeting: None,
             last_session: SessionNumber(0),
             primary_went_back: false,
+            told: Epoch(0),
             sync: None,
             marker: Marker { durable: mark, ..Marker::default() },
             promise: Held::default(),

@@ -186,6 +186,10 @@ impl Replica {
             self.greeting = Some(hello);
             return self.change_state(StateChange::Behind, None);
         }
+        let is_behind = |told| hello.ends.iter().all(|(_, end)| end <= told);
+        let is_told_more =
+            hello.fence == self.superblock.source && self.told != Epoch(0) && is_behind(self.told);
+        self.primary_went_back |= is_told_more && !planted(Bug::IgnoreEnds);
         self.log.is_wanted = hello.members.len() > 2 && !planted(Bug::TakeForEqual);
         self.last_session = hello.session;
         self.order.widen_sector(hello.sector_bytes.clamp(512, 1 << 16).next_power_of_two().into());
@@ -296,6 +300,9 @@ impl Replica {
                 }
                 link.received = sequence;
                 link.queue.push_back((frame, header.body));
+                if self.superblock.data == DataState::Inconsistent {
+                    self.told = self.told.max(epoch);
+                }
                 Ok(true)
             }
             Body::EpochEnd { epoch, cut, .. } => {

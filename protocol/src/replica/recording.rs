@@ -2,7 +2,7 @@
 //! on it.
 
 use super::{Action, Purpose, Replica, StateChange};
-use crate::units::Session as SessionNumber;
+use crate::units::{Epoch, Session as SessionNumber};
 use crate::wire::message::{Commit, Committed, DataState, Message, ReleaseRecorded, ResyncReady};
 
 impl Replica {
@@ -29,7 +29,7 @@ impl Replica {
         match change {
             StateChange::Commit { position, .. } => {
                 self.position = position;
-                self.primary_went_back = false;
+                (self.primary_went_back, self.told) = (false, Epoch(0));
                 self.maps.clear();
                 self.log_is_void();
                 self.end_gap(layer);

@@ -159,6 +159,12 @@ impl Tracker {
 
     /// Asks for the next bound, where one is to be recorded.
     pub(super) fn look_ahead(&mut self, now: Time) {
+        if self.sessions.is_empty() && !self.told.is_asked() && !self.told.held.is_empty() {
+            // Nobody is told of anything any more.
+            for piece in std::mem::take(&mut self.told.held) {
+                self.begin_if_active(piece, now);
+            }
+        }
         if !self.looks_ahead() {
             return;
         }
@@ -180,14 +186,16 @@ impl Tracker {
     /// Whether a bound may be asked for.
     fn looks_ahead(&self) -> bool {
         let is_over = self.local.failed || self.leading.is_superseded;
-        !self.sessions.is_empty() && !is_over && !self.generations.beginning
+        // The end of a primary waits for no more than it needs.
+        let is_ending = self.closing && self.told.held.is_empty() && !self.told.is_wanted;
+        !self.sessions.is_empty() && !is_over && !is_ending && !self.generations.beginning
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::replies::ReplicaLoss;
-    use super::super::testing::{NOW, answers, carry_out, session, tracker};
+    use super::super::testing::{NOW, answers, carry_out, host, session, tracker};
     use super::super::{RequestId, Work};
     use super::*;
     use crate::promise::PATIENCE;
@@ -284,6 +292,19 @@ mod tests {
         tracker.handle_told(false, NOW);
         assert_eq!(answers(&mut tracker, NOW), [(RequestId(3), false)]);
         assert!(tracker.has_failed());
+    }
+
+    #[test]
+    fn a_write_goes_on_where_nobody_is_left_to_be_told() {
+        let mut tracker = opened();
+        request(&mut tracker, 1, WRITE);
+        answers_untold(&mut tracker);
+        request(&mut tracker, 2, Work::Flush);
+        request(&mut tracker, 3, WRITE);
+        answers_untold(&mut tracker);
+        tracker.told.asked = None;
+        tracker.remove_session(host(2), NOW);
+        assert_eq!(answers(&mut tracker, NOW), [(RequestId(3), true)]);
     }
 
     #[test]

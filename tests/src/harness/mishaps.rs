@@ -26,7 +26,7 @@ impl World {
         let link = self.random.pick(&links);
         let crash = self.random.pick(&[Crash::Process, Crash::Power]);
         // What was promised to a promoted copy that was set back, nobody can know.
-        if !self.settings.has_operators && self.random.once_in(12) {
+        if !self.settings.has_operators && self.random.once_in(5) {
             let host = self.random.pick(&[primary, link.listener]);
             return self.set_back(host);
         }

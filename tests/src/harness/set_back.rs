@@ -37,7 +37,7 @@ impl World {
         }
         self.crash(host, Crash::Power);
         match self.hosts[host].snapshot.clone() {
-            Some(snapshot) if self.random.once_in(2) && self.would_notice(host, &snapshot) => {
+            Some(snapshot) if !self.random.once_in(4) && self.would_notice(host, &snapshot) => {
                 self.restore_snapshot(host, snapshot);
             }
             _ => {
