@@ -191,6 +191,36 @@ fn what_a_rollback_began_to_restore_is_told_to_the_primary_of_the_resync() {
     }
 }
 
+/// The primary was set back to what it was within the session of a resync, of which nothing durable here told: a block that
+/// had been written since was called the same.
+#[test]
+fn a_replica_in_a_resync_knows_of_which_epoch_it_was_told() {
+    let generation = lineage("b")[0];
+    let (nothing, everything) = (Vec::new(), vec![ByteRange::new(0, 1 << 20)]);
+    for (end, expected) in [(None, &everything), (Some(7), &everything), (Some(8), &nothing)] {
+        let mut replica =
+            replica_of(Superblock { data: DataState::Inconsistent, ..superblock("") }, Vec::new());
+        let is_union = |action: &Action| matches!(action, Action::Send(Message::Union(_)));
+        let greeting = |session, end: Option<u64>| Hello {
+            session: SessionNumber(session),
+            ends: end.map_or_else(Ends::default, |end| Ends::only(generation, Epoch(end))),
+            ..hello(fence(2, 2), "ba")
+        };
+        replica.greet(greeting(1, Some(8))).unwrap();
+        let first = drive(&mut replica, is_union);
+        assert_eq!(first, Action::Send(Union { ranges: Vec::new(), last: true }.into()));
+        let body = Body::Write { range: ByteRange::new(0, 4096), epoch: Epoch(7), sequence: Sequence(1) };
+        let header = FrameHeader { session: SessionNumber(1), stream: Stream(1), body };
+        replica.handle_frame(FrameId(1), header).unwrap();
+        drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
+        replica.handle_applied(FrameId(1), true);
+        replica.handle_disconnected();
+        replica.greet(greeting(2, end)).unwrap();
+        let again = drive(&mut replica, is_union);
+        assert_eq!(again, Action::Send(Union { ranges: expected.clone(), last: true }.into()), "{end:?}");
+    }
+}
+
 #[test]
 fn a_replica_that_failed_comes_to_rest() {
     let mut replica = replica("a");
