@@ -9,6 +9,7 @@ use crate::planted::{Bug, planted};
 use crate::replica::consent;
 use crate::units::{GenerationId, HostId, Position};
 use crate::wire::message::{DataState, Fence, Mode, Promise, Standing};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A replica that is to be promoted.
 #[derive(Clone, Debug)]
@@ -207,6 +208,47 @@ pub enum Judgement {
     Removed(HostId),
     /// The one that is said to have been promoted knows nothing of that (X2).
     Denied,
+}
+
+/// What a running primary has heard of that kind.
+#[derive(Debug, Default)]
+pub struct Claims {
+    /// Whose word is being judged.
+    judged: BTreeSet<HostId>,
+    /// The last fence that each spoke of whose holder denied it.
+    denied: BTreeMap<HostId, Fence>,
+}
+
+/// How much a word counts before it is judged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Weight {
+    /// It is being judged: a link that begins anew meanwhile is told the same again.
+    Nothing,
+    /// The one that it is about has denied it before. It is judged once more, and answers go on: one member could stop them
+    /// by saying it again and again.
+    Denied,
+    /// Nothing is answered until it is judged.
+    Doubt,
+}
+
+impl Claims {
+    /// A member's word has come, which is to be judged unless it counts for nothing.
+    pub fn hear(&mut self, told: Succeeded) -> Weight {
+        match (self.judged.insert(told.by), self.denied.get(&told.by)) {
+            (false, _) => Weight::Nothing,
+            (true, Some(denied)) if *denied == told.fence => Weight::Denied,
+            (true, _) => Weight::Doubt,
+        }
+    }
+
+    /// It was judged.
+    pub fn note(&mut self, told: Succeeded, judgement: Judgement) {
+        self.judged.remove(&told.by);
+        match judgement {
+            Judgement::Denied => self.denied.insert(told.by, told.fence),
+            Judgement::Superseded | Judgement::Removed(_) => self.denied.remove(&told.by),
+        };
+    }
 }
 
 impl Succeeded {
@@ -445,6 +487,22 @@ mod tests {
         ] {
             assert_eq!(word.judge(&members, &removals, holder), judged, "{what}");
         }
+    }
+
+    /// A word that its subject denied stopped all answers once more each time that it was said again.
+    #[test]
+    fn a_word_that_was_denied_stops_no_answers_when_it_is_said_again() {
+        let told = |counter| Succeeded { fence: Fence { counter, holder: C }, by: host(2) };
+        let mut claims = Claims::default();
+        assert_eq!(claims.hear(told(5)), Weight::Doubt);
+        assert_eq!(claims.hear(told(5)), Weight::Nothing, "it is being judged");
+        claims.note(told(5), Judgement::Denied);
+        assert_eq!(claims.hear(Succeeded { by: host(4), ..told(5) }), Weight::Doubt, "another one says it");
+        assert_eq!(claims.hear(told(5)), Weight::Denied);
+        claims.note(told(5), Judgement::Denied);
+        assert_eq!(claims.hear(told(6)), Weight::Doubt, "it may have been promoted since");
+        claims.note(told(6), Judgement::Removed(C));
+        assert_eq!(claims.hear(told(5)), Weight::Doubt);
     }
 
     /// One member could stop every primary by a fence that it made up, or that of a host that does not exist.

@@ -15,7 +15,7 @@ use crate::replica::{Progress, Replica};
 use crate::standing;
 use crate::standing::Answered;
 use crate::transport::Peers;
-use blockmirror_protocol::succession::{Judgement, Succeeded};
+use blockmirror_protocol::succession::{Judgement, Succeeded, Weight};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Fence, Refusal, Removal};
 use std::rc::Rc;
@@ -220,12 +220,12 @@ impl Volume {
     /// asked, as when it has just died, stands against nothing: two that write are worse.
     fn hear_of(&mut self, told: Succeeded) {
         let OpenRole::Primary(primary, _) = &self.role else { return };
-        // A link that begins anew meanwhile is told the same again.
-        if !self.judged.borrow_mut().insert(told.by) {
-            return;
-        }
-        let doubt = primary.doubt();
-        let (hands, learned, judged) = (self.hands(), self.surroundings.learned.clone(), self.judged.clone());
+        let doubt = match self.claims.borrow_mut().hear(told) {
+            Weight::Nothing => return,
+            Weight::Denied => None,
+            Weight::Doubt => Some(primary.doubt()),
+        };
+        let (hands, learned, claims) = (self.hands(), self.surroundings.learned.clone(), self.claims.clone());
         let speaker = self.name_of(told.by);
         let is_own = told.fence.holder == told.by;
         let holder = if is_own { "it".to_owned() } else { self.name_of(told.fence.holder) };
@@ -233,7 +233,7 @@ impl Volume {
         let primary = Rc::downgrade(primary);
         spawn_local(async move {
             let (judgement, removals) = hands.judge(told).await;
-            judged.borrow_mut().remove(&told.by);
+            claims.borrow_mut().note(told, judgement);
             let volume = &hands.config.name;
             // The connections of those that were removed end.
             pass_on(&learned, volume.clone(), removals);
@@ -253,7 +253,7 @@ impl Volume {
                 ),
             }
             if let Some(primary) = primary.upgrade() {
-                primary.trust([doubt]);
+                primary.trust(doubt);
             }
         });
     }

@@ -36,6 +36,7 @@ use crate::troubles::Troubles;
 use crate::words::with_causes;
 use awaiting::{Awaiting, Disk};
 use blockmirror_protocol::session::CompareResult;
+use blockmirror_protocol::succession::Claims;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::StreamPreamble;
 use blockmirror_protocol::wire::message::{Hello, Member, Members, Message, Refusal, Refused, Removal};
@@ -367,8 +368,8 @@ struct Volume {
     doubled: BTreeSet<HostId>,
     /// Whether the volume was open since the agent started.
     has_opened: bool,
-    /// Members whose word that another host was promoted is being judged.
-    judged: Rc<RefCell<BTreeSet<HostId>>>,
+    /// Members' words that another host was promoted.
+    claims: Rc<RefCell<Claims>>,
     /// Whether a replica's next question who the hosts are is due by itself.
     asks_members: bool,
     /// When a primary last heard from another host, in seconds since 1970.
@@ -423,7 +424,7 @@ impl Volume {
             events,
             doubled: BTreeSet::new(),
             has_opened: false,
-            judged: Rc::default(),
+            claims: Rc::default(),
             asks_members: false,
             company: Rc::default(),
             better: None,

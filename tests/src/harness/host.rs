@@ -24,6 +24,7 @@ use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
 use blockmirror_protocol::lineage::Ends;
+use blockmirror_protocol::succession::Claims;
 use blockmirror_protocol::tracker::{Doubt, Tracker};
 use blockmirror_protocol::units::{
     CopyId, Epoch, GenerationId, HostId, Mark, Position, Session as SessionNumber, VolumeId,
@@ -97,6 +98,8 @@ pub struct Host {
     pub state_fails_until: Duration,
     /// Whether that is for want of room.
     pub state_is_full: bool,
+    /// What it was told of promotions in this life.
+    pub claims: Claims,
     /// Why it does not know whether it leads, as a primary that has asked the others.
     pub doubts: BTreeSet<Doubt>,
     /// Whether an operator keeps greetings away.
@@ -196,6 +199,7 @@ impl Host {
             frozen_until: Duration::ZERO,
             state_fails_until: Duration::ZERO,
             state_is_full: false,
+            claims: Claims::default(),
             doubts: BTreeSet::new(),
             is_held: false,
             demotion: None,
@@ -368,6 +372,7 @@ impl World {
         it.heard.clear();
         (it.is_held, it.demotion, it.superseded) = (false, None, None);
         it.frozen_until = Duration::ZERO;
+        it.claims = Claims::default();
         it.doubts.clear();
         it.disk.crash(crash, &mut self.random);
         it.files.crash(&mut self.random);

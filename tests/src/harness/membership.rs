@@ -8,7 +8,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::disk::dirty_map;
 use blockmirror_protocol::membership;
 use blockmirror_protocol::session::Session;
-use blockmirror_protocol::succession::{Heard, Judgement, Succeeded};
+use blockmirror_protocol::succession::{Heard, Judgement, Succeeded, Weight};
 use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::{
@@ -339,14 +339,18 @@ impl World {
             return;
         }
         let life = it.life;
-        let doubt = it.tracker_mut().expect("it was told as a primary").doubt(now);
-        it.doubts.insert(doubt);
+        let doubt = match it.claims.hear(told) {
+            Weight::Nothing => return,
+            Weight::Denied => None,
+            Weight::Doubt => Some(it.tracker_mut().expect("it was told as a primary").doubt(now)),
+        };
+        it.doubts.extend(doubt);
         let delay = self.random.up_to(ASKING);
         self.plan(delay, Event::Judge(host, life, told, doubt));
     }
 
     /// The others have said what they know of it, those that could be reached.
-    pub(super) fn judge(&mut self, host: usize, life: u64, told: Succeeded, doubt: Doubt) {
+    pub(super) fn judge(&mut self, host: usize, life: u64, told: Succeeded, doubt: Option<Doubt>) {
         if self.hosts[host].life != life || self.hosts[host].tracker().is_none() {
             return;
         }
@@ -364,7 +368,8 @@ impl World {
             self.learn(host, &Told { members: Vec::new(), removed });
         }
         let it = &mut self.hosts[host];
-        it.doubts.remove(&doubt);
+        it.claims.note(told, judgement);
+        it.doubts.retain(|other| Some(*other) != doubt);
         if judgement == Judgement::Superseded {
             assert!(
                 it.members.contains(by) && it.members.contains(holder),
@@ -372,7 +377,9 @@ impl World {
             );
             return self.supersede(host, told.fence);
         }
-        it.tracker_mut().expect("it was looked at").trust(doubt, Time(self.now));
+        if let Some(doubt) = doubt {
+            it.tracker_mut().expect("it was looked at").trust(doubt, Time(self.now));
+        }
     }
 
     /// A host that greeted is none of the volume's.

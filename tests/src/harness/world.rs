@@ -48,8 +48,8 @@ pub enum Event {
     Thaw(usize, u64),
     /// It has asked the others who leads, which ends this doubt.
     Asked(usize, u64, Doubt),
-    /// A primary, in this life, has asked the others about what it was told, which ends this doubt.
-    Judge(usize, u64, Succeeded, Doubt),
+    /// A primary, in this life, has asked the others about what it was told, which ends this doubt, if there was any.
+    Judge(usize, u64, Succeeded, Option<Doubt>),
     /// A primary that is demoted or superseded, in this life, looks whether it can step down.
     StepDown(usize, u64),
 }
