@@ -81,9 +81,10 @@ impl Replica {
     }
 
     /// A greeting was answered with a rejection. A primary gives its sessions higher and higher numbers, durably: one that
-    /// gives an old one was set back to what it was before (X4).
+    /// gives an old one was set back to what it was before (X4). While a later session is open, it is one that came late.
     pub fn note_rejected(&mut self, hello: &Hello) {
-        let is_of_before = hello.fence == self.superblock.fence && hello.session <= self.last_session;
+        let is_of_before =
+            hello.fence == self.superblock.fence && hello.session <= self.last_session && self.link.is_none();
         self.primary_went_back |= is_of_before && !planted(Bug::IgnoreEnds);
     }
 
