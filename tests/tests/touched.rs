@@ -271,6 +271,15 @@ impl Snapshot {
     }
 }
 
+/// What is set back lacks this, which all hosts have.
+fn write_after_the_snapshot(mirror: &Mirror) {
+    mirror.wait_until_in_sync();
+    let mut client = mirror.client();
+    client.write_durably(PLACE, &noise(&mut Random::new(8), MIB)).expect("a write after the snapshot");
+    drop(client);
+    mirror.wait_until_quiet();
+}
+
 /// Its marker was sent and not read: the primary called a copy of last week "in sync", by a map of today.
 #[test]
 fn a_replica_that_was_set_back_is_brought_up_to_date() {
@@ -278,11 +287,7 @@ fn a_replica_that_was_set_back_is_brought_up_to_date() {
     for case in ["stopped", "killed", "both"] {
         let mut mirror = mirrored(&["b"]);
         let snapshot = Snapshot::of(mirror.replica_mut());
-        mirror.wait_until_in_sync();
-        let mut client = mirror.client();
-        client.write_durably(PLACE, &noise(&mut Random::new(8), MIB)).expect("a write after the snapshot");
-        drop(client);
-        mirror.wait_until_quiet();
+        write_after_the_snapshot(&mirror);
         if case == "both" {
             mirror.primary.stop();
         }
@@ -325,11 +330,7 @@ fn with_a_primary_set_back() -> Mirror {
     let mut mirror = mirrored(&["b"]);
     wait_until_it_rests(&mirror.primary);
     let snapshot = Snapshot::of(&mut mirror.primary);
-    mirror.wait_until_in_sync();
-    let mut client = mirror.client();
-    client.write_durably(PLACE, &noise(&mut Random::new(8), MIB)).expect("a write after the snapshot");
-    drop(client);
-    mirror.wait_until_quiet();
+    write_after_the_snapshot(&mirror);
     mirror.primary.kill();
     let_go(&mirror.primary);
     snapshot.restore(&mirror.primary);
@@ -377,11 +378,7 @@ fn what_a_primary_lost_that_was_set_back_is_not_overwritten_on_its_replica() {
 fn a_primary_of_before_that_was_set_back_is_brought_up_to_date() {
     let mut mirror = mirrored(&["b"]);
     let snapshot = Snapshot::of(&mut mirror.primary);
-    mirror.wait_until_in_sync();
-    let mut client = mirror.client();
-    client.write_durably(PLACE, &noise(&mut Random::new(8), MIB)).expect("a write after the snapshot");
-    drop(client);
-    mirror.wait_until_quiet();
+    write_after_the_snapshot(&mirror);
     until("nobody has the device open", || {
         let said = mirror.primary.tool(&["switch", "data", "--to", "b"]);
         if said.code == 0 { Ok(()) } else { Err(said.error) }

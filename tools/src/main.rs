@@ -2,7 +2,8 @@
 //!
 //! Each verb is a file of its own. Results go to standard output, everything else to standard error; the exit code
 //! tells why a command failed: 1 failed, 2 usage, 3 agent not running, 4 no such volume, 5 refused for safety,
-//! 6 timeout, 130 interrupted. With `--json` the failure is an object, too. A reader that goes away, such as `head`, ends the command quietly.
+//! 6 timeout, 130 interrupted. With `--json` the failure is an object, too. A reader that goes away, such as `head`, ends the
+//! command quietly.
 
 #![forbid(unsafe_code)]
 

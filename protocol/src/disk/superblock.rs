@@ -50,8 +50,8 @@ const SESSION_BITS: u32 = 40;
 const WHAT: &str = "superblock";
 pub(super) const MAGIC: [u8; 8] = *b"BMSUPER\0";
 const CRC_AT: usize = 12;
-/// The first version that says to whom the operator agreed.
-const AGREED_SINCE: u32 = 4;
+/// The first version that has a run and ends, and says to whom the operator agreed.
+const RUN_SINCE: u32 = 4;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -207,8 +207,8 @@ impl Superblock {
         limit: usize,
         (first, end): (Epoch, Epoch),
     ) {
-        if let Some(newest) =
-            self.lineage.first().filter(|newest| self.ends.of(**newest).is_some_and(|end| end > first))
+        if let Some(newest) = self.lineage.first()
+            && self.ends.of(*newest).is_some_and(|end| end > first)
         {
             self.ends.set(*newest, first);
         }
@@ -338,7 +338,8 @@ impl Superblock {
             ends.set(old_end, Epoch(raw.old_end_epoch.get().max(1)));
         }
         let epoch = Epoch(raw.epoch.get());
-        let run = match (raw.version.get() < 4, raw.role) {
+        let is_older = raw.version.get() < RUN_SINCE;
+        let run = match (is_older, raw.role) {
             (false, _) => Epoch(raw.run.get()),
             // It had numbered epochs of the run that the position tells of: it stands after all of them.
             (true, 1) => lineage::first_epoch_after(epoch).unwrap_or(epoch),
@@ -383,10 +384,7 @@ impl Superblock {
             released: raw.released != 0,
             run,
             ends,
-            agreed: match raw.version.get() < AGREED_SINCE {
-                true => raw.fence_counter.get(),
-                false => raw.agreed.get(),
-            },
+            agreed: if is_older { raw.fence_counter.get() } else { raw.agreed.get() },
         };
         Ok(Some((raw.serial.get(), superblock)))
     }
