@@ -119,17 +119,16 @@ pub async fn ask(peers: &Peers, volume: VolumeId, peer: &PeerConfig, limit: Dura
     }
 }
 
-/// Sends one message to a host, and waits for the one that answers it.
+/// Puts a question to a host, which may be put twice, and gives its answer.
 ///
 /// # Errors
 /// What became of the connection, in words.
 pub async fn converse(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, String> {
-    let words = |error: &dyn std::error::Error| with_name(error, peer.host, &peer.name);
     let addresses: Vec<String> = peer.addresses.iter().map(|address| address.as_str().to_owned()).collect();
-    let connection = peers.connection_to(peer.host, &addresses).await.map_err(|error| words(&error))?;
-    let (mut sender, mut receiver) = connection.open_control().await.map_err(|error| words(&error))?;
-    sender.send(&message).await.map_err(|error| words(&error))?;
-    receiver.receive().await.map_err(|error| words(&error))
+    match peers.ask(peer.host, &addresses, &message).await {
+        Ok((_, answer)) => Ok(answer),
+        Err(error) => Err(with_name(&error, peer.host, &peer.name)),
+    }
 }
 
 /// How this host stands, for `asker`, as its state folder says; nothing where that can't be read.

@@ -13,8 +13,6 @@ use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
 use std::fs::{self, File};
-use std::io::Read;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 const MIB: u64 = 1 << 20;
 
@@ -670,40 +668,26 @@ fn whoever_just_looks_at_the_device_does_not_keep_it_from_being_handed_over() {
     require!("root", "losetup");
     let mirror = Mirror::new(16 * MIB, "loop", &["b"]);
     let (mut from, mut to) = (&mirror.primary, mirror.replica());
-    let devices = [from.device(), to.device()];
-    let is_over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !is_over.load(Ordering::Relaxed) {
-                for device in &devices {
-                    if let Ok(mut file) = File::open(device) {
-                        // What a device that is just being taken away gives doesn't matter.
-                        let _ = file.read(&mut [0; 4096]);
-                    }
-                }
-            }
+    let waits = |host: &Host| host.log().matches("waiting for those who have the device open").count();
+    for _ in 0..4 {
+        wait_until_in_sync(from);
+        let before = waits(from);
+        let look = File::open(from.device()).expect("the device is served");
+        std::thread::scope(|scope| {
+            let switch = scope.spawn(|| from.succeed(&["switch", "data", "--to", to.name()]));
+            until("the switch waits for whoever looks", || match waits(from) - before {
+                1 => Ok(()),
+                waits => Err(format!("{waits} times")),
+            });
+            drop(look);
+            switch.join().expect("the volume is handed over");
         });
-        let is_over = SetAtEnd(&is_over);
-        for _ in 0..10 {
-            wait_until_in_sync(from);
-            from.succeed(&["switch", "data", "--to", to.name()]);
-            (from, to) = (to, from);
-        }
-        drop(is_over);
-    });
+        (from, to) = (to, from);
+    }
     // Who stays is waited for, too, and then named.
     wait_until_in_sync(from);
     let _open = File::open(from.device()).expect("the device is served");
     let process = format!("(pid {})", std::process::id());
     from.refuse(&["demote", "data"], 5, &["the device is in use: open by", &process]);
     wait_until_in_sync(from);
-}
-
-/// Sets a flag when it is dropped, also by a panic.
-struct SetAtEnd<'a>(&'a AtomicBool);
-
-impl Drop for SetAtEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }

@@ -12,7 +12,7 @@ use crate::metadata::State;
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, probe};
 use crate::token::Token;
-use crate::transport::{Connection, key};
+use crate::transport::key;
 use crate::volume::Learned;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
@@ -90,15 +90,10 @@ impl Supervisor {
     pub(super) async fn join_with(&self, request: JoinRequest) -> Result<StatusReply, Failure> {
         let _one_at_a_time = self.making.lock().await;
         let token = Token::parse(&request.token).map_err(|error| usage(error.to_string()))?;
-        let connection = self
-            .peers
-            .connection_to(token.host, &token.addresses)
-            .await
-            .map_err(|error| failed(with_causes(&error)))?;
         if let Some(config) = self.config_of(token.volume).await {
-            return self.join_again(&config, &request, &connection, &token).await;
+            return self.join_again(&config, &request, &token).await;
         }
-        let asked = self.ask_to_join(&connection, &token, true).await?;
+        let asked = self.ask_to_join(&token, true).await?;
         let name: Name = asked.name.parse().map_err(|_| failed("the primary's volume has no usable name"))?;
         self.must_be_free(&name, &request.backing).await?;
         let (backing, wanted) = (request.backing.clone(), Some(asked.size_bytes));
@@ -136,7 +131,7 @@ impl Supervisor {
         };
         // The volume is ready before the token is used up, because the primary dials at once.
         let reply = self.set_up(config, superblock, prepared.made).await?;
-        if let Err(failure) = self.ask_to_join(&connection, &token, false).await {
+        if let Err(failure) = self.ask_to_join(&token, false).await {
             self.discard(&name, &request.backing, prepared.made).await;
             return Err(failure);
         }
@@ -149,7 +144,6 @@ impl Supervisor {
         &self,
         config: &VolumeConfig,
         request: &JoinRequest,
-        connection: &Connection,
         token: &Token,
     ) -> Result<StatusReply, Failure> {
         let (name, backing) = (&config.name, config.backing.display());
@@ -157,7 +151,7 @@ impl Supervisor {
             let text = format!("there is a volume {name} on this host already, with the backing {backing}");
             return Err(refused(text));
         }
-        let joined = self.ask_to_join(connection, token, false).await?;
+        let joined = self.ask_to_join(token, false).await?;
         let told = Members { members: joined.members, removed: Vec::new() };
         self.learn(name, Learned::Members(told)).await?;
         self.status_of(vec![name.clone()]).await
@@ -248,14 +242,7 @@ impl Supervisor {
         }
     }
 
-    async fn ask_to_join(
-        &self,
-        connection: &Connection,
-        token: &Token,
-        ask_only: bool,
-    ) -> Result<Joined, Failure> {
-        let (mut sender, mut receiver) =
-            connection.open_control().await.map_err(|error| failed(with_causes(&error)))?;
+    async fn ask_to_join(&self, token: &Token, ask_only: bool) -> Result<Joined, Failure> {
         let join = Join {
             volume: token.volume,
             secret: token.secret.0,
@@ -263,11 +250,12 @@ impl Supervisor {
             listen: self.told_addresses(),
             ask_only,
         };
-        sender.send(&join.into()).await.map_err(|error| failed(with_causes(&error)))?;
-        let answer = tokio::time::timeout(JOIN_TIME, receiver.receive()).await.map_err(|_| {
+        let join = join.into();
+        let asked = tokio::time::timeout(JOIN_TIME, self.peers.ask(token.host, &token.addresses, &join));
+        let answered = asked.await.map_err(|_| {
             failed("the primary does not answer; look at `blockmirror status` there, then try again with a new token")
         })?;
-        match answer.map_err(|error| failed(with_causes(&error)))? {
+        match answered.map_err(|error| failed(with_causes(&error)))?.1 {
             Message::Joined(joined) if joined.volume == token.volume => Ok(joined),
             Message::Refused(no) => Err(refused(no.text)),
             _ => Err(failed("the primary answered with something else; is it of another version?")),

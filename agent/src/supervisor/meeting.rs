@@ -121,10 +121,9 @@ impl Supervisor {
     /// Tells a host who and where this one is, and hears the same of it. Gives the connection on which it did.
     async fn tell(&self, host: HostId, addresses: &[String]) -> Option<usize> {
         // Whoever needs the connection says what is wrong with it.
-        let connection = self.peers.connection_to(host, addresses).await.ok()?;
-        let (mut sender, mut receiver) = connection.open_control().await.ok()?;
-        sender.send(&self.whereabouts().into()).await.ok()?;
-        let answer = tokio::time::timeout(ANSWER_TIME, receiver.receive()).await.ok()?.ok()?;
+        let question = self.whereabouts().into();
+        let asked = tokio::time::timeout(ANSWER_TIME, self.peers.ask(host, addresses, &question));
+        let (connection, answer) = asked.await.ok()?.ok()?;
         let Message::Whereabouts(told) = answer else { return None };
         self.meet(&told, &connection).await.ok()?;
         Some(connection.number())

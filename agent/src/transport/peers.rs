@@ -3,8 +3,10 @@
 use super::connection::{CloseReason, Connection};
 use super::dial::ConnectError;
 use super::endpoint::Endpoint;
+use super::error::{ReceiveError, SendError};
 use super::limit::Limit;
 use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::Message;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -23,6 +25,26 @@ struct Dial {
     outcome: watch::Receiver<Outcome>,
     /// Where it answered last.
     answered: Option<SocketAddr>,
+}
+
+/// Why a host did not answer a question.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// It could not be reached.
+    #[error(transparent)]
+    Unreachable(Arc<ConnectError>),
+    /// The question could not be sent.
+    #[error(transparent)]
+    Send(#[from] SendError),
+    /// Nothing came back.
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
+}
+
+impl AskError {
+    fn is_lost(&self) -> bool {
+        matches!(self, Self::Send(SendError::Lost(_)) | Self::Receive(ReceiveError::Lost(_)))
+    }
 }
 
 /// The connections that this host has dialled, one per peer. Clones are handles to the same set.
@@ -98,6 +120,39 @@ impl Peers {
             Ok(outcome) => outcome.clone().expect("the dial has ended"),
             Err(_) => Err(Arc::new(ConnectError::ShuttingDown(host))),
         }
+    }
+
+    /// Puts a question to a host, and gives its answer and the connection on which it came.
+    ///
+    /// A host that has started again since it was dialled has forgotten the connection, which nobody notices before it is
+    /// used: where the connection turns out to be lost, the question is put once more, on a new one. So it must be one that
+    /// may be put twice.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub async fn ask(
+        &self,
+        host: HostId,
+        addresses: &[String],
+        question: &Message,
+    ) -> Result<(Connection, Message), AskError> {
+        match self.ask_once(host, addresses, question).await {
+            Err(error) if error.is_lost() => self.ask_once(host, addresses, question).await,
+            answered => answered,
+        }
+    }
+
+    async fn ask_once(
+        &self,
+        host: HostId,
+        addresses: &[String],
+        question: &Message,
+    ) -> Result<(Connection, Message), AskError> {
+        let connection = self.connection_to(host, addresses).await.map_err(AskError::Unreachable)?;
+        let (mut sender, mut receiver) = connection.open_control().await.map_err(SendError::Lost)?;
+        sender.send(question).await?;
+        let answer = receiver.receive().await?;
+        Ok((connection, answer))
     }
 
     /// Closes the connection to a host that is a peer no longer, and forgets it.

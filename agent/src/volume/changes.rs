@@ -57,9 +57,9 @@ pub(super) enum Event {
     /// A change has ended.
     Changed(Next, Then),
     /// This primary is to be demoted; since when that is tried.
-    Demote(Answer<Demoted>, Instant),
+    Demote(Answer<Demoted>, Option<Instant>),
     /// This primary is to be demoted for that host; since when that is tried.
-    Switch(HostId, Answer<Switched>, Instant),
+    Switch(HostId, Answer<Switched>, Option<Instant>),
 }
 
 /// How the volume goes on after a change.

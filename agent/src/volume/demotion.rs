@@ -34,8 +34,8 @@ const STANDING_ATTEMPTS: u32 = 3;
 
 /// Why a primary is not demoted now.
 enum NotNow {
-    /// Somebody has its device open, perhaps just for a moment.
-    InUse,
+    /// These have its device open, perhaps just for a moment.
+    InUse(Vec<String>),
     /// It can't be.
     Refused(Failure),
 }
@@ -73,11 +73,14 @@ struct Retiring {
 }
 
 impl Volume {
-    /// `since` is when this was first tried.
-    pub(super) async fn demote(&mut self, answer: Answer<Demoted>, since: Instant) {
+    /// `since` is since when it waits for those who have the device open, where it has waited already.
+    pub(super) async fn demote(&mut self, answer: Answer<Demoted>, since: Option<Instant>) {
         match self.vacate(since).await {
             Ok(()) => {}
-            Err(NotNow::InUse) => return self.later(BETWEEN_LOOKS, Event::Demote(answer, since)),
+            Err(NotNow::InUse(users)) => {
+                let since = self.wait_for(&users, since);
+                return self.later(BETWEEN_LOOKS, Event::Demote(answer, since));
+            }
             Err(NotNow::Refused(failure)) => return drop(answer.send(Err(failure))),
         }
         let retiring = self.take_out("being demoted");
@@ -97,8 +100,8 @@ impl Volume {
         });
     }
 
-    /// `since` is when this was first tried.
-    pub(super) async fn switch(&mut self, to: HostId, answer: Answer<Switched>, since: Instant) {
+    /// `since` is as for [`Volume::demote`].
+    pub(super) async fn switch(&mut self, to: HostId, answer: Answer<Switched>, since: Option<Instant>) {
         let ready = self.demotable().and_then(|()| self.may_take_over(to));
         let peer = match ready {
             Ok(peer) => peer,
@@ -106,7 +109,10 @@ impl Volume {
         };
         match self.vacate(since).await {
             Ok(()) => {}
-            Err(NotNow::InUse) => return self.later(BETWEEN_LOOKS, Event::Switch(to, answer, since)),
+            Err(NotNow::InUse(users)) => {
+                let since = self.wait_for(&users, since);
+                return self.later(BETWEEN_LOOKS, Event::Switch(to, answer, since));
+            }
             Err(NotNow::Refused(failure)) => return drop(answer.send(Err(failure))),
         }
         let began = Instant::now();
@@ -151,7 +157,7 @@ impl Volume {
 
     /// Sees to it that nobody uses this primary's devices, nor will until they are stopped (L5). Whoever just looks at one,
     /// as udev does with each device that was closed after a write, is waited for; whoever stays is named at once.
-    async fn vacate(&mut self, since: Instant) -> Result<(), NotNow> {
+    async fn vacate(&mut self, since: Option<Instant>) -> Result<(), NotNow> {
         self.demotable().map_err(NotNow::Refused)?;
         if let Err(text) = self.must_answer(ANSWER_TIME).await {
             let volume = self.name();
@@ -164,11 +170,19 @@ impl Volume {
             self.devices.hold(users.claim.take());
             return Ok(());
         }
-        if users.staying.is_empty() && since.elapsed() < PATIENCE {
-            return Err(NotNow::InUse);
+        if users.staying.is_empty() && since.is_none_or(|since| since.elapsed() < PATIENCE) {
+            return Err(NotNow::InUse(users.passing));
         }
         let users = [users.staying, users.passing].concat();
         Err(NotNow::Refused(refused(format!("the device is in use: {}; close it first", users.join(", ")))))
+    }
+
+    /// Since when this waits for those who have the device open; the first time, the log says for whom.
+    fn wait_for(&self, users: &[String], since: Option<Instant>) -> Option<Instant> {
+        if since.is_none() {
+            tracing::info!(volume = %self.name(), "waiting for those who have the device open: {}", users.join(", "));
+        }
+        since.or_else(|| Some(Instant::now()))
     }
 
     fn may_take_over(&self, to: HostId) -> Result<PeerConfig, Failure> {

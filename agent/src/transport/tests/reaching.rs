@@ -182,6 +182,37 @@ async fn volumes_that_want_the_same_host_share_one_dial_and_its_successor() {
     assert!(!third.is_live());
 }
 
+/// A host that had started again answered the first question with a reset, and the command that asked had failed.
+#[tokio::test]
+async fn a_question_whose_connection_turns_out_to_be_lost_is_put_on_a_new_one() {
+    let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
+    let peers = Peers::new(dialler, Limit::default());
+    let (host, addresses) = (acceptor.id(), [address_of(&acceptor)]);
+    let message = |text: &str| Message::from(Refused { refusal: Refusal::Token, text: text.to_owned() });
+    let question = message("question");
+    let asked = peers.ask(host, &addresses, &question);
+    let answered = async {
+        for round in 0..2 {
+            let accepted = acceptor.accept().await.unwrap();
+            let Ok(Incoming::Control(mut sender, mut receiver)) = accepted.accept().await else {
+                panic!("a stream came")
+            };
+            assert_eq!(receiver.receive().await.unwrap(), question);
+            match round {
+                0 => accepted.close(CloseReason::Done, "it is killed"),
+                _ => sender.send(&message("answer")).await.unwrap(),
+            }
+            // It stays until the other side is done with it.
+            accepted.closed().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        said = asked => assert_eq!(said.unwrap().1, message("answer")),
+        () = answered => panic!("the question was not answered"),
+    }
+}
+
 #[tokio::test]
 async fn a_failed_dial_is_shared_and_tried_again_when_asked() {
     let silent = UdpSocket::bind(LOOPBACK).unwrap();
