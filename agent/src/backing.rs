@@ -16,8 +16,8 @@
 //! place there is not told from it.
 
 use crate::durable;
+use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Position, Sequence};
-use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -112,49 +112,32 @@ pub struct Recovered {
     pub content: Option<Content>,
 }
 
-/// What a copy was that was recovered.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Content {
-    /// A mixture of old and new, taken all the same: it is no history's.
-    Mixture,
-    /// A legal image of the volume.
-    Image {
-        /// The last epoch that is in it.
-        position: Position,
-        /// The copy's generations, newest first.
-        lineage: Vec<GenerationId>,
-    },
-}
-
-impl fmt::Display for Content {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Mixture => f.write_str(MIXTURE),
-            Self::Image { position: Position { generation, epoch, sequence }, lineage } => {
-                let lineage: Vec<String> = lineage.iter().map(ToString::to_string).collect();
-                write!(f, "{generation}/{}/{}{OF}{}", epoch.0, sequence.0, lineage.join(AND))
-            }
+/// What was recovered, as the record says it.
+fn text_of(content: &Content) -> String {
+    match content {
+        Content::Mixture => MIXTURE.to_owned(),
+        Content::Image { position: Position { generation, epoch, sequence }, lineage } => {
+            let lineage: Vec<String> = lineage.iter().map(ToString::to_string).collect();
+            format!("{generation}/{}/{}{OF}{}", epoch.0, sequence.0, lineage.join(AND))
         }
     }
 }
 
-impl Content {
-    /// Reads what [`fmt::Display`] wrote.
-    fn parse(text: &str) -> Option<Self> {
-        if text == MIXTURE {
-            return Some(Self::Mixture);
-        }
-        let (position, lineage) = text.split_once(OF)?;
-        let mut parts = position.split('/');
-        let position = Position {
-            generation: GenerationId::from_hex(parts.next()?).ok()?,
-            epoch: Epoch(parts.next()?.parse().ok()?),
-            sequence: Sequence(parts.next()?.parse().ok()?),
-        };
-        let lineage = lineage.split(AND).filter(|text| !text.is_empty());
-        let lineage = lineage.map(|text| GenerationId::from_hex(text).ok()).collect::<Option<_>>()?;
-        Some(Self::Image { position, lineage })
+/// Reads what [`text_of`] wrote.
+fn content_of(text: &str) -> Option<Content> {
+    if text == MIXTURE {
+        return Some(Content::Mixture);
     }
+    let (position, lineage) = text.split_once(OF)?;
+    let mut parts = position.split('/');
+    let position = Position {
+        generation: GenerationId::from_hex(parts.next()?).ok()?,
+        epoch: Epoch(parts.next()?.parse().ok()?),
+        sequence: Sequence(parts.next()?.parse().ok()?),
+    };
+    let lineage = lineage.split(AND).filter(|text| !text.is_empty());
+    let lineage = lineage.map(|text| GenerationId::from_hex(text).ok()).collect::<Option<_>>()?;
+    Some(Content::Image { position, lineage })
 }
 
 /// Compares a backing with the record.
@@ -200,7 +183,7 @@ fn recovered(line: &str) -> Option<Recovered> {
     let from = rest.split_once(INTO).map_or(rest, |(from, _)| from);
     let (source, content) = from.split_once(HOLDING).unwrap_or((from, ""));
     let source = HostId::from_hex(source).unwrap_or_default();
-    Some(Recovered { source, content: Content::parse(content) })
+    Some(Recovered { source, content: content_of(content) })
 }
 
 /// Whether a file or disk is one that the record names. One that can't be looked at is none.
@@ -256,7 +239,11 @@ pub fn record_recovery(
     source: HostId,
     content: &Content,
 ) -> Result<(), BackingError> {
-    record_recovering(state_folder, target, &format!("{RECOVERED}{source}{HOLDING}{content}{INTO}"))
+    record_recovering(
+        state_folder,
+        target,
+        &format!("{RECOVERED}{source}{HOLDING}{}{INTO}", text_of(content)),
+    )
 }
 
 /// Puts a line about the target in the place of whatever the record says of it.
@@ -441,10 +428,10 @@ mod tests {
         let position = Position { generation: generation(1), epoch: Epoch(1 << 41), sequence: Sequence(7) };
         for lineage in [vec![], vec![generation(1)], vec![generation(1), generation(0xab)]] {
             let content = Content::Image { position, lineage };
-            assert_eq!(Content::parse(&content.to_string()), Some(content));
+            assert_eq!(content_of(&text_of(&content)), Some(content));
         }
-        assert_eq!(Content::parse(&Content::Mixture.to_string()), Some(Content::Mixture));
-        assert_eq!(Content::parse(""), None);
+        assert_eq!(content_of(&text_of(&Content::Mixture)), Some(Content::Mixture));
+        assert_eq!(content_of(""), None);
     }
 
     #[test]

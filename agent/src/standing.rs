@@ -151,6 +151,7 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, service: Servic
         silent_milliseconds: u64::try_from(service.silent.as_millis()).unwrap_or(u64::MAX),
         dirty_bytes: undelivered.map_or(u64::MAX, |undelivered| undelivered.bytes),
         began: generations::of_lineage(folder, &superblock.lineage),
+        replaced: superblock.replaced,
         ends: superblock.ends,
         lineage: superblock.lineage,
     })

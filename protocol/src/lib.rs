@@ -54,6 +54,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adoption;
 pub mod dirty_map;
 pub mod disk;
 pub mod lineage;

@@ -82,11 +82,17 @@ pub enum Bug {
     FollowUnagreed,
     /// What a primary overwrote is given up for want of room before anybody agreed (L6).
     ForgetUnagreed,
+    /// A primary goes by all its maps after its disk was recovered (D1).
+    KeepMaps,
+    /// A primary claims after a recovery what it had before (X4).
+    ClaimLost,
+    /// A copy that was recovered, or brought back, is counted on for what it was told before (W4).
+    CountRecovered,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 36] = [
+    pub const ALL: [Self; 39] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -123,6 +129,9 @@ impl Bug {
         Self::BelieveRemoved,
         Self::FollowUnagreed,
         Self::ForgetUnagreed,
+        Self::KeepMaps,
+        Self::ClaimLost,
+        Self::CountRecovered,
     ];
 }
 

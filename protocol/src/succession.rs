@@ -56,6 +56,9 @@ pub enum Objection {
     Promoted(HostId),
     /// This host has later content.
     Later(HostId),
+    /// This host follows the same promotion of the same primary, and each of the two copies has what the other lacks: the
+    /// primary was recovered from an older copy, or set back, and went on from there.
+    Split(HostId),
     /// This host was the primary and was demoted: it has everything.
     Demoted(HostId),
     /// What a primary overwrote here is kept, and nobody has agreed to it: a promotion gives it up.
@@ -90,7 +93,8 @@ impl Candidate {
     /// answered, as far as anybody who can be heard knows.
     #[must_use]
     pub fn objection(&self, others: &[Heard]) -> Option<Objection> {
-        let Superblock { fence, lineage, data, mode, promise, released, ends, .. } = &self.superblock;
+        let Superblock { fence, lineage, data, mode, promise, released, replaced, ends, .. } =
+            &self.superblock;
         let heard = || others.iter().filter_map(|other| Some((other.host, other.standing.as_ref()?)));
         if let Some((primary, _)) =
             heard().find(|(_, standing)| standing.role == Role::Primary && standing.serves)
@@ -123,13 +127,24 @@ impl Candidate {
         {
             return Some(Objection::Later(later));
         }
+        let is_split = |(_, standing): &(HostId, &Standing)| {
+            is_usable(standing)
+                && standing.fence == *fence
+                && matches!(
+                    lineage::relation(lineage, &standing.lineage),
+                    Relation::Forked(_) | Relation::Unrelated
+                )
+        };
+        if let Some((other, _)) = heard().find(is_split) {
+            return Some(Objection::Split(other));
+        }
         if gives_up.is_some() {
             return gives_up;
         }
         if *data == DataState::Inconsistent {
             return Some(Objection::Rollback);
         }
-        if fence.holder == self.own {
+        if fence.holder == self.own && !replaced {
             return unheard(silent(true));
         }
         match promise {
@@ -137,7 +152,7 @@ impl Candidate {
             // What was answered is on so many of the others, or here. Those that were heard have nothing later.
             Promise::Replicas(replicas) if *mode == Mode::Sync => {
                 let others = others.iter().filter(|other| other.host != fence.holder);
-                let unusable = others.filter(|other| !other.standing.as_ref().is_some_and(is_usable));
+                let unusable = others.filter(|other| !other.standing.as_ref().is_some_and(holds_its_own));
                 let unusable: Vec<HostId> = unusable.map(|other| other.host).collect();
                 if unusable.len() < *replicas as usize { None } else { unheard(unusable) }
             }
@@ -156,9 +171,15 @@ pub fn is_usable(standing: &Standing) -> bool {
     }
 }
 
+/// Whether a copy can be a source and still has all that primaries have copied to it, or that it had as one: it was neither
+/// recovered from another one since, nor given up, nor brought back to what it was.
+fn holds_its_own(standing: &Standing) -> bool {
+    is_usable(standing) && (!standing.replaced || planted(Bug::CountRecovered))
+}
+
 /// Whether a former primary that is a replica now still has all that it had.
 fn is_whole(standing: &Standing) -> bool {
-    standing.role == Role::Replica && standing.data == DataState::Consistent
+    standing.role == Role::Replica && standing.data == DataState::Consistent && holds_its_own(standing)
 }
 
 /// The newest fence that any of these knows of, if it is newer than `ours` (L5). What they tell of must be in bounds, and
@@ -333,6 +354,7 @@ mod tests {
             mode,
             promise,
             released: false,
+            replaced: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 3,
@@ -363,6 +385,7 @@ mod tests {
             dirty_bytes: 0,
             began: Vec::new(),
             ends: Ends::default(),
+            replaced: false,
         }
     }
 
@@ -407,8 +430,15 @@ mod tests {
         demoted.superblock.fence.holder = host(2);
         let newer = vec![GenerationId([b'b'; 16]), GenerationId([b'a'; 16])];
         let newer = Standing { lineage: newer, ..standing(1) };
+        let forked =
+            Standing { lineage: vec![GenerationId([b'x'; 16]), GenerationId([b'a'; 16])], ..standing(7) };
         let mixture = Standing { data: DataState::Inconsistent, ..standing(7) };
+        let recovered = Standing { replaced: true, ..standing(7) };
+        let mut recovered_here = demoted.clone();
+        recovered_here.superblock.replaced = true;
         let connected = Candidate { is_connected: true, ..waiting() };
+        let mut split = waiting();
+        split.superblock.lineage.insert(0, GenerationId([b'b'; 16]));
         let kept = |mut candidate: Candidate, history| {
             (candidate.superblock.agreed, candidate.superblock.history) = (2, history);
             candidate
@@ -420,6 +450,7 @@ mod tests {
             (behind, vec![silent(A), says(C, standing(7))], Objection::Promoted(A)),
             (waiting(), vec![silent(A), says(C, standing(8))], Objection::Later(C)),
             (waiting(), vec![silent(A), says(C, newer)], Objection::Later(C)),
+            (split, vec![silent(A), says(C, forked)], Objection::Split(C)),
             (gap.clone(), vec![silent(A)], Objection::Rollback),
             // A primary that nobody here agreed to might demote itself for this host.
             (kept(released(), 3), vec![silent(A)], Objection::Kept),
@@ -441,6 +472,10 @@ mod tests {
             // Writes went on with one of the two, and it need not have been this one.
             (waiting(), vec![silent(A), silent(C)], unheard(&[C])),
             (waiting(), vec![silent(A), says(C, mixture)], unheard(&[C])),
+            // What it had may be lost with its disk.
+            (waiting(), vec![silent(A), says(C, recovered.clone())], unheard(&[C])),
+            (candidate(Mode::Async, Promise::None), vec![says(A, recovered)], Objection::Unpromised),
+            (recovered_here, vec![says(A, standing(7)), says(C, standing(7))], Objection::Unpromised),
             // The primary went on alone, at the latest when its word was over.
             (candidate(Mode::Sync, Promise::WhileHeard), vec![silent(A)], Objection::Unpromised),
             (candidate(Mode::Async, Promise::None), vec![silent(A)], Objection::Unpromised),

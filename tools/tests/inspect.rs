@@ -54,6 +54,7 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         mode: Mode::Sync,
         promise: Promise::None,
         released: false,
+        replaced: false,
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 4,

@@ -36,6 +36,7 @@ pub(crate) fn superblock() -> Superblock {
         mode: Mode::Async,
         promise: Promise::None,
         released: false,
+        replaced: false,
         run: blockmirror_protocol::units::Epoch(0),
         ends: blockmirror_protocol::lineage::Ends::default(),
         agreed: 1,

@@ -117,6 +117,14 @@ impl Applicant {
                      --force promotes this one, and what only {later} has is given up"
                 )
             }
+            Objection::Split(host) => {
+                let other = name(host);
+                format!(
+                    "{other} went on with the primary after that was recovered from an older copy, or set back: each of \
+                     the two has what the other lacks; --force promotes this one, and {other} keeps what it has until \
+                     blockmirror resolve {volume} gives that up there"
+                )
+            }
             Objection::Demoted(host) => {
                 let holder = name(host);
                 format!(
@@ -135,13 +143,27 @@ impl Applicant {
             }
             Objection::Rollback => self.rollback(),
             Objection::Unheard(hosts) => {
-                let silent: Vec<String> = hosts.into_iter().map(name).collect();
-                format!(
-                    "{} may have been promoted meanwhile, or have what is missing here, and cannot be asked; \
-                     --force promotes this copy all the same{}",
-                    silent.join(", "),
-                    self.missing(),
-                )
+                let has_answered = |host: &HostId| {
+                    answers.iter().any(|(peer, answered)| peer.host == *host && answered.is_ok())
+                };
+                let (lost, silent): (Vec<HostId>, Vec<HostId>) = hosts.into_iter().partition(has_answered);
+                let names = |hosts: Vec<HostId>| hosts.into_iter().map(name).collect::<Vec<_>>().join(", ");
+                let why = match (lost.is_empty(), silent.is_empty()) {
+                    (true, _) => format!(
+                        "{} may have been promoted meanwhile, or have what is missing here, and cannot be asked",
+                        names(silent)
+                    ),
+                    (false, true) => format!(
+                        "{} may have had what is missing here, and has lost its copy since",
+                        names(lost)
+                    ),
+                    (false, false) => format!(
+                        "{} may have what is missing here, and cannot be asked; {} may have had it, and has lost its copy since",
+                        names(silent),
+                        names(lost)
+                    ),
+                };
+                format!("{why}; --force promotes this copy all the same{}", self.missing())
             }
             Objection::Unpromised => self.unpromised(),
         })
@@ -230,6 +252,7 @@ mod tests {
             mode,
             promise,
             released: false,
+            replaced: false,
             run: Epoch(0),
             ends: blockmirror_protocol::lineage::Ends::default(),
             agreed: 3,
@@ -271,6 +294,7 @@ mod tests {
             began: Vec::new(),
             silent_milliseconds: 0,
             ends: blockmirror_protocol::lineage::Ends::default(),
+            replaced: false,
         }
     }
 
@@ -354,6 +378,11 @@ mod tests {
             ),
             (demoted, vec![silent("a", 1)], "a may have been promoted meanwhile"),
             (waits(), vec![silent("a", 1), silent("c", 3)], "c may have been promoted meanwhile"),
+            (
+                waits(),
+                vec![silent("a", 1), says("c", 3, Standing { replaced: true, ..standing(7) })],
+                "c may have had what is missing here, and has lost its copy since; --force",
+            ),
             // It can't be dialled from here, but its own connection lives.
             (connected, vec![silent("a", 1)], "a is the primary and reachable"),
         ] {

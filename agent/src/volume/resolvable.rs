@@ -196,6 +196,7 @@ mod tests {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
+            replaced: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 3,
@@ -223,6 +224,7 @@ mod tests {
             began: Vec::new(),
             silent_milliseconds: 0,
             ends: Ends::default(),
+            replaced: false,
         }
     }
 

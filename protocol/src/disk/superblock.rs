@@ -14,7 +14,7 @@
 //!  152 source host (32)     184 lineage length (4)  188 zero (4)
 //!  192 lineage: up to 64 generations of 16 bytes, newest first
 //! 1216 adopted (8)         1224 gap (8)         1232 layers (8)
-//! 1240 mode (1)  1241 released (1)  1242 zero (6)
+//! 1240 mode (1)  1241 released (1)  1242 replaced (1)  1243 zero (5)
 //! 1248 counter of the source's fence (8)          1256 history (8)
 //! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
 //! 1400 zero                1432 agreed (8)            1440 run (8)
@@ -82,7 +82,8 @@ struct Raw {
     layers: U64,
     mode: u8,
     released: u8,
-    zero_again: [u8; 6],
+    replaced: u8,
+    zero_again: [u8; 5],
     source_counter: U64,
     history: U64,
     promise: u8,
@@ -154,6 +155,9 @@ pub struct Superblock {
     pub promise: Promise,
     /// Whether the primary was demoted when this replica had everything: whoever is promoted next loses nothing.
     pub released: bool,
+    /// Whether this copy has lost, since a primary last committed to it, what that one may count on it for: its content was
+    /// recovered from another copy, given up, or brought back to what it was (W4).
+    pub replaced: bool,
     /// The first epoch of this host's last run as primary: whatever it numbered before is lower.
     pub run: Epoch,
     /// On a primary, where its content ends in generations that others may be further in. Of the one that is going on, an
@@ -273,7 +277,8 @@ impl Superblock {
             layers: U64::new(self.layers),
             mode: self.mode.to_byte(),
             released: self.released.into(),
-            zero_again: [0; 6],
+            replaced: self.replaced.into(),
+            zero_again: [0; 5],
             source_counter: U64::new(self.source.counter),
             history: U64::new(self.history),
             promise: match self.promise {
@@ -382,6 +387,7 @@ impl Superblock {
                 _ => return Err(corrupted),
             },
             released: raw.released != 0,
+            replaced: raw.replaced != 0,
             run,
             ends,
             agreed: if is_older { raw.fence_counter.get() } else { raw.agreed.get() },
@@ -414,6 +420,7 @@ mod tests {
             mode: Mode::Sync,
             promise: Promise::Replicas(16),
             released: true,
+            replaced: true,
             run: Epoch(17),
             ends: Ends::only(GenerationId([10; 16]), Epoch(18)),
             agreed: 19,
@@ -448,7 +455,13 @@ mod tests {
 
     /// What an earlier layout has no room for.
     fn without_ends() -> Superblock {
-        Superblock { run: sample().position.epoch, ends: Ends::default(), agreed: 4, ..sample() }
+        Superblock {
+            run: sample().position.epoch,
+            ends: Ends::default(),
+            agreed: 4,
+            replaced: false,
+            ..sample()
+        }
     }
 
     #[test]

@@ -108,6 +108,7 @@ impl StateChange {
                 superblock.mode = *mode;
                 superblock.promise = *promise;
                 superblock.source = *source;
+                superblock.replaced = false;
                 superblock.gap = 0;
                 superblock.adopted += 1;
                 superblock.ends = Ends::default();

@@ -120,7 +120,7 @@ pub fn record(superblock: &mut Superblock, host: HostId, position: Position) -> 
     superblock.data = DataState::Consistent;
     superblock.position = position;
     (superblock.gap, superblock.history) = (0, 0);
-    superblock.released = false;
+    (superblock.released, superblock.replaced) = (false, false);
     Ok(())
 }
 

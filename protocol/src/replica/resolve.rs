@@ -77,6 +77,7 @@ pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: 
     superblock.history = history;
     superblock.ends = Ends::default();
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
+    superblock.replaced = true;
     superblock.layers = superblock.layers.max(history);
 }
 

@@ -22,7 +22,7 @@ fn replica(generations: &str) -> Replica {
     replica_of(superblock(generations), Vec::new())
 }
 
-pub(super) fn superblock(generations: &str) -> Superblock {
+pub(crate) fn superblock(generations: &str) -> Superblock {
     Superblock {
         volume: VolumeId([1; 16]),
         copy: CopyId([2; 16]),
@@ -42,6 +42,7 @@ pub(super) fn superblock(generations: &str) -> Superblock {
         mode: Mode::Async,
         promise: Promise::None,
         released: false,
+        replaced: false,
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 2,

@@ -99,7 +99,7 @@ pub fn begin(superblock: &mut Superblock, before: &[GenerationId], own: Generati
     superblock.data = DataState::Inconsistent;
     superblock.gap = superblock.history;
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
-    superblock.released = false;
+    (superblock.released, superblock.replaced) = (false, true);
     consent::withdraw(superblock);
 }
 
@@ -143,6 +143,7 @@ mod tests {
             mode: Mode::Async,
             promise: crate::wire::message::Promise::None,
             released: false,
+            replaced: false,
             run: crate::units::Epoch(0),
             ends: crate::lineage::Ends::default(),
             agreed: 2,

@@ -565,6 +565,9 @@ pub struct Standing {
     pub silent_milliseconds: u64,
     /// On a primary, or one that was demoted, where its content ends in generations that others may be further in.
     pub ends: Ends,
+    /// On a replica, whether it has lost what a primary may have counted on it for
+    /// ([`crate::disk::superblock::Superblock::replaced`]).
+    pub replaced: bool,
 }
 
 /// The primary was demoted for this host, which is to be promoted in its place (`switch`).
@@ -881,6 +884,7 @@ mod tests {
             began: vec![8],
             silent_milliseconds: 12,
             ends: Ends::only(GenerationId([9; 16]), Epoch(10)),
+            replaced: true,
         };
         let other =
             Other { name: "c".into(), host: HostId([1; 32]), addresses: vec!["c:1".into()], standing: None };
@@ -933,12 +937,12 @@ mod tests {
             ),
             (
                 Others { own: standing, others: vec![other] }.into(),
-                "f1000000290001000000020000000002000000000000000303030303030303030303030303030303030303030303\
+                "f2000000290001000000020000000002000000000000000303030303030303030303030303030303030303030303\
              03030303030303030301000000000000000404040404040404040404040404040404040404040404040404040404\
              04040405000000000000000600000000000000000700000000000000010000000000000008000000000000000c00\
-             0000000000000100000000000000090909090909090909090909090909090a000000000000000100000000000000\
-             01000000000000006301010101010101010101010101010101010101010101010101010101010101010100000000\
-             0000000300000000000000633a3100",
+             0000000000000100000000000000090909090909090909090909090909090a000000000000000101000000000000\
+             00010000000000000063010101010101010101010101010101010101010101010101010101010101010101000000\
+             000000000300000000000000633a3100",
             ),
         ];
         for (message, bytes) in rows {

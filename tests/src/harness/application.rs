@@ -114,7 +114,9 @@ impl World {
             // One that was promoted meanwhile, or undone, follows nobody, which this primary may not know.
             let (leader, it) = (&self.hosts[host].superblock, &self.hosts[peer]);
             let relation = lineage::relation(&leader.lineage, &it.superblock.lineage);
-            let follows = !it.is_primary() && matches!(relation, Relation::Same | Relation::MineIsNewer);
+            let is_kin = matches!(relation, Relation::Same | Relation::MineIsNewer);
+            // Nor has one that was set back or recovered what it has confirmed.
+            let follows = is_kin && !it.is_primary() && !it.is_set_back;
             let fresh = (counts && is_flush && good && follows).then(fresh);
             let it = &mut self.hosts[peer];
             if let Some(expected) = it.expected.as_mut().filter(|expected| expected.primary == host) {

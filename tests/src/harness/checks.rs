@@ -3,7 +3,7 @@
 use super::application::PATIENCE;
 use super::links::LinkId;
 use super::settings::Settings;
-use super::world::{Event, World};
+use super::world::World;
 use blockmirror_protocol::disk::activity_log::CAPACITY;
 use blockmirror_protocol::session::ReplicaState;
 use blockmirror_protocol::units::Time;
@@ -107,10 +107,10 @@ impl World {
 
     fn restart_failed(&mut self) {
         for host in 0..self.hosts.len() {
-            let it = &mut self.hosts[host];
-            if it.has_failed() && !std::mem::replace(&mut it.start_is_planned, true) {
+            let it = &self.hosts[host];
+            if it.has_failed() && !it.start_is_planned {
                 // Its machine goes on for a while as one that has failed.
-                self.plan(self.settings.outage, Event::Start(host));
+                self.plan_start(host, self.settings.outage);
             }
         }
     }

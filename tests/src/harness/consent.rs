@@ -28,6 +28,11 @@ impl Host {
         }
     }
 
+    /// Whether no image of the volume can be had from its disk.
+    pub(super) fn has_nothing_to_lose(&self) -> bool {
+        self.mirror.image.is_none() && self.mirror.point.is_none() && self.kept.is_none()
+    }
+
     /// A change of the superblock is being written.
     pub(super) fn note_change(&mut self, change: &StateChange, space: SpacePolicy) {
         let gives_up = matches!(change, StateChange::Forget | StateChange::GiveRollbackUp);

@@ -154,6 +154,12 @@ impl Disk {
         }
     }
 
+    /// A disk that holds this durably.
+    #[must_use]
+    pub fn holding(sector_bytes: u64, content: BTreeMap<u64, Value>) -> Self {
+        Self { content, ..Self::new(sector_bytes) }
+    }
+
     /// The physical sector in bytes.
     #[must_use]
     pub fn sector_bytes(&self) -> u64 {

@@ -65,11 +65,13 @@ impl World {
             | Event::PromoteByRule(host, _)
             | Event::StepDown(host, _)
             | Event::Tell(host, _)
+            | Event::Recover(_, host, _)
+            | Event::LoseTwo(_, host, _)
             | Event::Judge(host, ..) => *host,
             Event::DiallerLost(link, _) | Event::Connect(link, _) => link.dialler,
             Event::Arrival(link, _, channel) if *channel == Channel::ToDialler => link.dialler,
             Event::Arrival(link, ..) | Event::Stray(link, _) | Event::ListenerLost(link, _) => link.listener,
-            Event::Start(_) | Event::Mishap | Event::Thaw(..) | Event::Asked(..) => return None,
+            Event::Start(..) | Event::Mishap | Event::Thaw(..) | Event::Asked(..) => return None,
         };
         let it = &self.hosts[host];
         (it.is_up() && it.frozen_until > self.now).then_some(it.frozen_until)

@@ -171,6 +171,7 @@ impl Host {
             mode: Mode::Async,
             promise: Promise::None,
             released: false,
+            replaced: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: u64::from(is_first),
@@ -343,10 +344,8 @@ impl World {
         }
         if self.state_fails(host) {
             // The agent waits for it (X6).
-            let it = &mut self.hosts[host];
-            it.start_is_planned = true;
-            let delay = it.state_fails_until - self.now;
-            return self.plan(delay, Event::Start(host));
+            let delay = self.hosts[host].state_fails_until - self.now;
+            return self.plan_start(host, delay);
         }
         let it = &mut self.hosts[host];
         it.start_is_planned = false;
@@ -413,10 +412,23 @@ impl World {
         if self.hosts[host].is_up() {
             self.crash(host, crash);
         }
-        if !std::mem::replace(&mut self.hosts[host].start_is_planned, true) {
+        self.plan_restart(host);
+    }
+
+    /// A host that is down starts again some time, if nobody has seen to that yet.
+    pub(super) fn plan_restart(&mut self, host: usize) {
+        if !self.hosts[host].start_is_planned {
             let delay = self.random.up_to(self.settings.outage);
-            self.plan(delay, Event::Start(host));
+            self.plan_start(host, delay);
         }
+    }
+
+    /// A host starts after this time, unless it is started before.
+    pub(super) fn plan_start(&mut self, host: usize, delay: Duration) {
+        let it = &mut self.hosts[host];
+        it.start_is_planned = true;
+        let life = it.life;
+        self.plan(delay, Event::Start(host, life));
     }
 
     /// A replica is thrown away, and another one joins in its place; or its disk is, and its agent goes on with another.
@@ -435,6 +447,7 @@ impl World {
             fresh.superblock = Superblock { gap: 0, history: 0, ..old.superblock.clone() };
             (fresh.files, fresh.serial) = (std::mem::take(&mut old.files), old.serial);
             fresh.followed = std::mem::take(&mut old.followed);
+            fresh.agreed = old.agreed;
         } else {
             (fresh.superblock.fence, fresh.superblock.agreed) = (Fence::default(), 0);
             fresh.superblock.lineage.clear();

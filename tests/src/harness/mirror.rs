@@ -160,6 +160,16 @@ impl Mirror {
         Self { data: DataState::Consistent, image: Some(image), ..Self::default() }
     }
 
+    /// What the disk of a host may hold that was recovered from a copy of which this is known; nothing is, unless that is an
+    /// image.
+    #[must_use]
+    pub fn of_recovered(self, is_image: bool) -> Self {
+        match self.image.filter(|_| is_image) {
+            Some(image) => Self { data: DataState::Consistent, image: Some(image), ..Self::default() },
+            None => Self::default(),
+        }
+    }
+
     /// The replica answers the greeting of a new session.
     pub fn session_begins(&mut self, connection: u64) {
         self.connection = connection;

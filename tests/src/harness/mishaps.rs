@@ -33,6 +33,9 @@ impl World {
         if self.random.once_in(20) {
             return self.freeze(primary);
         }
+        if self.settings.disks_are_lost && self.random.once_in(8) {
+            return self.lose_disk(primary, link.listener);
+        }
         if self.settings.members_change && self.random.once_in(8) {
             return self.change_members(primary);
         }
@@ -120,11 +123,38 @@ impl World {
         }
         let wait = self.random.up_to(time);
         self.plan(wait, Event::PromoteByRule(link.listener, life));
+        let others: Vec<usize> =
+            (0..self.hosts.len()).filter(|host| ![link.dialler, link.listener].contains(host)).collect();
+        if self.settings.disks_are_lost && !others.is_empty() && self.random.once_in(2) {
+            let third = self.random.pick(&others);
+            self.plan(wait * 9 / 10, Event::LoseTwo([link.dialler, third], link.listener, life));
+        }
         let is_peer = self.hosts[link.dialler].members.contains(link.listener);
         if self.settings.members_change && is_peer && self.random.once_in(2) {
             // Another operator thinks that it is gone for good.
             self.remove_member(link.dialler, link.listener);
         }
+    }
+
+    /// The disk of a primary or of a replica is lost, and recovered from any other host.
+    fn lose_disk(&mut self, primary: usize, replica: usize) {
+        let host = self.random.pick(&[primary, replica]);
+        let others: Vec<usize> = (0..self.hosts.len()).filter(|other| *other != host).collect();
+        let source = self.random.pick(&others);
+        let life = self.hosts[source].life;
+        self.recover(host, source, life);
+    }
+
+    /// The power of a primary is lost and the disk of one that it went on with, which is recovered from a host, in this life,
+    /// that was out of their reach; an operator wants to promote that one then.
+    pub(super) fn lose_two(&mut self, [primary, third]: [usize; 2], host: usize, life: u64) {
+        if !self.hosts[primary].is_primary() {
+            return;
+        }
+        self.take_down(primary, Crash::Power);
+        self.recover(third, host, life);
+        let wait = self.random.up_to(self.settings.outage);
+        self.plan(wait, Event::PromoteByRule(host, life));
     }
 
     fn stall(&mut self, link: LinkId) {

@@ -26,6 +26,7 @@ pub mod primary;
 pub mod promises;
 pub mod promotion;
 pub mod random;
+mod recovery;
 pub mod replica;
 pub mod rest;
 pub mod roles;

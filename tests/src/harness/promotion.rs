@@ -185,7 +185,9 @@ impl World {
         self.hosts[host].is_promoted_by_rule &= holds_word;
         self.hosts[host].superblock_written();
         self.promotion_is_recorded(host);
-        self.hosts[host].life += 1;
+        let it = &mut self.hosts[host];
+        it.start_is_planned = false;
+        it.life += 1;
         self.start_primary(host, false);
     }
 

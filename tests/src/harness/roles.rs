@@ -12,7 +12,7 @@ use blockmirror_protocol::wire::message::{Claim, DataState, Fence};
 use std::time::Duration;
 
 /// How long operators look for one primary that everybody can follow.
-const AGREEING: Duration = Duration::from_secs(100);
+const AGREEING: Duration = Duration::from_secs(400);
 /// How much happens until they look again.
 const STEPS: u32 = 16;
 /// How long a demotion waits for replicas to record that they have everything, at most.

@@ -85,7 +85,7 @@ impl World {
     /// Plans the start of every host that is down.
     pub fn start_all(&mut self) {
         let down: Vec<usize> = (0..self.hosts.len()).filter(|host| !self.hosts[*host].is_up()).collect();
-        down.into_iter().for_each(|host| self.plan(DOWN, Event::Start(host)));
+        down.into_iter().for_each(|host| self.plan_start(host, DOWN));
     }
 
     /// An operator demotes a primary, for another host if there is one.

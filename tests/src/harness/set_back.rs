@@ -7,7 +7,7 @@ use super::gap::{HistoryPoint, Layers};
 use super::host::Host;
 use super::mirror::Mirror;
 use super::promises::Promises;
-use super::world::{Event, World};
+use super::world::World;
 use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::lineage::{self, Relation};
@@ -54,10 +54,7 @@ impl World {
                 });
             }
         }
-        if !std::mem::replace(&mut self.hosts[host].start_is_planned, true) {
-            let delay = self.random.up_to(self.settings.outage);
-            self.plan(delay, Event::Start(host));
-        }
+        self.plan_restart(host);
     }
 
     /// Whether primaries know durably that the host was further than that. What they know is written within some seconds;

@@ -35,6 +35,8 @@ pub struct Settings {
     pub members_change: bool,
     /// Whether state folders fail for a while.
     pub state_failures: bool,
+    /// Whether disks are lost, and their content is recovered from other hosts.
+    pub disks_are_lost: bool,
     /// One save of pre-images in so many finds no room; 0 for none.
     pub space_failures: u64,
     /// What replicas do then.
@@ -87,6 +89,7 @@ impl Settings {
             0 => Self::wide(random, seconds),
             1..=4 => Self::narrow(random, seconds),
             5..=16 => Self::calm(random, seconds),
+            17..=20 => Self::guarded(random, seconds),
             _ => Self::small(random, seconds),
         }
     }
@@ -106,6 +109,7 @@ impl Settings {
             bad_sectors: false,
             members_change: false,
             state_failures: false,
+            disks_are_lost: false,
             space_failures: 0,
             space: SpacePolicy::Pause,
             modes: vec![Mode::Async; 4],
@@ -205,6 +209,26 @@ impl Settings {
         }
     }
 
+    /// Nothing is answered without another host, and hosts and disks are lost: what a promotion may count on others for.
+    fn guarded(random: &mut Random, seconds: u64) -> Self {
+        Self {
+            sector_bytes: (0..3 + random.below(2)).map(|_| random.pick(&[512, 4096])).collect(),
+            disk_delay: vec![Duration::from_millis(random.pick(&[2, 10])); 4],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(2),
+            disk_failures: 0,
+            bad_sectors: false,
+            disks_are_lost: true,
+            modes: vec![Mode::Sync; 4],
+            loss: ReplicaLoss::Block { min_replicas: 1, limit: Duration::from_millis(100) },
+            has_operators: true,
+            flushes: 3,
+            outage: Duration::from_millis(300),
+            mishaps: Some(Duration::from_millis(300)),
+            ..Self::small(random, seconds)
+        }
+    }
+
     fn narrow(random: &mut Random, seconds: u64) -> Self {
         let size_bytes = match random.below(16) {
             0..=3 => (256 << 10) + 512 * random.below(3584),
@@ -231,6 +255,7 @@ impl Settings {
             bad_sectors: random.once_in(3),
             members_change: random.once_in(4),
             state_failures: random.once_in(4),
+            disks_are_lost: random.once_in(3),
             space_failures: random.pick(&[0, 0, 20]),
             space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),
             modes: (0..4).map(|_| random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync])).collect(),

@@ -79,6 +79,7 @@ impl World {
             silent_milliseconds: 0,
             dirty_bytes: 0,
             began: Vec::new(),
+            replaced: superblock.replaced,
             ends: superblock.ends,
             lineage: superblock.lineage,
         };

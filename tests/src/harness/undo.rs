@@ -16,6 +16,11 @@ use blockmirror_protocol::wire::message::DataState;
 impl Host {
     /// A change of the superblock is durable: what was there before a history began is remembered.
     pub(super) fn note_history(&mut self, change: &StateChange) {
+        if let StateChange::Follow { fence, .. } = change
+            && self.has_nothing_to_lose()
+        {
+            self.agrees_up_to(fence.counter);
+        }
         let Self { superblock, disk, layers, .. } = self;
         if self.kept.as_ref().is_some_and(|kept| kept.layer != superblock.history) {
             self.kept = None;

@@ -36,8 +36,8 @@ pub enum Event {
     ListenerLost(LinkId, u64),
     /// The dialler, in this life, tries to connect.
     Connect(LinkId, u64),
-    /// A host starts.
-    Start(usize),
+    /// A host starts that has not been started since this life.
+    Start(usize, u64),
     /// An operator goes on promoting a host, in this life.
     Promote(usize, u64),
     /// A replica, in this life, tells its primary what it was not asked, and asks for its word.
@@ -50,6 +50,10 @@ pub enum Event {
     Asked(usize, u64, Doubt),
     /// A primary, in this life, has asked the others about what it was told, which ends this doubt, if there was any.
     Judge(usize, u64, Succeeded, Option<Doubt>),
+    /// An operator goes on recovering the content of the first host from that of the second, in this life.
+    Recover(usize, usize, u64),
+    /// Two hosts are lost that a third one, in this life, did not hear.
+    LoseTwo([usize; 2], usize, u64),
     /// A primary that is demoted or superseded, in this life, looks whether it can step down.
     StepDown(usize, u64),
 }
@@ -262,10 +266,13 @@ impl World {
             Event::DiallerLost(link, connection) => self.dialler_lost(link, connection),
             Event::ListenerLost(link, connection) => self.listener_lost(link, connection),
             Event::Connect(link, life) => self.connect(link, life),
-            Event::Start(host) => self.start(host),
+            Event::Start(host, life) if self.hosts[host].life == life => self.start(host),
+            Event::Start(..) => {}
             Event::Promote(host, life) if self.hosts[host].life == life => self.promote(host),
             Event::Promote(..) => {}
             Event::StepDown(host, life) => self.step_down_if_superseded(host, life),
+            Event::Recover(host, source, life) => self.recover(host, source, life),
+            Event::LoseTwo(lost, host, life) => self.lose_two(lost, host, life),
             Event::PromoteByRule(host, life) if self.hosts[host].life == life => self.promote_by_rule(host),
             Event::PromoteByRule(..) => {}
             Event::Tell(host, life) => self.tell(host, life),

@@ -6,26 +6,13 @@ use super::peer::{Peer, Trouble};
 use crate::output::warn;
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::transport::Connection;
-use blockmirror_protocol::lineage::Ends;
-use blockmirror_protocol::succession::is_later;
-use blockmirror_protocol::units::{GenerationId, Position, VolumeId};
-use blockmirror_protocol::wire::message::{
-    AskOthers, AskStanding, DataState, Message, Other, Others, Role, Standing,
-};
+use blockmirror_protocol::adoption::Content;
+use blockmirror_protocol::units::VolumeId;
+use blockmirror_protocol::wire::message::{AskOthers, AskStanding, Message, Other, Others, Role, Standing};
 use std::time::Duration;
 
 /// How long one host may take to say how it stands.
 const ANSWER_TIME: Duration = Duration::from_secs(3);
-
-/// What is recovered: a copy of this history.
-pub struct Source<'a> {
-    /// What it holds.
-    pub data: DataState,
-    /// Its generations, newest first.
-    pub lineage: &'a [GenerationId],
-    /// The last epoch that is durable there.
-    pub position: Position,
-}
 
 /// Asks the peer how all hosts of the volume stand.
 pub async fn ask(peer: &Peer, connection: &Connection) -> Result<Others, Trouble> {
@@ -61,8 +48,11 @@ async fn ask_one(peer: &Peer, volume: VolumeId, other: &Other) -> Option<Standin
 }
 
 /// Refuses a source where another host has later content, and names hosts that did not say what they have.
-pub fn judge(source: &Source<'_>, others: &[Other], volume: &str, accept_older: bool) -> Result<(), Failure> {
-    if let Some(other) = others.iter().find(|other| has_later(source, other)) {
+pub fn judge(content: &Content, others: &[Other], volume: &str, accept_older: bool) -> Result<(), Failure> {
+    if let Some(other) = others
+        .iter()
+        .find(|other| other.standing.as_ref().is_some_and(|standing| content.is_older_than(standing)))
+    {
         let (name, address) = (shown(&other.name), other.addresses.first().map(|address| shown(address)));
         let how = match other.standing.as_ref().map(|standing| standing.role) {
             Some(Role::Primary) => {
@@ -99,23 +89,12 @@ fn shown(text: &str) -> String {
     text.chars().filter(|character| !character.is_control()).collect()
 }
 
-fn has_later(source: &Source<'_>, other: &Other) -> bool {
-    let Some(standing) = &other.standing else { return false };
-    match standing.role {
-        // Its disk may be the one that is lost.
-        Role::Primary if !standing.serves => false,
-        _ if source.data != DataState::Consistent => {
-            standing.data == DataState::Consistent || standing.can_roll_back
-        }
-        _ => is_later(standing, source.lineage, source.position, &Ends::default()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockmirror_protocol::units::{Epoch, HostId, Sequence};
-    use blockmirror_protocol::wire::message::Fence;
+    use blockmirror_protocol::lineage::Ends;
+    use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Position, Sequence};
+    use blockmirror_protocol::wire::message::{DataState, Fence};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()
@@ -138,6 +117,7 @@ mod tests {
             began: Vec::new(),
             silent_milliseconds: 0,
             ends: Ends::default(),
+            replaced: false,
         }
     }
 
@@ -160,21 +140,20 @@ mod tests {
             (Standing { can_roll_back: true, ..mixture }, true),
         ] {
             let generations = lineage("a");
-            let source =
-                Source { data: DataState::Consistent, lineage: &generations, position: position(b'a', 7) };
+            let content = Content::Image { position: position(b'a', 7), lineage: generations.clone() };
             let others = [says(Some(standing.clone())), says(None)];
-            let judged = judge(&source, &others, "data", false);
+            let judged = judge(&content, &others, "data", false);
             assert_eq!(judged.is_err(), is_refused, "{standing:?}");
-            assert!(judge(&source, &others, "data", true).is_ok());
+            assert!(judge(&content, &others, "data", true).is_ok());
         }
     }
 
     #[test]
     fn a_mixture_is_not_recovered_where_there_is_a_whole_copy() {
-        let source = Source { data: DataState::Inconsistent, lineage: &[], position: Position::default() };
+        let content = Content::Mixture;
         let whole = says(Some(replica("a", position(b'a', 7))));
-        let text = judge(&source, &[whole], "data", false).unwrap_err().to_string();
+        let text = judge(&content, &[whole], "data", false).unwrap_err().to_string();
         assert!(text.contains("blockmirror recover data --from c:7447 --to PATH"), "{text}");
-        assert!(judge(&source, &[says(None)], "data", false).is_ok());
+        assert!(judge(&content, &[says(None)], "data", false).is_ok());
     }
 }

@@ -4,10 +4,11 @@
 use crate::client::Client;
 use crate::offline;
 use crate::output::warn;
-use blockmirror_agent::backing::{self, BackingError, Content};
+use blockmirror_agent::backing::{self, BackingError};
 use blockmirror_agent::config::{Role, VolumeConfig};
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::system;
+use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::units::{HostId, VolumeId};
 use std::fs;

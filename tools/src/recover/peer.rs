@@ -1,13 +1,13 @@
 //! The host that has the content: who it is, whether it lets us in, and why it stops.
 
-use super::others::{self, Source};
-use blockmirror_agent::backing::Content;
+use super::others;
 use blockmirror_agent::config::VOLUME_LIMIT_BYTES;
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::transport::{
     BindError, CloseReason, ConnectError, Connection, ControlReceiver, ControlSender, Endpoint, HostKey,
     Lost, ReceiveError, SendError,
 };
+use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::disk::recovery::Subject;
 use blockmirror_protocol::units::{HostId, SECTOR_BYTES, VolumeId};
 use blockmirror_protocol::wire::message::{
@@ -159,8 +159,8 @@ impl Peer {
         if let Some(volume) = self.volume {
             others::ask_silent(self, volume, &mut others).await;
         }
-        let source = Source { data: own.data, lineage: &own.lineage, position: own.marker };
-        Ok(others::judge(&source, &others, &self.request.name, accept_older)?)
+        let content = Content::of(own.data, own.marker, &own.lineage);
+        Ok(others::judge(&content, &others, &self.request.name, accept_older)?)
     }
 
     /// The same of what was recovered.
@@ -168,9 +168,8 @@ impl Peer {
         let asked = tokio::time::timeout(ANSWER_TIMEOUT, others::ask(self, &opened.connection)).await;
         let Others { mut others, .. } = asked.unwrap_or_else(|_| Err(silent()))?;
         others::ask_silent(self, opened.info.volume, &mut others).await;
-        let Recovering { data, lineage, position, .. } = &opened.info;
-        let source = Source { data: *data, lineage, position: *position };
-        Ok(others::judge(&source, &others, &self.request.name, accept_older)?)
+        let content = opened.content();
+        Ok(others::judge(&content, &others, &self.request.name, accept_older)?)
     }
 
     async fn connect(&self) -> Result<Connection, Trouble> {
@@ -248,12 +247,7 @@ impl Opened {
 
     /// Of what history that is.
     pub fn content(&self) -> Content {
-        match self.info.data {
-            DataState::Consistent => {
-                Content::Image { position: self.info.position, lineage: self.info.lineage.clone() }
-            }
-            DataState::Empty | DataState::Inconsistent => Content::Mixture,
-        }
+        Content::of(self.info.data, self.info.position, &self.info.lineage)
     }
 
     /// Waits until the peer or the connection puts an end to it. Cancel-safe.

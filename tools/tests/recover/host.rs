@@ -272,6 +272,7 @@ impl Serving {
             dirty_bytes: 0,
             began: Vec::new(),
             ends: Ends::default(),
+            replaced: false,
         };
         let newer = |epochs| {
             let mut standing = own.clone();
