@@ -39,5 +39,5 @@ pub use error::{Lost, Misbehaviour, ReceiveError, SendError};
 pub use frames::{FrameReceiver, FrameSender};
 pub use key::{HostKey, KeyError};
 pub use limit::Limit;
-pub use peers::Peers;
+pub use peers::{AskError, Peers};
 pub use settings::Options;
