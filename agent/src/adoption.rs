@@ -5,8 +5,8 @@ use crate::backing::Recovered;
 use crate::metadata::{State, StateError};
 use crate::transport::key;
 use blockmirror_protocol::adoption::Adoption;
-use blockmirror_protocol::disk::superblock::Role;
-use blockmirror_protocol::units::{GenerationId, HostId};
+use blockmirror_protocol::rewrite::{Order, Rewrite};
+use blockmirror_protocol::units::HostId;
 
 /// Makes the metadata of a volume with these other hosts say what is known of a backing that took the place of another.
 ///
@@ -15,29 +15,12 @@ use blockmirror_protocol::units::{GenerationId, HostId};
 pub async fn adopt(state: &State, peers: &[HostId], recovered: Option<&Recovered>) -> Result<(), StateError> {
     let content = recovered.and_then(|recovered| recovered.content.as_ref());
     let adoption = Adoption { source: recovered.map(|recovered| recovered.source), content };
-    let mut vouched = GenerationId::default();
-    match state.superblock().role {
-        Role::Primary => {
-            for peer in peers {
-                let (mut map, file) = state.open_map(*peer).await?;
-                if adoption.source == Some(*peer) {
-                    vouched = map.base().generation;
-                }
-                if !adoption.keeps_map(*peer) {
-                    map.begin_anew(map.base());
-                    state.write_map(&file, map.take_changes()).await?;
-                }
-            }
-        }
-        Role::Replica => {
-            if let Some(mark) = adoption.mark() {
-                state.log_everything().await?;
-                state.recover_marker().await?;
-                state.write_marker(mark).await?;
-            }
-        }
+    let mut rewrite = Rewrite::adoption(&state.superblock(), peers, adoption, key::random());
+    while let Ok(Some(order)) = rewrite.next(true) {
+        let Order::Write(part) = order else { unreachable!("the new backing is as it is to be") };
+        state.rewrite(&mut rewrite, part).await?;
     }
-    state.change_superblock(|superblock| adoption.record(superblock, vouched, key::random())).await
+    Ok(())
 }
 
 #[cfg(test)]
@@ -49,8 +32,8 @@ mod tests {
     use blockmirror_protocol::adoption::Content;
     use blockmirror_protocol::disk::activity_log::Recovered as Log;
     use blockmirror_protocol::disk::dirty_map::Base;
-    use blockmirror_protocol::disk::superblock::Superblock;
-    use blockmirror_protocol::units::{CopyId, Epoch, Mark, Position, Sequence};
+    use blockmirror_protocol::disk::superblock::{Role, Superblock};
+    use blockmirror_protocol::units::{CopyId, Epoch, GenerationId, Mark, Position, Sequence};
     use blockmirror_protocol::wire::message::DataState;
 
     const SOURCE: HostId = HostId([3; 32]);

@@ -19,8 +19,8 @@ use blockmirror_protocol::disk::{
     MetadataError, PAGE_BYTES, Page, activity_log, dirty_map, marker, slot_offset, superblock,
 };
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::replica::{promotion, undo};
-use blockmirror_protocol::units::{GenerationId, HostId, Mark, Position};
+use blockmirror_protocol::rewrite::{Part, Rewrite};
+use blockmirror_protocol::units::{GenerationId, HostId, Mark};
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -267,43 +267,26 @@ impl State {
         Ok(maps)
     }
 
-    /// Writes the maps that a promotion begins with: clean ones, but for those that still hold, and for what a rollback
-    /// will restore (P2).
+    /// Writes a part of the metadata as a rewrite orders, durably.
     ///
     /// # Errors
-    /// [`StateError`] when one can't be written.
-    pub async fn write_promoted_maps(
-        &self,
-        peers: &[HostId],
-        position: Position,
-        restored: &[ByteRange],
-    ) -> Result<(), StateError> {
-        let superblock = self.superblock();
-        for peer in peers {
-            let (map, file) = self.open_map(*peer).await?;
-            let mut map = promotion::map_for(map, &superblock, *peer, position, restored);
-            self.write_map(&file, map.take_changes()).await?;
+    /// [`StateError`] when it can't be read or written.
+    pub async fn rewrite(&self, rewrite: &mut Rewrite, part: Part) -> Result<(), StateError> {
+        match part {
+            Part::Map(peer) => {
+                let (map, file) = self.open_map(peer).await?;
+                let mut map = rewrite.map(&self.superblock(), peer, map);
+                self.write_map(&file, map.take_changes()).await
+            }
+            Part::Mark(mark) => {
+                self.log_everything().await?;
+                self.recover_marker().await?;
+                self.write_marker(mark).await
+            }
+            Part::Superblock(change) => {
+                self.change_superblock(|superblock| rewrite.change(change, superblock)).await
+            }
         }
-        Ok(())
-    }
-
-    /// Writes the maps that say what an undo makes different (L6); `before` are the generations to which it leads back.
-    ///
-    /// # Errors
-    /// [`StateError`] when one can't be written.
-    pub async fn write_undone_maps(
-        &self,
-        peers: &[HostId],
-        before: &[GenerationId],
-        restored: &[ByteRange],
-    ) -> Result<(), StateError> {
-        let superblock = self.superblock();
-        for peer in peers {
-            let (map, file) = self.open_map(*peer).await?;
-            let mut map = undo::map_for(map, &superblock, *peer, before, restored);
-            self.write_map(&file, map.take_changes()).await?;
-        }
-        Ok(())
     }
 
     /// Removes the maps of hosts that are no peers any more: nobody marks in them, so they would lie if one came back.

@@ -65,6 +65,7 @@ pub mod planted;
 pub mod promise;
 pub mod ranges;
 pub mod replica;
+pub mod rewrite;
 pub mod session;
 pub mod succession;
 pub mod tracker;

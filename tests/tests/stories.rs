@@ -19,6 +19,7 @@ use blockmirror_protocol::units::{
 use blockmirror_protocol::wire::message::{DataState, Fence, Message, Mode, Refusal, Refused};
 use blockmirror_tests::harness::application::PATIENCE;
 use blockmirror_tests::harness::disk::{Crash, Value};
+use blockmirror_tests::harness::host::Shell;
 use blockmirror_tests::harness::host::{VOLUME, host_id};
 use blockmirror_tests::harness::links::{Link, LinkId};
 use blockmirror_tests::harness::random::Random;
@@ -647,6 +648,9 @@ fn what_a_host_overwrites_that_promoted_itself_comes_back() {
         world.check_equal(between);
         assert_ne!(*world.hosts[REPLICA].disk.content(), before);
         assert!(world.undo(REPLICA), "something is kept");
+        world.wait_until("it is brought back", |world| {
+            matches!(world.hosts[REPLICA].shell, Shell::Replica(_))
+        });
         assert_eq!(*world.hosts[REPLICA].disk.content(), before);
         world.finish();
     }

@@ -6,6 +6,7 @@ use crate::storage::faults::{Calls, Faults};
 use crate::storage::{Engine, drain, open_with};
 use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
 use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::rewrite::{Candidacy, Order, Part, Rewrite};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session as SessionNumber, VolumeId,
 };
@@ -248,6 +249,22 @@ fn a_map_keeps_every_block_that_is_dirty_before_and_after() {
     });
 }
 
+/// What a promotion begins with.
+async fn write_promoted_maps(state: &State, restored: &[ByteRange]) {
+    let candidacy = Candidacy {
+        host: HostId([2; 32]),
+        newest: Fence::default(),
+        position: Position::default(),
+        restored: restored.to_vec(),
+        rests_on_word: false,
+    };
+    let replica = Superblock { role: Role::Replica, data: DataState::Consistent, ..state.superblock() };
+    let mut rewrite = Rewrite::promotion(&replica, &PEERS, candidacy).unwrap();
+    while let Ok(Some(Order::Write(part @ Part::Map(_)))) = rewrite.next(true) {
+        state.rewrite(&mut rewrite, part).await.unwrap();
+    }
+}
+
 #[test]
 fn the_maps_of_a_promotion_know_what_is_restored_or_nothing() {
     run(async {
@@ -261,7 +278,7 @@ fn the_maps_of_a_promotion_know_what_is_restored_or_nothing() {
                 map.mark(7..8);
                 state.write_map(&file, map.take_changes()).await.unwrap();
             },
-            async |state| state.write_promoted_maps(&PEERS, Position::default(), &restored).await.unwrap(),
+            async |state| write_promoted_maps(state, &restored).await,
             async |state, has_ended| {
                 let (kept, _) = state.open_map(PEERS[0]).await.unwrap();
                 let (new, _) = state.open_map(PEERS[1]).await.unwrap();
@@ -276,7 +293,7 @@ fn the_maps_of_a_promotion_know_what_is_restored_or_nothing() {
                 }
                 assert!(!has_ended || !new.is_full());
                 // Whoever promotes again gets there.
-                state.write_promoted_maps(&PEERS, Position::default(), &restored).await.unwrap();
+                write_promoted_maps(state, &restored).await;
                 for (peer, other) in [(PEERS[0], &[7][..]), (PEERS[1], &[])] {
                     let (map, _) = state.open_map(peer).await.unwrap();
                     assert_eq!(dirty(&map), [other, &blocks].concat());

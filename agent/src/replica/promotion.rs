@@ -1,4 +1,4 @@
-//! How a replica becomes the primary: the steps of [`promotion`] carried out, each durably before the next.
+//! How a replica becomes the primary: the orders of a [`Rewrite`] carried out, each durably before the next.
 //!
 //! A crash or an end of the agent between two of them leaves a replica that can be promoted again, or go on as one.
 
@@ -7,8 +7,9 @@ use super::gap::saved_in;
 use crate::metadata::StateError;
 use crate::pre_images::{LayerError, PreImage};
 use crate::storage;
-use blockmirror_protocol::replica::promotion::{self, NotPromotable, Step};
+use blockmirror_protocol::replica::promotion::NotPromotable;
 use blockmirror_protocol::replica::undo::NotUndoable;
+use blockmirror_protocol::rewrite::{Candidacy, Change, Order, Part, Rewrite, TooLate};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::Fence;
 use std::cell::Cell;
@@ -62,7 +63,7 @@ pub enum PromotionError {
 impl Replica {
     /// Makes this copy that of a primary, durably. The session is over and nothing is being written
     /// ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. `newest` is the newest
-    /// fence that any host told of. `on_word`: nothing is lost only as long as the primary's word holds.
+    /// fence that any host told of. `rests_on_word`: nothing is lost only as long as the primary's word holds.
     ///
     /// # Errors
     /// [`PromotionError`]; it is a replica still, unless that is [`PromotionError::Unrecorded`].
@@ -71,38 +72,40 @@ impl Replica {
         host: HostId,
         peers: &[HostId],
         newest: Fence,
-        on_word: bool,
+        rests_on_word: bool,
         progress: &Progress,
     ) -> Result<(), PromotionError> {
         self.must_be_sound()?;
-        let mut superblock = self.state.superblock();
-        superblock.fence.counter = superblock.fence.counter.max(newest.counter);
-        let steps = promotion::steps(&superblock)?;
+        let superblock = self.state.superblock();
+        let restored = saved_in(&self.layers.lock().await, superblock.gap);
         let position = self.report().position;
-        for step in steps {
-            match step {
-                Step::WriteMaps => {
-                    let restored = saved_in(&self.layers.lock().await, superblock.gap);
-                    self.state.write_promoted_maps(peers, position, &restored).await?;
+        let candidacy = Candidacy { host, newest, position, restored, rests_on_word };
+        let rewrite = Rewrite::promotion(&superblock, peers, candidacy)?;
+        self.rewrite(rewrite, progress, PromotionError::Unrecorded).await
+    }
+
+    /// Carries a rewrite out. `unrecorded` is what it means when the last write of the superblock fails.
+    pub(super) async fn rewrite(
+        &self,
+        mut rewrite: Rewrite,
+        progress: &Progress,
+        unrecorded: fn(StateError) -> PromotionError,
+    ) -> Result<(), PromotionError> {
+        while let Some(order) = rewrite.next(self.is_promised()).map_err(|TooLate| PromotionError::TooLate)? {
+            match order {
+                Order::Write(part) => {
+                    let written = self.state.rewrite(&mut rewrite, part).await;
+                    written.map_err(|error| match part {
+                        Part::Superblock(Change::End) => unrecorded(error),
+                        _ => error.into(),
+                    })?;
                 }
-                Step::Begin => self.state.change_superblock(promotion::begin).await?,
-                Step::Restore { layer } => self.restore(layer, progress).await?,
-                Step::Sync => storage::sync(&*self.storage, &self.backing).await?,
-                Step::Record if on_word && !self.is_promised() => return Err(PromotionError::TooLate),
-                Step::Record => {
-                    let change = |superblock: &mut blockmirror_protocol::disk::superblock::Superblock| {
-                        if newest.supersedes(superblock.fence) {
-                            superblock.fence = newest;
-                        }
-                        promotion::record(superblock, host, position).expect("steps found a number for it");
-                    };
-                    let recorded = self.state.change_superblock(change).await;
-                    recorded.map_err(PromotionError::Unrecorded)?;
-                }
+                Order::Restore { layer } => self.restore(layer, progress).await?,
+                Order::Sync => storage::sync(&*self.storage, &self.backing).await?,
             }
         }
-        for layer in [superblock.gap, superblock.history].into_iter().filter(|layer| *layer != 0) {
-            self.end_layer(layer).await;
+        for layer in rewrite.ended_layers() {
+            self.end_layer(*layer).await;
         }
         Ok(())
     }

@@ -9,7 +9,8 @@ use crate::transport::key;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::replica::resolve::{self, Keep};
-use blockmirror_protocol::replica::undo::{self, Step};
+use blockmirror_protocol::replica::undo;
+use blockmirror_protocol::rewrite::{Before, Rewrite};
 use blockmirror_protocol::units::{GenerationId, HostId};
 use blockmirror_protocol::wire::message::Fence;
 use std::time::Duration;
@@ -54,37 +55,21 @@ impl Replica {
     pub async fn undo(&self, peers: &[HostId], progress: &Progress) -> Result<(), PromotionError> {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
-        let steps = undo::steps(&superblock)?;
-        let number = superblock.history;
-        let (header, saved) = {
+        let number = undo::layer(&superblock)?;
+        let own = GenerationId(key::random());
+        let before = {
             let layers = self.layers.lock().await;
             let layer = layers.iter().find(|layer| layer.header().layer == number);
             let layer = layer.expect("a history has a layer");
             // All of it must be good before the content that is there is given up for it.
             let mut contents = layer.contents();
             while contents.next().await?.is_some() {}
-            (layer.header().clone(), layer.saved().collect::<Vec<_>>())
+            let header = layer.header().clone();
+            Before { lineage: header.lineage, point: header.point, saved: layer.saved().collect(), own }
         };
-        for step in steps {
-            match step {
-                Step::WriteMaps => self.state.write_undone_maps(peers, &header.lineage, &saved).await?,
-                Step::Begin => {
-                    let own = GenerationId(key::random());
-                    self.state
-                        .change_superblock(|superblock| undo::begin(superblock, &header.lineage, own))
-                        .await?;
-                    self.state.note_generation(own);
-                }
-                Step::Restore => self.restore(number, progress).await?,
-                Step::Sync => storage::sync(&*self.storage, &self.backing).await?,
-                Step::Record => {
-                    self.state.change_superblock(|superblock| undo::record(superblock, header.point)).await?;
-                }
-            }
-        }
-        for layer in [superblock.gap, number].into_iter().filter(|layer| *layer != 0) {
-            self.end_layer(layer).await;
-        }
+        let rewrite = Rewrite::undo(&superblock, peers, before)?;
+        self.rewrite(rewrite, progress, PromotionError::State).await?;
+        self.state.note_generation(own);
         Ok(())
     }
 

@@ -1,8 +1,7 @@
-//! How a replica becomes the primary, step by step (P1, P2, P5, L5).
+//! What a replica's metadata says when it becomes the primary (P1, P2, P5, L5), step by step: [`crate::rewrite`].
 //!
-//! The steps are carried out in this order, each durably before the next. All of them may be done again, so a crash
-//! between any two leaves a replica that can be promoted once more, or go on as one: whatever a rollback has restored is
-//! in the maps by then, and they are a part of what it says in a greeting (D3).
+//! All steps may be done again, so a crash between any two leaves a replica that can be promoted once more, or go on as one:
+//! whatever a rollback has restored is in the maps by then, and they are a part of what it says in a greeting (D3).
 //!
 //! A map that this copy has kept since it was a primary is still good; for every other peer a clean one is made. It is
 //! relative to the newest generation here: a peer that has the same one differs only in the extents of the two
@@ -38,29 +37,11 @@ pub enum NotPromotable {
     UsedUp,
 }
 
-/// What is to be done next.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// Write a map for every peer, by [`map_for`].
-    WriteMaps,
-    /// Record that what the last primary copied is being taken back, by [`begin`].
-    Begin,
-    /// Write every pre-image of this layer back.
-    Restore {
-        /// The layer.
-        layer: u64,
-    },
-    /// Sync the backing (P5).
-    Sync,
-    /// Record the promotion in the superblock, by [`record`].
-    Record,
-}
-
-/// The steps of a promotion.
+/// Whether a replica can be promoted, whatever it would lose.
 ///
 /// # Errors
 /// [`NotPromotable`] when no step would make a legal image of the volume.
-pub fn steps(superblock: &Superblock) -> Result<Vec<Step>, NotPromotable> {
+pub fn must_be_promotable(superblock: &Superblock) -> Result<(), NotPromotable> {
     if superblock.role == Role::Primary {
         return Err(NotPromotable::Primary);
     }
@@ -69,19 +50,16 @@ pub fn steps(superblock: &Superblock) -> Result<Vec<Step>, NotPromotable> {
         return Err(NotPromotable::UsedUp);
     }
     match (superblock.data, superblock.gap) {
-        (DataState::Consistent, _) => Ok(vec![Step::WriteMaps, Step::Sync, Step::Record]),
-        (DataState::Inconsistent, 0) => Err(NotPromotable::Inconsistent),
-        (DataState::Inconsistent, layer) => {
-            Ok(vec![Step::WriteMaps, Step::Begin, Step::Restore { layer }, Step::Sync, Step::Record])
-        }
         (DataState::Empty, _) => Err(NotPromotable::Empty),
+        (DataState::Inconsistent, 0) => Err(NotPromotable::Inconsistent),
+        (DataState::Consistent | DataState::Inconsistent, _) => Ok(()),
     }
 }
 
 /// The map to write for a peer: the one that was kept, if it is still good, else a clean one, with every block that a
 /// rollback will restore (P2). `map` is as recovered, or full; `position` is the replica's last one.
 #[must_use]
-pub fn map_for(
+pub(crate) fn map_for(
     mut map: DirtyMap,
     superblock: &Superblock,
     peer: HostId,
@@ -105,7 +83,7 @@ pub fn map_for(
 /// What the superblock says while a layer is restored: the content is no primary's any more. Where that is cut short and
 /// the primary of the resync comes back, the bits that it cleared are told to it again; and where there are no generations
 /// that its map could be relative to, the map counts for nothing.
-pub fn begin(superblock: &mut Superblock) {
+pub(crate) fn begin(superblock: &mut Superblock) {
     superblock.source = Fence::default();
 }
 
@@ -113,7 +91,11 @@ pub fn begin(superblock: &mut Superblock) {
 ///
 /// # Errors
 /// [`NotPromotable::UsedUp`] where the fence can't be raised; nothing is changed then.
-pub fn record(superblock: &mut Superblock, host: HostId, position: Position) -> Result<(), NotPromotable> {
+pub(crate) fn record(
+    superblock: &mut Superblock,
+    host: HostId,
+    position: Position,
+) -> Result<(), NotPromotable> {
     superblock.fence = superblock.fence.raised(host).ok_or(NotPromotable::UsedUp)?;
     consent::give(superblock);
     superblock.role = Role::Primary;
@@ -152,7 +134,7 @@ pub fn record_demotion(
     superblock.fence = fence;
     superblock.source = fence;
     superblock.position = position;
-    (superblock.mode, superblock.promise) = (Mode::Async, Promise::None);
+    (superblock.mode, superblock.promise, superblock.released) = (Mode::Async, Promise::None, false);
 }
 
 #[cfg(test)]

@@ -614,7 +614,7 @@ fn no_promotion_begins_where_its_numbers_are_used_up() {
         full(|superblock| superblock.fence.counter = Fence::COUNTERS - 1),
         full(|superblock| superblock.position.epoch = Epoch(u64::MAX)),
     ] {
-        assert_eq!(promotion::steps(&used_up), Err(promotion::NotPromotable::UsedUp));
+        assert_eq!(promotion::must_be_promotable(&used_up), Err(promotion::NotPromotable::UsedUp));
         let mut recorded = used_up.clone();
         if recorded.fence.counter > 2 {
             promotion::record(&mut recorded, HostId([2; 32]), Position::default())

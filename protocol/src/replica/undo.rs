@@ -26,30 +26,15 @@ pub enum NotUndoable {
     NoHistory,
 }
 
-/// What is to be done next, each step durably before the one after it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// Write a map for every peer, by [`map_for`].
-    WriteMaps,
-    /// Record that this is a mixture with a way back, by [`begin`].
-    Begin,
-    /// Write every pre-image of the history back.
-    Restore,
-    /// Sync the backing.
-    Sync,
-    /// Record that it is done, by [`record`].
-    Record,
-}
-
-/// The steps of an undo.
+/// The layer that keeps what a replica had.
 ///
 /// # Errors
 /// [`NotUndoable`] when there is nothing to bring back.
-pub fn steps(superblock: &Superblock) -> Result<[Step; 5], NotUndoable> {
+pub fn layer(superblock: &Superblock) -> Result<u64, NotUndoable> {
     match (superblock.role, superblock.history) {
         (Role::Primary, _) => Err(NotUndoable::Primary),
         (Role::Replica, 0) => Err(NotUndoable::NoHistory),
-        (Role::Replica, _) => Ok([Step::WriteMaps, Step::Begin, Step::Restore, Step::Sync, Step::Record]),
+        (Role::Replica, layer) => Ok(layer),
     }
 }
 
@@ -60,7 +45,7 @@ pub fn steps(superblock: &Superblock) -> Result<[Step; 5], NotUndoable> {
 /// since, these are all that differ, but for what that one has in its own map; so the map reaches back to what the two
 /// have in common. Of any other peer nothing is known: all may differ.
 #[must_use]
-pub fn map_for(
+pub(crate) fn map_for(
     mut map: DirtyMap,
     superblock: &Superblock,
     peer: HostId,
@@ -90,7 +75,7 @@ pub fn map_for(
 /// What the superblock says while the history is restored. Where a primary contains the generations to which it leads
 /// back, as after a return with undelivered writes, a generation of its `own` is begun: that primary would overwrite what
 /// was just restored.
-pub fn begin(superblock: &mut Superblock, before: &[GenerationId], own: GenerationId) {
+pub(crate) fn begin(superblock: &mut Superblock, before: &[GenerationId], own: GenerationId) {
     let is_contained = before.first().is_none_or(|newest| superblock.lineage.contains(newest));
     superblock.lineage = before.to_vec();
     if is_contained {
@@ -104,7 +89,7 @@ pub fn begin(superblock: &mut Superblock, before: &[GenerationId], own: Generati
 }
 
 /// What the superblock says when the history is restored; `point` is the position to which it leads back.
-pub fn record(superblock: &mut Superblock, point: Position) {
+pub(crate) fn record(superblock: &mut Superblock, point: Position) {
     superblock.data = DataState::Consistent;
     superblock.position = point;
     (superblock.gap, superblock.history) = (0, 0);
@@ -156,11 +141,11 @@ mod tests {
 
     #[test]
     fn only_a_replica_with_a_history_is_undone() {
-        assert_eq!(steps(&superblock()).map(|steps| steps.len()), Ok(5));
+        assert_eq!(layer(&superblock()), Ok(superblock().history));
         let none = Superblock { history: 0, ..superblock() };
-        assert_eq!(steps(&none), Err(NotUndoable::NoHistory));
+        assert_eq!(layer(&none), Err(NotUndoable::NoHistory));
         let primary = Superblock { role: Role::Primary, ..superblock() };
-        assert_eq!(steps(&primary), Err(NotUndoable::Primary));
+        assert_eq!(layer(&primary), Err(NotUndoable::Primary));
     }
 
     #[test]
@@ -168,8 +153,8 @@ mod tests {
         let (mut it, own) = (superblock(), GenerationId([b'o'; 16]));
         begin(&mut it, &lineage("xa"), own);
         assert_eq!((&it.lineage, it.data, it.gap), (&lineage("xa"), DataState::Inconsistent, 3));
-        assert!(steps(&it).is_ok(), "it can be done once more");
-        assert!(crate::replica::promotion::steps(&it).is_ok());
+        assert!(layer(&it).is_ok(), "it can be done once more");
+        assert!(crate::replica::promotion::must_be_promotable(&it).is_ok());
         record(&mut it, Position::default());
         assert_eq!((it.data, it.gap, it.history), (DataState::Consistent, 0, 0));
         // A primary that contains all of them would take what was restored for old.

@@ -126,6 +126,12 @@ impl HistoryPoint {
         }
     }
 
+    /// What sectors may have held.
+    #[must_use]
+    pub fn possible(&self) -> &BTreeMap<u64, BTreeSet<Value>> {
+        &self.possible
+    }
+
     /// Checks that restoring gives what was there, also after a power loss.
     ///
     /// # Panics

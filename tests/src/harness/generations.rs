@@ -22,6 +22,12 @@ impl Generations {
         self.0.insert(generation, Begun { after: lineage.first().copied(), life });
     }
 
+    /// Whether it was begun by anybody.
+    #[must_use]
+    pub fn is_known(&self, generation: GenerationId) -> bool {
+        self.0.contains_key(&generation)
+    }
+
     /// A generation, and all that it came after, newest first.
     fn history(&self, newest: GenerationId) -> impl Iterator<Item = GenerationId> + '_ {
         std::iter::successors(Some(newest), |generation| self.0.get(generation)?.after)

@@ -12,8 +12,9 @@ use super::membership::Members;
 use super::mirror::Mirror;
 use super::primary::PrimaryShell;
 use super::promises::{Expected, Promises};
-use super::promotion::Promotion;
+use super::recovery::Adopting;
 use super::replica::ReplicaShell;
+use super::rewriting::{Purpose, Rewriting};
 use super::roles::Demotion;
 use super::set_back::Snapshot;
 use super::settings::Settings;
@@ -45,8 +46,8 @@ pub enum Shell {
     Primary(Box<PrimaryShell>),
     /// An agent whose volume is a replica.
     Replica(Box<ReplicaShell>),
-    /// An agent that makes a replica the primary.
-    Promoting(Box<Promotion>),
+    /// An agent whose volume is made to say something else of itself.
+    Rewriting(Box<Rewriting>),
 }
 
 /// See the module.
@@ -112,6 +113,8 @@ pub struct Host {
     pub known_lives: BTreeSet<(usize, u64)>,
     /// Whether it is what it was before, and has adopted nothing since.
     pub is_set_back: bool,
+    /// The copy that its disk was recovered from, until its metadata says so.
+    pub adopting: Option<Adopting>,
     /// What its disks held when they were remembered last.
     pub snapshot: Option<Snapshot>,
     /// Whom greetings were taken from, by the number of their fences.
@@ -207,6 +210,7 @@ impl Host {
             superseded: None,
             known_lives: BTreeSet::new(),
             is_set_back: false,
+            adopting: None,
             snapshot: None,
             followed: BTreeMap::new(),
             heard: BTreeMap::new(),
@@ -225,7 +229,7 @@ impl Host {
     pub fn tracker(&self) -> Option<&Tracker> {
         match &self.shell {
             Shell::Primary(shell) => Some(&shell.tracker),
-            Shell::Down | Shell::Replica(_) | Shell::Promoting(_) => None,
+            Shell::Down | Shell::Replica(_) | Shell::Rewriting(_) => None,
         }
     }
 
@@ -233,7 +237,7 @@ impl Host {
     pub fn tracker_mut(&mut self) -> Option<&mut Tracker> {
         match &mut self.shell {
             Shell::Primary(shell) => Some(&mut shell.tracker),
-            Shell::Down | Shell::Replica(_) | Shell::Promoting(_) => None,
+            Shell::Down | Shell::Replica(_) | Shell::Rewriting(_) => None,
         }
     }
 
@@ -253,14 +257,18 @@ impl Host {
     /// Whether the host is primary, or will be when it starts.
     #[must_use]
     pub fn is_primary(&self) -> bool {
-        self.superblock.role == Role::Primary && !matches!(self.shell, Shell::Promoting(_))
+        let is_promoting = match &self.shell {
+            Shell::Rewriting(rewriting) => matches!(rewriting.purpose, Purpose::Promotion(_)),
+            Shell::Down | Shell::Primary(_) | Shell::Replica(_) => false,
+        };
+        self.superblock.role == Role::Primary && !is_promoting
     }
 
     /// Whether the machine counts its backing as failed.
     #[must_use]
     pub fn has_failed(&self) -> bool {
         match &self.shell {
-            Shell::Down | Shell::Promoting(_) => false,
+            Shell::Down | Shell::Rewriting(_) => false,
             Shell::Primary(shell) => shell.tracker.has_failed(),
             Shell::Replica(shell) => shell.machine.has_failed(),
         }
@@ -271,7 +279,7 @@ impl Host {
     pub fn is_idle(&self) -> bool {
         match &self.shell {
             Shell::Down => true,
-            Shell::Promoting(_) => false,
+            Shell::Rewriting(_) => false,
             Shell::Primary(shell) => shell.is_idle(),
             Shell::Replica(shell) => shell.is_idle(),
         }
@@ -353,7 +361,15 @@ impl World {
         it.recover_superblock();
         let (life, role) = (it.life, it.superblock.role);
         self.note(|| format!("host {host} starts its life {life} as {role:?}"));
-        match role {
+        match self.hosts[host].adopting.clone() {
+            Some(adopting) => self.adopt(host, &adopting),
+            None => self.open_volume(host),
+        }
+    }
+
+    /// The volume is opened in the role that its superblock says.
+    pub(super) fn open_volume(&mut self, host: usize) {
+        match self.hosts[host].superblock.role {
             Role::Primary => self.start_primary(host, true),
             Role::Replica => self.start_replica(host),
         }
@@ -366,7 +382,6 @@ impl World {
         self.check_disk(host);
         let demoted = self.demoted_at(host);
         let it = &mut self.hosts[host];
-        let was_promoting = matches!(it.shell, Shell::Promoting(_));
         it.superblock_work.clear();
         it.heard.clear();
         (it.is_held, it.demotion, it.superseded) = (false, None, None);
@@ -375,12 +390,8 @@ impl World {
         it.doubts.clear();
         it.disk.crash(crash, &mut self.random);
         it.files.crash(&mut self.random);
-        it.shell = Shell::Down;
-        if was_promoting {
-            it.recover_superblock();
-            if it.is_primary() {
-                self.promotion_is_recorded(host);
-            }
+        if let Shell::Rewriting(rewriting) = std::mem::replace(&mut it.shell, Shell::Down) {
+            self.rewriting_has_crashed(host, rewriting.purpose);
         }
         let it = &mut self.hosts[host];
         (it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false);
@@ -470,7 +481,7 @@ impl World {
         it.ended_operations += 1;
         match it.shell {
             Shell::Down => panic!("a crash ends operations"),
-            Shell::Promoting(_) => self.promotion_disk_ended(host, id, &ended),
+            Shell::Rewriting(_) => self.rewriting_disk_ended(host, id, &ended),
             Shell::Primary(_) => self.primary_disk_ended(host, id, ended, fails),
             Shell::Replica(_) => self.replica_disk_ended(host, id, ended, fails),
         }
@@ -487,7 +498,7 @@ impl World {
             Some(Step::More) => self.plan_file(host, id),
             Some(Step::Done(good)) => match it.shell {
                 Shell::Down => panic!("a crash ends operations"),
-                Shell::Promoting(_) => self.promotion_file_ended(host, good),
+                Shell::Rewriting(_) => self.rewriting_file_ended(host, good),
                 Shell::Primary(_) => self.primary_file_ended(host, id, good),
                 Shell::Replica(_) => self.replica_file_ended(host, id, good),
             },

@@ -247,7 +247,7 @@ impl World {
                 }
                 Vec::new()
             }
-            Shell::Down | Shell::Promoting(_) => Vec::new(),
+            Shell::Down | Shell::Rewriting(_) => Vec::new(),
         };
         self.links[link].dialler_side = None;
         self.links[link].united_by = None;

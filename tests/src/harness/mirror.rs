@@ -4,7 +4,7 @@
 //! It does not matter which host sends. Connections stand for sessions here, since their numbers never repeat.
 
 use super::disk::{Data, Disk, Value, put, sectors};
-use super::gap::RollbackPoint;
+use super::gap::{HistoryPoint, RollbackPoint};
 use super::history::History;
 use super::promises::Promises;
 use blockmirror_protocol::ranges::ByteRange;
@@ -31,6 +31,17 @@ pub struct Image {
 }
 
 impl Image {
+    /// An image of sectors each of which may hold one of these.
+    fn of(possible: &BTreeMap<u64, BTreeSet<Value>>) -> Self {
+        let first = |values: &BTreeSet<Value>| values.first().copied().unwrap_or_default();
+        Self {
+            base: possible.iter().map(|(sector, values)| (*sector, first(values))).collect(),
+            instead: possible.clone(),
+            frames: Frames::new(),
+            narrowed: BTreeSet::new(),
+        }
+    }
+
     /// The image at a commit of a position in this history.
     #[must_use]
     pub fn new(history: &mut History, sequence: Sequence) -> Self {
@@ -160,6 +171,13 @@ impl Mirror {
         Self { data: DataState::Consistent, image: Some(image), ..Self::default() }
     }
 
+    /// What can be had of a disk that only its history leads back on.
+    #[must_use]
+    pub fn of_point(point: &HistoryPoint) -> Self {
+        let point = RollbackPoint { layer: point.layer, image: Image::of(point.possible()) };
+        Self { data: DataState::Inconsistent, point: Some(point), ..Self::default() }
+    }
+
     /// What the disk of a host may hold that was recovered from a copy of which this is known; nothing is, unless that is an
     /// image.
     #[must_use]
@@ -256,11 +274,12 @@ impl Mirror {
         }
     }
 
-    /// The host starts, and this is what its superblock says.
+    /// The host starts, and this is what its superblock says. Whether that is a commit which nobody has seen to be durable.
     ///
     /// # Panics
     /// When nobody recorded that.
-    pub fn recovered(&mut self, data: DataState, position: Position, gap: u64) {
+    pub fn recovered(&mut self, data: DataState, position: Position, gap: u64) -> bool {
+        let had_commit = self.pending.is_some();
         self.data = data;
         match data {
             DataState::Consistent => self.commit_is_durable(Some(position)),
@@ -273,6 +292,7 @@ impl Mirror {
         assert_eq!(self.point.as_ref().map_or(0, |point| point.layer), gap, "the gap is what was recorded");
         let is_consistent = data == DataState::Consistent;
         assert_eq!(self.image.is_some(), is_consistent, "the data state is what was recorded");
+        had_commit && is_consistent && self.pending.is_none()
     }
 
     fn commit_is_durable(&mut self, position: Option<Position>) {

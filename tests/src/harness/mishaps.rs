@@ -148,7 +148,7 @@ impl World {
     /// The power of a primary is lost and the disk of one that it went on with, which is recovered from a host, in this life,
     /// that was out of their reach; an operator wants to promote that one then.
     pub(super) fn lose_two(&mut self, [primary, third]: [usize; 2], host: usize, life: u64) {
-        if !self.hosts[primary].is_primary() {
+        if !self.is_rough || !self.hosts[primary].is_primary() {
             return;
         }
         self.take_down(primary, Crash::Power);

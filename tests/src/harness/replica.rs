@@ -118,15 +118,25 @@ impl World {
     pub(super) fn start_replica(&mut self, host: usize) {
         let it = &mut self.hosts[host];
         it.recover_history();
-        let Superblock { data, position, gap, released, .. } = it.superblock;
-        if released {
+        if it.superblock.released {
             it.is_handed_on();
         }
-        it.mirror.recovered(data, position, gap);
+        self.recover_mirror(host);
         let (window, space) = (self.settings.window_bytes, self.settings.space);
         let shell = ReplicaShell::recover(&self.hosts[host], window, space);
         self.hosts[host].shell = Shell::Replica(Box::new(shell));
         self.plan_telling(host);
+    }
+
+    /// What the superblock says of the data is known; a commit that became durable as the host crashed counts.
+    pub(super) fn recover_mirror(&mut self, host: usize) {
+        let it = &mut self.hosts[host];
+        let Superblock { data, position, gap, source, .. } = it.superblock;
+        if it.mirror.recovered(data, position, gap) {
+            it.is_set_back = false;
+            it.expected.take_if(|expected| host_id(expected.primary) != source.holder);
+            it.known_lives = self.generations.lives(it.superblock.lineage.first().copied());
+        }
     }
 
     /// A replica plans to tell its primary what it was not asked.
@@ -471,7 +481,7 @@ impl World {
     fn replica_shell(&mut self, host: usize) -> &mut ReplicaShell {
         match &mut self.hosts[host].shell {
             Shell::Replica(shell) => shell,
-            Shell::Down | Shell::Primary(_) | Shell::Promoting(_) => panic!("the host is a replica"),
+            Shell::Down | Shell::Primary(_) | Shell::Rewriting(_) => panic!("the host is a replica"),
         }
     }
 

@@ -44,6 +44,10 @@ impl World {
     /// When coming to rest takes too long.
     pub(super) fn think_again(&mut self) {
         let undone: Vec<usize> = (0..self.hosts.len()).filter(|host| self.undo(*host)).collect();
+        let end = self.now + SETTLING;
+        while self.hosts.iter().any(|host| matches!(host.shell, Shell::Rewriting(_))) {
+            assert!(self.step(end), "an undo does not end: {}", self.describe());
+        }
         if !undone.is_empty() {
             let host = self.random.pick(&undone);
             if self.random.once_in(2) {
@@ -136,7 +140,7 @@ impl World {
             let _ = write!(text, "; host {}: {waiting} wait", host.number);
             match &host.shell {
                 Shell::Down => text.push_str(", down"),
-                Shell::Promoting(_) => text.push_str(", being promoted"),
+                Shell::Rewriting(_) => text.push_str(", being rewritten"),
                 Shell::Replica(shell) => {
                     let _ = write!(text, ", {:?}, failed {}", shell.machine.report(), host.has_failed());
                 }
@@ -186,7 +190,7 @@ impl World {
         for host in 0..self.hosts.len() {
             self.check_disk(host);
             match &self.hosts[host].shell {
-                Shell::Down | Shell::Promoting(_) => panic!("every host is up"),
+                Shell::Down | Shell::Rewriting(_) => panic!("every host is up"),
                 Shell::Replica(shell) => {
                     assert_eq!(shell.held_payloads(), 0, "every payload is dropped or written");
                 }

@@ -183,7 +183,7 @@ impl World {
         let primaries = self.primaries();
         let newest = primaries.iter().copied().max_by_key(|host| self.hosts[*host].superblock.fence.counter);
         let Some(primary) = newest else {
-            let can_be = |host: &usize| promotion::steps(&self.hosts[*host].superblock).is_ok();
+            let can_be = |host: &usize| promotion::must_be_promotable(&self.hosts[*host].superblock).is_ok();
             let candidates: Vec<usize> = (0..self.hosts.len()).filter(can_be).collect();
             let host = self.random.pick(&candidates);
             self.promote(host);
@@ -238,6 +238,8 @@ impl World {
         self.crash(host, Crash::Process);
         let it = &mut self.hosts[host];
         it.recover_superblock();
+        self.recover_mirror(host);
+        let it = &mut self.hosts[host];
         let base = it.recover_map(primary).base();
         let lineage = match is_beyond {
             true => Vec::new(),

@@ -219,7 +219,7 @@ impl World {
         let mut acted = false;
         loop {
             match &mut self.hosts[host].shell {
-                Shell::Down | Shell::Promoting(_) => return acted,
+                Shell::Down | Shell::Rewriting(_) => return acted,
                 Shell::Primary(shell) => {
                     let Some(action) = shell.tracker.poll_action() else { return acted };
                     self.act_primary(host, action);

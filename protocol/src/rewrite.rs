@@ -1,0 +1,350 @@
+//! What a copy says of itself is changed while nothing else goes on here: a replica is promoted, what was given up is brought
+//! back, or another backing took the place of the one before.
+//!
+//! A [`Rewrite`] gives one [`Order`] at a time. The shell carries it out, durably, before it asks for the next one. What is to
+//! be written it gets from here: [`Rewrite::map`] for a map, [`Rewrite::change`] for the superblock. So no step can be left
+//! out, done twice or in another order, and there is no second place where they stand. A crash between any two leaves a copy
+//! of which the same rewrite can be done again.
+
+use crate::adoption::{Adoption, Content};
+use crate::dirty_map::DirtyMap;
+use crate::disk::superblock::{Role, Superblock};
+use crate::ranges::ByteRange;
+use crate::replica::promotion::{self, NotPromotable};
+use crate::replica::undo::{self, NotUndoable};
+use crate::units::{GenerationId, HostId, Mark, Position};
+use crate::wire::message::{DataState, Fence};
+use std::collections::VecDeque;
+
+/// What the shell does next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// Write a part of the metadata.
+    Write(Part),
+    /// Write every pre-image of this layer back.
+    Restore {
+        /// The layer.
+        layer: u64,
+    },
+    /// Sync the backing (P5).
+    Sync,
+}
+
+/// A part of the metadata that is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// The map for this peer, as [`Rewrite::map`] makes it of what is there.
+    Map(HostId),
+    /// The activity log, which says that everything may be active, and then this marker.
+    Mark(Mark),
+    /// The superblock, after [`Rewrite::change`].
+    Superblock(Change),
+}
+
+/// What the superblock is made to say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// What is there is a mixture, or no primary's content any more, or less than was confirmed, until the end.
+    Begin,
+    /// What the copy is from now on.
+    End,
+}
+
+/// The primary may have gone on alone, where nothing else speaks for a promotion than its word that it does not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TooLate;
+
+/// A replica that is to be promoted.
+#[derive(Clone, Debug)]
+pub struct Candidacy {
+    /// This host.
+    pub host: HostId,
+    /// The newest fence that any host told of.
+    pub newest: Fence,
+    /// The last epoch that is durable here; in a gap, the rollback point.
+    pub position: Position,
+    /// What a rollback restores.
+    pub restored: Vec<ByteRange>,
+    /// Whether nothing is lost only as long as the primary's word holds.
+    pub rests_on_word: bool,
+}
+
+/// What a history leads back to.
+#[derive(Clone, Debug)]
+pub struct Before {
+    /// The generations of that time, newest first.
+    pub lineage: Vec<GenerationId>,
+    /// The position of that time.
+    pub point: Position,
+    /// What is restored.
+    pub saved: Vec<ByteRange>,
+    /// Names a generation that is begun where it is needed.
+    pub own: GenerationId,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct Rewrite {
+    kind: Kind,
+    orders: VecDeque<Order>,
+    /// Layers of pre-images that lead back to nothing any more when all is done.
+    ended: Vec<u64>,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Promotion(Candidacy),
+    Undo(Before),
+    Adoption {
+        source: Option<HostId>,
+        content: Option<Content>,
+        /// The generation that a primary's map for the source is relative to.
+        vouched: GenerationId,
+        fresh: [u8; 16],
+    },
+}
+
+impl Rewrite {
+    /// Makes a replica with these peers the primary (P1, P2, P5, L5).
+    ///
+    /// # Errors
+    /// [`NotPromotable`] when nothing would make a legal image of the volume.
+    pub fn promotion(
+        superblock: &Superblock,
+        peers: &[HostId],
+        candidacy: Candidacy,
+    ) -> Result<Self, NotPromotable> {
+        let raised = Superblock { fence: raised(superblock.fence, candidacy.newest), ..superblock.clone() };
+        promotion::must_be_promotable(&raised)?;
+        let rollback = (superblock.data == DataState::Inconsistent).then_some(superblock.gap);
+        let orders =
+            maps(peers)
+                .chain(rollback.into_iter().flat_map(|layer| {
+                    [Order::Write(Part::Superblock(Change::Begin)), Order::Restore { layer }]
+                }))
+                .chain([Order::Sync, Order::Write(Part::Superblock(Change::End))]);
+        Ok(Self {
+            kind: Kind::Promotion(candidacy),
+            orders: orders.collect(),
+            ended: layers(&[superblock.gap, superblock.history]),
+        })
+    }
+
+    /// Brings back what a replica with these peers had (L6).
+    ///
+    /// # Errors
+    /// [`NotUndoable`] when there is nothing to bring back.
+    pub fn undo(superblock: &Superblock, peers: &[HostId], before: Before) -> Result<Self, NotUndoable> {
+        let layer = undo::layer(superblock)?;
+        let orders = maps(peers).chain([
+            Order::Write(Part::Superblock(Change::Begin)),
+            Order::Restore { layer },
+            Order::Sync,
+            Order::Write(Part::Superblock(Change::End)),
+        ]);
+        Ok(Self {
+            kind: Kind::Undo(before),
+            orders: orders.collect(),
+            ended: layers(&[superblock.gap, layer]),
+        })
+    }
+
+    /// Has a host with these peers say what is known of a backing that took the place of another (L4, X4). `fresh` is random.
+    #[must_use]
+    pub fn adoption(
+        superblock: &Superblock,
+        peers: &[HostId],
+        adoption: Adoption<'_>,
+        fresh: [u8; 16],
+    ) -> Self {
+        let peers = if superblock.role == Role::Primary { peers } else { &[] };
+        let mark = adoption.mark().filter(|_| superblock.role == Role::Replica);
+        // Before it says that it is less far, it says that nobody may count on it.
+        let first = mark.map(|_| Order::Write(Part::Superblock(Change::Begin)));
+        let orders = maps(peers)
+            .chain(first)
+            .chain(mark.map(|mark| Order::Write(Part::Mark(mark))))
+            .chain([Order::Write(Part::Superblock(Change::End))]);
+        Self {
+            orders: orders.collect(),
+            ended: Vec::new(),
+            kind: Kind::Adoption {
+                source: adoption.source,
+                content: adoption.content.cloned(),
+                vouched: GenerationId::default(),
+                fresh,
+            },
+        }
+    }
+
+    /// What is to be done next, once what was ordered before is durable; nothing when all is done. `is_promised`: whether the
+    /// primary's word holds now ([`crate::replica::Replica::is_promised`]).
+    ///
+    /// # Errors
+    /// [`TooLate`]; the host is what it was.
+    pub fn next(&mut self, is_promised: bool) -> Result<Option<Order>, TooLate> {
+        if let (Kind::Promotion(candidacy), Some(Order::Write(Part::Superblock(Change::End)))) =
+            (&self.kind, self.orders.front())
+            && candidacy.rests_on_word
+            && !is_promised
+        {
+            return Err(TooLate);
+        }
+        Ok(self.orders.pop_front())
+    }
+
+    /// The map to write for a peer, for a copy that says this of itself. `map` is as recovered, or full.
+    #[must_use]
+    pub fn map(&mut self, superblock: &Superblock, peer: HostId, mut map: DirtyMap) -> DirtyMap {
+        match &mut self.kind {
+            Kind::Promotion(Candidacy { position, restored, .. }) => {
+                promotion::map_for(map, superblock, peer, *position, restored)
+            }
+            Kind::Undo(Before { lineage, saved, .. }) => undo::map_for(map, superblock, peer, lineage, saved),
+            Kind::Adoption { source, content, vouched, .. } => {
+                let base = map.base();
+                if *source == Some(peer) {
+                    *vouched = base.generation;
+                }
+                if !(Adoption { source: *source, content: content.as_ref() }).keeps_map(peer) {
+                    map.begin_anew(base);
+                }
+                map
+            }
+        }
+    }
+
+    /// Makes the superblock say what was ordered.
+    ///
+    /// # Panics
+    /// When the superblock of a promotion is another one than it was begun with.
+    pub fn change(&self, change: Change, superblock: &mut Superblock) {
+        match (&self.kind, change) {
+            (Kind::Promotion(_), Change::Begin) => promotion::begin(superblock),
+            (Kind::Promotion(Candidacy { host, newest, position, .. }), Change::End) => {
+                superblock.fence = raised(superblock.fence, *newest);
+                promotion::record(superblock, *host, *position).expect("a number was found for it");
+            }
+            (Kind::Undo(Before { lineage, own, .. }), Change::Begin) => {
+                undo::begin(superblock, lineage, *own)
+            }
+            (Kind::Undo(Before { point, .. }), Change::End) => undo::record(superblock, *point),
+            (Kind::Adoption { .. }, Change::Begin) => superblock.replaced = true,
+            (Kind::Adoption { source, content, vouched, fresh }, Change::End) => {
+                let adoption = Adoption { source: *source, content: content.as_ref() };
+                adoption.record(superblock, *vouched, *fresh);
+            }
+        }
+    }
+
+    /// The layers of pre-images that lead back to nothing any more when all is done.
+    #[must_use]
+    pub fn ended_layers(&self) -> &[u64] {
+        &self.ended
+    }
+}
+
+fn maps(peers: &[HostId]) -> impl Iterator<Item = Order> + '_ {
+    peers.iter().copied().map(|peer| Order::Write(Part::Map(peer)))
+}
+
+fn layers(numbers: &[u64]) -> Vec<u64> {
+    let mut layers: Vec<u64> = numbers.iter().copied().filter(|layer| *layer != 0).collect();
+    layers.dedup();
+    layers
+}
+
+fn raised(fence: Fence, newest: Fence) -> Fence {
+    if newest.supersedes(fence) { newest } else { fence }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replica::tests::superblock;
+    use crate::units::{Epoch, Sequence};
+
+    const PEERS: [HostId; 2] = [HostId([3; 32]), HostId([4; 32])];
+    const BEGIN: Order = Order::Write(Part::Superblock(Change::Begin));
+    const END: Order = Order::Write(Part::Superblock(Change::End));
+
+    fn candidacy(rests_on_word: bool) -> Candidacy {
+        let generation = GenerationId([b'b'; 16]);
+        Candidacy {
+            host: HostId([2; 32]),
+            newest: Fence::default(),
+            position: Position { generation, epoch: Epoch(7), sequence: Sequence(0) },
+            restored: Vec::new(),
+            rests_on_word,
+        }
+    }
+
+    fn orders(mut rewrite: Rewrite) -> Vec<Order> {
+        std::iter::from_fn(|| rewrite.next(true).expect("the word holds")).collect()
+    }
+
+    #[test]
+    fn everything_that_a_crash_must_not_lose_is_durable_before_the_superblock_says_so() {
+        let maps = PEERS.map(|peer| Order::Write(Part::Map(peer)));
+        let promotion = |superblock: &Superblock| Rewrite::promotion(superblock, &PEERS, candidacy(false));
+        let consistent = superblock("ba");
+        assert_eq!(orders(promotion(&consistent).unwrap()), [maps[0], maps[1], Order::Sync, END]);
+        let gap = Superblock { data: DataState::Inconsistent, gap: 5, history: 4, ..superblock("ba") };
+        let rollback = promotion(&gap).unwrap();
+        assert_eq!(rollback.ended_layers(), [5, 4]);
+        let restore = Order::Restore { layer: 5 };
+        assert_eq!(orders(rollback), [maps[0], maps[1], BEGIN, restore, Order::Sync, END]);
+        let mixture = Superblock { gap: 0, ..gap };
+        assert_eq!(promotion(&mixture).unwrap_err(), NotPromotable::Inconsistent);
+        let before = Before {
+            lineage: Vec::new(),
+            point: Position::default(),
+            saved: Vec::new(),
+            own: GenerationId::default(),
+        };
+        let history = Superblock { history: 4, ..superblock("ba") };
+        let undo = Rewrite::undo(&history, &PEERS, before.clone()).unwrap();
+        assert_eq!(orders(undo), [maps[0], maps[1], BEGIN, Order::Restore { layer: 4 }, Order::Sync, END]);
+        assert_eq!(Rewrite::undo(&consistent, &PEERS, before).unwrap_err(), NotUndoable::NoHistory);
+    }
+
+    #[test]
+    fn a_promotion_on_the_primarys_word_is_not_recorded_when_that_is_over() {
+        let mut rewrite = Rewrite::promotion(&superblock("ba"), &[], candidacy(true)).unwrap();
+        assert_eq!(rewrite.next(false), Ok(Some(Order::Sync)), "nothing is decided before");
+        assert_eq!(rewrite.next(false), Err(TooLate));
+        let mut without = Rewrite::promotion(&superblock("ba"), &[], candidacy(false)).unwrap();
+        assert_eq!((without.next(false), without.next(false)), (Ok(Some(Order::Sync)), Ok(Some(END))));
+    }
+
+    #[test]
+    fn a_promotion_is_newer_than_all_that_any_host_told_of() {
+        let newest = Fence { counter: 40, holder: HostId([9; 32]) };
+        let mut it = superblock("ba");
+        let rewrite = Rewrite::promotion(&it, &[], Candidacy { newest, ..candidacy(false) }).unwrap();
+        rewrite.change(Change::End, &mut it);
+        assert!(it.fence.supersedes(newest) && it.fence.holder == HostId([2; 32]));
+        let used_up = Fence { counter: Fence::COUNTERS - 1, ..newest };
+        let candidacy = Candidacy { newest: used_up, ..candidacy(false) };
+        let refused = Rewrite::promotion(&superblock("ba"), &[], candidacy);
+        assert_eq!(refused.unwrap_err(), NotPromotable::UsedUp);
+    }
+
+    #[test]
+    fn an_adopted_primary_keeps_the_map_of_the_source_and_a_replica_writes_its_mark_first() {
+        let content =
+            Content::Image { position: candidacy(false).position, lineage: superblock("ba").lineage };
+        let adoption = Adoption { source: Some(PEERS[0]), content: Some(&content) };
+        let replica = Rewrite::adoption(&superblock("ba"), &PEERS, adoption, [1; 16]);
+        assert_eq!(orders(replica), [BEGIN, Order::Write(Part::Mark(adoption.mark().unwrap())), END]);
+        let primary = Superblock { role: Role::Primary, ..superblock("ba") };
+        let mut rewrite = Rewrite::adoption(&primary, &PEERS, adoption, [1; 16]);
+        for (peer, is_full) in [(PEERS[0], false), (PEERS[1], true)] {
+            assert_eq!(rewrite.next(true), Ok(Some(Order::Write(Part::Map(peer)))));
+            let full = DirtyMap::full(primary.volume, peer, primary.size_bytes, primary.block_size);
+            let map = rewrite.map(&primary, peer, full.clean(Default::default()));
+            assert_eq!(map.is_full(), is_full);
+        }
+        assert_eq!(rewrite.next(true), Ok(Some(END)));
+    }
+}
