@@ -89,6 +89,20 @@ impl Candidate {
         consent::is_awaited(&self.superblock) && self.superblock.history != self.superblock.gap
     }
 
+    /// Whether a host follows the same promotion, and has what this copy lacks, which has what that host lacks.
+    fn is_split_from(&self, standing: &Standing) -> bool {
+        let Superblock { fence, lineage, ends, .. } = &self.superblock;
+        // One without generations gave up what it had.
+        let is_rival = is_usable(standing) && standing.fence == *fence && !standing.lineage.is_empty();
+        is_rival
+            && match lineage::relation(lineage, &standing.lineage) {
+                Relation::Forked(_) | Relation::Unrelated => true,
+                Relation::TheirsIsNewer => standing.ends.lacks(self.position),
+                Relation::MineIsNewer => ends.lacks(standing.marker),
+                Relation::Same => false,
+            }
+    }
+
     /// Why it should not be promoted now, given what the others say. What is not objected to loses nothing that was
     /// answered, as far as anybody who can be heard knows.
     #[must_use]
@@ -107,6 +121,9 @@ impl Candidate {
         if let Some(newer) = newest_fence(*fence, others) {
             return Some(Objection::Promoted(newer.holder));
         }
+        if let Some((other, _)) = heard().find(|(_, standing)| self.is_split_from(standing)) {
+            return Some(Objection::Split(other));
+        }
         // Whoever was released by the same primary may have been promoted since; that one itself hears of it first.
         let silent = |is_holder: bool| -> Vec<HostId> {
             let silent = others.iter().filter(|other| other.standing.is_none());
@@ -118,7 +135,9 @@ impl Candidate {
             return gives_up.or_else(|| unheard(silent(false)));
         }
         // It has all that any other one has.
-        let is_demoted = |(host, standing): (HostId, &Standing)| host == fence.holder && is_whole(standing);
+        let is_demoted = |(host, standing): (HostId, &Standing)| {
+            host == fence.holder && is_whole(standing) && !standing.ends.lacks(self.position)
+        };
         if fence.holder != self.own && heard().any(is_demoted) {
             return Some(Objection::Demoted(fence.holder));
         }
@@ -126,17 +145,6 @@ impl Candidate {
             heard().find(|(_, standing)| is_later(standing, lineage, self.position, ends))
         {
             return Some(Objection::Later(later));
-        }
-        let is_split = |(_, standing): &(HostId, &Standing)| {
-            is_usable(standing)
-                && standing.fence == *fence
-                && matches!(
-                    lineage::relation(lineage, &standing.lineage),
-                    Relation::Forked(_) | Relation::Unrelated
-                )
-        };
-        if let Some((other, _)) = heard().find(is_split) {
-            return Some(Objection::Split(other));
         }
         if gives_up.is_some() {
             return gives_up;
@@ -400,7 +408,7 @@ mod tests {
     #[test]
     fn what_loses_nothing_is_not_objected_to() {
         let promised = Candidate { is_promised: true, ..candidate(Mode::Sync, Promise::WhileHeard) };
-        let failed = Standing { role: Role::Primary, lineage: vec![GenerationId([b'x'; 16])], ..standing(9) };
+        let failed = Standing { role: Role::Primary, ..standing(7) };
         let mut demoted = candidate(Mode::Async, Promise::None);
         demoted.superblock.fence.holder = host(2);
         for (candidate, others) in [
@@ -414,6 +422,8 @@ mod tests {
             // A primary whose disk has failed serves nobody.
             (waiting(), vec![says(A, failed)]),
             (demoted, vec![says(C, standing(7))]),
+            // It gave everything up, and is copied to.
+            (waiting(), vec![silent(A), says(C, Standing { lineage: Vec::new(), ..standing(7) })]),
         ] {
             assert_eq!(candidate.objection(&others), None, "{candidate:?} {others:?}");
         }
@@ -437,6 +447,13 @@ mod tests {
         let mut recovered_here = demoted.clone();
         recovered_here.superblock.replaced = true;
         let connected = Candidate { is_connected: true, ..waiting() };
+        let short = Ends::only(GenerationId([b'a'; 16]), Epoch(5));
+        let older = Standing { ends: short.clone(), ..standing(4) };
+        let older_went_on = Standing { lineage: newer.lineage.clone(), ..older.clone() };
+        let mut went_on_here = candidate(Mode::Async, Promise::None);
+        (went_on_here.superblock.lineage, went_on_here.superblock.ends) = (newer.lineage.clone(), short);
+        let mut released_split = released();
+        released_split.superblock.lineage.insert(0, GenerationId([b'b'; 16]));
         let mut split = waiting();
         split.superblock.lineage.insert(0, GenerationId([b'b'; 16]));
         let kept = |mut candidate: Candidate, history| {
@@ -450,7 +467,13 @@ mod tests {
             (behind, vec![silent(A), says(C, standing(7))], Objection::Promoted(A)),
             (waiting(), vec![silent(A), says(C, standing(8))], Objection::Later(C)),
             (waiting(), vec![silent(A), says(C, newer)], Objection::Later(C)),
-            (split, vec![silent(A), says(C, forked)], Objection::Split(C)),
+            (split.clone(), vec![silent(A), says(C, forked.clone())], Objection::Split(C)),
+            (released_split, vec![silent(A), says(C, forked)], Objection::Split(C)),
+            // The primary was recovered from an older copy, went on and was demoted: neither has everything.
+            (candidate(Mode::Async, Promise::None), vec![says(A, older_went_on)], Objection::Split(A)),
+            (went_on_here, vec![says(A, standing(7)), says(C, standing(7))], Objection::Split(A)),
+            // It has lost what was written since, and has written nothing.
+            (candidate(Mode::Async, Promise::None), vec![says(A, older)], Objection::Unpromised),
             (gap.clone(), vec![silent(A)], Objection::Rollback),
             // A primary that nobody here agreed to might demote itself for this host.
             (kept(released(), 3), vec![silent(A)], Objection::Kept),

@@ -235,7 +235,11 @@ impl Retiring {
             let text = format!(
                 "{name} did not record in time that it has everything; this host goes on as the primary"
             );
-            promoted(&self.hands, peer, ours, 1).await.ok_or((Next::PromoteAgain, failed(text)))?
+            match promoted(&self.hands, peer, ours).await {
+                Some(Some(taken)) => taken,
+                Some(None) => return Err((Next::PromoteAgain, failed(text))),
+                None => return Err((Next::Reopen, failed(unknown(&self.hands, peer, "it does not answer")))),
+            }
         };
         // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
         let known = primary.state().change_superblock(|superblock| superblock.fence = taken.fence).await;
@@ -282,7 +286,7 @@ impl Retiring {
 /// Has a replica take over, and gives the fence that it holds then. When its answer is lost, it is asked how it stands:
 /// to go on here as well would make two primaries.
 async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Taken, (Next, Failure)> {
-    let (volume, name) = (&hands.config.name, &peer.name);
+    let name = &peer.name;
     let told = standing::converse(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
     let lost = match tokio::time::timeout(TAKE_OVER_TIME, told).await {
         Ok(Ok(Message::TookOver(TookOver { fence }))) if fence.supersedes(ours) => {
@@ -290,31 +294,39 @@ async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Take
         }
         Ok(Ok(Message::Refused(no))) => {
             let text = format!("{name} does not take over ({}); this host goes on as the primary", no.text);
-            return promoted(hands, peer, ours, 1).await.ok_or((Next::PromoteAgain, failed(text)));
+            return match promoted(hands, peer, ours).await {
+                Some(Some(taken)) => Ok(taken),
+                Some(None) => Err((Next::PromoteAgain, failed(text))),
+                None => Err((Next::Reopen, failed(unknown(hands, peer, &no.text)))),
+            };
         }
         Ok(Ok(_)) => "it answered with something else".to_owned(),
         Ok(Err(text)) => text,
         Err(_) => "it does not answer".to_owned(),
     };
-    if let Some(taken) = promoted(hands, peer, ours, STANDING_ATTEMPTS).await {
-        return Ok(taken);
+    match promoted(hands, peer, ours).await {
+        Some(Some(taken)) => Ok(taken),
+        Some(None) | None => Err((Next::Reopen, failed(unknown(hands, peer, &lost)))),
     }
-    let text = format!(
-        "{name} was told to take over, and it is not known whether it did ({lost}); this host is demoted. \
-         On {name}: blockmirror status {volume}; if it is no primary: blockmirror promote {volume}, there or here"
-    );
-    Err((Next::Reopen, failed(text)))
 }
 
-/// What a host says that was promoted after this one; nothing where it says otherwise so often, or is silent.
-async fn promoted(hands: &Hands, peer: &PeerConfig, ours: Fence, attempts: u32) -> Option<Taken> {
-    for _ in 0..attempts {
+/// What to do where it can't be told whether a host has taken over.
+fn unknown(hands: &Hands, peer: &PeerConfig, why: &str) -> String {
+    let (volume, name) = (&hands.config.name, &peer.name);
+    format!(
+        "{name} was told to take over, and it is not known whether it did ({why}); this host is demoted. \
+         On {name}: blockmirror status {volume}; if it is no primary: blockmirror promote {volume}, there or here"
+    )
+}
+
+/// What a host says of itself that may have been promoted after this one: what it holds, or that it was not. Nothing where
+/// it stays silent: then it may have been, and this host must not go on as if it were not.
+async fn promoted(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Option<Option<Taken>> {
+    for _ in 0..STANDING_ATTEMPTS {
         let stands = standing::ask(&hands.peers, hands.config.id, peer, STANDING_TIME).await;
-        if let Ok(standing) = stands
-            && standing.role == Role::Primary
-            && standing.fence.supersedes(ours)
-        {
-            return Some(Taken { fence: standing.fence, serves: standing.serves });
+        if let Ok(standing) = stands {
+            let is_promoted = standing.role == Role::Primary && standing.fence.supersedes(ours);
+            return Some(is_promoted.then_some(Taken { fence: standing.fence, serves: standing.serves }));
         }
     }
     None

@@ -77,7 +77,7 @@ pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: 
     superblock.history = history;
     superblock.ends = Ends::default();
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
-    superblock.replaced = true;
+    (superblock.released, superblock.replaced) = (false, true);
     superblock.layers = superblock.layers.max(history);
 }
 
