@@ -67,6 +67,8 @@ pub struct Candidacy {
     pub restored: Vec<ByteRange>,
     /// Whether nothing is lost only as long as the primary's word holds.
     pub rests_on_word: bool,
+    /// Whether the operator wants it whatever that loses: then nobody is waited for who might be promoted as well.
+    pub is_forced: bool,
 }
 
 /// What a history leads back to.
@@ -221,9 +223,12 @@ impl Rewrite {
     pub fn change(&self, change: Change, superblock: &mut Superblock) {
         match (&self.kind, change) {
             (Kind::Promotion(_), Change::Begin) => promotion::begin(superblock),
-            (Kind::Promotion(Candidacy { host, newest, position, .. }), Change::End) => {
+            (Kind::Promotion(Candidacy { host, newest, position, is_forced, .. }), Change::End) => {
                 superblock.fence = raised(superblock.fence, *newest);
                 promotion::record(superblock, *host, *position).expect("a number was found for it");
+                if *is_forced {
+                    superblock.note_followed();
+                }
             }
             (Kind::Undo(Before { lineage, own, .. }), Change::Begin) => {
                 undo::begin(superblock, lineage, *own)
@@ -276,6 +281,7 @@ mod tests {
             position: Position { generation, epoch: Epoch(7), sequence: Sequence(0) },
             restored: Vec::new(),
             rests_on_word,
+            is_forced: false,
         }
     }
 
@@ -315,6 +321,26 @@ mod tests {
         assert_eq!(rewrite.next(false), Err(TooLate));
         let mut without = Rewrite::promotion(&superblock("ba"), &[], candidacy(false)).unwrap();
         assert_eq!((without.next(false), without.next(false)), (Ok(Some(Order::Sync)), Ok(Some(END))));
+    }
+
+    #[test]
+    fn a_primary_that_returns_waits_for_those_that_it_released_unless_it_is_forced() {
+        for is_forced in [false, true] {
+            let own = HostId([2; 32]);
+            let demoted = Fence { counter: 3, holder: own };
+            let mut it = Superblock { fence: demoted, source: demoted, ..superblock("ba") };
+            let candidacy = Candidacy { is_forced, ..candidacy(false) };
+            let rewrite = Rewrite::promotion(&it, &[], candidacy).unwrap();
+            rewrite.change(Change::End, &mut it);
+            assert_eq!(it.has_returned(), !is_forced);
+            it.note_followed();
+            assert!(!it.has_returned());
+        }
+        let source = Fence { counter: 2, holder: HostId([1; 32]) };
+        let mut other = Superblock { source, ..superblock("ba") };
+        let rewrite = Rewrite::promotion(&other, &[], candidacy(false)).unwrap();
+        rewrite.change(Change::End, &mut other);
+        assert!(!other.has_returned(), "whom the other one released follows nobody else");
     }
 
     #[test]

@@ -627,10 +627,18 @@ fn a_switch_that_does_not_come_to_be_leaves_the_primary_as_it_was() {
     });
     assert_eq!(said.code, 1, "{said:?}");
     assert!(said.error.contains("this host goes on as the primary"), "{said:?}");
+    // Its operator may promote b without a word, until it has heard that this did not come to be.
+    assert!(said.error.contains("answers no write before b is heard"), "{said:?}");
+    let status = a.wait_until("it waits for b", |status| !status.facts.succession.awaited.is_empty());
+    assert!(
+        status.verdict.contains("writes wait until b has heard that this host is the primary"),
+        "{status:?}"
+    );
+    b.link().mend();
     let mut client = client_of(a);
     scatter(&mut client, &mut random, 16 * MIB / BLOCK_BYTES, 50);
     assert_eq!((a.status().facts.role, b.status().facts.role), (Role::Primary, Role::Replica));
-    b.link().mend();
+    assert!(a.status().facts.succession.awaited.is_empty());
     assert_identical(a, b);
 }
 

@@ -446,6 +446,7 @@ fn a_refused_greeting_is_not_repeated() {
         patience: PATIENCE,
         active_extents: CAPACITY,
         owes_word: false,
+        has_returned: false,
     };
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
     let mut tracker = Tracker::new(settings, &log, vec![session]);
@@ -710,6 +711,35 @@ fn nothing_is_copied_or_compared_where_nothing_was_written() {
             assert_unhandled(&world, REPLICA, "a primary was demoted and promoted");
             world.finish();
         }
+    }
+}
+
+/// The replica had recorded that it has everything, and would have been promoted without a word.
+#[test]
+fn a_primary_that_was_demoted_and_promoted_again_answers_when_the_released_replica_knows() {
+    for mut world in in_sync(&hosts(2)) {
+        let link = LinkId::new(PRIMARY, REPLICA);
+        write_here_and_there(&mut world, PRIMARY);
+        world.step_aside(PRIMARY, None);
+        world.wait_until("it is released", |world| {
+            world.primaries().is_empty() && world.hosts[REPLICA].superblock.released
+        });
+        world.wait_until("it is a replica", |world| matches!(world.hosts[PRIMARY].shell, Shell::Replica(_)));
+        while matches!(world.hosts[PRIMARY].shell, Shell::Replica(_)) {
+            // At times somebody does not answer.
+            world.promote_by_rule(PRIMARY);
+            world.pass(1);
+        }
+        world.hold_up(link);
+        world.wait_until("it is promoted", |world| world.hosts[PRIMARY].tracker().is_some());
+        world.ask(PRIMARY, write(0, 4096));
+        world.pass(5000);
+        let waiting = &world.hosts[PRIMARY].application.waiting;
+        assert_eq!(waiting.len(), 1, "the other one may be promoted without a word for it");
+        world.join(link);
+        world.wait_until("it is answered", |world| world.hosts[PRIMARY].application.waiting.is_empty());
+        assert!(!world.hosts[REPLICA].superblock.released);
+        world.finish();
     }
 }
 

@@ -257,6 +257,7 @@ async fn write_promoted_maps(state: &State, restored: &[ByteRange]) {
         position: Position::default(),
         restored: restored.to_vec(),
         rests_on_word: false,
+        is_forced: false,
     };
     let replica = Superblock { role: Role::Replica, data: DataState::Consistent, ..state.superblock() };
     let mut rewrite = Rewrite::promotion(&replica, &PEERS, candidacy).unwrap();

@@ -138,6 +138,7 @@ impl Primary {
             sessions.push(Session::new(peer, map, size, block_size, config.window.0, mode));
             maps.insert(peer, file);
         }
+        let has_returned = superblock.has_returned();
         let settings = tracker::Settings {
             size_bytes: superblock.size_bytes,
             sector_bytes: backing.alignment(),
@@ -150,6 +151,7 @@ impl Primary {
             patience: PATIENCE,
             active_extents: config.active_extents(),
             owes_word: config.may_owe_word(unix_seconds()),
+            has_returned,
         };
         let tracker = Tracker::new(settings, &log, sessions);
         let primary = Rc::new_cyclic(|me| Self {
@@ -236,6 +238,12 @@ impl Primary {
     /// The volume was just opened, after these hosts said how they stand: see [`Tracker::start`].
     pub fn start(&self, heard: Vec<HostId>, awaits: bool) {
         self.drive(|inner, now| inner.tracker.start(heard, awaits, now));
+    }
+
+    /// The hosts that are waited for since this one was demoted and promoted again: see [`Tracker::released`].
+    #[must_use]
+    pub fn awaited(&self) -> Vec<HostId> {
+        self.inner.borrow().tracker.released().collect()
     }
 
     /// The operator knows that no other host was promoted.
@@ -539,7 +547,14 @@ impl Primary {
     fn tell_up_to(&self, end: Epoch) {
         let primary = self.me();
         spawn_local(async move {
-            let recorded = primary.record(|superblock| superblock.tell_up_to(end)).await;
+            let is_followed = primary.awaited().is_empty();
+            let change = |superblock: &mut Superblock| {
+                superblock.tell_up_to(end);
+                if is_followed {
+                    superblock.note_followed();
+                }
+            };
+            let recorded = primary.record(change).await;
             primary.drive(|inner, now| inner.tracker.handle_told(recorded, now));
         });
     }

@@ -63,7 +63,8 @@ pub enum PromotionError {
 impl Replica {
     /// Makes this copy that of a primary, durably. The session is over and nothing is being written
     /// ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. `newest` is the newest
-    /// fence that any host told of. `rests_on_word`: nothing is lost only as long as the primary's word holds.
+    /// fence that any host told of. `rests_on_word`: nothing is lost only as long as the primary's word holds. `is_forced`: the
+    /// operator wants it whatever that loses.
     ///
     /// # Errors
     /// [`PromotionError`]; it is a replica still, unless that is [`PromotionError::Unrecorded`].
@@ -73,13 +74,14 @@ impl Replica {
         peers: &[HostId],
         newest: Fence,
         rests_on_word: bool,
+        is_forced: bool,
         progress: &Progress,
     ) -> Result<(), PromotionError> {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
         let restored = saved_in(&self.layers.lock().await, superblock.gap);
         let position = self.report().position;
-        let candidacy = Candidacy { host, newest, position, restored, rests_on_word };
+        let candidacy = Candidacy { host, newest, position, restored, rests_on_word, is_forced };
         let rewrite = Rewrite::promotion(&superblock, peers, candidacy)?;
         self.rewrite(rewrite, progress, PromotionError::Unrecorded).await
     }

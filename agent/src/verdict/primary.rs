@@ -27,7 +27,12 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
         _ if is_split => (VolumeState::SplitBrain, "split brain"),
         (true, _) => (VolumeState::Healthy, "healthy"),
         (false, true) => (VolumeState::Syncing, "syncing"),
-        _ if facts.blocked.is_some() || is_waiting_for_hosts(facts) => (VolumeState::Degraded, "blocked"),
+        _ if facts.blocked.is_some()
+            || is_waiting_for_hosts(facts)
+            || !facts.succession.awaited.is_empty() =>
+        {
+            (VolumeState::Degraded, "blocked")
+        }
         (false, false) if covering.is_empty() => (VolumeState::Degraded, "at risk"),
         (false, false) => (VolumeState::Degraded, "degraded"),
     };
@@ -40,11 +45,27 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
         ),
         false => action,
     };
+    let (action, released) = match facts.succession.awaited.as_slice() {
+        [] => (action, String::new()),
+        awaited => (
+            format!(
+                "start {names}, or reach it; where it is lost for good: blockmirror remove-peer {} {}",
+                facts.name,
+                awaited[0],
+                names = listed(awaited)
+            ),
+            format!(
+                "writes wait until {} has heard that this host is the primary again: it was told that it has \
+                 everything, and may be promoted; ",
+                listed(awaited)
+            ),
+        ),
+    };
     let waiting = facts.blocked.as_ref().map(waiting).unwrap_or_default();
     let alone = facts.succession.alone.as_ref();
     let hosts = alone.filter(|_| is_waiting_for_hosts(facts)).map(hosts_awaited).unwrap_or_default();
     let alone = alone.map(nobody_heard).unwrap_or_default();
-    let verdict = format!("{word}: {waiting}{hosts}{alone}{}", clauses.join("; "));
+    let verdict = format!("{word}: {waiting}{released}{hosts}{alone}{}", clauses.join("; "));
     Judgement::new(state, verdict, action)
 }
 

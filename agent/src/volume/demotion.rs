@@ -238,7 +238,11 @@ impl Retiring {
             match promoted(&self.hands, peer, ours).await {
                 Some(Some(taken)) => taken,
                 Some(None) => return Err((Next::PromoteAgain, failed(text))),
-                None => return Err((Next::Reopen, failed(unknown(&self.hands, peer, "it does not answer")))),
+                // It answers nothing before that one follows it again.
+                None => {
+                    let text = format!("{text}, and answers no write before {name} is heard");
+                    return Err((Next::PromoteAgain, failed(text)));
+                }
             }
         };
         // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.

@@ -84,7 +84,7 @@ impl Volume {
                 .map(|(peer, _)| peer.name.to_string())
                 .collect();
             let rolled_back_to = applicant.rollback_at;
-            let done = carry_out(&hands, replica, newest, on_word)
+            let done = carry_out(&hands, replica, newest, on_word, force)
                 .await
                 .map_err(|error| failed(with_causes(&error)));
             hands.end(Next::Reopen, move |role| {
@@ -124,7 +124,7 @@ impl Volume {
         let hands = self.begin_change("taking over as the primary");
         let volume = self.name();
         spawn_local(async move {
-            let done = carry_out(&hands, replica, superblock.fence, false).await;
+            let done = carry_out(&hands, replica, superblock.fence, false, false).await;
             hands.end(Next::Reopen, move |role| match (done, role) {
                 (_, OpenRole::Primary(primary, _)) => {
                     sender.end_with(TookOver { fence: primary.state().superblock().fence }, None);
@@ -162,7 +162,7 @@ impl Volume {
         let hands = self.begin_change("becoming the primary again");
         spawn_local(async move {
             let fence = replica.state().superblock().fence;
-            if let Err(error) = carry_out(&hands, replica, fence, false).await {
+            if let Err(error) = carry_out(&hands, replica, fence, false, false).await {
                 tracing::error!(volume = %hands.config.name, "{}", with_causes(&error));
             }
             hands.end(Next::Reopen, then);
@@ -255,9 +255,10 @@ async fn carry_out(
     replica: Rc<Replica>,
     newest: Fence,
     on_word: bool,
+    is_forced: bool,
 ) -> Result<(), PromotionError> {
     replica.end().await;
-    replica.promote(hands.own, &hands.hosts(), newest, on_word, &hands.progress).await
+    replica.promote(hands.own, &hands.hosts(), newest, on_word, is_forced, &hands.progress).await
 }
 
 /// Whether the volume opened as a primary.

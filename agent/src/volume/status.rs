@@ -89,6 +89,9 @@ impl Volume {
                 facts.epoch = Some(epoch);
                 facts.blocked = primary.blocked().map(blocked);
                 facts.succession.alone = self.alone(primary, &config.peers);
+                let awaited = primary.awaited();
+                facts.succession.awaited =
+                    awaited.into_iter().map(|host| self.name_of(host).to_string()).collect();
                 let now = primary.now();
                 facts.peers = config
                     .peers

@@ -177,6 +177,18 @@ impl Superblock {
         self.source == Fence::default()
     }
 
+    /// Whether this primary was demoted in order and promoted again itself: hosts that recorded then that they have everything
+    /// may not know of that, and be promoted without a word for what is answered since (W4).
+    #[must_use]
+    pub fn has_returned(&self) -> bool {
+        self.role == Role::Primary && !self.source.holder.is_none() && self.source.holder == self.fence.holder
+    }
+
+    /// All of them follow this primary by now.
+    pub fn note_followed(&mut self) {
+        self.source = Fence::default();
+    }
+
     /// The first epoch of this host's next run as primary; nothing where the numbers are used up.
     #[must_use]
     pub fn next_run(&self) -> Option<Epoch> {

@@ -362,6 +362,11 @@ impl Session {
         self.peer
     }
 
+    /// Whether it has answered a greeting of this primary: it has recorded that it follows it.
+    pub(crate) fn is_heard(&self) -> bool {
+        self.is_heard
+    }
+
     /// The blocks that may differ.
     #[must_use]
     pub fn map(&self) -> &DirtyMap {

@@ -169,6 +169,7 @@ impl Tracker {
             patience,
             active_extents,
             owes_word,
+            has_returned,
         } = settings;
         assert!(active_extents <= CAPACITY, "the active set fits into a record");
         let serial = match log {
@@ -210,6 +211,9 @@ impl Tracker {
             start: Start::default(),
             actions: VecDeque::new(),
         };
+        if has_returned {
+            tracker.await_released();
+        }
         let promise = tracker.promise();
         for session in tracker.sessions.values_mut() {
             // What it confirmed last in an earlier run need not be recorded here.
@@ -625,6 +629,7 @@ impl Tracker {
         self.start_sync();
         self.answer_failed();
         self.look_for_majority();
+        self.look_for_released();
         self.settle(now);
         self.drive_sessions(now);
         self.end_waits(now);

@@ -72,7 +72,7 @@ impl Tracker {
             return self.answer(request, Err(WriteFailed));
         }
         if self.sessions.values().all(|session| session.mode() == Mode::Async)
-            && !self.start.awaits
+            && !self.start.is_awaited()
             && self.word().is_none_or(|until| now >= until)
         {
             return self.succeed(request, sequence);
@@ -173,7 +173,7 @@ impl Tracker {
     }
 
     fn verdict(&mut self, owed: Owed, now: Time) -> Verdict {
-        if self.start.awaits {
+        if self.start.is_awaited() {
             let is_over = match self.loss {
                 ReplicaLoss::Block { limit, .. } => now >= owed.since.after(limit),
                 ReplicaLoss::Continue => self.start.refuses,

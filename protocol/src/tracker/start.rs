@@ -2,7 +2,7 @@
 //! hosts that it has not heard yet (L5). The operator chooses whether it serves all the same, or answers no write and no
 //! flush before a majority of the volume's hosts has spoken. Whoever knows of a promotion says so at once.
 
-use super::Tracker;
+use super::{Session, Tracker};
 use crate::units::{HostId, Time};
 use std::collections::BTreeSet;
 
@@ -11,12 +11,19 @@ use std::collections::BTreeSet;
 pub(super) struct Start {
     heard: BTreeSet<HostId>,
     /// Whether it waits for a majority.
-    pub(super) awaits: bool,
+    awaits: bool,
+    /// Hosts that may have recorded that they have everything, before this one was promoted again.
+    released: BTreeSet<HostId>,
     /// Whether what waits for a majority fails now.
     pub(super) refuses: bool,
 }
 
 impl Start {
+    /// Whether no write and no flush is answered yet.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.awaits || !self.released.is_empty()
+    }
+
     /// A host speaks to this one as to its primary.
     pub(super) fn hear(&mut self, host: HostId) {
         self.heard.insert(host);
@@ -45,6 +52,25 @@ impl Tracker {
         self.drive(now);
     }
 
+    /// This host was demoted in order and promoted again. Who had everything then may count as one that lacks nothing, until
+    /// it follows this promotion, too.
+    pub(super) fn await_released(&mut self) {
+        let had_all = self.sessions.iter().filter(|(_, session)| session.map().is_clean());
+        self.start.released = had_all.map(|(peer, _)| *peer).collect();
+    }
+
+    /// Whoever has answered this primary's greeting has recorded that it follows it; whoever is removed is nobody's.
+    pub(super) fn look_for_released(&mut self) {
+        let sessions = &self.sessions;
+        let follows = |host: &HostId| sessions.get(host).is_none_or(Session::is_heard);
+        self.start.released.retain(|host| !follows(host));
+    }
+
+    /// The hosts that are waited for because they may count as such that lack nothing (W4).
+    pub fn released(&self) -> impl Iterator<Item = HostId> + '_ {
+        self.start.released.iter().copied()
+    }
+
     /// The operator knows that no other host was promoted.
     pub fn await_no_majority(&mut self, now: Time) {
         self.start.awaits = false;
@@ -68,11 +94,14 @@ impl Tracker {
 
 #[cfg(test)]
 mod tests {
-    use crate::tracker::RequestId;
-    use crate::tracker::Tracker;
+    use crate::disk::activity_log::Recovered;
+    use crate::ranges::ByteRange;
     use crate::tracker::replies::ReplicaLoss;
-    use crate::tracker::testing::{NOW, answers, host, session, tracker, write};
+    use crate::tracker::testing::{NOW, answers, host, session, settings, tracker, write};
+    use crate::tracker::{RequestId, Settings, Tracker};
+    use crate::units::Sequence;
     use crate::wire::message::Mode;
+    use std::collections::BTreeSet;
     use std::time::Duration;
 
     /// A primary with so many replicas that has just started.
@@ -100,6 +129,34 @@ mod tests {
             assert_eq!(write(&mut tracker, 1, NOW), expected, "{heard} of {replicas}");
             assert_eq!(tracker.heard().is_awaited, !is_majority, "{heard} of {replicas}");
         }
+    }
+
+    /// Each released host may be promoted without a word for what is answered behind its back.
+    #[test]
+    fn a_primary_that_was_demoted_and_promoted_again_answers_when_all_follow_it_that_had_everything() {
+        let returned = || {
+            let log = Recovered::Active { serial: 1, extents: BTreeSet::new() };
+            let settings = Settings { has_returned: true, ..settings(ReplicaLoss::Continue, Duration::ZERO) };
+            // The third lacks something, so nobody has released it.
+            let mut behind = session(3, Mode::Async);
+            behind.mark_suspect(ByteRange::new(0, 4096), Sequence(0));
+            let sessions = vec![session(1, Mode::Async), session(2, Mode::Async), behind];
+            Tracker::new(settings, &log, sessions)
+        };
+        let mut tracker = returned();
+        answers(&mut tracker, NOW);
+        assert_eq!(tracker.released().collect::<Vec<_>>(), [host(1), host(2)]);
+        assert_eq!(write(&mut tracker, 1, NOW), []);
+        tracker.remove_session(host(1), NOW);
+        assert_eq!(answers(&mut tracker, NOW), [], "the other one may still be promoted");
+        tracker.remove_session(host(2), NOW);
+        assert_eq!(answers(&mut tracker, NOW), [(RequestId(1), true)]);
+        // Nothing is waited for on the way down.
+        let mut closed = returned();
+        answers(&mut closed, NOW);
+        assert_eq!(write(&mut closed, 1, NOW), []);
+        closed.wait_no_more(NOW);
+        assert_eq!(answers(&mut closed, NOW), [(RequestId(1), false)]);
     }
 
     #[test]

@@ -123,6 +123,7 @@ impl World {
             opened_at: Time(self.now),
             patience: self.settings.patience,
             active_extents: self.settings.active_extents,
+            has_returned: it.superblock.has_returned(),
             owes_word: it.members.removed().any(|removed| modes[removed] == Mode::Sync),
         };
         let mut tracker = Tracker::new(settings, &log, sessions);
@@ -305,6 +306,7 @@ impl World {
         if shell.is_recording() {
             return;
         }
+        let is_followed = shell.tracker.released().next().is_none();
         let work = match it.superblock_work.pop_front() {
             None => return,
             Some(SuperblockWork::Session(link)) => {
@@ -314,6 +316,9 @@ impl World {
             Some(SuperblockWork::Told(end)) => {
                 let before = it.superblock.ends.clone();
                 it.superblock.tell_up_to(end);
+                if is_followed {
+                    it.superblock.note_followed();
+                }
                 FileWork::Told(before)
             }
             Some(SuperblockWork::Generation { kept, first, end }) => {

@@ -50,6 +50,7 @@ impl World {
             position: shell.machine.report().position,
             restored: it.layers.saved(it.superblock.gap),
             rests_on_word: it.is_promoted_on_word,
+            is_forced: !it.is_promoted_by_rule,
         };
         let peers: Vec<HostId> = peers.into_iter().map(host_id).collect();
         let rewrite = Rewrite::promotion(&it.superblock, &peers, candidacy).expect("it was asked");

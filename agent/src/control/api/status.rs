@@ -290,6 +290,10 @@ pub struct Succession {
     /// On a replica without a primary: a host that was heard and is to be promoted rather than this one.
     #[serde(default)]
     pub better: Option<Better>,
+    /// On a primary that was demoted and promoted again: hosts that may not know of that yet. No write and no flush is answered
+    /// before they do.
+    #[serde(default)]
+    pub awaited: Vec<String>,
     /// On a primary that has heard from no other host since its start, or from too few.
     #[serde(default)]
     pub alone: Option<Alone>,
