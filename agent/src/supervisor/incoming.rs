@@ -140,7 +140,7 @@ impl Supervisor {
 
     /// Sees to it that an unknown key gets itself known in time or is gone. Says whether there is room for it.
     async fn watch_stranger(self: &Arc<Self>, connection: &Connection, before: usize) -> bool {
-        let Ok(place) = self.strangers.clone().try_acquire_owned() else { return false };
+        let Some(place) = self.strangers.admit(connection.remote_address().ip()) else { return false };
         let (supervisor, connection) = (self.clone(), connection.clone());
         tokio::spawn(async move {
             // Leaving early, the connection's end would be noticed late; it is looked at every now and then.

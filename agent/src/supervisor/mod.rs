@@ -11,6 +11,7 @@ mod making;
 mod meeting;
 mod membership;
 mod operations;
+mod strangers;
 
 use crate::config::{Address, ConfigFolder, Mistake, Mode, Name, PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
@@ -30,12 +31,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
+use strangers::Strangers;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinSet;
-
-/// How many connections of unknown keys there may be at a time.
-const STRANGERS: usize = 64;
 
 /// How long the connections to other hosts may take to end.
 const CLOSE_TIME: Duration = Duration::from_secs(3);
@@ -75,7 +74,7 @@ pub struct Supervisor {
     /// The greetings that were listened to last, by volume and host.
     heard: Mutex<HashMap<(VolumeId, HostId), Heard>>,
     /// Places for connections of unknown keys.
-    strangers: Arc<Semaphore>,
+    strangers: Strangers,
     /// The agents that were heard with each key.
     instances: std::sync::Mutex<Instances>,
     /// The keys that two of them use each.
@@ -120,7 +119,7 @@ impl Supervisor {
             learned,
             parted: watch::Sender::new(()),
             heard: Mutex::default(),
-            strangers: Arc::new(Semaphore::new(STRANGERS)),
+            strangers: Strangers::default(),
             instances: std::sync::Mutex::default(),
             doubled: std::sync::Mutex::default(),
             instance: key::random(),

@@ -77,15 +77,23 @@ pub(super) struct Origin {
     is_known: bool,
 }
 
+/// The network that an address counts for: each address of IPv4 for itself, of IPv6 what a host has.
+#[must_use]
+pub fn network(address: IpAddr) -> u128 {
+    match address.to_canonical() {
+        IpAddr::V4(address) => u128::from(address.to_ipv6_mapped()),
+        IpAddr::V6(address) => u128::from(address) >> 64 << 64,
+    }
+}
+
 impl Origin {
     /// The origin of an address. The known hosts' are told apart one by one.
     pub(super) fn new(address: IpAddr, known: &KnownHosts) -> Self {
         let address = address.to_canonical();
         let is_known = known.are_at(address);
         let network = match address {
-            IpAddr::V4(address) => u128::from(address.to_ipv6_mapped()),
             IpAddr::V6(address) if is_known => u128::from(address),
-            IpAddr::V6(address) => u128::from(address) >> 64 << 64,
+            address => network(address),
         };
         Self { network, is_known }
     }

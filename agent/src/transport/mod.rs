@@ -37,6 +37,7 @@ pub use dial::{AttemptError, ConnectError, FailedAttempt};
 pub use endpoint::{BindError, Endpoint, Place};
 pub use error::{Lost, Misbehaviour, ReceiveError, SendError};
 pub use frames::{FrameReceiver, FrameSender};
+pub use handshakes::network;
 pub use key::{HostKey, KeyError};
 pub use limit::Limit;
 pub use peers::{AskError, Peers};
