@@ -49,7 +49,18 @@ fn open_exactly(listen: SocketAddr, buffer_bytes: usize) -> io::Result<UdpSocket
         sockopt::set_ipv6_v6only(&socket, false)?;
     }
     enlarge_buffers(&socket, buffer_bytes)?;
-    rustix::net::bind(&socket, &listen)?;
+    match rustix::net::bind(&socket, &listen) {
+        // An interface that comes late, or an address that moves between hosts, is taken up by itself.
+        Err(Errno::ADDRNOTAVAIL) if !listen.ip().is_unspecified() => {
+            sockopt::set_ip_freebind(&socket, true)?;
+            rustix::net::bind(&socket, &listen)?;
+            tracing::warn!(
+                "no interface has the address {} of `listen` yet: nobody is heard before one has",
+                listen.ip()
+            );
+        }
+        bound => bound?,
+    }
     Ok(UdpSocket::from(socket))
 }
 
@@ -222,6 +233,46 @@ mod tests {
         assert_eq!(lengths, [64_000, 64_000, 32_000]);
         let lengths: Vec<_> = parts(&bundle[..89_100], 8_950).map(<[u8]>::len).collect();
         assert_eq!(lengths, [62_650, 26_450], "the last packet may be shorter");
+    }
+
+    /// The agent ended where its interface came up after it, and systemd soon gave it up.
+    #[test]
+    fn an_address_that_comes_late_is_served_when_it_is_there() {
+        let ip = |arguments: &str| {
+            let status = std::process::Command::new("ip").args(arguments.split(' ')).status();
+            assert!(status.is_ok_and(|status| status.success()), "ip {arguments}");
+        };
+        let (can_run, is_root) = (
+            std::process::Command::new("ip").arg("-V").output().is_ok(),
+            rustix::process::geteuid().is_root(),
+        );
+        if !can_run || !is_root {
+            return eprintln!("skipped: it takes root and ip");
+        }
+        let serve = move |listen: &str| {
+            let socket = open(listen.parse().unwrap(), 1 << 20).unwrap();
+            let there = socket.local_addr().unwrap();
+            socket.set_nonblocking(false).unwrap();
+            let client = UdpSocket::bind(if there.is_ipv6() { "[::1]:0" } else { "127.0.0.1:0" }).unwrap();
+            assert!(client.send_to(b"early", there).is_err() || there.is_ipv6(), "nobody has it");
+            let of = if there.is_ipv6() { "/128 dev lo nodad" } else { "/32 dev lo" };
+            ip(&format!("addr add {}{of}", there.ip()));
+            client.send_to(b"hello", there).unwrap();
+            let mut bytes = [0; 8];
+            let length = socket.recv(&mut bytes).unwrap();
+            assert_eq!(&bytes[..length], b"hello");
+        };
+        // A network of its own, which goes with the thread.
+        let alone = std::thread::spawn(move || {
+            // SAFETY: it concerns this thread alone, which has no descriptor of the network before.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+            ip("link set lo up");
+            serve("192.0.2.77:0");
+            if std::path::Path::new("/proc/self/net/if_inet6").exists() {
+                serve("[2001:db8::77]:0");
+            }
+        });
+        alone.join().unwrap();
     }
 
     #[test]
