@@ -229,6 +229,17 @@ pub fn record_recovery_begun(state_folder: &Path, target: &Path, source: HostId)
     record_recovering(state_folder, target, &format!("{RECOVERING}{source}{INTO}"))
 }
 
+/// Whether a file or disk was opened as the volume's backing, and no recovery into it was begun since. One that can't be
+/// looked at was not.
+#[must_use]
+pub fn was_served(state_folder: &Path, path: &Path) -> bool {
+    let recorded = std::fs::read_to_string(state_folder.join(FILE_NAME)).unwrap_or_default();
+    identity(path).is_ok_and(|found| {
+        let has = |of: fn(&str, &str) -> bool| recorded.lines().any(|line| of(line, &found));
+        has(|line, found| line == found) && !has(is_into)
+    })
+}
+
 /// Records durably that a file or disk was filled with a peer's content, and may be opened as the volume's backing.
 ///
 /// # Errors

@@ -152,7 +152,7 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     };
     let found = Found::look(&path).await?;
     let kept = journal::load(&state_path)?;
-    let kept = ours(kept, found.identity()?);
+    let mut kept = ours(kept, found.identity()?);
     if kept.is_none() && !overwrite {
         found.refuse_data()?;
     }
@@ -175,6 +175,16 @@ async fn recover(arguments: Arguments, client: &Client, output: &mut Output) -> 
     found.must_hold(opened.info.size_bytes)?;
     let ring = storage::open()?;
     let own = OwnVolume::find(opened.info.volume, &path, client)?;
+    if kept.is_some() && own.as_ref().is_some_and(|own| own.has_served(&path)) {
+        // What was written to it since is nobody else's.
+        warn(
+            "the target was the volume's backing after the interrupted recovery; this one begins from the start",
+        );
+        kept = None;
+        if !overwrite {
+            found.refuse_data()?;
+        }
+    }
     if let Some(own) = &own {
         // Before the first byte of the target is lost.
         own.begin(&path, opened.connection.peer())?;

@@ -63,6 +63,11 @@ impl OwnVolume {
         Ok(own.map(|folder| Self { folder, config }))
     }
 
+    /// Whether the target has been the volume's backing since any recovery into it.
+    pub fn has_served(&self, target: &Path) -> bool {
+        backing::was_served(&self.folder, target)
+    }
+
     /// Records that the target is being written to, if it is there.
     pub fn begin(&self, target: &Path, source: HostId) -> Result<(), Failure> {
         match target.exists() {

@@ -1,8 +1,12 @@
 //! Recoveries that don't run through.
 
-use super::host::Host;
+use super::host::{Host, VOLUME};
 use super::*;
-use blockmirror_protocol::wire::message::{Refusal, Refused};
+use blockmirror_agent::backing;
+use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
+use blockmirror_protocol::lineage::Ends;
+use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, Position, Session};
+use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise, Refusal, Refused};
 
 fn done(scene: &Scene) -> u64 {
     scene.state().map_or(0, |state| state.done_chunks())
@@ -87,6 +91,59 @@ fn a_peer_that_stays_away_ends_it_with_advice() {
     scene.host.allow(u64::MAX);
     scene.recover(&[]).good();
     scene.assert_recovered();
+}
+
+/// The notes of a recovery whose end a power loss had cut off let it overwrite what applications had written since.
+#[test]
+fn a_target_that_was_served_since_is_not_overwritten_unasked() {
+    let scene = Scene::new();
+    scene.host.allow(4);
+    let mut running = scene.start(&[]);
+    running.wait_until(|| done(&scene) == 4);
+    running.kill();
+    let folder = scene.path("var").join(NAME);
+    fs::create_dir_all(&folder).unwrap();
+    let superblock = Superblock {
+        volume: VOLUME,
+        copy: CopyId([4; 16]),
+        size_bytes: SIZE,
+        block_size: BlockSize::default(),
+        role: Role::Primary,
+        data: DataState::Consistent,
+        session: Session(0),
+        fence: Fence::default(),
+        position: Position::default(),
+        source: Fence::default(),
+        lineage: Vec::new(),
+        adopted: 0,
+        gap: 0,
+        layers: 0,
+        history: 0,
+        mode: Mode::Async,
+        promise: Promise::None,
+        released: false,
+        replaced: false,
+        run: Epoch(0),
+        ends: Ends::default(),
+        agreed: 0,
+    };
+    fs::write(folder.join(superblock::FILE_NAME), superblock.encode(1)).unwrap();
+    let Ok(backing::Match::Adopted { identity, .. }) = backing::compare(&folder, &scene.target()) else {
+        panic!("nothing is recorded")
+    };
+    // The agent opened it.
+    backing::record(&folder, &identity).unwrap();
+    let before = fs::read(scene.target()).unwrap();
+    scene.host.allow(u64::MAX);
+    scene.recover(&[]).bad(5, "--overwrite");
+    assert!(fs::read(scene.target()).unwrap() == before, "it was not asked for");
+    let ended = scene.recover(&["--overwrite"]).good();
+    assert!(
+        ended.errors.contains("was the volume's backing after the interrupted recovery"),
+        "{}",
+        ended.errors
+    );
+    assert_eq!(scene.host.seen().reads.len() as u64, 4 + CHUNKS);
 }
 
 #[test]
