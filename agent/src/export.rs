@@ -4,8 +4,8 @@
 //! that is being applied and the one before: good for a look, not for a backup.
 
 use crate::buffer::BufferPool;
+use crate::content::{Reads, allocation};
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
-use crate::primary::{Reads, allocation};
 use crate::storage::file::File;
 use crate::storage::{Operation, Storage};
 use crate::troubles::Troubles;

@@ -3,9 +3,11 @@
 pub mod absence;
 pub mod adoption;
 pub mod backing;
+pub mod blocking;
 pub mod buffer;
 pub mod busy_poll;
 pub mod config;
+pub mod content;
 pub mod control;
 pub mod crashes;
 pub mod device;

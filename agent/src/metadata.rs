@@ -5,8 +5,8 @@
 //! layouts ask for. A folder whose superblock is damaged is not opened; a damaged activity log, marker or map only
 //! costs time, because it counts as "everything may differ".
 
+use crate::blocking::blocking;
 use crate::buffer::BufferPool;
-use crate::device::blocking;
 use crate::durable;
 use crate::generations;
 use crate::storage::file::{File, OpenError};

@@ -12,10 +12,10 @@ pub mod openers;
 mod row;
 
 use crate::buffer::Buffer;
+pub use crate::storage::file::Part;
 use blockmirror_protocol::ranges::ByteRange;
 use bytes::Bytes;
 use std::rc::Rc;
-use tokio::task::spawn_blocking;
 
 /// What a front end serves. Implemented by the primary's shell and by a replica's read-only export.
 pub trait Volume {
@@ -81,15 +81,6 @@ pub enum Answer {
     Allocation(Vec<Part>),
 }
 
-/// One part of an allocation answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// How many bytes.
-    pub length: u64,
-    /// Whether it is a hole, which reads as zeroes.
-    pub hole: bool,
-}
-
 /// An error number of the kernel, as the application sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errno(pub i32);
@@ -108,12 +99,4 @@ pub struct Request {
     pub reply: Rc<dyn Reply>,
     /// The front end's own name for the request.
     pub cookie: u64,
-}
-
-/// Runs what may wait for our own server, or takes long, on a thread for blocking calls.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match spawn_blocking(work).await {
-        Ok(value) => value,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
 }

@@ -14,9 +14,9 @@
 //! A table or a folder is read for every process, which takes milliseconds, and opening a device asks the server
 //! behind it: none of this happens on a volume's thread.
 
-use super::blocking;
 use super::loopback::loop_device::LoopDevice;
 use super::nbd::Client;
+use crate::blocking::blocking;
 use crate::system::{self, Holder, Process};
 use std::fs::{self, File, OpenOptions};
 use std::io;

@@ -3,8 +3,8 @@
 use super::batches::{Batches, Target};
 use super::saved::Saved;
 use super::{LayerError, PreImages, SaveError};
+use crate::buffer::is_zero;
 use crate::buffer::{Buffer, BufferPool};
-use crate::primary::is_zero;
 use crate::storage::file::File;
 use crate::storage::{self, Storage};
 use blockmirror_protocol::disk::PAGE_BYTES;

@@ -11,8 +11,9 @@ mod requests;
 mod tests;
 
 use crate::absence;
-use crate::buffer::BufferPool;
+use crate::buffer::{BufferPool, is_zero};
 use crate::config::{PeerConfig, VolumeConfig};
+use crate::content::{Reads, digest};
 use crate::device::{Answer, Errno, Reply};
 use crate::metadata::State;
 use crate::quantity::unix_seconds;
@@ -36,7 +37,6 @@ use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode}
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
 pub use link::{LinkState, Peer, Split};
-pub(crate) use requests::{Reads, allocation};
 use requests::{how_ended, is_full};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -45,9 +45,6 @@ use std::rc::{Rc, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::spawn_local;
-
-/// How much of a held range is read at once for a compare, in bytes.
-const DIGEST_BYTES: u64 = 1 << 20;
 
 /// How often it is looked whether the disk hangs, while it is waited for.
 const HANG_LOOK: Duration = Duration::from_millis(250);
@@ -740,28 +737,6 @@ impl Inner {
             }
         }
     }
-}
-
-/// The BLAKE3 digest of a range of a backing.
-pub(crate) async fn digest(
-    storage: &dyn Storage,
-    backing: &Rc<File>,
-    pool: &BufferPool,
-    range: ByteRange,
-) -> Result<[u8; 32], storage::Error> {
-    let mut hasher = blake3::Hasher::new();
-    for piece in range.split_at_multiples(DIGEST_BYTES) {
-        hasher.update(&storage::read(storage, backing, pool, piece).await?);
-    }
-    Ok(*hasher.finalize().as_bytes())
-}
-
-/// Whether all bytes are zero. A machine word at a time, so that it costs next to nothing beside the read.
-pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    // SAFETY: every bit pattern is a valid u128.
-    let (head, words, tail) = unsafe { bytes.align_to::<u128>() };
-    let edges = head.iter().chain(tail).all(|byte| *byte == 0);
-    edges && words.chunks(64).all(|chunk| chunk.iter().fold(0, |any, word| any | word) == 0)
 }
 
 async fn sleep_until(due: Option<Instant>) {

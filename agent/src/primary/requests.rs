@@ -2,15 +2,13 @@
 //! where the backing fails.
 
 use super::{Inner, Pending, Primary};
-use crate::device::{Answer, Command, Errno, Geometry, Part, Reply, Request, Volume, blocking};
-use crate::storage::file::File;
+use crate::content::allocation;
+use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
 use crate::storage::{self, Operation};
-use crate::troubles::{Kind, Troubles};
+use crate::troubles::Kind;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::{LocalWrite, RequestId, Work};
 use bytes::Bytes;
-use std::cell::{Cell, RefCell};
-use std::io;
 use std::rc::Rc;
 use tokio::task::spawn_local;
 
@@ -133,46 +131,6 @@ pub(super) fn is_full(error: &storage::Error) -> bool {
     matches!(error.source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
-/// How the last read of a volume went.
-#[derive(Default)]
-pub(crate) struct Reads {
-    have_failed: Cell<bool>,
-    troubles: RefCell<Rc<Troubles>>,
-}
-
-impl Reads {
-    /// Failures are counted there from now on.
-    pub(crate) fn count_in(&self, troubles: Rc<Troubles>) {
-        *self.troubles.borrow_mut() = troubles;
-    }
-
-    /// Where failures are counted.
-    pub(crate) fn troubles(&self) -> Rc<Troubles> {
-        self.troubles.borrow().clone()
-    }
-
-    /// The answer to a read. Clients try again and again, and whoever logs waits for it: a failure is an error in the
-    /// log once, until a read succeeds.
-    pub(crate) fn answer(&self, outcome: storage::Outcome) -> Result<Answer, Errno> {
-        let is_news = self.is_news(outcome.is_err());
-        outcome.map(|buffer| Answer::Data(buffer.expect("a read gives its buffer back"))).map_err(|error| {
-            let text = crate::words::with_causes(&error);
-            self.troubles.borrow().note(Kind::Read, false, &text);
-            if is_news {
-                tracing::error!("{text}");
-            } else {
-                tracing::debug!("{text}");
-            }
-            Errno(libc::EIO)
-        })
-    }
-
-    /// Whether a read failed, and the one before it did not.
-    pub(super) fn is_news(&self, has_failed: bool) -> bool {
-        !self.have_failed.replace(has_failed) && has_failed
-    }
-}
-
 /// A reply that goes out after the call that caused it has returned.
 struct Later(Rc<dyn Reply>);
 
@@ -180,16 +138,5 @@ impl Reply for Later {
     fn complete(&self, cookie: u64, answer: Result<Answer, Errno>) {
         let reply = self.0.clone();
         spawn_local(async move { reply.complete(cookie, answer) });
-    }
-}
-
-/// Which parts of a range are allocated.
-pub(crate) async fn allocation(backing: &File, range: ByteRange) -> Result<Answer, Errno> {
-    let look = move |file: &File| file.allocation(range).take(256).collect::<io::Result<Vec<Part>>>();
-    let file = backing.share();
-    let parts = if file.knows_its_holes() { look(&file) } else { blocking(move || look(&file)).await };
-    match parts {
-        Ok(parts) => Ok(Answer::Allocation(parts)),
-        Err(error) => Err(Errno(error.raw_os_error().unwrap_or(libc::EIO))),
     }
 }

@@ -1,6 +1,7 @@
 //! What a failure of the backing means for the volume and for whoever wrote.
 
 use super::*;
+use crate::content::allocation;
 use crate::device::{Command, Request, Volume};
 use crate::metadata::tests::superblock;
 use crate::storage::faults::{Calls, Faults};

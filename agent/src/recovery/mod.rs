@@ -17,7 +17,7 @@ mod tests;
 pub use digest::{Digesting, Hashing, Reading, Subtrees};
 pub use read_ahead::{PIECE_BYTES, Piece, ReadAhead};
 
-use crate::buffer::BufferPool;
+use crate::buffer::{BufferPool, is_zero};
 use crate::storage::file::File;
 use crate::storage::{self, Storage};
 use crate::transport::{ControlReceiver, ControlSender, FrameSender, SendError};
@@ -295,11 +295,6 @@ fn zero_runs(bytes: &[u8]) -> Vec<(bool, std::ops::Range<usize>)> {
         at = end;
     }
     runs
-}
-
-/// Compares the bytes with their neighbours, which the C library does as fast as memory goes.
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.first().is_none_or(|first| *first == 0 && bytes[1..] == bytes[..bytes.len() - 1])
 }
 
 async fn serve_digest(source: &Source, mut sender: ControlSender) -> Result<(), ServeError> {

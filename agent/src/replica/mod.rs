@@ -399,7 +399,7 @@ impl Replica {
             Action::ReadDigest { frame, range } => {
                 let me = self.me();
                 spawn_local(async move {
-                    let digest = crate::primary::digest(&*me.storage, &me.backing, &me.pool, range).await;
+                    let digest = crate::content::digest(&*me.storage, &me.backing, &me.pool, range).await;
                     let digest = match digest {
                         Ok(digest) => Some(digest),
                         Err(error) => {

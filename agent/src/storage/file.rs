@@ -13,7 +13,7 @@
 use super::users::{self, User};
 use super::zeroing::can_punch_beyond;
 use super::{Writes, claim, direct};
-use crate::device::{Part, blocking};
+use crate::blocking::blocking;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, fallocate, seek, statx};
@@ -66,6 +66,15 @@ pub enum Kind {
     BlockDevice,
     /// A metadata file of ours.
     Metadata,
+}
+
+/// A part of a file or disk, as it is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// How many bytes.
+    pub length: u64,
+    /// Whether it is a hole, which reads as zeroes.
+    pub hole: bool,
 }
 
 /// An open file or block device.

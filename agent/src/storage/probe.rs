@@ -6,6 +6,7 @@
 //! synchronous.
 
 use super::file::{File, Kind};
+use crate::buffer::is_zero;
 use crate::buffer::{Buffer, BufferPool};
 use blockmirror_protocol::ranges::ByteRange;
 use std::fmt;
@@ -215,10 +216,6 @@ fn text(bytes: &[u8]) -> Option<String> {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let label = String::from_utf8_lossy(&bytes[..end]).trim().to_owned();
     (!label.is_empty() && label != "NO NAME").then_some(label)
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| *byte == 0)
 }
 
 /// Whether what is looked at between the edges is zero.

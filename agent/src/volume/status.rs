@@ -1,12 +1,12 @@
 //! A volume's facts for status: the machines' numbers beside what the configuration says.
 
 use super::{Changing, OpenRole, Volume};
+use crate::blocking::blocking;
 use crate::config::{PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
     Blocked, Connection, Health, NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, Succession,
     VolumeFacts,
 };
-use crate::device::blocking;
 use crate::primary::{LinkState, Split};
 use crate::quantity::{Size, per_cent, unix_seconds};
 use crate::replica::Replica;

@@ -26,8 +26,9 @@ mod tests;
 
 pub use life::{StartError, StopError, clean_up_stale};
 
+use super::Volume;
 use super::openers::Claim;
-use super::{Volume, blocking};
+use crate::blocking::blocking;
 use crate::buffer::BufferPool;
 use life::Place;
 use loop_device::LoopDevice;

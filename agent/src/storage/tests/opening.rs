@@ -2,7 +2,7 @@
 
 use super::{LargeSectors, LoopDevice, Undo, command, text};
 use crate::buffer::BufferPool;
-use crate::device::Part;
+use crate::storage::file::Part;
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::users::User;
 use blockmirror_protocol::ranges::ByteRange;

@@ -2,7 +2,7 @@
 
 use super::{LargeSectors, LoopDevice, Numbers, run, storages};
 use crate::buffer::BufferPool;
-use crate::device::Part;
+use crate::storage::file::Part;
 use crate::storage::file::{Access, File, Kind};
 use crate::storage::ring::Ring;
 use crate::storage::{Engine, Operation, Outcome, Storage, drain, open_with, read, sync, write, zero};
