@@ -33,8 +33,8 @@ mod tests {
     use blockmirror_protocol::disk::activity_log::Recovered as Log;
     use blockmirror_protocol::disk::dirty_map::Base;
     use blockmirror_protocol::disk::superblock::{Role, Superblock};
+    use blockmirror_protocol::terms::DataState;
     use blockmirror_protocol::units::{CopyId, Epoch, GenerationId, Mark, Position, Sequence};
-    use blockmirror_protocol::wire::message::DataState;
 
     const SOURCE: HostId = HostId([3; 32]);
     const OTHER: HostId = HostId([4; 32]);

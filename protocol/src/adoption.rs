@@ -12,8 +12,9 @@ use crate::disk::superblock::{Role, Superblock};
 use crate::lineage::Ends;
 use crate::planted::{Bug, planted};
 use crate::succession::is_later;
+use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{CopyId, Epoch, GenerationId, HostId, Mark, Position};
-use crate::wire::message::{DataState, Fence, Mode, Promise, Standing};
+use crate::wire::message::Standing;
 
 /// A copy as it was recovered.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -48,12 +48,13 @@
 //! 2. [`tracker`], with `tracker/pieces`: the path of a write, from its arrival to its answer.
 //! 3. [`session`]: states of a replica; `session/stream` and `session/resync` are its two flows.
 //! 4. [`replica`]: how what arrives becomes durable, and what is recorded when.
-//! 5. [`lineage`]: whose content counts when two hosts meet. [`wire::message::Fence`]: who may write.
+//! 5. [`lineage`]: whose content counts when two hosts meet. [`terms::Fence`]: who may write.
 //! 6. [`promise`], [`succession`], [`membership`]: who may become the primary, and whose word counts.
 //! 7. [`disk`] and [`wire`]: every persistent byte and every byte that is sent, each described beside its constants.
 
 #![forbid(unsafe_code)]
 
+mod active_set;
 pub mod adoption;
 pub mod dirty_map;
 pub mod disk;
@@ -68,6 +69,7 @@ pub mod replica;
 pub mod rewrite;
 pub mod session;
 pub mod succession;
+pub mod terms;
 pub mod tracker;
 pub mod units;
 pub mod wire;

@@ -12,8 +12,8 @@ use crate::disk::superblock::{Role, Superblock};
 use crate::ranges::ByteRange;
 use crate::replica::promotion::{self, NotPromotable};
 use crate::replica::undo::{self, NotUndoable};
+use crate::terms::{DataState, Fence};
 use crate::units::{GenerationId, HostId, Mark, Position};
-use crate::wire::message::{DataState, Fence};
 use std::collections::VecDeque;
 
 /// What the shell does next.

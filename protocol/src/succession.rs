@@ -7,8 +7,9 @@ use crate::lineage::{self, Ends, Relation};
 use crate::membership;
 use crate::planted::{Bug, planted};
 use crate::replica::consent;
+use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{GenerationId, HostId, Position};
-use crate::wire::message::{DataState, Fence, Mode, Promise, Standing};
+use crate::wire::message::Standing;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A replica that is to be promoted.
@@ -216,7 +217,7 @@ pub fn fence_to_raise(own: HostId, ours: Fence, others: &[Heard]) -> Fence {
 #[must_use]
 pub fn denies(standing: Option<&Standing>, fence: Fence) -> bool {
     let of_its_copy = standing.filter(|standing| standing.data != DataState::Empty);
-    of_its_copy.is_some_and(|standing| standing.fence.counter < fence.counter)
+    of_its_copy.is_some_and(|standing| fence.supersedes(standing.fence))
 }
 
 /// A member's word that another host was promoted, or that it was itself.

@@ -5,9 +5,9 @@
 //! and not over when a host stopped is done in part, as its disk likes it.
 
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::terms::{DataState, Mode};
 use blockmirror_protocol::tracker::Work;
 use blockmirror_protocol::units::EXTENT_BYTES;
-use blockmirror_protocol::wire::message::{DataState, Mode};
 use blockmirror_tests::harness::disk::Crash;
 use blockmirror_tests::harness::host::{Host, Shell};
 use blockmirror_tests::harness::links::LinkId;

@@ -7,9 +7,10 @@ use blockmirror_agent::transport::{
 };
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::terms::{Fence, Mode, Promise};
 use blockmirror_protocol::units::{Epoch, GenerationId, Position, Sequence, Session, Stream, VolumeId};
 use blockmirror_protocol::wire::message::{
-    Commit, Fence, Hello, Member, Message, Mode, Promise, Refusal, Release, ResyncBegin, Superseded, TakeOver,
+    Commit, Hello, Member, Message, Refusal, Release, ResyncBegin, Superseded, TakeOver,
 };
 use blockmirror_protocol::wire::{Body, FrameHeader, StreamKind, StreamPreamble, VERSIONS};
 use blockmirror_tests::harness::random::Random;

@@ -11,12 +11,13 @@ use blockmirror_protocol::disk::activity_log::{CAPACITY, Recovered};
 use blockmirror_protocol::lineage::{Relation, relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::{self, Identity, PeerError, ReplicaState, Session};
+use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, Tracker, Work};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, Position, Session as SessionNumber, Time,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Message, Mode, Refusal, Refused};
+use blockmirror_protocol::wire::message::{Message, Refusal, Refused};
 use blockmirror_tests::harness::application::PATIENCE;
 use blockmirror_tests::harness::disk::{Crash, Value};
 use blockmirror_tests::harness::host::Shell;

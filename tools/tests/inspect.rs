@@ -13,11 +13,11 @@ use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, superblock};
 use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session,
     VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;

@@ -20,10 +20,11 @@ use crate::busy_poll;
 use crate::quantity::Size;
 use blockmirror_protocol::disk::activity_log::CAPACITY;
 use blockmirror_protocol::replica::SpacePolicy;
+use blockmirror_protocol::terms;
 use blockmirror_protocol::tracker::LEAST_ACTIVE_EXTENTS;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, HostId, SECTOR_BYTES, VolumeId};
-use blockmirror_protocol::wire::{Packing, message};
+use blockmirror_protocol::wire::Packing;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::net::SocketAddr;
@@ -206,17 +207,17 @@ impl fmt::Display for Mode {
     }
 }
 
-impl From<message::Mode> for Mode {
-    fn from(mode: message::Mode) -> Self {
+impl From<terms::Mode> for Mode {
+    fn from(mode: terms::Mode) -> Self {
         match mode {
-            message::Mode::Async => Self::Async,
-            message::Mode::SemiSync => Self::SemiSync,
-            message::Mode::Sync => Self::Sync,
+            terms::Mode::Async => Self::Async,
+            terms::Mode::SemiSync => Self::SemiSync,
+            terms::Mode::Sync => Self::Sync,
         }
     }
 }
 
-impl From<Mode> for message::Mode {
+impl From<Mode> for terms::Mode {
     fn from(mode: Mode) -> Self {
         match mode {
             Mode::Async => Self::Async,
@@ -391,7 +392,7 @@ impl PeerConfig {
 
     /// The peer and its mode, as the machines know it.
     #[must_use]
-    pub fn wanted(&self) -> (HostId, message::Mode) {
+    pub fn wanted(&self) -> (HostId, terms::Mode) {
         (self.host, self.mode.into())
     }
 }

@@ -7,10 +7,10 @@ use crate::storage::{Engine, drain, open_with};
 use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::rewrite::{Candidacy, Order, Part, Rewrite};
+use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session as SessionNumber, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise};
 use std::cell::Cell;
 
 const SIZE_BYTES: u64 = 1 << 30;

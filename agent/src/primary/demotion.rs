@@ -7,8 +7,8 @@ use super::Primary;
 use crate::metadata::StateError;
 use blockmirror_protocol::replica::promotion;
 use blockmirror_protocol::session::{Connection, ReplicaState};
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::{GenerationId, HostId};
-use blockmirror_protocol::wire::message::Fence;
 use std::time::Duration;
 
 impl Primary {

@@ -10,8 +10,9 @@ use crate::transport::packing::{Frame, Packer};
 use crate::transport::{Connection, FrameSender, Limit, Peers};
 use blockmirror_protocol::session::PeerError;
 use blockmirror_protocol::succession::Succeeded;
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::{HostId, Session as SessionNumber};
-use blockmirror_protocol::wire::message::{Fence, Members, Message, Parting, Refusal};
+use blockmirror_protocol::wire::message::{Members, Message, Parting, Refusal};
 use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -298,7 +299,7 @@ impl Peer {
         let is_own = members.members.first().is_some_and(|first| first.host == fence.holder);
         if !own.may_become(fence) {
             PeerError::Misbehaved("it tells of more promotions than there were")
-        } else if fence.counter > own.counter
+        } else if fence.supersedes(own)
             && (is_own || members.members.iter().all(|known| known.host != fence.holder))
         {
             PeerError::Misbehaved("it tells of a promotion of a host that was not promoted")

@@ -27,13 +27,14 @@ use blockmirror_protocol::promise::PATIENCE;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
+use blockmirror_protocol::terms::{Fence, Mode};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
 use blockmirror_protocol::tracker::start::Heard;
 use blockmirror_protocol::tracker::{
     self, Action, Doubt, Follower, LocalWrite, RequestId, Tracker, WriteFailed,
 };
 use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
-use blockmirror_protocol::wire::message::{Fence, Member, Members, Message, Mode};
+use blockmirror_protocol::wire::message::{Member, Members, Message};
 use bytes::Bytes;
 use link::{LinkQueues, Queued};
 pub use link::{LinkState, Peer, Split};

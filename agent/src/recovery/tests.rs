@@ -5,8 +5,9 @@ use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
 use crate::transport::{Connection, Endpoint, FrameReceiver, HostKey, Incoming, ReceiveError};
 use blockmirror_protocol::disk::recovery::CHUNK_BYTES;
+use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::{BlockSize, CopyId, Position};
-use blockmirror_protocol::wire::message::{AskDigest, DataState, ReadContent};
+use blockmirror_protocol::wire::message::{AskDigest, ReadContent};
 use std::os::unix::fs::FileExt;
 
 const SIZE: u64 = (200 << 20) + 512;

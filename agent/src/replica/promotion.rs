@@ -10,8 +10,8 @@ use crate::storage;
 use blockmirror_protocol::replica::promotion::NotPromotable;
 use blockmirror_protocol::replica::undo::NotUndoable;
 use blockmirror_protocol::rewrite::{Candidacy, Change, Order, Part, Rewrite, TooLate};
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::Fence;
 use std::cell::Cell;
 
 /// How far a promotion is, and whether it is to end early.

@@ -11,8 +11,8 @@ use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::undo;
 use blockmirror_protocol::rewrite::{Before, Rewrite};
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::{GenerationId, HostId};
-use blockmirror_protocol::wire::message::Fence;
 use std::time::Duration;
 
 /// How long it may take to record that nothing is kept any more.

@@ -17,10 +17,11 @@ use crate::volume::Learned;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
 use blockmirror_protocol::lineage::Ends;
+use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Join, Joined, Members, Message, Mode, Promise};
+use blockmirror_protocol::wire::message::{Join, Joined, Members, Message};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

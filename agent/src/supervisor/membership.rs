@@ -13,8 +13,9 @@ use crate::transport::Connection;
 use crate::verdict;
 use crate::volume::{Ask, Handle, Learned};
 use crate::words::with_causes;
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{AskMembers, Fence, Hello, Member, Members, Refused};
+use blockmirror_protocol::wire::message::{AskMembers, Hello, Member, Members, Refused};
 use std::time::Duration;
 
 /// How long others may take to say whether whoever greets was removed. A greeting waits for it.

@@ -2,9 +2,8 @@
 
 use super::NO_ACTION;
 use crate::config::Name;
-use crate::control::api::Stake;
+use crate::control::api::{Resolved, Stake};
 use crate::quantity::{Seconds, Size, clock, unix_seconds};
-use crate::volume::Resolved;
 
 /// What keeping that host's content loses, what keeping this one's would lose, and the command to run next.
 #[must_use]

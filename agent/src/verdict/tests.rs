@@ -2,11 +2,11 @@
 
 use super::*;
 use crate::config::{Compression, DeviceKind, Mode};
+use crate::control::api::Resolved;
 use crate::control::api::{
     Alone, Awaited, Better, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Panics,
     Rollback, STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession,
 };
-use crate::volume::Resolved;
 
 fn peer(name: &str, role: Role) -> PeerStatus {
     PeerStatus {

@@ -5,8 +5,8 @@ use crate::config::{Name, PeerConfig, Role};
 use crate::quantity::{Seconds, clock};
 use crate::standing::Answered;
 use blockmirror_protocol::succession::{Candidate, Heard, Objection, Obstacle};
+use blockmirror_protocol::terms::{DataState, Promise};
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{DataState, Promise};
 
 /// A replica that is to be promoted, and what there is to say of it.
 #[derive(Clone, Debug)]
@@ -219,10 +219,11 @@ impl Applicant {
 mod tests {
     use super::*;
     use blockmirror_protocol::disk::superblock::{self, Superblock};
+    use blockmirror_protocol::terms::{Fence, Mode};
     use blockmirror_protocol::units::{
         BlockSize, CopyId, Epoch, GenerationId, Position, Sequence, Session, VolumeId,
     };
-    use blockmirror_protocol::wire::message::{Fence, Mode, Standing};
+    use blockmirror_protocol::wire::message::Standing;
 
     const NOW: u64 = 1_000_000_000;
 

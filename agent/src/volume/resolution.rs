@@ -8,7 +8,7 @@
 use super::changes::{Hands, Next, failed, refused};
 use super::resolvable::{Resolver, Winner};
 use super::{Answer, OpenRole, Volume};
-use crate::control::api::{Failure, Stake};
+use crate::control::api::{Failure, Resolved, Stake};
 use crate::generations;
 use crate::pre_images::LayerError;
 use crate::replica::{PromotionError, Replica};
@@ -17,8 +17,8 @@ use crate::stored::{self, Undelivered};
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::replica::resolve::{self, Keep};
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::{GenerationId, HostId, Position};
-use blockmirror_protocol::wire::message::Fence;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -26,21 +26,6 @@ use tokio::task::spawn_local;
 
 /// How long other hosts may take to say how they stand.
 const STANDING_TIME: Duration = Duration::from_secs(3);
-
-/// What a split costs, and whether it is resolved.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Resolved {
-    /// What this host alone has, which goes.
-    pub loses: Stake,
-    /// What the other host alone has.
-    pub spares: Stake,
-    /// Whether this host's map does not reach back to the fork, so that everything is copied.
-    pub copies_everything: bool,
-    /// Whether the other host is the primary, and this one will follow it by itself.
-    pub is_kept_primary: bool,
-    /// Whether what is overwritten is kept, so that it can be undone.
-    pub can_be_undone: bool,
-}
 
 /// What giving in means for this host.
 struct Yielding {

@@ -7,8 +7,9 @@ use crate::standing::Answered;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::succession;
+use blockmirror_protocol::terms::{Claim, DataState};
 use blockmirror_protocol::units::{GenerationId, HostId, Position};
-use blockmirror_protocol::wire::message::{Claim, DataState, Standing};
+use blockmirror_protocol::wire::message::Standing;
 
 /// A host that was asked to resolve a split.
 #[derive(Clone, Debug)]
@@ -164,8 +165,8 @@ mod tests {
     use super::*;
     use crate::config;
     use blockmirror_protocol::lineage::Ends;
+    use blockmirror_protocol::terms::{Fence, Mode, Promise};
     use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, Session, VolumeId};
-    use blockmirror_protocol::wire::message::{Fence, Mode, Promise};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()

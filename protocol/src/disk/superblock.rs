@@ -29,9 +29,9 @@
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
 use crate::lineage::{self, Ends};
+pub use crate::terms::Role;
+use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
-pub use crate::wire::message::Role;
-use crate::wire::message::{DataState, Fence, Mode, Promise};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 

@@ -5,8 +5,9 @@ use crate::dirty_map::DirtyMap;
 use crate::disk::activity_log::{self, Recovered};
 use crate::disk::superblock::Superblock;
 use crate::ranges::ByteRange;
+use crate::terms::DataState;
 use crate::units::{HostId, Mark, Position};
-use crate::wire::message::{DataState, Message};
+use crate::wire::message::Message;
 use std::collections::BTreeMap;
 
 /// Names a frame and its payload.

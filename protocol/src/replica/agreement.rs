@@ -11,9 +11,9 @@
 //! In memory the set is exact, and has an entry for each extent of the volume at most.
 
 use super::{Action, FrameId, Replica};
+use crate::active_set::{ActiveSet, Claim};
 use crate::disk::activity_log::{self, Recovered};
 use crate::ranges::ByteRange;
-use crate::tracker::activity::{ActiveSet, Claim};
 use crate::units::{EXTENT_BYTES, Epoch, Extent, Sequence};
 use std::collections::BTreeSet;
 

@@ -4,8 +4,8 @@ use super::consent;
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
+use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{GenerationId, Position};
-use crate::wire::message::{DataState, Fence, Mode, Promise};
 
 /// See the module.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -23,7 +23,7 @@
 use super::resolve::Keep;
 use crate::disk::superblock::Superblock;
 use crate::planted::{Bug, planted};
-use crate::wire::message::{DataState, Fence};
+use crate::terms::{DataState, Fence};
 
 /// Which layer must keep what the holder of this fence overwrites, before its greeting is answered: none where it may
 /// overwrite this copy for good. An older history stays; it leads back to more.

@@ -46,14 +46,15 @@ use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::promise::Held;
 use crate::ranges::ByteRange;
-use crate::session::FRAME_COST_BYTES;
+use crate::terms::{DataState, Mode, Promise};
 use crate::units::{
     EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber,
     Stream, Time,
 };
+use crate::wire::FRAME_COST_BYTES;
 use crate::wire::message::{
-    Acknowledgement, Alone, AskMark, Commit, CopyDigest, DataState, Digest, Hello, Member, Message, Mode,
-    Parted, Parting, Promise, Refusal, Refused, Release, ResyncBegin, UNREADABLE,
+    Acknowledgement, Alone, AskMark, Commit, CopyDigest, Digest, Hello, Member, Message, Parted, Parting,
+    Refusal, Refused, Release, ResyncBegin, UNREADABLE,
 };
 use crate::wire::{Body, FrameHeader};
 use agreement::Log;
@@ -120,7 +121,7 @@ struct Link {
     beginning: bool,
     mode: Mode,
     /// The fence of the primary.
-    fence: crate::wire::message::Fence,
+    fence: crate::terms::Fence,
     received: Sequence,
     /// The last write whose receipt was acknowledged.
     receipt: Sequence,

@@ -15,8 +15,8 @@ use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
 use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
+use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{GenerationId, HostId, Mark, Position};
-use crate::wire::message::{DataState, Fence, Mode, Promise};
 
 /// Why a replica can't be promoted, whatever it would lose.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

@@ -16,11 +16,11 @@ use crate::disk::superblock::{LINEAGE_LIMIT, Superblock, may_number};
 use crate::lineage::{self, Relation};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
-use crate::session::FRAME_COST_BYTES;
+use crate::terms::{DataState, Fence, Mode};
 use crate::units::{Epoch, Sequence};
+use crate::wire::FRAME_COST_BYTES;
 use crate::wire::message::{
-    DataState, Fence, Hello, Member, Message, Mode, RANGES_PER_UNION, Refusal, Refused, Superseded, Union,
-    Welcome,
+    Hello, Member, Message, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
 };
 use crate::wire::{Body, FrameHeader, VERSIONS};
 use std::collections::VecDeque;
@@ -52,7 +52,7 @@ impl Replica {
     /// # Errors
     /// [`PrimaryMisbehaved`] where they don't.
     pub fn check_numbers(&self, hello: &Hello) -> Result<(), PrimaryMisbehaved> {
-        let is_new = self.superblock.data == DataState::Empty && hello.fence.counter < Fence::COUNTERS;
+        let is_new = self.superblock.data == DataState::Empty && hello.fence.is_in_bounds();
         if !is_new && !self.superblock.fence.may_become(hello.fence) {
             return Err(PrimaryMisbehaved("its fence is further ahead than promotions go"));
         }

@@ -2,8 +2,9 @@
 //! on it.
 
 use super::{Action, Purpose, Replica, StateChange};
+use crate::terms::DataState;
 use crate::units::{Epoch, Session as SessionNumber};
-use crate::wire::message::{Commit, Committed, DataState, Message, ReleaseRecorded, ResyncReady};
+use crate::wire::message::{Commit, Committed, Message, ReleaseRecorded, ResyncReady};
 
 impl Replica {
     /// The marker is durable, or could not be written.

@@ -9,8 +9,8 @@ use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
 use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
+use crate::terms::{Claim, DataState, Fence, Mode};
 use crate::units::GenerationId;
-use crate::wire::message::{Claim, DataState, Fence, Mode};
 
 /// The lineage of a host that yields to one with the lineage `winner`: what the two have in common, if this host's map
 /// for the other says everything that it wrote since, else none, which has everything copied. `map` is what that map

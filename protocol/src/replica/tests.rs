@@ -4,9 +4,10 @@ use super::*;
 use crate::disk::activity_log::Recovered;
 use crate::disk::superblock::Role;
 use crate::lineage::Ends;
+use crate::terms::Fence;
 use crate::units::{BlockSize, CopyId, GenerationId, HostId, Stream, VolumeId};
 use crate::wire::VERSIONS;
-use crate::wire::message::{Fence, Parting, Superseded, Union};
+use crate::wire::message::{Parting, Superseded, Union};
 use std::collections::{BTreeMap, BTreeSet};
 
 fn lineage(text: &str) -> Vec<GenerationId> {
@@ -567,7 +568,7 @@ fn primary_commits_an_epoch_that_leaves_no_room_for_a_next_run() {
         lineage: lineage("a"),
         active,
         mode: Mode::Async,
-        promise: crate::wire::message::Promise::None,
+        promise: crate::terms::Promise::None,
     };
     for (commit, is_sound) in [
         (commit(u64::MAX, vec![]), false),

@@ -12,8 +12,8 @@ use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
 use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
+use crate::terms::{DataState, Fence, Mode};
 use crate::units::{GenerationId, HostId, Position};
-use crate::wire::message::{DataState, Fence, Mode};
 
 /// Why nothing can be undone.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -126,7 +126,7 @@ mod tests {
             layers: 3,
             history: 3,
             mode: Mode::Async,
-            promise: crate::wire::message::Promise::None,
+            promise: crate::terms::Promise::None,
             released: false,
             replaced: false,
             run: crate::units::Epoch(0),

@@ -4,8 +4,9 @@
 use super::{Action, Circumstances, Phase, Session, State, TAIL_TIME, Wants};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
+use crate::terms::{Mode, Promise};
 use crate::units::{Epoch, GenerationId, Position, Sequence, Time};
-use crate::wire::message::{Agreed, Alone, AskMark, Commit, Mode, Promise, Release};
+use crate::wire::message::{Agreed, Alone, AskMark, Commit, Release};
 use crate::wire::{Body, FrameHeader};
 use std::num::NonZeroU64;
 use std::ops::Range;
@@ -262,10 +263,11 @@ mod tests {
     use super::*;
     use crate::dirty_map::DirtyMap;
     use crate::disk::dirty_map::Base;
+    use crate::terms::{DataState, Fence};
     use crate::tracker::RequestId;
     use crate::units::{BlockSize, CopyId, HostId, Mark, Session as SessionNumber, VolumeId};
     use crate::wire::VERSIONS;
-    use crate::wire::message::{Acknowledgement, Committed, DataState, Fence, Union, Welcome};
+    use crate::wire::message::{Acknowledgement, Committed, Union, Welcome};
 
     const PEER: HostId = HostId([2; 32]);
     const SESSION: SessionNumber = SessionNumber(1);

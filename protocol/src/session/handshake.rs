@@ -9,11 +9,12 @@ use crate::lineage::{self, Ends, Relation};
 use crate::planted::{Bug, planted};
 use crate::session::resync::Resync;
 use crate::session::stream::Window;
+use crate::terms::{DataState, Fence};
 use crate::units::{
     BlockSize, CopyId, Epoch, GenerationId, Mark, Sequence, Session as SessionNumber, Stream, Time, VolumeId,
 };
 use crate::wire::VERSIONS;
-use crate::wire::message::{DataState, Fence, Hello, Member, Message, Refused, Union, Welcome};
+use crate::wire::message::{Hello, Member, Message, Refused, Union, Welcome};
 
 /// Who greets: what a primary says of itself and the volume.
 #[derive(Clone, Debug)]

@@ -44,14 +44,15 @@ use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::promise::PATIENCE;
 use crate::ranges::ByteRange;
+use crate::terms::{Mode, Promise};
 use crate::tracker::RequestId;
 use crate::units::{
     BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber,
     Stream, Time,
 };
 use crate::wire::message::{
-    Acknowledgement, Committed, CopyDigest, Grant, Message, Mode, Parted, Promise, ReleaseRecorded, Renew,
-    ResyncBegin, ResyncReady,
+    Acknowledgement, Committed, CopyDigest, Grant, Message, Parted, ReleaseRecorded, Renew, ResyncBegin,
+    ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
 pub use handshake::{Handled, Identity, PeerError};
@@ -62,7 +63,7 @@ use std::num::NonZeroU64;
 use std::ops::Range;
 use std::time::Duration;
 use stream::Window;
-pub(crate) use stream::{FRAME_COST_BYTES, frame_cost_bytes};
+pub(crate) use stream::frame_cost_bytes;
 pub use verify::CompareResult;
 use verify::Verify;
 

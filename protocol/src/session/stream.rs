@@ -6,6 +6,7 @@
 use crate::ranges::ByteRange;
 use crate::units::{Epoch, Sequence, Time};
 use crate::wire::BUFFER_BYTES;
+use crate::wire::FRAME_COST_BYTES;
 use std::collections::VecDeque;
 
 /// Live frames that were sent and not acknowledged as durable: bounded memory (W7).
@@ -23,10 +24,6 @@ struct WindowFrame {
     cost_bytes: u64,
     sent: Time,
 }
-
-/// What a frame takes at the most besides its payload: its header, and the records of it here, in the link and in the
-/// transport, whose queues double when they grow.
-pub(crate) const FRAME_COST_BYTES: u64 = 512;
 
 /// What a frame with so much payload takes at the most, in bytes: a write of one sector holds a whole buffer.
 pub(crate) fn frame_cost_bytes(payload_bytes: u64) -> u64 {

@@ -4,8 +4,9 @@
 use super::handshake::Identity;
 use super::handshake::tests::{fence, lineage, welcome};
 use super::*;
+use crate::terms::DataState;
 use crate::units::{CopyId, EXTENT_BYTES, Position, VolumeId};
-use crate::wire::message::{DataState, Digest, Union, Welcome};
+use crate::wire::message::{Digest, Union, Welcome};
 
 const BLOCKS: u64 = 256;
 

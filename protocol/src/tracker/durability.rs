@@ -152,9 +152,9 @@ mod tests {
     use crate::promise::PATIENCE;
     use crate::ranges::ByteRange;
     use crate::session::{self, Session};
+    use crate::terms::Mode;
     use crate::tracker::testing::{NOW, tracker};
     use crate::units::{BlockSize, EXTENT_BYTES, GenerationId, HostId, Time, VolumeId};
-    use crate::wire::message::Mode;
     use std::time::Duration;
 
     /// Carries out what the tracker asks for, on a disk whose writes and syncs succeed or fail, and gives the replies.

@@ -104,10 +104,10 @@ impl Tracker {
 
 #[cfg(test)]
 mod tests {
+    use crate::terms::Mode;
     use crate::tracker::replies::ReplicaLoss;
     use crate::tracker::testing::{NOW, answers, session, tracker, write};
     use crate::tracker::{RequestId, Tracker};
-    use crate::wire::message::Mode;
     use std::time::Duration;
 
     fn opened() -> Tracker {

@@ -29,7 +29,6 @@
 //! session by its limit; copies under way by [`session::resync`]; a dirty map by what is dirty.
 
 mod action;
-pub(crate) mod activity;
 mod agreement;
 mod durability;
 mod generation;
@@ -47,18 +46,19 @@ mod told;
 pub use action::{Action, Follower, LocalWrite, RequestId, Settings, Work, WriteFailed};
 pub use leading::Doubt;
 
+use crate::active_set::ActiveSet;
 use crate::disk::activity_log::{CAPACITY, Recovered};
 use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session::resync::{CopyContent, CopyRead};
 use crate::session::{self, Circumstances, CompareResult, Handled, Identity, PeerError, Report, Session};
+use crate::terms::{Mode, Promise};
 use crate::units::{
     EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time,
 };
-use crate::wire::message::{Message, Mode, Promise};
+use crate::wire::message::Message;
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
-use activity::ActiveSet;
 use agreement::Agreement;
 use durability::Local;
 use generation::Generations;

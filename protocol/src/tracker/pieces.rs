@@ -1,10 +1,10 @@
 //! The path of a write through the tracker: cut into pieces, extents claimed, sequenced, sent on its way, ended.
 
-use super::activity::Claim;
 use super::{
     Action, Admitted, EPOCH_BYTES, PAYLOAD_LIMIT_BYTES, PIECES, RequestId, Session, Tracker, Work,
     ZERO_LIMIT_BYTES,
 };
+use crate::active_set::Claim;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session;

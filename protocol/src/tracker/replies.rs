@@ -9,8 +9,8 @@ use super::generation::Next;
 use super::{RequestId, Tracker, WriteFailed};
 use crate::planted::{Bug, planted};
 use crate::session::{ACKNOWLEDGEMENT_DEADLINE, Session};
+use crate::terms::{Mode, Promise};
 use crate::units::{Sequence, Time};
-use crate::wire::message::{Mode, Promise};
 use std::time::Duration;
 
 /// What happens while a replica that writes should wait for is not in sync.
@@ -230,10 +230,10 @@ impl Owed {
 mod tests {
     use crate::disk::activity_log::Recovered;
     use crate::promise::PATIENCE;
+    use crate::terms::Mode;
     use crate::tracker::replies::ReplicaLoss;
     use crate::tracker::testing::{NOW, answers, host, session, settings, tracker, write};
     use crate::tracker::{RequestId, Settings, Tracker};
-    use crate::wire::message::Mode;
     use std::collections::BTreeSet;
     use std::time::Duration;
 

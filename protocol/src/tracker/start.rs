@@ -96,11 +96,11 @@ impl Tracker {
 mod tests {
     use crate::disk::activity_log::Recovered;
     use crate::ranges::ByteRange;
+    use crate::terms::Mode;
     use crate::tracker::replies::ReplicaLoss;
     use crate::tracker::testing::{NOW, answers, host, session, settings, tracker, write};
     use crate::tracker::{RequestId, Settings, Tracker};
     use crate::units::Sequence;
-    use crate::wire::message::Mode;
     use std::collections::BTreeSet;
     use std::time::Duration;
 

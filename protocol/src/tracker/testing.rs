@@ -7,8 +7,8 @@ use crate::disk::activity_log::Recovered;
 use crate::disk::dirty_map::Base;
 use crate::ranges::ByteRange;
 use crate::session::{self, Session};
+use crate::terms::Mode;
 use crate::units::{BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Time, VolumeId};
-use crate::wire::message::Mode;
 use std::collections::BTreeSet;
 use std::time::Duration;
 

@@ -6,8 +6,8 @@ use super::{Action, Follower, Tracker};
 use crate::dirty_map::DirtyMap;
 use crate::session::resync::{CopyContent, CopyRead};
 use crate::session::{self, Session};
+use crate::terms::Mode;
 use crate::units::{BlockSize, EXTENT_BYTES, VolumeId};
-use crate::wire::message::Mode;
 use std::time::Duration;
 
 /// A replica that has just joined, whose map is being written.

@@ -200,7 +200,7 @@ mod tests {
     use super::*;
     use crate::promise::PATIENCE;
     use crate::ranges::ByteRange;
-    use crate::wire::message::Mode;
+    use crate::terms::Mode;
 
     /// Opened with epoch 1 for the first one of its generation.
     fn begun() -> Told {

@@ -34,6 +34,10 @@ pub const ALPN: &[u8] = b"blockmirror/1";
 /// The oldest and the newest version of frames and messages that this code speaks.
 pub const VERSIONS: (u16, u16) = (7, 7);
 
+/// What a frame takes at the most besides its payload: its header, and the records of it here, in the link and in the
+/// transport, whose queues double when they grow.
+pub(crate) const FRAME_COST_BYTES: u64 = 512;
+
 /// No frame carries more payload than this, in bytes. A receiver may offer less.
 pub const PAYLOAD_LIMIT_BYTES: u32 = 1 << 20;
 

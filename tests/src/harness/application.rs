@@ -6,10 +6,10 @@ use super::settings::Settings;
 use super::world::{Event, World};
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{RequestId, Work};
 use blockmirror_protocol::units::Time;
-use blockmirror_protocol::wire::message::Mode;
 use std::collections::BTreeMap;
 use std::time::Duration;
 

@@ -4,7 +4,8 @@
 use super::host::{Host, Shell};
 use super::world::World;
 use blockmirror_protocol::replica::{SpacePolicy, StateChange};
-use blockmirror_protocol::wire::message::{DataState, Welcome};
+use blockmirror_protocol::terms::DataState;
+use blockmirror_protocol::wire::message::Welcome;
 
 impl Host {
     /// It agrees to the holder of every fence up to this one.

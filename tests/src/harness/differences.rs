@@ -9,8 +9,8 @@ use super::world::World;
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::{EXTENT_BYTES, Extent};
-use blockmirror_protocol::wire::message::DataState;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What a primary's files say, while they don't change.

@@ -26,11 +26,11 @@ use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
 use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::succession::Claims;
+use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::tracker::{Doubt, Tracker};
 use blockmirror_protocol::units::{
     CopyId, Epoch, GenerationId, HostId, Mark, Position, Session as SessionNumber, VolumeId,
 };
-use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 

@@ -9,11 +9,10 @@ use blockmirror_protocol::disk::dirty_map;
 use blockmirror_protocol::membership;
 use blockmirror_protocol::session::Session;
 use blockmirror_protocol::succession::{Heard, Judgement, Succeeded, Weight};
+use blockmirror_protocol::terms::{Mode, Promise};
 use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::units::Time;
-use blockmirror_protocol::wire::message::{
-    Member, Members as Told, Message, Mode, Promise, Refusal, Refused, Removal,
-};
+use blockmirror_protocol::wire::message::{Member, Members as Told, Message, Refusal, Refused, Removal};
 use std::collections::BTreeMap;
 
 /// What a host knows of the others' memberships, by their numbers. See the module.

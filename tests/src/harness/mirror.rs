@@ -9,8 +9,8 @@ use super::history::History;
 use super::promises::Promises;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::StateChange;
+use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::{Epoch, Position, Sequence};
-use blockmirror_protocol::wire::message::DataState;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A connection and an epoch on it.

@@ -14,10 +14,10 @@ use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::session::{Identity, Session};
+use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, Follower, LocalWrite, RequestId, Tracker};
 use blockmirror_protocol::units::{GenerationId, Sequence, Time};
-use blockmirror_protocol::wire::message::Mode;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 

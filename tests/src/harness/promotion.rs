@@ -7,8 +7,8 @@ use super::rewriting::Purpose;
 use super::world::{Event, World};
 use blockmirror_protocol::replica::promotion;
 use blockmirror_protocol::rewrite::{Candidacy, Rewrite};
+use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{DataState, Fence};
 use std::time::Duration;
 
 /// How long an operator waits before looking again whether a replica has come to rest, at most.

@@ -12,8 +12,8 @@ use super::world::{Event, World};
 use blockmirror_protocol::adoption::{Adoption, Content};
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::rewrite::Rewrite;
+use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::DataState;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 

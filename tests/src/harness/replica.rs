@@ -12,9 +12,10 @@ use blockmirror_protocol::disk::{activity_log, marker, slot_offset, superblock};
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
+use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::units::{Sequence, Time};
 use blockmirror_protocol::wire::FrameHeader;
-use blockmirror_protocol::wire::message::{DataState, Fence, Members, Message, Superseded};
+use blockmirror_protocol::wire::message::{Members, Message, Superseded};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 

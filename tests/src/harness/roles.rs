@@ -7,8 +7,8 @@ use super::world::{Event, World};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::replica::{promotion, resolve};
+use blockmirror_protocol::terms::{Claim, DataState, Fence};
 use blockmirror_protocol::units::{GenerationId, Position, Time};
-use blockmirror_protocol::wire::message::{Claim, DataState, Fence};
 use std::time::Duration;
 
 /// How long operators look for one primary that everybody can follow.
@@ -181,7 +181,11 @@ impl World {
             return false;
         }
         let primaries = self.primaries();
-        let newest = primaries.iter().copied().max_by_key(|host| self.hosts[*host].superblock.fence.counter);
+        let fence_of = |host: usize| self.hosts[host].superblock.fence;
+        let newest = primaries
+            .iter()
+            .copied()
+            .reduce(|newest, host| if fence_of(host).supersedes(fence_of(newest)) { host } else { newest });
         let Some(primary) = newest else {
             let can_be = |host: &usize| promotion::must_be_promotable(&self.hosts[*host].superblock).is_ok();
             let candidates: Vec<usize> = (0..self.hosts.len()).filter(can_be).collect();

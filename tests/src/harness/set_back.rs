@@ -11,8 +11,8 @@ use super::world::World;
 use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::lineage::{self, Relation};
+use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::Mark;
-use blockmirror_protocol::wire::message::DataState;
 use std::collections::BTreeSet;
 
 /// What a power loss left on a host's disks, and what the model knew of it then.

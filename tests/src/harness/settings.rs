@@ -4,10 +4,10 @@ use super::random::Random;
 use blockmirror_protocol::disk::activity_log::CAPACITY;
 use blockmirror_protocol::promise::PATIENCE;
 use blockmirror_protocol::replica::SpacePolicy;
+use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::LEAST_ACTIVE_EXTENTS;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::BlockSize;
-use blockmirror_protocol::wire::message::Mode;
 use std::time::Duration;
 
 /// See the module.

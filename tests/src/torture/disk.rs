@@ -9,7 +9,7 @@ use crate::machines::programs::{run, succeed, text};
 use blockmirror_agent::stored::{self, Ending};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, pre_images};
-use blockmirror_protocol::wire::message::DataState;
+use blockmirror_protocol::terms::DataState;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

@@ -7,8 +7,9 @@ use crate::output::warn;
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::transport::Connection;
 use blockmirror_protocol::adoption::Content;
+use blockmirror_protocol::terms::Role;
 use blockmirror_protocol::units::VolumeId;
-use blockmirror_protocol::wire::message::{AskOthers, AskStanding, Message, Other, Others, Role, Standing};
+use blockmirror_protocol::wire::message::{AskOthers, AskStanding, Message, Other, Others, Standing};
 use std::time::Duration;
 
 /// How long one host may take to say how it stands.
@@ -93,8 +94,8 @@ fn shown(text: &str) -> String {
 mod tests {
     use super::*;
     use blockmirror_protocol::lineage::Ends;
+    use blockmirror_protocol::terms::{DataState, Fence};
     use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Position, Sequence};
-    use blockmirror_protocol::wire::message::{DataState, Fence};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()

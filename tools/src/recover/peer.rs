@@ -9,10 +9,9 @@ use blockmirror_agent::transport::{
 };
 use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::disk::recovery::Subject;
+use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::{HostId, SECTOR_BYTES, VolumeId};
-use blockmirror_protocol::wire::message::{
-    DataState, Message, Others, Recover, Recovering, Refusal, Refused,
-};
+use blockmirror_protocol::wire::message::{Message, Others, Recover, Recovering, Refusal, Refused};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 

@@ -12,11 +12,12 @@ use blockmirror_agent::transport::{
 };
 use blockmirror_protocol::disk::recovery::CHUNK_BYTES;
 use blockmirror_protocol::lineage::Ends;
+use blockmirror_protocol::terms::{DataState, Fence, Role};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, VolumeId,
 };
 use blockmirror_protocol::wire::message::{
-    DataState, Fence, Message, Other, Others, Recover, Recovering, Refusal, Refused, Role, Standing,
+    Message, Other, Others, Recover, Recovering, Refusal, Refused, Standing,
 };
 use std::cell::RefCell;
 use std::os::unix::fs::FileExt;

@@ -5,8 +5,9 @@ use super::*;
 use blockmirror_agent::backing;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::lineage::Ends;
+use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, Position, Session};
-use blockmirror_protocol::wire::message::{DataState, Fence, Mode, Promise, Refusal, Refused};
+use blockmirror_protocol::wire::message::{Refusal, Refused};
 
 fn done(scene: &Scene) -> u64 {
     scene.state().map_or(0, |state| state.done_chunks())

@@ -10,8 +10,8 @@ mod status;
 pub use orders::{
     AddressRequest, Comparison, CreateRequest, Demotion, Difference, Forgetting, Invitation, InvitationState,
     InvitationStatus, InvitationsReply, InviteRequest, JoinRequest, ModeRequest, PeerRemoval, PeersReply,
-    PromoteRequest, Promotion, RemovePeerRequest, Resolution, ResolveRequest, Stake, Switch, SwitchRequest,
-    TuneRequest, Undoing,
+    PromoteRequest, Promotion, RemovePeerRequest, Resolution, ResolveRequest, Resolved, Stake, Switch,
+    SwitchRequest, TuneRequest, Undoing,
 };
 pub use status::{
     Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung,

@@ -201,6 +201,21 @@ pub struct Stake {
     pub since_unix_seconds: Option<u64>,
 }
 
+/// What a split costs, and whether it is resolved.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Resolved {
+    /// What this host alone has, which goes.
+    pub loses: Stake,
+    /// What the other host alone has.
+    pub spares: Stake,
+    /// Whether this host's map does not reach back to the fork, so that everything is copied.
+    pub copies_everything: bool,
+    /// Whether the other host is the primary, and this one will follow it by itself.
+    pub is_kept_primary: bool,
+    /// Whether what is overwritten is kept, so that it can be undone.
+    pub can_be_undone: bool,
+}
+
 /// A split that was resolved, or what resolving it would lose.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Resolution {

@@ -366,9 +366,9 @@ pub enum CopyState {
     Consistent,
 }
 
-impl From<blockmirror_protocol::wire::message::DataState> for CopyState {
-    fn from(state: blockmirror_protocol::wire::message::DataState) -> Self {
-        use blockmirror_protocol::wire::message::DataState;
+impl From<blockmirror_protocol::terms::DataState> for CopyState {
+    fn from(state: blockmirror_protocol::terms::DataState) -> Self {
+        use blockmirror_protocol::terms::DataState;
         match state {
             DataState::Empty => Self::Empty,
             DataState::Inconsistent => Self::Inconsistent,

@@ -1,0 +1,109 @@
+//! The structure that ARCHITECTURE.md promises, read from the source: which parts never know each other, and that there is one
+//! comparison of fences (L5).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Parts of a crate that never name others of it. A star is every other part.
+const NEVER: &[(&str, &str, &[&str])] = &[
+    ("agent", "device", &["transport"]),
+    ("agent", "transport", &["device", "storage", "primary", "replica", "volume"]),
+    ("agent", "storage", &["device", "transport", "primary", "replica", "volume"]),
+    ("agent", "primary", &["replica"]),
+    ("agent", "replica", &["primary"]),
+    ("agent", "export", &["primary", "replica"]),
+    ("agent", "pre_images", &["primary", "replica"]),
+    ("agent", "content", &["primary", "replica"]),
+    ("agent", "verdict", &["volume", "primary", "replica"]),
+    ("agent", "volume", &["supervisor"]),
+    ("agent", "control", &["supervisor"]),
+    ("protocol", "wire", &["disk", "tracker", "session", "replica"]),
+    ("protocol", "disk", &["wire", "tracker", "session", "replica"]),
+    ("protocol", "tracker", &["replica", "rewrite", "succession"]),
+    ("protocol", "replica", &["tracker", "session"]),
+];
+
+/// Where the numbers of fences mean something else than who was promoted after whom.
+const NUMBERS: &[&str] = &["protocol/src/terms.rs", "protocol/src/replica/consent.rs"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("it is in the workspace").to_owned()
+}
+
+/// Every source file below a folder, by its path in the repository, without comments and without its tests.
+fn sources(folder: &Path) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("it is there") {
+        let path = entry.expect("it can be read").path();
+        if path.is_dir() {
+            found.extend(sources(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = path.strip_prefix(root()).expect("it is below").display().to_string();
+            let text = fs::read_to_string(&path).expect("it is text");
+            let is_test =
+                name.contains("/tests/") || name.ends_with("tests.rs") || name.ends_with("testing.rs");
+            let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+            let is_code = |line: &&str| !line.trim_start().starts_with("//");
+            let code = text.lines().filter(is_code).collect::<Vec<_>>().join("\n");
+            if !is_test {
+                found.push((name, code));
+            }
+        }
+    }
+    found
+}
+
+/// The parts of its crate that some code names.
+fn named(code: &str) -> impl Iterator<Item = &str> {
+    let end = |text: &str| {
+        text.find(|letter: char| !letter.is_alphanumeric() && letter != '_').unwrap_or(text.len())
+    };
+    code.split("crate::").skip(1).map(move |rest| &rest[..end(rest)])
+}
+
+#[test]
+fn parts_that_shall_not_know_each_other_do_not() {
+    let mut arrows = Vec::new();
+    for (name, part, never) in NEVER {
+        let folder = root().join(name).join("src");
+        let of_part = |file: &str| {
+            let rest = file.strip_prefix(&format!("{name}/src/")).unwrap_or(file);
+            rest.split('/').next().map(|first| first.trim_end_matches(".rs")) == Some(*part)
+        };
+        let files: Vec<_> = sources(&folder).into_iter().filter(|(file, _)| of_part(file)).collect();
+        assert!(!files.is_empty(), "there is no part {part} in {name}: mend this list");
+        for (file, code) in files {
+            arrows.extend(
+                named(&code).filter(|other| never.contains(other)).map(|other| format!("{file} -> {other}")),
+            );
+        }
+    }
+    arrows.dedup();
+    assert!(arrows.is_empty(), "{arrows:#?}");
+}
+
+#[test]
+fn fences_are_compared_in_one_place() {
+    let mut others = Vec::new();
+    for folder in ["protocol/src", "agent/src", "tools/src", "tests/src"] {
+        for (file, code) in sources(&root().join(folder)) {
+            let is_comparison = |line: &&str| {
+                let after = line.split(".counter").skip(1);
+                after.map(str::trim_start).any(|rest| {
+                    let compares = ["<", ">", "==", "!=", ".max(", ".min(", ".cmp("];
+                    compares.iter().any(|sign| rest.starts_with(sign)) && !rest.starts_with("<<")
+                })
+            };
+            if !NUMBERS.contains(&file.as_str()) {
+                others.extend(
+                    code.lines().filter(is_comparison).map(|line| format!("{file}: {}", line.trim())),
+                );
+            }
+        }
+    }
+    assert!(others.is_empty(), "Fence::against is the rule: {others:#?}");
+    let terms = fs::read_to_string(root().join("protocol/src/terms.rs")).expect("it is there");
+    let before = terms.split("pub struct Fence").next().expect("there is a beginning");
+    let derived = before.rsplit("#[derive(").next().expect("it derives something");
+    assert!(!derived.contains("Ord"), "an order of fences would be a second rule");
+}
