@@ -385,7 +385,11 @@ impl Superblock {
                 epoch: Epoch(raw.epoch.get()),
                 sequence: Sequence(raw.sequence.get()),
             },
-            source: Fence { counter: raw.source_counter.get(), holder: HostId(raw.source) },
+            source: match (is_older, raw.role) {
+                // It answered long ago, whoever follows it.
+                (true, 1) => Fence::default(),
+                _ => Fence { counter: raw.source_counter.get(), holder: HostId(raw.source) },
+            },
             lineage: lineage.iter().map(|generation| GenerationId(*generation)).collect(),
             adopted: raw.adopted.get(),
             gap: raw.gap.get(),
@@ -490,6 +494,7 @@ mod tests {
         seal(&mut page, CRC_AT);
         let (_, primary) = Superblock::recover(&page).unwrap();
         assert!(primary.stands().epoch > primary.position.epoch);
+        assert_eq!(primary.source, Fence::default(), "it waits for nobody after an upgrade");
     }
 
     #[test]
