@@ -170,6 +170,35 @@ pub struct Superblock {
 }
 
 impl Superblock {
+    /// What a copy says of itself that holds nothing yet and follows nobody.
+    #[must_use]
+    pub fn empty(volume: VolumeId, copy: CopyId, size_bytes: u64, block_size: BlockSize) -> Self {
+        Self {
+            volume,
+            copy,
+            size_bytes,
+            block_size,
+            role: Role::Replica,
+            data: DataState::Empty,
+            session: Session(0),
+            fence: Fence::default(),
+            position: Position::default(),
+            source: Fence::default(),
+            lineage: Vec::new(),
+            adopted: 0,
+            gap: 0,
+            layers: 0,
+            history: 0,
+            mode: Mode::Async,
+            promise: Promise::None,
+            released: false,
+            replaced: false,
+            run: Epoch(0),
+            ends: Ends::default(),
+            agreed: 0,
+        }
+    }
+
     /// Whether this host gave its content up, or brought it back, and has adopted nothing since (L6): what others remember
     /// of it is of another content.
     #[must_use]

@@ -24,13 +24,10 @@ use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
-use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::succession::Claims;
-use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
+use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::tracker::{Doubt, Tracker};
-use blockmirror_protocol::units::{
-    CopyId, Epoch, GenerationId, HostId, Mark, Position, Session as SessionNumber, VolumeId,
-};
+use blockmirror_protocol::units::{CopyId, Epoch, GenerationId, HostId, Mark, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -155,29 +152,22 @@ impl Host {
     #[must_use]
     pub fn new(settings: &Settings, number: usize) -> Self {
         let is_first = number == 0;
-        let superblock = Superblock {
-            volume: VOLUME,
-            copy: CopyId([number as u8 + 1; 16]),
-            size_bytes: settings.size_bytes,
-            block_size: settings.block_size,
-            role: if is_first { Role::Primary } else { Role::Replica },
-            data: if is_first { DataState::Consistent } else { DataState::Empty },
-            session: SessionNumber(0),
-            fence: if is_first { Fence { counter: 1, holder: host_id(0) } } else { Fence::default() },
-            position: Position::default(),
-            source: Fence::default(),
-            lineage: if is_first { vec![GenerationId([0xff; 16])] } else { Vec::new() },
-            adopted: 0,
-            gap: 0,
-            layers: 0,
-            history: 0,
-            mode: Mode::Async,
-            promise: Promise::None,
-            released: false,
-            replaced: false,
-            run: Epoch(0),
-            ends: Ends::default(),
-            agreed: u64::from(is_first),
+        let empty = Superblock::empty(
+            VOLUME,
+            CopyId([number as u8 + 1; 16]),
+            settings.size_bytes,
+            settings.block_size,
+        );
+        let superblock = match is_first {
+            true => Superblock {
+                role: Role::Primary,
+                data: DataState::Consistent,
+                fence: Fence { counter: 1, holder: host_id(0) },
+                lineage: vec![GenerationId([0xff; 16])],
+                agreed: 1,
+                ..empty
+            },
+            false => empty,
         };
         let mut host = Self {
             number,

@@ -3,10 +3,8 @@
 use super::host::{Host, VOLUME};
 use super::*;
 use blockmirror_agent::backing;
-use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
-use blockmirror_protocol::lineage::Ends;
-use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
-use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, Position, Session};
+use blockmirror_protocol::disk::superblock::{self, Superblock};
+use blockmirror_protocol::units::{BlockSize, CopyId};
 use blockmirror_protocol::wire::message::{Refusal, Refused};
 
 fn done(scene: &Scene) -> u64 {
@@ -104,30 +102,7 @@ fn a_target_that_was_served_since_is_not_overwritten_unasked() {
     running.kill();
     let folder = scene.path("var").join(NAME);
     fs::create_dir_all(&folder).unwrap();
-    let superblock = Superblock {
-        volume: VOLUME,
-        copy: CopyId([4; 16]),
-        size_bytes: SIZE,
-        block_size: BlockSize::default(),
-        role: Role::Primary,
-        data: DataState::Consistent,
-        session: Session(0),
-        fence: Fence::default(),
-        position: Position::default(),
-        source: Fence::default(),
-        lineage: Vec::new(),
-        adopted: 0,
-        gap: 0,
-        layers: 0,
-        history: 0,
-        mode: Mode::Async,
-        promise: Promise::None,
-        released: false,
-        replaced: false,
-        run: Epoch(0),
-        ends: Ends::default(),
-        agreed: 0,
-    };
+    let superblock = Superblock::empty(VOLUME, CopyId([4; 16]), SIZE, BlockSize::default());
     fs::write(folder.join(superblock::FILE_NAME), superblock.encode(1)).unwrap();
     let Ok(backing::Match::Adopted { identity, .. }) = backing::compare(&folder, &scene.target()) else {
         panic!("nothing is recorded")
