@@ -123,12 +123,22 @@ pub async fn ask(peers: &Peers, volume: VolumeId, peer: &PeerConfig, limit: Dura
 ///
 /// # Errors
 /// What became of the connection, in words.
-pub async fn converse(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, String> {
-    let addresses: Vec<String> = peer.addresses.iter().map(|address| address.as_str().to_owned()).collect();
-    match peers.ask(peer.host, &addresses, &message).await {
-        Ok((_, answer)) => Ok(answer),
-        Err(error) => Err(with_name(&error, peer.host, &peer.name)),
-    }
+async fn converse(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, String> {
+    let answered = peers.ask(peer.host, &addresses(peer), &message).await;
+    answered.map(|(_, answer)| answer).map_err(|error| with_name(&error, peer.host, &peer.name))
+}
+
+/// Tells a host to do something, once, and gives its answer.
+///
+/// # Errors
+/// What became of the connection, in words: the host may have done it all the same.
+pub async fn order(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, String> {
+    let answered = peers.ask_once(peer.host, &addresses(peer), &message).await;
+    answered.map(|(_, answer)| answer).map_err(|error| with_name(&error, peer.host, &peer.name))
+}
+
+fn addresses(peer: &PeerConfig) -> Vec<String> {
+    peer.addresses.iter().map(|address| address.as_str().to_owned()).collect()
 }
 
 /// How this host stands, for `asker`, as its state folder says; nothing where that can't be read.

@@ -16,11 +16,8 @@ use crate::transport::key;
 use crate::volume::Learned;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
-use blockmirror_protocol::lineage::Ends;
-use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
-use blockmirror_protocol::units::{
-    BlockSize, CopyId, Epoch, GenerationId, Position, SECTOR_BYTES, Session, VolumeId,
-};
+use blockmirror_protocol::terms::{DataState, Fence};
+use blockmirror_protocol::units::{BlockSize, CopyId, GenerationId, SECTOR_BYTES, VolumeId};
 use blockmirror_protocol::wire::message::{Join, Joined, Members, Message};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -62,29 +59,14 @@ impl Supervisor {
                 block_size,
             )
         };
+        let copy = CopyId(key::random());
         let superblock = Superblock {
-            volume: config.id,
-            copy: CopyId(key::random()),
-            size_bytes: config.size_bytes,
-            block_size,
             role: SuperblockRole::Primary,
             data: DataState::Consistent,
-            session: Session(0),
             fence: Fence { counter: 1, holder: self.endpoint.id() },
-            position: Position::default(),
-            source: Fence::default(),
             lineage: vec![GenerationId(key::random())],
-            adopted: 0,
-            gap: 0,
-            layers: 0,
-            history: 0,
-            mode: Mode::Async,
-            promise: Promise::None,
-            released: false,
-            replaced: false,
-            run: Epoch(0),
-            ends: Ends::default(),
             agreed: 1,
+            ..Superblock::empty(config.id, copy, config.size_bytes, block_size)
         };
         self.set_up(config, superblock, prepared.made).await
     }
@@ -108,29 +90,10 @@ impl Supervisor {
         })
         .await?;
         let config = self.replica_config(&request, &name, &asked);
+        let copy = CopyId(key::random());
         let superblock = Superblock {
-            volume: asked.volume,
-            copy: CopyId(key::random()),
-            size_bytes: asked.size_bytes,
-            block_size: asked.block_size,
-            role: SuperblockRole::Replica,
-            data: DataState::Empty,
-            session: Session(0),
-            fence: Fence::default(),
-            position: Position::default(),
             source: Fence { counter: 0, holder: token.host },
-            lineage: Vec::new(),
-            adopted: 0,
-            gap: 0,
-            layers: 0,
-            history: 0,
-            mode: Mode::Async,
-            promise: Promise::None,
-            released: false,
-            replaced: false,
-            run: Epoch(0),
-            ends: Ends::default(),
-            agreed: 0,
+            ..Superblock::empty(asked.volume, copy, asked.size_bytes, asked.block_size)
         };
         // The volume is ready before the token is used up, because the primary dials at once.
         let reply = self.set_up(config, superblock, prepared.made).await?;
@@ -154,6 +117,8 @@ impl Supervisor {
             let text = format!("there is a volume {name} on this host already, with the backing {backing}");
             return Err(refused(text));
         }
+        // A connection that the primary has forgotten shows here, where nothing is used up.
+        self.ask_to_join(token, true).await?;
         let joined = self.ask_to_join(token, false).await?;
         let told = Members { members: joined.members, removed: Vec::new() };
         self.learn(name, Learned::Members(told)).await?;
@@ -254,7 +219,14 @@ impl Supervisor {
             ask_only,
         };
         let join = join.into();
-        let asked = tokio::time::timeout(JOIN_TIME, self.peers.ask(token.host, &token.addresses, &join));
+        let answered = async {
+            match ask_only {
+                true => self.peers.ask(token.host, &token.addresses, &join).await,
+                // The token is used up by it.
+                false => self.peers.ask_once(token.host, &token.addresses, &join).await,
+            }
+        };
+        let asked = tokio::time::timeout(JOIN_TIME, answered);
         let answered = asked.await.map_err(|_| {
             failed("the primary does not answer; look at `blockmirror status` there, then try again with a new token")
         })?;

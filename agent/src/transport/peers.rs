@@ -142,7 +142,11 @@ impl Peers {
         }
     }
 
-    async fn ask_once(
+    /// As [`Peers::ask`], for what must not be put twice.
+    ///
+    /// # Errors
+    /// [`AskError`]; where the connection was lost, the host may have heard it all the same.
+    pub async fn ask_once(
         &self,
         host: HostId,
         addresses: &[String],

@@ -292,7 +292,7 @@ impl Retiring {
 /// to go on here as well would make two primaries.
 async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Taken, (Next, Failure)> {
     let name = &peer.name;
-    let told = standing::converse(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
+    let told = standing::order(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
     let lost = match tokio::time::timeout(TAKE_OVER_TIME, told).await {
         Ok(Ok(Message::TookOver(TookOver { fence }))) if fence.supersedes(ours) => {
             return Ok(Taken { fence, serves: true });
