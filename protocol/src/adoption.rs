@@ -5,8 +5,8 @@
 //! own. Of what an earlier release recovered, only as much is claimed as this host's map vouches for. Where blocks of others
 //! may differ is not known in any of these cases but one: on the source of a recovery, they are what this host's map says.
 //!
-//! The superblock comes last. What comes before it only says that less is known, so a crash in between does no harm, and
-//! the next start does it all again.
+//! What the copy is comes last. What is written before ([`crate::rewrite`]) only says that less is known and that nobody may
+//! count on it, so a crash in between does no harm, and the next start does it all again.
 
 use crate::disk::superblock::{Role, Superblock};
 use crate::lineage::Ends;
@@ -69,8 +69,8 @@ impl Adoption<'_> {
         self.source == Some(peer) || planted(Bug::KeepMaps)
     }
 
-    /// On a replica, how far it is: to be written before the superblock, once everything counts as active in its log, for what
-    /// the source had begun of its next epoch is here as well (D5). Nothing where it holds no image.
+    /// On a replica, how far it is: to be written once everything counts as active in its log, for what the source had begun of
+    /// its next epoch is here as well (D5). Nothing where it holds no image.
     #[must_use]
     pub fn mark(&self) -> Option<Mark> {
         match self.content {

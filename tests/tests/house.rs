@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Parts of a crate that never name others of it. A star is every other part.
+/// A crate, a part of it, and the parts that this one never names.
 const NEVER: &[(&str, &str, &[&str])] = &[
     ("agent", "device", &["transport"]),
     ("agent", "transport", &["device", "storage", "primary", "replica", "volume"]),

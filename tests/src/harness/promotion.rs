@@ -54,7 +54,7 @@ impl World {
         };
         let peers: Vec<HostId> = peers.into_iter().map(host_id).collect();
         let rewrite = Rewrite::promotion(&it.superblock, &peers, candidacy).expect("it was asked");
-        self.note(|| format!("host {host} is being promoted: {rewrite:?}"));
+        self.note(|| format!("host {host} is being promoted"));
         self.cut_off(host);
         for link in self.links.ids().filter(|link| link.listener == host) {
             // What a rollback restores, this host's own maps remember.

@@ -7,6 +7,7 @@ use super::gap::{HistoryPoint, Layers};
 use super::host::Host;
 use super::mirror::Mirror;
 use super::promises::Promises;
+use super::recovery::Adopting;
 use super::world::World;
 use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
@@ -26,6 +27,7 @@ pub struct Snapshot {
     mirror: Mirror,
     known_lives: BTreeSet<(usize, u64)>,
     promises: Promises,
+    adopting: Option<Adopting>,
 }
 
 impl World {
@@ -51,6 +53,7 @@ impl World {
                     mirror: it.mirror.clone(),
                     known_lives: it.known_lives.clone(),
                     promises: it.promises.clone(),
+                    adopting: it.adopting.clone(),
                 });
             }
         }
@@ -89,10 +92,11 @@ impl World {
         let role = superblock_of(&snapshot.files).role;
         self.note(|| format!("host {host} is set back, {role:?}"));
         let it = &mut self.hosts[host];
-        let Snapshot { disk, files, layers, kept, agreed, mirror, known_lives, promises } = snapshot;
+        let Snapshot { disk, files, layers, kept, agreed, mirror, known_lives, promises, adopting } =
+            snapshot;
         (it.disk, it.files, it.layers) = (disk, files, layers);
         (it.kept, it.agreed, it.mirror, it.known_lives) = (kept, agreed, mirror, known_lives);
-        it.promises = promises;
+        (it.promises, it.adopting) = (promises, adopting);
         it.expected = None;
         it.is_set_back = true;
         it.recover_superblock();
