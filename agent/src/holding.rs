@@ -1,22 +1,24 @@
 //! Whether a backing was written by something else, as far as the system tells (X4).
 //!
-//! While a host holds a backing it keeps two notes in the volume's state folder. `held` is durable: it says that the
-//! backing is open and since which start of the system, or, once it was closed in order, what it looked like: the times
-//! of an image, the kernel's count of a disk's writes, and a digest of what others write first (both ends, where file
-//! systems keep what changes with each mount, and samples in between). `held-now` is not synced and so costs next to
-//! nothing: it says what the times or counts were when this host last wrote nothing, or that it is just writing. So it is
-//! right after the agent was killed, and of no use after the system went down.
+//! While a host holds a backing it keeps notes. `held`, in the volume's state folder, is durable: it says that the backing is
+//! open, since which start of the system, and about when an image was last written here; or, once it was closed in order,
+//! what it looked like: the times of an image, the kernel's count of a disk's writes, and a digest of what others write
+//! first (both ends, where file systems keep what changes with each mount, and samples in between). The others are in the
+//! run folder, cost next to nothing, and tell the next agent of the same start of the system what was when this one was
+//! killed: `NAME.held` says what the times or counts were when this host last wrote nothing, or that it is just writing;
+//! `NAME.writes` how much it has handed to the kernel to write to a disk ([`Tally`]).
 //!
 //! When the backing is opened it is compared with the notes. After a crash of the system, anything that was written since
-//! the system started was not written by this host. After a kill in the middle of writes, only times tell, to a second:
-//! what a disk got then can't be told from what this host had under way.
+//! the system started was not written by this host, nor an image long after it was last written here. After a kill in the
+//! middle of writes, a disk tells more writes than this host has begun; the times of an image tell, to some seconds.
 //!
-//! While it is held, the times or counts must not change when this host writes nothing.
+//! While it is held, the times or counts must not change when this host writes nothing, and a disk must never have more
+//! writes than this host has begun.
 
 use crate::buffer::BufferPool;
 use crate::durable;
 use crate::storage::file::{File, Kind};
-use crate::storage::{self, Storage, Writes};
+use crate::storage::{self, Sectors, Storage, Tally, Writes};
 use crate::system;
 use blockmirror_protocol::ranges::ByteRange;
 use std::cell::{Cell, RefCell};
@@ -28,10 +30,11 @@ use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinHandle;
 
-/// The durable note, and the other one.
+/// The durable note, and one that earlier releases kept beside it.
 const NOTE: &str = "held";
-const NOW: &str = "held-now";
+const EARLIER_NOW: &str = "held-now";
 
 /// The words of the notes.
 const OPEN: &str = "open";
@@ -44,6 +47,10 @@ const LOOK_TIME: Duration = Duration::from_millis(250);
 /// How much later than the last note this host itself may have written to an image, in seconds: looks are late on a host
 /// that has much to do.
 const BUSY_SECONDS: i64 = 3;
+/// How old the durable note may be of when an image was last written here, and how much later than it says this host
+/// itself may have written before the system went down, in seconds.
+const KEPT_SECONDS: i64 = 30;
+const LOST_SECONDS: i64 = 120;
 /// How long the last look at a backing may take when it is closed.
 const CLOSE_TIME: Duration = Duration::from_secs(5);
 
@@ -75,14 +82,32 @@ enum Noted {
     Nothing,
     /// It was closed in order.
     Closed { boot: String, looks: Looks, digest: String },
-    /// It was open, since this start of the system; and what was noted last: with the second in which this host was known
-    /// to write, where it did.
-    Open { boot: String, now: Option<(Option<i64>, String, Looks)> },
+    /// It was open, since this start of the system.
+    Open {
+        boot: String,
+        /// About when an image was last written here, in seconds since 1970.
+        written_at: Option<i64>,
+        /// What was noted last: with the second in which this host was known to write, where it did.
+        now: Option<(Option<i64>, String, Looks)>,
+        /// What the kernel counts of a disk at the most where nobody else wrote.
+        bound: Option<Sectors>,
+    },
+}
+
+/// Where the notes are.
+#[derive(Clone, Debug)]
+pub struct Notes {
+    /// The volume's state folder.
+    state_folder: PathBuf,
+    /// What it looks like while it is open.
+    now: PathBuf,
+    /// How much was written.
+    tally: PathBuf,
 }
 
 /// See the module. Lives on the volume's thread.
 pub struct Holding {
-    folder: PathBuf,
+    notes: Notes,
     storage: Rc<dyn Storage>,
     backing: Rc<File>,
     pool: BufferPool,
@@ -92,7 +117,32 @@ pub struct Holding {
     /// What it looked like when this host last wrote nothing.
     quiet: RefCell<Option<Looks>>,
     begun: Cell<u64>,
+    /// About when an image was last written here, as the durable note says; and that note, while it is made.
+    kept: Cell<i64>,
+    keeping: RefCell<Option<JoinHandle<()>>>,
+    /// Whether it was said that something else writes, since this host last wrote nothing.
+    is_told: Cell<bool>,
     touched: Box<dyn Fn(String)>,
+}
+
+impl Notes {
+    /// Of a volume of this name.
+    #[must_use]
+    pub fn new(state_folder: &Path, run_folder: &Path, name: &str) -> Self {
+        let now = run_folder.join(format!("{name}.held"));
+        let tally = run_folder.join(format!("{name}.writes"));
+        Self { state_folder: state_folder.to_owned(), now, tally }
+    }
+
+    fn note(&self) -> PathBuf {
+        self.state_folder.join(NOTE)
+    }
+
+    /// Says durably that it is open.
+    fn note_open(&self, boot: &Boot, written_at: Option<i64>) -> io::Result<()> {
+        let written_at = written_at.map_or_else(String::new, |at| format!("{at}\n"));
+        durable::replace(&self.note(), format!("{OPEN}\n{}\n{written_at}", boot.name).as_bytes())
+    }
 }
 
 impl Holding {
@@ -101,13 +151,13 @@ impl Holding {
     /// # Errors
     /// When the backing can't be read.
     pub async fn compare(
-        folder: &Path,
+        notes: &Notes,
         storage: &Rc<dyn Storage>,
         backing: &Rc<File>,
         pool: &BufferPool,
     ) -> Result<Option<String>, storage::Error> {
-        let noted = read_notes(folder);
         let Some((boot, looks)) = boot().zip(backing.found().and_then(looks_of)) else { return Ok(None) };
+        let noted = read_notes(notes, &looks);
         if let Some(words) = judge(&noted, &looks, &boot) {
             return Ok(Some(words));
         }
@@ -125,7 +175,7 @@ impl Holding {
     /// # Errors
     /// When the notes can't be written.
     pub async fn begin(
-        folder: &Path,
+        notes: Notes,
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
         pool: BufferPool,
@@ -133,27 +183,36 @@ impl Holding {
     ) -> io::Result<Option<Rc<Self>>> {
         let Some(boot) = boot().filter(|_| backing.is_direct() || backing.kind() == Kind::Image) else {
             // What is written late would be counted late.
-            durable::remove(&folder.join(NOTE))?;
+            durable::remove(&notes.note())?;
             return Ok(None);
         };
-        let path = folder.join(NOW);
-        let now = fs::File::options().create(true).truncate(false).write(true).open(path)?;
+        let looks = looks(&backing).await;
+        let tally = looks.as_ref().and_then(|looks| {
+            let tally = Tally::begin(&notes.tally, &looks.tally_of(&boot)?, looks.sectors()?);
+            tally.inspect_err(|error| tracing::warn!(%error, "cannot count what is written to the disk")).ok()
+        });
+        let now = fs::File::options().create(true).truncate(false).write(true).open(&notes.now)?;
         let holding = Rc::new(Self {
-            folder: folder.to_owned(),
             storage,
-            writes: backing.watch_writes(now.try_clone()?, BUSY.as_bytes()),
+            writes: backing.watch_writes(now.try_clone()?, BUSY.as_bytes(), tally),
             backing,
             pool,
             now,
             boot,
             quiet: RefCell::default(),
             begun: Cell::new(0),
+            kept: Cell::new(looks.as_ref().and_then(Looks::modified).unwrap_or_default()),
+            keeping: RefCell::default(),
+            is_told: Cell::new(false),
             touched: Box::new(touched),
+            notes,
         });
-        if let Some(looks) = looks(&holding.backing).await {
+        let written_at = looks.as_ref().and_then(Looks::modified);
+        if let Some(looks) = looks {
             holding.note_quiet(looks)?;
         }
-        durable::replace(&folder.join(NOTE), format!("{OPEN}\n{}\n", holding.boot.name).as_bytes())?;
+        holding.notes.note_open(&holding.boot, written_at)?;
+        durable::remove(&holding.notes.state_folder.join(EARLIER_NOW))?;
         tokio::task::spawn_local(look(Rc::downgrade(&holding)));
         Ok(Some(holding))
     }
@@ -165,13 +224,20 @@ impl Holding {
             if self.is_touched(&now) {
                 return Ok(());
             }
+            let keeping = self.keeping.take();
+            if let Some(keeping) = keeping {
+                keeping.await?;
+            }
             // The times of an image are not durable by a sync of its data alone.
             let synced = self.backing.as_fd().try_clone_to_owned();
             let digest = digest(&self.storage, &self.backing, &self.pool).await.map_err(io::Error::other)?;
             tokio::task::spawn_blocking(move || fs::File::from(synced?).sync_all()).await??;
             let Some(looks) = looks(&self.backing).await else { return Ok(()) };
             let text = format!("{CLOSED}\n{}\n{}\n{digest}\n", self.boot.name, looks.text());
-            durable::replace(&self.folder.join(NOTE), text.as_bytes())
+            durable::replace(&self.notes.note(), text.as_bytes())?;
+            let _ = fs::remove_file(&self.notes.now);
+            let _ = fs::remove_file(&self.notes.tally);
+            Ok(())
         };
         let closed: io::Result<()> = tokio::time::timeout(CLOSE_TIME, closing).await.unwrap_or(Ok(()));
         if let Err(error) = closed {
@@ -190,51 +256,79 @@ impl Holding {
         (self.writes.begun() == begun).then_some((begun, looks))
     }
 
-    /// Whether something else has written since this host last did. Where this host writes, that can't be told.
+    /// Whether something else has written. Where this host writes too, an image doesn't tell that.
     fn is_touched(&self, now: &Looks) -> bool {
         let quiet = self.quiet.borrow();
-        self.writes.is_quiet() && quiet.as_ref().is_some_and(|before| before.was_written(now))
+        let changed = self.writes.is_quiet() && quiet.as_ref().is_some_and(|before| before.was_written(now));
+        // What this host has begun is counted before the kernel does, and read after its count was.
+        let bound = self.writes.tally().map(Tally::bound);
+        changed || now.sectors().zip(bound).is_some_and(|(sectors, bound)| sectors.exceed(bound))
     }
 
-    /// Writes what it looks like, while this host writes nothing.
+    /// Notes what it looks like, while this host writes nothing.
     fn note_quiet(&self, looks: Looks) -> io::Result<()> {
         let text = format!("{QUIET}\n{}\n{}\n", self.boot.name, looks.text());
         self.now.write_all_at(text.as_bytes(), 0)?;
+        if let Some((tally, sectors)) = self.writes.tally().zip(looks.sectors()) {
+            tally.settle(sectors);
+        }
         *self.quiet.borrow_mut() = Some(looks);
+        self.is_told.set(false);
         self.writes.become_quiet();
         Ok(())
     }
 
-    /// Writes what it looks like while this host writes, so that what it wrote itself until it was killed is not taken for
+    /// Notes what it looks like while this host writes, so that what it wrote itself until it was killed is not taken for
     /// another's.
-    async fn note_busy(&self) {
-        let Some(looks) = looks(&self.backing).await else { return };
+    fn note_busy(&self, looks: &Looks) {
         let text = format!("{BUSY}\n{}\n{}\n", self.boot.name, looks.text());
         if let Err(error) = self.now.write_all_at(text.as_bytes(), 0) {
             tracing::debug!(%error, "cannot note what the backing looks like");
         }
     }
 
+    /// Sees to it that the durable note says about when an image was last written here.
+    fn keep_time(&self, looks: &Looks) {
+        let mut keeping = self.keeping.borrow_mut();
+        let is_made = keeping.as_ref().is_some_and(|keeping| !keeping.is_finished());
+        let Some(at) = looks.modified().filter(|at| !is_made && *at >= self.kept.get() + KEPT_SECONDS) else {
+            return;
+        };
+        self.kept.set(at);
+        let (notes, boot) = (self.notes.clone(), self.boot.clone());
+        *keeping = Some(tokio::task::spawn_blocking(move || {
+            if let Err(error) = notes.note_open(&boot, Some(at)) {
+                tracing::debug!(%error, "cannot note when the backing was written");
+            }
+        }));
+    }
+
     /// One look. Nothing is submitted between its end and what follows of it: that happens on this thread.
     async fn look(&self) {
         let before = self.begun.get();
-        let Some((begun, now)) = self.looks_at_rest().await else {
-            self.begun.set(self.writes.begun());
-            *self.quiet.borrow_mut() = None;
-            return self.note_busy().await;
-        };
-        self.begun.set(begun);
-        if begun != before {
-            *self.quiet.borrow_mut() = None;
-            self.note_busy().await;
-        } else if self.quiet.borrow().is_none() {
-            if let Err(error) = self.note_quiet(now) {
-                tracing::debug!(%error, "cannot note what the backing looks like");
+        let at_rest = self.looks_at_rest().await;
+        let is_resting = at_rest.as_ref().is_some_and(|(begun, _)| *begun == before);
+        self.begun.set(at_rest.as_ref().map_or_else(|| self.writes.begun(), |(begun, _)| *begun));
+        let now = match at_rest {
+            Some((_, now)) if is_resting => now,
+            _ => {
+                *self.quiet.borrow_mut() = None;
+                let Some(now) = looks(&self.backing).await else { return };
+                self.note_busy(&now);
+                now
             }
-        } else if self.is_touched(&now) {
-            // Said once: from now on this is what it looks like.
-            *self.quiet.borrow_mut() = None;
+        };
+        self.keep_time(&now);
+        let is_touched = self.is_touched(&now);
+        if is_touched && !self.is_told.replace(true) {
             (self.touched)("something else wrote to it while it was open here".to_owned());
+        }
+        // From now on this is what it looks like.
+        if is_resting
+            && (is_touched || self.quiet.borrow().is_none())
+            && let Err(error) = self.note_quiet(now)
+        {
+            tracing::debug!(%error, "cannot note what the backing looks like");
         }
     }
 }
@@ -250,32 +344,39 @@ async fn look(holding: Weak<Holding>) {
 /// What is noticed, in words. A digest that was noted is for the caller to compare.
 fn judge(noted: &Noted, looks: &Looks, boot: &Boot) -> Option<String> {
     let written = |since: &str| Some(format!("something else wrote to it {since}"));
+    let unknown = || Some("it is not known what it looked like when the agent was killed".to_owned());
     match noted {
         Noted::Nothing => None,
         Noted::Closed { boot: then, looks: before, .. } => {
             let is_told = before.is_kept() || *then == boot.name;
             if is_told && before != looks { written("after it was closed here") } else { None }
         }
-        Noted::Open { boot: then, .. } if *then != boot.name => {
-            let is_written = match looks {
-                Looks::Image { modified, .. } => modified.0 > boot.at,
-                Looks::Disk { written, discarded, .. } => *written + *discarded > 0,
-            };
-            if is_written { written("after this system started, before it was opened here") } else { None }
-        }
-        Noted::Open { now: Some((busy, then, before)), .. } if *then == boot.name => {
+        Noted::Open { boot: then, written_at, .. } if *then != boot.name => match looks {
+            Looks::Image { modified, .. } if modified.0 > boot.at => {
+                written("after this system started, before it was opened here")
+            }
+            Looks::Image { modified, .. } if written_at.is_some_and(|at| modified.0 > at + LOST_SECONDS) => {
+                written("after it was last written here")
+            }
+            Looks::Disk { written: sectors, discarded, .. } if *sectors + *discarded > 0 => {
+                written("after this system started, before it was opened here")
+            }
+            Looks::Image { .. } | Looks::Disk { .. } => None,
+        },
+        Noted::Open { now: Some((busy, then, before)), bound, .. } if *then == boot.name => {
             let is_written = match (busy, before, looks) {
                 (Some(busy), Looks::Image { modified, .. }, Looks::Image { modified: now, .. }) => {
                     now.0 > modified.0.max(*busy) + BUSY_SECONDS || now < modified
                 }
-                (Some(_), Looks::Disk { sequence, .. }, Looks::Disk { sequence: now, .. }) => sequence != now,
+                (Some(_), Looks::Disk { sequence, .. }, Looks::Disk { sequence: now, .. }) => {
+                    let Some((now_written, bound)) = looks.sectors().zip(*bound) else { return unknown() };
+                    sequence != now || now_written.exceed(bound)
+                }
                 _ => before.was_written(looks),
             };
             if is_written { written("after the agent was killed") } else { None }
         }
-        Noted::Open { .. } => {
-            Some("it is not known what it looked like when the agent was killed".to_owned())
-        }
+        Noted::Open { .. } => unknown(),
     }
 }
 
@@ -283,6 +384,30 @@ impl Looks {
     /// Whether a start of the system leaves it as it is.
     fn is_kept(&self) -> bool {
         matches!(self, Self::Image { .. })
+    }
+
+    /// When an image was modified, in seconds since 1970.
+    fn modified(&self) -> Option<i64> {
+        match self {
+            Self::Image { modified, .. } => Some(modified.0),
+            Self::Disk { .. } => None,
+        }
+    }
+
+    /// What the kernel counts of a disk.
+    fn sectors(&self) -> Option<Sectors> {
+        match *self {
+            Self::Image { .. } => None,
+            Self::Disk { written, discarded, .. } => Some(Sectors { written, discarded }),
+        }
+    }
+
+    /// What a tally of a disk is of.
+    fn tally_of(&self, boot: &Boot) -> Option<String> {
+        match self {
+            Self::Image { .. } => None,
+            Self::Disk { sequence, .. } => Some(format!("{} {sequence}", boot.name)),
+        }
     }
 
     /// Whether what looks like `now` was written since it looked so.
@@ -365,8 +490,9 @@ fn boot() -> Option<Boot> {
     Some(Boot { name, at })
 }
 
-fn read_notes(folder: &Path) -> Noted {
-    let note = fs::read_to_string(folder.join(NOTE)).unwrap_or_default();
+/// Reads the notes of a backing that looks so.
+fn read_notes(notes: &Notes, looks: &Looks) -> Noted {
+    let note = fs::read_to_string(notes.note()).unwrap_or_default();
     let mut lines = note.lines();
     let closed = |mut lines: std::str::Lines<'_>| {
         let boot = lines.next()?.to_owned();
@@ -377,12 +503,16 @@ fn read_notes(folder: &Path) -> Noted {
         Some(CLOSED) => closed(lines).unwrap_or(Noted::Nothing),
         Some(OPEN) => {
             let boot = lines.next().unwrap_or_default().to_owned();
-            let now = folder.join(NOW);
+            let written_at = lines.next().and_then(|at| at.parse().ok());
+            let earlier = notes.state_folder.join(EARLIER_NOW);
+            let now = if earlier.exists() { &earlier } else { &notes.now };
             // The mark alone is written with the first write after a quiet time.
-            let marked = fs::metadata(&now).map_or(0, |note| note.mtime());
+            let marked = fs::metadata(now).map_or(0, |note| note.mtime());
             let noted = parse_now(&fs::read_to_string(now).unwrap_or_default());
             let now = noted.map(|(is_quiet, boot, looks)| ((!is_quiet).then_some(marked), boot, looks));
-            Noted::Open { boot, now }
+            let of = looks.tally_of(&Boot { name: boot.clone(), at: 0 });
+            let bound = of.and_then(|of| Tally::left_at(&notes.tally, &of));
+            Noted::Open { boot, written_at, now, bound }
         }
         _ => Noted::Nothing,
     }
@@ -432,12 +562,23 @@ mod tests {
             |boot: &str, looks| Noted::Closed { boot: boot.to_owned(), looks, digest: String::new() };
         let open = |boot: &str, now: Option<(bool, &str, Looks)>| Noted::Open {
             boot: boot.to_owned(),
+            written_at: None,
             now: now.map(|(is_quiet, boot, looks)| ((!is_quiet).then_some(0), boot.to_owned(), looks)),
+            bound: None,
         };
         let marked = |at, looks| Noted::Open {
             boot: "now".to_owned(),
+            written_at: None,
             now: Some((Some(at), "now".to_owned(), looks)),
+            bound: None,
         };
+        let counted = |sequence, written, discarded| Noted::Open {
+            boot: "now".to_owned(),
+            written_at: None,
+            now: Some((Some(0), "now".to_owned(), disk(sequence, 5))),
+            bound: Some(Sectors { written, discarded }),
+        };
+        let kept = |at| Noted::Open { boot: "then".to_owned(), written_at: Some(at), now: None, bound: None };
         let (before, later) = (image((1500, 1)), image((1500, 2)));
         for (noted, looks, is_noticed) in [
             (Noted::Nothing, image((9, 9)), false),
@@ -460,12 +601,21 @@ mod tests {
             (marked(1600, before.clone()), image((1604, 0)), true),
             (marked(1600, later.clone()), before.clone(), true),
             (open("now", Some((true, "now", disk("7", 5)))), disk("7", 6), true),
-            (open("now", Some((false, "now", disk("7", 5)))), disk("7", 6), false),
-            (open("now", Some((false, "now", disk("7", 5)))), disk("8", 6), true),
+            // It was killed while it wrote, and had begun that much.
+            (counted("7", 9, 0), disk("7", 9), false),
+            (counted("7", 9, 0), disk("7", 10), true),
+            (counted("7", 9, 0), disk("7", 7), false),
+            (counted("7", 9, 0), disk("8", 6), true),
+            (counted("7", 9, 0), Looks::Disk { sequence: "7".to_owned(), written: 9, discarded: 1 }, true),
+            (open("now", Some((false, "now", disk("7", 5)))), disk("7", 6), true),
             (open("now", None), before.clone(), true),
             // The system went down.
             (open("then", Some((true, "then", before.clone()))), image((999, 0)), false),
             (open("then", None), later, true),
+            // It was written in a start of the system in which it was not opened here.
+            (kept(800), image((920, 0)), false),
+            (kept(800), image((921, 0)), true),
+            (kept(800), image((1001, 0)), true),
             (open("then", None), disk("7", 0), false),
             (open("then", None), disk("7", 1), true),
         ] {

@@ -8,6 +8,7 @@ use blockmirror_tests::machines::content::{first_difference, noise};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
@@ -51,7 +52,7 @@ fn let_go(host: &Host) {
 /// Waits until the host has noted what its backing looks like when nothing is written.
 fn wait_until_noted(host: &Host) {
     until("the host has written nothing for a while", || {
-        let note = fs::read_to_string(host.state("held-now")).unwrap_or_default();
+        let note = fs::read_to_string(host.path("run/data.held")).unwrap_or_default();
         if note.starts_with("quiet") { Ok(()) } else { Err(note) }
     });
 }
@@ -216,31 +217,49 @@ fn a_disk_that_was_written_while_the_agent_was_stopped_or_after_it_was_killed_is
         primary.succeed(&["wait", "data", "--for", "in-sync", "--timeout", "90s"]);
     };
     in_sync(&primary);
-    for is_killed in [false, true] {
-        if is_killed {
-            wait_until_noted(&primary);
-            primary.kill();
+    // What it has itself begun to write is known also where it is killed in the middle.
+    for (round, when) in
+        ["after it was closed here", "after the agent was killed", "after the agent was killed"]
+            .into_iter()
+            .enumerate()
+    {
+        for is_touched in [false, true] {
+            let random = &mut Random::new(5 + 2 * round as u64 + u64::from(is_touched));
+            let mut client = Client::connect(&primary.socket()).expect("the primary serves its device");
+            client.write_durably(MIB, &noise(random, 64 << 10)).expect("a write");
+            client.zero(4 * MIB, MIB).expect("zeroes");
+            match round {
+                0 => primary.stop(),
+                1 => {
+                    wait_until_noted(&primary);
+                    primary.kill();
+                }
+                _ => primary.kill(),
+            }
             until("the killed agent has let go of its disk", || {
                 use std::os::unix::fs::OpenOptionsExt;
                 let opened = File::options().read(true).custom_flags(libc::O_EXCL).open(&disk);
                 opened.map(drop).map_err(|error| error.to_string())
             });
-        } else {
-            primary.stop();
+            let content = noise(random, 4 << 20);
+            if is_touched {
+                let file = File::options().write(true).open(&disk).expect("the disk");
+                file.write_all_at(&content, PLACE).and_then(|()| file.sync_all()).expect("a write");
+            }
+            let told = primary.log().matches("something else wrote").count();
+            primary.start();
+            in_sync(&primary);
+            let now_told = primary.log().matches("something else wrote").count();
+            assert_eq!(now_told - told, usize::from(is_touched), "{when}: {}", primary.log());
+            if is_touched {
+                let mut copied = vec![0; content.len()];
+                File::open(replica.backing())
+                    .and_then(|file| file.read_exact_at(&mut copied, PLACE))
+                    .expect("a read");
+                assert!(copied == content, "what was written is on the replica when it counts as in sync");
+                was_told(&primary, when);
+            }
         }
-        let file = File::options().write(true).open(&disk).expect("the disk");
-        let content = noise(&mut Random::new(5 + u64::from(is_killed)), 4096);
-        file.write_all_at(&content, PLACE).and_then(|()| file.sync_all()).expect("a write");
-        drop(file);
-        primary.start();
-        in_sync(&primary);
-        let mut copied = vec![0; content.len()];
-        File::open(replica.backing())
-            .and_then(|file| file.read_exact_at(&mut copied, PLACE))
-            .expect("a read");
-        assert!(copied == content, "what was written is on the replica when it counts as in sync");
-        let when = if is_killed { "after the agent was killed" } else { "after it was closed here" };
-        was_told(&primary, when);
     }
     drop((primary, replica));
 }

@@ -12,7 +12,7 @@
 
 use super::users::{self, User};
 use super::zeroing::can_punch_beyond;
-use super::{Writes, claim, direct};
+use super::{Tally, Writes, claim, direct};
 use crate::blocking::blocking;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
@@ -393,10 +393,10 @@ impl File {
         self.descriptor.found.as_ref()
     }
 
-    /// Counts writes from now on; the first one after each quiet time leaves `mark` at the beginning of `note`. Only the
-    /// first call for a file does that.
-    pub fn watch_writes(&self, note: fs::File, mark: &'static [u8]) -> Arc<Writes> {
-        self.descriptor.writes.get_or_init(|| Arc::new(Writes::new(note, mark))).clone()
+    /// Counts writes from now on, and how much they write in `tally`; the first one after each quiet time leaves `mark` at
+    /// the beginning of `note`. Only the first call for a file does that.
+    pub fn watch_writes(&self, note: fs::File, mark: &'static [u8], tally: Option<Tally>) -> Arc<Writes> {
+        self.descriptor.writes.get_or_init(|| Arc::new(Writes::new(note, mark, tally))).clone()
     }
 
     /// The path that the file was opened by.

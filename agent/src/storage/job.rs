@@ -129,8 +129,10 @@ pub(super) struct Job {
     failure: Option<io::Error>,
     /// When it was begun, or its last step ended.
     moved: Instant,
-    /// Ends with the job.
-    _writing: Option<Writing>,
+    /// Of a write that somebody wants to know of; ends with the job.
+    writing: Option<Writing>,
+    /// Whether the step that is to be made was counted.
+    is_counted: bool,
 }
 
 impl Job {
@@ -161,7 +163,8 @@ impl Job {
             then_sync,
             failure,
             moved: Instant::now(),
-            _writing: writing,
+            writing,
+            is_counted: false,
         }
     }
 
@@ -195,7 +198,13 @@ impl Job {
         if self.failure.is_some() {
             return None;
         }
-        self.task.step(&self.descriptor).or(self.then_sync.then_some(Step::Sync))
+        let step = self.task.step(&self.descriptor).or(self.then_sync.then_some(Step::Sync))?;
+        if !std::mem::replace(&mut self.is_counted, true)
+            && let Some(writing) = &self.writing
+        {
+            writing.count(&step);
+        }
+        Some(step)
     }
 
     /// Takes the result of the step: how many bytes, or the kernel's error. A call that was merely interrupted is
@@ -213,6 +222,7 @@ impl Job {
         };
         self.failure = outcome.err();
         self.moved = Instant::now();
+        self.is_counted = false;
     }
 
     /// The operation's outcome, once there is no further step.

@@ -19,6 +19,7 @@ mod kernel;
 pub mod probe;
 pub mod ring;
 mod slots;
+mod tally;
 #[cfg(test)]
 mod tests;
 pub mod threads;
@@ -37,6 +38,7 @@ use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Instant;
+pub use tally::{Sectors, Tally};
 use threads::Threads;
 pub use writes::Writes;
 

@@ -1,6 +1,7 @@
 //! Whether a backing is just being written by this host, for whoever wants to know whether somebody else does.
 
-use super::Operation;
+use super::job::Step;
+use super::{Operation, Tally};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -14,6 +15,8 @@ pub struct Writes {
     is_quiet: AtomicBool,
     note: fs::File,
     mark: &'static [u8],
+    /// How much of it there is, where that is wanted.
+    tally: Option<Tally>,
 }
 
 /// A write under way.
@@ -22,9 +25,15 @@ pub(super) struct Writing(Arc<Writes>);
 
 impl Writes {
     /// Of a file that nothing was written to yet; `mark` is written at the beginning of `note`.
-    pub(super) fn new(note: fs::File, mark: &'static [u8]) -> Self {
+    pub(super) fn new(note: fs::File, mark: &'static [u8], tally: Option<Tally>) -> Self {
         let (begun, under_way) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { begun, under_way, is_quiet: AtomicBool::new(false), note, mark }
+        Self { begun, under_way, is_quiet: AtomicBool::new(false), note, mark, tally }
+    }
+
+    /// How much of it there is, where that is counted.
+    #[must_use]
+    pub fn tally(&self) -> Option<&Tally> {
+        self.tally.as_ref()
     }
 
     pub(super) fn begin(self: &Arc<Self>, operation: &Operation) -> Option<Writing> {
@@ -61,6 +70,15 @@ impl Writes {
     /// The next write leaves the mark. For the thread that submits them, while none is under way.
     pub fn become_quiet(&self) {
         self.is_quiet.store(true, Ordering::Release);
+    }
+}
+
+impl Writing {
+    /// A step of it is handed to the kernel.
+    pub(super) fn count(&self, step: &Step) {
+        if let Some(tally) = &self.0.tally {
+            tally.count(step);
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::backing;
 use crate::config::VolumeConfig;
 use crate::crashes;
 use crate::export::Export;
-use crate::holding::Holding;
+use crate::holding::{Holding, Notes};
 use crate::metadata::State;
 use crate::primary::Primary;
 use crate::replica::Replica;
@@ -117,10 +117,10 @@ impl Volume {
         state: &State,
         is_new: bool,
     ) -> Result<(), String> {
-        let folder = &self.surroundings.state_folder;
+        let notes = self.notes();
         let compared = match is_new {
             true => None,
-            false => Holding::compare(folder, storage, backing, &self.pool)
+            false => Holding::compare(&notes, storage, backing, &self.pool)
                 .await
                 .map_err(|error| with_causes(&error))?,
         };
@@ -139,9 +139,15 @@ impl Volume {
         }
         let events = self.events.clone();
         let touched = move |words| drop(events.send(Event::Touched(words)));
-        let held = Holding::begin(folder, storage.clone(), backing.clone(), self.pool.clone(), touched).await;
+        let held = Holding::begin(notes, storage.clone(), backing.clone(), self.pool.clone(), touched).await;
         self.holding = held.map_err(|error| format!("cannot note that the backing is open: {error}"))?;
         Ok(())
+    }
+
+    /// Where this host notes what the backing looks like.
+    fn notes(&self) -> Notes {
+        let super::Surroundings { state_folder, run_folder, .. } = &*self.surroundings;
+        Notes::new(state_folder, run_folder, self.name().as_str())
     }
 
     fn must_belong(&self, superblock: &Superblock) -> Result<(), String> {
