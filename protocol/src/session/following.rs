@@ -208,17 +208,17 @@ impl Session {
 
     /// Something is answered for all writes up to this one.
     pub(crate) fn note_answered(&mut self, sequence: Sequence) {
-        self.was_passed_over |= !self.has_received(sequence);
+        self.answered.note(sequence);
     }
 
-    /// Whether applications were answered something that the replica lacks. One in the mode sync lacks what it received
-    /// and did not keep, as a disk does that loses its cache: that was no promise (W4).
+    /// Whether applications were answered something that the replica lacks.
     #[must_use]
     pub fn lacks_answered(&self) -> bool {
-        match self.mode {
-            Mode::Sync => self.was_passed_over,
-            Mode::Async | Mode::SemiSync => self.out_of_sync_bytes() > 0,
-        }
+        let followed = match &self.state {
+            State::Linked(link) => Some(link.followed()),
+            _ => None,
+        };
+        self.answered.lacks(followed, self.mode)
     }
 
     /// Asks the replica to say that it is there.

@@ -63,7 +63,7 @@ impl Session {
         if let State::Linked(link) = &mut self.state
             && link.phase.streams()
         {
-            self.left |= link.break_off();
+            self.left |= link.break_off(&mut self.answered);
         }
     }
 

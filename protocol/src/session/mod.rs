@@ -26,6 +26,7 @@
 //! a restart puts the log's extents into the map. Cleared bits that were not written are set again after a crash:
 //! the blocks are copied once more.
 
+mod answered;
 mod doubt;
 mod following;
 mod ground;
@@ -55,6 +56,7 @@ use crate::wire::message::{
     ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
+use answered::{Answered, Followed};
 pub use handshake::{Handled, Identity, PeerError};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
@@ -162,8 +164,7 @@ pub struct Session {
     /// Until when the replica may count on nothing being answered without it, and for how long the next word is given.
     promised: Option<Time>,
     patience: Duration,
-    /// Whether something that was written was answered without it since it was last in sync.
-    was_passed_over: bool,
+    answered: Answered,
     /// How many acknowledgements came.
     heard: u64,
     /// Whether the replica was found to have gone back, and was not in sync since (X4).
@@ -239,10 +240,17 @@ impl Phase {
 
 impl Link {
     /// Streams no more. Says whether the replica followed.
-    fn break_off(&mut self) -> bool {
+    fn break_off(&mut self, answered: &mut Answered) -> bool {
         let follows = self.phase.follows();
+        answered.left(self.followed());
         self.phase = Phase::Draining;
         follows
+    }
+
+    /// How far the replica got.
+    fn followed(&self) -> Followed {
+        let oldest = self.window.oldest().map(|(oldest, _)| oldest);
+        Followed { sent: self.sent, received: self.received, oldest }
     }
 }
 
@@ -306,7 +314,7 @@ impl Session {
         window_limit_bytes: u64,
         mode: Mode,
     ) -> Self {
-        let was_passed_over = !map.is_clean();
+        let answered = Answered::new(!map.is_clean());
         Self {
             peer,
             incarnation: 0,
@@ -334,7 +342,7 @@ impl Session {
             since: Time::default(),
             promised: None,
             patience: PATIENCE,
-            was_passed_over,
+            answered,
             heard: 0,
             went_back: false,
             actions: VecDeque::new(),
@@ -393,7 +401,7 @@ impl Session {
             .collect();
         let payload_bytes = clean.iter().map(|range| write.payload_bytes(*range));
         if !link.window.has_room(payload_bytes, link.window_limit_bytes) {
-            self.left |= link.break_off();
+            self.left |= link.break_off(&mut self.answered);
             link.resync.rewritten(&blocks);
             return self.mark(blocks, write.sequence);
         }
@@ -419,7 +427,7 @@ impl Session {
         if let State::Linked(link) = &mut self.state {
             link.resync.rewritten(&blocks);
             if link.phase.streams() {
-                self.left |= link.break_off();
+                self.left |= link.break_off(&mut self.answered);
             }
         }
         self.mark_doubtful(blocks, sequence);
@@ -431,7 +439,7 @@ impl Session {
         if let State::Linked(link) = &mut self.state {
             link.resync.rewritten(&whole.blocks(self.block_size));
             if link.phase.streams() {
-                self.left |= link.break_off();
+                self.left |= link.break_off(&mut self.answered);
             }
         }
         self.mark_suspect(whole, last);
@@ -492,7 +500,8 @@ impl Session {
         self.actions
             .retain(|action| matches!(action, Action::WriteMap(_) | Action::SendCopy { header: None, .. }));
         let State::Linked(mut link) = state else { return };
-        self.left |= link.break_off();
+        self.left |= link.break_off(&mut self.answered);
+        self.answered.lost(link.followed(), self.mode);
         self.next_read = link.resync.next_read();
         if let Some((oldest, _)) = link.window.oldest().filter(|_| !planted(Bug::ForgetWindow)) {
             for range in link.window.ranges() {
@@ -509,7 +518,7 @@ impl Session {
             return;
         }
         link.spilled = true;
-        self.left |= link.break_off();
+        self.left |= link.break_off(&mut self.answered);
         let (oldest, _) = link.window.oldest().expect("the window is not empty");
         let ranges: Vec<ByteRange> = link.window.ranges().collect();
         for range in ranges {
@@ -526,7 +535,7 @@ impl Session {
         self.spill();
         let State::Linked(link) = &mut self.state else { return };
         if link.phase.follows() {
-            self.left |= link.break_off();
+            self.left |= link.break_off(&mut self.answered);
         }
     }
 
@@ -570,7 +579,8 @@ impl Session {
                     link.durable = link.durable.max(closed.map_or(Epoch(0), |(epoch, _)| epoch));
                     link.phase = Phase::InSync;
                     self.since = now;
-                    (self.went_back, self.was_passed_over) = (false, false);
+                    self.went_back = false;
+                    self.answered.follows();
                     self.map.confirm(link.copy, generation);
                     let known = Mark { position, ..self.map.known() };
                     self.map.note_known(known);
@@ -629,7 +639,7 @@ impl Session {
         let (is_clean, is_written) = (self.map.is_clean(), self.is_written());
         let State::Linked(link) = &mut self.state else { return Wants::default() };
         if matches!(link.phase, Phase::Committing { streams: false, .. }) && !is_clean {
-            self.left |= link.break_off();
+            self.left |= link.break_off(&mut self.answered);
         }
         if link.phase == Phase::Draining && link.window.is_empty() {
             link.union_is_durable |= is_written;

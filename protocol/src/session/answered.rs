@@ -1,0 +1,165 @@
+//! Whether applications were answered something that a replica lacks: the question after another host was promoted. Only
+//! what both sides answered makes a split brain.
+//!
+//! What the replica follows is in its window until it has it durably. Once it follows no more, an answer that speaks for a
+//! write after the last one that it was sent leaves it out; so does one for a write that was in the window when the link
+//! was lost.
+
+use crate::terms::Mode;
+use crate::units::Sequence;
+
+/// How far a replica got that follows, or did last.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Followed {
+    /// The last write that it was sent.
+    pub sent: Sequence,
+    /// The last one that it has received.
+    pub received: Sequence,
+    /// The first one that it may not have durably.
+    pub oldest: Option<Sequence>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Answered {
+    /// The newest write that an answer spoke for.
+    newest: Sequence,
+    /// While it does not follow: the last write that it may have.
+    there: Option<Sequence>,
+    /// Whether something was answered that it lacks.
+    lacks: bool,
+}
+
+impl Answered {
+    /// Of a replica that was not heard in this run. `lacks` says whether its map has anything: what of that was answered is
+    /// not known any more.
+    pub(super) fn new(lacks: bool) -> Self {
+        Self { newest: Sequence(0), there: Some(Sequence(0)), lacks }
+    }
+
+    /// An answer speaks for all writes up to this one.
+    pub(super) fn note(&mut self, sequence: Sequence) {
+        self.newest = self.newest.max(sequence);
+        self.lacks |= self.there.is_some_and(|there| sequence > there);
+    }
+
+    /// It follows from now on, and has or will be sent everything.
+    pub(super) fn follows(&mut self) {
+        (self.there, self.lacks) = (None, false);
+    }
+
+    /// It is not sent what is written any more. What it was sent before may still arrive.
+    pub(super) fn left(&mut self, followed: Followed) {
+        if self.there.is_none() {
+            self.there = Some(followed.sent);
+        }
+    }
+
+    /// Its link was lost.
+    pub(super) fn lost(&mut self, followed: Followed, mode: Mode) {
+        self.left(followed);
+        self.lacks |= self.misses(followed, mode);
+        if let Some(oldest) = followed.oldest {
+            let durable = Sequence(oldest.0.saturating_sub(1));
+            self.there = self.there.min(Some(durable));
+        }
+    }
+
+    /// Whether something was answered that it lacks, or may lack if its host fails now.
+    pub(super) fn lacks(&self, followed: Option<Followed>, mode: Mode) -> bool {
+        self.lacks || followed.is_some_and(|followed| self.misses(followed, mode))
+    }
+
+    /// One in the mode sync lacks what it did not receive: what it received and did not keep, as a disk does that loses its
+    /// cache, was no promise (W4).
+    fn misses(&self, followed: Followed, mode: Mode) -> bool {
+        match mode {
+            Mode::Sync => followed.oldest.is_some() && self.newest.min(followed.sent) > followed.received,
+            Mode::Async | Mode::SemiSync => followed.oldest.is_some_and(|oldest| oldest <= self.newest),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODES: [Mode; 3] = [Mode::Async, Mode::SemiSync, Mode::Sync];
+
+    fn followed(sent: u64, received: u64, oldest: Option<u64>) -> Followed {
+        Followed { sent: Sequence(sent), received: Sequence(received), oldest: oldest.map(Sequence) }
+    }
+
+    fn following() -> Answered {
+        let mut answered = Answered::new(true);
+        assert!(answered.lacks(None, Mode::Sync));
+        answered.follows();
+        answered
+    }
+
+    #[test]
+    fn what_was_written_and_not_answered_is_no_loss() {
+        for mode in MODES {
+            let mut answered = following();
+            answered.note(Sequence(3));
+            // All up to the third are there; two more are on their way when the link is lost, and wait for it.
+            let last = followed(5, 3, Some(4));
+            assert!(!answered.lacks(Some(last), mode));
+            answered.lost(last, mode);
+            answered.note(Sequence(3));
+            assert!(!answered.lacks(None, mode), "{mode:?}");
+            // Then they are answered alone.
+            answered.note(Sequence(4));
+            assert!(answered.lacks(None, mode), "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_answered_and_had_not_arrived_is() {
+        for mode in MODES {
+            let mut answered = following();
+            answered.note(Sequence(4));
+            let last = followed(4, 3, Some(4));
+            assert!(answered.lacks(Some(last), mode));
+            answered.lost(last, mode);
+            assert!(answered.lacks(None, mode), "{mode:?}");
+            answered.follows();
+            assert!(!answered.lacks(Some(followed(5, 5, None)), mode));
+        }
+    }
+
+    #[test]
+    fn what_arrived_and_was_not_durable_counts_in_all_modes_but_sync() {
+        for mode in MODES {
+            let mut answered = following();
+            answered.note(Sequence(4));
+            answered.lost(followed(4, 4, Some(3)), mode);
+            assert_eq!(answered.lacks(None, mode), mode != Mode::Sync, "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn one_that_left_the_stream_lacks_what_is_answered_from_then_on() {
+        for mode in MODES {
+            let mut answered = following();
+            answered.left(followed(5, 3, Some(4)));
+            answered.note(Sequence(3));
+            assert!(!answered.lacks(Some(followed(5, 3, Some(4))), mode));
+            // What was left in its window arrives.
+            answered.left(followed(5, 5, None));
+            answered.note(Sequence(5));
+            assert!(!answered.lacks(Some(followed(5, 5, None)), mode));
+            answered.note(Sequence(6));
+            assert!(answered.lacks(Some(followed(5, 5, None)), mode), "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_before_it_was_ever_heard_leaves_it_out() {
+        let mut answered = Answered::new(false);
+        answered.note(Sequence(0));
+        assert!(!answered.lacks(None, Mode::Async));
+        answered.note(Sequence(1));
+        assert!(answered.lacks(None, Mode::Async));
+    }
+}
