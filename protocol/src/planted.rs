@@ -88,11 +88,13 @@ pub enum Bug {
     ClaimLost,
     /// A copy that was recovered, or brought back, is counted on for what it was told before (W4).
     CountRecovered,
+    /// A primary that had another host take over goes on where it got no answer and that one is no primary yet (L5).
+    GoOnUnanswered,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 39] = [
+    pub const ALL: [Self; 40] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -132,6 +134,7 @@ impl Bug {
         Self::KeepMaps,
         Self::ClaimLost,
         Self::CountRecovered,
+        Self::GoOnUnanswered,
     ];
 }
 

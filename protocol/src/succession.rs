@@ -90,6 +90,14 @@ impl Candidate {
         consent::is_awaited(&self.superblock) && self.superblock.history != self.superblock.gap
     }
 
+    /// Whether it takes over from a primary that says that it was demoted for it: it has recorded that it has all that that
+    /// one had, and gives up nothing that nobody has agreed to.
+    #[must_use]
+    pub fn is_heir_of(&self, primary: HostId) -> bool {
+        let Superblock { released, fence, .. } = &self.superblock;
+        *released && fence.holder == primary && !self.gives_up_what_is_kept()
+    }
+
     /// Whether a host follows the same promotion, and has what this copy lacks, which has what that host lacks.
     fn is_split_from(&self, standing: &Standing) -> bool {
         let Superblock { fence, lineage, ends, .. } = &self.superblock;

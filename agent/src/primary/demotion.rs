@@ -5,7 +5,7 @@
 
 use super::Primary;
 use crate::metadata::StateError;
-use blockmirror_protocol::replica::promotion;
+use blockmirror_protocol::handover::End;
 use blockmirror_protocol::session::{Connection, ReplicaState};
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::{GenerationId, HostId};
@@ -25,26 +25,21 @@ impl Primary {
         self.superseded.get()
     }
 
-    /// Records durably that this host is a replica from now on, of the holder of `fence`.
+    /// Records durably that this host is a replica from now on: of the host that was promoted since, or of whoever is next.
     ///
     /// # Errors
-    /// [`StateError`] when it can't be written; then it is the primary still.
-    pub async fn record_demotion(&self, fence: Fence) -> Result<(), StateError> {
-        let position = self.inner.borrow().tracker.reached();
-        let (has_undelivered, answered) = {
+    /// [`StateError`] when it can't be written; then it is the primary still, or what its superblock says.
+    pub async fn record_demotion(&self) -> Result<(), StateError> {
+        let ours = self.state.superblock().fence;
+        let end = {
             let tracker = &self.inner.borrow().tracker;
             match self.superseded.get() {
-                Some(_) => (tracker.lacks_answered(fence.holder), tracker.answered_generation()),
-                // It is demoted in order, and whoever is released has everything.
-                None => (false, None),
+                Some(fence) => End::superseded(tracker, fence),
+                None => End::in_order(tracker, ours),
             }
         };
-        let own = has_undelivered.then(|| GenerationId(crate::transport::key::random()));
-        self.state
-            .change_superblock(|superblock| {
-                promotion::record_demotion(superblock, fence, position, own, answered)
-            })
-            .await?;
+        let own = end.needs_generation().then(|| GenerationId(crate::transport::key::random()));
+        self.state.change_superblock(|superblock| end.record(superblock, own)).await?;
         own.into_iter().for_each(|generation| self.state.note_generation(generation));
         Ok(())
     }

@@ -6,12 +6,11 @@ use super::promotion::{Progress, PromotionError};
 use crate::pre_images::Layer;
 use crate::storage;
 use crate::transport::key;
-use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::undo;
 use blockmirror_protocol::rewrite::{Before, Rewrite};
-use blockmirror_protocol::terms::Fence;
+use blockmirror_protocol::split::Concession;
 use blockmirror_protocol::units::{GenerationId, HostId};
 use std::time::Duration;
 
@@ -20,13 +19,13 @@ const FORGET_TIME: Duration = Duration::from_secs(10);
 
 impl Replica {
     /// Gives this host's own generations up, durably, and keeps what it has for an undo. The session is over and nothing
-    /// is being written ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. `winner` is
-    /// the fence of the host that it yields to. Says whether it can be undone.
+    /// is being written ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. Says whether
+    /// it can be undone.
     ///
     /// # Errors
     /// [`PromotionError`] when there is no room to keep it, or something can't be written; nothing is given up then, nor
     /// what was kept before.
-    pub async fn yield_to(&self, lineage: Vec<GenerationId>, winner: Fence) -> Result<bool, PromotionError> {
+    pub async fn yield_to(&self, concession: &Concession) -> Result<bool, PromotionError> {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
         let is_unused = saved_in(&self.layers.lock().await, superblock.history).is_empty();
@@ -38,8 +37,7 @@ impl Replica {
                 self.try_begin_layer(self.report().position).await?
             }
         };
-        let record = |superblock: &mut Superblock| resolve::record(superblock, lineage, history, winner);
-        self.state.change_superblock(record).await?;
+        self.state.change_superblock(|superblock| concession.record(superblock, history)).await?;
         // What was kept before goes when the new one has taken its place, in one durable write.
         if ![0, history].contains(&superblock.history) {
             self.end_layer(superblock.history).await;

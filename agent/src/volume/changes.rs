@@ -271,7 +271,7 @@ impl Volume {
         links.values().for_each(|link| link.stop());
         let (name, holder) = (self.name(), self.name_of(fence.holder));
         tracing::warn!(volume = %name, "{holder} was promoted: this host takes no more writes");
-        if let Err(error) = primary.record_demotion(fence).await {
+        if let Err(error) = primary.record_demotion().await {
             // The next start asks the others, who know it.
             tracing::error!(volume = %name, "{}", crate::words::with_causes(&error));
         }

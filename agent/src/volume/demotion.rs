@@ -1,7 +1,5 @@
-//! `demote` and `switch`: a primary becomes a replica in order, with nothing lost.
-//!
-//! Devices stop first, and everything is made durable; then it is recorded here that this host is a replica; only then do
-//! the replicas hear that they may take over. At no instant are there two who may, and a crash leaves none.
+//! `demote` and `switch`: a primary becomes a replica in order, with nothing lost. The steps are those of [`Handover`];
+//! here they are carried out, and said in words. The devices are stopped before the first of them.
 
 use super::changes::{Event, Hands, Next, close, failed, refused};
 use super::{Answer, OpenRole, Volume};
@@ -9,8 +7,8 @@ use crate::config::PeerConfig;
 use crate::control::api::Failure;
 use crate::primary::{Peer, Primary};
 use crate::standing;
-use blockmirror_protocol::disk::superblock::Role;
-use blockmirror_protocol::terms::Fence;
+use crate::words::with_causes;
+use blockmirror_protocol::handover::{Event as Came, Handover, Outcome, Reason, Step};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Message, TakeOver, TookOver};
 use std::collections::BTreeMap;
@@ -29,9 +27,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(3);
 const RELEASE_TIME: Duration = Duration::from_secs(5);
 /// How long the new primary may take.
 const TAKE_OVER_TIME: Duration = Duration::from_secs(60);
-/// How long it is asked whether it took over, when its answer was lost, and how often.
+/// How long it may take to say how it stands, each time it is asked.
 const STANDING_TIME: Duration = Duration::from_secs(3);
-const STANDING_ATTEMPTS: u32 = 3;
 
 /// Why a primary is not demoted now.
 enum NotNow {
@@ -57,14 +54,6 @@ pub struct Switched {
     pub without_writes: Duration,
 }
 
-/// What is known of a replica that took over.
-struct Taken {
-    /// The fence that it holds.
-    fence: Fence,
-    /// Whether its devices are served.
-    serves: bool,
-}
-
 /// A primary that was taken out of service.
 struct Retiring {
     hands: Hands,
@@ -87,15 +76,19 @@ impl Volume {
         let retiring = self.take_out("being demoted");
         spawn_local(async move {
             let hands = retiring.hands.clone();
-            match retiring.carry_out().await {
-                Err(failure) => hands.end(Next::Reopen, move |_| drop(answer.send(Err(failure)))),
-                Ok(released) => {
+            let (outcome, why) = retiring.hand_over(None).await;
+            match outcome {
+                Outcome::Demoted(released) => {
                     let (released, unreleased): (Vec<_>, Vec<_>) =
                         hands.config.peers.iter().partition(|peer| released.contains(&peer.host));
                     let names =
                         |peers: Vec<&PeerConfig>| peers.iter().map(|peer| peer.name.to_string()).collect();
                     let demoted = Demoted { released: names(released), unreleased: names(unreleased) };
                     hands.end(Next::Reopen, move |_| drop(answer.send(Ok(demoted))));
+                }
+                undone => {
+                    let (next, failure) = undone_words(&hands, None, &undone, &why);
+                    hands.end(next, move |_| drop(answer.send(Err(failure))));
                 }
             }
         });
@@ -120,9 +113,14 @@ impl Volume {
         let retiring = self.take_out("handing over");
         spawn_local(async move {
             let hands = retiring.hands.clone();
-            let (next, done) = match retiring.hand_over_to(&peer).await {
-                Ok(()) => (Next::Reopen, Ok(Switched { without_writes: began.elapsed() })),
-                Err((next, failure)) => (next, Err(failure)),
+            let (next, done) = match retiring.hand_over(Some(&peer)).await {
+                (Outcome::TakenOver { serves: true, .. }, _) => {
+                    (Next::Reopen, Ok(Switched { without_writes: began.elapsed() }))
+                }
+                (undone, why) => {
+                    let (next, failure) = undone_words(&hands, Some(&peer), &undone, &why);
+                    (next, Err(failure))
+                }
             };
             hands.end(next, move |_| drop(answer.send(done)));
         });
@@ -215,55 +213,51 @@ impl Volume {
 }
 
 impl Retiring {
-    /// Demotes, and gives the replicas that have recorded that they have everything.
-    async fn carry_out(mut self) -> Result<Vec<HostId>, Failure> {
-        let released = self.release().await;
-        self.give_up();
-        released
-    }
-
-    async fn hand_over_to(mut self, peer: &PeerConfig) -> Result<(), (Next, Failure)> {
-        let released = self.release().await;
-        let primary = self.primary.clone();
-        self.give_up();
-        let released = released.map_err(|failure| (Next::Reopen, failure))?;
-        let name = &peer.name;
-        let ours = primary.state().superblock().fence;
-        let taken = if released.contains(&peer.host) {
-            take_over(&self.hands, peer, ours).await?
-        } else {
-            // It may have, and its operator may have promoted it at once.
-            let text = format!(
-                "{name} did not record in time that it has everything; this host goes on as the primary"
-            );
-            match promoted(&self.hands, peer, ours).await {
-                Some(Some(taken)) => taken,
-                Some(None) => return Err((Next::PromoteAgain, failed(text))),
-                // It answers nothing before that one follows it again.
-                None => {
-                    let text = format!("{text}, and answers no write before {name} is heard");
-                    return Err((Next::PromoteAgain, failed(text)));
+    /// Carries out the steps of a handover. Gives how it ended, and the words for what went wrong last.
+    async fn hand_over(mut self, to: Option<&PeerConfig>) -> (Outcome, String) {
+        let ours = self.primary.state().superblock().fence;
+        let mut handover = Handover::new(ours, to.map(|peer| peer.host));
+        let mut why = String::new();
+        let outcome = loop {
+            let came = match (handover.step(), to) {
+                (Err(outcome), _) => break outcome.clone(),
+                (Ok(Step::Close), _) => Came::Closed(self.close().await),
+                (Ok(Step::Record), _) => {
+                    let recorded = self.primary.record_demotion().await;
+                    Came::Recorded(recorded.map_err(|error| why = with_causes(&error)).is_ok())
                 }
-            }
+                (Ok(Step::Release), _) => {
+                    let released = self.primary.release(RELEASE_TIME).await;
+                    self.give_up();
+                    Came::Released(released)
+                }
+                (Ok(Step::TakeOver(_)), Some(peer)) => {
+                    let (came, text) = take_over(&self.hands, peer).await;
+                    why = text;
+                    came
+                }
+                (Ok(Step::Ask(_)), Some(peer)) => {
+                    let stands =
+                        standing::ask(&self.hands.peers, self.hands.config.id, peer, STANDING_TIME).await;
+                    Came::Stands(stands.ok().map(Box::new))
+                }
+                (Ok(Step::TakeOver(_) | Step::Ask(_)), None) => unreachable!("nobody is to take over"),
+            };
+            handover.handle(came);
         };
-        // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
-        let known = primary.state().change_superblock(|superblock| superblock.fence = taken.fence).await;
-        if let Err(error) = known {
-            tracing::warn!("{}", crate::words::with_causes(&error));
+        self.give_up();
+        if let Outcome::TakenOver { fence, .. } = outcome {
+            // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
+            let known = self.primary.state().change_superblock(|superblock| superblock.fence = fence).await;
+            if let Err(error) = known {
+                tracing::warn!("{}", with_causes(&error));
+            }
         }
-        if taken.serves {
-            return Ok(());
-        }
-        let text = format!(
-            "{name} is the primary now, but does not serve the volume; this host is its replica. \
-             On {name}: blockmirror status {}",
-            self.hands.config.name
-        );
-        Err((Next::Reopen, failed(text)))
+        (outcome, why)
     }
 
-    /// Stops the devices, makes everything durable, records that this is a replica, and tells the others.
-    async fn release(&mut self) -> Result<Vec<HostId>, Failure> {
+    /// Stops the devices, and makes everything durable.
+    async fn close(&mut self) -> bool {
         self.primary.wait_no_more();
         std::mem::take(&mut self.devices).stop().await;
         let in_sync = self.primary.in_sync();
@@ -271,15 +265,7 @@ impl Retiring {
         for (_, link) in self.links.iter().filter(|(host, _)| !in_sync.contains(host)) {
             link.stop();
         }
-        if !close(&self.primary, CLOSE_TIME).await || self.primary.failure().is_some() {
-            return Err(failed("not everything could be made durable here; this host stays the primary"));
-        }
-        let fence = self.primary.state().superblock().fence;
-        self.primary
-            .record_demotion(fence)
-            .await
-            .map_err(|error| failed(crate::words::with_causes(&error)))?;
-        Ok(self.primary.release(RELEASE_TIME).await)
+        close(&self.primary, CLOSE_TIME).await && self.primary.failure().is_none()
     }
 
     fn give_up(&self) {
@@ -288,51 +274,58 @@ impl Retiring {
     }
 }
 
-/// Has a replica take over, and gives the fence that it holds then. When its answer is lost, it is asked how it stands:
-/// to go on here as well would make two primaries.
-async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Taken, (Next, Failure)> {
-    let name = &peer.name;
+/// Has a replica take over. Gives what came of it, and why it doesn't.
+async fn take_over(hands: &Hands, peer: &PeerConfig) -> (Came, String) {
     let told = standing::order(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
-    let lost = match tokio::time::timeout(TAKE_OVER_TIME, told).await {
-        Ok(Ok(Message::TookOver(TookOver { fence }))) if fence.supersedes(ours) => {
-            return Ok(Taken { fence, serves: true });
+    match tokio::time::timeout(TAKE_OVER_TIME, told).await {
+        Ok(Ok(Message::TookOver(TookOver { fence }))) => {
+            (Came::TookOver(fence), "it answered with something else".to_owned())
         }
-        Ok(Ok(Message::Refused(no))) => {
-            let text = format!("{name} does not take over ({}); this host goes on as the primary", no.text);
-            return match promoted(hands, peer, ours).await {
-                Some(Some(taken)) => Ok(taken),
-                Some(None) => Err((Next::PromoteAgain, failed(text))),
-                None => Err((Next::Reopen, failed(unknown(hands, peer, &no.text)))),
-            };
+        Ok(Ok(Message::Refused(no))) => (Came::Refused, no.text),
+        Ok(Ok(_)) => (Came::Unanswered, "it answered with something else".to_owned()),
+        Ok(Err(text)) => (Came::Unanswered, text),
+        Err(_) => (Came::Unanswered, "it does not answer".to_owned()),
+    }
+}
+
+/// How this host goes on after a handover that was not carried out as it was meant to be, and the words for it.
+fn undone_words(hands: &Hands, to: Option<&PeerConfig>, undone: &Outcome, why: &str) -> (Next, Failure) {
+    let volume = &hands.config.name;
+    let name = to.map_or_else(String::new, |peer| peer.name.to_string());
+    let unreleased = format!("{name} did not record in time that it has everything");
+    let (next, text) = match undone {
+        Outcome::Undurable => {
+            let text = "not everything could be made durable here; this host stays the primary";
+            (Next::Reopen, text.to_owned())
         }
-        Ok(Ok(_)) => "it answered with something else".to_owned(),
-        Ok(Err(text)) => text,
-        Err(_) => "it does not answer".to_owned(),
+        Outcome::Unrecorded => (Next::Reopen, why.to_owned()),
+        Outcome::GoesOn(Reason::Unreleased) => {
+            (Next::PromoteAgain, format!("{unreleased}; this host goes on as the primary"))
+        }
+        Outcome::GoesOn(Reason::UnreleasedAndSilent) => (
+            Next::PromoteAgain,
+            format!(
+                "{unreleased}; this host goes on as the primary, and answers no write before {name} is heard"
+            ),
+        ),
+        Outcome::GoesOn(Reason::Refused) => (
+            Next::PromoteAgain,
+            format!("{name} does not take over ({why}); this host goes on as the primary"),
+        ),
+        Outcome::TakenOver { .. } => (
+            Next::Reopen,
+            format!(
+                "{name} is the primary now, but does not serve the volume; this host is its replica. \
+                 On {name}: blockmirror status {volume}"
+            ),
+        ),
+        Outcome::Unknown | Outcome::Demoted(_) => (
+            Next::Reopen,
+            format!(
+                "{name} was told to take over, and it is not known whether it did ({why}); this host is demoted. \
+                 On {name}: blockmirror status {volume}; if it is no primary: blockmirror promote {volume}, there or here"
+            ),
+        ),
     };
-    match promoted(hands, peer, ours).await {
-        Some(Some(taken)) => Ok(taken),
-        Some(None) | None => Err((Next::Reopen, failed(unknown(hands, peer, &lost)))),
-    }
-}
-
-/// What to do where it can't be told whether a host has taken over.
-fn unknown(hands: &Hands, peer: &PeerConfig, why: &str) -> String {
-    let (volume, name) = (&hands.config.name, &peer.name);
-    format!(
-        "{name} was told to take over, and it is not known whether it did ({why}); this host is demoted. \
-         On {name}: blockmirror status {volume}; if it is no primary: blockmirror promote {volume}, there or here"
-    )
-}
-
-/// What a host says of itself that may have been promoted after this one: what it holds, or that it was not. Nothing where
-/// it stays silent: then it may have been, and this host must not go on as if it were not.
-async fn promoted(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Option<Option<Taken>> {
-    for _ in 0..STANDING_ATTEMPTS {
-        let stands = standing::ask(&hands.peers, hands.config.id, peer, STANDING_TIME).await;
-        if let Ok(standing) = stands {
-            let is_promoted = standing.role == Role::Primary && standing.fence.supersedes(ours);
-            return Some(is_promoted.then_some(Taken { fence: standing.fence, serves: standing.serves }));
-        }
-    }
-    None
+    (next, failed(text))
 }

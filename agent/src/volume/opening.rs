@@ -24,7 +24,7 @@ use crate::volume::devices::Devices;
 use crate::words::with_causes;
 use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
-use blockmirror_protocol::replica::promotion;
+use blockmirror_protocol::handover::End;
 use blockmirror_protocol::succession;
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
@@ -184,12 +184,7 @@ impl Volume {
         let holder = self.name_of(fence.holder);
         tracing::warn!(volume = %config.name, "{holder} was promoted since; this host is a replica now");
         state
-            .change_superblock(|superblock| {
-                let position = superblock.stands();
-                // What was written last and never delivered is lost here, as with any crash of a primary whose
-                // replica was promoted; it is saved as it is overwritten (L3).
-                promotion::record_demotion(superblock, fence, position, None, None);
-            })
+            .change_superblock(|superblock| End::found(superblock, fence).record(superblock, None))
             .await
             .map_err(|error| with_causes(&error))?;
         Ok(spoke)

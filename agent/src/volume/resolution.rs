@@ -6,7 +6,7 @@
 //! what it overwrites is kept; a crash leaves it done or not begun.
 
 use super::changes::{Hands, Next, failed, refused};
-use super::resolvable::{Resolver, Winner};
+use super::resolvable::Resolver;
 use super::{Answer, OpenRole, Volume};
 use crate::control::api::{Failure, Resolved, Stake};
 use crate::generations;
@@ -17,8 +17,9 @@ use crate::stored::{self, Undelivered};
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::replica::resolve::{self, Keep};
-use blockmirror_protocol::terms::Fence;
+use blockmirror_protocol::split::{Concession, Side};
 use blockmirror_protocol::units::{GenerationId, HostId, Position};
+use blockmirror_protocol::wire::message::Standing;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -29,9 +30,7 @@ const STANDING_TIME: Duration = Duration::from_secs(3);
 
 /// What giving in means for this host.
 struct Yielding {
-    lineage: Vec<GenerationId>,
-    /// The fence of the host that it follows then.
-    fence: Fence,
+    concession: Concession,
     resolved: Resolved,
 }
 
@@ -74,7 +73,8 @@ impl Volume {
             }
             OpenRole::Changing(_) | OpenRole::Closed(_) => return Err(self.not_open()),
         };
-        Ok(Resolver { volume: self.name(), own: (own.host, own.name.clone()), superblock, position, openers })
+        let side = Side { own: own.host, superblock, position };
+        Ok(Resolver { volume: self.name(), own_name: own.name.clone(), side, openers })
     }
 }
 
@@ -91,9 +91,13 @@ async fn give_in(
         Err(failure) => return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(failure)))),
     };
     replica.close().await;
-    let Yielding { lineage, fence, resolved } = yielding;
+    if replica.state().superblock() != resolver.side.superblock {
+        let failure = refused("this copy has changed while the others were asked; run this again");
+        return hands.end(Next::Reopen, move |_| drop(answer.send(Err(failure))));
+    }
+    let Yielding { concession, resolved } = yielding;
     let (name, kept_before) = (hands.config.name.clone(), replica.state().superblock().history != 0);
-    let yielded = replica.yield_to(lineage, fence).await;
+    let yielded = replica.yield_to(&concession).await;
     drop(replica);
     let done = match yielded {
         Ok(can_be_undone) => Ok(Resolved { can_be_undone, ..resolved }),
@@ -123,22 +127,14 @@ async fn look(hands: &Hands, folder: &Path, resolver: &Resolver, keep: HostId) -
     let answers: Vec<(_, Answered)> =
         standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
     let winner = resolver.winner(keep, &answers).map_err(refused)?;
-    let (folder, superblock) = (folder.to_owned(), resolver.superblock.clone());
+    let (folder, superblock) = (folder.to_owned(), resolver.side.superblock.clone());
     let read = move || {
         let undelivered = stored::undelivered(&folder, &config, &superblock, keep);
         (undelivered, generations::of_lineage(&folder, &superblock.lineage))
     };
     // A map can be large; the volume goes on meanwhile.
     let (undelivered, began) = tokio::task::spawn_blocking(read).await.unwrap_or_default();
-    // No map says what the one had that the other was set back from: there is nothing in common to go on from.
-    let has_common = !resolver.lacks_what_ended(&winner.standing);
-    Ok(yielding(
-        &resolver.superblock,
-        &began,
-        undelivered.as_ref().filter(|_| has_common),
-        &winner,
-        has_common,
-    ))
+    Ok(yielding(&resolver.side, &began, undelivered.as_ref(), &winner))
 }
 
 /// When the oldest of the generations began that are in one lineage alone, where that is known: since then that history
@@ -149,20 +145,11 @@ fn alone_since(lineage: &[GenerationId], began: &[u64], other: &[GenerationId]) 
 }
 
 /// What giving in means. `began` is when the generations of this host's lineage began, in its order.
-fn yielding(
-    superblock: &Superblock,
-    began: &[u64],
-    undelivered: Option<&Undelivered>,
-    winner: &Winner,
-    has_common: bool,
-) -> Yielding {
-    let standing = &winner.standing;
-    let map = undelivered.map(|undelivered| undelivered.base);
-    let lineage = match has_common {
-        true => resolve::yielded(&superblock.lineage, &standing.lineage, map, superblock.adopted),
-        false => Vec::new(),
-    };
-    let loses = undelivered.filter(|_| !lineage.is_empty());
+fn yielding(side: &Side, began: &[u64], undelivered: Option<&Undelivered>, standing: &Standing) -> Yielding {
+    let superblock = &side.superblock;
+    let undelivered = undelivered.filter(|_| !side.lacks_what_ended(standing));
+    let concession = side.concession(standing, undelivered.map(|undelivered| undelivered.base));
+    let loses = undelivered.filter(|_| !concession.copies_everything());
     let block_bytes = superblock.block_size.bytes();
     // The other's map is of what this copy was when it last followed.
     let spared = Some(standing.dirty_bytes).filter(|bytes| *bytes != u64::MAX && !superblock.is_on_its_own());
@@ -177,11 +164,11 @@ fn yielding(
             bytes: spared,
             since_unix_seconds: alone_since(&standing.lineage, &standing.began, &superblock.lineage),
         },
-        copies_everything: lineage.is_empty(),
+        copies_everything: concession.copies_everything(),
         is_kept_primary: standing.role == Role::Primary && !superblock.fence.supersedes(standing.fence),
         can_be_undone: resolve::keep(superblock, false) != Keep::Nothing,
     };
-    Yielding { lineage, fence: standing.fence, resolved }
+    Yielding { concession, resolved }
 }
 
 #[cfg(test)]

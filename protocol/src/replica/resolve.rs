@@ -16,7 +16,7 @@ use crate::units::GenerationId;
 /// for the other says everything that it wrote since, else none, which has everything copied. `map` is what that map
 /// is relative to, and `adopted` how often this host adopted another's content.
 #[must_use]
-pub fn yielded(
+pub(crate) fn yielded(
     mine: &[GenerationId],
     winner: &[GenerationId],
     map: Option<Base>,
@@ -64,7 +64,7 @@ pub fn keep(superblock: &Superblock, is_unused: bool) -> Keep {
 /// What the superblock says once a host has yielded, in one durable write. `history` is the layer that keeps what it
 /// had; 0 for none. `winner` is the fence of the host that it yields to: where it was promoted as often as that one, it
 /// follows it from now on (L5). A lower one stays refused.
-pub fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: u64, winner: Fence) {
+pub(crate) fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: u64, winner: Fence) {
     if winner.against(superblock.fence) != Claim::Older && !planted(Bug::KeepEqualFence) {
         superblock.fence = winner;
     }

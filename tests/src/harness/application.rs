@@ -90,9 +90,13 @@ impl World {
         it.application.waiting.remove(&id).expect("a request is answered once");
         let may_wait = matches!(self.settings.loss, ReplicaLoss::Block { .. });
         let Settings { disk_failures, state_failures, bad_sectors, .. } = self.settings;
-        let may_fail =
-            disk_failures > 0 || state_failures || bad_sectors || it.superseded.is_some() || may_wait;
-        assert!(good || may_fail, "a request fails only with a disk, or when another host was promoted");
+        // What waits for others fails when the primary is demoted.
+        let is_ending = it.superseded.is_some() || it.demotion.is_some();
+        let may_fail = disk_failures > 0 || state_failures || bad_sectors || is_ending || may_wait;
+        assert!(
+            good || may_fail,
+            "a request fails only with a disk, or when another host is or may be promoted"
+        );
         let work = it.promises.work(id);
         if good && work != Work::Flush {
             let life = (host, it.life);

@@ -3,6 +3,7 @@
 //! The superblock says which role the host starts in. What the model knows of a host outlives its agent.
 
 use super::application::Application;
+use super::demotion::Demotion;
 use super::disk::{Crash, Disk, DiskOperation};
 use super::files::{Batch, FileOperation, Files, Step};
 use super::gap::{HistoryPoint, Layers};
@@ -15,7 +16,6 @@ use super::promises::{Expected, Promises};
 use super::recovery::Adopting;
 use super::replica::ReplicaShell;
 use super::rewriting::{Purpose, Rewriting};
-use super::roles::Demotion;
 use super::set_back::Snapshot;
 use super::settings::Settings;
 use super::world::{Event, World};
@@ -104,6 +104,10 @@ pub struct Host {
     pub is_held: bool,
     /// The demotion that is under way.
     pub demotion: Option<Demotion>,
+    /// The fence that it is promoted after because its holder was demoted for it.
+    pub takes_over: Option<Fence>,
+    /// The fence that it was demoted with when it was promoted again because nobody took over.
+    pub went_on_from: Option<Fence>,
     /// The fence of the host that was promoted since.
     pub superseded: Option<Fence>,
     /// Lives of primaries in which something was answered that this copy knows of.
@@ -197,6 +201,8 @@ impl Host {
             doubts: BTreeSet::new(),
             is_held: false,
             demotion: None,
+            takes_over: None,
+            went_on_from: None,
             superseded: None,
             known_lives: BTreeSet::new(),
             is_set_back: false,
@@ -370,7 +376,6 @@ impl World {
         self.note(|| format!("host {host} crashes: {crash:?}"));
         self.expected_of(host, Promises::crash);
         self.check_disk(host);
-        let demoted = self.demoted_at(host);
         let it = &mut self.hosts[host];
         it.superblock_work.clear();
         it.heard.clear();
@@ -385,15 +390,12 @@ impl World {
         }
         let it = &mut self.hosts[host];
         (it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false);
+        it.takes_over = None;
         it.promises.crash();
         if crash == Crash::Power {
             it.promises.power_was_lost(&it.disk);
         }
         it.application.waiting.clear();
-        if let Some(end) = demoted {
-            let fence = self.hosts[host].superblock.fence;
-            self.record_demotion(host, fence, None, end);
-        }
         self.check_disk(host);
         self.cut_off(host);
     }

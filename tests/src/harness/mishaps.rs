@@ -73,7 +73,11 @@ impl World {
     fn change_roles(&mut self, primaries: &[usize]) {
         let hosts: Vec<usize> = (0..self.hosts.len()).collect();
         let host = self.random.pick(&hosts);
-        match (primaries.first(), self.random.below(5)) {
+        match (primaries.first(), self.random.below(6)) {
+            (_, 5) => {
+                let keep = self.random.pick(&hosts);
+                self.resolve(host, keep);
+            }
             (_, 3) => drop(self.undo(host)),
             (_, 4) => self.forget(host),
             (Some(primary), 0) => self.demote(*primary, None),

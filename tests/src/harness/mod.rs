@@ -9,6 +9,7 @@
 pub mod application;
 pub mod checks;
 mod consent;
+pub mod demotion;
 pub mod dialling;
 pub mod differences;
 pub mod disk;

@@ -17,6 +17,10 @@ const LOOK: Duration = Duration::from_millis(50);
 impl World {
     /// An operator promotes a replica, whatever that loses. Nothing happens where that is impossible.
     pub fn promote(&mut self, host: usize) {
+        // It is just changing its role.
+        if self.hosts[host].demotion.is_some() {
+            return;
+        }
         if !matches!(self.hosts[host].shell, Shell::Replica(_)) {
             let it = &mut self.hosts[host];
             (it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false);
@@ -83,6 +87,14 @@ impl World {
         // Of the superblock that says that it is promoted already.
         let holder = it.promoted_after;
         let is_by_rule = std::mem::take(&mut it.is_promoted_by_rule);
+        if let Some(fence) = it.takes_over.take() {
+            let before = &self.hosts[holder];
+            assert!(
+                before.went_on_from != Some(fence),
+                "L5: host {host} takes over from {holder}, which was promoted again because nobody did"
+            );
+        }
+        let it = &mut self.hosts[host];
         it.is_promoted_on_word = false;
         if let Some(expected) = it.expected.take() {
             if is_by_rule && expected.primary == holder {

@@ -1,82 +1,24 @@
-//! Operators change roles: demote, switch, resolve; and a primary that learns of another one steps down.
+//! Operators see to one primary that everybody can follow; and a primary that learns of another one steps down.
 
 use super::disk::Crash;
 use super::host::{Host, Shell, host_id, host_number};
 use super::mirror::Mirror;
 use super::world::{Event, World};
-use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::handover::End;
 use blockmirror_protocol::lineage::{self, Relation};
-use blockmirror_protocol::replica::{promotion, resolve};
+use blockmirror_protocol::replica::promotion;
+use blockmirror_protocol::split::Side;
 use blockmirror_protocol::terms::{Claim, DataState, Fence};
-use blockmirror_protocol::units::{GenerationId, Position, Time};
+use blockmirror_protocol::units::{GenerationId, Time};
+use blockmirror_protocol::wire::message::Standing;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// How long operators look for one primary that everybody can follow.
 const AGREEING: Duration = Duration::from_secs(400);
 /// How much happens until they look again.
 const STEPS: u32 = 16;
-/// How long a demotion waits for replicas to record that they have everything, at most.
-const RELEASE: Duration = Duration::from_secs(1);
-
-/// A primary that is being demoted.
-#[derive(Clone, Copy, Debug)]
-pub struct Demotion {
-    /// Who is promoted then, if anybody.
-    pub to: Option<usize>,
-    /// When replicas are not waited for any longer, once all is closed.
-    pub released_by: Option<Duration>,
-}
-
-/// Where a primary got to that becomes a replica.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct End {
-    position: Position,
-    answered: Option<GenerationId>,
-}
-
 impl World {
-    /// An operator demotes a primary: its device is closed first.
-    pub fn demote(&mut self, host: usize, to: Option<usize>) {
-        let now = Time(self.now);
-        let it = &mut self.hosts[host];
-        if it.demotion.is_some() || it.superseded.is_some() {
-            return;
-        }
-        let Some(tracker) = it.tracker_mut() else { return };
-        tracker.close(now);
-        it.demotion = Some(Demotion { to, released_by: None });
-        self.note(|| format!("host {host} is being demoted for {to:?}"));
-    }
-
-    /// Demotions go on where they can.
-    pub(super) fn go_on_demoting(&mut self) {
-        let now = self.now;
-        for host in 0..self.hosts.len() {
-            let it = &mut self.hosts[host];
-            let Some(demotion) = it.demotion else { continue };
-            let Some(tracker) = it.tracker_mut().filter(|tracker| tracker.is_closed()) else { continue };
-            let Some(end) = demotion.released_by else {
-                if now < it.state_fails_until {
-                    continue;
-                }
-                let tracker = it.tracker_mut().expect("it was looked at");
-                tracker.release(Time(now));
-                it.demotion = Some(Demotion { released_by: Some(now + RELEASE), ..demotion });
-                let life = it.life;
-                self.plan(RELEASE, Event::StepDown(host, life));
-                continue;
-            };
-            let is_released = |to| tracker.is_released(host_id(to));
-            if (demotion.to.is_some_and(is_released) || now >= end) && now >= it.state_fails_until {
-                let fence = it.superblock.fence;
-                self.step_down(host, fence, None);
-                if let Some(to) = demotion.to {
-                    self.promote(to);
-                }
-            }
-        }
-    }
-
     /// Another host was promoted with this fence: no write is taken any more (L5). The applications close the device
     /// some time later.
     pub(super) fn supersede(&mut self, host: usize, fence: Fence) {
@@ -85,7 +27,8 @@ impl World {
         let delay = self.random.up_to(outage);
         let it = &mut self.hosts[host];
         let life = it.life;
-        if !it.superseded.is_none_or(|known| fence.supersedes(known)) {
+        // One that is being demoted takes none either, and hears it when it is a replica.
+        if it.demotion.is_some() || !it.superseded.is_none_or(|known| fence.supersedes(known)) {
             return;
         }
         let Some(tracker) = it.tracker_mut() else { return };
@@ -107,47 +50,26 @@ impl World {
         let (Some(fence), true, Some(tracker)) = (it.superseded, it.life == life, it.tracker()) else {
             return self.go_on_demoting();
         };
-        let own = tracker.lacks_answered(fence.holder).then(|| generation(host, number));
-        self.step_down(host, fence, own);
-    }
-
-    /// A primary becomes a replica, which its superblock says before anything else happens.
-    fn step_down(&mut self, host: usize, fence: Fence, own: Option<GenerationId>) {
-        let end = self.end(host).expect("it is primary");
-        self.hosts[host].demotion = None;
+        let end = End::superseded(tracker, fence);
+        let own = end.needs_generation().then(|| generation(host, number));
         self.crash(host, Crash::Process);
-        self.record_demotion(host, fence, own, end);
+        self.hosts[host].recover_superblock();
+        self.record_demotion(host, end, own);
         self.note(|| format!("host {host} has stepped down"));
         self.start(host);
     }
 
-    fn end(&self, host: usize) -> Option<End> {
-        let tracker = self.hosts[host].tracker()?;
-        Some(End { position: tracker.reached(), answered: tracker.answered_generation() })
-    }
-
-    /// Where a primary got to whose replicas are told that they have everything: before that, its superblock says that it
-    /// is a replica.
-    pub(super) fn demoted_at(&self, host: usize) -> Option<End> {
-        self.hosts[host].demotion.filter(|demotion| demotion.released_by.is_some())?;
-        self.end(host)
-    }
-
-    /// The superblock of a host that is down says that it is a replica.
-    pub(super) fn record_demotion(&mut self, host: usize, fence: Fence, own: Option<GenerationId>, end: End) {
-        let End { position, answered } = end;
+    /// The superblock says that the host is a replica.
+    pub(super) fn record_demotion(&mut self, host: usize, end: End, own: Option<GenerationId>) {
         let it = &mut self.hosts[host];
-        it.recover_superblock();
         if let Some(own) = own {
             self.generations.begin(own, &it.superblock.lineage, None);
         }
-        let is_in_order = it.superblock.fence == fence;
-        if is_in_order {
+        let fence = it.superblock.fence;
+        end.record(&mut it.superblock, own);
+        if it.superblock.fence == fence {
             it.agrees_up_to(fence.counter + 1);
         }
-        // Only one that was superseded gives generations up in which it answered nothing.
-        let answered = answered.filter(|_| !is_in_order);
-        promotion::record_demotion(&mut it.superblock, fence, position, own, answered);
         it.write_superblock_now();
         it.mirror = Mirror::of_primary(&it.disk, &it.promises);
         self.differences.forget(host);
@@ -212,7 +134,7 @@ impl World {
         }
         let strays: Vec<usize> =
             (0..self.hosts.len()).filter(|host| self.cannot_follow(*host, primary)).collect();
-        strays.iter().for_each(|host| self.yield_to(*host, primary));
+        strays.iter().for_each(|host| self.resolve(*host, primary));
         strays.is_empty()
     }
 
@@ -233,49 +155,65 @@ impl World {
         self.hosts[primary].superblock.ends.lacks(self.hosts[host].mark().position)
     }
 
-    /// An operator decides that a host's own content goes (L6).
-    fn yield_to(&mut self, host: usize, primary: usize) {
-        self.check_split(host, primary);
-        let Superblock { lineage: winner, fence, .. } = self.hosts[primary].superblock.clone();
-        self.note(|| format!("host {host} yields to {primary}"));
-        let is_beyond = self.is_beyond(host, primary);
+    /// An operator resolves a split, if there is one: the host's own content goes for that of the other one (L6). What
+    /// others say of themselves is late or never comes; then nothing happens.
+    pub(super) fn resolve(&mut self, host: usize, keep: usize) {
+        if self.hosts[host].members.is_removed() || self.hosts[host].demotion.is_some() {
+            return;
+        }
+        let Shell::Replica(shell) = &self.hosts[host].shell else { return };
+        let position = shell.machine.report().position;
+        let side = Side { own: host_id(host), superblock: self.hosts[host].superblock.clone(), position };
+        let others = self.hear_all(host);
+        match side.yields_to(host_id(keep), &others) {
+            Ok(winner) => self.yield_to(&side, keep, winner),
+            Err(objection) => self.note(|| format!("host {host} does not yield to {keep}: {objection:?}")),
+        }
+    }
+
+    /// A host's content goes for that of another one that stood so when it was asked.
+    fn yield_to(&mut self, side: &Side, keep: usize, winner: &Standing) {
+        let host = host_number(side.own);
+        self.check_split(host, keep, winner);
+        self.note(|| format!("host {host} yields to {keep}"));
         self.crash(host, Crash::Process);
         let it = &mut self.hosts[host];
         it.recover_superblock();
         self.recover_mirror(host);
         let it = &mut self.hosts[host];
-        let base = it.recover_map(primary).base();
-        let lineage = match is_beyond {
-            true => Vec::new(),
-            false => resolve::yielded(&it.superblock.lineage, &winner, Some(base), it.superblock.adopted),
-        };
+        let base = it.recover_map(keep).base();
         let history = it.keep_what_it_has();
-        resolve::record(&mut it.superblock, lineage, history, fence);
+        let concession = side.concession(winner, Some(base));
+        concession.record(&mut it.superblock, history);
+        let fence = winner.fence;
         it.followed.insert(fence.counter, fence.holder);
         it.agrees_up_to(fence.counter);
         it.expected = None;
         it.write_superblock_now();
-        let known = self.hosts[primary].known_lives.clone();
+        let known = match concession.copies_everything() {
+            true => BTreeSet::new(),
+            false => &self.hosts[host].known_lives & &self.hosts[keep].known_lives,
+        };
         self.hosts[host].known_lives = known;
-        let (it, leader) = (&self.hosts[host].superblock, &self.hosts[primary].superblock);
+        let it = &self.hosts[host].superblock;
         assert!(
-            leader.fence.against(it.fence) == Claim::Older || !leader.fence.is_refused_by(it.fence),
-            "L6: host {host} gave its content up for that of {primary}, and refuses it all the same"
+            fence.against(it.fence) == Claim::Older || !fence.is_refused_by(it.fence),
+            "L6: host {host} gave its content up for that of {keep}, and refuses it all the same"
         );
         self.start(host);
     }
 
     /// A host is at odds with a primary only where it was promoted as often, or has been through a generation that the
     /// primary has not (L2, L3): a primary that has heard of a copy's newest generation knows it for as long as it runs.
-    fn check_split(&self, host: usize, primary: usize) {
-        let (it, leader) = (&self.hosts[host].superblock, &self.hosts[primary].superblock);
+    fn check_split(&self, host: usize, primary: usize, winner: &Standing) {
+        let it = &self.hosts[host].superblock;
         let is_met = self.hosts[primary].heard.get(&host) == Some(&it.copy);
         // What a host that was set back follows may be so old that the primary has no room for it any more.
         let is_set_back = self.hosts[host].is_set_back || self.hosts[primary].is_set_back;
-        if leader.fence.against(it.fence) == Claim::Rival || !is_met || is_set_back {
+        if winner.fence.against(it.fence) == Claim::Rival || !is_met || is_set_back {
             return;
         }
-        let (Some(newest), Some(own)) = (leader.lineage.first(), it.lineage.first()) else {
+        let (Some(newest), Some(own)) = (winner.lineage.first(), it.lineage.first()) else {
             panic!("L3: host {host} and {primary} are at odds, and one of them has no content")
         };
         assert!(

@@ -15,7 +15,7 @@ const LOOK: Duration = Duration::from_millis(50);
 impl World {
     /// An operator promotes a replica, unless the rule objects.
     pub fn promote_by_rule(&mut self, host: usize) {
-        if self.hosts[host].members.is_removed() {
+        if self.hosts[host].members.is_removed() || self.hosts[host].demotion.is_some() {
             return;
         }
         let others = self.hear_all(host);

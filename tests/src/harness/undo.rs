@@ -84,8 +84,10 @@ impl World {
         }
         self.crash(host, Crash::Process);
         let number = self.next_operation();
+        self.hosts[host].recover_superblock();
+        // A commit that was being written may be there.
+        self.recover_mirror(host);
         let it = &mut self.hosts[host];
-        it.recover_superblock();
         it.recover_history();
         let Some(point) = it.kept.clone() else {
             self.start(host);

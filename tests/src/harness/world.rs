@@ -8,6 +8,7 @@ use super::host::{Host, Shell};
 use super::links::{Channel, LinkId, Links};
 use super::random::Random;
 use super::settings::Settings;
+use blockmirror_protocol::handover::Event as Came;
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::units::Time;
@@ -54,6 +55,14 @@ pub enum Event {
     Recover(usize, usize, u64),
     /// Two hosts are lost that a third one, in this life, did not hear.
     LoseTwo([usize; 2], usize, u64),
+    /// The second host hears that the first one was demoted for it, in this life.
+    TakeOver(usize, usize, u64),
+    /// The second host, which takes over from the first one, looks whether it is the primary.
+    TookOver(usize, usize, u64),
+    /// The first host, which was demoted in this life, asks the second one how it stands.
+    Stands(usize, usize, u64),
+    /// Something came of a step of a demotion, in this life.
+    Came(usize, Box<Came>, u64),
     /// A primary that is demoted or superseded, in this life, looks whether it can step down.
     StepDown(usize, u64),
 }
@@ -270,6 +279,10 @@ impl World {
             Event::Start(..) => {}
             Event::Promote(host, life) if self.hosts[host].life == life => self.promote(host),
             Event::Promote(..) => {}
+            Event::TakeOver(primary, host, life) => self.heir_is_told(primary, host, life),
+            Event::TookOver(primary, host, life) => self.took_over(primary, host, life),
+            Event::Stands(host, to, life) => self.heir_stands(host, to, life),
+            Event::Came(host, came, life) => self.came_of_demotion(host, *came, life),
             Event::StepDown(host, life) => self.step_down_if_superseded(host, life),
             Event::Recover(host, source, life) => self.recover(host, source, life),
             Event::LoseTwo(lost, host, life) => self.lose_two(lost, host, life),

@@ -1,0 +1,379 @@
+//! How a primary ends (L5): demoted by its operator, perhaps for another host that takes over, or superseded by one that
+//! was promoted meanwhile.
+//!
+//! A [`Handover`] gives one [`Step`] at a time, and goes on with what came of it ([`Event`]). That this host is a replica is
+//! durable before any other one is told that it may be promoted, so a crash between any two steps leaves no primary rather
+//! than two. Where it is not known whether the other host was promoted, this one does not go on as if it were not: what it
+//! was told may still be on its way.
+
+use crate::disk::superblock::{Role, Superblock};
+use crate::planted::{Bug, planted};
+use crate::replica::promotion;
+use crate::terms::Fence;
+use crate::tracker::Tracker;
+use crate::units::{GenerationId, HostId, Position};
+use crate::wire::message::Standing;
+
+/// How often a host is asked how it stands, until it counts as silent.
+const QUESTIONS: u32 = 3;
+
+/// What the shell does next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Take no more requests, and make durable what was taken.
+    Close,
+    /// Record durably that this host is a replica ([`End::record`]).
+    Record,
+    /// Tell the replicas in sync that they have everything, and wait for some time until they have recorded it.
+    Release,
+    /// Have this host take over. It is told once: what comes late would count twice.
+    TakeOver(HostId),
+    /// Ask this host how it stands.
+    Ask(HostId),
+}
+
+/// What came of a step.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// Everything is durable here, or it can't be.
+    Closed(bool),
+    /// It is recorded, or that failed.
+    Recorded(bool),
+    /// These have recorded that they have everything.
+    Released(Vec<HostId>),
+    /// The other host says that it was promoted with this fence, and serves.
+    TookOver(Fence),
+    /// It says that it does not take over.
+    Refused,
+    /// It was told, and no answer came that makes sense.
+    Unanswered,
+    /// How the one stands that was asked; nothing where it is silent.
+    Stands(Option<Box<Standing>>),
+}
+
+/// How it ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// Not everything could be made durable: this host is the primary still.
+    Undurable,
+    /// Whether this host is the primary still or a replica is what its superblock says.
+    Unrecorded,
+    /// This host is a replica, and these have everything.
+    Demoted(Vec<HostId>),
+    /// Another host was promoted with this fence, and this one follows it.
+    TakenOver {
+        /// The fence.
+        fence: Fence,
+        /// Whether it serves.
+        serves: bool,
+    },
+    /// The other host was not promoted, nor will be by what it was told: this one is promoted again.
+    GoesOn(Reason),
+    /// It was told to take over, and it is not known whether it did: this host is a replica.
+    Unknown,
+}
+
+/// Why another host did not take over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reason {
+    /// It did not record in time that it has everything.
+    Unreleased,
+    /// The same, and it is silent. It may have recorded it, and its operator may promote it: nothing is answered here
+    /// before it follows again.
+    UnreleasedAndSilent,
+    /// It refused.
+    Refused,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Handover {
+    /// The fence of this primary.
+    ours: Fence,
+    /// Who is to take over, if anybody.
+    to: Option<HostId>,
+    released: Vec<HostId>,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Closing,
+    Recording,
+    Releasing,
+    TakingOver(HostId),
+    /// Asking how it stands, for the time after so many; and what came before.
+    Asking(HostId, u32, Before),
+    Ended(Outcome),
+}
+
+/// What came before a host is asked how it stands.
+#[derive(Clone, Copy, Debug)]
+enum Before {
+    Unreleased,
+    Refused,
+    Unanswered,
+}
+
+impl Handover {
+    /// Of a primary with this fence; `to` is to take over.
+    #[must_use]
+    pub fn new(ours: Fence, to: Option<HostId>) -> Self {
+        Self { ours, to, released: Vec::new(), phase: Phase::Closing }
+    }
+
+    /// What to do now, or how it ended. The same until an event is handled.
+    ///
+    /// # Errors
+    /// The outcome, when nothing is left to do.
+    pub fn step(&self) -> Result<Step, &Outcome> {
+        match &self.phase {
+            Phase::Closing => Ok(Step::Close),
+            Phase::Recording => Ok(Step::Record),
+            Phase::Releasing => Ok(Step::Release),
+            Phase::TakingOver(host) => Ok(Step::TakeOver(*host)),
+            Phase::Asking(host, ..) => Ok(Step::Ask(*host)),
+            Phase::Ended(outcome) => Err(outcome),
+        }
+    }
+
+    /// Who is to take over, if anybody.
+    #[must_use]
+    pub fn to(&self) -> Option<HostId> {
+        self.to
+    }
+
+    /// Whether it is recorded that this host is a replica.
+    #[must_use]
+    pub fn is_recorded(&self) -> bool {
+        !matches!(
+            self.phase,
+            Phase::Closing | Phase::Recording | Phase::Ended(Outcome::Undurable | Outcome::Unrecorded)
+        )
+    }
+
+    /// Takes what came of the step; anything else is ignored.
+    pub fn handle(&mut self, event: Event) {
+        let next = match (&self.phase, event) {
+            (Phase::Closing, Event::Closed(true)) => Phase::Recording,
+            (Phase::Closing, Event::Closed(false)) => Phase::Ended(Outcome::Undurable),
+            (Phase::Recording, Event::Recorded(true)) => Phase::Releasing,
+            (Phase::Recording, Event::Recorded(false)) => Phase::Ended(Outcome::Unrecorded),
+            (Phase::Releasing, Event::Released(released)) => {
+                let next = match self.to {
+                    None => Phase::Ended(Outcome::Demoted(released.clone())),
+                    Some(to) if released.contains(&to) => Phase::TakingOver(to),
+                    // It may have recorded it, and its operator may have promoted it at once.
+                    Some(to) => Phase::Asking(to, 0, Before::Unreleased),
+                };
+                self.released = released;
+                next
+            }
+            (Phase::TakingOver(_), Event::TookOver(fence)) if self.is_newer(fence) => {
+                Phase::Ended(Outcome::TakenOver { fence, serves: true })
+            }
+            (Phase::TakingOver(to), Event::Refused) => Phase::Asking(*to, 0, Before::Refused),
+            (Phase::TakingOver(to), Event::Unanswered | Event::TookOver(_)) => {
+                Phase::Asking(*to, 0, Before::Unanswered)
+            }
+            (Phase::Asking(.., before), Event::Stands(Some(standing))) => {
+                Phase::Ended(self.stands(*before, &standing))
+            }
+            (Phase::Asking(to, asked, before), Event::Stands(None)) if asked + 1 < QUESTIONS => {
+                Phase::Asking(*to, asked + 1, *before)
+            }
+            (Phase::Asking(_, _, Before::Unreleased), Event::Stands(None)) => {
+                Phase::Ended(Outcome::GoesOn(Reason::UnreleasedAndSilent))
+            }
+            (Phase::Asking(..), Event::Stands(None)) => Phase::Ended(Outcome::Unknown),
+            _ => return,
+        };
+        self.phase = next;
+    }
+
+    fn is_newer(&self, fence: Fence) -> bool {
+        fence.supersedes(self.ours) && self.ours.may_become(fence)
+    }
+
+    fn stands(&self, before: Before, standing: &Standing) -> Outcome {
+        if self.is_newer(standing.fence) {
+            // Who was promoted and is a replica again was so by somebody who was promoted later.
+            let serves = standing.role == Role::Primary && standing.serves;
+            return Outcome::TakenOver { fence: standing.fence, serves };
+        }
+        match before {
+            Before::Unreleased => Outcome::GoesOn(Reason::Unreleased),
+            Before::Refused => Outcome::GoesOn(Reason::Refused),
+            Before::Unanswered if planted(Bug::GoOnUnanswered) => Outcome::GoesOn(Reason::Refused),
+            // What it was told may still be on its way.
+            Before::Unanswered => Outcome::Unknown,
+        }
+    }
+}
+
+/// What a primary's superblock says once it is a replica.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct End {
+    /// The fence that it goes by from then on.
+    fence: Fence,
+    /// Where its content stands.
+    position: Position,
+    /// Whether it answered what the host that was promoted lacks.
+    lacks: bool,
+    /// The newest generation in which anything was answered, where those after it go.
+    answered: Option<GenerationId>,
+}
+
+impl End {
+    /// Of a primary with this fence that is closed, and hands over in order: whoever is released has everything.
+    #[must_use]
+    pub fn in_order(tracker: &Tracker, ours: Fence) -> Self {
+        Self { fence: ours, position: tracker.reached(), lacks: false, answered: None }
+    }
+
+    /// Of a primary that runs, and was superseded by the holder of `fence`.
+    #[must_use]
+    pub fn superseded(tracker: &Tracker, fence: Fence) -> Self {
+        Self {
+            fence,
+            position: tracker.reached(),
+            lacks: tracker.lacks_answered(fence.holder),
+            answered: tracker.answered_generation(),
+        }
+    }
+
+    /// Of a primary that was superseded while it did not run. What it wrote last and never delivered is lost, as with any
+    /// crash of a primary whose replica was promoted; it is saved as it is overwritten (L3).
+    #[must_use]
+    pub fn found(superblock: &Superblock, fence: Fence) -> Self {
+        Self { fence, position: superblock.stands(), lacks: false, answered: None }
+    }
+
+    /// Whether a generation of its own is begun for what it answered alone: that is not lost without the operator's word
+    /// (L3, L6).
+    #[must_use]
+    pub fn needs_generation(&self) -> bool {
+        self.lacks
+    }
+
+    /// Makes the superblock say so. `own` names the generation that is begun, where it needs one.
+    ///
+    /// # Panics
+    /// When it needs one and there is none.
+    pub fn record(&self, superblock: &mut Superblock, own: Option<GenerationId>) {
+        let own = own.filter(|_| self.lacks);
+        assert!(own.is_some() || !self.lacks, "what was answered alone has a generation of its own");
+        promotion::record_demotion(superblock, self.fence, self.position, own, self.answered);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lineage::Ends;
+    use crate::terms::DataState;
+
+    const OTHER: HostId = HostId([2; 32]);
+    const OURS: Fence = Fence { counter: 3, holder: HostId([1; 32]) };
+    const THEIRS: Fence = Fence { counter: 4, holder: OTHER };
+
+    fn standing(role: Role, fence: Fence) -> Event {
+        Event::Stands(Some(Box::new(Standing {
+            role,
+            data: DataState::Consistent,
+            can_roll_back: false,
+            fence,
+            lineage: Vec::new(),
+            marker: Position::default(),
+            serves: role == Role::Primary,
+            silent_milliseconds: 0,
+            dirty_bytes: 0,
+            began: Vec::new(),
+            ends: Ends::default(),
+            replaced: false,
+        })))
+    }
+
+    /// A handover to another host, after these events; each must be an answer to the step that was asked for.
+    fn after(events: impl IntoIterator<Item = Event>) -> Handover {
+        let mut handover = Handover::new(OURS, Some(OTHER));
+        for event in events {
+            let before = format!("{:?}", handover.phase);
+            handover.handle(event.clone());
+            assert_ne!(before, format!("{:?}", handover.phase), "{event:?} is no answer to {before}");
+        }
+        handover
+    }
+
+    fn released() -> [Event; 3] {
+        [Event::Closed(true), Event::Recorded(true), Event::Released(vec![OTHER])]
+    }
+
+    fn unreleased() -> [Event; 3] {
+        [Event::Closed(true), Event::Recorded(true), Event::Released(Vec::new())]
+    }
+
+    #[test]
+    fn nobody_is_told_before_it_is_recorded_here() {
+        let mut handover = Handover::new(OURS, Some(OTHER));
+        for (event, step, is_recorded) in [
+            (None, Step::Close, false),
+            (Some(Event::Closed(true)), Step::Record, false),
+            (Some(Event::Recorded(true)), Step::Release, true),
+            (Some(Event::Released(vec![OTHER])), Step::TakeOver(OTHER), true),
+        ] {
+            event.into_iter().for_each(|event| handover.handle(event));
+            assert_eq!((handover.step(), handover.is_recorded()), (Ok(step), is_recorded));
+            // What is no answer to that changes nothing.
+            for stray in [Event::Stands(None), standing(Role::Primary, THEIRS)] {
+                handover.handle(stray);
+                assert_eq!(handover.step(), Ok(step));
+            }
+        }
+        for (event, outcome) in
+            [(Event::Closed(false), Outcome::Undurable), (Event::Recorded(false), Outcome::Unrecorded)]
+        {
+            let first = matches!(event, Event::Recorded(_)).then_some(Event::Closed(true));
+            let handover = after(first.into_iter().chain([event]));
+            assert_eq!((handover.step(), handover.is_recorded()), (Err(&outcome), false));
+        }
+    }
+
+    #[test]
+    fn it_goes_on_only_where_the_other_one_was_not_promoted_nor_will_be() {
+        let (replica, promoted) = (standing(Role::Replica, OURS), standing(Role::Primary, THEIRS));
+        let silence = || vec![Event::Stands(None); QUESTIONS as usize];
+        let taken = |serves| Outcome::TakenOver { fence: THEIRS, serves };
+        let unheard_of = Fence { counter: u64::MAX, holder: OTHER };
+        for (events, outcome) in [
+            ([&released()[..], &[Event::TookOver(THEIRS)]].concat(), taken(true)),
+            (
+                [&released()[..], &[Event::Refused, replica.clone()]].concat(),
+                Outcome::GoesOn(Reason::Refused),
+            ),
+            ([&released()[..], &[Event::Refused, promoted.clone()]].concat(), taken(true)),
+            // It was promoted, and so was another one since.
+            ([&released()[..], &[Event::Refused, standing(Role::Replica, THEIRS)]].concat(), taken(false)),
+            ([&released()[..], &[Event::Refused], &silence()].concat(), Outcome::Unknown),
+            // What it was told may arrive after it was asked.
+            ([&released()[..], &[Event::Unanswered, replica.clone()]].concat(), Outcome::Unknown),
+            ([&released()[..], &[Event::TookOver(OURS), replica.clone()]].concat(), Outcome::Unknown),
+            ([&released()[..], &[Event::TookOver(unheard_of), replica.clone()]].concat(), Outcome::Unknown),
+            ([&released()[..], &[Event::Unanswered, promoted.clone()]].concat(), taken(true)),
+            ([&released()[..], &[Event::Unanswered], &silence()].concat(), Outcome::Unknown),
+            ([&unreleased()[..], &[replica]].concat(), Outcome::GoesOn(Reason::Unreleased)),
+            ([&unreleased()[..], &[Event::Stands(None), promoted]].concat(), taken(true)),
+            ([&unreleased()[..], &silence()].concat(), Outcome::GoesOn(Reason::UnreleasedAndSilent)),
+        ] {
+            let handover = after(events.clone());
+            assert_eq!(handover.step(), Err(&outcome), "{events:?}");
+        }
+    }
+
+    #[test]
+    fn a_demotion_tells_who_has_everything() {
+        let mut handover = Handover::new(OURS, None);
+        released().into_iter().for_each(|event| handover.handle(event));
+        assert_eq!(handover.step(), Err(&Outcome::Demoted(vec![OTHER])));
+    }
+}
