@@ -92,6 +92,8 @@ pub struct Holding {
     /// What it looked like when this host last wrote nothing.
     quiet: RefCell<Option<Looks>>,
     begun: Cell<u64>,
+    /// Whether it has become smaller since it was opened.
+    is_short: Cell<bool>,
     touched: Box<dyn Fn(String)>,
 }
 
@@ -148,6 +150,7 @@ impl Holding {
             boot,
             quiet: RefCell::default(),
             begun: Cell::new(0),
+            is_short: Cell::new(false),
             touched: Box::new(touched),
         });
         if let Some(looks) = looks(&holding.backing).await {
@@ -215,8 +218,21 @@ impl Holding {
         }
     }
 
+    /// Somebody else saw that the backing has become smaller.
+    pub fn note_short(&self) {
+        self.is_short.set(true);
+    }
+
     /// One look. Nothing is submitted between its end and what follows of it: that happens on this thread.
     async fn look(&self) {
+        if self.backing.shrunk_to().is_some() {
+            // What is left of it is what it was. What was beyond its end can't be, once that is there again.
+            return self.note_short();
+        }
+        if self.is_short.take() {
+            *self.quiet.borrow_mut() = None;
+            return (self.touched)("it was smaller for a while".to_owned());
+        }
         let before = self.begun.get();
         let Some((begun, now)) = self.looks_at_rest().await else {
             self.begun.set(self.writes.begun());

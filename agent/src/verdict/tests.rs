@@ -311,6 +311,7 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
 fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() {
     let shrunk = |role, peers| VolumeFacts {
         health: Health {
+            is_closed: true,
             shrunk: Some(Shrunk { size_bytes: 8 << 20, volume_bytes: 16 << 20 }),
             ..Health::default()
         },
@@ -335,6 +336,50 @@ fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() 
         ),
     ] {
         check(facts, VolumeState::Failed, verdict, action);
+    }
+}
+
+/// Applications were told that there is no space, and status said to make room.
+#[test]
+fn a_disk_that_became_smaller_while_it_was_open_is_named_with_both_sizes_and_with_the_way_out() {
+    let shrunk = |role, peers| VolumeFacts {
+        health: Health {
+            shrunk: Some(Shrunk { size_bytes: 8 << 20, volume_bytes: 16 << 20 }),
+            errors: Some(Errors { writes: 1, last: "input/output error".to_owned(), ..Errors::default() }),
+            ..Health::default()
+        },
+        ..facts(role, peers)
+    };
+    let words = "the backing /dev/vdb has become smaller than the volume: it has 8388608 bytes, and had 16777216; what \
+                 was beyond its end is not there; applications got errors (1 write), the first 0s and the last 0s ago: \
+                 input/output error";
+    for (facts, state, verdict, action) in [
+        (
+            shrunk(Role::Primary, vec![replica("b")]),
+            VolumeState::Degraded,
+            "degraded: b holds an identical copy",
+            "stop what uses the device, then: blockmirror switch data --to b; /dev/vdb can be made 16777216 bytes long \
+             again after that",
+        ),
+        (
+            // What failed here can't be copied.
+            shrunk(Role::Primary, vec![away("b", Connection::Connected, 4096)]),
+            VolumeState::Syncing,
+            "syncing: b waits to be copied to; 4K not copied yet",
+            "stop what uses the device, then, on b: blockmirror promote data --force, which goes on with what it has; \
+             /dev/vdb can be made 16777216 bytes long again after that",
+        ),
+        (
+            shrunk(
+                Role::Replica,
+                vec![PeerStatus { connection: Connection::Connected, ..peer("a", Role::Primary) }],
+            ),
+            VolumeState::Following,
+            "following a; consistent",
+            "make /dev/vdb 16777216 bytes long again; what differs then is copied from the primary",
+        ),
+    ] {
+        check(facts, state, &format!("{verdict}; {words}"), action);
     }
 }
 

@@ -132,6 +132,9 @@ pub struct Health {
     /// What is not there yet.
     #[serde(default)]
     pub awaited: Option<Awaited>,
+    /// Whether the volume is not open: what keeps it from that is the backing's error. It is tried again by itself.
+    #[serde(default)]
+    pub is_closed: bool,
     /// That the backing is smaller than the volume.
     #[serde(default)]
     pub shrunk: Option<Shrunk>,
