@@ -5,7 +5,7 @@ use blockmirror_agent::config::Mode;
 use blockmirror_agent::control::api::{Connection, VolumeState, VolumeStatus};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::hanging::Hanging;
-use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::host::{Host, Running};
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::programs::text;
@@ -177,4 +177,62 @@ fn a_hung_image_of_another_program_stops_nothing() {
     host.stop();
     theirs.go_on();
     drop(theirs);
+}
+
+/// A volume `data` and another one on a host; one file of the agent's, at this path in its folder, is on a server that can
+/// hang.
+fn with_a_file_that_can_hang(path: &str) -> (Hanging, Host, Folder) {
+    let folder = Folder::new();
+    let host = Host::new(&folder, "a");
+    host.create(8 * MIB, "nbd");
+    let other = host.path("other.img");
+    host.succeed(&["create", "other", "--backing", text(&other), "--size", "8M", "--device", "nbd"]);
+    (Hanging::new(&folder, &format!("a/{path}"), 4096), host, folder)
+}
+
+/// All that does not need the file goes on.
+fn assert_nothing_else_waits(host: &Host) {
+    let statuses = host.statuses();
+    assert_eq!(statuses.len(), 2, "{statuses:?}");
+    assert!(statuses.iter().all(|status| status.state == VolumeState::Degraded), "{statuses:?}");
+    let mut client = Client::connect(&host.socket()).expect("it is served");
+    client.write_durably(0, &[1; 4096]).expect("it is written");
+    assert_other_is_served(host);
+    host.succeed(&["invite", "other"]);
+}
+
+/// The invitations were read on the main thread: neither the status nor the end of the agent came.
+#[test]
+fn a_state_folder_that_hangs_stops_only_who_needs_it() {
+    require!("root", "qemu-storage-daemon");
+    let (file, mut host, _folder) = with_a_file_that_can_hang("state/data/invitations.toml");
+    file.stall();
+    let waiting: Vec<Running> = (0..3).map(|_| host.begin(&["invite", "data"])).collect();
+    host.refuse(&["invite", "data", "--list"], 1, &["state/data does not answer"]);
+    assert_nothing_else_waits(&host);
+    drop(waiting);
+    host.stop();
+    // The next one starts all the same.
+    host.start();
+    host.wait_until("the volume is served", |status| status.state == VolumeState::Degraded);
+    assert_nothing_else_waits(&host);
+    host.stop();
+}
+
+/// The file of a volume was written under the lock that status and the stop of the agent need.
+#[test]
+fn a_configuration_that_hangs_stops_only_who_changes_it() {
+    require!("root", "qemu-storage-daemon");
+    let mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    let Mirror { primary: mut host, replicas, folder } = mirror;
+    let file = Hanging::new(&folder, "a/config/volumes/.data.toml.new", 4096);
+    file.stall();
+    let waiting: Vec<Running> = (0..3).map(|_| host.begin(&["pause", "data", "b"])).collect();
+    host.refuse(&["pause", "data", "b"], 1, &["config/volumes/data.toml does not answer"]);
+    assert_eq!(host.status().state, VolumeState::Healthy);
+    let mut client = Client::connect(&host.socket()).expect("it is served");
+    client.write_durably(0, &[1; 4096]).expect("it is written");
+    drop((client, waiting));
+    host.stop();
+    drop((file, replicas));
 }

@@ -3,6 +3,7 @@
 //! The volume's configuration file is written last: without it nothing of the volume exists for the agent, and what an
 //! interrupted attempt left is removed by the next one.
 
+use super::files::{self, ANSWER_TIME};
 use super::{Entry, Supervisor, failed, refused};
 use crate::backing;
 use crate::buffer::BufferPool;
@@ -20,6 +21,8 @@ use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::units::{BlockSize, CopyId, GenerationId, SECTOR_BYTES, VolumeId};
 use blockmirror_protocol::wire::message::{Join, Joined, Members, Message};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// How long a primary may take to take a host in: others wait meanwhile that want to be made or to join here.
@@ -132,23 +135,19 @@ impl Supervisor {
             // One that hangs is told of by what comes next.
             let _ = entry.handle.stop().await;
         }
-        // The next attempt removes what is left, unless it was a volume.
-        if let Err(error) = backing::forget(&self.state_folder(name)) {
-            tracing::warn!("{}", with_causes(&error));
-        }
-        let path = self.folders.config.volume_path(name);
-        if let Err(error) = std::fs::remove_file(&path) {
-            tracing::warn!("{} can't be removed: {error}", path.display());
-        }
-        self.remove_state(name);
-        remove_made(backing, made);
-    }
-
-    /// What can't be removed is removed by the next attempt.
-    fn remove_state(&self, name: &Name) {
-        let folder = self.state_folder(name);
-        if let Err(error) = std::fs::remove_dir_all(&folder) {
-            tracing::warn!("{} can't be removed: {error}", folder.display());
+        let (state, file) = (self.state_folder(name), self.folders.config.volume_path(name));
+        let (path, backing) = (state.clone(), backing.to_owned());
+        let remove = move || {
+            // The next attempt removes what is left, unless it was a volume.
+            if let Err(error) = backing::forget(&state) {
+                tracing::warn!("{}", with_causes(&error));
+            }
+            remove_file(&file);
+            remove_state(&state);
+            remove_made(&backing, made);
+        };
+        if let Err(silent) = files::in_time(&path, LOOK_TIME, remove).await {
+            tracing::warn!("{silent}");
         }
     }
 
@@ -159,15 +158,30 @@ impl Supervisor {
         superblock: Superblock,
         made: bool,
     ) -> Result<StatusReply, Failure> {
-        let (name, backing) = (config.name.clone(), config.backing.clone());
-        let written = match write_state(self.state_folder(&name), superblock).await {
-            Ok(()) => self.folders.config.save_volume(&config).map_err(|error| failed(with_causes(&error))),
-            Err(failure) => Err(failure),
+        let (name, state) = (config.name.clone(), self.state_folder(&config.name));
+        let (folder, written, path) = (self.folders.config.clone(), config.clone(), state.clone());
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let is_unwanted = is_given_up.clone();
+        let write = move || {
+            let saved = write_state(&state, &superblock)
+                .and_then(|()| folder.save_volume(&written).map_err(|error| failed(with_causes(&error))));
+            let is_unwanted = is_unwanted.load(Ordering::Relaxed);
+            if is_unwanted {
+                remove_file(&folder.volume_path(&written.name));
+            }
+            if is_unwanted || saved.is_err() {
+                remove_made(&written.backing, made);
+                remove_state(&state);
+            }
+            saved
         };
-        if let Err(failure) = written {
-            remove_made(&backing, made);
-            self.remove_state(&name);
-            return Err(failure);
+        match files::in_time(&path, LOOK_TIME, write).await {
+            Ok(written) => written?,
+            Err(silent) => {
+                // What was begun is taken back when the disk answers.
+                is_given_up.store(true, Ordering::Relaxed);
+                return Err(failed(silent.to_string()));
+            }
         }
         let opened = self.start(config).await?;
         // An error means that the thread died, or takes long; the status will tell.
@@ -182,7 +196,12 @@ impl Supervisor {
             let backing_of = |entry: &Entry| (entry.config.name.clone(), entry.config.backing.clone());
             (volumes.contains_key(name), volumes.values().map(backing_of).collect::<Vec<_>>())
         };
-        if is_taken || path.exists() {
+        let is_on_disk = {
+            let (folder, path) = (self.folders.config.path(), path.clone());
+            let looked = files::in_time(folder, ANSWER_TIME, move || path.exists()).await;
+            looked.map_err(|silent| failed(silent.to_string()))?
+        };
+        if is_taken || is_on_disk {
             let text = format!("there is a volume {name} on this host already ({})", path.display());
             return Err(refused(text));
         }
@@ -191,23 +210,27 @@ impl Supervisor {
                 return Err(refused(format!("{} is the backing of the volume {other}", backing.display())));
             }
         }
-        let folder = self.state_folder(name);
-        if backing::is_on_record(&folder) {
-            return Err(refused(format!(
-                "{} holds the state of a volume {name} that is not configured any more: put {} back, or move that \
-                 folder away",
-                folder.display(),
-                path.display()
-            )));
-        }
-        // An attempt that was interrupted before its configuration was written never became a volume.
-        match std::fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                let folder = folder.display();
-                Err(failed(format!("cannot remove what an earlier attempt left in {folder}: {error}")))
+        let (folder, name) = (self.state_folder(name), name.clone());
+        let state = folder.clone();
+        let clear = move || {
+            if backing::is_on_record(&folder) {
+                return Err(refused(format!(
+                    "{} holds the state of a volume {name} that is not configured any more: put {} back, or move that \
+                     folder away",
+                    folder.display(),
+                    path.display()
+                )));
             }
-            _ => Ok(()),
-        }
+            // An attempt that was interrupted before its configuration was written never became a volume.
+            match std::fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    let folder = folder.display();
+                    Err(failed(format!("cannot remove what an earlier attempt left in {folder}: {error}")))
+                }
+                _ => Ok(()),
+            }
+        };
+        files::in_time(&state, ANSWER_TIME, clear).await.map_err(|silent| failed(silent.to_string()))?
     }
 
     async fn ask_to_join(&self, token: &Token, ask_only: bool) -> Result<Joined, Failure> {
@@ -332,23 +355,30 @@ fn must_be_blank(path: &Path, overwrite: bool) -> Result<(), Failure> {
     }
 }
 
-/// Writes a new volume's state folder, on a thread of its own: a storage belongs to the thread that made it.
-async fn write_state(folder: PathBuf, superblock: Superblock) -> Result<(), Failure> {
-    let write = move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| format!("no runtime can be had: {error}"))?;
-        let local = tokio::task::LocalSet::new();
-        runtime.block_on(local.run_until(async {
-            let storage = storage::open().map_err(|error| format!("no storage can be had: {error}"))?;
-            let created = State::create(&folder, storage, BufferPool::new(1 << 20), &superblock).await;
-            created.map_err(|error| with_causes(&error))
-        }))?;
-        Ok(())
-    };
-    let written: Result<(), String> = tokio::task::spawn_blocking(write)
-        .await
-        .unwrap_or_else(|_| Err("the agent failed inside".to_owned()));
-    written.map_err(failed)
+/// Writes a new volume's state folder. A storage belongs to the thread that made it, so this is for a thread that nobody
+/// else needs.
+fn write_state(folder: &Path, superblock: &Superblock) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| failed(format!("no runtime can be had: {error}")))?;
+    let local = tokio::task::LocalSet::new();
+    runtime.block_on(local.run_until(async {
+        let storage = storage::open().map_err(|error| failed(format!("no storage can be had: {error}")))?;
+        let created = State::create(folder, storage, BufferPool::new(1 << 20), superblock).await;
+        created.map(|_| ()).map_err(|error| failed(with_causes(&error)))
+    }))
+}
+
+/// What can't be removed is removed by the next attempt.
+fn remove_state(folder: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(folder) {
+        tracing::warn!("{} can't be removed: {error}", folder.display());
+    }
+}
+
+fn remove_file(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        tracing::warn!("{} can't be removed: {error}", path.display());
+    }
 }
 
 fn remove_made(path: &Path, made: bool) {
