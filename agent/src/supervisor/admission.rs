@@ -86,11 +86,8 @@ impl Supervisor {
                 join.name
             )));
         }
-        let secret = Secret(join.secret);
-        match join.ask_only {
-            true => self.check_secret(&config.name, secret).await?,
-            false => drop(self.use_secret(&config.name, secret).await?),
-        }
+        let is_member = config.peers.iter().any(|peer| peer.host == connection.peer());
+        self.admits(&config.name, Secret(join.secret), join.ask_only, is_member).await?;
         let member = Member {
             name: join.name,
             host: connection.peer(),
@@ -250,6 +247,30 @@ impl Supervisor {
             });
         }
         noting.join_all().await;
+    }
+
+    /// Whether a secret lets a host in, which uses it up unless that is only asked. One that is a member already and comes
+    /// with a secret that was used may not have heard the answer: it is told again (W4 and L2 are a matter of what its copy
+    /// holds, which its greeting tells).
+    async fn admits(
+        &self,
+        volume: &Name,
+        secret: Secret,
+        ask_only: bool,
+        is_member: bool,
+    ) -> Result<(), Refused> {
+        let admitted = match ask_only {
+            true => self.check_secret(volume, secret).await,
+            false => self.use_secret(volume, secret).await.map(|_| ()),
+        };
+        match admitted {
+            Err(Refused { refusal: Refusal::Token, text })
+                if is_member && text == Invalid::Used.to_string() =>
+            {
+                Ok(())
+            }
+            admitted => admitted,
+        }
     }
 
     async fn check_secret(&self, volume: &Name, secret: Secret) -> Result<(), Refused> {

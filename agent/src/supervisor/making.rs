@@ -13,7 +13,7 @@ use crate::metadata::State;
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, probe};
 use crate::token::Token;
-use crate::transport::key;
+use crate::transport::{AskError, key};
 use crate::volume::Learned;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
@@ -23,10 +23,14 @@ use blockmirror_protocol::wire::message::{Join, Joined, Members, Message};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a primary may take to take a host in: others wait meanwhile that want to be made or to join here.
 const JOIN_TIME: Duration = Duration::from_secs(60);
+
+/// How long it is tried to hear an answer that was lost, and how long after an attempt the next one follows.
+const AGAIN_TIME: Duration = Duration::from_secs(10);
+const AGAIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long it may take to look at a backing, or to make it.
 const LOOK_TIME: Duration = Duration::from_secs(20);
@@ -39,6 +43,31 @@ const OPENING_TIME: Duration = Duration::from_secs(30);
 struct Prepared {
     size_bytes: u64,
     made: bool,
+}
+
+/// Why a primary has not said that this host has joined.
+enum NotJoined {
+    /// It said no.
+    Refused(Failure),
+    /// It was not asked.
+    Unheard(Failure),
+    /// It may have been asked, and nothing came back.
+    Lost(Failure),
+}
+
+impl From<NotJoined> for Failure {
+    fn from(not: NotJoined) -> Self {
+        let (NotJoined::Refused(failure) | NotJoined::Unheard(failure) | NotJoined::Lost(failure)) = not;
+        failure
+    }
+}
+
+/// Why this host is no member, or is not known to be one.
+enum NotTaken {
+    /// The primary has not taken it in.
+    Refused(Failure),
+    /// It may have.
+    Unknown(Failure),
 }
 
 impl Supervisor {
@@ -100,15 +129,43 @@ impl Supervisor {
         };
         // The volume is ready before the token is used up, because the primary dials at once.
         let reply = self.set_up(config, superblock, prepared.made).await?;
-        if let Err(failure) = self.ask_to_join(&token, false).await {
-            self.discard(&name, &request.backing, prepared.made).await;
-            return Err(failure);
+        match self.be_taken_in(&token).await {
+            Ok(_) => Ok(reply),
+            Err(NotTaken::Refused(failure)) => {
+                self.discard(&name, &request.backing, prepared.made).await;
+                Err(failure)
+            }
+            // Where the primary has taken this host in, it would keep a member that is not there.
+            Err(NotTaken::Unknown(failure)) => Err(failed(format!(
+                "{}: it is not known whether the primary has taken this host in; the volume {name} stays here. If it has, it \
+                 mirrors to this host by itself; to make sure, run the same command again, with this token or a new one",
+                failure.message
+            ))),
         }
-        Ok(reply)
+    }
+
+    /// Has the primary take this host in. It may be asked again where its answer was lost: a host that it has taken in is
+    /// told so once more.
+    async fn be_taken_in(&self, token: &Token) -> Result<Joined, NotTaken> {
+        let first = match self.ask_to_join(token, false).await {
+            Ok(joined) => return Ok(joined),
+            Err(NotJoined::Refused(failure)) => return Err(NotTaken::Refused(failure)),
+            Err(NotJoined::Unheard(failure)) => return Err(NotTaken::Refused(failure)),
+            Err(NotJoined::Lost(failure)) => failure,
+        };
+        let began = Instant::now();
+        while began.elapsed() < AGAIN_TIME {
+            tokio::time::sleep(AGAIN_PAUSE).await;
+            if let Ok(joined) = self.ask_to_join(token, false).await {
+                return Ok(joined);
+            }
+        }
+        // Also where it refuses now: a primary of an earlier release says that the token was used, perhaps by this host.
+        Err(NotTaken::Unknown(first))
     }
 
     /// Makes a replica that is here known to its primary, which lost or never learned of it: a join that a crash cut
-    /// short left the volume without the primary's knowledge.
+    /// short left the volume without the primary's knowledge, and one whose answer was lost without this host's.
     async fn join_again(
         &self,
         config: &VolumeConfig,
@@ -122,7 +179,9 @@ impl Supervisor {
         }
         // A connection that the primary has forgotten shows here, where nothing is used up.
         self.ask_to_join(token, true).await?;
-        let joined = self.ask_to_join(token, false).await?;
+        let joined = self.be_taken_in(token).await.map_err(|not| match not {
+            NotTaken::Refused(failure) | NotTaken::Unknown(failure) => failure,
+        })?;
         let told = Members { members: joined.members, removed: Vec::new() };
         self.learn(name, Learned::Members(told)).await?;
         self.status_of(vec![name.clone()]).await
@@ -233,7 +292,7 @@ impl Supervisor {
         files::in_time(&state, ANSWER_TIME, clear).await.map_err(|silent| failed(silent.to_string()))?
     }
 
-    async fn ask_to_join(&self, token: &Token, ask_only: bool) -> Result<Joined, Failure> {
+    async fn ask_to_join(&self, token: &Token, ask_only: bool) -> Result<Joined, NotJoined> {
         let join = Join {
             volume: token.volume,
             secret: token.secret.0,
@@ -251,12 +310,17 @@ impl Supervisor {
         };
         let asked = tokio::time::timeout(JOIN_TIME, answered);
         let answered = asked.await.map_err(|_| {
-            failed("the primary does not answer; look at `blockmirror status` there, then try again with a new token")
+            NotJoined::Lost(failed("the primary does not answer; look at `blockmirror status` there"))
         })?;
-        match answered.map_err(|error| failed(with_causes(&error)))?.1 {
-            Message::Joined(joined) if joined.volume == token.volume => Ok(joined),
-            Message::Refused(no) => Err(refused(no.text)),
-            _ => Err(failed("the primary answered with something else; is it of another version?")),
+        match answered {
+            Ok((_, Message::Joined(joined))) if joined.volume == token.volume => Ok(joined),
+            Ok((_, Message::Refused(no))) => Err(NotJoined::Refused(refused(no.text))),
+            Ok(_) => {
+                let text = "the primary answered with something else; is it of another version?";
+                Err(NotJoined::Refused(failed(text)))
+            }
+            Err(error @ AskError::Unreachable(_)) => Err(NotJoined::Unheard(failed(with_causes(&error)))),
+            Err(error) => Err(NotJoined::Lost(failed(with_causes(&error)))),
         }
     }
 
