@@ -144,6 +144,36 @@ fn a_device_without_a_disk_is_awaited_until_it_has_one() {
     host.stop();
 }
 
+/// The operator was told to promote a host that could not serve anything.
+#[test]
+fn a_host_whose_disk_is_not_there_is_named_with_that() {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.replica().link().cut();
+    mirror.wait_until_lost("b");
+    mirror.client().write_durably(0, &[1; 4096]).expect("a write");
+    until("nobody has the device open", || {
+        let said = mirror.primary.tool(&["demote", "data"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+    mirror.primary.stop();
+    let (image, away) = (mirror.primary.backing(), mirror.folder.join("away"));
+    fs::rename(&image, &away).expect("a name");
+    mirror.primary.start();
+    assert_awaits(&mirror.primary, &image);
+    mirror.replica().link().mend();
+    let status = mirror.replica().wait_until("the other host is heard", |status| {
+        status.facts.succession.better.as_ref().is_some_and(|better| better.is_away)
+    });
+    assert!(status.action.starts_with("bring the disk of a back"), "{status:?}");
+    let words = ["has everything; the disk of a is not there or does not answer"];
+    mirror.replica().refuse(&["promote", "data"], 5, &words);
+    fs::rename(&away, &image).expect("a name");
+    mirror
+        .replica()
+        .wait_until("it can be promoted", |status| status.action == "on a: blockmirror promote data");
+    mirror.replica().refuse(&["promote", "data"], 5, &["on a: blockmirror promote data"]);
+}
+
 /// The host's status says why the export over TCP is not served; the Unix socket is.
 fn assert_unserved(host: &Host, words: &str) {
     let status = host.wait_until("the export is awaited", |status| status.verdict.contains(words));

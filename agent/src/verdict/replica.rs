@@ -124,7 +124,17 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
             ),
             false => format!("{name} has later content than this copy; {}", copy(facts)),
         };
-        let action = format!("on {name}: blockmirror promote {}", facts.name);
+        let volume = &facts.name;
+        let (verdict, action) = match better.is_away {
+            false => (verdict, format!("on {name}: blockmirror promote {volume}")),
+            true => (
+                format!("{verdict}; the disk of {name} is not there or does not answer"),
+                format!(
+                    "bring the disk of {name} back, then there: blockmirror promote {volume}; if it is lost: blockmirror \
+                     promote {volume} --force"
+                ),
+            ),
+        };
         return Some(Judgement::new(VolumeState::Waiting, verdict, action));
     }
     let verdict = match (succession.released, succession.demoted) {

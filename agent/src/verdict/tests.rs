@@ -797,7 +797,7 @@ fn a_replica_says_what_a_promotion_would_give() {
         (
             whole,
             Succession {
-                better: Some(Better { name: "a".to_owned(), was_demoted: true }),
+                better: Some(Better { name: "a".to_owned(), was_demoted: true, is_away: false }),
                 ..Succession::default()
             },
             gone.clone(),
@@ -809,13 +809,24 @@ fn a_replica_says_what_a_promotion_would_give() {
         (
             whole,
             Succession {
-                better: Some(Better { name: "c".to_owned(), was_demoted: false }),
+                better: Some(Better { name: "c".to_owned(), was_demoted: false, is_away: false }),
                 ..Succession::default()
             },
             gone.clone(),
             VolumeState::Waiting,
             "c has later content than this copy; this copy is consistent",
             "on c: blockmirror promote data",
+        ),
+        (
+            whole,
+            Succession {
+                better: Some(Better { name: "c".to_owned(), was_demoted: false, is_away: true }),
+                ..Succession::default()
+            },
+            gone.clone(),
+            VolumeState::Waiting,
+            "c has later content than this copy; this copy is consistent; the disk of c is not there or does not answer",
+            "bring the disk of c back, then there: blockmirror promote data; if it is lost: blockmirror promote data --force",
         ),
         (
             whole,

@@ -111,6 +111,11 @@ impl Awaiting {
         (is_news, pause)
     }
 
+    /// Since when it could not be opened for the present reason.
+    pub(super) fn since(&self) -> Option<Instant> {
+        self.obstacle.as_ref().map(|(_, since)| *since)
+    }
+
     /// For status: what is not there yet.
     pub(super) fn awaited(&self) -> Option<Awaited> {
         let (obstacle, since) = self.obstacle.as_ref()?;

@@ -63,6 +63,9 @@ impl Resolver {
             ));
         }
         self.must_be_free(volume, name)?;
+        if standing.is_out_of_reach() {
+            return Err(format!("the disk of {name} is not there or does not answer: bring it back first"));
+        }
         let others = answers.iter().filter(|(peer, _)| peer.host != keep);
         let mut others = others.filter_map(|(peer, answered)| Some((peer, answered.as_ref().ok()?)));
         if let Some((primary, _)) = others.find(|(_, other)| other.role == Role::Primary && other.serves) {

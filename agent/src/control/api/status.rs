@@ -327,6 +327,9 @@ pub struct Better {
     pub name: String,
     /// Whether it was the primary, and was demoted while this copy was out of its reach.
     pub was_demoted: bool,
+    /// Whether its disk is not there, or does not answer.
+    #[serde(default)]
+    pub is_away: bool,
 }
 
 /// How few hosts a primary has heard since its start.
