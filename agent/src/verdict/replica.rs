@@ -8,10 +8,16 @@ use crate::quantity::{Seconds, Size, clock};
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     let primary = facts.peers.iter().find(|peer| peer.role == Role::Primary);
     if let Some(error) = &facts.backing_error {
-        let backing = facts.backing.display();
-        let verdict =
-            format!("failed: the backing {backing} has failed ({error}); this copy is no longer updated");
-        let action = "check the disk, then: systemctl restart blockmirror-agent";
+        let (what, action) = match facts.health.is_closed {
+            true => {
+                (format!("the volume can't be opened ({error})"), "mend that, and it is opened by itself")
+            }
+            false => (
+                format!("the backing {} has failed ({error})", facts.backing.display()),
+                "check the disk; it is opened anew when the primary greets next, or this host is promoted",
+            ),
+        };
+        let verdict = format!("failed: {what}; this copy is no longer updated");
         return Judgement::new(VolumeState::Failed, verdict, action);
     }
     if let Some(judgement) = succession(facts) {

@@ -307,6 +307,24 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
     }
 }
 
+/// A restart of the agent was advised, though it tries by itself, and the disk was named where something else was wrong.
+#[test]
+fn a_volume_that_cannot_be_opened_is_tried_again_by_itself() {
+    let closed = |role| VolumeFacts {
+        backing_error: Some("the superblock is damaged".to_owned()),
+        health: Health { is_closed: true, ..Health::default() },
+        ..facts(role, Vec::new())
+    };
+    for (role, consequence) in [
+        (Role::Primary, "no replica is known to hold a usable copy"),
+        (Role::Replica, "this copy is no longer updated"),
+    ] {
+        let verdict =
+            format!("failed: the volume can't be opened (the superblock is damaged); {consequence}");
+        check(closed(role), VolumeState::Failed, &verdict, "mend that, and it is opened by itself");
+    }
+}
+
 #[test]
 fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() {
     let shrunk = |role, peers| VolumeFacts {
@@ -552,7 +570,7 @@ fn a_replica_says_what_its_copy_is_good_for() {
         VolumeFacts { backing_error: Some("no space left on device".into()), ..facts(Role::Replica, vec![]) },
         VolumeState::Failed,
         "failed: the backing /dev/vdb has failed (no space left on device); this copy is no longer updated",
-        "check the disk, then: systemctl restart blockmirror-agent",
+        "check the disk; it is opened anew when the primary greets next, or this host is promoted",
     );
 }
 

@@ -500,6 +500,9 @@ impl Volume {
     }
 
     async fn take(&mut self, ask: Ask) {
+        if matches!(ask, Ask::Promote(..) | Ask::Resolve(..) | Ask::Undo(_) | Ask::Forget(_)) {
+            self.take_up_failed().await;
+        }
         match ask {
             Ask::Facts(answer) => drop(answer.send(self.facts().await)),
             Ask::Serves(answer) => self.tell_service(answer),

@@ -186,7 +186,7 @@ impl Volume {
                 )))
             }
             OpenRole::Replica(replica) if replica.has_failed() => Err(failed(format!(
-                "this replica's backing has failed ({}); check the disk, then restart the agent",
+                "this replica's backing has failed ({}); check the disk, then try again",
                 replica.error().unwrap_or_default()
             ))),
             OpenRole::Replica(replica) => Ok(replica.clone()),
