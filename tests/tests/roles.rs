@@ -4,7 +4,7 @@ use blockmirror_agent::config::{ConfigFolder, Mode, Role};
 use blockmirror_agent::control::api::{Connection, PeerState, Promotion, Switch, VolumeState};
 use blockmirror_agent::quantity::Size;
 use blockmirror_tests::harness::random::Random;
-use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
+use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
@@ -698,4 +698,38 @@ fn whoever_just_looks_at_the_device_does_not_keep_it_from_being_handed_over() {
     let process = format!("(pid {})", std::process::id());
     from.refuse(&["demote", "data"], 5, &["the device is in use: open by", &process]);
     wait_until_in_sync(from);
+}
+
+/// Neither of the two asked anybody else: a second primary was made beside one that the first had not heard of, with the
+/// same number.
+#[test]
+fn a_switch_notices_a_host_that_was_promoted_out_of_the_primarys_reach() {
+    let mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    mirror.client().write_durably(0, &stamped(1)).expect("a write");
+    mirror.wait_until_quiet();
+    let [b, c] = &mirror.replicas[..] else { panic!("there are two") };
+    let a = &mirror.primary;
+    // None of them greets c, and c greets nobody; all of them answer each other's questions.
+    a.succeed(&["pause", "data", "c"]);
+    c.succeed(&["pause", "data", "a"]);
+    c.succeed(&["pause", "data", "b"]);
+    c.wait_until("nobody is connected", |status| status.state == VolumeState::Waiting);
+    c.succeed(&["promote", "data", "--force"]);
+    let before = b.status().facts.succession.fence;
+    until("nobody has the device open", || {
+        let said = a.tool(&["switch", "data", "--to", "b"]);
+        let is_refused = said.code != 0 && said.error.contains("b does not take over (c is the primary");
+        if is_refused { Ok(()) } else { Err(format!("{said:?}")) }
+    });
+    assert_eq!((b.status().facts.role, b.status().facts.succession.fence), (Role::Replica, before));
+    // The one that leads is followed, and not contradicted by a promotion with the same number.
+    let status = a.wait_until("it is no primary any more", |status| status.facts.role == Role::Replica);
+    assert_eq!(status.facts.succession.fence, c.status().facts.succession.fence);
+    a.succeed(&["resume", "data", "c"]);
+    c.succeed(&["resume", "data", "a"]);
+    c.succeed(&["resume", "data", "b"]);
+    c.wait_until("both follow", |status| status.state == VolumeState::Healthy);
+    for host in [a, b] {
+        assert_eq!(first_difference(&c.backing(), &host.backing()), None, "{} differs", host.name());
+    }
 }

@@ -4,12 +4,14 @@
 //! the replicas hear that they may take over. At no instant are there two who may, and a crash leaves none.
 
 use super::changes::{Event, Hands, Next, close, failed, refused};
+use super::promotable::heard;
 use super::{Answer, OpenRole, Volume};
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
 use crate::primary::{Peer, Primary};
 use crate::standing;
 use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::succession;
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Message, TakeOver, TookOver};
@@ -32,6 +34,8 @@ const TAKE_OVER_TIME: Duration = Duration::from_secs(60);
 /// How long it is asked whether it took over, when its answer was lost, and how often.
 const STANDING_TIME: Duration = Duration::from_secs(3);
 const STANDING_ATTEMPTS: u32 = 3;
+/// How long all hosts may take to say who leads, before this one goes on as the primary.
+const LEADS_TIME: Duration = Duration::from_secs(1);
 
 /// Why a primary is not demoted now.
 enum NotNow {
@@ -63,6 +67,14 @@ struct Taken {
     fence: Fence,
     /// Whether its devices are served.
     serves: bool,
+}
+
+/// Why a replica did not take over.
+enum NotTaken {
+    /// For this reason, and it knows so: this host can go on as the primary, in this way.
+    GoOn(String, String),
+    /// It may have.
+    Unknown(Failure),
 }
 
 /// A primary that was taken out of service.
@@ -229,21 +241,34 @@ impl Retiring {
         let released = released.map_err(|failure| (Next::Reopen, failure))?;
         let name = &peer.name;
         let ours = primary.state().superblock().fence;
-        let taken = if released.contains(&peer.host) {
-            take_over(&self.hands, peer, ours).await?
+        let outcome = if released.contains(&peer.host) {
+            take_over(&self.hands, peer, ours).await
         } else {
             // It may have, and its operator may have promoted it at once.
-            let text = format!(
-                "{name} did not record in time that it has everything; this host goes on as the primary"
-            );
+            let text = format!("{name} did not record in time that it has everything");
             match promoted(&self.hands, peer, ours).await {
-                Some(Some(taken)) => taken,
-                Some(None) => return Err((Next::PromoteAgain, failed(text))),
+                Some(Some(taken)) => Ok(taken),
+                Some(None) => Err(NotTaken::GoOn(text, String::new())),
                 // It answers nothing before that one follows it again.
-                None => {
-                    let text = format!("{text}, and answers no write before {name} is heard");
+                None => Err(NotTaken::GoOn(text, format!(", and answers no write before {name} is heard"))),
+            }
+        };
+        let taken = match outcome {
+            Ok(taken) => taken,
+            Err(NotTaken::Unknown(failure)) => return Err((Next::Reopen, failure)),
+            Err(NotTaken::GoOn(text, how)) => {
+                // Perhaps for a host that was promoted out of this one's reach, which leads now.
+                let Some(fence) = leads(&self.hands, ours).await else {
+                    let text = format!("{text}; this host goes on as the primary{how}");
                     return Err((Next::PromoteAgain, failed(text)));
+                };
+                let known = primary.state().change_superblock(|superblock| superblock.fence = fence).await;
+                if let Err(error) = known {
+                    tracing::warn!("{}", crate::words::with_causes(&error));
                 }
+                let holder = self.hands.name_of(fence.holder);
+                let text = format!("{text}; {holder} was promoted, and this host is its replica now");
+                return Err((Next::Reopen, failed(text)));
             }
         };
         // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
@@ -290,7 +315,7 @@ impl Retiring {
 
 /// Has a replica take over, and gives the fence that it holds then. When its answer is lost, it is asked how it stands:
 /// to go on here as well would make two primaries.
-async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Taken, (Next, Failure)> {
+async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Taken, NotTaken> {
     let name = &peer.name;
     let told = standing::order(&hands.peers, peer, TakeOver { volume: hands.config.id }.into());
     let lost = match tokio::time::timeout(TAKE_OVER_TIME, told).await {
@@ -298,11 +323,11 @@ async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Take
             return Ok(Taken { fence, serves: true });
         }
         Ok(Ok(Message::Refused(no))) => {
-            let text = format!("{name} does not take over ({}); this host goes on as the primary", no.text);
+            let text = format!("{name} does not take over ({})", no.text);
             return match promoted(hands, peer, ours).await {
                 Some(Some(taken)) => Ok(taken),
-                Some(None) => Err((Next::PromoteAgain, failed(text))),
-                None => Err((Next::Reopen, failed(unknown(hands, peer, &no.text)))),
+                Some(None) => Err(NotTaken::GoOn(text, String::new())),
+                None => Err(NotTaken::Unknown(failed(unknown(hands, peer, &no.text)))),
             };
         }
         Ok(Ok(_)) => "it answered with something else".to_owned(),
@@ -311,8 +336,15 @@ async fn take_over(hands: &Hands, peer: &PeerConfig, ours: Fence) -> Result<Take
     };
     match promoted(hands, peer, ours).await {
         Some(Some(taken)) => Ok(taken),
-        Some(None) | None => Err((Next::Reopen, failed(unknown(hands, peer, &lost)))),
+        Some(None) | None => Err(NotTaken::Unknown(failed(unknown(hands, peer, &lost)))),
     }
+}
+
+/// The newest promotion that any host knows of that can be heard, if that is newer than this host's.
+async fn leads(hands: &Hands, ours: Fence) -> Option<Fence> {
+    let config = &hands.config;
+    let answers = standing::ask_all(&hands.peers, config.id, &config.peers, LEADS_TIME).await;
+    succession::newest_fence(ours, &heard(&answers))
 }
 
 /// What to do where it can't be told whether a host has taken over.

@@ -74,6 +74,12 @@ impl Applicant {
         ))
     }
 
+    /// Why it should not take over from the primary that was demoted for it, given what the others say.
+    pub(super) fn objection_to_succeeding(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
+        let objection = self.candidate.objection_to_succeeding(&heard(answers))?;
+        Some(self.words(objection, answers))
+    }
+
     fn first_objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
         let objection = self.candidate.objection(&heard(answers));
         let has_better = matches!(
