@@ -1,8 +1,10 @@
 //! Disks and file servers that hang, ours and those of others (X5): what does not answer stops nobody but who needs it, and
 //! whoever waits is told.
 
-use blockmirror_agent::config::Mode;
+use blockmirror_agent::config::{ConfigFolder, Mode};
 use blockmirror_agent::control::api::{Connection, VolumeState, VolumeStatus};
+use blockmirror_agent::transport::{Endpoint, HostKey};
+use blockmirror_protocol::wire::message::{AskStanding, Message, Refusal};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::hanging::Hanging;
 use blockmirror_tests::machines::host::{Host, Running};
@@ -10,6 +12,7 @@ use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::programs::text;
 use blockmirror_tests::require;
+use tokio::task::JoinSet;
 
 const MIB: u64 = 1 << 20;
 
@@ -235,4 +238,50 @@ fn a_configuration_that_hangs_stops_only_who_changes_it() {
     drop((client, waiting));
     host.stop();
     drop((file, replicas));
+}
+
+/// Each question about how a host stands has the state folder read: a peer may ask as often as it likes, and each had a thread
+/// that waited there.
+#[test]
+fn questions_about_a_state_folder_that_hangs_have_one_thread_and_all_others_are_told_so() {
+    require!("root", "qemu-storage-daemon");
+    const QUESTIONS: usize = 6;
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.replica_mut().stop();
+    let key = HostKey::load(&mirror.replica().path("state/host.key")).expect("the key of b");
+    let id = HostKey::load(&mirror.primary.path("state/host.key")).expect("the key of a").id();
+    let folder = ConfigFolder::new(mirror.primary.path("config"));
+    let volume = folder.load_volume(&"data".parse().expect("a name")).expect("the volume's file").id;
+    // It hides the superblock from whoever opens it now.
+    let file = Hanging::new(&mirror.folder, "a/state/data/superblock", 8192);
+    file.stall();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let endpoint = Endpoint::bind("127.0.0.1:0".parse().expect("an address"), &key).expect("an endpoint");
+        let address = mirror.primary.link().address().to_string();
+        let connection = endpoint.connect(&[address], id).await.expect("a is reached");
+        let mut asked = JoinSet::new();
+        for _ in 0..QUESTIONS {
+            let connection = connection.clone();
+            asked.spawn(async move {
+                let (mut sender, mut receiver) = connection.open_control().await.expect("a stream");
+                sender.send(&AskStanding { volume }.into()).await.expect("it is sent");
+                match receiver.receive().await.expect("an answer") {
+                    Message::Refused(no) => no.refusal,
+                    other => panic!("{other:?}"),
+                }
+            });
+        }
+        for _ in 1..QUESTIONS {
+            let refusal = asked.join_next().await.expect("they were asked").expect("they are answered");
+            assert_eq!(refusal, Refusal::Busy);
+        }
+        file.go_on();
+        // This one had its turn.
+        let refusal = asked.join_next().await.expect("it was asked").expect("it is answered");
+        assert_eq!(refusal, Refusal::Backing);
+    });
+    mirror.client().write_durably(0, &[1; 4096]).expect("the volume is served");
+    drop(file);
+    mirror.primary.stop();
 }

@@ -733,3 +733,45 @@ fn a_switch_notices_a_host_that_was_promoted_out_of_the_primarys_reach() {
         assert_eq!(first_difference(&c.backing(), &host.backing()), None, "{} differs", host.name());
     }
 }
+
+/// The advice was to promote whichever host was looked at.
+#[test]
+fn the_host_with_the_latest_content_is_named_after_a_cut_and_after_a_restart_of_all() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    mirror.client().write_durably(0, &stamped(1)).expect("a write");
+    mirror.wait_until_quiet();
+    mirror.replicas[1].link().cut();
+    mirror.wait_until_lost("c");
+    mirror.client().write_durably(BLOCK_BYTES, &stamped(2)).expect("a write");
+    mirror.wait_for_peer("b", "b has it", |peer| {
+        (peer.state, peer.lag_bytes) == (Some(PeerState::InSync), Some(0))
+    });
+    mirror.primary.kill();
+    mirror.replicas[1].link().mend();
+    for is_restarted in [false, true] {
+        if is_restarted {
+            mirror.replicas.iter_mut().for_each(Host::stop);
+            mirror.replicas.iter_mut().for_each(Host::start);
+        }
+        let [b, c] = &mirror.replicas[..] else { panic!("there are two") };
+        let status = c.wait_until("b is named", |status| status.facts.succession.better.is_some());
+        assert!(status.verdict.starts_with("b has later content than this copy"), "{status:?}");
+        assert_eq!(status.action, "on b: blockmirror promote data");
+        c.refuse(&["promote", "data"], 5, &["on b: blockmirror promote data"]);
+        let status = b.wait_until("a is missed", |status| status.state == VolumeState::Waiting);
+        assert_eq!(status.facts.succession.better, None, "{status:?}");
+        assert!(status.action.ends_with("if a is gone: blockmirror promote data"), "{status:?}");
+    }
+    let [b, c] = &mirror.replicas[..] else { panic!("there are two") };
+    // Nobody promised that a answers nothing without b.
+    b.refuse(&["promote", "data"], 5, &["--force promotes this copy without that"]);
+    b.succeed(&["promote", "data", "--force"]);
+    c.wait_until("c follows", |status| status.state == VolumeState::Following);
+    b.wait_until("c has everything", |status| {
+        let mut peers = status.facts.peers.iter();
+        peers.any(|peer| {
+            peer.name.as_str() == "c" && (peer.state, peer.lag_bytes) == (Some(PeerState::InSync), Some(0))
+        })
+    });
+    assert_eq!(first_difference(&b.backing(), &c.backing()), None);
+}
