@@ -122,6 +122,8 @@ pub struct Holding {
     keeping: RefCell<Option<JoinHandle<()>>>,
     /// Whether it was said that something else writes, since this host last wrote nothing.
     is_told: Cell<bool>,
+    /// Whether it has become smaller since it was opened.
+    is_short: Cell<bool>,
     touched: Box<dyn Fn(String)>,
 }
 
@@ -204,6 +206,7 @@ impl Holding {
             kept: Cell::new(looks.as_ref().and_then(Looks::modified).unwrap_or_default()),
             keeping: RefCell::default(),
             is_told: Cell::new(false),
+            is_short: Cell::new(false),
             touched: Box::new(touched),
             notes,
         });
@@ -303,8 +306,21 @@ impl Holding {
         }));
     }
 
+    /// Somebody else saw that the backing has become smaller.
+    pub fn note_short(&self) {
+        self.is_short.set(true);
+    }
+
     /// One look. Nothing is submitted between its end and what follows of it: that happens on this thread.
     async fn look(&self) {
+        if self.backing.shrunk_to().is_some() {
+            // What is left of it is what it was. What was beyond its end can't be, once that is there again.
+            return self.note_short();
+        }
+        if self.is_short.take() {
+            *self.quiet.borrow_mut() = None;
+            return (self.touched)("it was smaller for a while".to_owned());
+        }
         let before = self.begun.get();
         let at_rest = self.looks_at_rest().await;
         let is_resting = at_rest.as_ref().is_some_and(|(begun, _)| *begun == before);

@@ -129,6 +129,12 @@ pub enum InvitationError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The folder's file system hangs.
+    #[error("the state folder {path} does not answer; what was begun may be done when it does")]
+    Silent {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The file holds something else.
     #[error("the invitations in {path} are damaged: remove the file and invite again")]
     Corrupted {

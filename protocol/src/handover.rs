@@ -30,6 +30,8 @@ pub enum Step {
     TakeOver(HostId),
     /// Ask this host how it stands.
     Ask(HostId),
+    /// Ask all hosts who leads.
+    AskAll,
 }
 
 /// What came of a step.
@@ -49,6 +51,9 @@ pub enum Event {
     Unanswered,
     /// How the one stands that was asked; nothing where it is silent.
     Stands(Option<Box<Standing>>),
+    /// The newest promotion that those know of who were asked, where it is a newer one
+    /// ([`crate::succession::newest_fence`]).
+    Leads(Option<Fence>),
 }
 
 /// How it ended.
@@ -69,6 +74,13 @@ pub enum Outcome {
     },
     /// The other host was not promoted, nor will be by what it was told: this one is promoted again.
     GoesOn(Reason),
+    /// The same, but a third host was promoted with this fence out of this one's reach: this one follows it.
+    Superseded {
+        /// The fence.
+        fence: Fence,
+        /// Why the other one did not take over.
+        reason: Reason,
+    },
     /// It was told to take over, and it is not known whether it did: this host is a replica.
     Unknown,
 }
@@ -104,6 +116,8 @@ enum Phase {
     TakingOver(HostId),
     /// Asking how it stands, for the time after so many; and what came before.
     Asking(HostId, u32, Before),
+    /// It goes on, for this reason, unless somebody else leads.
+    Confirming(Reason),
     Ended(Outcome),
 }
 
@@ -133,6 +147,7 @@ impl Handover {
             Phase::Releasing => Ok(Step::Release),
             Phase::TakingOver(host) => Ok(Step::TakeOver(*host)),
             Phase::Asking(host, ..) => Ok(Step::Ask(*host)),
+            Phase::Confirming(_) => Ok(Step::AskAll),
             Phase::Ended(outcome) => Err(outcome),
         }
     }
@@ -176,16 +191,21 @@ impl Handover {
             (Phase::TakingOver(to), Event::Unanswered | Event::TookOver(_)) => {
                 Phase::Asking(*to, 0, Before::Unanswered)
             }
-            (Phase::Asking(.., before), Event::Stands(Some(standing))) => {
-                Phase::Ended(self.stands(*before, &standing))
-            }
+            (Phase::Asking(.., before), Event::Stands(Some(standing))) => self.stands(*before, &standing),
             (Phase::Asking(to, asked, before), Event::Stands(None)) if asked + 1 < QUESTIONS => {
                 Phase::Asking(*to, asked + 1, *before)
             }
             (Phase::Asking(_, _, Before::Unreleased), Event::Stands(None)) => {
-                Phase::Ended(Outcome::GoesOn(Reason::UnreleasedAndSilent))
+                Phase::Confirming(Reason::UnreleasedAndSilent)
             }
             (Phase::Asking(..), Event::Stands(None)) => Phase::Ended(Outcome::Unknown),
+            (Phase::Confirming(reason), Event::Leads(leads)) => {
+                let superseded = leads.filter(|fence| self.is_newer(*fence));
+                Phase::Ended(match superseded {
+                    Some(fence) => Outcome::Superseded { fence, reason: *reason },
+                    None => Outcome::GoesOn(*reason),
+                })
+            }
             _ => return,
         };
         self.phase = next;
@@ -195,18 +215,18 @@ impl Handover {
         fence.supersedes(self.ours) && self.ours.may_become(fence)
     }
 
-    fn stands(&self, before: Before, standing: &Standing) -> Outcome {
+    fn stands(&self, before: Before, standing: &Standing) -> Phase {
         if self.is_newer(standing.fence) {
             // Who was promoted and is a replica again was so by somebody who was promoted later.
             let serves = standing.role == Role::Primary && standing.serves;
-            return Outcome::TakenOver { fence: standing.fence, serves };
+            return Phase::Ended(Outcome::TakenOver { fence: standing.fence, serves });
         }
         match before {
-            Before::Unreleased => Outcome::GoesOn(Reason::Unreleased),
-            Before::Refused => Outcome::GoesOn(Reason::Refused),
-            Before::Unanswered if planted(Bug::GoOnUnanswered) => Outcome::GoesOn(Reason::Refused),
+            Before::Unreleased => Phase::Confirming(Reason::Unreleased),
+            Before::Refused => Phase::Confirming(Reason::Refused),
+            Before::Unanswered if planted(Bug::GoOnUnanswered) => Phase::Confirming(Reason::Refused),
             // What it was told may still be on its way.
-            Before::Unanswered => Outcome::Unknown,
+            Before::Unanswered => Phase::Ended(Outcome::Unknown),
         }
     }
 }
@@ -344,11 +364,21 @@ mod tests {
         let (replica, promoted) = (standing(Role::Replica, OURS), standing(Role::Primary, THEIRS));
         let silence = || vec![Event::Stands(None); QUESTIONS as usize];
         let taken = |serves| Outcome::TakenOver { fence: THEIRS, serves };
+        let leads = |fence| Event::Leads(fence);
+        let third = Fence { counter: 4, holder: HostId([3; 32]) };
         let unheard_of = Fence { counter: u64::MAX, holder: OTHER };
         for (events, outcome) in [
             ([&released()[..], &[Event::TookOver(THEIRS)]].concat(), taken(true)),
             (
-                [&released()[..], &[Event::Refused, replica.clone()]].concat(),
+                [&released()[..], &[Event::Refused, replica.clone(), leads(None)]].concat(),
+                Outcome::GoesOn(Reason::Refused),
+            ),
+            (
+                [&released()[..], &[Event::Refused, replica.clone(), leads(Some(third))]].concat(),
+                Outcome::Superseded { fence: third, reason: Reason::Refused },
+            ),
+            (
+                [&released()[..], &[Event::Refused, replica.clone(), leads(Some(unheard_of))]].concat(),
                 Outcome::GoesOn(Reason::Refused),
             ),
             ([&released()[..], &[Event::Refused, promoted.clone()]].concat(), taken(true)),
@@ -361,9 +391,12 @@ mod tests {
             ([&released()[..], &[Event::TookOver(unheard_of), replica.clone()]].concat(), Outcome::Unknown),
             ([&released()[..], &[Event::Unanswered, promoted.clone()]].concat(), taken(true)),
             ([&released()[..], &[Event::Unanswered], &silence()].concat(), Outcome::Unknown),
-            ([&unreleased()[..], &[replica]].concat(), Outcome::GoesOn(Reason::Unreleased)),
+            ([&unreleased()[..], &[replica, leads(None)]].concat(), Outcome::GoesOn(Reason::Unreleased)),
             ([&unreleased()[..], &[Event::Stands(None), promoted]].concat(), taken(true)),
-            ([&unreleased()[..], &silence()].concat(), Outcome::GoesOn(Reason::UnreleasedAndSilent)),
+            (
+                [&unreleased()[..], &silence(), &[leads(None)]].concat(),
+                Outcome::GoesOn(Reason::UnreleasedAndSilent),
+            ),
         ] {
             let handover = after(events.clone());
             assert_eq!(handover.step(), Err(&outcome), "{events:?}");

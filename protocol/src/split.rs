@@ -39,6 +39,8 @@ pub enum Objection {
     NotSplit,
     /// It is the primary: nothing is written under an open device (L5).
     Primary,
+    /// The other one's disk is not there, or does not answer.
+    OutOfReach,
     /// This host is the primary, so it is that one's content which is taken.
     OtherPrimary(HostId),
 }
@@ -111,6 +113,9 @@ impl Side {
         }
         if self.superblock.role == Role::Primary {
             return Err(Objection::Primary);
+        }
+        if standing.is_out_of_reach() {
+            return Err(Objection::OutOfReach);
         }
         let serves = |other: &&Heard| {
             let standing = other.standing.as_ref();

@@ -176,6 +176,16 @@ impl Candidate {
             Promise::None | Promise::WhileHeard | Promise::Replicas(_) => Some(Objection::Unpromised),
         }
     }
+
+    /// Why it should not take over from the primary that was just demoted for it, given what the others say: that one
+    /// need not know of a host that was promoted out of its reach. Nobody's silence stands against it. Whoever was released
+    /// with this host is promoted by force alone while the two hand over.
+    #[must_use]
+    pub fn objection_to_succeeding(&self, others: &[Heard]) -> Option<Objection> {
+        // Its connection is that of the one that was demoted.
+        let candidate = Self { is_connected: false, ..self.clone() };
+        candidate.objection(others).filter(|objection| !matches!(objection, Objection::Unheard(_)))
+    }
 }
 
 /// Whether a copy can be the source of another one, now or when it is promoted (L4).
@@ -514,6 +524,32 @@ mod tests {
             (candidate(Mode::SemiSync, Promise::None), vec![silent(A)], Objection::Unpromised),
         ] {
             assert_eq!(candidate.objection(&others), Some(objection), "{candidate:?} {others:?}");
+        }
+    }
+
+    /// It asked nobody, and became a second primary beside one that was promoted out of the first one's reach.
+    #[test]
+    fn a_host_takes_over_unless_one_that_is_heard_knows_better() {
+        let fence = Fence { counter: 4, holder: C };
+        let promoted = Standing { fence, ..standing(7) };
+        let serving = Standing { role: Role::Primary, serves: true, fence, ..standing(7) };
+        let forked =
+            Standing { lineage: vec![GenerationId([b'x'; 16]), GenerationId([b'a'; 16])], ..standing(7) };
+        let mut split = released();
+        split.superblock.lineage.insert(0, GenerationId([b'b'; 16]));
+        let mut kept = released();
+        (kept.superblock.agreed, kept.superblock.history) = (2, 3);
+        let connected = Candidate { is_connected: true, ..released() };
+        for (candidate, others, objection) in [
+            (released(), vec![], None),
+            (connected, vec![says(C, standing(7))], None),
+            (released(), vec![silent(C)], None),
+            (released(), vec![says(C, serving)], Some(Objection::Serves(C))),
+            (released(), vec![says(C, promoted)], Some(Objection::Promoted(C))),
+            (split, vec![says(C, forked)], Some(Objection::Split(C))),
+            (kept, vec![silent(C)], Some(Objection::Kept)),
+        ] {
+            assert_eq!(candidate.objection_to_succeeding(&others), objection, "{candidate:?} {others:?}");
         }
     }
 

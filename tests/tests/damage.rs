@@ -220,6 +220,44 @@ fn a_full_disk_under_a_replica_is_told_and_heals_when_there_is_space() {
     mounted.unmount();
 }
 
+/// It was told to restart its agent first: nobody greeted it any more, by which it would have been opened anew.
+#[test]
+fn a_replica_that_failed_is_promoted_without_a_restart_when_its_disk_is_well_again() {
+    require!("root", "mkfs.ext4", "losetup");
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &[]);
+    let disk = mirror.folder.join("disk.img");
+    File::create(&disk).and_then(|file| file.set_len(96 * MIB)).expect("an image");
+    succeed("mkfs.ext4", &["-q", text(&disk)]);
+    let mounted = mirror.folder.mount(&mirror.folder.attach(&disk), "disk");
+    let filler = mounted.path().join("filler");
+    fs::write(&filler, vec![1; 50 << 20]).expect("there is space for a while");
+    let mut replica = Host::new(&mirror.folder, "b");
+    replica.join(&mirror.primary, &mounted.path().join("data.img"));
+    mirror.wait_until_in_sync();
+    let mut client = mirror.client();
+    client.write_durably(0, &stamped(7)).expect("a write");
+    mirror.wait_until_quiet();
+    // What the replica can't take keeps no session of it for long.
+    let mut random = Random::new(1);
+    for offset in (MIB..64 * MIB).step_by(MIB as usize) {
+        client.write(offset, &noise(&mut random, MIB)).expect("the primary is not concerned");
+    }
+    drop(client);
+    let status = replica.wait_until("it has failed", |status| {
+        status.state == VolumeState::Failed && !status.facts.health.is_closed
+    });
+    assert!(status.action.starts_with("check the disk; it is opened anew"), "{status:?}");
+    mirror.primary.kill();
+    fs::remove_file(&filler).expect("the filler");
+    replica.succeed(&["promote", "data", "--force"]);
+    let mut client = Client::connect(&replica.socket()).expect("it serves");
+    assert_eq!(client.read(0, BLOCK_BYTES).expect("a read"), stamped(7));
+    client.write_durably(0, &stamped(8)).expect("a write");
+    drop(client);
+    replica.stop();
+    mounted.unmount();
+}
+
 /// One bad sector on the primary left a whole mebibyte uncopied, and held all copying up for seconds.
 #[test]
 fn a_replica_has_all_but_the_block_that_its_primary_cannot_read() {

@@ -1,15 +1,18 @@
 //! Disks and file servers that hang, ours and those of others (X5): what does not answer stops nobody but who needs it, and
 //! whoever waits is told.
 
-use blockmirror_agent::config::Mode;
+use blockmirror_agent::config::{ConfigFolder, Mode};
 use blockmirror_agent::control::api::{Connection, VolumeState, VolumeStatus};
+use blockmirror_agent::transport::{Endpoint, HostKey};
+use blockmirror_protocol::wire::message::{AskStanding, Message, Refusal};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::hanging::Hanging;
-use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::host::{Host, Running};
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::programs::text;
 use blockmirror_tests::require;
+use tokio::task::JoinSet;
 
 const MIB: u64 = 1 << 20;
 
@@ -177,4 +180,108 @@ fn a_hung_image_of_another_program_stops_nothing() {
     host.stop();
     theirs.go_on();
     drop(theirs);
+}
+
+/// A volume `data` and another one on a host; one file of the agent's, at this path in its folder, is on a server that can
+/// hang.
+fn with_a_file_that_can_hang(path: &str) -> (Hanging, Host, Folder) {
+    let folder = Folder::new();
+    let host = Host::new(&folder, "a");
+    host.create(8 * MIB, "nbd");
+    let other = host.path("other.img");
+    host.succeed(&["create", "other", "--backing", text(&other), "--size", "8M", "--device", "nbd"]);
+    (Hanging::new(&folder, &format!("a/{path}"), 4096), host, folder)
+}
+
+/// All that does not need the file goes on.
+fn assert_nothing_else_waits(host: &Host) {
+    let statuses = host.statuses();
+    assert_eq!(statuses.len(), 2, "{statuses:?}");
+    assert!(statuses.iter().all(|status| status.state == VolumeState::Degraded), "{statuses:?}");
+    let mut client = Client::connect(&host.socket()).expect("it is served");
+    client.write_durably(0, &[1; 4096]).expect("it is written");
+    assert_other_is_served(host);
+    host.succeed(&["invite", "other"]);
+}
+
+/// The invitations were read on the main thread: neither the status nor the end of the agent came.
+#[test]
+fn a_state_folder_that_hangs_stops_only_who_needs_it() {
+    require!("root", "qemu-storage-daemon");
+    let (file, mut host, _folder) = with_a_file_that_can_hang("state/data/invitations.toml");
+    file.stall();
+    let waiting: Vec<Running> = (0..3).map(|_| host.begin(&["invite", "data"])).collect();
+    host.refuse(&["invite", "data", "--list"], 1, &["state/data does not answer"]);
+    assert_nothing_else_waits(&host);
+    drop(waiting);
+    host.stop();
+    // The next one starts all the same.
+    host.start();
+    host.wait_until("the volume is served", |status| status.state == VolumeState::Degraded);
+    assert_nothing_else_waits(&host);
+    host.stop();
+}
+
+/// The file of a volume was written under the lock that status and the stop of the agent need.
+#[test]
+fn a_configuration_that_hangs_stops_only_who_changes_it() {
+    require!("root", "qemu-storage-daemon");
+    let mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    let Mirror { primary: mut host, replicas, folder } = mirror;
+    let file = Hanging::new(&folder, "a/config/volumes/.data.toml.new", 4096);
+    file.stall();
+    let waiting: Vec<Running> = (0..3).map(|_| host.begin(&["pause", "data", "b"])).collect();
+    host.refuse(&["pause", "data", "b"], 1, &["config/volumes/data.toml does not answer"]);
+    assert_eq!(host.status().state, VolumeState::Healthy);
+    let mut client = Client::connect(&host.socket()).expect("it is served");
+    client.write_durably(0, &[1; 4096]).expect("it is written");
+    drop((client, waiting));
+    host.stop();
+    drop((file, replicas));
+}
+
+/// Each question about how a host stands has the state folder read: a peer may ask as often as it likes, and each had a thread
+/// that waited there.
+#[test]
+fn questions_about_a_state_folder_that_hangs_have_one_thread_and_all_others_are_told_so() {
+    require!("root", "qemu-storage-daemon");
+    const QUESTIONS: usize = 6;
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.replica_mut().stop();
+    let key = HostKey::load(&mirror.replica().path("state/host.key")).expect("the key of b");
+    let id = HostKey::load(&mirror.primary.path("state/host.key")).expect("the key of a").id();
+    let folder = ConfigFolder::new(mirror.primary.path("config"));
+    let volume = folder.load_volume(&"data".parse().expect("a name")).expect("the volume's file").id;
+    // It hides the superblock from whoever opens it now.
+    let file = Hanging::new(&mirror.folder, "a/state/data/superblock", 8192);
+    file.stall();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let endpoint = Endpoint::bind("127.0.0.1:0".parse().expect("an address"), &key).expect("an endpoint");
+        let address = mirror.primary.link().address().to_string();
+        let connection = endpoint.connect(&[address], id).await.expect("a is reached");
+        let mut asked = JoinSet::new();
+        for _ in 0..QUESTIONS {
+            let connection = connection.clone();
+            asked.spawn(async move {
+                let (mut sender, mut receiver) = connection.open_control().await.expect("a stream");
+                sender.send(&AskStanding { volume }.into()).await.expect("it is sent");
+                match receiver.receive().await.expect("an answer") {
+                    Message::Refused(no) => no.refusal,
+                    other => panic!("{other:?}"),
+                }
+            });
+        }
+        for _ in 1..QUESTIONS {
+            let refusal = asked.join_next().await.expect("they were asked").expect("they are answered");
+            assert_eq!(refusal, Refusal::Busy);
+        }
+        file.go_on();
+        // This one had its turn.
+        let refusal = asked.join_next().await.expect("it was asked").expect("it is answered");
+        assert_eq!(refusal, Refusal::Backing);
+    });
+    mirror.client().write_durably(0, &[1; 4096]).expect("the volume is served");
+    drop(file);
+    mirror.primary.stop();
 }

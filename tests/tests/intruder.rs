@@ -1,16 +1,17 @@
 //! A host of the volume that has gone bad, or whose key was stolen: it can't pass for the primary, and where it promotes
 //! itself, what it overwrites comes back.
 
-use blockmirror_agent::control::api::VolumeState;
+use blockmirror_agent::control::api::{CopyState, VolumeState};
 use blockmirror_agent::transport::{
     CloseReason, Connection, ControlReceiver, ControlSender, Endpoint, FrameSender, HostKey, Incoming,
+    Options,
 };
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::terms::{Fence, Mode, Promise};
 use blockmirror_protocol::units::{Epoch, GenerationId, Position, Sequence, Session, Stream, VolumeId};
 use blockmirror_protocol::wire::message::{
-    Commit, Hello, Member, Message, Refusal, Release, ResyncBegin, Superseded, TakeOver,
+    AskMark, Commit, Hello, Member, Message, Refusal, Release, ResyncBegin, Superseded, TakeOver,
 };
 use blockmirror_protocol::wire::{Body, FrameHeader, StreamKind, StreamPreamble, VERSIONS};
 use blockmirror_tests::harness::random::Random;
@@ -224,6 +225,46 @@ fn a_removed_host_that_promoted_itself_stops_no_primary_that_can_hear_of_the_rem
     still_takes_writes(&mirror, &before);
     let status = mirror.primary.status();
     assert!(status.facts.peers.iter().all(|peer| peer.name.as_str() != "c"), "{status:?}");
+}
+
+/// What it was answered was kept in memory until it read it.
+#[test]
+fn a_primary_that_reads_no_answers_is_left_and_named() {
+    /// More than wait to be read and are on their way together.
+    const QUESTIONS: usize = 40_000;
+    let (mut mirror, _) = mirror_without_c();
+    let primary = superblock_of(&mirror.primary);
+    let key = HostKey::load(&mirror.primary.path("state/host.key")).expect("the key of a");
+    mirror.primary.kill();
+    let answers = runtime().block_on(async {
+        let options = Options { stream_window_bytes: 64 << 10, ..Options::default() };
+        let endpoint = Endpoint::bind_with("127.0.0.1:0".parse().expect("an address"), &key, &options);
+        let endpoint = endpoint.expect("an endpoint");
+        let connection = connect(&endpoint, mirror.replica()).await;
+        let hello = hello_of(&primary);
+        let session = hello.session;
+        let (mut sender, mut receiver) = connection.open_control().await.expect("a stream");
+        sender.send(&hello.into()).await.expect("a greeting");
+        assert!(matches!(receiver.receive().await.expect("an answer"), Message::Welcome(_)));
+        for _ in 0..QUESTIONS {
+            // The replica may leave before all of them were asked.
+            if sender.send(&AskMark { session }.into()).await.is_err() {
+                break;
+            }
+        }
+        let mut answers = 0;
+        while receiver.receive().await.is_ok() {
+            answers += 1;
+        }
+        endpoint.close().await;
+        answers
+    });
+    assert!(answers < QUESTIONS, "all of them were answered");
+    let status = mirror.replica().wait_until("it is named", |status| {
+        let accused = status.facts.peers.iter().find(|peer| peer.name.as_str() == "a");
+        accused.is_some_and(|peer| peer.error.as_ref().is_some_and(|error| error.contains("does not read")))
+    });
+    assert_eq!(status.facts.data, Some(CopyState::Consistent), "{status:?}");
 }
 
 /// Each connection has 256 MiB of room, and there was no limit to how many a key may have.

@@ -7,10 +7,12 @@ use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
+use blockmirror_tests::machines::network::Network;
 use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
 use std::fs::{self, File};
+use std::net::TcpListener;
 use std::path::Path;
 
 const MIB: u64 = 1 << 20;
@@ -140,4 +142,86 @@ fn a_device_without_a_disk_is_awaited_until_it_has_one() {
     succeed("losetup", &[text(&device), text(&image)]);
     host.wait_until("it is served", |status| status.state == VolumeState::Degraded);
     host.stop();
+}
+
+/// The operator was told to promote a host that could not serve anything.
+#[test]
+fn a_host_whose_disk_is_not_there_is_named_with_that() {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.replica().link().cut();
+    mirror.wait_until_lost("b");
+    mirror.client().write_durably(0, &[1; 4096]).expect("a write");
+    until("nobody has the device open", || {
+        let said = mirror.primary.tool(&["demote", "data"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+    mirror.primary.stop();
+    let (image, away) = (mirror.primary.backing(), mirror.folder.join("away"));
+    fs::rename(&image, &away).expect("a name");
+    mirror.primary.start();
+    assert_awaits(&mirror.primary, &image);
+    mirror.replica().link().mend();
+    let status = mirror.replica().wait_until("the other host is heard", |status| {
+        status.facts.succession.better.as_ref().is_some_and(|better| better.is_away)
+    });
+    assert!(status.action.starts_with("bring the disk of a back"), "{status:?}");
+    let words = ["has everything; the disk of a is not there or does not answer"];
+    mirror.replica().refuse(&["promote", "data"], 5, &words);
+    fs::rename(&away, &image).expect("a name");
+    mirror
+        .replica()
+        .wait_until("it can be promoted", |status| status.action == "on a: blockmirror promote data");
+    mirror.replica().refuse(&["promote", "data"], 5, &["on a: blockmirror promote data"]);
+}
+
+/// The host's status says why the export over TCP is not served; the Unix socket is.
+fn assert_unserved(host: &Host, words: &str) {
+    let status = host.wait_until("the export is awaited", |status| status.verdict.contains(words));
+    assert!(status.facts.devices.iter().any(|device| device.error.is_none()), "{status:?}");
+    Client::connect(&host.socket()).expect("the socket is served");
+}
+
+fn serves(host: &Host, address: &str) {
+    host.wait_until("the export is served", |status| {
+        let is_there = |uri: &String| uri.starts_with(&format!("nbd://{address}/"));
+        status.facts.devices.iter().any(|device| device.error.is_none() && device.uri.iter().any(is_there))
+    });
+}
+
+/// It was tried once, when the volume was opened.
+#[test]
+fn an_address_of_the_export_that_comes_late_is_served_when_it_is_there() {
+    require!("root", "ip", "nsenter");
+    let network = Network::new(&["a"]);
+    let folder = Folder::new();
+    let mut host = Host::within(&network, &folder, "a");
+    host.start();
+    host.create(8 * MIB, "nbd");
+    host.stop();
+    let address = "192.0.2.1:10809";
+    host.configure(|volume| volume.nbd_listen = Some(address.parse().expect("an address")));
+    host.start();
+    assert_unserved(&host, "192.0.2.1 is no address of this host now");
+    network.give("a", "192.0.2.1/24");
+    serves(&host, address);
+    assert!(host.status().verdict.contains("is not encrypted"), "{:?}", host.status());
+    host.stop();
+}
+
+#[test]
+fn a_port_of_the_export_that_is_in_use_is_told_and_served_when_it_is_free() {
+    let other = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = other.local_addr().expect("it is bound").to_string();
+    let folder = Folder::new();
+    let mut host = Host::new(&folder, "a");
+    host.create(8 * MIB, "nbd");
+    host.stop();
+    host.configure(|volume| volume.nbd_listen = Some(address.parse().expect("an address")));
+    host.start();
+    assert_unserved(&host, &format!("{address} is in use by another program"));
+    drop(other);
+    serves(&host, &address);
+    // Nobody serves it any more when the volume is not served.
+    host.stop();
+    TcpListener::bind(&address).expect("the port is free");
 }

@@ -4,7 +4,7 @@ use blockmirror_agent::config::{ConfigFolder, Mode, Role};
 use blockmirror_agent::control::api::{Connection, PeerState, Promotion, Switch, VolumeState};
 use blockmirror_agent::quantity::Size;
 use blockmirror_tests::harness::random::Random;
-use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
+use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
@@ -698,4 +698,80 @@ fn whoever_just_looks_at_the_device_does_not_keep_it_from_being_handed_over() {
     let process = format!("(pid {})", std::process::id());
     from.refuse(&["demote", "data"], 5, &["the device is in use: open by", &process]);
     wait_until_in_sync(from);
+}
+
+/// Neither of the two asked anybody else: a second primary was made beside one that the first had not heard of, with the
+/// same number.
+#[test]
+fn a_switch_notices_a_host_that_was_promoted_out_of_the_primarys_reach() {
+    let mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    mirror.client().write_durably(0, &stamped(1)).expect("a write");
+    mirror.wait_until_quiet();
+    let [b, c] = &mirror.replicas[..] else { panic!("there are two") };
+    let a = &mirror.primary;
+    // None of them greets c, and c greets nobody; all of them answer each other's questions.
+    a.succeed(&["pause", "data", "c"]);
+    c.succeed(&["pause", "data", "a"]);
+    c.succeed(&["pause", "data", "b"]);
+    c.wait_until("nobody is connected", |status| status.state == VolumeState::Waiting);
+    c.succeed(&["promote", "data", "--force"]);
+    let before = b.status().facts.succession.fence;
+    until("nobody has the device open", || {
+        let said = a.tool(&["switch", "data", "--to", "b"]);
+        let is_refused = said.code != 0 && said.error.contains("b does not take over (c is the primary");
+        if is_refused { Ok(()) } else { Err(format!("{said:?}")) }
+    });
+    assert_eq!((b.status().facts.role, b.status().facts.succession.fence), (Role::Replica, before));
+    // The one that leads is followed, and not contradicted by a promotion with the same number.
+    let status = a.wait_until("it is no primary any more", |status| status.facts.role == Role::Replica);
+    assert_eq!(status.facts.succession.fence, c.status().facts.succession.fence);
+    a.succeed(&["resume", "data", "c"]);
+    c.succeed(&["resume", "data", "a"]);
+    c.succeed(&["resume", "data", "b"]);
+    c.wait_until("both follow", |status| status.state == VolumeState::Healthy);
+    for host in [a, b] {
+        assert_eq!(first_difference(&c.backing(), &host.backing()), None, "{} differs", host.name());
+    }
+}
+
+/// The advice was to promote whichever host was looked at.
+#[test]
+fn the_host_with_the_latest_content_is_named_after_a_cut_and_after_a_restart_of_all() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    mirror.client().write_durably(0, &stamped(1)).expect("a write");
+    mirror.wait_until_quiet();
+    mirror.replicas[1].link().cut();
+    mirror.wait_until_lost("c");
+    mirror.client().write_durably(BLOCK_BYTES, &stamped(2)).expect("a write");
+    mirror.wait_for_peer("b", "b has it", |peer| {
+        (peer.state, peer.lag_bytes) == (Some(PeerState::InSync), Some(0))
+    });
+    mirror.primary.kill();
+    mirror.replicas[1].link().mend();
+    for is_restarted in [false, true] {
+        if is_restarted {
+            mirror.replicas.iter_mut().for_each(Host::stop);
+            mirror.replicas.iter_mut().for_each(Host::start);
+        }
+        let [b, c] = &mirror.replicas[..] else { panic!("there are two") };
+        let status = c.wait_until("b is named", |status| status.facts.succession.better.is_some());
+        assert!(status.verdict.starts_with("b has later content than this copy"), "{status:?}");
+        assert_eq!(status.action, "on b: blockmirror promote data");
+        c.refuse(&["promote", "data"], 5, &["on b: blockmirror promote data"]);
+        let status = b.wait_until("a is missed", |status| status.state == VolumeState::Waiting);
+        assert_eq!(status.facts.succession.better, None, "{status:?}");
+        assert!(status.action.ends_with("if a is gone: blockmirror promote data"), "{status:?}");
+    }
+    let [b, c] = &mirror.replicas[..] else { panic!("there are two") };
+    // Nobody promised that a answers nothing without b.
+    b.refuse(&["promote", "data"], 5, &["--force promotes this copy without that"]);
+    b.succeed(&["promote", "data", "--force"]);
+    c.wait_until("c follows", |status| status.state == VolumeState::Following);
+    b.wait_until("c has everything", |status| {
+        let mut peers = status.facts.peers.iter();
+        peers.any(|peer| {
+            peer.name.as_str() == "c" && (peer.state, peer.lag_bytes) == (Some(PeerState::InSync), Some(0))
+        })
+    });
+    assert_eq!(first_difference(&b.backing(), &c.backing()), None);
 }

@@ -432,3 +432,92 @@ fn an_image_that_was_cut_off_is_named_with_both_sizes_and_taken_up_when_it_has_i
     let status = mirror.replica().status();
     assert_eq!((status.state, status.facts.health.shrunk), (VolumeState::Following, None));
 }
+
+/// A loop device that becomes as large as its image is made.
+struct Device {
+    path: PathBuf,
+    image: PathBuf,
+}
+
+impl Device {
+    fn new(mirror: &Folder) -> Self {
+        let image = mirror.join("device.img");
+        File::create(&image).and_then(|file| file.set_len(SIZE_BYTES)).expect("an image");
+        Self { path: mirror.attach(&image), image }
+    }
+
+    fn resize(&self, size_bytes: u64) {
+        let file = File::options().write(true).open(&self.image).expect("the image");
+        file.set_len(size_bytes).expect("another size");
+        succeed("losetup", &["--set-capacity", text(&self.path)]);
+    }
+}
+
+/// Its applications were told that there is no space left, and status said to make room.
+#[test]
+fn a_primarys_device_that_became_smaller_is_named_and_another_host_can_go_on() {
+    require!("root");
+    let folder = Folder::new();
+    let device = Device::new(&folder);
+    let primary = Host::new(&folder, "a");
+    primary.succeed(&["create", "data", "--backing", text(&device.path), "--device", "nbd"]);
+    let mut mirror = Mirror { primary, replicas: Vec::new(), folder };
+    mirror.add("b");
+    let content = noise(&mut Random::new(3), SIZE_BYTES);
+    let mut client = mirror.client();
+    for (number, part) in content.chunks(MIB as usize).enumerate() {
+        client.write(number as u64 * MIB, part).expect("a write");
+    }
+    client.flush().expect("a flush");
+    mirror.wait_until_quiet();
+    device.resize(8 * MIB);
+    let (a, b) = (&mirror.primary, mirror.replica());
+    let sizes = "it has 8388608 bytes, and had 33554432";
+    let status = a.wait_until("it is named", |status| status.facts.health.shrunk.is_some());
+    assert_eq!(status.state, VolumeState::Degraded);
+    assert!(status.verdict.contains(sizes), "{status:?}");
+    assert!(status.action.contains("blockmirror switch data --to b"), "{status:?}");
+    client.read(9 * MIB, 4096).expect_err("a read beyond its end");
+    let errors = a.status().facts.health.errors.expect("it is counted");
+    assert_eq!((errors.reads, errors.no_room), (1, 0), "{errors:?}");
+    assert!(errors.last.contains("the device has 8388608 bytes now, and had 33554432"), "{errors:?}");
+    drop(client);
+    until("nobody has the device open", || {
+        let said = a.tool(&["switch", "data", "--to", "b"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+    let status = a.wait_until("it is not opened", |status| status.facts.health.is_closed);
+    assert_eq!(status.state, VolumeState::Failed);
+    assert!(status.verdict.contains(sizes), "{status:?}");
+    // What it lost reads as zeroes now, also where nothing was written since.
+    device.resize(SIZE_BYTES);
+    b.wait_until("a follows", |status| status.state == VolumeState::Healthy);
+    assert_eq!(first_difference(&device.image, &b.backing()), None, "in sync over a copy that lost content");
+    was_told(a, "it was smaller for a while");
+}
+
+/// What it lost was called in sync once the device had its size again.
+#[test]
+fn a_replicas_device_that_was_smaller_for_a_while_is_compared() {
+    require!("root");
+    let mut mirror = Mirror::new(SIZE_BYTES, "nbd", &[]);
+    let device = Device::new(&mirror.folder);
+    let replica = Host::new(&mirror.folder, "b");
+    replica.join(&mirror.primary, &device.path);
+    mirror.replicas.push(replica);
+    let mut client = mirror.client();
+    client.write_durably(PLACE, &noise(&mut Random::new(5), 4096)).expect("a write");
+    mirror.wait_until_quiet();
+    device.resize(8 * MIB);
+    let b = mirror.replica();
+    let status = b.wait_until("it is named", |status| status.facts.health.shrunk.is_some());
+    assert!(status.verdict.contains("it has 8388608 bytes, and had 33554432"), "{status:?}");
+    device.resize(SIZE_BYTES);
+    b.wait_until("it is compared", |status| {
+        status.facts.touched.as_ref().is_some_and(|words| words == "it was smaller for a while")
+    });
+    b.wait_until("all was compared", |status| status.facts.touched.is_none());
+    mirror.wait_until_quiet();
+    let difference = first_difference(&mirror.primary.backing(), &device.image);
+    assert_eq!(difference, None, "in sync over a copy that lost content");
+}

@@ -19,7 +19,7 @@ use blockmirror_protocol::units::SECTOR_BYTES;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, fallocate, seek, statx};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -125,17 +125,24 @@ impl Descriptor {
     /// metadata files may change. What was cut off reads as zeroes when the file is made longer again, so a write beyond
     /// its end would hide that content was lost.
     pub(super) fn check_size(&self) -> io::Result<()> {
-        if self.kind != Kind::Image {
-            return Ok(());
+        if self.kind == Kind::Image && self.present_size_bytes()? < self.size_bytes {
+            return Err(super::job::cut_off());
         }
-        let size_bytes = if self.served {
+        Ok(())
+    }
+
+    /// How many bytes it has now, as far as the kernel knows without asking anybody or waiting for a disk.
+    fn present_size_bytes(&self) -> io::Result<u64> {
+        match self.kind {
+            // A seek to its end may wait for what is under way.
+            Kind::BlockDevice => device_size_bytes(&self.fd),
             // Its server may hang, and is not asked.
-            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-            statx(&self.fd, "", flags, StatxFlags::SIZE)?.stx_size
-        } else {
-            rustix::fs::fstat(&self.fd)?.st_size.cast_unsigned()
-        };
-        if size_bytes < self.size_bytes { Err(super::job::cut_off()) } else { Ok(()) }
+            _ if self.served => {
+                let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+                Ok(statx(&self.fd, "", flags, StatxFlags::SIZE)?.stx_size)
+            }
+            _ => Ok(rustix::fs::fstat(&self.fd)?.st_size.cast_unsigned()),
+        }
     }
 
     /// See [`File::check_end`].
@@ -147,16 +154,18 @@ impl Descriptor {
         Ok(())
     }
 
-    /// What an error is about that came of the size of a device: one that is gone, or was made smaller, gives errors that
-    /// speak of other things.
+    /// What an error is about that came of the size of a backing: one that was made smaller gives errors that speak of
+    /// other things, of no space for one.
     pub(super) fn explained(&self, error: io::Error) -> io::Error {
-        if self.kind != Kind::BlockDevice {
-            return error;
-        }
-        match seek(&self.fd, SeekFrom::End(0)) {
+        let what = match self.kind {
+            Kind::BlockDevice => "the device",
+            Kind::Image => "the file",
+            Kind::Metadata => return error,
+        };
+        match self.present_size_bytes() {
             Ok(size_bytes) if size_bytes != self.size_bytes => {
                 let text = format!(
-                    "the device has {size_bytes} bytes now, and had {} when it was opened ({error})",
+                    "{what} has {size_bytes} bytes now, and had {} when it was opened ({error})",
                     self.size_bytes
                 );
                 io::Error::new(error.kind(), text)
@@ -417,6 +426,13 @@ impl File {
         self.descriptor.size_bytes
     }
 
+    /// The size that a backing has now, in bytes, where that is less than it was when it was opened. No disk and no server
+    /// is waited for.
+    #[must_use]
+    pub fn shrunk_to(&self) -> Option<u64> {
+        self.descriptor.present_size_bytes().ok().filter(|size_bytes| *size_bytes < self.size_bytes())
+    }
+
     /// The unit, in bytes, that is read, modified and written when an operation covers a part of it. At least 512.
     #[must_use]
     pub fn alignment(&self) -> u64 {
@@ -562,6 +578,15 @@ fn create(path: &Path, fill: impl FnOnce(&mut fs::File) -> io::Result<()>) -> Re
         let _ = fs::remove_file(path);
     }
     made.map_err(about.cannot("create"))
+}
+
+/// `BLKGETSIZE64` of `linux/fs.h`.
+fn device_size_bytes(fd: &OwnedFd) -> io::Result<u64> {
+    const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+    let mut size_bytes = 0_u64;
+    // SAFETY: the kernel writes 64 bits to the place, which is as long and lives on.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), BLKGETSIZE64, &raw mut size_bytes) };
+    if result == 0 { Ok(size_bytes) } else { Err(io::Error::last_os_error()) }
 }
 
 fn write_zeroes(file: &mut fs::File, size_bytes: u64) -> io::Result<()> {

@@ -1,6 +1,7 @@
 //! Who is let in: invitations, and what their bearers may do.
 
 use super::addresses::is_local;
+use super::files::{Turn, Turns, with_invitations};
 use super::{Supervisor, failed, refused};
 use crate::config::{Address, Mode, Name, PEERS_LIMIT, Role, VolumeConfig};
 use crate::control::api::{
@@ -14,6 +15,11 @@ use crate::words::with_causes;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Join, Joined, Member, Recover, Refusal, Refused};
 use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::task::JoinSet;
+
+/// How long a state folder may take to keep the time: the agent's start and its end wait for it.
+const NOTE_TIME: Duration = Duration::from_secs(1);
 
 /// What whoever may not read is told, whether there is such a volume or not.
 const NO_HOST: &str = "this key is not that of a host of such a volume; use the failed host's key, or a token from \
@@ -38,11 +44,12 @@ impl Supervisor {
             volumes.get(&volume).ok_or_else(|| Failure::no_such_volume(&volume))?.config.id
         };
         let secret = Secret(key::random());
-        let mut invitations =
-            Invitations::load(&self.state_folder(&volume)).map_err(|error| failed(with_causes(&error)))?;
-        invitations
-            .create(&Now::read(), request.expires_seconds, &secret)
-            .map_err(|error| failed(with_causes(&error)))?;
+        let (given, lifetime_seconds) = (secret.clone(), request.expires_seconds);
+        self.at_invitations(&volume, move |invitations| {
+            invitations.create(&Now::read(), lifetime_seconds, &given)
+        })
+        .await
+        .map_err(|error| failed(with_causes(&error)))?;
         let addresses = if request.addresses.is_empty() { self.own_addresses() } else { request.addresses };
         let token = Token {
             addresses: addresses.iter().map(|address| address.as_str().to_owned()).collect(),
@@ -79,11 +86,8 @@ impl Supervisor {
                 join.name
             )));
         }
-        let secret = Secret(join.secret);
-        match join.ask_only {
-            true => self.check_secret(&config.name, &secret)?,
-            false => drop(self.use_secret(&config.name, &secret)?),
-        }
+        let is_member = config.peers.iter().any(|peer| peer.host == connection.peer());
+        self.admits(&config.name, Secret(join.secret), join.ask_only, is_member).await?;
         let member = Member {
             name: join.name,
             host: connection.peer(),
@@ -117,7 +121,7 @@ impl Supervisor {
             return Ok(());
         }
         match secret {
-            Some(secret) => self.check_secret(&config.name, &Secret(secret)),
+            Some(secret) => self.check_secret(&config.name, Secret(secret)).await,
             None => Err(Refused { refusal: Refusal::UnknownKey, text: NO_HOST.to_owned() }),
         }
     }
@@ -144,18 +148,19 @@ impl Supervisor {
             });
         };
         match &secret {
-            Some(secret) => self.check_secret(&config.name, secret)?,
+            Some(secret) => self.check_secret(&config.name, secret.clone()).await?,
             None if !is_admitted => return Err(unknown(NO_HOST)),
             None => {}
         }
         let handle = self.handle_of(&config.name).await.map_err(|_| unknown_volume())?;
         let answer = handle.answer(|answer| Ask::MayRecover(recover.accept_inconsistent, answer)).await;
         answer.unwrap_or_else(|| Err(other("the volume's thread has ended".to_owned())))?;
-        let mut admitted = self.admitted.lock().await;
-        if let Some(secret) = &secret {
-            let id = self.use_secret(&config.name, secret)?;
-            admitted.insert((config.id, peer), Admission { id, connection: connection.clone() });
-        } else if let Some(admission) = admitted.get_mut(&(config.id, peer)) {
+        if let Some(secret) = secret {
+            // Whoever takes the invitation back has its turn after this, and ends what begins here.
+            let (id, _turn) = self.use_secret(&config.name, secret).await?;
+            let admission = Admission { id, connection: connection.clone() };
+            self.admitted.lock().await.insert((config.id, peer), admission);
+        } else if let Some(admission) = self.admitted.lock().await.get_mut(&(config.id, peer)) {
             admission.connection = connection.clone();
         }
         Ok(())
@@ -167,13 +172,21 @@ impl Supervisor {
         if config.peers.iter().any(|peer| peer.host == host) {
             return true;
         }
-        let mut admitted = self.admitted.lock().await;
-        let Some(admission) = admitted.get(&(config.id, host)) else { return false };
+        let id = {
+            let admitted = self.admitted.lock().await;
+            let Some(admission) = admitted.get(&(config.id, host)) else { return false };
+            admission.id.clone()
+        };
+        let asked = id.clone();
+        let is_over = self
+            .at_invitations(&config.name, move |invitations| Ok(invitations.is_over(&asked, &Now::read())))
+            .await;
         // What can't be read lets nobody in.
-        let invitations = Invitations::load(&self.state_folder(&config.name));
-        let is_over =
-            invitations.map_or(true, |invitations| invitations.is_over(&admission.id, &Now::read()));
-        if is_over && !admission.connection.is_live() {
+        let is_over = is_over.map_or(true, |(is_over, _)| is_over);
+        let mut admitted = self.admitted.lock().await;
+        let is_gone =
+            |admission: &Admission| is_over && admission.id == id && !admission.connection.is_live();
+        if admitted.get(&(config.id, host)).is_some_and(is_gone) {
             admitted.remove(&(config.id, host));
         }
         !is_over
@@ -189,18 +202,19 @@ impl Supervisor {
 
     pub(super) async fn invitations_of(&self, volume: Name) -> Result<InvitationsReply, Failure> {
         self.config_of_name(&volume).await?;
-        let invitations =
-            Invitations::load(&self.state_folder(&volume)).map_err(|error| failed(with_causes(&error)))?;
-        let invitations = invitations.list(&Now::read());
+        let listed = self.at_invitations(&volume, |invitations| Ok(invitations.list(&Now::read()))).await;
+        let (invitations, _) = listed.map_err(|error| failed(with_causes(&error)))?;
         Ok(InvitationsReply { schema: INVITATIONS_SCHEMA.to_owned(), volume, invitations })
     }
 
     /// Takes an invitation back; what its bearer is just reading ends.
     pub(super) async fn revoke(&self, volume: Name, id: String) -> Result<InvitationsReply, Failure> {
         let config = self.config_of_name(&volume).await?;
-        let mut invitations =
-            Invitations::load(&self.state_folder(&volume)).map_err(|error| failed(with_causes(&error)))?;
-        if !invitations.revoke(&id, &Now::read()).map_err(|error| failed(with_causes(&error)))? {
+        let wanted = id.clone();
+        let revoked =
+            self.at_invitations(&volume, move |invitations| invitations.revoke(&wanted, &Now::read())).await;
+        let (is_known, turn) = revoked.map_err(|error| failed(with_causes(&error)))?;
+        if !is_known {
             let text =
                 format!("no invitation \"{id}\" of {volume}; blockmirror invite {volume} --list tells them");
             return Err(refused(text));
@@ -212,37 +226,66 @@ impl Supervisor {
             }
             !is_over
         });
+        drop(turn);
         self.invitations_of(volume).await
     }
 
     /// Keeps the time for invitations, so that a clock that goes back later lets nobody in.
     pub(super) async fn note_time(&self) {
-        let names: Vec<Name> = self.volumes.lock().await.keys().cloned().collect();
-        for name in names {
-            let noted = Invitations::load(&self.state_folder(&name))
-                .and_then(|mut invitations| invitations.note_time(&Now::read()));
-            if let Err(error) = noted {
-                tracing::warn!(volume = %name, "{}", with_causes(&error));
+        let volumes: Vec<(Name, Turns)> = {
+            let volumes = self.volumes.lock().await;
+            volumes.iter().map(|(name, entry)| (name.clone(), entry.inviting.clone())).collect()
+        };
+        let mut noting = JoinSet::new();
+        for (volume, turns) in volumes {
+            let folder = self.state_folder(&volume);
+            noting.spawn(async move {
+                let note = |invitations: &mut Invitations| invitations.note_time(&Now::read());
+                if let Err(error) = with_invitations(folder, turns, NOTE_TIME, note).await {
+                    tracing::warn!(%volume, "{}", with_causes(&error));
+                }
+            });
+        }
+        noting.join_all().await;
+    }
+
+    /// Whether a secret lets a host in, which uses it up unless that is only asked. One that is a member already and comes
+    /// with a secret that was used may not have heard the answer: it is told again (W4 and L2 are a matter of what its copy
+    /// holds, which its greeting tells).
+    async fn admits(
+        &self,
+        volume: &Name,
+        secret: Secret,
+        ask_only: bool,
+        is_member: bool,
+    ) -> Result<(), Refused> {
+        let admitted = match ask_only {
+            true => self.check_secret(volume, secret).await,
+            false => self.use_secret(volume, secret).await.map(|_| ()),
+        };
+        match admitted {
+            Err(Refused { refusal: Refusal::Token, text })
+                if is_member && text == Invalid::Used.to_string() =>
+            {
+                Ok(())
             }
+            admitted => admitted,
         }
     }
 
-    fn check_secret(&self, volume: &Name, secret: &Secret) -> Result<(), Refused> {
-        let now = Now::read();
-        let mut invitations =
-            Invitations::load(&self.state_folder(volume)).map_err(|error| other(with_causes(&error)))?;
-        invitations.note_time(&now).map_err(|error| other(with_causes(&error)))?;
-        invitations.check(secret, &now).map_err(|invalid| token(&invalid))
+    async fn check_secret(&self, volume: &Name, secret: Secret) -> Result<(), Refused> {
+        let checked = self.at_invitations(volume, move |invitations| {
+            let now = Now::read();
+            invitations.note_time(&now)?;
+            Ok(invitations.check(&secret, &now)?)
+        });
+        checked.await.map(|_| ()).map_err(|error| refusal(&error))
     }
 
-    /// Uses a secret up, and gives the name of its invitation.
-    fn use_secret(&self, volume: &Name, secret: &Secret) -> Result<String, Refused> {
-        let mut invitations =
-            Invitations::load(&self.state_folder(volume)).map_err(|error| other(with_causes(&error)))?;
-        invitations.redeem(secret, &Now::read()).map_err(|error| match error {
-            InvitationError::Invalid(invalid) => token(&invalid),
-            error => other(with_causes(&error)),
-        })
+    /// Uses a secret up, and gives the name of its invitation, with the turn at the volume's invitations.
+    async fn use_secret(&self, volume: &Name, secret: Secret) -> Result<(String, Turn), Refused> {
+        let used = self.at_invitations(volume, move |invitations| invitations.redeem(&secret, &Now::read()));
+        used.await.map_err(|error| refusal(&error))
     }
 
     async fn add_replica(&self, config: &VolumeConfig, member: &Member) -> Result<(), Failure> {
@@ -302,6 +345,13 @@ pub(super) fn unknown_volume() -> Refused {
 
 fn token(invalid: &Invalid) -> Refused {
     Refused { refusal: Refusal::Token, text: invalid.to_string() }
+}
+
+fn refusal(error: &InvitationError) -> Refused {
+    match error {
+        InvitationError::Invalid(invalid) => token(invalid),
+        error => other(with_causes(error)),
+    }
 }
 
 fn other(text: String) -> Refused {

@@ -3,6 +3,7 @@
 //! The volume's configuration file is written last: without it nothing of the volume exists for the agent, and what an
 //! interrupted attempt left is removed by the next one.
 
+use super::files::{self, ANSWER_TIME};
 use super::{Entry, Supervisor, failed, refused};
 use crate::backing;
 use crate::buffer::BufferPool;
@@ -12,7 +13,7 @@ use crate::metadata::State;
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, probe};
 use crate::token::Token;
-use crate::transport::key;
+use crate::transport::{AskError, key};
 use crate::volume::Learned;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
@@ -20,10 +21,16 @@ use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::units::{BlockSize, CopyId, GenerationId, SECTOR_BYTES, VolumeId};
 use blockmirror_protocol::wire::message::{Join, Joined, Members, Message};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 /// How long a primary may take to take a host in: others wait meanwhile that want to be made or to join here.
 const JOIN_TIME: Duration = Duration::from_secs(60);
+
+/// How long it is tried to hear an answer that was lost, and how long after an attempt the next one follows.
+const AGAIN_TIME: Duration = Duration::from_secs(10);
+const AGAIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long it may take to look at a backing, or to make it.
 const LOOK_TIME: Duration = Duration::from_secs(20);
@@ -36,6 +43,31 @@ const OPENING_TIME: Duration = Duration::from_secs(30);
 struct Prepared {
     size_bytes: u64,
     made: bool,
+}
+
+/// Why a primary has not said that this host has joined.
+enum NotJoined {
+    /// It said no.
+    Refused(Failure),
+    /// It was not asked.
+    Unheard(Failure),
+    /// It may have been asked, and nothing came back.
+    Lost(Failure),
+}
+
+impl From<NotJoined> for Failure {
+    fn from(not: NotJoined) -> Self {
+        let (NotJoined::Refused(failure) | NotJoined::Unheard(failure) | NotJoined::Lost(failure)) = not;
+        failure
+    }
+}
+
+/// Why this host is no member, or is not known to be one.
+enum NotTaken {
+    /// The primary has not taken it in.
+    Refused(Failure),
+    /// It may have.
+    Unknown(Failure),
 }
 
 impl Supervisor {
@@ -97,15 +129,43 @@ impl Supervisor {
         };
         // The volume is ready before the token is used up, because the primary dials at once.
         let reply = self.set_up(config, superblock, prepared.made).await?;
-        if let Err(failure) = self.ask_to_join(&token, false).await {
-            self.discard(&name, &request.backing, prepared.made).await;
-            return Err(failure);
+        match self.be_taken_in(&token).await {
+            Ok(_) => Ok(reply),
+            Err(NotTaken::Refused(failure)) => {
+                self.discard(&name, &request.backing, prepared.made).await;
+                Err(failure)
+            }
+            // Where the primary has taken this host in, it would keep a member that is not there.
+            Err(NotTaken::Unknown(failure)) => Err(failed(format!(
+                "{}: it is not known whether the primary has taken this host in; the volume {name} stays here. If it has, it \
+                 mirrors to this host by itself; to make sure, run the same command again, with this token or a new one",
+                failure.message
+            ))),
         }
-        Ok(reply)
+    }
+
+    /// Has the primary take this host in. It may be asked again where its answer was lost: a host that it has taken in is
+    /// told so once more.
+    async fn be_taken_in(&self, token: &Token) -> Result<Joined, NotTaken> {
+        let first = match self.ask_to_join(token, false).await {
+            Ok(joined) => return Ok(joined),
+            Err(NotJoined::Refused(failure)) => return Err(NotTaken::Refused(failure)),
+            Err(NotJoined::Unheard(failure)) => return Err(NotTaken::Refused(failure)),
+            Err(NotJoined::Lost(failure)) => failure,
+        };
+        let began = Instant::now();
+        while began.elapsed() < AGAIN_TIME {
+            tokio::time::sleep(AGAIN_PAUSE).await;
+            if let Ok(joined) = self.ask_to_join(token, false).await {
+                return Ok(joined);
+            }
+        }
+        // Also where it refuses now: a primary of an earlier release says that the token was used, perhaps by this host.
+        Err(NotTaken::Unknown(first))
     }
 
     /// Makes a replica that is here known to its primary, which lost or never learned of it: a join that a crash cut
-    /// short left the volume without the primary's knowledge.
+    /// short left the volume without the primary's knowledge, and one whose answer was lost without this host's.
     async fn join_again(
         &self,
         config: &VolumeConfig,
@@ -119,7 +179,9 @@ impl Supervisor {
         }
         // A connection that the primary has forgotten shows here, where nothing is used up.
         self.ask_to_join(token, true).await?;
-        let joined = self.ask_to_join(token, false).await?;
+        let joined = self.be_taken_in(token).await.map_err(|not| match not {
+            NotTaken::Refused(failure) | NotTaken::Unknown(failure) => failure,
+        })?;
         let told = Members { members: joined.members, removed: Vec::new() };
         self.learn(name, Learned::Members(told)).await?;
         self.status_of(vec![name.clone()]).await
@@ -132,23 +194,19 @@ impl Supervisor {
             // One that hangs is told of by what comes next.
             let _ = entry.handle.stop().await;
         }
-        // The next attempt removes what is left, unless it was a volume.
-        if let Err(error) = backing::forget(&self.state_folder(name)) {
-            tracing::warn!("{}", with_causes(&error));
-        }
-        let path = self.folders.config.volume_path(name);
-        if let Err(error) = std::fs::remove_file(&path) {
-            tracing::warn!("{} can't be removed: {error}", path.display());
-        }
-        self.remove_state(name);
-        remove_made(backing, made);
-    }
-
-    /// What can't be removed is removed by the next attempt.
-    fn remove_state(&self, name: &Name) {
-        let folder = self.state_folder(name);
-        if let Err(error) = std::fs::remove_dir_all(&folder) {
-            tracing::warn!("{} can't be removed: {error}", folder.display());
+        let (state, file) = (self.state_folder(name), self.folders.config.volume_path(name));
+        let (path, backing) = (state.clone(), backing.to_owned());
+        let remove = move || {
+            // The next attempt removes what is left, unless it was a volume.
+            if let Err(error) = backing::forget(&state) {
+                tracing::warn!("{}", with_causes(&error));
+            }
+            remove_file(&file);
+            remove_state(&state);
+            remove_made(&backing, made);
+        };
+        if let Err(silent) = files::in_time(&path, LOOK_TIME, remove).await {
+            tracing::warn!("{silent}");
         }
     }
 
@@ -159,15 +217,30 @@ impl Supervisor {
         superblock: Superblock,
         made: bool,
     ) -> Result<StatusReply, Failure> {
-        let (name, backing) = (config.name.clone(), config.backing.clone());
-        let written = match write_state(self.state_folder(&name), superblock).await {
-            Ok(()) => self.folders.config.save_volume(&config).map_err(|error| failed(with_causes(&error))),
-            Err(failure) => Err(failure),
+        let (name, state) = (config.name.clone(), self.state_folder(&config.name));
+        let (folder, written, path) = (self.folders.config.clone(), config.clone(), state.clone());
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let is_unwanted = is_given_up.clone();
+        let write = move || {
+            let saved = write_state(&state, &superblock)
+                .and_then(|()| folder.save_volume(&written).map_err(|error| failed(with_causes(&error))));
+            let is_unwanted = is_unwanted.load(Ordering::Relaxed);
+            if is_unwanted {
+                remove_file(&folder.volume_path(&written.name));
+            }
+            if is_unwanted || saved.is_err() {
+                remove_made(&written.backing, made);
+                remove_state(&state);
+            }
+            saved
         };
-        if let Err(failure) = written {
-            remove_made(&backing, made);
-            self.remove_state(&name);
-            return Err(failure);
+        match files::in_time(&path, LOOK_TIME, write).await {
+            Ok(written) => written?,
+            Err(silent) => {
+                // What was begun is taken back when the disk answers.
+                is_given_up.store(true, Ordering::Relaxed);
+                return Err(failed(silent.to_string()));
+            }
         }
         let opened = self.start(config).await?;
         // An error means that the thread died, or takes long; the status will tell.
@@ -182,7 +255,12 @@ impl Supervisor {
             let backing_of = |entry: &Entry| (entry.config.name.clone(), entry.config.backing.clone());
             (volumes.contains_key(name), volumes.values().map(backing_of).collect::<Vec<_>>())
         };
-        if is_taken || path.exists() {
+        let is_on_disk = {
+            let (folder, path) = (self.folders.config.path(), path.clone());
+            let looked = files::in_time(folder, ANSWER_TIME, move || path.exists()).await;
+            looked.map_err(|silent| failed(silent.to_string()))?
+        };
+        if is_taken || is_on_disk {
             let text = format!("there is a volume {name} on this host already ({})", path.display());
             return Err(refused(text));
         }
@@ -191,26 +269,30 @@ impl Supervisor {
                 return Err(refused(format!("{} is the backing of the volume {other}", backing.display())));
             }
         }
-        let folder = self.state_folder(name);
-        if backing::is_on_record(&folder) {
-            return Err(refused(format!(
-                "{} holds the state of a volume {name} that is not configured any more: put {} back, or move that \
-                 folder away",
-                folder.display(),
-                path.display()
-            )));
-        }
-        // An attempt that was interrupted before its configuration was written never became a volume.
-        match std::fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                let folder = folder.display();
-                Err(failed(format!("cannot remove what an earlier attempt left in {folder}: {error}")))
+        let (folder, name) = (self.state_folder(name), name.clone());
+        let state = folder.clone();
+        let clear = move || {
+            if backing::is_on_record(&folder) {
+                return Err(refused(format!(
+                    "{} holds the state of a volume {name} that is not configured any more: put {} back, or move that \
+                     folder away",
+                    folder.display(),
+                    path.display()
+                )));
             }
-            _ => Ok(()),
-        }
+            // An attempt that was interrupted before its configuration was written never became a volume.
+            match std::fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    let folder = folder.display();
+                    Err(failed(format!("cannot remove what an earlier attempt left in {folder}: {error}")))
+                }
+                _ => Ok(()),
+            }
+        };
+        files::in_time(&state, ANSWER_TIME, clear).await.map_err(|silent| failed(silent.to_string()))?
     }
 
-    async fn ask_to_join(&self, token: &Token, ask_only: bool) -> Result<Joined, Failure> {
+    async fn ask_to_join(&self, token: &Token, ask_only: bool) -> Result<Joined, NotJoined> {
         let join = Join {
             volume: token.volume,
             secret: token.secret.0,
@@ -228,12 +310,17 @@ impl Supervisor {
         };
         let asked = tokio::time::timeout(JOIN_TIME, answered);
         let answered = asked.await.map_err(|_| {
-            failed("the primary does not answer; look at `blockmirror status` there, then try again with a new token")
+            NotJoined::Lost(failed("the primary does not answer; look at `blockmirror status` there"))
         })?;
-        match answered.map_err(|error| failed(with_causes(&error)))?.1 {
-            Message::Joined(joined) if joined.volume == token.volume => Ok(joined),
-            Message::Refused(no) => Err(refused(no.text)),
-            _ => Err(failed("the primary answered with something else; is it of another version?")),
+        match answered {
+            Ok((_, Message::Joined(joined))) if joined.volume == token.volume => Ok(joined),
+            Ok((_, Message::Refused(no))) => Err(NotJoined::Refused(refused(no.text))),
+            Ok(_) => {
+                let text = "the primary answered with something else; is it of another version?";
+                Err(NotJoined::Refused(failed(text)))
+            }
+            Err(error @ AskError::Unreachable(_)) => Err(NotJoined::Unheard(failed(with_causes(&error)))),
+            Err(error) => Err(NotJoined::Lost(failed(with_causes(&error)))),
         }
     }
 
@@ -332,23 +419,30 @@ fn must_be_blank(path: &Path, overwrite: bool) -> Result<(), Failure> {
     }
 }
 
-/// Writes a new volume's state folder, on a thread of its own: a storage belongs to the thread that made it.
-async fn write_state(folder: PathBuf, superblock: Superblock) -> Result<(), Failure> {
-    let write = move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| format!("no runtime can be had: {error}"))?;
-        let local = tokio::task::LocalSet::new();
-        runtime.block_on(local.run_until(async {
-            let storage = storage::open().map_err(|error| format!("no storage can be had: {error}"))?;
-            let created = State::create(&folder, storage, BufferPool::new(1 << 20), &superblock).await;
-            created.map_err(|error| with_causes(&error))
-        }))?;
-        Ok(())
-    };
-    let written: Result<(), String> = tokio::task::spawn_blocking(write)
-        .await
-        .unwrap_or_else(|_| Err("the agent failed inside".to_owned()));
-    written.map_err(failed)
+/// Writes a new volume's state folder. A storage belongs to the thread that made it, so this is for a thread that nobody
+/// else needs.
+fn write_state(folder: &Path, superblock: &Superblock) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| failed(format!("no runtime can be had: {error}")))?;
+    let local = tokio::task::LocalSet::new();
+    runtime.block_on(local.run_until(async {
+        let storage = storage::open().map_err(|error| failed(format!("no storage can be had: {error}")))?;
+        let created = State::create(folder, storage, BufferPool::new(1 << 20), superblock).await;
+        created.map(|_| ()).map_err(|error| failed(with_causes(&error)))
+    }))
+}
+
+/// What can't be removed is removed by the next attempt.
+fn remove_state(folder: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(folder) {
+        tracing::warn!("{} can't be removed: {error}", folder.display());
+    }
+}
+
+fn remove_file(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        tracing::warn!("{} can't be removed: {error}", path.display());
+    }
 }
 
 fn remove_made(path: &Path, made: bool) {

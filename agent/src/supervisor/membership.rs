@@ -20,6 +20,8 @@ use std::time::Duration;
 
 /// How long others may take to say whether whoever greets was removed. A greeting waits for it.
 const HEARSAY_TIME: Duration = Duration::from_secs(1);
+/// How long a volume may take to end its sessions with a host: news of other volumes wait for it.
+const PART_TIME: Duration = Duration::from_secs(2);
 
 /// A greeting that was listened to.
 pub(super) struct Heard {
@@ -66,8 +68,8 @@ impl Supervisor {
     /// Leaves hosts that are peers of a volume no more. A connection that no other volume shares ends.
     pub(super) async fn part(&self, handle: &Handle, hosts: Vec<HostId>) {
         for host in &hosts {
-            // No answer means that the volume's thread has ended, and its sessions with it.
-            let _ = handle.answer(|answer| Ask::Part(*host, answer)).await;
+            // No answer means that the volume's thread has ended, and its sessions with it, or that it hangs.
+            let _ = tokio::time::timeout(PART_TIME, handle.answer(|answer| Ask::Part(*host, answer))).await;
             if !self.knows(*host).await {
                 self.peers.disconnect(*host);
             }

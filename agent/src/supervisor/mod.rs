@@ -5,6 +5,7 @@
 
 mod addresses;
 mod admission;
+mod files;
 mod incoming;
 mod instances;
 mod making;
@@ -22,6 +23,7 @@ use crate::words::with_causes;
 use admission::Admission;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::Member;
+use files::Turns;
 use incoming::Connections;
 use instances::Instances;
 use membership::Heard;
@@ -93,6 +95,21 @@ struct Entry {
     /// How it stands is read for one host at a time: peers may ask as often as they like, and a state folder that hangs
     /// must not take the threads that other volumes need (X1, X5).
     standings: Arc<Semaphore>,
+    /// The turns of those who change its configuration, and of those who read or change its invitations.
+    saving: Turns,
+    inviting: Turns,
+}
+
+impl Entry {
+    fn new(config: VolumeConfig, handle: Handle) -> Self {
+        Self {
+            config,
+            handle: Arc::new(handle),
+            standings: Arc::new(Semaphore::new(1)),
+            saving: Turns::default(),
+            inviting: Turns::default(),
+        }
+    }
 }
 
 impl Supervisor {
@@ -214,8 +231,7 @@ impl Supervisor {
             .map_err(|error| failed(format!("no thread can be had for the volume: {error}")))?;
         let mut volumes = self.volumes.lock().await;
         handle.ask(Ask::Doubled(self.doubled()));
-        volumes
-            .insert(name, Entry { config, handle: Arc::new(handle), standings: Arc::new(Semaphore::new(1)) });
+        volumes.insert(name, Entry::new(config, handle));
         self.keep_room(&volumes);
         Ok(opened)
     }
@@ -308,22 +324,33 @@ impl Supervisor {
         name: &Name,
         change: impl FnOnce(&mut VolumeConfig),
     ) -> Result<(), Failure> {
+        let path = self.folders.config.volume_path(name);
+        let saving = {
+            let volumes = self.volumes.lock().await;
+            volumes.get(name).ok_or_else(|| Failure::no_such_volume(name))?.saving.clone()
+        };
+        // Nothing else waits for the disk of the configuration: others want to know how the volumes are.
+        let silent = |silent: files::Silent| failed(silent.to_string());
+        let turn = files::turn(&path, saving, files::ANSWER_TIME).await.map_err(silent)?;
+        let mut changed = self.config_of_name(name).await?;
+        change(&mut changed);
+        if changed == self.config_of_name(name).await? {
+            return Ok(());
+        }
+        let (folder, config) = (self.folders.config.clone(), changed.clone());
+        let save = move || (folder.save_volume(&config), turn);
+        let (saved, _turn) = files::in_time(&path, files::ANSWER_TIME, save).await.map_err(silent)?;
+        saved.map_err(|error| failed(with_causes(&error)))?;
         let mut volumes = self.volumes.lock().await;
         let entry = volumes.get_mut(name).ok_or_else(|| Failure::no_such_volume(name))?;
-        let mut changed = entry.config.clone();
-        change(&mut changed);
-        if changed != entry.config {
-            let saved = self.folders.config.save_volume(&changed);
-            saved.map_err(|error| failed(with_causes(&error)))?;
-            let before = std::mem::replace(&mut entry.config, changed.clone());
-            entry.handle.ask(Ask::Configure(Box::new(changed)));
-            let is_left = |peer: &&PeerConfig| entry.config.peers.iter().all(|kept| kept.host != peer.host);
-            let left: Vec<HostId> = before.peers.iter().filter(is_left).map(|peer| peer.host).collect();
-            let handle = entry.handle.clone();
-            self.keep_room(&volumes);
-            drop(volumes);
-            self.part(&handle, left).await;
-        }
+        let before = std::mem::replace(&mut entry.config, changed.clone());
+        entry.handle.ask(Ask::Configure(Box::new(changed)));
+        let is_left = |peer: &&PeerConfig| entry.config.peers.iter().all(|kept| kept.host != peer.host);
+        let left: Vec<HostId> = before.peers.iter().filter(is_left).map(|peer| peer.host).collect();
+        let handle = entry.handle.clone();
+        self.keep_room(&volumes);
+        drop(volumes);
+        self.part(&handle, left).await;
         Ok(())
     }
 

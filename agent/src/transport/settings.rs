@@ -64,8 +64,8 @@ const INITIAL_PACKETS: u64 = 10;
 /// How many streams of each direction a known peer may have open at a time: some per volume, for hundreds of volumes.
 const STREAMS: u32 = 1024;
 /// The same for whoever has connected and is not known yet: anybody can make a key.
-const STRANGER_WINDOW_BYTES: u32 = 512 << 10;
-const STRANGER_STREAMS: u32 = 8;
+pub(super) const STRANGER_WINDOW_BYTES: u32 = 512 << 10;
+pub(super) const STRANGER_STREAMS: u32 = 8;
 
 /// How many handshakes wait to be begun, and how many bytes each may have sent by then.
 const WAITING_HANDSHAKES: usize = 256;

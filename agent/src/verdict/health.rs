@@ -1,7 +1,7 @@
 //! What keeps a volume from its service: a disk that does not answer, one that is not there yet, errors that there were,
 //! what an earlier run left.
 
-use super::{Judgement, NO_ACTION, is_in_sync, primary};
+use super::{Judgement, NO_ACTION, is_in_sync, is_usable, primary};
 use crate::config::Role;
 use crate::control::api::{Errors, Hung, Panics, PeerStatus, Shrunk, VolumeFacts, VolumeState};
 use crate::quantity::Seconds;
@@ -23,14 +23,11 @@ pub(super) fn awaiting(facts: &VolumeFacts) -> Judgement {
     Judgement::new(VolumeState::Awaiting, verdict, action)
 }
 
-/// The backing is smaller than the volume.
+/// The backing is smaller than the volume, which is not opened.
 pub(super) fn shrunk(facts: &VolumeFacts) -> Judgement {
-    let Shrunk { size_bytes, volume_bytes } = facts.health.shrunk.expect("whoever calls has looked");
-    let backing = facts.backing.display();
-    let verdict = format!(
-        "failed: the backing {backing} has become smaller than the volume: it has {size_bytes} bytes, and had \
-         {volume_bytes}; what was beyond its end is not there"
-    );
+    let shrunk = facts.health.shrunk.expect("whoever calls has looked");
+    let (backing, volume_bytes) = (facts.backing.display(), shrunk.volume_bytes);
+    let verdict = format!("failed: {}", shrinkage(facts, shrunk));
     let again = format!("make {backing} {volume_bytes} bytes long again and it is opened by itself");
     let action = match (facts.role, primary::recovery_of(facts)) {
         (Role::Replica, _) => format!("{again}; what differs then is copied"),
@@ -43,6 +40,46 @@ pub(super) fn shrunk(facts: &VolumeFacts) -> Judgement {
         (Role::Primary, None) => format!("only where nothing was lost: {again}"),
     };
     Judgement::new(VolumeState::Failed, verdict, action)
+}
+
+/// `the backing /dev/vdb has become smaller than the volume: ...`
+fn shrinkage(facts: &VolumeFacts, shrunk: Shrunk) -> String {
+    let Shrunk { size_bytes, volume_bytes } = shrunk;
+    format!(
+        "the backing {} has become smaller than the volume: it has {size_bytes} bytes, and had {volume_bytes}; what was \
+         beyond its end is not there",
+        facts.backing.display()
+    )
+}
+
+/// What to do where the backing became smaller while the volume is open.
+fn regrowth(facts: &VolumeFacts, shrunk: Shrunk) -> String {
+    let (volume, backing, volume_bytes) = (&facts.name, facts.backing.display(), shrunk.volume_bytes);
+    let replicas = || facts.peers.iter().filter(|peer| peer.role == Role::Replica);
+    let usable = replicas().filter(|peer| peer.data.is_none() || is_usable(peer.data));
+    let fullest = usable.min_by_key(|peer| peer.out_of_sync_bytes.unwrap_or(u64::MAX));
+    match (facts.role, replicas().find(|peer| is_in_sync(peer)), fullest) {
+        (Role::Replica, ..) => {
+            format!(
+                "make {backing} {volume_bytes} bytes long again; what differs then is copied from the primary"
+            )
+        }
+        // What was lost here would be copied to the others.
+        (Role::Primary, Some(peer), _) => format!(
+            "stop what uses the device, then: blockmirror switch {volume} --to {}; {backing} can be made \
+             {volume_bytes} bytes long again after that",
+            peer.name
+        ),
+        (Role::Primary, None, Some(peer)) => format!(
+            "stop what uses the device, then, on {}: blockmirror promote {volume} --force, which goes on with what it \
+             has; {backing} can be made {volume_bytes} bytes long again after that",
+            peer.name
+        ),
+        (Role::Primary, None, None) => format!(
+            "copy what can be read to another disk; only where nothing was lost: make {backing} {volume_bytes} bytes \
+             long again"
+        ),
+    }
 }
 
 /// The volume ended the agent again and again.
@@ -60,6 +97,10 @@ pub(super) fn panics(facts: &VolumeFacts) -> Judgement {
 /// Adds what was wrong and may be so again, and what is in the way.
 pub(super) fn add(facts: &VolumeFacts, judgement: &mut Judgement) {
     let mut actions = Vec::new();
+    if let Some(shrunk) = facts.health.shrunk.filter(|_| !facts.health.is_closed) {
+        judgement.verdict.push_str(&format!("; {}", shrinkage(facts, shrunk)));
+        actions.push(regrowth(facts, shrunk));
+    }
     if let Some(errors) = &facts.health.errors {
         judgement.verdict.push_str(&format!("; {}", in_words(errors)));
         actions.push(remedy(facts, errors));

@@ -50,7 +50,7 @@ impl Judgement {
 pub fn running(facts: VolumeFacts) -> VolumeStatus {
     let mut judgement = match (&facts.succession.change, facts.role) {
         _ if facts.health.awaited.is_some() => health::awaiting(&facts),
-        _ if facts.health.shrunk.is_some() => health::shrunk(&facts),
+        _ if facts.health.shrunk.is_some() && facts.health.is_closed => health::shrunk(&facts),
         _ if facts.health.panics.is_some() => health::panics(&facts),
         (Some(change), _) => {
             Judgement::new(VolumeState::Changing, format!("changing: this host is just {change}"), NO_ACTION)

@@ -240,12 +240,17 @@ fn failed(facts: &VolumeFacts, error: &str, covering: &[&PeerStatus], lacking: &
             (format!("check the disk; if it is lost: {}", recovery(facts, peer)), clause)
         }
         (None, None, None) => {
-            let action = "check the disk, then: systemctl restart blockmirror-agent";
+            let action = match facts.health.is_closed {
+                true => "mend that, and it is opened by itself",
+                false => "check the disk, then: systemctl restart blockmirror-agent",
+            };
             (action.to_owned(), "no replica is known to hold a usable copy".to_owned())
         }
     };
-    let backing = facts.backing.display();
-    let verdict = format!("failed: the backing {backing} has failed ({error}); {clause}");
+    let verdict = match facts.health.is_closed {
+        true => format!("failed: the volume can't be opened ({error}); {clause}"),
+        false => format!("failed: the backing {} has failed ({error}); {clause}", facts.backing.display()),
+    };
     Judgement::new(VolumeState::Failed, verdict, action)
 }
 

@@ -8,10 +8,16 @@ use crate::quantity::{Seconds, Size, clock};
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     let primary = facts.peers.iter().find(|peer| peer.role == Role::Primary);
     if let Some(error) = &facts.backing_error {
-        let backing = facts.backing.display();
-        let verdict =
-            format!("failed: the backing {backing} has failed ({error}); this copy is no longer updated");
-        let action = "check the disk, then: systemctl restart blockmirror-agent";
+        let (what, action) = match facts.health.is_closed {
+            true => {
+                (format!("the volume can't be opened ({error})"), "mend that, and it is opened by itself")
+            }
+            false => (
+                format!("the backing {} has failed ({error})", facts.backing.display()),
+                "check the disk; it is opened anew when the primary greets next, or this host is promoted",
+            ),
+        };
+        let verdict = format!("failed: {what}; this copy is no longer updated");
         return Judgement::new(VolumeState::Failed, verdict, action);
     }
     if let Some(judgement) = succession(facts) {
@@ -124,7 +130,17 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
             ),
             false => format!("{name} has later content than this copy; {}", copy(facts)),
         };
-        let action = format!("on {name}: blockmirror promote {}", facts.name);
+        let volume = &facts.name;
+        let (verdict, action) = match better.is_away {
+            false => (verdict, format!("on {name}: blockmirror promote {volume}")),
+            true => (
+                format!("{verdict}; the disk of {name} is not there or does not answer"),
+                format!(
+                    "bring the disk of {name} back, then there: blockmirror promote {volume}; if it is lost: blockmirror \
+                     promote {volume} --force"
+                ),
+            ),
+        };
         return Some(Judgement::new(VolumeState::Waiting, verdict, action));
     }
     let verdict = match (succession.released, succession.demoted) {

@@ -307,10 +307,29 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
     }
 }
 
+/// A restart of the agent was advised, though it tries by itself, and the disk was named where something else was wrong.
+#[test]
+fn a_volume_that_cannot_be_opened_is_tried_again_by_itself() {
+    let closed = |role| VolumeFacts {
+        backing_error: Some("the superblock is damaged".to_owned()),
+        health: Health { is_closed: true, ..Health::default() },
+        ..facts(role, Vec::new())
+    };
+    for (role, consequence) in [
+        (Role::Primary, "no replica is known to hold a usable copy"),
+        (Role::Replica, "this copy is no longer updated"),
+    ] {
+        let verdict =
+            format!("failed: the volume can't be opened (the superblock is damaged); {consequence}");
+        check(closed(role), VolumeState::Failed, &verdict, "mend that, and it is opened by itself");
+    }
+}
+
 #[test]
 fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() {
     let shrunk = |role, peers| VolumeFacts {
         health: Health {
+            is_closed: true,
             shrunk: Some(Shrunk { size_bytes: 8 << 20, volume_bytes: 16 << 20 }),
             ..Health::default()
         },
@@ -335,6 +354,50 @@ fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() 
         ),
     ] {
         check(facts, VolumeState::Failed, verdict, action);
+    }
+}
+
+/// Applications were told that there is no space, and status said to make room.
+#[test]
+fn a_disk_that_became_smaller_while_it_was_open_is_named_with_both_sizes_and_with_the_way_out() {
+    let shrunk = |role, peers| VolumeFacts {
+        health: Health {
+            shrunk: Some(Shrunk { size_bytes: 8 << 20, volume_bytes: 16 << 20 }),
+            errors: Some(Errors { writes: 1, last: "input/output error".to_owned(), ..Errors::default() }),
+            ..Health::default()
+        },
+        ..facts(role, peers)
+    };
+    let words = "the backing /dev/vdb has become smaller than the volume: it has 8388608 bytes, and had 16777216; what \
+                 was beyond its end is not there; applications got errors (1 write), the first 0s and the last 0s ago: \
+                 input/output error";
+    for (facts, state, verdict, action) in [
+        (
+            shrunk(Role::Primary, vec![replica("b")]),
+            VolumeState::Degraded,
+            "degraded: b holds an identical copy",
+            "stop what uses the device, then: blockmirror switch data --to b; /dev/vdb can be made 16777216 bytes long \
+             again after that",
+        ),
+        (
+            // What failed here can't be copied.
+            shrunk(Role::Primary, vec![away("b", Connection::Connected, 4096)]),
+            VolumeState::Syncing,
+            "syncing: b waits to be copied to; 4K not copied yet",
+            "stop what uses the device, then, on b: blockmirror promote data --force, which goes on with what it has; \
+             /dev/vdb can be made 16777216 bytes long again after that",
+        ),
+        (
+            shrunk(
+                Role::Replica,
+                vec![PeerStatus { connection: Connection::Connected, ..peer("a", Role::Primary) }],
+            ),
+            VolumeState::Following,
+            "following a; consistent",
+            "make /dev/vdb 16777216 bytes long again; what differs then is copied from the primary",
+        ),
+    ] {
+        check(facts, state, &format!("{verdict}; {words}"), action);
     }
 }
 
@@ -507,7 +570,7 @@ fn a_replica_says_what_its_copy_is_good_for() {
         VolumeFacts { backing_error: Some("no space left on device".into()), ..facts(Role::Replica, vec![]) },
         VolumeState::Failed,
         "failed: the backing /dev/vdb has failed (no space left on device); this copy is no longer updated",
-        "check the disk, then: systemctl restart blockmirror-agent",
+        "check the disk; it is opened anew when the primary greets next, or this host is promoted",
     );
 }
 
@@ -752,7 +815,7 @@ fn a_replica_says_what_a_promotion_would_give() {
         (
             whole,
             Succession {
-                better: Some(Better { name: "a".to_owned(), was_demoted: true }),
+                better: Some(Better { name: "a".to_owned(), was_demoted: true, is_away: false }),
                 ..Succession::default()
             },
             gone.clone(),
@@ -764,13 +827,24 @@ fn a_replica_says_what_a_promotion_would_give() {
         (
             whole,
             Succession {
-                better: Some(Better { name: "c".to_owned(), was_demoted: false }),
+                better: Some(Better { name: "c".to_owned(), was_demoted: false, is_away: false }),
                 ..Succession::default()
             },
             gone.clone(),
             VolumeState::Waiting,
             "c has later content than this copy; this copy is consistent",
             "on c: blockmirror promote data",
+        ),
+        (
+            whole,
+            Succession {
+                better: Some(Better { name: "c".to_owned(), was_demoted: false, is_away: true }),
+                ..Succession::default()
+            },
+            gone.clone(),
+            VolumeState::Waiting,
+            "c has later content than this copy; this copy is consistent; the disk of c is not there or does not answer",
+            "bring the disk of c back, then there: blockmirror promote data; if it is lost: blockmirror promote data --force",
         ),
         (
             whole,

@@ -111,6 +111,11 @@ impl Awaiting {
         (is_news, pause)
     }
 
+    /// Since when it could not be opened for the present reason.
+    pub(super) fn since(&self) -> Option<Instant> {
+        self.obstacle.as_ref().map(|(_, since)| *since)
+    }
+
     /// For status: what is not there yet.
     pub(super) fn awaited(&self) -> Option<Awaited> {
         let (obstacle, since) = self.obstacle.as_ref()?;
@@ -205,6 +210,17 @@ impl Volume {
         }
         let call = call?;
         Some(Hung { what: call.path.display().to_string(), seconds: call.since.elapsed().as_secs() })
+    }
+
+    /// For status: that the backing is smaller than the volume, as it was when it was to be opened, or has become so since.
+    pub(super) fn shrunk(&self) -> Option<Shrunk> {
+        let volume_bytes = self.config.borrow().size_bytes;
+        let size_bytes = self.disk.as_ref().and_then(|disk| disk.backing.shrunk_to());
+        let open = size_bytes.filter(|size_bytes| *size_bytes < volume_bytes);
+        if let (Some(_), Some(holding)) = (open, &self.holding) {
+            holding.note_short();
+        }
+        open.map(|size_bytes| Shrunk { size_bytes, volume_bytes }).or_else(|| self.awaiting.shrunk())
     }
 
     /// Why nothing can be handed over: the disk does not answer.

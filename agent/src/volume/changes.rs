@@ -119,6 +119,12 @@ impl Hands {
         (told.judge(&members, &told_removed, standing.as_ref()), removals)
     }
 
+    /// The name of a host, or its fingerprint where none is known.
+    pub(super) fn name_of(&self, host: HostId) -> String {
+        let known = self.config.peers.iter().find(|peer| peer.host == host);
+        known.map_or_else(|| format!("host {host}"), |peer| peer.name.to_string())
+    }
+
     /// The hosts of all peers.
     pub(super) fn hosts(&self) -> Vec<HostId> {
         self.config.peers.iter().map(|peer| peer.host).collect()

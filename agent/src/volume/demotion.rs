@@ -2,6 +2,7 @@
 //! here they are carried out, and said in words. The devices are stopped before the first of them.
 
 use super::changes::{Event, Hands, Next, close, failed, refused};
+use super::promotable::heard;
 use super::{Answer, OpenRole, Volume};
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
@@ -9,6 +10,8 @@ use crate::primary::{Peer, Primary};
 use crate::standing;
 use crate::words::with_causes;
 use blockmirror_protocol::handover::{Event as Came, Handover, Outcome, Reason, Step};
+use blockmirror_protocol::succession;
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Message, TakeOver, TookOver};
 use std::collections::BTreeMap;
@@ -29,6 +32,8 @@ const RELEASE_TIME: Duration = Duration::from_secs(5);
 const TAKE_OVER_TIME: Duration = Duration::from_secs(60);
 /// How long it may take to say how it stands, each time it is asked.
 const STANDING_TIME: Duration = Duration::from_secs(3);
+/// How long all hosts may take to say who leads, before this one goes on as the primary.
+const LEADS_TIME: Duration = Duration::from_secs(1);
 
 /// Why a primary is not demoted now.
 enum NotNow {
@@ -241,12 +246,13 @@ impl Retiring {
                         standing::ask(&self.hands.peers, self.hands.config.id, peer, STANDING_TIME).await;
                     Came::Stands(stands.ok().map(Box::new))
                 }
+                (Ok(Step::AskAll), _) => Came::Leads(leads(&self.hands, ours).await),
                 (Ok(Step::TakeOver(_) | Step::Ask(_)), None) => unreachable!("nobody is to take over"),
             };
             handover.handle(came);
         };
         self.give_up();
-        if let Outcome::TakenOver { fence, .. } = outcome {
+        if let Outcome::TakenOver { fence, .. } | Outcome::Superseded { fence, .. } = outcome {
             // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
             let known = self.primary.state().change_superblock(|superblock| superblock.fence = fence).await;
             if let Err(error) = known {
@@ -288,30 +294,41 @@ async fn take_over(hands: &Hands, peer: &PeerConfig) -> (Came, String) {
     }
 }
 
+/// The newest promotion that any host knows of that can be heard, if that is newer than this host's.
+async fn leads(hands: &Hands, ours: Fence) -> Option<Fence> {
+    let config = &hands.config;
+    let answers = standing::ask_all(&hands.peers, config.id, &config.peers, LEADS_TIME).await;
+    succession::newest_fence(ours, &heard(&answers))
+}
+
 /// How this host goes on after a handover that was not carried out as it was meant to be, and the words for it.
 fn undone_words(hands: &Hands, to: Option<&PeerConfig>, undone: &Outcome, why: &str) -> (Next, Failure) {
     let volume = &hands.config.name;
     let name = to.map_or_else(String::new, |peer| peer.name.to_string());
-    let unreleased = format!("{name} did not record in time that it has everything");
+    let not_taken = |reason: Reason| match reason {
+        Reason::Unreleased | Reason::UnreleasedAndSilent => {
+            format!("{name} did not record in time that it has everything")
+        }
+        Reason::Refused => format!("{name} does not take over ({why})"),
+    };
     let (next, text) = match undone {
         Outcome::Undurable => {
             let text = "not everything could be made durable here; this host stays the primary";
             (Next::Reopen, text.to_owned())
         }
         Outcome::Unrecorded => (Next::Reopen, why.to_owned()),
-        Outcome::GoesOn(Reason::Unreleased) => {
-            (Next::PromoteAgain, format!("{unreleased}; this host goes on as the primary"))
+        Outcome::GoesOn(reason) => {
+            let how = match reason {
+                Reason::Unreleased | Reason::Refused => String::new(),
+                Reason::UnreleasedAndSilent => format!(", and answers no write before {name} is heard"),
+            };
+            let text = format!("{}; this host goes on as the primary{how}", not_taken(*reason));
+            (Next::PromoteAgain, text)
         }
-        Outcome::GoesOn(Reason::UnreleasedAndSilent) => (
-            Next::PromoteAgain,
-            format!(
-                "{unreleased}; this host goes on as the primary, and answers no write before {name} is heard"
-            ),
-        ),
-        Outcome::GoesOn(Reason::Refused) => (
-            Next::PromoteAgain,
-            format!("{name} does not take over ({why}); this host goes on as the primary"),
-        ),
+        Outcome::Superseded { fence, reason } => {
+            let (why, holder) = (not_taken(*reason), hands.name_of(fence.holder));
+            (Next::Reopen, format!("{why}; {holder} was promoted, and this host is its replica now"))
+        }
         Outcome::TakenOver { .. } => (
             Next::Reopen,
             format!(

@@ -11,7 +11,7 @@ use crate::standing::{self, Answered};
 use crate::words::with_causes;
 use blockmirror_protocol::succession::Objection;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Refusal, Refused, Removal};
+use blockmirror_protocol::wire::message::{Refusal, Refused, Removal, Standing};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
@@ -134,7 +134,9 @@ impl Volume {
             Some(Objection::Later(host)) => (host, false),
             _ => return self.better = None,
         };
-        self.better = Some(Better { name: self.name_of(host), was_demoted });
+        let said = answers.iter().find(|(peer, _)| peer.host == host).map(|(_, answered)| answered);
+        let is_away = said.is_some_and(|answered| answered.as_ref().is_ok_and(Standing::is_out_of_reach));
+        self.better = Some(Better { name: self.name_of(host), was_demoted, is_away });
     }
 }
 

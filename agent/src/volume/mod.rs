@@ -156,7 +156,7 @@ pub enum Ask {
 pub struct Service {
     /// Whether they can write.
     pub serves: bool,
-    /// For how long what they are served from has not answered; zero where it does.
+    /// For how long what they are served from has not answered, or was missed; zero where it is there.
     pub silent: Duration,
 }
 
@@ -500,6 +500,9 @@ impl Volume {
     }
 
     async fn take(&mut self, ask: Ask) {
+        if matches!(ask, Ask::Promote(..) | Ask::Resolve(..) | Ask::Undo(_) | Ask::Forget(_)) {
+            self.take_up_failed().await;
+        }
         match ask {
             Ask::Facts(answer) => drop(answer.send(self.facts().await)),
             Ask::Serves(answer) => self.tell_service(answer),
@@ -584,12 +587,16 @@ impl Volume {
     /// else.
     fn tell_service(&self, answer: oneshot::Sender<Service>) {
         let (serves, disk, storages) = (self.serves(), self.disk.clone(), self.storages.clone());
+        let missed = matches!(self.role, OpenRole::Closed(_)).then(|| self.awaiting.since()).flatten();
         spawn_local(async move {
             let answers = match &disk {
+                // One that is used shows by what is under way that it hangs.
                 Some(disk) if serves => disk.answers(awaiting::ANSWER_TIME).await,
-                _ => true,
+                _ => storages.oldest().is_none_or(|call| call.since.elapsed() < HUNG),
             };
-            let silent = storages.oldest().filter(|_| !answers).map(|call| call.since.elapsed());
+            let oldest = storages.oldest().filter(|_| !answers).map(|call| call.since);
+            let since = oldest.into_iter().chain(missed).min();
+            let silent = since.map(|since| since.elapsed().max(Duration::from_millis(1)));
             // Nobody waits any more when the answer took too long.
             let _ = answer.send(Service { serves, silent: silent.unwrap_or_default() });
         });

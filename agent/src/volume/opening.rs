@@ -120,6 +120,7 @@ impl Volume {
         let notes = self.notes();
         let compared = match is_new {
             true => None,
+            false if self.awaiting.shrunk().is_some() => Some("it was smaller for a while".to_owned()),
             false => Holding::compare(&notes, storage, backing, &self.pool)
                 .await
                 .map_err(|error| with_causes(&error))?,

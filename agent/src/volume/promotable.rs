@@ -7,6 +7,7 @@ use crate::standing::Answered;
 use blockmirror_protocol::succession::{Candidate, Heard, Objection, Obstacle};
 use blockmirror_protocol::terms::{DataState, Promise};
 use blockmirror_protocol::units::HostId;
+use blockmirror_protocol::wire::message::Standing;
 
 /// A replica that is to be promoted, and what there is to say of it.
 #[derive(Clone, Debug)]
@@ -73,6 +74,12 @@ impl Applicant {
         ))
     }
 
+    /// Why it should not take over from the primary that was demoted for it, given what the others say.
+    pub(super) fn objection_to_succeeding(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
+        let objection = self.candidate.objection_to_succeeding(&heard(answers))?;
+        Some(self.words(objection, answers))
+    }
+
     fn first_objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
         let objection = self.candidate.objection(&heard(answers));
         let has_better = matches!(
@@ -91,13 +98,28 @@ impl Applicant {
                  --force promotes it as it is"
             ));
         }
-        let objection = objection?;
+        Some(self.words(objection?, answers))
+    }
+
+    fn words(&self, objection: Objection, answers: &[(PeerConfig, Answered)]) -> String {
         let name = |host: HostId| {
             let known = answers.iter().find(|(peer, _)| peer.host == host);
             known.map_or_else(|| "another host".to_owned(), |(peer, _)| peer.name.to_string())
         };
         let volume = &self.volume;
-        Some(match objection {
+        // What a host would be told to do that can't do it now.
+        let away = |host: HostId| {
+            let (_, answered) = answers.iter().find(|(peer, _)| peer.host == host)?;
+            let is_away = answered.as_ref().is_ok_and(Standing::is_out_of_reach);
+            let name = name(host);
+            is_away.then(|| {
+                format!("the disk of {name} is not there or does not answer: bring it back, and promote {name} then")
+            })
+        };
+        let promote_there = |host: HostId| {
+            away(host).unwrap_or_else(|| format!("on {}: blockmirror promote {volume}", name(host)))
+        };
+        match objection {
             Objection::Serves(host) => self.reachable(&name(host)),
             Objection::Connected => {
                 let primary = answers.iter().find(|(peer, _)| peer.role == Role::Primary);
@@ -105,16 +127,18 @@ impl Applicant {
             }
             Objection::Promoted(host) => {
                 let holder = name(host);
+                let instead = away(host).unwrap_or_else(|| format!("use {holder}"));
                 format!(
                     "{holder} was promoted after this copy was last in touch with a primary; promoting this one would \
-                     begin a second history: use {holder}, or --force"
+                     begin a second history: {instead}, or --force"
                 )
             }
             Objection::Later(host) => {
                 let later = name(host);
                 format!(
-                    "{later} has later content than this copy; on {later}: blockmirror promote {volume}; \
-                     --force promotes this one, and what only {later} has is given up"
+                    "{later} has later content than this copy; {}; --force promotes this one, and what only {later} \
+                     has is given up",
+                    promote_there(host)
                 )
             }
             Objection::Split(host) => {
@@ -129,8 +153,8 @@ impl Applicant {
                 let holder = name(host);
                 format!(
                     "{holder} was the primary, was demoted while this copy was out of its reach, and has everything; \
-                     on {holder}: blockmirror promote {volume}; --force promotes this one, and what only {holder} has \
-                     is given up"
+                     {}; --force promotes this one, and what only {holder} has is given up",
+                    promote_there(host)
                 )
             }
             Objection::Kept => {
@@ -166,7 +190,7 @@ impl Applicant {
                 format!("{why}; --force promotes this copy all the same{}", self.missing())
             }
             Objection::Unpromised => self.unpromised(),
-        })
+        }
     }
 
     fn reachable(&self, primary: &str) -> String {

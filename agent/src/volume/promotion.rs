@@ -23,6 +23,8 @@ use tokio::task::spawn_local;
 
 /// How long other hosts may take to say how they stand.
 const STANDING_TIME: Duration = Duration::from_secs(3);
+/// How long they may take where this host takes over from one that waits for it: nobody can write meanwhile.
+const SUCCESSION_TIME: Duration = Duration::from_secs(1);
 /// How long it takes at most until a dead connection is noticed, and how often that is looked at.
 const SILENCE_TIME: Duration = Duration::from_secs(10);
 const LOOK_TIME: Duration = Duration::from_millis(100);
@@ -114,18 +116,27 @@ impl Volume {
             Err(failure) => return refuse(sender, Refusal::Role, failure.message),
         };
         let superblock = replica.state().superblock();
-        if !superblock.released || superblock.fence.holder != host {
+        let applicant = self.applicant(&replica);
+        // The one that was demoted for this host may be the one that nobody here has agreed to.
+        if let Some(text) = applicant.kept_words() {
+            return refuse(sender, Refusal::Role, text);
+        }
+        if !applicant.candidate.is_heir_of(host) {
             let text = "this host has not recorded that it has everything, so it does not take over";
             return refuse(sender, Refusal::Role, text.to_owned());
-        }
-        // The one that was demoted for this host may be the one that nobody here has agreed to.
-        if let Some(text) = self.applicant(&replica).kept_words() {
-            return refuse(sender, Refusal::Role, text);
         }
         let hands = self.begin_change("taking over as the primary");
         let volume = self.name();
         spawn_local(async move {
-            let done = carry_out(&hands, replica, superblock.fence, false, false).await;
+            let config = &hands.config;
+            let others: Vec<PeerConfig> =
+                config.peers.iter().filter(|peer| peer.host != host).cloned().collect();
+            let answers = standing::ask_all(&hands.peers, config.id, &others, SUCCESSION_TIME).await;
+            if let Some(text) = applicant.objection_to_succeeding(&answers) {
+                return hands.end(Next::GoOn(replica), move |_| refuse(sender, Refusal::Role, text));
+            }
+            let newest = succession::fence_to_raise(hands.own, superblock.fence, &heard(&answers));
+            let done = carry_out(&hands, replica, newest, false, false).await;
             hands.end(Next::Reopen, move |role| match (done, role) {
                 (_, OpenRole::Primary(primary, _)) => {
                     sender.end_with(TookOver { fence: primary.state().superblock().fence }, None);
@@ -186,7 +197,7 @@ impl Volume {
                 )))
             }
             OpenRole::Replica(replica) if replica.has_failed() => Err(failed(format!(
-                "this replica's backing has failed ({}); check the disk, then restart the agent",
+                "this replica's backing has failed ({}); check the disk, then try again",
                 replica.error().unwrap_or_default()
             ))),
             OpenRole::Replica(replica) => Ok(replica.clone()),

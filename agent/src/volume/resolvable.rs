@@ -68,6 +68,9 @@ impl Resolver {
                      blockmirror demote {volume}"
                 ),
             },
+            Objection::OutOfReach => {
+                format!("the disk of {name} is not there or does not answer: bring it back first")
+            }
             Objection::OtherPrimary(primary) => {
                 let primary = answers.iter().find(|(peer, _)| peer.host == primary);
                 let primary = primary.map_or_else(String::new, |(peer, _)| peer.name.to_string());

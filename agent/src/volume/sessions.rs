@@ -21,11 +21,8 @@ impl Volume {
             let text = "a recovery reads this replica; replication goes on when it has ended".to_owned();
             return refuse(sender, Refusal::Busy, text);
         }
-        if let OpenRole::Replica(replica) = &self.role
-            && replica.has_failed()
-        {
-            replica.close().await;
-            self.reopen(Others::Told(hello.fence)).await;
+        if self.has_failed_replica() {
+            self.open_anew(Others::Told(hello.fence)).await;
         } else if matches!(self.role, OpenRole::Closed(_)) {
             self.reopen(Others::Told(hello.fence)).await;
         }
@@ -52,6 +49,24 @@ impl Volume {
                 refuse(sender, Refusal::Busy, format!("this host is just {}", change.words));
             }
             OpenRole::Closed(text) => refuse(sender, Refusal::Backing, text.clone()),
+        }
+    }
+
+    fn has_failed_replica(&self) -> bool {
+        matches!(&self.role, OpenRole::Replica(replica) if replica.has_failed())
+    }
+
+    async fn open_anew(&mut self, others: Others) {
+        if let OpenRole::Replica(replica) = &self.role {
+            replica.close().await;
+        }
+        self.reopen(others).await;
+    }
+
+    /// Opens the backing of a replica anew that has failed (W5): nothing but what its operator asks for may come.
+    pub(super) async fn take_up_failed(&mut self) {
+        if self.has_failed_replica() {
+            self.open_anew(Others::Known).await;
         }
     }
 

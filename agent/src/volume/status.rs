@@ -147,7 +147,8 @@ impl Volume {
         Health {
             hung: self.hung().await,
             awaited: self.awaiting.awaited(),
-            shrunk: self.awaiting.shrunk(),
+            is_closed: matches!(self.role, OpenRole::Closed(_)),
+            shrunk: self.shrunk(),
             panics: self.awaiting.panics(),
             errors: self.troubles.errors(),
             stale: self.devices.stale().await,

@@ -73,7 +73,7 @@ impl Volume {
     fn keeper(&self, has_reason: impl Fn(&Replica) -> bool) -> Result<Rc<Replica>, Failure> {
         match &self.role {
             OpenRole::Replica(replica) if replica.has_failed() => Err(failed(format!(
-                "this replica's backing has failed ({}); check the disk, then restart the agent",
+                "this replica's backing has failed ({}); check the disk, then try again",
                 replica.error().unwrap_or_default()
             ))),
             OpenRole::Replica(replica) if !has_reason(replica) => {

@@ -412,13 +412,23 @@ pub struct Standing {
     pub dirty_bytes: u64,
     /// When each generation of its lineage began, in seconds since 1970; 0 where it doesn't know.
     pub began: Vec<u64>,
-    /// On a primary, for how long what it serves from has not answered; 0 where it does.
+    /// For how long its disk has not answered, or was missed, in milliseconds; 0 where it is there. Earlier releases tell
+    /// and read it of primaries alone.
     pub silent_milliseconds: u64,
     /// On a primary, or one that was demoted, where its content ends in generations that others may be further in.
     pub ends: Ends,
     /// On a replica, whether it has lost what a primary may have counted on it for
     /// ([`crate::disk::superblock::Superblock::replaced`]).
     pub replaced: bool,
+}
+
+impl Standing {
+    /// Whether what it says is from its state folder alone: its disk is not there, or does not answer, so that its copy can
+    /// be neither used nor read now.
+    #[must_use]
+    pub fn is_out_of_reach(&self) -> bool {
+        self.silent_milliseconds > 0 && !self.serves
+    }
 }
 
 /// The primary was demoted for this host, which is to be promoted in its place (`switch`).

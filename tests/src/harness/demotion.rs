@@ -5,7 +5,7 @@ use super::disk::Crash;
 use super::host::{Host, Shell, host_id, host_number};
 use super::world::{Event, World};
 use blockmirror_protocol::handover::{End, Event as Came, Handover, Outcome, Step};
-use blockmirror_protocol::succession::Candidate;
+use blockmirror_protocol::succession::{self, Candidate};
 use blockmirror_protocol::units::Time;
 use std::time::Duration;
 
@@ -86,6 +86,11 @@ impl World {
                     return self.become_replica(host, Came::Released(released));
                 }
             }
+            Ok(Step::AskAll) => {
+                let ours = it.superblock.fence;
+                let leads = succession::newest_fence(ours, &self.hear_all(host));
+                return self.came(host, Came::Leads(leads));
+            }
             Ok(Step::TakeOver(to) | Step::Ask(to)) => {
                 let demotion = it.demotion.as_mut().expect("it is being demoted");
                 if std::mem::replace(&mut demotion.is_asked, true) {
@@ -160,13 +165,18 @@ impl World {
                 self.promote(host);
             }
             // The greeting tells it whom it follows.
-            Outcome::TakenOver { .. } | Outcome::Demoted(_) | Outcome::Unknown => {}
+            Outcome::TakenOver { .. }
+            | Outcome::Superseded { .. }
+            | Outcome::Demoted(_)
+            | Outcome::Unknown => {}
         }
     }
 
     /// A host hears that the primary was demoted for it.
     pub(super) fn heir_is_told(&mut self, primary: usize, host: usize, life: u64) {
         let fence = self.hosts[host].superblock.fence;
+        let others: Vec<_> =
+            self.hear_all(host).into_iter().filter(|other| other.host != host_id(primary)).collect();
         let is_reached = self.reaches(primary, host) && self.hosts[host].members.contains(primary);
         let answer = match &self.hosts[host].shell {
             _ if !is_reached => Some(Came::Unanswered),
@@ -181,7 +191,9 @@ impl World {
                     is_connected: false,
                     is_promised: false,
                 };
-                (!candidate.is_heir_of(host_id(primary))).then_some(Came::Refused)
+                let takes_over = candidate.is_heir_of(host_id(primary))
+                    && candidate.objection_to_succeeding(&others).is_none();
+                (!takes_over).then_some(Came::Refused)
             }
         };
         if let Some(answer) = answer {

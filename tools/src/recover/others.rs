@@ -59,6 +59,11 @@ pub fn judge(content: &Content, others: &[Other], volume: &str, accept_older: bo
             Some(Role::Primary) => {
                 "it is the primary, and copies to this host where that is its replica".to_owned()
             }
+            _ if other.standing.as_ref().is_some_and(Standing::is_out_of_reach) => {
+                format!(
+                    "the disk of {name} is not there or does not answer: bring it back, and recover from {name} then"
+                )
+            }
             _ => {
                 let from = address.unwrap_or_else(|| name.clone());
                 format!("recover from it: blockmirror recover {volume} --from {from} --to PATH")
@@ -147,6 +152,15 @@ mod tests {
             assert_eq!(judged.is_err(), is_refused, "{standing:?}");
             assert!(judge(&content, &others, "data", true).is_ok());
         }
+    }
+
+    /// The one that was named could not be recovered from.
+    #[test]
+    fn a_host_whose_disk_is_not_there_is_not_named_to_recover_from() {
+        let content = Content::Image { position: position(b'a', 7), lineage: lineage("a") };
+        let later = Standing { silent_milliseconds: 900, ..replica("ba", position(b'b', 1)) };
+        let text = judge(&content, &[says(Some(later))], "data", false).unwrap_err().to_string();
+        assert!(text.contains("the disk of c is not there") && !text.contains("--from"), "{text}");
     }
 
     #[test]

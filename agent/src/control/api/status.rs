@@ -132,6 +132,9 @@ pub struct Health {
     /// What is not there yet.
     #[serde(default)]
     pub awaited: Option<Awaited>,
+    /// Whether the volume is not open: what keeps it from that is the backing's error. It is tried again by itself.
+    #[serde(default)]
+    pub is_closed: bool,
     /// That the backing is smaller than the volume.
     #[serde(default)]
     pub shrunk: Option<Shrunk>,
@@ -324,6 +327,9 @@ pub struct Better {
     pub name: String,
     /// Whether it was the primary, and was demoted while this copy was out of its reach.
     pub was_demoted: bool,
+    /// Whether its disk is not there, or does not answer.
+    #[serde(default)]
+    pub is_away: bool,
 }
 
 /// How few hosts a primary has heard since its start.

@@ -90,6 +90,18 @@ pub enum ListenError {
         /// The file in the way.
         path: PathBuf,
     },
+    /// The address is of no interface of this host, or not yet.
+    #[error("{} is no address of this host now; it is served there when it is one", address.ip())]
+    NoSuchAddress {
+        /// Where to listen.
+        address: SocketAddr,
+    },
+    /// Something else listens there.
+    #[error("{address} is in use by another program; it is served there when that ends")]
+    AddressInUse {
+        /// Where to listen.
+        address: SocketAddr,
+    },
     /// The kernel refused.
     #[error("cannot {operation} {place}")]
     Io {
@@ -174,15 +186,15 @@ impl Server {
     /// Serves a volume on a TCP address, with TLS alone where that is given.
     ///
     /// # Errors
-    /// [`ListenError::Io`].
+    /// [`ListenError`].
     ///
     /// # Panics
     /// As [`unix`](Self::unix).
     pub fn tcp(address: SocketAddr, offer: Offer, tls: Option<Tls>) -> Result<Self, ListenError> {
-        let (listener, address) = listen_tcp(address).map_err(|source| ListenError::Io {
-            operation: "listen on",
-            place: address.to_string(),
-            source,
+        let (listener, address) = listen_tcp(address).map_err(|source| match source.kind() {
+            io::ErrorKind::AddrNotAvailable => ListenError::NoSuchAddress { address },
+            io::ErrorKind::AddrInUse => ListenError::AddressInUse { address },
+            _ => ListenError::Io { operation: "listen on", place: address.to_string(), source },
         })?;
         Ok(Self::start(Listener::Tcp(listener), None, Some(address), Shared::new(offer, tls)))
     }

@@ -1,6 +1,6 @@
 //! Reading, writing, zeroing and syncing, against a plain vector of bytes.
 
-use super::{LargeSectors, LoopDevice, Numbers, run, storages};
+use super::{LargeSectors, LoopDevice, Numbers, command, run, storages, text};
 use crate::buffer::BufferPool;
 use crate::storage::file::Part;
 use crate::storage::file::{Access, File, Kind};
@@ -403,5 +403,39 @@ fn the_thread_pool_can_be_asked_for_and_else_is_explained() {
         assert_eq!((asked_for.kind(), asked_for.fallback_reason()), ("threads", None));
         let found = open_with(Engine::Automatic).expect("there is a storage");
         assert_eq!(found.fallback_reason().is_some(), found.kind() == "threads");
+    });
+}
+
+/// The kernel says that there is no space left, or that nothing was read.
+#[test]
+fn a_device_that_became_smaller_while_it_was_open_is_told_with_both_sizes() {
+    run(async {
+        let Some(device) = LoopDevice::new(2 * MEBIBYTE, 512) else { return };
+        let file = Rc::new(File::open_backing(&device.path, Access::ReadWrite).expect("it can be opened"));
+        let resize = |size_bytes| {
+            let image = std::fs::File::options().write(true).open(&device.image).expect("the image");
+            image.set_len(size_bytes).expect("another size");
+            command("losetup", &["--set-capacity", text(&device.path)]).expect("the device follows");
+        };
+        for storage in storages() {
+            assert_eq!(file.shrunk_to(), None);
+            resize(MEBIBYTE);
+            assert_eq!(file.shrunk_to(), Some(MEBIBYTE));
+            let (pool, range) = (BufferPool::new(0), ByteRange::new(MEBIBYTE, 4096));
+            let data = Bytes::from(vec![1; 4096]);
+            let errors = [
+                write(&*storage, &file, range.offset, data.clone(), false).await.expect_err("no such place"),
+                write(&*storage, &file, range.offset, data.clone(), true).await.expect_err("no such place"),
+                zero(&*storage, &file, range, true).await.expect_err("no such place"),
+                read(&*storage, &file, &pool, range).await.expect_err("no such place"),
+            ];
+            for error in errors {
+                let words = "the device has 1048576 bytes now, and had 2097152 when it was opened";
+                assert!(error.source.to_string().starts_with(words), "{error:?}");
+                assert_eq!(error.source.raw_os_error(), None, "it is no lack of space: {error:?}");
+            }
+            write(&*storage, &file, 0, data, true).await.expect("what is left can be written");
+            resize(2 * MEBIBYTE);
+        }
     });
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use std::collections::HashSet;
+use std::sync::atomic::AtomicUsize;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
@@ -88,4 +89,40 @@ async fn a_host_that_was_dialled_by_name_connects_as_one_that_is_known_by_its_ad
     dialled.close(CloseReason::Done, "it goes away for a while");
     let _stalled = stall(&acceptor, &patient()).await;
     assert_connects(&member, &acceptor).await;
+}
+
+/// Anybody can make a key, and connect as often as there are places. What such a host sends and nobody reads has little room
+/// until it is known who it is.
+#[tokio::test]
+async fn what_a_stranger_sends_unread_is_bounded_until_it_is_known() {
+    let (dialler, acceptor) = (endpoint(&Options::default()), endpoint(&Options::default()));
+    let dialled = dialler.connect(&[address_of(&acceptor)], acceptor.id()).await.unwrap();
+    let accepted = acceptor.accept().await.unwrap();
+    let sent = Arc::new(AtomicUsize::new(0));
+    let mut writing = JoinSet::new();
+    for _ in 0..settings::STRANGER_STREAMS {
+        let (mut stream, sent) = (dialled.quic.open_uni().await.unwrap(), sent.clone());
+        writing.spawn(async move {
+            while let Ok(bytes) = stream.write(&[7; 4096]).await {
+                sent.fetch_add(bytes, Ordering::Relaxed);
+            }
+        });
+    }
+    let bound = settings::STRANGER_WINDOW_BYTES as usize;
+    while sent.load(Ordering::Relaxed) < bound {
+        tokio::task::yield_now().await;
+    }
+    // More room would have been given with this.
+    let mut there = accepted.quic.open_uni().await.unwrap();
+    there.write_all(b"a round trip").await.unwrap();
+    there.finish().unwrap();
+    let mut here = dialled.quic.accept_uni().await.unwrap();
+    assert_eq!(here.read_to_end(100).await.unwrap(), b"a round trip");
+    assert_eq!(sent.load(Ordering::Relaxed), bound);
+    accepted.trust(0);
+    while sent.load(Ordering::Relaxed) == bound {
+        tokio::task::yield_now().await;
+    }
+    // And streams beyond those of a stranger.
+    dialled.quic.open_uni().await.unwrap();
 }

@@ -1,6 +1,8 @@
 //! What applications do with the device, and what the volume gets to see of it.
 
+use super::super::{fuse, life};
 use super::{Folders, MIB, SIZE_BYTES, Served, exercise_file_system, memory, obstacle, require, run, text};
+use crate::blocking::blocking;
 use crate::buffer::BufferPool;
 use crate::device::Errno;
 use blockmirror_protocol::ranges::ByteRange;
@@ -9,6 +11,7 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
+use std::rc::Rc;
 
 #[test]
 fn ext4_lives_on_it() {
@@ -185,4 +188,35 @@ fn the_file_itself_takes_aligned_requests_within_its_size_only() {
     let mut large = BufferPool::new(0).take(3 << 20);
     file.read_exact_at(&mut large, 0).expect("a large read");
     assert!(large[512..1536].iter().all(|byte| *byte == 3) && large[1536] == 0);
+}
+
+/// The loop driver has the file synchronised when it is attached, which is answered at once. The device is announced before
+/// the driver's call returns: whoever wrote and flushed by then was answered at once, too, with nothing durable.
+#[test]
+fn a_flush_in_a_devices_first_moment_is_one_where_something_was_written() {
+    require!();
+    let (folders, memory) = (Folders::new(), memory());
+    let seen = memory.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let flushes = tokio::task::LocalSet::new().block_on(&runtime, async {
+        let (place, fuse, _) = life::mount(&folders.options(), false).expect("it is mounted");
+        let server = fuse::Server::new(fuse, None, Rc::new(memory), BufferPool::new(4 << 20));
+        let server = server.expect("the runtime watches it");
+        let served = server.clone();
+        let serving = tokio::task::spawn_local(async move { served.serve().await });
+        let point = place.mount_point.clone();
+        let flushes = blocking(move || {
+            let file = File::options().read(true).write(true).open(point)?;
+            file.sync_all()?;
+            let as_the_driver_does = seen.seen().flushes;
+            file.write_all_at(&[1; 4096], 0)?;
+            file.sync_all()?;
+            std::io::Result::Ok((as_the_driver_does, seen.seen().flushes))
+        });
+        let flushes = flushes.await;
+        blocking(move || life::take_away(&place)).await;
+        serving.abort();
+        flushes
+    });
+    assert_eq!(flushes.expect("the file is served"), (0, 1));
 }
