@@ -16,6 +16,7 @@ pub mod export;
 pub mod generations;
 pub mod holding;
 pub mod invitations;
+pub mod kept;
 pub mod log;
 pub mod metadata;
 pub mod pre_images;

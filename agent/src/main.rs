@@ -4,6 +4,7 @@ use anyhow::Context;
 use blockmirror_agent::config::ConfigFolder;
 use blockmirror_agent::control::ControlSocket;
 use blockmirror_agent::control::api::AgentRecord;
+use blockmirror_agent::kept::Store;
 use blockmirror_agent::supervisor::{Folders, Operator, Supervisor};
 use blockmirror_agent::transport::{Endpoint, HostKey, Limit, Options};
 use clap::Parser;
@@ -40,10 +41,16 @@ struct Arguments {
     /// The folder of links to loop devices
     #[arg(long, value_name = "DIR", default_value = "/dev/blockmirror", hide = true)]
     devices: PathBuf,
+    /// Hold descriptors for the agent that starts this, and do nothing else
+    #[arg(long, hide = true)]
+    keep: bool,
 }
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    if arguments.keep {
+        return Ok(blockmirror_agent::kept::keeper::keep()?);
+    }
     blockmirror_agent::log::start();
     blockmirror_agent::process::prepare();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -81,11 +88,14 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         listen: endpoint.local_address(),
     };
     let control = ControlSocket::claim(&run, &record)?;
+    let store = Store::open(&run).context(
+        "the process that keeps the devices of the last agent does not answer; what it keeps waits for it",
+    )?;
     tracing::info!(listen = %endpoint.local_address(), fingerprint = %endpoint.id(), "the agent starts");
     let folders = Folders { config, state, run, devices: arguments.devices };
     let limit = Limit::new(settings.resync_limit.and_then(|limit| NonZeroU64::new(limit.0)));
     let (supervisor, learned) =
-        Supervisor::new(folders, settings.host_name(), endpoint, settings.advertise.clone(), limit);
+        Supervisor::new(folders, settings.host_name(), endpoint, settings.advertise.clone(), limit, store);
     let (mut terminated, mut interrupted) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let opening = supervisor.start_volumes().await?;

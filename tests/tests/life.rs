@@ -165,9 +165,9 @@ fn a_primary_whose_writers_wait_for_replicas_stops_when_it_is_told_to() {
     mirror.assert_identical();
 }
 
-/// The same with a loop device, whose own writers wait in the kernel.
+/// The same with a loop device: it stays, and what waits is answered once an agent can (S1).
 #[test]
-fn a_loop_device_whose_writers_wait_for_replicas_goes_when_the_agent_stops() {
+fn writers_of_a_loop_device_that_wait_for_replicas_wait_over_the_agents_end() {
     require!("root");
     let mut mirror = Mirror::new(8 * MIB, "loop", &["b"]);
     mirror.primary.succeed(&["mode", "data", "b", "sync"]);
@@ -188,7 +188,13 @@ fn a_loop_device_whose_writers_wait_for_replicas_goes_when_the_agent_stops() {
         status.facts.blocked.is_some_and(|blocked| blocked.requests > 0)
     });
     mirror.primary.stop();
-    assert!(writer.join().expect("it doesn't panic").is_err(), "what was not mirrored is not called durable");
+    mirror.primary.start();
+    mirror.primary.wait_until("the write waits still", |status| {
+        status.facts.blocked.is_some_and(|blocked| blocked.requests > 0)
+    });
+    mirror.replica_mut().start();
+    writer.join().expect("it doesn't panic").expect("the write is answered when the replica is back");
+    mirror.assert_identical();
 }
 
 /// The loop driver synchronises the file that it is attached to: an agent whose volume was to wait for its replicas, of

@@ -119,14 +119,14 @@ fn a_volume_that_ended_the_agent_twice_stays_closed_and_says_how_to_try_again() 
     Client::connect(&host.socket()).expect("it is served").write_durably(0, &[1; 4096]).expect("a write");
 }
 
-/// The agent was restarted under a mounted file system: the new device was well, and the mount gave errors only.
+/// The session under a mounted file system had ended: the new device was well, and the mount gave errors only.
 #[test]
-fn a_mount_that_outlived_the_agent_is_told_until_it_is_gone() {
+fn a_mount_whose_device_is_dead_is_told_until_it_is_gone() {
     require!("root", "losetup", "mkfs.ext4");
     let mut mirror = Mirror::new(32 * MIB, "loop", &["b"]);
     succeed("mkfs.ext4", &["-q", text(&mirror.primary.device())]);
     let mounted = mirror.folder.mount(&mirror.primary.device(), "mounted");
-    mirror.primary.terminate();
+    mirror.primary.lose();
     mirror.primary.start();
     let status = mirror.primary.wait_until("the stale mount is told", |status| {
         status.state == VolumeState::Degraded && status.action.contains("stale mount")

@@ -24,6 +24,7 @@ mod pause;
 mod peers;
 mod promote;
 mod recover;
+mod release;
 mod remove_peer;
 mod resolve;
 mod set_address;
@@ -89,6 +90,8 @@ enum Verb {
     Undo(undo::Arguments),
     /// Give up for good what could be brought back, and agree to the primary
     Forget(forget::Arguments),
+    /// Take the loop device away on this host, rather than have it wait for the agent
+    Release(release::Arguments),
     /// Compare this host's copy with a peer's, by digests
     Compare(compare::Arguments),
     /// Copy a volume's content from a peer into a disk or an image file
@@ -136,6 +139,7 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Resolve(arguments) => resolve::run(arguments, &client, output).await,
         Verb::Undo(arguments) => undo::run(arguments, &client, output).await,
         Verb::Forget(arguments) => forget::run(arguments, &client, output).await,
+        Verb::Release(arguments) => release::run(arguments, &client, output).await,
         Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
         Verb::Recover(arguments) => recover::run(arguments, &client, output).await,
         Verb::Inspect(arguments) => inspect::run(arguments, output),

@@ -1,12 +1,13 @@
 //! What can be told while the agent does not run: from its files alone, which are only read. The configuration says
 //! which volumes there are, the metadata what they hold.
 
-use blockmirror_agent::config::{ConfigFolder, Mistake, Name, PeerConfig, VolumeConfig};
+use blockmirror_agent::config::{ConfigFolder, DeviceKind, Mistake, Name, PeerConfig, VolumeConfig};
 use blockmirror_agent::control::api::{
     AgentRecord, DeviceStatus, Failure, FailureKind, HostStatus, PeerStatus, Removed, STATUS_SCHEMA,
     StatusReply, Succession, VolumeFacts,
 };
 use blockmirror_agent::control::record_path;
+use blockmirror_agent::device::loopback::LeftBehind;
 use blockmirror_agent::stored::{self, Stored};
 use blockmirror_agent::verdict;
 use std::io;
@@ -57,7 +58,7 @@ pub fn status(run: &Path, asked: Option<&Name>) -> Result<(StatusReply, Vec<Stri
     let host = HostStatus { name, fingerprint: None, version: None, listen: None };
     let state = state_folder(run)?;
     let facts =
-        |volume: &VolumeConfig| facts(volume, &stored::read(&state.join(volume.name.as_str()), volume));
+        |volume: &VolumeConfig| facts(volume, &stored::read(&state.join(volume.name.as_str()), volume), run);
     let volumes = volumes.iter().map(|volume| verdict::stopped(facts(volume))).collect();
     let warnings = mistakes.into_iter().map(|each| mistake(each).message).collect();
     Ok((StatusReply { schema: STATUS_SCHEMA.to_owned(), host, volumes }, warnings))
@@ -73,10 +74,10 @@ fn one_volume(folder: &ConfigFolder, name: &Name) -> Result<VolumeConfig, Failur
 }
 
 /// What is stored about a volume: its configuration and its metadata.
-fn facts(volume: &VolumeConfig, stored: &Stored) -> VolumeFacts {
+fn facts(volume: &VolumeConfig, stored: &Stored, run: &Path) -> VolumeFacts {
     let peers = volume.peers.iter().zip(&stored.out_of_sync_bytes);
     VolumeFacts {
-        devices: volume.devices.iter().map(|&kind| unserved(kind)).collect(),
+        devices: volume.devices.iter().map(|&kind| unserved(kind, &volume.name, run)).collect(),
         data: stored.superblock.as_ref().map(|superblock| superblock.data.into()),
         epoch: stored.marker.map(|position| position.epoch.0),
         succession: Succession { removed: volume.removal.as_ref().map(Removed::from), ..succession(stored) },
@@ -95,8 +96,14 @@ fn succession(stored: &Stored) -> Succession {
     }
 }
 
-fn unserved(kind: blockmirror_agent::config::DeviceKind) -> DeviceStatus {
-    DeviceStatus { kind, uri: None, path: None, error: Some("agent not running".to_owned()), warning: None }
+fn unserved(kind: DeviceKind, name: &Name, run: &Path) -> DeviceStatus {
+    // What can't be looked at is not told.
+    let is_left = kind == DeviceKind::Loop && matches!(LeftBehind::find(name.as_str(), run), Ok(Some(_)));
+    let error = match is_left {
+        true => "agent not running; whoever uses it waits for the agent",
+        false => "agent not running",
+    };
+    DeviceStatus { kind, uri: None, path: None, error: Some(error.to_owned()), warning: None }
 }
 
 fn peer(peer: &PeerConfig, out_of_sync_bytes: Option<u64>) -> PeerStatus {

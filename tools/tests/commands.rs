@@ -234,6 +234,23 @@ nothing was changed; to do it: blockmirror resolve data --keep b
 }
 
 #[test]
+fn release_says_who_has_the_device_open_still() {
+    let agent = Agent::start(healthy());
+    let users = "mounted at /srv/data (ext4)";
+    assert_eq!(agent.tool(&["release", "data"]), bad(5, &format!("the device is in use: {users}")));
+    let expected = format!(
+        "the loop device of data is gone on this host\nit gives i/o errors to who has it open still: {users}\n"
+    );
+    assert_eq!(agent.tool(&["release", "data", "--force"]), good(&expected));
+    let json: serde_json::Value =
+        serde_json::from_str(&agent.tool(&["release", "data", "--force", "--json"]).output).unwrap();
+    assert_eq!(json["schema"], "blockmirror/release/v1");
+    assert_eq!(agent.tool(&["release", "nope"]).code, 4);
+    let asked = ["release data false", "release data true", "release data true", "release nope false"];
+    assert_eq!(agent.asked(), asked);
+}
+
+#[test]
 fn undo_and_forget_say_how_much_came_back_or_went() {
     let agent = Agent::start(healthy());
     let ended = agent.tool(&["undo", "data"]);

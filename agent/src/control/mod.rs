@@ -14,8 +14,8 @@ use crate::process::open_lock;
 use api::{
     AddressRequest, AgentRecord, Comparison, CreateRequest, Demotion, Failure, Forgetting, Invitation,
     InvitationsReply, InviteRequest, JoinRequest, ModeRequest, PeerRemoval, PeerStatus, PeersReply,
-    PromoteRequest, Promotion, RemovePeerRequest, Resolution, ResolveRequest, StatusReply, Switch,
-    SwitchRequest, TuneRequest, Undoing,
+    PromoteRequest, Promotion, Release, ReleaseRequest, RemovePeerRequest, Resolution, ResolveRequest,
+    StatusReply, Switch, SwitchRequest, TuneRequest, Undoing,
 };
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -139,6 +139,13 @@ pub trait Operations: Send + Sync + 'static {
 
     /// Gives up for good what could be brought back.
     fn forget(&self, volume: Name) -> impl Future<Output = Result<Forgetting, Failure>> + Send;
+
+    /// Takes this host's loop device of a volume away.
+    fn release(
+        &self,
+        volume: Name,
+        request: ReleaseRequest,
+    ) -> impl Future<Output = Result<Release, Failure>> + Send;
 
     /// Compares all digests with a peer's. Takes as long as both hosts need to read the volume; how far it is shows
     /// in the status.

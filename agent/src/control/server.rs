@@ -46,6 +46,7 @@ pub(super) fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/volumes/{volume}/resolve", post(resolve::<O>))
         .route("/v1/volumes/{volume}/undo", post(undo::<O>))
         .route("/v1/volumes/{volume}/forget", post(forget::<O>))
+        .route("/v1/volumes/{volume}/release", post(release::<O>))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
@@ -210,6 +211,17 @@ async fn undo<O: Operations>(State(operations): State<Arc<O>>, Path(volume): Pat
 async fn forget<O: Operations>(State(operations): State<Arc<O>>, Path(volume): Path<String>) -> Response {
     match name(volume) {
         Ok(volume) => answer(operations.forget(volume).await),
+        Err(failure) => answer::<()>(Err(failure)),
+    }
+}
+
+async fn release<O: Operations>(
+    State(operations): State<Arc<O>>,
+    Path(volume): Path<String>,
+    body: Body,
+) -> Response {
+    match name(volume).and_then(|volume| Ok((volume, parse(body)?))) {
+        Ok((volume, request)) => answer(operations.release(volume, request).await),
         Err(failure) => answer::<()>(Err(failure)),
     }
 }

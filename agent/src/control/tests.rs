@@ -107,6 +107,10 @@ impl Operations for Fake {
         Err(Failure::no_such_volume(&volume))
     }
 
+    async fn release(&self, volume: Name, request: ReleaseRequest) -> Result<Release, Failure> {
+        Err(Failure::new(FailureKind::Refused, format!("{volume} is in use; force: {}", request.force)))
+    }
+
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
         if peer.as_str() == "endless" {
             let _guard = OnDrop(self.comparison_was_dropped.clone());
@@ -225,6 +229,8 @@ async fn requests_are_checked_before_they_reach_an_operation() {
             ),
             ("POST", "/v1/volumes/data/undo", "", 404, "no-such-volume"),
             ("POST", "/v1/volumes/data/forget", "", 404, "no-such-volume"),
+            ("POST", "/v1/volumes/data/release", r#"{"force":true}"#, 409, "data is in use; force: true"),
+            ("POST", "/v1/volumes/data/release", "{}", 400, "missing field"),
             ("POST", "/v1/volumes/data/resolve", r#"{"keep":"b"}"#, 400, "missing field"),
         ];
         for (method, path, body, status, part) in table {

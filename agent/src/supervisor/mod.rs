@@ -14,8 +14,11 @@ mod membership;
 mod operations;
 mod strangers;
 
+use crate::blocking::blocking;
 use crate::config::{Address, ConfigFolder, Mistake, Mode, Name, PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
+use crate::device::loopback;
+use crate::kept::Store;
 use crate::quantity::Seconds;
 use crate::transport::{Endpoint, Limit, Peers, key};
 use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
@@ -65,6 +68,8 @@ pub struct Supervisor {
     peers: Peers,
     /// What the configuration says others reach this host at; empty: its interfaces' addresses.
     advertised: Vec<Address>,
+    /// Where what outlives the process is kept.
+    store: Arc<Store>,
     volumes: Mutex<BTreeMap<Name, Entry>>,
     /// Volumes that are not served because something is wrong with their configuration, and what.
     mistakes: std::sync::Mutex<BTreeMap<Name, String>>,
@@ -122,6 +127,7 @@ impl Supervisor {
         endpoint: Endpoint,
         advertised: Vec<Address>,
         resync_limit: Limit,
+        store: Arc<Store>,
     ) -> (Arc<Self>, UnboundedReceiver<News>) {
         let (learned, source) = unbounded_channel();
         let supervisor = Arc::new(Self {
@@ -130,6 +136,7 @@ impl Supervisor {
             peers: Peers::new(endpoint.clone(), resync_limit),
             endpoint,
             advertised,
+            store,
             volumes: Mutex::default(),
             mistakes: std::sync::Mutex::default(),
             admitted: Mutex::default(),
@@ -161,6 +168,7 @@ impl Supervisor {
                 self.lock_mistakes().insert(name, text);
             }
         }
+        self.give_up_unknown(&found.volumes).await;
         // All at once: one whose disk makes it wait doesn't hold up the others.
         let mut opening = Vec::new();
         for config in found.volumes {
@@ -180,6 +188,27 @@ impl Supervisor {
                 let _ = opened.await;
             }
         })
+    }
+
+    /// Takes away what an earlier agent left of volumes that are not configured any more. One whose configuration is wrong
+    /// may be mended.
+    async fn give_up_unknown(&self, known: &[VolumeConfig]) {
+        for name in self.store.names() {
+            let is_known = known.iter().any(|config| config.name.as_str() == name)
+                || self.lock_mistakes().keys().any(|mistaken| mistaken.as_str() == name);
+            if !is_known {
+                let options = loopback::Options {
+                    name,
+                    volume: [0; 16],
+                    run_folder: self.folders.run.clone(),
+                    device_folder: self.folders.devices.clone(),
+                    store: self.store.clone(),
+                };
+                let give_up =
+                    move || loopback::give_up(&options, "there is no such volume on this host any more");
+                blocking(give_up).await;
+            }
+        }
     }
 
     /// Keeps what volumes find out: the members that primaries tell, so that replicas know each other when the primary is
@@ -206,7 +235,7 @@ impl Supervisor {
             tracing::error!(
                 %volume,
                 "{} has not answered for {}: the agent ends without having ended the volume, as in a crash; \
-                 what it leaves, a loop device perhaps, the next start takes away",
+                 what it leaves, a loop device perhaps, the next start takes over",
                 silence.what(),
                 Seconds(silence.lasted.as_secs())
             );
@@ -222,6 +251,7 @@ impl Supervisor {
             state_folder: self.state_folder(&config.name),
             run_folder: self.folders.run.clone(),
             device_folder: self.folders.devices.clone(),
+            store: self.store.clone(),
             peers: self.peers.clone(),
             learned: self.learned.clone(),
             own: self.own_member(),

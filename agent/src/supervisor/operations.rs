@@ -7,9 +7,9 @@ use crate::control::api::{
     AddressRequest, COMPARISON_SCHEMA, Comparison, CreateRequest, DEMOTION_SCHEMA, Demotion, Difference,
     FORGETTING_SCHEMA, Failure, FailureKind, Forgetting, HostStatus, Hung, Invitation, InvitationsReply,
     InviteRequest, JoinRequest, ModeRequest, PEERS_SCHEMA, PROMOTION_SCHEMA, PeerRemoval, PeerState,
-    PeerStatus, PeersReply, PromoteRequest, Promotion, RESOLUTION_SCHEMA, RemovePeerRequest, Resolution,
-    ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply, Switch, SwitchRequest, TuneRequest,
-    UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
+    PeerStatus, PeersReply, PromoteRequest, Promotion, RELEASE_SCHEMA, RESOLUTION_SCHEMA, Release,
+    ReleaseRequest, RemovePeerRequest, Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply,
+    Switch, SwitchRequest, TuneRequest, UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
 };
 use crate::quantity::{Seconds, Size};
 use crate::verdict;
@@ -312,6 +312,11 @@ impl Operations for Operator {
         let forgotten_bytes = self.0.order(&volume, Ask::Forget).await?;
         let volume = self.0.one_status(&volume).await?;
         Ok(Forgetting { schema: FORGETTING_SCHEMA.to_owned(), volume, forgotten_bytes })
+    }
+
+    async fn release(&self, volume: Name, request: ReleaseRequest) -> Result<Release, Failure> {
+        let users = self.0.order(&volume, |answer| Ask::Release(request.force, answer)).await?;
+        Ok(Release { schema: RELEASE_SCHEMA.to_owned(), volume, users })
     }
 
     async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {

@@ -31,8 +31,9 @@ use tokio::time::timeout;
 /// How many connections wait for [`Endpoint::accept`].
 const ACCEPTED: usize = 64;
 
-/// How long peers are given to confirm that they know of the end.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the ends of connections may take. Peers are told at once, and who does not hear it notices the silence; what
+/// takes longer is a handshake that was under way, and an agent that is restarted must not keep writers waiting for that.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(150);
 
 /// Dials and accepts connections. Clones are handles to the same socket and thread, which end when the last is
 /// dropped; the port is free again when the last connection is dropped, too.

@@ -2,11 +2,13 @@
 //! listened on, an address that the host does not have yet for one, is tried again until it can (X6).
 
 use super::Surroundings;
+use super::changes::{failed, refused};
+use crate::blocking::blocking;
 use crate::buffer::BufferPool;
 use crate::config::{DeviceKind, VolumeConfig};
-use crate::control::api::DeviceStatus;
+use crate::control::api::{DeviceStatus, Failure};
 use crate::device::Volume;
-use crate::device::loopback::{Loopback, Options};
+use crate::device::loopback::{self, Left, Loopback, Options, StartError};
 use crate::device::nbd::{Client, ListenError, Offer, Server, Tls};
 use crate::device::openers::{self, Claim, Users};
 use crate::export;
@@ -15,19 +17,29 @@ use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::{AbortHandle, spawn_local};
 
 /// How long it may take to find out who has a device open.
 const OPENERS_TIME: Duration = Duration::from_secs(5);
 /// How long after an attempt to listen the next one follows.
 const LISTEN_PAUSE: Duration = Duration::from_secs(1);
+/// How long systemd may take to say whether the host is being shut down.
+const SYSTEM_TIME: Duration = Duration::from_secs(2);
+/// How long users of a device may take to go when the host is being shut down, less than a volume may take to stop; and how
+/// often it is looked for them.
+const SHUTDOWN_TIME: Duration = Duration::from_secs(25);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
 
 /// The front ends that are served, and those that could not be.
 #[derive(Default)]
 pub(super) struct Devices {
     nbd: Vec<Rc<Export>>,
     loopback: Option<Loopback>,
+    /// A loop device that is left to the next agent.
+    left: Option<Left>,
+    /// The loop device that an earlier agent left and that can't be taken over: its users wait.
+    unserved: Option<Options>,
     /// Held until they are stopped.
     claim: Option<Claim>,
     /// Of the loop device.
@@ -43,6 +55,9 @@ impl Devices {
         pool: &BufferPool,
     ) -> Self {
         let mut devices = Self::default();
+        if !config.devices.contains(&DeviceKind::Loop) {
+            give_up_loop(config, surroundings, "it has none any more").await;
+        }
         for kind in &config.devices {
             match kind {
                 DeviceKind::Nbd => devices.start_nbd(config, surroundings, volume.clone(), pool),
@@ -53,13 +68,15 @@ impl Devices {
     }
 
     /// Serves a replica's read-only export.
-    pub(super) fn start_export(
+    pub(super) async fn start_export(
         config: &VolumeConfig,
         surroundings: &Surroundings,
         export: Rc<export::Export>,
         pool: &BufferPool,
     ) -> Self {
         let mut devices = Self::default();
+        // Before anything is written under a device that is open (L5).
+        give_up_loop(config, surroundings, "this host is a replica now").await;
         devices.start_nbd(config, surroundings, export, pool);
         devices
     }
@@ -93,7 +110,11 @@ impl Devices {
 
     /// Who has a device open. Where nobody has, the loop device is claimed; whoever means to stop the devices keeps that.
     pub(super) async fn users(&self) -> Users {
-        openers::look(self.loopback.as_ref().map(Loopback::path), self.clients()).await
+        let mut users = openers::look(self.loopback.as_ref().map(Loopback::path), self.clients()).await;
+        if let Some(options) = self.unserved.clone() {
+            users.staying.extend(blocking(move || loopback::users_of_kept(&options)).await);
+        }
+        users
     }
 
     fn clients(&self) -> Vec<Client> {
@@ -116,7 +137,105 @@ impl Devices {
         }
     }
 
+    /// For the agent's end: leaves a loop device that is in use to the next agent, who answers what is asked from now on.
+    /// Its users wait, rather than get errors (S1). One that nobody uses stays, to be stopped.
+    pub(super) async fn leave(&mut self, surroundings: &Surroundings, name: &str) {
+        let Some(loopback) = self.loopback.take_if(|loopback| loopback.can_be_left()) else { return };
+        let path = loopback.path();
+        let store = surroundings.store.clone();
+        // Where systemd doesn't say, it is not.
+        let asked = tokio::time::timeout(SYSTEM_TIME, blocking(move || store.is_the_last()));
+        let is_the_last = asked.await.unwrap_or(false);
+        let began = Instant::now();
+        let users = loop {
+            let looked = tokio::time::timeout(OPENERS_TIME, openers::look(Some(path.clone()), Vec::new()));
+            let mut users = looked.await.unwrap_or_else(|_| Users {
+                staying: vec!["perhaps in use, which cannot be told: the device does not answer".to_owned()],
+                ..Users::default()
+            });
+            let words = [std::mem::take(&mut users.staying), std::mem::take(&mut users.passing)].concat();
+            if words.is_empty() {
+                self.claim = users.claim;
+                self.loopback = Some(loopback);
+                return;
+            }
+            if !is_the_last {
+                break words;
+            }
+            if began.elapsed() >= SHUTDOWN_TIME {
+                tracing::error!(
+                    volume = name,
+                    "the host is being shut down, and {} is still {}: that gets I/O errors now",
+                    path.display(),
+                    words.join(", ")
+                );
+                self.loopback = Some(loopback);
+                return;
+            }
+            tokio::time::sleep(BETWEEN_LOOKS).await;
+        };
+        tracing::warn!(
+            volume = name,
+            "{} stays, as it is {}: whoever uses it waits until the agent is started again; to take it away instead, \
+             close it before the agent is stopped, or blockmirror release {name} --force",
+            path.display(),
+            users.join(", ")
+        );
+        self.left = Some(loopback.leave().await);
+    }
+
+    /// Takes the loop device away, also one that an earlier agent left and nobody serves. Gives who had it open and gets
+    /// errors now; where it is not forced, nobody may have.
+    pub(super) async fn release(
+        &mut self,
+        config: &VolumeConfig,
+        surroundings: &Surroundings,
+        force: bool,
+    ) -> Result<Vec<String>, Failure> {
+        let name = &config.name;
+        let in_use = |users: &[String]| {
+            refused(format!(
+                "the device is in use: {}; close it first, or with --force its users get i/o errors",
+                users.join(", ")
+            ))
+        };
+        let Some(loopback) = &self.loopback else {
+            let options = loop_options(config, surroundings);
+            if !surroundings.store.holds(&options.name) {
+                return Err(refused(format!("{name} has no loop device on this host now")));
+            }
+            // It is not opened to be looked at: nobody would answer.
+            let there = options.clone();
+            let users = blocking(move || loopback::users_of_kept(&there)).await;
+            if !users.is_empty() && !force {
+                return Err(in_use(&users));
+            }
+            blocking(move || loopback::give_up(&options, "the operator wants that")).await;
+            self.unserved = None;
+            return Ok(users);
+        };
+        let looked = openers::look(Some(loopback.path()), Vec::new()).await;
+        let users = [looked.staying, looked.passing].concat();
+        if !users.is_empty() && !force {
+            return Err(in_use(&users));
+        }
+        if let Some(loopback) = self.loopback.take() {
+            match loopback.stop(looked.claim).await {
+                Err(error) if users.is_empty() => return Err(failed(with_causes(&error))),
+                Err(error) => tracing::warn!(volume = %name, "{}", with_causes(&error)),
+                Ok(()) => {}
+            }
+        }
+        if let Some(status) = &mut self.status {
+            status.error = Some("it was released; it is served again when the agent is restarted".to_owned());
+        }
+        Ok(users)
+    }
+
     pub(super) async fn stop(self) {
+        if let Some(left) = self.left {
+            left.settle().await;
+        }
         if let Some(loopback) = self.loopback
             && let Err(error) = loopback.stop(self.claim).await
         {
@@ -149,11 +268,7 @@ impl Devices {
         volume: Rc<dyn Volume>,
         pool: &BufferPool,
     ) {
-        let options = Options {
-            name: config.name.to_string(),
-            run_folder: surroundings.run_folder.clone(),
-            device_folder: surroundings.device_folder.clone(),
-        };
+        let options = loop_options(config, surroundings);
         let (path, error) = match Loopback::start(&options, volume, pool.clone()).await {
             Ok(loopback) => {
                 let path = loopback.link().to_owned();
@@ -162,6 +277,7 @@ impl Devices {
             }
             Err(error) => {
                 let text = with_causes(&error);
+                self.unserved = matches!(error, StartError::TakeOver(_)).then_some(options);
                 tracing::error!("the loop device is not served: {text}");
                 (surroundings.device_folder.join(config.name.as_str()), Some(text))
             }
@@ -278,5 +394,23 @@ impl Export {
         if let Some(server) = self.server.take() {
             server.stop().await;
         }
+    }
+}
+
+fn loop_options(config: &VolumeConfig, surroundings: &Surroundings) -> Options {
+    Options {
+        name: config.name.to_string(),
+        volume: config.id.0,
+        run_folder: surroundings.run_folder.clone(),
+        device_folder: surroundings.device_folder.clone(),
+        store: surroundings.store.clone(),
+    }
+}
+
+/// Takes away the loop device that an earlier agent left, where the volume is to have none.
+async fn give_up_loop(config: &VolumeConfig, surroundings: &Surroundings, why: &'static str) {
+    let options = loop_options(config, surroundings);
+    if surroundings.store.holds(&options.name) {
+        blocking(move || loopback::give_up(&options, why)).await;
     }
 }

@@ -28,6 +28,7 @@ use crate::config::{Mode, Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{Better, Failure, Resolved, VolumeFacts};
 use crate::crashes;
 use crate::holding::Holding;
+use crate::kept::Store;
 use crate::primary::{Peer, Primary};
 use crate::recovery;
 use crate::replica::Replica;
@@ -83,6 +84,8 @@ pub struct Surroundings {
     pub run_folder: PathBuf,
     /// Where links to loop devices go.
     pub device_folder: PathBuf,
+    /// Where what outlives the process is kept.
+    pub store: Arc<Store>,
     /// The connections to other hosts.
     pub peers: Peers,
     /// Takes what the volume finds out that belongs into its configuration.
@@ -145,6 +148,8 @@ pub enum Ask {
     Undo(Answer<Undone>),
     /// Give up for good what could be brought back; says how many bytes that were.
     Forget(Answer<u64>),
+    /// Take the loop device away, or only if nobody uses it; says who had it open.
+    Release(bool, Answer<Vec<String>>),
     /// The primary, this host, was demoted for this one.
     TakeOver(HostId, ControlSender),
     /// Stop serving, in order.
@@ -527,14 +532,29 @@ impl Volume {
             Ask::Resolve(keep, dry_run, answer) => self.resolve(keep, dry_run, answer).await,
             Ask::Undo(answer) => self.undo(answer),
             Ask::Forget(answer) => self.forget(answer),
+            Ask::Release(force, answer) => drop(answer.send(self.release(force).await)),
             Ask::TakeOver(host, sender) => self.take_over(host, sender),
             Ask::Stop(_) => unreachable!("the loop takes it"),
         }
     }
 
+    /// Takes the loop device away. Gives who had it open.
+    async fn release(&mut self, force: bool) -> Result<Vec<String>, Failure> {
+        if let OpenRole::Changing(_) = &self.role {
+            return Err(self.not_open());
+        }
+        let config = self.config.borrow().clone();
+        self.devices.release(&config, &self.surroundings, force).await
+    }
+
     async fn stop(&mut self, events: &mut UnboundedReceiver<Event>) {
         self.end_change(events).await;
         if let OpenRole::Primary(primary, _) = &self.role {
+            if primary.superseded().is_none() {
+                // Before anything fails because of the end.
+                let name = self.name();
+                self.devices.leave(&self.surroundings, name.as_str()).await;
+            }
             // The front ends may hold writes back until those before are answered.
             primary.wait_no_more();
         }

@@ -288,7 +288,7 @@ impl Volume {
         let export = Export::new(storage.clone(), backing.clone(), self.pool.clone(), superblock.size_bytes);
         export.count_in(self.troubles.clone());
         self.ask_members_later();
-        self.devices = Devices::start_export(config, &self.surroundings, export, &self.pool);
+        self.devices = Devices::start_export(config, &self.surroundings, export, &self.pool).await;
         Ok(OpenRole::Replica(replica))
     }
 }

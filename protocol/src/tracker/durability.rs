@@ -263,6 +263,60 @@ mod tests {
         assert!(tracker.active_extents() > 0, "the log remembers what the map doesn't");
     }
 
+    /// A map that was being written when the volume was closed lacked what was marked meanwhile, and that was written a second
+    /// later: an agent that was restarted kept its writers waiting for it.
+    #[test]
+    fn what_is_marked_before_the_end_is_written_at_once() {
+        let (host, block_size) = (HostId([2; 32]), BlockSize::default());
+        let mut map = DirtyMap::full(VolumeId([1; 16]), host, EXTENT_BYTES, block_size);
+        map.clear(0..EXTENT_BYTES / block_size.bytes());
+        map.take_changes();
+        let session = Session::new(host, map, EXTENT_BYTES, block_size, 1 << 20, Mode::Async);
+        let mut tracker = with(vec![session]);
+        let now = Time(Duration::from_secs(10));
+        let mut maps = Vec::new();
+        // Carries everything out but the writing of maps, and tells how many were to be written so far, the last one whose.
+        let mut settle = |tracker: &mut Tracker| {
+            while let Some(action) = tracker.poll_action() {
+                match action {
+                    Action::WriteLog { .. } => tracker.handle_log_written(true, now),
+                    Action::WriteLocal { sequence, .. } => {
+                        tracker.handle_local_written(sequence, LocalWrite::Written, now);
+                    }
+                    Action::SyncLocal => tracker.handle_synced(true, now),
+                    Action::BeginGeneration { .. } => {
+                        tracker.handle_generation(Some(GenerationId([2; 16])), now);
+                    }
+                    Action::TellUpTo { .. } => tracker.handle_told(true, now),
+                    Action::Reply { .. } => {}
+                    Action::Peer { peer, action: session::Action::WriteMap(_) } => maps.push(peer),
+                    Action::ReadDigest { .. } | Action::Peer { .. } => panic!("no replica is connected"),
+                }
+            }
+            (maps.len(), maps.last().copied())
+        };
+        let write = |tracker: &mut Tracker, id: u64, offset: u64| {
+            tracker.handle_request(
+                RequestId(id),
+                Work::Write { range: ByteRange::new(offset, 4096), fua: false },
+                now,
+            );
+        };
+        write(&mut tracker, 1, 0);
+        tracker.handle_timeout(now);
+        let (count, peer) = settle(&mut tracker);
+        let peer = peer.expect("the replica lacks a block");
+        assert_eq!(count, 1);
+        write(&mut tracker, 2, 4096);
+        tracker.close(now);
+        assert_eq!(settle(&mut tracker).0, 1, "one at a time");
+        tracker.handle_map_written(peer, true, now);
+        assert_eq!(settle(&mut tracker).0, 2);
+        tracker.handle_map_written(peer, true, now);
+        settle(&mut tracker);
+        assert!(tracker.is_closed());
+    }
+
     #[test]
     fn a_failed_write_alone_leaves_the_volume_at_work() {
         let mut tracker = opened();

@@ -637,6 +637,8 @@ impl Tracker {
         self.look_ahead(now);
         if self.closing {
             self.activity.let_idle_go(u64::MAX, self.safe());
+            // What was marked when the links ended: nothing comes later that it could be written with.
+            self.write_maps();
         }
         self.write_log(self.closing);
         self.collect();

@@ -5,8 +5,10 @@ use super::network::Network;
 use super::patience::{until, wait_until_stopped};
 use super::programs::{own, text};
 use super::relay::Relay;
+use super::systemd::Systemd;
 use blockmirror_agent::config::{ConfigFolder, VolumeConfig};
 use blockmirror_agent::control::api::{StatusReply, VolumeStatus};
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -20,6 +22,8 @@ pub struct Host {
     relay: Relay,
     /// The network that it is in, if it is not the machine's own.
     namespace: Option<String>,
+    /// Who starts the agent, if it is not the test itself.
+    systemd: Option<Systemd>,
     agent: Option<Child>,
 }
 
@@ -75,8 +79,14 @@ impl Host {
     pub fn prepare(folder: &Folder, name: &str) -> Self {
         let folder = folder.join(name);
         fs::create_dir_all(folder.join("config")).expect("a folder");
-        let mut host =
-            Self { name: name.to_owned(), folder, relay: Relay::new(), namespace: None, agent: None };
+        let mut host = Self {
+            name: name.to_owned(),
+            folder,
+            relay: Relay::new(),
+            namespace: None,
+            systemd: None,
+            agent: None,
+        };
         host.settle(name);
         host
     }
@@ -102,6 +112,20 @@ impl Host {
         name.clone_into(&mut self.name);
         self.relay = Relay::new();
         self.set(&format!("name = \"{name}\"\nadvertise = [\"{}\"]\n", self.relay.address()));
+    }
+
+    /// From its next start on, the agent is started by a systemd.
+    ///
+    /// # Panics
+    /// When that can't be had.
+    pub fn run_under_systemd(&mut self) {
+        self.systemd = Some(Systemd::new(&self.path("notify")));
+    }
+
+    /// The systemd that starts the agent.
+    #[must_use]
+    pub fn systemd(&self) -> Option<&Systemd> {
+        self.systemd.as_ref()
     }
 
     fn set(&self, settings: &str) {
@@ -224,6 +248,10 @@ impl Host {
         for folder in ["config", "state", "run", "devices"] {
             command.arg(format!("--{folder}")).arg(self.path(folder));
         }
+        let mut command = match &self.systemd {
+            Some(systemd) => systemd.start(&command),
+            None => command,
+        };
         command.stdin(Stdio::null());
         command.stdout(log.try_clone().expect("a descriptor")).stderr(log);
         self.agent = Some(command.spawn().expect("the agent starts"));
@@ -239,7 +267,28 @@ impl Host {
         self.relay.lead_to(listen);
     }
 
-    /// Ends the agent without a warning.
+    /// Ends the agent without a warning, and all that outlives it on its host: as when that is switched off. Users of the
+    /// loop device get errors.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn lose(&mut self) {
+        self.kill();
+        self.end_devices();
+    }
+
+    /// Ends the sessions of loop devices that outlive the agent, which does not run.
+    pub fn end_devices(&self) {
+        for entry in fs::read_dir(self.path("run")).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == "fuse") {
+                // The session ends also where the mount is in use, and stays.
+                let _ = unmount(&path, UnmountFlags::FORCE);
+            }
+        }
+    }
+
+    /// Ends the agent without a warning. A loop device in use waits for the next one.
     ///
     /// # Panics
     /// When it does not run.
@@ -247,6 +296,29 @@ impl Host {
         let mut agent = self.agent.take().expect("the agent runs");
         agent.kill().expect("it is our process");
         agent.wait().expect("it is our process");
+    }
+
+    /// The process that keeps what outlives the agent, if there is one.
+    ///
+    /// # Panics
+    /// When the kernel's tables can't be read.
+    #[must_use]
+    pub fn keeper(&self) -> Option<Pid> {
+        let path = self.path("run/keeper.sock");
+        let table = fs::read_to_string("/proc/net/unix").expect("a table of sockets");
+        let ours = table.lines().filter(|line| line.ends_with(text(&path)));
+        let sockets: Vec<String> =
+            ours.filter_map(|line| Some(format!("socket:[{}]", line.split_whitespace().nth(6)?))).collect();
+        let processes = fs::read_dir("/proc").expect("a table of processes").flatten();
+        let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let is_keeper = |process: &i32| {
+            let arguments = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+            let files = fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
+            let mut files = files.filter_map(|file| fs::read_link(file.path()).ok());
+            arguments.ends_with(b"--keep\0")
+                && files.any(|file| sockets.iter().any(|socket| file == Path::new(socket)))
+        };
+        numbers.filter(is_keeper).find_map(Pid::from_raw)
     }
 
     /// Stops the agent as a debugger does: it is there, and does nothing.
@@ -416,6 +488,7 @@ impl Drop for Host {
             let _ = agent.kill();
             let _ = agent.wait();
         }
+        self.end_devices();
         if std::thread::panicking() {
             eprintln!("log of {}:\n{}", self.name, self.log());
         }

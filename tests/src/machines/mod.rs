@@ -21,6 +21,7 @@ pub mod network;
 pub mod patience;
 pub mod programs;
 pub mod relay;
+pub mod systemd;
 
 /// Ends a test that can't run here, with the reason. Takes the names of the programs that it needs; `root` stands for
 /// the right to mount and to attach loop devices.

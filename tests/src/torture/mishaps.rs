@@ -24,7 +24,8 @@ impl Torture {
             54..62 => self.interrupt_resync(replica),
             62..76 => self.lose_primary(),
             76..82 => self.restart_primary(),
-            82..92 => self.lull(),
+            82..87 => self.pause_primary(),
+            87..92 => self.lull(),
             92..95 => {
                 self.say("everything is healed");
                 self.wait_until_in_sync();
@@ -40,7 +41,8 @@ impl Torture {
         match self.random.below(10) {
             0..2 => self.change_replica(replica),
             2..5 => self.lose_primary(),
-            5 => self.restart_primary(),
+            5 if self.random.once_in(2) => self.restart_primary(),
+            5 => self.pause_primary(),
             _ => self.hand_over(),
         }
     }
@@ -171,6 +173,20 @@ impl Torture {
         primary.stop();
         primary.start();
         self.go_on_with_primary();
+    }
+
+    /// The primary's agent ends under load and is started again. The writer, which would fail with any of its calls, goes on.
+    fn pause_primary(&mut self) {
+        let is_killed = self.random.once_in(2);
+        let words = if is_killed { "killed" } else { "stopped" };
+        self.say(&format!("the primary's agent is {words} and started, and its writer goes on"));
+        let primary = &mut self.sites[self.primary].host;
+        match is_killed {
+            true => primary.kill(),
+            false => primary.stop(),
+        }
+        primary.start();
+        self.load().pass(1);
     }
 
     /// It has everything that was answered, whatever happened to it.

@@ -51,10 +51,10 @@ impl Site {
         self.condition != Condition::Up || self.is_cut
     }
 
-    /// Ends its agent without a warning, if it runs.
+    /// The host is gone without a warning, if it was there.
     pub fn make_sure_that_it_is_down(&mut self) {
         if self.condition != Condition::Down {
-            self.host.kill();
+            self.host.lose();
             self.condition = Condition::Down;
         }
     }

@@ -312,6 +312,16 @@ impl Operations for Fake {
         Ok(Undoing { schema, volume: status, restored_bytes: 12 << 20, back_to: 1_000_000_000 })
     }
 
+    async fn release(&self, volume: Name, request: ReleaseRequest) -> Result<Release, Failure> {
+        self.note(format!("release {volume} {}", request.force));
+        self.find(&volume)?;
+        let users = vec!["mounted at /srv/data (ext4)".to_owned()];
+        if !request.force {
+            return Err(Failure::new(FailureKind::Refused, format!("the device is in use: {}", users[0])));
+        }
+        Ok(Release { schema: RELEASE_SCHEMA.to_owned(), volume, users })
+    }
+
     async fn forget(&self, volume: Name) -> Result<Forgetting, Failure> {
         self.note(format!("forget {volume}"));
         let status = self.find(&volume)?.clone();

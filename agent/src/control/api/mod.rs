@@ -10,8 +10,8 @@ mod status;
 pub use orders::{
     AddressRequest, Comparison, CreateRequest, Demotion, Difference, Forgetting, Invitation, InvitationState,
     InvitationStatus, InvitationsReply, InviteRequest, JoinRequest, ModeRequest, PeerRemoval, PeersReply,
-    PromoteRequest, Promotion, RemovePeerRequest, Resolution, ResolveRequest, Resolved, Stake, Switch,
-    SwitchRequest, TuneRequest, Undoing,
+    PromoteRequest, Promotion, Release, ReleaseRequest, RemovePeerRequest, Resolution, ResolveRequest,
+    Resolved, Stake, Switch, SwitchRequest, TuneRequest, Undoing,
 };
 pub use status::{
     Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung,
@@ -48,6 +48,9 @@ pub const RESOLUTION_SCHEMA: &str = "blockmirror/resolution/v1";
 pub const UNDOING_SCHEMA: &str = "blockmirror/undoing/v1";
 /// The schema of [`Forgetting`].
 pub const FORGETTING_SCHEMA: &str = "blockmirror/forgetting/v1";
+
+/// The schema of [`Release`].
+pub const RELEASE_SCHEMA: &str = "blockmirror/release/v1";
 
 /// Why a request failed, for the program: it decides the tool's exit code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -267,6 +267,25 @@ pub struct Forgetting {
     pub forgotten_bytes: u64,
 }
 
+/// Takes this host's loop device of the volume away. Answered by [`Release`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReleaseRequest {
+    /// Whether that is wanted even while it is in use.
+    pub force: bool,
+}
+
+/// A loop device that is gone.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Release {
+    /// [`super::RELEASE_SCHEMA`].
+    pub schema: String,
+    /// The volume.
+    pub volume: Name,
+    /// Who had it open, in words, and gets I/O errors now.
+    pub users: Vec<String>,
+}
+
 /// Sets when writes and flushes are answered while a peer is in sync. Answered by [`PeerStatus`].
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -2,31 +2,34 @@
 //!
 //! It runs on the volume's own thread. One task reads requests while there are any, several for each time that it is
 //! woken, and hands each to the volume; an answer is written to `/dev/fuse` on the spot, from whatever called
-//! [`Reply::complete`]. The kernel numbers the requests; what has to be remembered of one until its answer comes is
-//! kept in a table whose indices are the cookies, so that nothing is allocated for a request but its data.
+//! [`Reply::complete`]. The place of a request in the table is the cookie that the volume gets.
 //!
-//! What the session agreed on is one small value, [`Session`]; everything else that is kept here dies with the
-//! requests that are under way.
+//! What the session agreed on, and every request that is not answered, is in a table that outlives the process
+//! ([`in_flight`](super::in_flight)): a server that takes it over first executes what it finds there.
 //!
 //! Nothing in this file may wait for the file that it serves: whoever opens it, or calls the kernel in a way that makes
 //! the loop driver do so, must be on another thread.
 
-use super::kernel::{self, Call, Head, MAX_TRANSFER_BYTES, Malformed, Session, Unserved};
-use crate::buffer::{Buffer, BufferPool};
+use super::in_flight::{Arrived, SLOTS, Slot, Table};
+use super::instants::{self, Instant};
+use super::kernel::{self, Call, Malformed, Session, Unserved};
+use crate::buffer::BufferPool;
 use crate::busy_poll;
 use crate::device::row::Row;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
+use crate::kept::Descriptors;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
-use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::future::poll_fn;
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::task::Poll;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 use zerocopy::IntoBytes;
 
 /// A connection that ends shows only as an error.
@@ -34,11 +37,6 @@ const EVENTS: Interest = Interest::READABLE.add(Interest::ERROR);
 
 /// How many requests are taken in a row before the runtime looks for events.
 const BATCH: usize = 64;
-
-/// A write of up to so many bytes is copied out of the memory that it was read into, which is large enough for any
-/// request. So it does not pin that memory while it is on its way to disks and replicas: what a write holds is at most
-/// eight times its size. Up to here the copy was measured to cost no throughput.
-const COPIED_BYTES: usize = 128 << 10;
 
 /// Why a session ended before its mount did.
 #[derive(Debug, thiserror::Error)]
@@ -60,43 +58,67 @@ pub struct Server {
     volume: Rc<dyn Volume>,
     geometry: Geometry,
     pool: BufferPool,
-    session: Cell<Option<Session>>,
+    table: RefCell<Table>,
+    /// What an earlier server did not answer.
+    left: RefCell<Vec<Arrived>>,
     /// Whether a flush is one: others than the agent may have the file open, or something was written.
     flushes: Cell<bool>,
-    waiting: RefCell<WaitingTable>,
-}
-
-/// Where requests are read into.
-struct Inbox {
-    head: Head,
-    rest: Buffer,
+    /// Whether what fails is left to the next server.
+    leaves: Cell<bool>,
+    /// The requests that the volume has, each at its slot.
+    waiting: RefCell<Vec<Option<Waiting>>>,
+    under_way: Cell<usize>,
+    /// Told when there are none.
+    idle: Notify,
 }
 
 /// What came of looking for a request.
 enum Arrival {
-    Request(usize),
+    Request(Arrived),
     Nothing,
+    /// There is no place for another one.
+    Full,
     /// The mount is gone.
     End,
 }
 
+/// Where an answer goes.
+#[derive(Clone, Copy)]
+struct Asked {
+    slot: Slot,
+    unique: u64,
+    /// Whether there is one to be given.
+    is_awaited: bool,
+}
+
 impl Server {
-    /// A server of `volume` on `fuse`, an open and mounted `/dev/fuse` in non-blocking mode. `session` is what was
-    /// agreed on with the kernel before, where the descriptor is one that was served already.
+    /// A server of `volume` on `fuse`, an open and mounted `/dev/fuse` in non-blocking mode. The table is new, or was taken
+    /// over together with `fuse`: then `left` is what it held.
     ///
     /// # Errors
     /// When the runtime cannot watch the descriptor.
     pub fn new(
         fuse: File,
-        session: Option<Session>,
+        table: Table,
+        left: Vec<Arrived>,
         volume: Rc<dyn Volume>,
         pool: BufferPool,
     ) -> io::Result<Rc<Self>> {
         // SAFETY: a `File` owns its descriptor, gives back the same one each time, and nothing here replaces it.
         let fuse = unsafe { AsyncFd::register_with_interest(fuse, EVENTS) }?;
-        let (flushes, geometry) = (Cell::new(session.is_some()), volume.geometry());
-        let (session, waiting) = (Cell::new(session), RefCell::default());
-        Ok(Rc::new(Self { fuse, volume, geometry, pool, session, flushes, waiting }))
+        Ok(Rc::new(Self {
+            fuse,
+            geometry: volume.geometry(),
+            volume,
+            pool,
+            table: RefCell::new(table),
+            left: RefCell::new(left),
+            flushes: Cell::default(),
+            leaves: Cell::default(),
+            waiting: RefCell::new(vec![None; SLOTS]),
+            under_way: Cell::default(),
+            idle: Notify::new(),
+        }))
     }
 
     /// From here on, others than the agent may use the file. Before, the loop driver has it synchronised when it is
@@ -106,10 +128,30 @@ impl Server {
         self.flushes.set(true);
     }
 
-    /// What was agreed on with the kernel, once that has happened: what another server of the same descriptor needs.
-    #[must_use]
-    pub fn session(&self) -> Option<Session> {
-        self.session.get()
+    /// From here on, what fails does so because the agent ends: it is left to the next server.
+    pub fn leave(&self) {
+        self.leaves.set(true);
+    }
+
+    /// Waits until the volume has no request of this server any more.
+    pub async fn is_idle(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.under_way.get() == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    /// What is to be kept for the next server: the descriptor and the table.
+    ///
+    /// # Errors
+    /// When there are no more descriptors.
+    pub fn to_keep(&self) -> io::Result<Descriptors> {
+        let session = self.fuse.get_ref().as_fd().try_clone_to_owned()?;
+        let table = self.table.borrow().file().try_clone_to_owned()?;
+        Ok(Descriptors { session, table })
     }
 
     /// Serves until the mount is gone.
@@ -117,19 +159,25 @@ impl Server {
     /// # Errors
     /// [`ServeError`] when the session cannot go on; the file answers "not connected" once the server is dropped.
     pub async fn serve(self: &Rc<Self>) -> Result<(), ServeError> {
-        let mut inbox = Inbox { head: [0; size_of::<Head>()], rest: self.pool.take(MAX_TRANSFER_BYTES) };
+        self.finish_left()?;
         'woken: loop {
             let mut ready = self.fuse.ready(EVENTS).await.map_err(ServeError::Read)?;
             let mut row = Row::first();
             for count in 1..=BATCH {
-                match self.receive(&mut inbox).map_err(ServeError::Read)? {
-                    Arrival::Request(received) => {
+                match self.receive().map_err(ServeError::Read)? {
+                    Arrival::Request(arrived) => {
+                        instants::pass(Instant::Arrived);
                         busy_poll::note_event();
-                        self.dispatch(&mut inbox, received)?;
+                        self.dispatch(arrived)?;
                         row.take();
                     }
                     Arrival::Nothing => {
                         ready.clear_ready();
+                        continue 'woken;
+                    }
+                    Arrival::Full => {
+                        let room = self.table.borrow().room();
+                        room.await;
                         continue 'woken;
                     }
                     Arrival::End => return Ok(()),
@@ -144,13 +192,34 @@ impl Server {
         }
     }
 
-    fn receive(&self, inbox: &mut Inbox) -> io::Result<Arrival> {
-        let mut pieces = [IoSliceMut::new(&mut inbox.head), IoSliceMut::new(&mut inbox.rest)];
+    /// Executes what an earlier server did not answer, before anything new is read (S2).
+    fn finish_left(self: &Rc<Self>) -> Result<(), ServeError> {
+        for arrived in std::mem::take(&mut *self.left.borrow_mut()) {
+            let Arrived { slot, unique, call, is_awaited } = arrived;
+            match call {
+                Ok(_) => self.dispatch(arrived)?,
+                Err(malformed) => {
+                    tracing::error!(
+                        unique,
+                        "an unanswered request can't be understood and fails: {malformed}"
+                    );
+                    self.refuse(Asked { slot, unique, is_awaited }, libc::EIO);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&self) -> io::Result<Arrival> {
+        let mut table = self.table.borrow_mut();
         loop {
-            let error = match self.fuse.get_ref().read_vectored(&mut pieces) {
-                Ok(received) => return Ok(Arrival::Request(received)),
+            let Some(mut inbox) = table.inbox() else { return Ok(Arrival::Full) };
+            instants::pass(Instant::Ready);
+            let error = match self.fuse.get_ref().read_vectored(&mut inbox) {
+                Ok(received) => return Ok(Arrival::Request(table.arrived(received))),
                 Err(error) => error,
             };
+            table.nothing_arrived();
             match error.raw_os_error() {
                 Some(libc::EAGAIN) => return Ok(Arrival::Nothing),
                 Some(libc::ENODEV) => return Ok(Arrival::End),
@@ -161,123 +230,136 @@ impl Server {
         }
     }
 
-    fn dispatch(self: &Rc<Self>, inbox: &mut Inbox, received: usize) -> Result<(), ServeError> {
-        let kernel::Received { unique, call } = kernel::parse(&inbox.head, received)?;
+    fn dispatch(self: &Rc<Self>, arrived: Arrived) -> Result<(), ServeError> {
+        let Arrived { slot, unique, call, is_awaited } = arrived;
+        let asked = Asked { slot, unique, is_awaited };
         let Geometry { size_bytes, read_only, preferred_bytes } = self.geometry;
-        match call {
+        match call? {
             Call::Initialise(offer) => match Session::negotiate(offer) {
                 Ok(session) => {
-                    self.session.set(Some(session));
-                    self.send(unique, session.reply().as_bytes());
+                    self.table.borrow().agree(session);
+                    self.send(asked, session.reply().as_bytes());
                 }
                 Err(unserved) => {
-                    self.refuse(unique, libc::EPROTO);
+                    self.refuse(asked, libc::EPROTO);
                     return Err(unserved.into());
                 }
             },
-            Call::SetAttributes { size: Some(size) } if size != size_bytes => {
-                self.refuse(unique, libc::EPERM)
-            }
+            Call::SetAttributes { size: Some(size) } if size != size_bytes => self.refuse(asked, libc::EPERM),
             Call::Attributes | Call::SetAttributes { .. } => {
-                self.send(unique, kernel::attributes(size_bytes, read_only, preferred_bytes).as_bytes());
+                self.send(asked, kernel::attributes(size_bytes, read_only, preferred_bytes).as_bytes());
             }
-            Call::Open { write: true } if read_only => self.refuse(unique, libc::EROFS),
-            Call::Open { .. } => self.send(unique, kernel::opened().as_bytes()),
-            Call::Read { offset, length } => self.read(unique, offset, length),
-            Call::Write { offset, length } => self.write(unique, offset, length, inbox),
-            Call::Allocate { offset, length, mode } => self.allocate(unique, offset, length, mode),
-            Call::Synchronise if !self.flushes.get() => self.send(unique, &[]),
-            Call::Synchronise => self.submit(unique, Expected::Nothing, Command::Flush),
-            Call::Statistics => self.send(unique, kernel::statistics(size_bytes).as_bytes()),
-            Call::Notice => self.send(unique, &[]),
-            Call::Silent => {}
-            Call::Lookup => self.refuse(unique, libc::ENOTDIR),
-            Call::Unknown(_) => self.refuse(unique, libc::ENOSYS),
+            Call::Open { write: true } if read_only => self.refuse(asked, libc::EROFS),
+            Call::Open { .. } => self.send(asked, kernel::opened().as_bytes()),
+            Call::Read { offset, length } => self.read(asked, offset, length),
+            Call::Write { offset, length } => self.write(asked, offset, length),
+            Call::Allocate { offset, length, mode } => self.allocate(asked, offset, length, mode),
+            Call::Synchronise if !self.flushes.get() => self.send(asked, &[]),
+            Call::Synchronise => self.submit(asked, Expected::Nothing, Command::Flush),
+            Call::Statistics => self.send(asked, kernel::statistics(size_bytes).as_bytes()),
+            Call::Notice => self.send(asked, &[]),
+            Call::Silent => self.table.borrow_mut().end_answer(slot),
+            Call::Lookup => self.refuse(asked, libc::ENOTDIR),
+            Call::Unknown(_) => self.refuse(asked, libc::ENOSYS),
         }
         Ok(())
     }
 
-    fn read(self: &Rc<Self>, unique: u64, offset: u64, length: u32) {
+    fn read(self: &Rc<Self>, asked: Asked, offset: u64, length: u32) {
         // As with any file, a read ends at the end.
         let length = u64::from(length).min(self.geometry.size_bytes.saturating_sub(offset));
         let range = ByteRange { offset, length };
         if !range.is_aligned(SECTOR_BYTES) {
-            return self.refuse(unique, libc::EINVAL);
+            return self.refuse(asked, libc::EINVAL);
         }
         if range.is_empty() {
-            return self.send(unique, &[]);
+            return self.send(asked, &[]);
         }
-        self.submit(unique, Expected::Bytes(length as usize), Command::Read(range));
+        self.submit(asked, Expected::Bytes(length as usize), Command::Read(range));
     }
 
-    fn write(self: &Rc<Self>, unique: u64, offset: u64, length: u32, inbox: &mut Inbox) {
+    fn write(self: &Rc<Self>, asked: Asked, offset: u64, length: u32) {
         if self.geometry.read_only {
-            return self.refuse(unique, libc::EROFS);
+            return self.refuse(asked, libc::EROFS);
         }
         if !offset.is_multiple_of(SECTOR_BYTES) || !u64::from(length).is_multiple_of(SECTOR_BYTES) {
-            return self.refuse(unique, libc::EINVAL);
+            return self.refuse(asked, libc::EINVAL);
         }
         if offset > self.geometry.size_bytes || u64::from(length) > self.geometry.size_bytes - offset {
-            return self.refuse(unique, libc::ENOSPC);
+            return self.refuse(asked, libc::ENOSPC);
         }
-        let data = self.payload(inbox, length as usize);
-        self.submit(unique, Expected::Written(length), Command::Write { offset, data, fua: false });
+        let data = {
+            let mut table = self.table.borrow_mut();
+            table.note_write(asked.slot, ByteRange::new(offset, length.into()));
+            table.payload(asked.slot, length as usize, &self.pool)
+        };
+        self.submit(asked, Expected::Written(length), Command::Write { offset, data, fua: false });
     }
 
-    /// Takes a write's payload out of the inbox.
-    fn payload(&self, inbox: &mut Inbox, length: usize) -> Bytes {
-        if length <= COPIED_BYTES {
-            let mut copy = self.pool.take(length);
-            copy.copy_from_slice(&inbox.rest[..length]);
-            return copy.freeze();
-        }
-        let mut whole = std::mem::replace(&mut inbox.rest, self.pool.take(MAX_TRANSFER_BYTES));
-        whole.truncate(length);
-        whole.freeze()
-    }
-
-    fn allocate(self: &Rc<Self>, unique: u64, offset: u64, length: u64, mode: u32) {
+    fn allocate(self: &Rc<Self>, asked: Asked, offset: u64, length: u64, mode: u32) {
         const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
         let may_unmap = match mode as i32 {
             PUNCH => true,
             ZERO => false,
-            _ => return self.refuse(unique, libc::EOPNOTSUPP),
+            _ => return self.refuse(asked, libc::EOPNOTSUPP),
         };
         if self.geometry.read_only {
-            return self.refuse(unique, libc::EROFS);
+            return self.refuse(asked, libc::EROFS);
         }
         let length = length.min(self.geometry.size_bytes.saturating_sub(offset));
         let range = ByteRange { offset, length };
         if !range.is_aligned(SECTOR_BYTES) {
-            return self.refuse(unique, libc::EINVAL);
+            return self.refuse(asked, libc::EINVAL);
         }
         if range.is_empty() {
-            return self.send(unique, &[]);
+            return self.send(asked, &[]);
         }
-        self.submit(unique, Expected::Nothing, Command::Zero { range, may_unmap, fua: false });
+        self.table.borrow_mut().note_write(asked.slot, range);
+        self.submit(asked, Expected::Nothing, Command::Zero { range, may_unmap, fua: false });
     }
 
-    fn submit(self: &Rc<Self>, unique: u64, expected: Expected, command: Command) {
+    fn submit(self: &Rc<Self>, asked: Asked, expected: Expected, command: Command) {
         if matches!(command, Command::Write { .. } | Command::Zero { .. }) {
             self.flushes.set(true);
         }
-        let cookie = self.waiting.borrow_mut().insert(Waiting { unique, expected });
-        self.volume.submit(Request { command, reply: self.clone(), cookie });
+        let waiting = Waiting { asked, expected };
+        let before = self.waiting.borrow_mut()[asked.slot.index()].replace(waiting);
+        assert!(before.is_none(), "a slot holds one request");
+        self.under_way.set(self.under_way.get() + 1);
+        self.volume.submit(Request { command, reply: self.clone(), cookie: asked.slot.cookie() });
     }
 
-    fn send(&self, unique: u64, body: &[u8]) {
-        let header = kernel::reply_header(unique, 0, body.len());
-        let Err(error) = self.write_reply(&[IoSlice::new(header.as_bytes()), IoSlice::new(body)]) else {
-            return;
-        };
-        if !is_moot(&error) {
-            tracing::warn!(unique, %error, "cannot answer the kernel's request; failing it");
-            self.refuse(unique, libc::EIO);
+    fn send(&self, asked: Asked, body: &[u8]) {
+        let Asked { unique, .. } = asked;
+        self.answer(asked, || {
+            let header = kernel::reply_header(unique, 0, body.len());
+            match self.write_reply(&[IoSlice::new(header.as_bytes()), IoSlice::new(body)]) {
+                Err(error) if !is_moot(&error) => {
+                    tracing::warn!(unique, %error, "cannot answer the kernel's request; failing it");
+                    self.fail(unique, libc::EIO);
+                }
+                _ => {}
+            }
+        });
+    }
+
+    fn refuse(&self, asked: Asked, errno: i32) {
+        self.answer(asked, || self.fail(asked.unique, errno));
+    }
+
+    /// Notes before and after that an answer is written (S2).
+    fn answer(&self, asked: Asked, write: impl FnOnce()) {
+        if asked.is_awaited {
+            self.table.borrow().begin_answer(asked.slot);
+            instants::pass(Instant::Answering);
+            write();
+            instants::pass(Instant::Answered);
         }
+        self.table.borrow_mut().end_answer(asked.slot);
     }
 
-    fn refuse(&self, unique: u64, errno: i32) {
+    fn fail(&self, unique: u64, errno: i32) {
         // The kernel takes only numbers in this range; anything else would leave the request unanswered.
         let errno = if (1..512).contains(&errno) { errno } else { libc::EIO };
         let header = kernel::reply_header(unique, errno, 0);
@@ -317,16 +399,22 @@ fn is_moot(error: &io::Error) -> bool {
 
 impl Reply for Server {
     fn complete(&self, cookie: u64, answer: Result<Answer, Errno>) {
-        let Waiting { unique, expected } = self.waiting.borrow_mut().remove(cookie);
+        let waiting = self.waiting.borrow_mut()[Slot::of(cookie).index()].take();
+        let Waiting { asked, expected } = waiting.expect("a volume answers each request once");
+        self.under_way.set(self.under_way.get() - 1);
+        if self.under_way.get() == 0 {
+            self.idle.notify_waiters();
+        }
         match (expected, answer) {
-            (_, Err(Errno(errno))) => self.refuse(unique, errno),
-            (Expected::Nothing, Ok(Answer::Done)) => self.send(unique, &[]),
+            (_, Err(_)) if self.leaves.get() => {}
+            (_, Err(Errno(errno))) => self.refuse(asked, errno),
+            (Expected::Nothing, Ok(Answer::Done)) => self.send(asked, &[]),
             (Expected::Written(length), Ok(Answer::Done)) => {
-                self.send(unique, kernel::written(length).as_bytes());
+                self.send(asked, kernel::written(length).as_bytes());
             }
             (Expected::Bytes(length), Ok(Answer::Data(data))) => {
                 assert_eq!(data.len(), length, "a volume reads as many bytes as it was asked for");
-                self.send(unique, &data);
+                self.send(asked, &data);
             }
             (expected, Ok(answer)) => panic!("a volume answered {answer:?} where {expected:?} was asked for"),
         }
@@ -344,32 +432,6 @@ enum Expected {
 /// A request that the volume has.
 #[derive(Clone, Copy)]
 struct Waiting {
-    unique: u64,
+    asked: Asked,
     expected: Expected,
-}
-
-/// The requests that the volume has, each at the index that is its cookie. Never longer than the most that were under
-/// way together, which the kernel bounds.
-#[derive(Default)]
-struct WaitingTable {
-    slots: Vec<Option<Waiting>>,
-    free: Vec<usize>,
-}
-
-impl WaitingTable {
-    fn insert(&mut self, waiting: Waiting) -> u64 {
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
-        self.slots[slot] = Some(waiting);
-        slot as u64
-    }
-
-    fn remove(&mut self, cookie: u64) -> Waiting {
-        let slot = cookie as usize;
-        let waiting = self.slots[slot].take().expect("a volume answers each request once");
-        self.free.push(slot);
-        waiting
-    }
 }

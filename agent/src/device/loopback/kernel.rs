@@ -128,10 +128,29 @@ pub struct Offer {
     features: u32,
 }
 
+#[cfg(test)]
+impl Offer {
+    /// An offer, for tests.
+    pub fn of(major: u32, minor: u32, features: u32) -> Self {
+        Self { major, minor, features }
+    }
+}
+
 /// What was agreed on when the session began: all that is needed to go on serving it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Session {
     minor: u32,
+}
+
+/// What was agreed on, as it is kept for another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// The interface's minor version; not 0.
+    pub minor: u32,
+    /// The features that are used.
+    pub features: u32,
+    /// The most that one write carries, in bytes.
+    pub max_write: u32,
 }
 
 /// The kernel's FUSE is too old or too strange.
@@ -154,6 +173,20 @@ impl Session {
         Ok(Self { minor: offer.minor.min(NEWEST_MINOR) })
     }
 
+    /// What another process needs to go on with it.
+    #[must_use]
+    pub fn to_keep(self) -> Kept {
+        Kept { minor: self.minor, features: FEATURES, max_write: MAX_TRANSFER_BYTES as u32 }
+    }
+
+    /// What another process agreed on, where this version would have agreed on the same.
+    #[must_use]
+    pub fn of(kept: Kept) -> Option<Self> {
+        let session = Self { minor: kept.minor };
+        let is_known = (OLDEST_MINOR..=NEWEST_MINOR).contains(&kept.minor);
+        (is_known && session.to_keep() == kept).then_some(session)
+    }
+
     /// The body of the reply to `FUSE_INIT`.
     #[must_use]
     pub fn reply(self) -> impl Body {
@@ -170,6 +203,13 @@ impl Session {
             unused: [0; 17],
         }
     }
+}
+
+/// The kernel's number for the request that a head is of.
+#[must_use]
+pub fn unique(head: &Head) -> u64 {
+    let (header, _) = InHeader::read_from_prefix(head).expect("a head is longer than a header");
+    header.unique
 }
 
 /// Parses a request of which `received` bytes came, the first of them in `head`.

@@ -2,14 +2,19 @@
 //!
 //! All of this runs on a thread for blocking calls; most of it waits for the server in the course of a system call.
 
+use super::in_flight::TakeOverError;
 use super::kernel::MAX_TRANSFER_BYTES;
 use super::loop_device::{AttachError, LoopDevice};
 use super::{Options, mounts};
 use crate::device::openers::{self, Claim};
+use crate::kept::{Descriptors, Store};
+use crate::words::with_causes;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// How long users who open a device only briefly, such as udev's probes, are waited for.
@@ -31,6 +36,15 @@ pub enum StartError {
     /// The agent does not run as root.
     #[error("a loop device takes root; run the agent as root or create the volume with --device nbd")]
     NotPermitted,
+    /// The device is held open by somebody who does not serve it.
+    #[error("{path} is kept open by a process that does not serve it; umount --force {path} ends that", path = .0.display())]
+    Silent(PathBuf),
+    /// There is a device, and it can't be taken over.
+    #[error(
+        "the device that an earlier agent left stays as it is, and whoever uses it waits; to take it away with I/O errors \
+         for its users, blockmirror release --force"
+    )]
+    TakeOver(#[from] TakeOverError),
     /// No loop device could be attached.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -124,9 +138,135 @@ impl Place {
         }
     }
 
+    /// The loop device that is attached to the file.
+    fn device(&self) -> Result<Option<LoopDevice>, StartError> {
+        let attached = LoopDevice::all_attached_to(&self.mount_point)
+            .map_err(|source| StartError::io("list the loop devices in", Path::new("/sys/block"), source))?;
+        Ok(self.linked().or(attached.first().copied()))
+    }
+
+    /// The loop device that the link leads to, if it holds the file. It does still when the file's path is gone.
+    fn linked(&self) -> Option<LoopDevice> {
+        let linked = fs::read_link(&self.link).ok().and_then(|target| LoopDevice::at(&target));
+        linked.filter(|device| holds(*device, self))
+    }
+
     fn label(&self) -> String {
         format!("blockmirror:{}", self.name)
     }
+}
+
+/// The device that an earlier agent left, if it can be gone on with: its session lives, and a loop device is attached to its
+/// file. What is left of another is ended.
+pub(super) fn find_kept(options: &Options) -> Result<Option<(Place, LoopDevice, Descriptors)>, StartError> {
+    let Some(kept) = options.store.get(&options.name) else { return Ok(None) };
+    let place = Place::new(&options.name, &options.run_folder, &options.device_folder)?;
+    if lives(&kept)
+        && let Some(device) = place.device()?
+    {
+        return Ok(Some((place, device, kept)));
+    }
+    drop(kept);
+    end_kept(&place, &options.store);
+    Ok(None)
+}
+
+/// Whether a session goes on: nobody has ended it by force or unmounted it everywhere.
+fn lives(kept: &Descriptors) -> bool {
+    let mut watched = [PollFd::new(&kept.session, PollFlags::empty())];
+    let polled = poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    polled.is_ok() && watched[0].revents().is_empty()
+}
+
+/// Ends the session of a device that is kept: its users get errors.
+fn end_kept(place: &Place, store: &Store) {
+    // The mount may be gone while its session goes on; then the last descriptor ends it.
+    take_away(place);
+    store.remove(&place.name);
+}
+
+/// Gives up the device that an earlier agent left of a volume that is to have none on this host, and logs `why`: its users
+/// get errors. Does nothing where none is kept. Blocks.
+pub fn give_up(options: &Options, why: &str) {
+    let volume = &options.name;
+    if !options.store.holds(volume) {
+        return;
+    }
+    tracing::warn!(
+        volume,
+        "the loop device that the last agent left is taken away: {why}; its users get i/o errors"
+    );
+    let ended = Place::new(volume, &options.run_folder, &options.device_folder).and_then(|place| {
+        end_kept(&place, &options.store);
+        clean_up(&place)
+    });
+    if let Err(error) = ended {
+        tracing::error!(volume, "{}", with_causes(&error));
+    }
+}
+
+/// Who uses the device that an earlier agent left, in words. Does not open it. Blocks.
+#[must_use]
+pub fn users_of_kept(options: &Options) -> Vec<String> {
+    let place = Place::new(&options.name, &options.run_folder, &options.device_folder);
+    let device = place.and_then(|place| place.device()).ok().flatten();
+    device.map_or_else(Vec::new, |device| openers::visible(&device.path()))
+}
+
+/// A device that an agent left which does not run.
+pub struct LeftBehind {
+    point: PathBuf,
+    devices: Vec<LoopDevice>,
+}
+
+impl LeftBehind {
+    /// The device of a volume in this run folder, if it is still there. Blocks, though not for the device.
+    ///
+    /// # Errors
+    /// [`StartError::Io`] when it can't be looked for.
+    pub fn find(name: &str, run_folder: &Path) -> Result<Option<Self>, StartError> {
+        let Ok(run_folder) = fs::canonicalize(run_folder) else { return Ok(None) };
+        let point = run_folder.join(format!("{name}.fuse"));
+        let mounted = mounts::count_ours(&point)
+            .map_err(|source| StartError::io("read", Path::new("/proc/self/mountinfo"), source))?;
+        let devices = LoopDevice::all_attached_to(&point)
+            .map_err(|source| StartError::io("list the loop devices in", Path::new("/sys/block"), source))?;
+        Ok((mounted > 0 || !devices.is_empty()).then_some(Self { point, devices }))
+    }
+
+    /// Who uses it, in words.
+    #[must_use]
+    pub fn users(&self) -> Vec<String> {
+        self.devices.iter().flat_map(|device| openers::visible(&device.path())).collect()
+    }
+
+    /// Ends its session, and detaches it: whoever uses it gets errors.
+    ///
+    /// # Errors
+    /// [`StartError::Io`] when the kernel refuses that.
+    pub fn end(self) -> Result<(), StartError> {
+        while mounts::count_ours(&self.point).is_ok_and(|count| count > 0) {
+            mounts::unmount_by_force(&self.point)
+                .map_err(|source| StartError::io("unmount", &self.point, source))?;
+        }
+        for device in self.devices {
+            device.detach().map_err(|source| StartError::io("detach", &device.path(), source))?;
+        }
+        remove(&self.point);
+        Ok(())
+    }
+}
+
+/// Sees to it that the link leads to a device that is gone on with. Gives the loop devices of earlier runs that somebody has
+/// open still.
+pub(super) fn link_again(place: &Place, device: LoopDevice) -> Vec<LoopDevice> {
+    if fs::read_link(&place.link).ok() != Some(device.path()) {
+        remove(&place.link);
+        if let Err(error) = symlink(device.path(), &place.link) {
+            tracing::warn!(path = %place.link.display(), %error, "cannot make the link");
+        }
+    }
+    place.devices_left().into_iter().filter(|left| *left != device).collect()
 }
 
 /// Cleans up, makes the mount point and mounts. From here on the returned `/dev/fuse` must be served. Gives the loop
@@ -279,17 +419,14 @@ fn clean_up(place: &Place) -> Result<Vec<LoopDevice>, StartError> {
     let point = &place.mount_point;
     let mounted = mounts::count_ours(point)
         .map_err(|source| StartError::io("read", Path::new("/proc/self/mountinfo"), source))?;
-    // A dead session answers "not connected", and nothing at all to whoever asks only for cached attributes.
-    if mounted > 0 && File::open(point).is_ok() {
-        return Err(StartError::Served(point.clone()));
+    if mounted > 0 {
+        must_be_dead(point)?;
     }
     let mut devices = LoopDevice::all_attached_to(point)
         .map_err(|source| StartError::io("list the loop devices in", Path::new("/sys/block"), source))?;
-    // Only a link to a loop device is one of ours. It still leads to the device when its file's path is gone.
-    if let Some(linked) = fs::read_link(&place.link).ok().and_then(|target| LoopDevice::at(&target)) {
-        if holds(linked, place) && !devices.contains(&linked) {
-            devices.push(linked);
-        }
+    devices.extend(place.linked().filter(|linked| !devices.contains(linked)));
+    // Only a link to a loop device is one of ours.
+    if fs::read_link(&place.link).is_ok_and(|target| LoopDevice::at(&target).is_some()) {
         remove(&place.link);
     }
     let left = place.devices_left().into_iter().filter(|device| !devices.contains(device));
@@ -298,6 +435,20 @@ fn clean_up(place: &Place) -> Result<Vec<LoopDevice>, StartError> {
     place.note_left(&devices);
     take_away(place);
     Ok(devices)
+}
+
+/// A session that goes on is somebody's. A dead one answers "not connected", and nothing at all to whoever asks only for
+/// cached attributes.
+fn must_be_dead(point: &Path) -> Result<(), StartError> {
+    let (tell, told) = mpsc::channel();
+    let file = point.to_owned();
+    // Where nobody answers, the thread waits until somebody does, or ends the session.
+    std::thread::spawn(move || tell.send(File::open(file).is_ok()));
+    match told.recv_timeout(PATIENCE) {
+        Ok(true) => Err(StartError::Served(point.to_owned())),
+        Ok(false) => Ok(()),
+        Err(_) => Err(StartError::Silent(point.to_owned())),
+    }
 }
 
 /// Says whether the device is gone.

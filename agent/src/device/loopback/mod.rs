@@ -10,11 +10,19 @@
 //! is made on a thread for blocking calls while the volume's thread serves, and none on the volume's thread. The one
 //! thing that the volume's thread does itself is to answer.
 //!
-//! **After a crash** the kernel fails all requests of the dead session, and the loop device stays attached to a dead
-//! file. The next start takes all of that away ([`clean_up_stale`]) before it begins. A loop device that still has a
+//! **The agent's end is a pause** (S1). The kernel waits for answers as long as the session's descriptor is open
+//! somewhere. So the descriptor is kept where it outlives the process ([`crate::kept`]), together with the table of requests
+//! that are not answered ([`in_flight`]). The mount, the loop device and the link outlive it by themselves. The next start
+//! takes all of it over: it answers what is in the table, and goes on. It is handed over to be kept before the link is
+//! made, so nobody knows the device by its name while a crash would end it.
+//!
+//! **Where nothing was kept**, or the session has ended, the kernel fails all requests, and the loop device stays attached
+//! to a dead file. The next start takes all of that away ([`clean_up_stale`]) before it begins. A loop device that still has a
 //! file system mounted can't be taken away; it detaches itself when that is unmounted, and a new one is used.
 
 pub mod fuse;
+pub mod in_flight;
+mod instants;
 pub mod kernel;
 mod layout;
 mod life;
@@ -24,17 +32,20 @@ mod mounts;
 #[cfg(test)]
 mod tests;
 
-pub use life::{StartError, StopError, clean_up_stale};
+pub use life::{LeftBehind, StartError, StopError, clean_up_stale, give_up, users_of_kept};
 
-use super::Volume;
 use super::openers::Claim;
+use super::{Geometry, Volume};
 use crate::blocking::blocking;
 use crate::buffer::BufferPool;
+use crate::kept::{Descriptors, Store};
+use in_flight::{Identity, Table, TakeOverError};
 use life::Place;
 use loop_device::LoopDevice;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_local};
@@ -43,21 +54,37 @@ use tokio::time::timeout;
 /// How long it may take to detach a device, once in order and once by force.
 const DETACH_TIME: Duration = Duration::from_secs(15);
 
+/// How long requests that are under way may take when the agent ends.
+const SETTLE_TIME: Duration = Duration::from_secs(2);
+
 /// Where a device is to appear.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Options {
     /// The volume's name, usable as a file name.
     pub name: String,
+    /// The volume.
+    pub volume: [u8; 16],
     /// The folder for `NAME.fuse`, the file that the FUSE session is mounted on; made where it is missing.
     pub run_folder: PathBuf,
     /// The folder for the link `NAME`; made where it is missing.
     pub device_folder: PathBuf,
+    /// Where what outlives the process is kept.
+    pub store: Arc<Store>,
 }
 
-/// A volume that is served as a loop device. [`stop`](Self::stop) it: dropped without, it is as after a crash, and the
-/// next start cleans up.
+impl Options {
+    fn identity(&self, geometry: Geometry) -> Identity {
+        let Geometry { size_bytes, read_only, .. } = geometry;
+        Identity { volume: self.volume, size_bytes, read_only }
+    }
+}
+
+/// A volume that is served as a loop device. [`stop`](Self::stop) it, or [`leave`](Self::leave) it to the next agent: dropped
+/// without, it is as after a crash.
 pub struct Loopback {
     place: Place,
+    store: Arc<Store>,
+    server: Rc<fuse::Server>,
     device: LoopDevice,
     /// Loop devices of earlier runs that somebody had open still.
     stale: Vec<LoopDevice>,
@@ -72,10 +99,12 @@ struct Serving {
 }
 
 impl Serving {
-    fn start(server: Rc<fuse::Server>, name: String) -> Self {
+    fn start(server: Rc<fuse::Server>, name: String, store: Arc<Store>) -> Self {
         let (alive, ended) = watch::channel(());
         let task = spawn_local(async move {
             serve(server, &name).await;
+            // Whoever waits for an answer is told that there is none.
+            blocking(move || store.remove(&name)).await;
             drop(alive);
         });
         Self { task, ended }
@@ -101,43 +130,96 @@ async fn serve(server: Rc<fuse::Server>, name: &str) {
 }
 
 impl Loopback {
-    /// Serves a volume from now on, after cleaning up what a crash may have left of it.
+    /// Serves a volume from now on: as the device that an earlier agent left, or else as a new one, after cleaning up what a
+    /// crash may have left.
     ///
     /// Runs on the volume's thread, in a `LocalSet` that goes on running, on a runtime with I/O enabled. When the
     /// future is dropped before it has ended, what it made so far is left as after a crash.
     ///
     /// # Errors
-    /// [`StartError`]; nothing is left then.
+    /// [`StartError`]. Nothing is left then, but for [`StartError::TakeOver`]: the device that is there stays as it is.
     pub async fn start(
         options: &Options,
         volume: Rc<dyn Volume>,
         pool: BufferPool,
     ) -> Result<Self, StartError> {
-        let read_only = volume.geometry().read_only;
-        let options = options.clone();
+        let there = options.clone();
+        if let Some((place, device, kept)) = blocking(move || life::find_kept(&there)).await? {
+            let gone_on = Self::go_on(options, place, device, kept, volume.clone(), pool.clone()).await;
+            let Err(StartError::TakeOver(TakeOverError::Other(what))) = gone_on else { return gone_on };
+            let there = options.clone();
+            blocking(move || life::give_up(&there, what)).await;
+        }
+        Self::make(options, volume, pool).await
+    }
+
+    /// Serves a device that an earlier agent left.
+    async fn go_on(
+        options: &Options,
+        place: Place,
+        device: LoopDevice,
+        kept: Descriptors,
+        volume: Rc<dyn Volume>,
+        pool: BufferPool,
+    ) -> Result<Self, StartError> {
+        let identity = options.identity(volume.geometry());
+        let Descriptors { session, table } = kept;
+        let (table, left) = blocking(move || Table::take_over(table, identity)).await?;
+        let unanswered = left.iter().filter(|request| request.is_awaited).count();
+        let server = fuse::Server::new(session.into(), table, left, volume, pool);
+        let server = server.map_err(|source| StartError::io("watch", Path::new("/dev/fuse"), source))?;
+        server.make_public();
+        let store = options.store.clone();
+        let serving = Serving::start(server.clone(), place.name.clone(), store.clone());
+        let there = place.clone();
+        let stale = blocking(move || life::link_again(&there, device)).await;
+        tracing::info!(
+            volume = place.name,
+            device = %device.path().display(),
+            unanswered,
+            "the loop device goes on where the last agent left it"
+        );
+        Ok(Self { place, store, server, device, stale, serving })
+    }
+
+    /// Makes a device.
+    async fn make(options: &Options, volume: Rc<dyn Volume>, pool: BufferPool) -> Result<Self, StartError> {
+        let geometry = volume.geometry();
+        let (read_only, identity) = (geometry.read_only, options.identity(geometry));
+        let (options, store) = (options.clone(), options.store.clone());
         let (place, fuse, stale) = blocking(move || life::mount(&options, read_only)).await?;
-        let attached = match fuse::Server::new(fuse, None, volume, pool) {
+        let made = match Table::new(identity) {
+            Ok(table) => fuse::Server::new(fuse, table, Vec::new(), volume, pool)
+                .map_err(|source| StartError::io("watch", Path::new("/dev/fuse"), source)),
+            Err(source) => Err(StartError::io("get memory for requests of", &place.link, source)),
+        };
+        let attached = match made {
             Ok(server) => {
-                let serving = Serving::start(server.clone(), place.name.clone());
+                let serving = Serving::start(server.clone(), place.name.clone(), store.clone());
                 let (here, there) = (place.clone(), place.clone());
                 match blocking(move || life::attach(&here, read_only)).await {
                     Ok(device) => {
                         server.make_public();
+                        keep(&place, &store, &server).await;
                         let linked = blocking(move || life::link(&there, device)).await;
-                        linked.map(|device| (device, serving))
+                        linked.map(|device| (device, server, serving))
                     }
                     Err(error) => Err(error),
                 }
             }
-            Err(source) => Err(StartError::io("watch", Path::new("/dev/fuse"), source)),
+            Err(error) => Err(error),
         };
         match attached {
-            Ok((device, serving)) => {
+            Ok((device, server, serving)) => {
                 tracing::info!(volume = place.name, device = %device.path().display(), "loop device is up");
-                Ok(Self { place, device, stale, serving })
+                Ok(Self { place, store, server, device, stale, serving })
             }
             Err(error) => {
-                blocking(move || life::take_away(&place)).await;
+                blocking(move || {
+                    life::take_away(&place);
+                    store.remove(&place.name);
+                })
+                .await;
                 Err(error)
             }
         }
@@ -171,6 +253,21 @@ impl Loopback {
         self.serving.ended().await;
     }
 
+    /// Whether the device outlives this process.
+    #[must_use]
+    pub fn can_be_left(&self) -> bool {
+        self.store.holds(&self.place.name)
+    }
+
+    /// Takes no more requests, and leaves the device as it is to the next agent. What is under way is answered if it
+    /// succeeds; all else waits.
+    pub async fn leave(self) -> Left {
+        self.server.leave();
+        self.serving.task.abort();
+        self.serving.ended().await;
+        Left(self.server)
+    }
+
     /// Takes the device away. Whoever means to leave its users alone [looks](crate::device::openers::look) for them before,
     /// and hands on the claim that it got: then nobody mounts the device meanwhile.
     ///
@@ -179,8 +276,8 @@ impl Loopback {
     /// # Errors
     /// [`StopError`] when something is left. Nothing is served any more even then: users of the device get I/O errors.
     pub async fn stop(self, claim: Option<Claim>) -> Result<(), StopError> {
-        let Self { place, device, serving, .. } = self;
-        let there = place.clone();
+        let Self { place, store, server, device, serving, .. } = self;
+        let (there, name) = (place.clone(), place.name.clone());
         let mut detaching = pin!(blocking(move || life::detach(&there, device, claim)));
         let result = match timeout(DETACH_TIME, &mut detaching).await {
             Ok(result) => result,
@@ -196,6 +293,29 @@ impl Loopback {
         serving.task.abort();
         // Waited for, so that the descriptor is closed when this returns.
         serving.ended().await;
+        drop(server);
+        blocking(move || store.remove(&name)).await;
         result
+    }
+}
+
+/// A device that is left to the next agent, while the volume ends what it has of its requests.
+pub struct Left(Rc<fuse::Server>);
+
+impl Left {
+    /// Waits for that, though not for long: what the volume does not end, the next agent does once more.
+    pub async fn settle(self) {
+        if timeout(SETTLE_TIME, self.0.is_idle()).await.is_err() {
+            tracing::warn!("requests that the volume did not end are left to the next agent");
+        }
+    }
+}
+
+/// Hands a device's descriptors over, to outlive this process.
+async fn keep(place: &Place, store: &Arc<Store>, server: &fuse::Server) {
+    let (name, store, descriptors) = (place.name.clone(), store.clone(), server.to_keep());
+    let kept = blocking(move || descriptors.and_then(|descriptors| store.put(&name, descriptors))).await;
+    if let Err(error) = kept {
+        tracing::warn!(volume = place.name, "the loop device does not outlive the agent: {error}");
     }
 }

@@ -1,13 +1,12 @@
 //! What a killed agent leaves, and how the next one deals with it.
 
 use super::{
-    Attachment, Folders, Mounted, Orders, Served, exercise_file_system, memory, obstacle, require, run,
-    serve, text,
+    Attachment, Folders, Mounted, Orders, Served, exercise_file_system, memory, obstacle, options_in,
+    require, run, serve, text,
 };
-use crate::device::loopback::Options;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use tokio::sync::oneshot;
@@ -18,12 +17,7 @@ const CRASHING_FOLDER: &str = "BLOCKMIRROR_TEST_CRASHING_FOLDER";
 #[test]
 fn serves_until_it_is_killed() {
     let Ok(folder) = std::env::var(CRASHING_FOLDER) else { return };
-    let folder = PathBuf::from(folder);
-    let options = Options {
-        name: "data".to_owned(),
-        run_folder: folder.join("run"),
-        device_folder: folder.join("dev"),
-    };
+    let options = options_in(Path::new(&folder));
     let (started, wait) = mpsc::channel();
     let (_stop, stopped) = oneshot::channel();
     let (_questions, asked) = tokio::sync::mpsc::unbounded_channel();

@@ -4,15 +4,19 @@
 //! nothing either. Tests skip themselves, with the reason, without root, FUSE, loop devices or a program they need.
 
 mod crashes;
+mod deaths;
 mod devices;
 mod life;
 mod opened;
+
+pub(in crate::device::loopback) use deaths::pass;
 
 use super::loop_device::LoopDevice;
 use super::{Loopback, Options, StartError, StopError, clean_up_stale, mounts};
 use crate::buffer::BufferPool;
 use crate::device::memory::Memory;
 use crate::device::openers;
+use crate::kept::Store;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -65,6 +69,17 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("test paths are text")
 }
 
+/// A device in this folder that does not outlive its process.
+fn options_in(folder: &Path) -> Options {
+    Options {
+        name: "data".to_owned(),
+        volume: [7; 16],
+        run_folder: folder.join("run"),
+        device_folder: folder.join("dev"),
+        store: Store::nowhere(),
+    }
+}
+
 /// Folders of a test's own.
 struct Folders {
     folder: TempDir,
@@ -77,7 +92,7 @@ impl Folders {
 
     fn options(&self) -> Options {
         let folder = self.folder.path();
-        Options { name: "data".to_owned(), run_folder: folder.join("run"), device_folder: folder.join("dev") }
+        options_in(folder)
     }
 
     fn mount_point(&self) -> PathBuf {
@@ -85,7 +100,7 @@ impl Folders {
     }
 
     fn clean_up(&self) -> Result<(), StartError> {
-        let Options { name, run_folder, device_folder } = self.options();
+        let Options { name, run_folder, device_folder, .. } = self.options();
         clean_up_stale(&name, &run_folder, &device_folder)
     }
 

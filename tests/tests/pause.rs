@@ -1,0 +1,284 @@
+//! The agent's end is a pause (S1, S2): a file system on the volume's loop device, and whoever writes to it, outlive the
+//! agent. It is killed, or stopped in order, and started again, many times in a row.
+
+use blockmirror_agent::config::{Mode, Role};
+use blockmirror_agent::control::api::{Connection, VolumeStatus};
+use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::patience::until;
+use blockmirror_tests::machines::programs::own;
+use blockmirror_tests::machines::systemd::Systemd;
+use blockmirror_tests::require;
+use blockmirror_tests::torture::disk::{FileSystem, examine};
+use blockmirror_tests::torture::ledger::Ledger;
+use blockmirror_tests::torture::load::Load;
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+const MIB: u64 = 1 << 20;
+
+/// How often the agent ends in each test; thousands of times with `BLOCKMIRROR_PAUSES`.
+fn pauses() -> u64 {
+    let given = std::env::var("BLOCKMIRROR_PAUSES").ok();
+    given.map_or(50, |given| given.parse().expect("BLOCKMIRROR_PAUSES is a number"))
+}
+
+/// Ends the primary's agent and starts it again while a writer writes, as often as wanted. The writer must not notice:
+/// it ends with an error when a call fails. After each time the mirror comes in sync, and in the end everything that was
+/// synced is there, and the copies are identical.
+fn pause(mode: Mode, end: impl Fn(&mut Mirror)) {
+    let mut mirror = Mirror::new(96 * MIB, "loop", &["b"]);
+    mirror.primary.succeed(&["mode", "data", "b", &mode.to_string()]);
+    mirror.wait_until_quiet();
+    let device = mirror.primary.device();
+    FileSystem::make(&device, true);
+    let mounted = FileSystem::mount(&device, &mirror.folder.join("mount"));
+    let ledger = Arc::new(Mutex::new(Ledger::default()));
+    let mut load = Load::start(&own("torture"), &mounted.records(), 7, &ledger);
+    for time in 0..pauses() {
+        load.pass(20 + time % 7);
+        end(&mut mirror);
+        mirror.primary.start();
+        load.pass(5);
+        mirror.wait_until_in_sync();
+    }
+    load.end();
+    mounted.unmount();
+    let image = examine(&device, &mirror.folder.join("look"));
+    let ledger = ledger.lock().expect("the writer makes sense");
+    let checked = ledger.check(&image, ledger.now()).unwrap_or_else(|wrong| panic!("{wrong}"));
+    assert!(checked.certain > 0 && checked.lost == 0, "{checked:?}");
+    mirror.assert_identical();
+    mirror.primary.stop();
+    assert!(!mirror.primary.path("run/data.fuse").exists(), "a device that nobody uses goes with the agent");
+}
+
+#[test]
+fn a_mounted_file_system_outlives_an_agent_that_is_killed() {
+    require!("root", "mkfs.ext4", "e2fsck", "tune2fs");
+    pause(Mode::Async, |mirror| mirror.primary.kill());
+}
+
+#[test]
+fn a_mounted_file_system_outlives_an_agent_that_is_stopped() {
+    require!("root", "mkfs.ext4", "e2fsck", "tune2fs");
+    pause(Mode::Sync, |mirror| mirror.primary.stop());
+}
+
+/// A mirror whose primary has a file system on its device.
+fn mounted() -> (FileSystem, Mirror) {
+    let mirror = Mirror::new(32 * MIB, "loop", &["b"]);
+    FileSystem::make(&mirror.primary.device(), false);
+    let mounted = FileSystem::mount(&mirror.primary.device(), &mirror.folder.join("mount"));
+    (mounted, mirror)
+}
+
+/// Writes a file and syncs it, which takes an agent.
+fn write(mirror: &Mirror, name: &str) -> JoinHandle<std::io::Result<()>> {
+    let path = mirror.folder.join("mount").join(name);
+    std::thread::spawn(move || {
+        let mut file = File::create(path)?;
+        file.write_all(&[7; 100_000])?;
+        file.sync_all()
+    })
+}
+
+fn keeper(host: &Host) -> Pid {
+    until("there is a keeper", || host.keeper().ok_or_else(|| host.log()))
+}
+
+fn loop_error(status: &VolumeStatus) -> String {
+    status.facts.devices.iter().find_map(|device| device.error.clone()).unwrap_or_default()
+}
+
+/// Whether a loop device is attached to the volume's file.
+fn is_attached(host: &Host) -> bool {
+    let file = host.path("run/data.fuse");
+    let devices = fs::read_dir("/sys/block").expect("a table of devices").flatten();
+    let mut files =
+        devices.filter_map(|device| fs::read_to_string(device.path().join("loop/backing_file")).ok());
+    files.any(|path| Path::new(path.trim_end()) == file)
+}
+
+#[test]
+fn an_agent_that_stops_says_who_has_the_device_open_and_what_is_asked_meanwhile_waits() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    mirror.primary.stop();
+    let log = mirror.primary.log();
+    let words = format!("stays, as it is mounted at {}", mirror.folder.join("mount").display());
+    assert!(log.contains(&words), "{log}");
+    let status = mirror.primary.tool(&["status", "data"]);
+    assert!(status.output.contains("whoever uses it waits for the agent"), "{status:?}");
+    let writer = write(&mirror, "file");
+    mirror.primary.start();
+    writer.join().expect("it does not panic").expect("it is answered by the next agent");
+    mounted.unmount();
+    mirror.primary.stop();
+    assert!(!is_attached(&mirror.primary) && mirror.primary.keeper().is_none());
+    assert!(!mirror.primary.device().is_symlink());
+}
+
+/// The keeper holds nothing but descriptors; one that ends before its time is replaced before that matters.
+#[test]
+fn a_keeper_that_is_killed_is_replaced() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    for name in ["one", "two"] {
+        let old = keeper(&mirror.primary);
+        kill_process(old, Signal::KILL).expect("it is our process");
+        until("another keeper has the device", || match mirror.primary.keeper() {
+            Some(new) if new != old && table_of(new).is_some() => Ok(()),
+            found => Err(format!("{found:?} {}", mirror.primary.log())),
+        });
+        mirror.primary.kill();
+        let writer = write(&mirror, name);
+        mirror.primary.start();
+        writer.join().expect("it does not panic").expect("it is answered by the next agent");
+    }
+    mounted.unmount();
+    mirror.assert_identical();
+}
+
+/// Where the keeper is gone together with the agent, it is as it ever was: errors, and a new device.
+#[test]
+fn a_device_that_nobody_kept_is_dead_and_the_next_agent_makes_another() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    let keeper = keeper(&mirror.primary);
+    mirror.primary.stall();
+    kill_process(keeper, Signal::KILL).expect("it is our process");
+    mirror.primary.kill();
+    write(&mirror, "file").join().expect("it does not panic").expect_err("nobody can answer any more");
+    mirror.primary.start();
+    let status =
+        mirror.primary.wait_until("the stale mount is told", |status| status.action.contains("stale mount"));
+    assert!(status.verdict.contains("mounted at"), "{status:?}");
+    mounted.abandon();
+    mirror.assert_identical();
+}
+
+/// While the agent was away, another host was promoted: what waits must not be written, here or there.
+#[test]
+fn what_waits_for_an_agent_fails_where_another_host_was_promoted_meanwhile() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.wait_until_quiet();
+    mirror.primary.kill();
+    let writer = write(&mirror, "file");
+    mirror.replica().wait_until("the loss is noticed", |status| {
+        status.facts.peers[0].connection != Connection::Connected
+    });
+    mirror.replica().succeed(&["promote", "data", "--force"]);
+    mirror.primary.start();
+    writer.join().expect("it does not panic").expect_err("this host is the primary no more");
+    let log = mirror.primary.log();
+    assert!(log.contains("is taken away: this host is a replica now"), "{log}");
+    mirror.primary.wait_until("it is a replica", |status| status.facts.role == Role::Replica);
+    mounted.abandon();
+    until("the device is gone", || {
+        if is_attached(&mirror.primary) { Err(mirror.primary.log()) } else { Ok(()) }
+    });
+    mirror.replica().succeed(&["wait", "data", "--for", "in-sync", "--timeout", "90s"]);
+    let ended = || mirror.primary.keeper().map_or(Ok(()), |keeper| Err(format!("{keeper:?}")));
+    until("the keeper ends, which has nothing to keep", ended);
+}
+
+#[test]
+fn a_device_is_released_by_the_agent_or_without_one() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    let in_use = ["the device is in use", "mounted at"];
+    mirror.primary.refuse(&["release", "data"], 5, &in_use);
+    mirror.primary.kill();
+    mirror.primary.refuse(&["release", "data"], 5, &in_use);
+    let writer = write(&mirror, "file");
+    let said = mirror.primary.succeed(&["release", "data", "--force"]);
+    assert!(said.contains("gives i/o errors to who has it open still: mounted at"), "{said}");
+    writer.join().expect("it does not panic").expect_err("the device is gone");
+    mounted.abandon();
+    mirror.primary.refuse(&["release", "data"], 4, &["has left no loop device of data"]);
+    mirror.primary.start();
+    assert!(is_attached(&mirror.primary), "there is a new one");
+    mirror.primary.succeed(&["release", "data"]);
+    assert!(!is_attached(&mirror.primary));
+    let status = mirror.primary.status();
+    assert!(loop_error(&status).starts_with("it was released"), "{status:?}");
+    mirror.primary.refuse(&["release", "data"], 5, &["has no loop device"]);
+    mirror.primary.stop();
+    mirror.primary.start();
+    assert!(is_attached(&mirror.primary), "it is served again");
+    mirror.assert_identical();
+}
+
+/// The file that the table of requests lies in.
+fn table_of(keeper: Pid) -> Option<PathBuf> {
+    let files = fs::read_dir(format!("/proc/{}/fd", keeper.as_raw_nonzero())).expect("its files").flatten();
+    let mut paths = files.map(|file| file.path());
+    paths.find(|path| fs::metadata(path).is_ok_and(|status| status.is_file()))
+}
+
+/// An agent that was upgraded and set back again found what it could not read, and took it for nothing.
+#[test]
+fn an_agent_that_cannot_read_what_is_unanswered_leaves_it_to_one_that_can() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    mirror.primary.kill();
+    let writer = write(&mirror, "file");
+    let table = table_of(keeper(&mirror.primary)).expect("the keeper has it");
+    let table = File::options().write(true).open(table).expect("the table");
+    let set_version =
+        |version: u32| table.write_all_at(&version.to_ne_bytes(), 8).expect("it can be written");
+    set_version(9);
+    mirror.primary.start();
+    let status = mirror.primary.wait_until("it is told", |status| loop_error(status).contains("version 9"));
+    assert!(loop_error(&status).contains("stays as it is"), "{status:?}");
+    assert!(is_attached(&mirror.primary));
+    mirror.primary.refuse(&["release", "data"], 5, &["the device is in use"]);
+    mirror.primary.refuse(&["demote", "data"], 5, &["the device is in use"]);
+    mirror.primary.stop();
+    assert!(!writer.is_finished(), "it waits");
+    set_version(1);
+    mirror.primary.start();
+    writer.join().expect("it does not panic").expect("it is answered by an agent that can");
+    mounted.unmount();
+    mirror.assert_identical();
+}
+
+/// systemd holds what else the keeper would: over a crash, a stop and a restart.
+#[test]
+fn under_systemd_its_store_keeps_the_device() {
+    require!("root", "mkfs.ext4");
+    let mut mirror = Mirror::new(32 * MIB, "loop", &["b"]);
+    mirror.primary.stop();
+    mirror.primary.run_under_systemd();
+    mirror.primary.start();
+    let stored = |host: &Host| host.systemd().map(Systemd::names).unwrap_or_default();
+    assert_eq!(stored(&mirror.primary), ["loop.data", "loop.data"]);
+    FileSystem::make(&mirror.primary.device(), false);
+    let mounted = FileSystem::mount(&mirror.primary.device(), &mirror.folder.join("mount"));
+    for (name, is_killed) in [("one", true), ("two", false), ("three", true)] {
+        match is_killed {
+            true => mirror.primary.kill(),
+            false => mirror.primary.stop(),
+        }
+        let writer = write(&mirror, name);
+        mirror.primary.start();
+        writer.join().expect("it does not panic").expect("it is answered by the next agent");
+        assert_eq!(stored(&mirror.primary), ["loop.data", "loop.data"]);
+        assert!(mirror.primary.keeper().is_none(), "no keeper is needed");
+    }
+    mounted.unmount();
+    mirror.assert_identical();
+    mirror.primary.stop();
+    until("nothing lies in the store", || match &stored(&mirror.primary)[..] {
+        [] => Ok(()),
+        names => Err(format!("{names:?}")),
+    });
+}
