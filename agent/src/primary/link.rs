@@ -352,7 +352,7 @@ impl Peer {
             }
             // Both were promoted, and neither before the other.
             PeerError::Superseded(_) => state.split = Some(Split::Brain),
-            PeerError::Misbehaved(_) | PeerError::Incompatible(_) => {}
+            PeerError::Misbehaved(_) | PeerError::Incompatible(_) | PeerError::Reused => {}
         }
     }
 

@@ -356,7 +356,8 @@ impl Primary {
         let primary = self.clone();
         let recording = async move {
             let _one_at_a_time = primary.session_numbers.lock().await;
-            let next = primary.state.superblock().next_session();
+            let above = primary.inner.borrow().tracker.sessions_above();
+            let next = primary.state.superblock().next_session(above);
             primary.state.change_superblock(|superblock| superblock.session = next).await?;
             Ok(next)
         };

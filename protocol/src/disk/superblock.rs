@@ -106,6 +106,13 @@ fn first_session(fence: Fence) -> Session {
     Session(fence.counter << SESSION_BITS)
 }
 
+/// Whether a primary of this fence can have given a session so high a number before it was set back. Half of the numbers are
+/// not believed of, so that nobody can use them up (X1).
+#[must_use]
+pub fn may_have_numbered(fence: Fence, session: Session) -> bool {
+    session < Session(first_session(fence).0.saturating_add(1 << (SESSION_BITS - 1)))
+}
+
 /// Whether a primary of this fence may give a session this number. Those of later fences are kept for these.
 #[must_use]
 pub fn may_number(fence: Fence, session: Session) -> bool {
@@ -347,10 +354,12 @@ impl Superblock {
     }
 
     /// The number of this host's next session as primary: higher than its last one, and than that of any session by a
-    /// lower fence, so that no frame is taken for one of another primary's session (R1).
+    /// lower fence, so that no frame is taken for one of another primary's session (R1); and above what replicas have seen of
+    /// it before it was set back, so that what they had then is not taken for what they got since (X4).
     #[must_use]
-    pub fn next_session(&self) -> Session {
-        Session(self.session.0.saturating_add(1)).max(first_session(self.fence))
+    pub fn next_session(&self, above: Session) -> Session {
+        let last = if may_have_numbered(self.fence, above) { self.session.max(above) } else { self.session };
+        Session(last.0.saturating_add(1)).max(first_session(self.fence))
     }
 
     /// Reads the file: the newest whole copy and its serial number.
@@ -587,9 +596,14 @@ mod tests {
     fn sessions_of_a_later_fence_have_higher_numbers() {
         let fence = |counter| Fence { counter, holder: HostId([5; 32]) };
         let before = Superblock { fence: fence(4), session: Session((4 << 40) + 900), ..sample() };
-        assert_eq!(before.next_session(), Session((4 << 40) + 901));
+        let none = Session(0);
+        assert_eq!(before.next_session(none), Session((4 << 40) + 901));
+        // It was set back.
+        assert_eq!(before.next_session(Session((4 << 40) + 950)), Session((4 << 40) + 951));
+        let unbelievable = Session((5 << 40) - 1);
+        assert_eq!(before.next_session(unbelievable), Session((4 << 40) + 901));
         let promoted = Superblock { fence: fence(5), session: Session(2), ..sample() };
-        assert!(promoted.next_session() > before.next_session());
+        assert!(promoted.next_session(none) > before.next_session(none));
     }
 
     #[test]

@@ -28,13 +28,16 @@ pub(super) struct Answered {
     there: Option<Sequence>,
     /// Whether something was answered that it lacks.
     lacks: bool,
+    /// Whether it may lack something of which it is not known whether it was answered: what its log names, or this host's
+    /// of a run before.
+    may_lack: bool,
 }
 
 impl Answered {
     /// Of a replica that was not heard in this run. `lacks` says whether its map has anything: what of that was answered is
     /// not known any more.
     pub(super) fn new(lacks: bool) -> Self {
-        Self { newest: Sequence(0), there: Some(Sequence(0)), lacks }
+        Self { newest: Sequence(0), there: Some(Sequence(0)), lacks, may_lack: false }
     }
 
     /// An answer speaks for all writes up to this one.
@@ -43,9 +46,19 @@ impl Answered {
         self.lacks |= self.there.is_some_and(|there| sequence > there);
     }
 
+    /// What it holds is not what it was known to hold: it may lack all that was ever answered.
+    pub(super) fn forget(&mut self) {
+        self.lacks = true;
+    }
+
+    /// It may lack more than what was written since it followed.
+    pub(super) fn suspect(&mut self) {
+        self.may_lack = true;
+    }
+
     /// It follows from now on, and has or will be sent everything.
     pub(super) fn follows(&mut self) {
-        (self.there, self.lacks) = (None, false);
+        (self.there, self.lacks, self.may_lack) = (None, false, false);
     }
 
     /// It is not sent what is written any more. What it was sent before may still arrive.
@@ -67,7 +80,9 @@ impl Answered {
 
     /// Whether something was answered that it lacks, or may lack if its host fails now.
     pub(super) fn lacks(&self, followed: Option<Followed>, mode: Mode) -> bool {
-        self.lacks || followed.is_some_and(|followed| self.misses(followed, mode))
+        // In the mode sync what a log names was promised to nobody without it.
+        let may_lack = self.may_lack && mode != Mode::Sync;
+        self.lacks || may_lack || followed.is_some_and(|followed| self.misses(followed, mode))
     }
 
     /// One in the mode sync lacks what it did not receive: what it received and did not keep, as a disk does that loses its
@@ -151,6 +166,23 @@ mod tests {
             assert!(!answered.lacks(Some(followed(5, 5, None)), mode));
             answered.note(Sequence(6));
             assert!(answered.lacks(Some(followed(5, 5, None)), mode), "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn one_that_is_not_what_it_was_known_to_be_may_lack_what_was_answered_before() {
+        for mode in MODES {
+            // What is in the log of a run before, or in its own.
+            let mut answered = Answered::new(false);
+            answered.suspect();
+            assert_eq!(answered.lacks(None, mode), mode != Mode::Sync, "{mode:?}");
+            // It was set back, or is another copy.
+            let mut answered = following();
+            answered.lost(followed(5, 5, None), mode);
+            answered.forget();
+            assert!(answered.lacks(None, mode), "{mode:?}");
+            answered.follows();
+            assert!(!answered.lacks(None, mode), "{mode:?}");
         }
     }
 

@@ -5,6 +5,7 @@
 
 use super::{Action, Link, Phase, Session, State};
 use crate::disk::dirty_map::Base;
+use crate::disk::superblock;
 use crate::lineage::{self, Ends, Relation};
 use crate::planted::{Bug, planted};
 use crate::session::resync::Resync;
@@ -59,6 +60,12 @@ pub enum PeerError {
     /// Both went on after a common past, or the replica did alone while it was no primary of this one's (L3).
     #[error("split brain: both hosts went on after they were last in sync")]
     SplitBrain,
+    /// The replica knows sessions of this primary that it has no record of, since it was set back (X4). The next one has a
+    /// higher number.
+    #[error(
+        "this host was set back: the replica knows later sessions with it; all is compared in the next one"
+    )]
+    Reused,
     /// The two have no generation in common (L3).
     #[error("the replica's history has nothing in common with this host's")]
     NothingInCommon,
@@ -150,19 +157,28 @@ impl Session {
                     let generation = generation.copied().unwrap_or_default();
                     let adopted = greeting.adopted;
                     self.map.begin_anew(Base { copy: welcome.copy, generation, adopted });
+                    self.answered.forget();
                     self.map.note_known(Mark::default());
                     self.certain.clear(0..u64::MAX);
                     self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
                 }
                 // One that went back, as where its host was restored from an older copy, may differ anywhere (X4).
                 // So may one that had copies in sessions that this primary knows nothing of: it went back itself.
-                let has_gone_back = lineage::went_back(&greeting.lineage, welcome.mark, self.map.known())
-                    || welcome.mark.session >= greeting.session;
+                let is_reused = welcome.mark.session >= greeting.session;
+                let has_gone_back =
+                    is_reused || lineage::went_back(&greeting.lineage, welcome.mark, self.map.known());
                 if has_gone_back && !planted(Bug::IgnoreMark) {
                     self.went_back = true;
                     self.map.begin_anew(self.map.base());
+                    self.answered.forget();
                     self.certain.clear(0..u64::MAX);
                     self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
+                }
+                if is_reused && superblock::may_have_numbered(greeting.fence, welcome.mark.session) {
+                    // What it gets in this session would be named as what it had before, and a copy that goes back to
+                    // that would be taken for further.
+                    self.reused = Some(welcome.mark.session);
+                    return Err(PeerError::Reused);
                 }
                 self.map.note_known(welcome.mark);
                 if planted(Bug::DropBitsAtHandshake) && welcome.data == DataState::Consistent {

@@ -2,7 +2,7 @@
 
 use super::{Action, Session, State};
 use crate::ranges::ByteRange;
-use crate::units::{Sequence, Time};
+use crate::units::{Sequence, Session as SessionNumber, Time};
 use std::ops::Range;
 
 /// From so many failures in a row on the header of a map has failed, too.
@@ -21,6 +21,7 @@ impl Session {
 
     /// Blocks of extents that were active before a restart, or that the replica reports, may differ.
     pub(crate) fn mark_suspect(&mut self, range: ByteRange, before: Sequence) {
+        self.answered.suspect();
         if range.length < self.size_bytes || self.map.is_full() {
             return self.mark_doubtful(range.blocks(self.block_size), before.next());
         }
@@ -105,6 +106,12 @@ impl Session {
     /// Whether the file says exactly what memory does.
     pub(crate) fn is_saved(&self) -> bool {
         !self.writing_map && !self.map.has_changes()
+    }
+
+    /// Above which number the next session must be, once it is durable that all may differ: before, a crash would leave a map
+    /// that says "clean" and a number that says that nothing was lost.
+    pub(crate) fn reused(&self) -> Option<SessionNumber> {
+        self.reused.filter(|_| self.is_saved())
     }
 
     /// A write that is not streamed: the blocks differ, and are not asked about before they are copied.

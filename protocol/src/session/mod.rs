@@ -169,6 +169,8 @@ pub struct Session {
     heard: u64,
     /// Whether the replica was found to have gone back, and was not in sync since (X4).
     went_back: bool,
+    /// The number of a session that the replica knows and this primary, which was set back, does not.
+    reused: Option<SessionNumber>,
     actions: VecDeque<Action>,
 }
 
@@ -345,6 +347,7 @@ impl Session {
             answered,
             heard: 0,
             went_back: false,
+            reused: None,
             actions: VecDeque::new(),
         }
     }

@@ -598,6 +598,12 @@ impl Tracker {
         self.epoch = OpenEpoch { number: epoch.next(), bytes: 0, since: None };
     }
 
+    /// Above which number the next session of any replica must be ([`crate::disk::superblock::Superblock::next_session`]).
+    #[must_use]
+    pub fn sessions_above(&self) -> SessionNumber {
+        self.sessions.values().filter_map(Session::reused).max().unwrap_or_default()
+    }
+
     /// Asks every connected replica to say that it is there.
     pub fn ask_marks(&mut self, now: Time) {
         self.sessions.values_mut().for_each(Session::ask_mark);

@@ -87,7 +87,7 @@ impl World {
                     self.ask_members(link.dialler, link.listener);
                 }
             }
-            Err(PeerError::SplitBrain | PeerError::NothingInCommon) => self.cut(link),
+            Err(PeerError::SplitBrain | PeerError::NothingInCommon | PeerError::Reused) => self.cut(link),
             Err(PeerError::Superseded(fence)) => {
                 self.cut(link);
                 self.hear_of(link.dialler, Succeeded { fence, by: host_id(link.listener) });

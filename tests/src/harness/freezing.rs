@@ -1,6 +1,7 @@
-//! A primary's process is frozen for a while, as by a stopped virtual machine, and goes on as if nothing had been: what was
-//! under way has ended, and its peers may have gone on without it.
+//! A process is frozen for a while, as by a stopped virtual machine, and goes on as if nothing had been: what was under way has
+//! ended, and its peers may have gone on without it.
 
+use super::host::Shell;
 use super::links::Channel;
 use super::world::{Event, World};
 use blockmirror_protocol::succession;
@@ -17,7 +18,8 @@ const LONGEST: Duration = Duration::from_secs(10);
 impl World {
     /// Nothing happens on a host for a while.
     pub(super) fn freeze(&mut self, host: usize) {
-        if self.hosts[host].frozen_until > self.now || self.hosts[host].tracker().is_none() {
+        let it = &self.hosts[host];
+        if it.frozen_until > self.now || !matches!(it.shell, Shell::Primary(_) | Shell::Replica(_)) {
             return;
         }
         let longest = LONGEST.min(self.settings.outage * OUTAGES);
@@ -29,7 +31,7 @@ impl World {
         self.plan(until - self.now, Event::Thaw(host, life));
     }
 
-    /// A host goes on: it asks who leads before it answers anything.
+    /// A host goes on: as a primary it asks who leads before it answers anything.
     pub(super) fn thaw(&mut self, host: usize, life: u64) {
         let now = Time(self.now);
         let it = &mut self.hosts[host];

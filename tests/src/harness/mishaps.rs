@@ -31,7 +31,8 @@ impl World {
             return self.set_back(host);
         }
         if self.random.once_in(20) {
-            return self.freeze(primary);
+            let host = self.random.pick(&[primary, link.listener]);
+            return self.freeze(host);
         }
         if self.settings.disks_are_lost && self.random.once_in(8) {
             return self.lose_disk(primary, link.listener);

@@ -310,7 +310,7 @@ impl World {
         let work = match it.superblock_work.pop_front() {
             None => return,
             Some(SuperblockWork::Session(link)) => {
-                it.superblock.session = it.superblock.next_session();
+                it.superblock.session = it.superblock.next_session(shell.tracker.sessions_above());
                 FileWork::Session(link)
             }
             Some(SuperblockWork::Told(end)) => {
