@@ -39,6 +39,7 @@ const EARLIER_NOW: &str = "held-now";
 /// The words of the notes.
 const OPEN: &str = "open";
 const CLOSED: &str = "closed";
+const TOUCHED: &str = "touched";
 const QUIET: &str = "quiet";
 const BUSY: &str = "busy ";
 
@@ -80,6 +81,8 @@ struct Boot {
 enum Noted {
     /// Nothing: an earlier release had it, or nobody.
     Nothing,
+    /// Something else wrote to it while it was open, and all is to be compared.
+    Touched,
     /// It was closed in order.
     Closed { boot: String, looks: Looks, digest: String },
     /// It was open, since this start of the system.
@@ -122,6 +125,8 @@ pub struct Holding {
     keeping: RefCell<Option<JoinHandle<()>>>,
     /// Whether it was said that something else writes, since this host last wrote nothing.
     is_told: Cell<bool>,
+    /// Whether the durable note says that something else wrote. Then it stays so until the next opening.
+    is_noted: Cell<bool>,
     /// Whether it has become smaller since it was opened.
     is_short: Cell<bool>,
     touched: Box<dyn Fn(String)>,
@@ -206,6 +211,7 @@ impl Holding {
             kept: Cell::new(looks.as_ref().and_then(Looks::modified).unwrap_or_default()),
             keeping: RefCell::default(),
             is_told: Cell::new(false),
+            is_noted: Cell::new(false),
             is_short: Cell::new(false),
             touched: Box::new(touched),
             notes,
@@ -224,7 +230,7 @@ impl Holding {
     pub async fn close(self: Rc<Self>) {
         let closing = async {
             let Some((_, now)) = self.looks_at_rest().await else { return Ok(()) };
-            if self.is_touched(&now) {
+            if self.is_touched(&now) || self.is_noted.get() {
                 return Ok(());
             }
             let keeping = self.keeping.take();
@@ -294,9 +300,8 @@ impl Holding {
     fn keep_time(&self, looks: &Looks) {
         let mut keeping = self.keeping.borrow_mut();
         let is_made = keeping.as_ref().is_some_and(|keeping| !keeping.is_finished());
-        let Some(at) = looks.modified().filter(|at| !is_made && *at >= self.kept.get() + KEPT_SECONDS) else {
-            return;
-        };
+        let is_due = |at: &i64| *at >= self.kept.get() + KEPT_SECONDS && !is_made && !self.is_noted.get();
+        let Some(at) = looks.modified().filter(is_due) else { return };
         self.kept.set(at);
         let (notes, boot) = (self.notes.clone(), self.boot.clone());
         *keeping = Some(tokio::task::spawn_blocking(move || {
@@ -304,6 +309,27 @@ impl Holding {
                 tracing::debug!(%error, "cannot note when the backing was written");
             }
         }));
+    }
+
+    /// Notes durably that something else wrote, before the notes say what the backing looks like since: whatever becomes of
+    /// this process, all is compared.
+    async fn note_touched(&self) {
+        if self.is_noted.replace(true) {
+            return;
+        }
+        let keeping = self.keeping.take();
+        let path = self.notes.note();
+        let noting = async {
+            if let Some(keeping) = keeping {
+                keeping.await?;
+            }
+            tokio::task::spawn_blocking(move || durable::replace(&path, format!("{TOUCHED}\n").as_bytes()))
+                .await?
+        };
+        let noted: io::Result<()> = noting.await;
+        if let Err(error) = noted {
+            tracing::warn!(%error, "cannot note that something else wrote to the backing");
+        }
     }
 
     /// Somebody else saw that the backing has become smaller.
@@ -318,6 +344,7 @@ impl Holding {
             return self.note_short();
         }
         if self.is_short.take() {
+            self.note_touched().await;
             *self.quiet.borrow_mut() = None;
             return (self.touched)("it was smaller for a while".to_owned());
         }
@@ -337,6 +364,7 @@ impl Holding {
         self.keep_time(&now);
         let is_touched = self.is_touched(&now);
         if is_touched && !self.is_told.replace(true) {
+            self.note_touched().await;
             (self.touched)("something else wrote to it while it was open here".to_owned());
         }
         // From now on this is what it looks like.
@@ -363,6 +391,7 @@ fn judge(noted: &Noted, looks: &Looks, boot: &Boot) -> Option<String> {
     let unknown = || Some("it is not known what it looked like when the agent was killed".to_owned());
     match noted {
         Noted::Nothing => None,
+        Noted::Touched => written("while it was open here"),
         Noted::Closed { boot: then, looks: before, .. } => {
             let is_told = before.is_kept() || *then == boot.name;
             if is_told && before != looks { written("after it was closed here") } else { None }
@@ -516,6 +545,7 @@ fn read_notes(notes: &Notes, looks: &Looks) -> Noted {
         Some(Noted::Closed { boot, looks, digest: lines.next()?.to_owned() })
     };
     match lines.next() {
+        Some(TOUCHED) => Noted::Touched,
         Some(CLOSED) => closed(lines).unwrap_or(Noted::Nothing),
         Some(OPEN) => {
             let boot = lines.next().unwrap_or_default().to_owned();
@@ -598,6 +628,7 @@ mod tests {
         let (before, later) = (image((1500, 1)), image((1500, 2)));
         for (noted, looks, is_noticed) in [
             (Noted::Nothing, image((9, 9)), false),
+            (Noted::Touched, image((9, 9)), true),
             (closed("now", before.clone()), before.clone(), false),
             (closed("then", before.clone()), before.clone(), false),
             (closed("then", before.clone()), later.clone(), true),

@@ -190,7 +190,15 @@ impl Volume {
 
     async fn go_on(&mut self, next: Next, then: Then) {
         match next {
-            Next::GoOn(replica) => self.role = OpenRole::Replica(replica),
+            Next::GoOn(replica) => {
+                // Something else may have written to its disk meanwhile.
+                let is_due = self.touched.borrow().as_ref().is_some_and(|touched| touched.is_due);
+                self.role = OpenRole::Replica(replica.clone());
+                if is_due {
+                    replica.close().await;
+                    self.reopen(Others::Known).await;
+                }
+            }
             Next::Reopen => self.reopen(Others::Known).await,
             Next::PromoteAgain => {
                 self.reopen(Others::Known).await;
