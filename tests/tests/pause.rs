@@ -14,9 +14,10 @@ use blockmirror_tests::torture::ledger::Ledger;
 use blockmirror_tests::torture::load::Load;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -281,4 +282,78 @@ fn under_systemd_its_store_keeps_the_device() {
         [] => Ok(()),
         names => Err(format!("{names:?}")),
     });
+}
+
+/// A client that connects again by itself, as a virtual machine's disk does, and waits meanwhile.
+struct Reconnecting {
+    process: Child,
+    asked: ChildStdin,
+    said: BufReader<ChildStdout>,
+}
+
+impl Reconnecting {
+    fn connect(socket: &Path) -> Self {
+        let image = format!(
+            "driver=nbd,server.type=unix,server.path={},export=data,reconnect-delay=60",
+            socket.display()
+        );
+        let mut process = Command::new("qemu-io")
+            .args(["--image-opts", &image])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("qemu-io");
+        let (asked, said) = (process.stdin.take().expect("a pipe"), process.stdout.take().expect("a pipe"));
+        Self { process, asked, said: BufReader::new(said) }
+    }
+
+    fn ask(&mut self, command: &str) {
+        writeln!(self.asked, "{command}").expect("it listens");
+    }
+
+    /// The next line that says what came of a command.
+    fn answer(&mut self) -> String {
+        loop {
+            let mut line = String::new();
+            let length = self.said.read_line(&mut line).expect("it talks");
+            assert!(length > 0, "it has ended");
+            let line = line.replace("qemu-io> ", "");
+            if !line.trim().is_empty() && !line.contains("ops/sec") {
+                return line.trim().to_owned();
+            }
+        }
+    }
+}
+
+impl Drop for Reconnecting {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn an_nbd_client_that_connects_again_finds_its_export_and_loses_nothing() {
+    require!("root", "qemu-io");
+    let mut mirror = Mirror::new(32 * MIB, "nbd", &["b"]);
+    let mut client = Reconnecting::connect(&mirror.primary.socket());
+    for (time, is_killed) in [(1, true), (2, false)] {
+        client.ask(&format!("write -f -P {time} {time}M 64k"));
+        assert_eq!(client.answer(), format!("wrote 65536/65536 bytes at offset {}", time * MIB));
+        match is_killed {
+            true => mirror.primary.kill(),
+            false => mirror.primary.stop(),
+        }
+        client.ask(&format!("write -f -P {} 10M 64k", time + 8));
+        mirror.primary.start();
+        assert_eq!(client.answer(), format!("wrote 65536/65536 bytes at offset {}", 10 * MIB));
+        for (value, place) in [(time, time), (time + 8, 10)] {
+            client.ask(&format!("read -P {value} {place}M 64k"));
+            assert_eq!(client.answer(), format!("read 65536/65536 bytes at offset {}", place * MIB));
+        }
+    }
+    drop(client);
+    mirror.wait_until_in_sync();
+    mirror.assert_identical();
 }

@@ -408,7 +408,7 @@ fn loop_options(config: &VolumeConfig, surroundings: &Surroundings) -> Options {
 }
 
 /// Takes away the loop device that an earlier agent left, where the volume is to have none.
-async fn give_up_loop(config: &VolumeConfig, surroundings: &Surroundings, why: &'static str) {
+pub(super) async fn give_up_loop(config: &VolumeConfig, surroundings: &Surroundings, why: &'static str) {
     let options = loop_options(config, surroundings);
     if surroundings.store.holds(&options.name) {
         blocking(move || loopback::give_up(&options, why)).await;

@@ -20,7 +20,7 @@ use crate::replica::Replica;
 use crate::standing;
 use crate::storage::file::File;
 use crate::storage::{self, Storage};
-use crate::volume::devices::Devices;
+use crate::volume::devices::{Devices, give_up_loop};
 use crate::words::with_causes;
 use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
@@ -92,8 +92,17 @@ impl Volume {
             heard = self.yield_to_others(&state, others).await?;
         }
         self.correct_roles(&state.superblock());
-        let (config, backing) = (self.config.borrow().clone(), backing?);
+        let config = self.config.borrow().clone();
+        if state.superblock().role == Role::Replica {
+            // Whoever waits at a device that was kept gets an error, also where the disk is not there.
+            give_up_loop(&config, &self.surroundings, "this host is a replica now").await;
+        }
+        let backing = backing?;
         let is_new = adopt(&config, &self.surroundings.state_folder, &state).await?;
+        if is_new {
+            // A file system that goes on over other content destroys it.
+            give_up_loop(&config, &self.surroundings, "the volume's content is another one now").await;
+        }
         self.hold(&storage, &backing, &state, is_new).await?;
         self.disk = Some(Disk::new(storage.clone(), backing.clone(), self.pool.clone()));
         if !backing.is_direct() {

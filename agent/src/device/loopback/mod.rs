@@ -44,7 +44,7 @@ use life::Place;
 use loop_device::LoopDevice;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -84,7 +84,8 @@ impl Options {
 pub struct Loopback {
     place: Place,
     store: Arc<Store>,
-    server: Rc<fuse::Server>,
+    /// Gone once it has ended: nothing keeps the session open then, and whoever waits for an answer gets an error.
+    server: Weak<fuse::Server>,
     device: LoopDevice,
     /// Loop devices of earlier runs that somebody had open still.
     stale: Vec<LoopDevice>,
@@ -179,7 +180,7 @@ impl Loopback {
             unanswered,
             "the loop device goes on where the last agent left it"
         );
-        Ok(Self { place, store, server, device, stale, serving })
+        Ok(Self { place, store, server: Rc::downgrade(&server), device, stale, serving })
     }
 
     /// Makes a device.
@@ -212,7 +213,7 @@ impl Loopback {
         match attached {
             Ok((device, server, serving)) => {
                 tracing::info!(volume = place.name, device = %device.path().display(), "loop device is up");
-                Ok(Self { place, store, server, device, stale, serving })
+                Ok(Self { place, store, server: Rc::downgrade(&server), device, stale, serving })
             }
             Err(error) => {
                 blocking(move || {
@@ -262,10 +263,13 @@ impl Loopback {
     /// Takes no more requests, and leaves the device as it is to the next agent. What is under way is answered if it
     /// succeeds; all else waits.
     pub async fn leave(self) -> Left {
-        self.server.leave();
+        let server = self.server.upgrade();
+        if let Some(server) = &server {
+            server.leave();
+        }
         self.serving.task.abort();
         self.serving.ended().await;
-        Left(self.server)
+        Left(server)
     }
 
     /// Takes the device away. Whoever means to leave its users alone [looks](crate::device::openers::look) for them before,
@@ -276,7 +280,7 @@ impl Loopback {
     /// # Errors
     /// [`StopError`] when something is left. Nothing is served any more even then: users of the device get I/O errors.
     pub async fn stop(self, claim: Option<Claim>) -> Result<(), StopError> {
-        let Self { place, store, server, device, serving, .. } = self;
+        let Self { place, store, device, serving, .. } = self;
         let (there, name) = (place.clone(), place.name.clone());
         let mut detaching = pin!(blocking(move || life::detach(&there, device, claim)));
         let result = match timeout(DETACH_TIME, &mut detaching).await {
@@ -293,19 +297,19 @@ impl Loopback {
         serving.task.abort();
         // Waited for, so that the descriptor is closed when this returns.
         serving.ended().await;
-        drop(server);
         blocking(move || store.remove(&name)).await;
         result
     }
 }
 
 /// A device that is left to the next agent, while the volume ends what it has of its requests.
-pub struct Left(Rc<fuse::Server>);
+pub struct Left(Option<Rc<fuse::Server>>);
 
 impl Left {
     /// Waits for that, though not for long: what the volume does not end, the next agent does once more.
     pub async fn settle(self) {
-        if timeout(SETTLE_TIME, self.0.is_idle()).await.is_err() {
+        let Some(server) = self.0 else { return };
+        if timeout(SETTLE_TIME, server.is_idle()).await.is_err() {
             tracing::warn!("requests that the volume did not end are left to the next agent");
         }
     }

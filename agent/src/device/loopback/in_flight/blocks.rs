@@ -107,8 +107,10 @@ impl Blocks {
         let free = &mut self.lock()[class as usize];
         let at = free.indices.iter().position(|free| *free == index)?;
         free.indices.remove(at);
-        free.has_memory[index] = true;
-        Some(Arc::new(Block { blocks: self.clone(), class, index }))
+        let block = Block { blocks: self.clone(), class, index };
+        // What it holds stays. The rest of it may never have been mapped in this process.
+        free.has_memory[index] = block.populate();
+        Some(Arc::new(block))
     }
 
     /// Whether so many are free that payloads can be lent.
@@ -132,7 +134,7 @@ impl Blocks {
             // Used when no other is left.
             free.indices.insert(0, index);
         } else {
-            free.warm += 1;
+            free.warm += usize::from(free.has_memory[index]);
             free.indices.push(index);
         }
         if is_first {
@@ -188,11 +190,15 @@ impl Block {
         unsafe { std::slice::from_raw_parts_mut(self.start(), self.class.bytes()) }
     }
 
-    /// Has the kernel find memory for all of it.
+    /// Has the kernel find memory for all of it, and map it. Says whether it could.
+    fn populate(&self) -> bool {
+        // SAFETY: the block is mapped, and the advice changes no content.
+        unsafe { madvise(self.start().cast(), self.class.bytes(), Advice::LinuxPopulateWrite) }.is_ok()
+    }
+
+    /// The same, on any kernel, for a block that was free.
     fn fill(&self) {
-        // SAFETY: the block was free, and the advice changes no content.
-        let advised = unsafe { madvise(self.start().cast(), self.class.bytes(), Advice::LinuxPopulateWrite) };
-        if advised.is_err() {
+        if !self.populate() {
             // SAFETY: the block was free: nobody reads or writes it.
             unsafe { self.bytes_mut() }.fill(0);
         }
