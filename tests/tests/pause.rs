@@ -6,7 +6,7 @@ use blockmirror_agent::control::api::{Connection, VolumeStatus};
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::patience::until;
-use blockmirror_tests::machines::programs::own;
+use blockmirror_tests::machines::programs::{own, text};
 use blockmirror_tests::machines::systemd::Systemd;
 use blockmirror_tests::require;
 use blockmirror_tests::torture::disk::{FileSystem, examine};
@@ -189,6 +189,48 @@ fn what_waits_for_an_agent_fails_where_another_host_was_promoted_meanwhile() {
     mirror.replica().succeed(&["wait", "data", "--for", "in-sync", "--timeout", "90s"]);
     let ended = || mirror.primary.keeper().map_or(Ok(()), |keeper| Err(format!("{keeper:?}")));
     until("the keeper ends, which has nothing to keep", ended);
+}
+
+/// What waits was asked of the disk that is gone: under a mounted file system, what another host has is other content.
+#[test]
+fn a_device_does_not_go_on_over_what_was_recovered_into_another_disk() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    mirror.wait_until_in_sync();
+    mirror.primary.stop();
+    let writer = write(&mirror, "file");
+    let backing = mirror.primary.backing();
+    fs::remove_file(&backing).expect("the disk is gone");
+    File::create(&backing).and_then(|file| file.set_len(32 * MIB)).expect("another disk");
+    let address = mirror.replica().link().address().to_string();
+    mirror.primary.succeed(&["recover", "data", "--from", &address, "--to", text(&backing)]);
+    mirror.primary.start();
+    writer.join().expect("it does not panic").expect_err("its disk is gone");
+    let log = mirror.primary.log();
+    assert!(log.contains("is taken away: the volume's content is another one now"), "{log}");
+    mounted.abandon();
+    mirror.assert_identical();
+}
+
+/// It was served by nobody and given up by nobody, until the disk was there again.
+#[test]
+fn what_waits_fails_on_a_replica_whose_disk_is_not_there() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    mirror.primary.kill();
+    let writer = write(&mirror, "file");
+    mirror.replica().wait_until("the loss is noticed", |status| {
+        status.facts.peers[0].connection != Connection::Connected
+    });
+    mirror.replica().succeed(&["promote", "data", "--force"]);
+    let (backing, away) = (mirror.primary.backing(), mirror.primary.path("away.img"));
+    fs::rename(&backing, &away).expect("the disk is not there");
+    mirror.primary.start();
+    writer.join().expect("it does not panic").expect_err("this host is the primary no more");
+    mounted.abandon();
+    fs::rename(&away, &backing).expect("the disk is there again");
+    mirror.primary.wait_until("it is a replica", |status| status.facts.role == Role::Replica);
+    mirror.replica().succeed(&["wait", "data", "--for", "in-sync", "--timeout", "90s"]);
 }
 
 #[test]
