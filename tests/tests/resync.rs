@@ -194,7 +194,8 @@ fn a_pause_on_the_replica_keeps_the_primary_away_over_restarts() {
     mirror.assert_identical();
 }
 
-/// Flips a bit of a file behind everybody's back, without a cached page in between.
+/// Flips a bit of a file behind everybody's back, as a disk does that rots: without a cached page in between, and with the
+/// times of before, by which the agent would notice it.
 fn flip(path: &Path, offset: u64) {
     #[repr(align(4096))]
     struct Block([u8; 4096]);
@@ -204,7 +205,9 @@ fn flip(path: &Path, offset: u64) {
     let mut block = Box::new(Block([0; 4096]));
     file.read_exact_at(&mut block.0, start).expect("a block");
     block.0[(offset - start) as usize] ^= 1;
+    let modified = file.metadata().and_then(|status| status.modified()).expect("a time");
     file.write_all_at(&block.0, start).expect("a block");
+    file.set_modified(modified).expect("the time of before");
 }
 
 fn compare(mirror: &Mirror, code: i32) -> Comparison {
