@@ -43,6 +43,11 @@ const TOUCHED: &str = "touched";
 const QUIET: &str = "quiet";
 const BUSY: &str = "busy ";
 
+/// Why all is to be compared of a backing that was open, in words.
+const WRITTEN: &str = "something else wrote to it while it was open here";
+/// The same of one that something else made smaller: what was beyond its end is gone.
+pub const SMALLER: &str = "it was smaller for a while";
+
 /// How often it is looked whether this host writes.
 const LOOK_TIME: Duration = Duration::from_millis(250);
 /// How much later than the last note this host itself may have written to an image, in seconds: looks are late on a host
@@ -81,8 +86,8 @@ struct Boot {
 enum Noted {
     /// Nothing: an earlier release had it, or nobody.
     Nothing,
-    /// Something else wrote to it while it was open, and all is to be compared.
-    Touched,
+    /// All is to be compared, for the reason that these words give.
+    Touched(String),
     /// It was closed in order.
     Closed { boot: String, looks: Looks, digest: String },
     /// It was open, since this start of the system.
@@ -311,20 +316,19 @@ impl Holding {
         }));
     }
 
-    /// Notes durably that something else wrote, before the notes say what the backing looks like since: whatever becomes of
-    /// this process, all is compared.
-    async fn note_touched(&self) {
+    /// Notes durably that all is to be compared and why, before the notes say what the backing looks like since: whatever
+    /// becomes of this process, it is done.
+    async fn note_touched(&self, words: &str) {
         if self.is_noted.replace(true) {
             return;
         }
         let keeping = self.keeping.take();
-        let path = self.notes.note();
+        let (path, text) = (self.notes.note(), format!("{TOUCHED}\n{words}\n"));
         let noting = async {
             if let Some(keeping) = keeping {
                 keeping.await?;
             }
-            tokio::task::spawn_blocking(move || durable::replace(&path, format!("{TOUCHED}\n").as_bytes()))
-                .await?
+            tokio::task::spawn_blocking(move || durable::replace(&path, text.as_bytes())).await?
         };
         let noted: io::Result<()> = noting.await;
         if let Err(error) = noted {
@@ -344,9 +348,9 @@ impl Holding {
             return self.note_short();
         }
         if self.is_short.take() {
-            self.note_touched().await;
+            self.note_touched(SMALLER).await;
             *self.quiet.borrow_mut() = None;
-            return (self.touched)("it was smaller for a while".to_owned());
+            return (self.touched)(SMALLER.to_owned());
         }
         let before = self.begun.get();
         let at_rest = self.looks_at_rest().await;
@@ -364,8 +368,8 @@ impl Holding {
         self.keep_time(&now);
         let is_touched = self.is_touched(&now);
         if is_touched && !self.is_told.replace(true) {
-            self.note_touched().await;
-            (self.touched)("something else wrote to it while it was open here".to_owned());
+            self.note_touched(WRITTEN).await;
+            (self.touched)(WRITTEN.to_owned());
         }
         // From now on this is what it looks like.
         if is_resting
@@ -391,7 +395,7 @@ fn judge(noted: &Noted, looks: &Looks, boot: &Boot) -> Option<String> {
     let unknown = || Some("it is not known what it looked like when the agent was killed".to_owned());
     match noted {
         Noted::Nothing => None,
-        Noted::Touched => written("while it was open here"),
+        Noted::Touched(words) => Some(words.clone()),
         Noted::Closed { boot: then, looks: before, .. } => {
             let is_told = before.is_kept() || *then == boot.name;
             if is_told && before != looks { written("after it was closed here") } else { None }
@@ -545,7 +549,7 @@ fn read_notes(notes: &Notes, looks: &Looks) -> Noted {
         Some(Noted::Closed { boot, looks, digest: lines.next()?.to_owned() })
     };
     match lines.next() {
-        Some(TOUCHED) => Noted::Touched,
+        Some(TOUCHED) => Noted::Touched(lines.next().unwrap_or(WRITTEN).to_owned()),
         Some(CLOSED) => closed(lines).unwrap_or(Noted::Nothing),
         Some(OPEN) => {
             let boot = lines.next().unwrap_or_default().to_owned();
@@ -628,7 +632,7 @@ mod tests {
         let (before, later) = (image((1500, 1)), image((1500, 2)));
         for (noted, looks, is_noticed) in [
             (Noted::Nothing, image((9, 9)), false),
-            (Noted::Touched, image((9, 9)), true),
+            (Noted::Touched(WRITTEN.to_owned()), image((9, 9)), true),
             (closed("now", before.clone()), before.clone(), false),
             (closed("then", before.clone()), before.clone(), false),
             (closed("then", before.clone()), later.clone(), true),

@@ -13,7 +13,7 @@ use crate::backing;
 use crate::config::VolumeConfig;
 use crate::crashes;
 use crate::export::Export;
-use crate::holding::{Holding, Notes};
+use crate::holding::{Holding, Notes, SMALLER};
 use crate::metadata::State;
 use crate::primary::Primary;
 use crate::replica::Replica;
@@ -129,7 +129,7 @@ impl Volume {
         let notes = self.notes();
         let compared = match is_new {
             true => None,
-            false if self.awaiting.shrunk().is_some() => Some("it was smaller for a while".to_owned()),
+            false if self.awaiting.shrunk().is_some() => Some(SMALLER.to_owned()),
             false => Holding::compare(&notes, storage, backing, &self.pool)
                 .await
                 .map_err(|error| with_causes(&error))?,
