@@ -199,6 +199,12 @@ impl Holding {
             return Ok(None);
         };
         let looks = looks(&backing).await;
+        if looks.is_none() {
+            tracing::warn!(
+                "{}: the kernel does not count what is written to it (iostats is off): what something else writes is not noticed",
+                backing.path().display()
+            );
+        }
         let tally = looks.as_ref().and_then(|looks| {
             let tally = Tally::begin(&notes.tally, &looks.tally_of(&boot)?, looks.sectors()?);
             tally.inspect_err(|error| tracing::warn!(%error, "cannot count what is written to the disk")).ok()
@@ -522,6 +528,10 @@ fn looks_of(status: &fs::Metadata) -> Option<Looks> {
     let counts = String::from_utf8(system::read(&folder.join("stat")).ok()?).ok()?;
     let count = |place| counts.split_whitespace().nth(place)?.parse().ok();
     let disk = if folder.join("partition").exists() { folder.parent()?.to_owned() } else { folder };
+    // Where the kernel is told not to count, nothing seems to be written.
+    if system::read(&disk.join("queue/iostats")).is_ok_and(|counts| counts.trim_ascii() == b"0") {
+        return None;
+    }
     // A kernel that doesn't count disks gives them no other name to tell by.
     let sequence = system::read(&disk.join("diskseq")).unwrap_or_default();
     let sequence = String::from_utf8(sequence).ok().filter(|text| !text.is_empty());
