@@ -243,9 +243,13 @@ impl Holding {
                 }
             }
             self.held.retain(|(name, _)| !ended.contains(name));
-            if is_called && self.connections.len() < CONNECTIONS {
-                self.connections.push(with_timeout(accept_with(listener, SocketFlags::CLOEXEC)?)?);
-                self.had_connection = true;
+            if is_called {
+                let connection = with_timeout(accept_with(listener, SocketFlags::CLOEXEC)?)?;
+                // One too many is closed: left where it is, it would be reported again and again.
+                if self.connections.len() < CONNECTIONS {
+                    self.connections.push(connection);
+                    self.had_connection = true;
+                }
             }
         }
         Ok(())
