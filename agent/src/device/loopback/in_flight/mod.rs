@@ -25,6 +25,10 @@
 //! a request that was answered already is refused by the kernel, which knows no such request any more.
 //! Reads, and flushes, may be executed any number of times.
 //!
+//! **What this does not cover**: of two overlapping writes that are both unanswered, the volume may execute the newer one first,
+//! where the older one waits for the activity log. Whoever had them under way at the same time, and read the older one's
+//! content after both, finds the newer one's after a kill. File systems have no two such writes under way.
+//!
 //! **Payloads** are read into blocks of the same memory. A small one is copied into a small block, then the slot is made
 //! to say so in one store; a large one stays where it was read. Disks and replicas take the payload from the block, unless
 //! too many are in use: then from a copy, so that a slow replica does not keep the kernel's requests out.
