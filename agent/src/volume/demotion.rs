@@ -92,8 +92,8 @@ impl Volume {
                     hands.end(Next::Reopen, move |_| drop(answer.send(Ok(demoted))));
                 }
                 undone => {
-                    let (next, failure) = undone_words(&hands, None, &undone, &why);
-                    hands.end(next, move |_| drop(answer.send(Err(failure))));
+                    let (next, text) = undone_words(&hands, None, &undone, &why);
+                    hands.end(next, move |_| drop(answer.send(Err(failed(text)))));
                 }
             }
         });
@@ -118,16 +118,23 @@ impl Volume {
         let retiring = self.take_out("handing over");
         spawn_local(async move {
             let hands = retiring.hands.clone();
-            let (next, done) = match retiring.hand_over(Some(&peer)).await {
+            let (undone, why) = match retiring.hand_over(Some(&peer)).await {
                 (Outcome::TakenOver { serves: true, .. }, _) => {
-                    (Next::Reopen, Ok(Switched { without_writes: began.elapsed() }))
+                    let switched = Switched { without_writes: began.elapsed() };
+                    return hands.end(Next::Reopen, move |_| drop(answer.send(Ok(switched))));
                 }
-                (undone, why) => {
-                    let (next, failure) = undone_words(&hands, Some(&peer), &undone, &why);
-                    (next, Err(failure))
-                }
+                undone => undone,
             };
-            hands.end(next, move |_| drop(answer.send(done)));
+            let (next, text) = undone_words(&hands, Some(&peer), &undone, &why);
+            let volume = hands.config.name.clone();
+            hands.end(next, move |role| {
+                let is_none = matches!(undone, Outcome::GoesOn(_)) && !matches!(role, OpenRole::Primary(..));
+                let but = match is_none {
+                    true => format!(", and could not become it again: blockmirror status {volume}"),
+                    false => String::new(),
+                };
+                drop(answer.send(Err(failed(format!("{text}{but}")))));
+            });
         });
     }
 
@@ -302,7 +309,7 @@ async fn leads(hands: &Hands, ours: Fence) -> Option<Fence> {
 }
 
 /// How this host goes on after a handover that was not carried out as it was meant to be, and the words for it.
-fn undone_words(hands: &Hands, to: Option<&PeerConfig>, undone: &Outcome, why: &str) -> (Next, Failure) {
+fn undone_words(hands: &Hands, to: Option<&PeerConfig>, undone: &Outcome, why: &str) -> (Next, String) {
     let volume = &hands.config.name;
     let name = to.map_or_else(String::new, |peer| peer.name.to_string());
     let not_taken = |reason: Reason| match reason {
@@ -311,7 +318,7 @@ fn undone_words(hands: &Hands, to: Option<&PeerConfig>, undone: &Outcome, why: &
         }
         Reason::Refused => format!("{name} does not take over ({why})"),
     };
-    let (next, text) = match undone {
+    match undone {
         Outcome::Undurable => {
             let text = "not everything could be made durable here; this host stays the primary";
             (Next::Reopen, text.to_owned())
@@ -343,6 +350,5 @@ fn undone_words(hands: &Hands, to: Option<&PeerConfig>, undone: &Outcome, why: &
                  On {name}: blockmirror status {volume}; if it is no primary: blockmirror promote {volume}, there or here"
             ),
         ),
-    };
-    (next, failed(text))
+    }
 }
