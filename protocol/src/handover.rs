@@ -104,7 +104,6 @@ pub struct Handover {
     ours: Fence,
     /// Who is to take over, if anybody.
     to: Option<HostId>,
-    released: Vec<HostId>,
     phase: Phase,
 }
 
@@ -133,7 +132,7 @@ impl Handover {
     /// Of a primary with this fence; `to` is to take over.
     #[must_use]
     pub fn new(ours: Fence, to: Option<HostId>) -> Self {
-        Self { ours, to, released: Vec::new(), phase: Phase::Closing }
+        Self { ours, to, phase: Phase::Closing }
     }
 
     /// What to do now, or how it ended. The same until an event is handled.
@@ -158,15 +157,6 @@ impl Handover {
         self.to
     }
 
-    /// Whether it is recorded that this host is a replica.
-    #[must_use]
-    pub fn is_recorded(&self) -> bool {
-        !matches!(
-            self.phase,
-            Phase::Closing | Phase::Recording | Phase::Ended(Outcome::Undurable | Outcome::Unrecorded)
-        )
-    }
-
     /// Takes what came of the step; anything else is ignored.
     pub fn handle(&mut self, event: Event) {
         let next = match (&self.phase, event) {
@@ -174,16 +164,12 @@ impl Handover {
             (Phase::Closing, Event::Closed(false)) => Phase::Ended(Outcome::Undurable),
             (Phase::Recording, Event::Recorded(true)) => Phase::Releasing,
             (Phase::Recording, Event::Recorded(false)) => Phase::Ended(Outcome::Unrecorded),
-            (Phase::Releasing, Event::Released(released)) => {
-                let next = match self.to {
-                    None => Phase::Ended(Outcome::Demoted(released.clone())),
-                    Some(to) if released.contains(&to) => Phase::TakingOver(to),
-                    // It may have recorded it, and its operator may have promoted it at once.
-                    Some(to) => Phase::Asking(to, 0, Before::Unreleased),
-                };
-                self.released = released;
-                next
-            }
+            (Phase::Releasing, Event::Released(released)) => match self.to {
+                None => Phase::Ended(Outcome::Demoted(released)),
+                Some(to) if released.contains(&to) => Phase::TakingOver(to),
+                // It may have recorded it, and its operator may have promoted it at once.
+                Some(to) => Phase::Asking(to, 0, Before::Unreleased),
+            },
             (Phase::TakingOver(_), Event::TookOver(fence)) if self.is_newer(fence) => {
                 Phase::Ended(Outcome::TakenOver { fence, serves: true })
             }
@@ -336,14 +322,14 @@ mod tests {
     #[test]
     fn nobody_is_told_before_it_is_recorded_here() {
         let mut handover = Handover::new(OURS, Some(OTHER));
-        for (event, step, is_recorded) in [
-            (None, Step::Close, false),
-            (Some(Event::Closed(true)), Step::Record, false),
-            (Some(Event::Recorded(true)), Step::Release, true),
-            (Some(Event::Released(vec![OTHER])), Step::TakeOver(OTHER), true),
+        for (event, step) in [
+            (None, Step::Close),
+            (Some(Event::Closed(true)), Step::Record),
+            (Some(Event::Recorded(true)), Step::Release),
+            (Some(Event::Released(vec![OTHER])), Step::TakeOver(OTHER)),
         ] {
             event.into_iter().for_each(|event| handover.handle(event));
-            assert_eq!((handover.step(), handover.is_recorded()), (Ok(step), is_recorded));
+            assert_eq!(handover.step(), Ok(step));
             // What is no answer to that changes nothing.
             for stray in [Event::Stands(None), standing(Role::Primary, THEIRS)] {
                 handover.handle(stray);
@@ -355,7 +341,7 @@ mod tests {
         {
             let first = matches!(event, Event::Recorded(_)).then_some(Event::Closed(true));
             let handover = after(first.into_iter().chain([event]));
-            assert_eq!((handover.step(), handover.is_recorded()), (Err(&outcome), false));
+            assert_eq!(handover.step(), Err(&outcome));
         }
     }
 

@@ -128,8 +128,8 @@ mod tests {
     use crate::config;
     use blockmirror_protocol::disk::superblock::Superblock;
     use blockmirror_protocol::lineage::Ends;
-    use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
-    use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, GenerationId, Position, Session, VolumeId};
+    use blockmirror_protocol::terms::{DataState, Fence};
+    use blockmirror_protocol::units::{BlockSize, CopyId, GenerationId, Position, VolumeId};
 
     fn lineage(text: &str) -> Vec<GenerationId> {
         text.bytes().map(|byte| GenerationId([byte; 16])).collect()
@@ -141,29 +141,15 @@ mod tests {
 
     /// Host a (1), which was superseded by b (2) and is a replica.
     fn resolver(generations: &str) -> Resolver {
+        let empty = Superblock::empty(VolumeId([1; 16]), CopyId([2; 16]), 1 << 20, BlockSize::default());
         let superblock = Superblock {
-            volume: VolumeId([1; 16]),
-            copy: CopyId([2; 16]),
-            size_bytes: 1 << 20,
-            block_size: BlockSize::default(),
-            role: Role::Replica,
             data: DataState::Consistent,
-            session: Session(0),
             fence: fence(2),
-            position: Position::default(),
             source: fence(2),
             lineage: lineage(generations),
             adopted: 1,
-            gap: 0,
-            layers: 0,
-            history: 0,
-            mode: Mode::Async,
-            promise: Promise::None,
-            released: false,
-            replaced: false,
-            run: Epoch(0),
-            ends: Ends::default(),
             agreed: 3,
+            ..empty
         };
         let side = Side { own: HostId([1; 32]), superblock, position: Position::default() };
         Resolver { volume: "data".parse().unwrap(), own_name: "a".to_owned(), side, openers: None }

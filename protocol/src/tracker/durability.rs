@@ -147,7 +147,7 @@ impl Tracker {
 #[cfg(test)]
 mod tests {
     use super::super::replies::ReplicaLoss;
-    use super::super::{Action, LocalWrite, RequestId, Tracker, Work, WriteFailed};
+    use super::super::{Action, Follower, LocalWrite, RequestId, Tracker, Work, WriteFailed};
     use crate::dirty_map::DirtyMap;
     use crate::promise::PATIENCE;
     use crate::ranges::ByteRange;
@@ -157,6 +157,33 @@ mod tests {
     use crate::units::{BlockSize, EXTENT_BYTES, GenerationId, HostId, Time, VolumeId};
     use std::time::Duration;
 
+    /// What is left for a test to see to.
+    enum Told {
+        Reply(RequestId, Result<(), WriteFailed>),
+        WriteMap(Follower),
+    }
+
+    /// Carries out what is asked of the disk and the state folder, but for maps.
+    fn carry_out(
+        tracker: &mut Tracker,
+        action: Action,
+        writes: LocalWrite,
+        syncs: bool,
+        now: Time,
+    ) -> Option<Told> {
+        match action {
+            Action::WriteLog { .. } => tracker.handle_log_written(true, now),
+            Action::WriteLocal { sequence, .. } => tracker.handle_local_written(sequence, writes, now),
+            Action::SyncLocal => tracker.handle_synced(syncs, now),
+            Action::BeginGeneration { .. } => tracker.handle_generation(Some(GenerationId([2; 16])), now),
+            Action::TellUpTo { .. } => tracker.handle_told(true, now),
+            Action::Reply { request, result } => return Some(Told::Reply(request, result)),
+            Action::Peer { peer, action: session::Action::WriteMap(_) } => return Some(Told::WriteMap(peer)),
+            Action::ReadDigest { .. } | Action::Peer { .. } => panic!("no replica is connected"),
+        }
+        None
+    }
+
     /// Carries out what the tracker asks for, on a disk whose writes and syncs succeed or fail, and gives the replies.
     fn settle(
         tracker: &mut Tracker,
@@ -165,17 +192,10 @@ mod tests {
     ) -> Vec<(RequestId, Result<(), WriteFailed>)> {
         let mut replies = Vec::new();
         while let Some(action) = tracker.poll_action() {
-            match action {
-                Action::WriteLog { .. } => tracker.handle_log_written(true, NOW),
-                Action::WriteLocal { sequence, .. } => tracker.handle_local_written(sequence, writes, NOW),
-                Action::SyncLocal => tracker.handle_synced(syncs, NOW),
-                Action::BeginGeneration { .. } => {
-                    tracker.handle_generation(Some(GenerationId([2; 16])), NOW);
-                }
-                Action::Reply { request, result } => replies.push((request, result)),
-                Action::TellUpTo { .. } | Action::ReadDigest { .. } | Action::Peer { .. } => {
-                    panic!("there is no peer")
-                }
+            match carry_out(tracker, action, writes, syncs, NOW) {
+                Some(Told::Reply(request, result)) => replies.push((request, result)),
+                Some(Told::WriteMap(_)) => panic!("there is no peer"),
+                None => {}
             }
         }
         replies
@@ -221,16 +241,20 @@ mod tests {
         assert_eq!(settle(&mut tracker, LocalWrite::Written, true), [(RequestId(4), Err(WriteFailed))]);
     }
 
-    /// The disk of the state folder gave errors while a replica was away: applications never got the error of a write
-    /// that had failed, and a stop waited for them.
-    #[test]
-    fn an_error_is_answered_and_the_volume_closes_though_no_map_can_be_written() {
+    /// A replica that lacks nothing, and is not connected.
+    fn away() -> Session {
         let (host, block_size) = (HostId([2; 32]), BlockSize::default());
         let mut map = DirtyMap::full(VolumeId([1; 16]), host, EXTENT_BYTES, block_size);
         map.clear(0..EXTENT_BYTES / block_size.bytes());
         map.take_changes();
-        let session = Session::new(host, map, EXTENT_BYTES, block_size, 1 << 20, Mode::Async);
-        let mut tracker = with(vec![session]);
+        Session::new(host, map, EXTENT_BYTES, block_size, 1 << 20, Mode::Async)
+    }
+
+    /// The disk of the state folder gave errors while a replica was away: applications never got the error of a write
+    /// that had failed, and a stop waited for them.
+    #[test]
+    fn an_error_is_answered_and_the_volume_closes_though_no_map_can_be_written() {
+        let mut tracker = with(vec![away()]);
         write(&mut tracker, 1, false);
         let mut replies = Vec::new();
         for second in 0..20 {
@@ -241,21 +265,10 @@ mod tests {
                 tracker.close(now);
             }
             while let Some(action) = tracker.poll_action() {
-                match action {
-                    Action::WriteLog { .. } => tracker.handle_log_written(true, now),
-                    Action::WriteLocal { sequence, .. } => {
-                        tracker.handle_local_written(sequence, LocalWrite::Failed, now);
-                    }
-                    Action::SyncLocal => tracker.handle_synced(true, now),
-                    Action::BeginGeneration { .. } => {
-                        tracker.handle_generation(Some(GenerationId([2; 16])), now);
-                    }
-                    Action::TellUpTo { .. } => tracker.handle_told(true, now),
-                    Action::Reply { request, result } => replies.push((request, result)),
-                    Action::Peer { peer, action: session::Action::WriteMap(_) } => {
-                        tracker.handle_map_written(peer, false, now);
-                    }
-                    Action::ReadDigest { .. } | Action::Peer { .. } => panic!("no replica is connected"),
+                match carry_out(&mut tracker, action, LocalWrite::Failed, true, now) {
+                    Some(Told::Reply(request, result)) => replies.push((request, result)),
+                    Some(Told::WriteMap(peer)) => tracker.handle_map_written(peer, false, now),
+                    None => {}
                 }
             }
         }
@@ -267,30 +280,15 @@ mod tests {
     /// later: an agent that was restarted kept its writers waiting for it.
     #[test]
     fn what_is_marked_before_the_end_is_written_at_once() {
-        let (host, block_size) = (HostId([2; 32]), BlockSize::default());
-        let mut map = DirtyMap::full(VolumeId([1; 16]), host, EXTENT_BYTES, block_size);
-        map.clear(0..EXTENT_BYTES / block_size.bytes());
-        map.take_changes();
-        let session = Session::new(host, map, EXTENT_BYTES, block_size, 1 << 20, Mode::Async);
-        let mut tracker = with(vec![session]);
+        let mut tracker = with(vec![away()]);
         let now = Time(Duration::from_secs(10));
         let mut maps = Vec::new();
         // Carries everything out but the writing of maps, and tells how many were to be written so far, the last one whose.
         let mut settle = |tracker: &mut Tracker| {
             while let Some(action) = tracker.poll_action() {
-                match action {
-                    Action::WriteLog { .. } => tracker.handle_log_written(true, now),
-                    Action::WriteLocal { sequence, .. } => {
-                        tracker.handle_local_written(sequence, LocalWrite::Written, now);
-                    }
-                    Action::SyncLocal => tracker.handle_synced(true, now),
-                    Action::BeginGeneration { .. } => {
-                        tracker.handle_generation(Some(GenerationId([2; 16])), now);
-                    }
-                    Action::TellUpTo { .. } => tracker.handle_told(true, now),
-                    Action::Reply { .. } => {}
-                    Action::Peer { peer, action: session::Action::WriteMap(_) } => maps.push(peer),
-                    Action::ReadDigest { .. } | Action::Peer { .. } => panic!("no replica is connected"),
+                if let Some(Told::WriteMap(peer)) = carry_out(tracker, action, LocalWrite::Written, true, now)
+                {
+                    maps.push(peer);
                 }
             }
             (maps.len(), maps.last().copied())
