@@ -90,11 +90,16 @@ pub enum Bug {
     CountRecovered,
     /// A primary that had another host take over goes on where it got no answer and that one is no primary yet (L5).
     GoOnUnanswered,
+    /// A primary that was demoted and promoted again writes before those follow it that had everything, and does not know
+    /// after a restart whom it waited for (W4).
+    WriteUnfollowed,
+    /// A primary that was set back gives numbers of sessions twice (X4).
+    ReuseSessions,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 40] = [
+    pub const ALL: [Self; 42] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -135,6 +140,8 @@ impl Bug {
         Self::ClaimLost,
         Self::CountRecovered,
         Self::GoOnUnanswered,
+        Self::WriteUnfollowed,
+        Self::ReuseSessions,
     ];
 }
 

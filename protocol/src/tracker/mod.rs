@@ -253,8 +253,13 @@ impl Tracker {
         let idle = self.idle.map(|(since, _)| since.after(IDLE_TIME));
         let sessions = self.sessions.values().filter_map(Session::poll_timeout);
         let full = self.full_since.map(|since| since.after(FULL_TIME));
-        let waits =
-            [self.reply_timeout(), self.agreement_timeout(), self.wait_timeout(), self.told_timeout()];
+        let waits = [
+            self.reply_timeout(),
+            self.agreement_timeout(),
+            self.wait_timeout(),
+            self.told_timeout(),
+            self.held_timeout(),
+        ];
         let others = [epoch, idle, full].into_iter().chain(waits);
         sessions.chain(others.flatten()).min()
     }
@@ -635,7 +640,7 @@ impl Tracker {
         self.start_sync();
         self.answer_failed();
         self.look_for_majority();
-        self.look_for_released();
+        self.look_for_released(now);
         self.settle(now);
         self.drive_sessions(now);
         self.end_waits(now);

@@ -49,6 +49,9 @@ impl Tracker {
 
     /// Claims extents for the pieces that arrived, in order, as far as the active set has room.
     pub(super) fn begin_arrivals(&mut self, now: Time) {
+        if self.holds_arrivals(now) {
+            return;
+        }
         while let Some(piece) = self.arrivals.front().copied() {
             if self.local.failed || self.leading.is_superseded {
                 self.arrivals.pop_front();

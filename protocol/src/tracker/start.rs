@@ -2,7 +2,9 @@
 //! hosts that it has not heard yet (L5). The operator chooses whether it serves all the same, or answers no write and no
 //! flush before a majority of the volume's hosts has spoken. Whoever knows of a promotion says so at once.
 
-use super::{Session, Tracker};
+use super::replies::ReplicaLoss;
+use super::{Session, Tracker, WriteFailed};
+use crate::planted::{Bug, planted};
 use crate::units::{HostId, Time};
 use std::collections::BTreeSet;
 
@@ -14,6 +16,8 @@ pub(super) struct Start {
     awaits: bool,
     /// Hosts that may have recorded that they have everything, before this one was promoted again.
     released: BTreeSet<HostId>,
+    /// Since when writes wait for these.
+    held_since: Option<Time>,
     /// Whether what waits for a majority fails now.
     pub(super) refuses: bool,
 }
@@ -53,17 +57,52 @@ impl Tracker {
     }
 
     /// This host was demoted in order and promoted again. Who had everything then may count as one that lacks nothing, until
-    /// it follows this promotion, too.
+    /// it follows this promotion, too. Until then nothing is written, so that each start finds out the same: a write would be
+    /// in the map of whoever is waited for.
     pub(super) fn await_released(&mut self) {
         let had_all = self.sessions.iter().filter(|(_, session)| session.map().is_clean());
         self.start.released = had_all.map(|(peer, _)| *peer).collect();
     }
 
     /// Whoever has answered this primary's greeting has recorded that it follows it; whoever is removed is nobody's.
-    pub(super) fn look_for_released(&mut self) {
+    pub(super) fn look_for_released(&mut self, now: Time) {
+        if self.start.released.is_empty() {
+            return;
+        }
         let sessions = &self.sessions;
         let follows = |host: &HostId| sessions.get(host).is_none_or(Session::is_heard);
         self.start.released.retain(|host| !follows(host));
+        if self.start.released.is_empty() {
+            self.start.held_since = None;
+        }
+        self.begin_arrivals(now);
+    }
+
+    /// Whether what arrives waits because hosts that were released do not follow yet. What has waited for longer than the
+    /// operator wants fails.
+    pub(super) fn holds_arrivals(&mut self, now: Time) -> bool {
+        // What fails anyway waits for nobody.
+        let is_over = self.local.failed || self.leading.is_superseded;
+        if self.start.released.is_empty() || is_over || planted(Bug::WriteUnfollowed) {
+            return false;
+        }
+        if !self.arrivals.is_empty() {
+            self.start.held_since.get_or_insert(now);
+        }
+        if self.start.refuses || self.held_timeout().is_some_and(|at| now >= at) {
+            self.start.held_since = None;
+            let held: BTreeSet<_> =
+                std::mem::take(&mut self.arrivals).into_iter().map(|piece| piece.request).collect();
+            held.into_iter().for_each(|request| self.answer(request, Err(WriteFailed)));
+        }
+        true
+    }
+
+    /// When what waits for hosts that were released fails.
+    pub(super) fn held_timeout(&self) -> Option<Time> {
+        let ReplicaLoss::Block { limit, .. } = self.loss else { return None };
+        let is_over = self.local.failed || self.leading.is_superseded;
+        self.start.held_since.filter(|_| !is_over).map(|since| since.after(limit))
     }
 
     /// The hosts that are waited for because they may count as such that lack nothing (W4).
@@ -157,6 +196,22 @@ mod tests {
         assert_eq!(write(&mut closed, 1, NOW), []);
         closed.wait_no_more(NOW);
         assert_eq!(answers(&mut closed, NOW), [(RequestId(1), false)]);
+        // What waits is in no map, so whoever starts next waits for the same.
+        let mut again = returned();
+        answers(&mut again, NOW);
+        assert_eq!(write(&mut again, 1, NOW), []);
+        for number in [1, 2] {
+            assert!(again.sessions[&host(number)].map().is_clean(), "{number}");
+        }
+        // Nor is it waited for longer than the operator wants.
+        let limit = Duration::from_secs(30);
+        let mut blocked = returned();
+        blocked.loss = ReplicaLoss::Block { min_replicas: 1, limit };
+        answers(&mut blocked, NOW);
+        assert_eq!(write(&mut blocked, 1, NOW), []);
+        assert_eq!(blocked.poll_timeout(), Some(NOW.after(limit)));
+        blocked.handle_timeout(NOW.after(limit));
+        assert_eq!(answers(&mut blocked, NOW.after(limit)), [(RequestId(1), false)]);
     }
 
     #[test]
