@@ -228,6 +228,29 @@ impl State {
         Ok((map, file))
     }
 
+    /// The same for a primary. Where there is none that holds, it says durably that all may differ, so that this host knows
+    /// when it is a replica that it wrote without this peer.
+    ///
+    /// # Errors
+    /// [`StateError`] when the file can't be opened or written, or is newer than this release.
+    pub async fn open_map_of_follower(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
+        let (map, file) = self.open_map(peer).await?;
+        if !map.base().is_none() {
+            return Ok((map, file));
+        }
+        let superblock = self.superblock();
+        self.replace_map(peer, &superblock)?;
+        self.open_map(peer).await
+    }
+
+    fn replace_map(&self, peer: HostId, superblock: &Superblock) -> Result<(), StateError> {
+        let Superblock { volume, size_bytes, block_size, .. } = *superblock;
+        let base = superblock.base_of_everything();
+        let file = DirtyMap::file_of_everything(volume, peer, size_bytes, block_size, base);
+        durable::replace(&self.folder.join(dirty_map::file_name(peer)), &file)
+            .map_err(|source| folder_error(&self.folder, source))
+    }
+
     /// The same, and whether the file was damaged.
     async fn recover_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>, bool), StateError> {
         let superblock = self.superblock();
@@ -289,19 +312,27 @@ impl State {
         }
     }
 
-    /// Removes the maps of hosts that are no peers any more: nobody marks in them, so they would lie if one came back.
+    /// The maps of hosts that are no peers any more say that all may differ: nobody marks in them, so they would lie if one
+    /// came back, and without them nobody would know that this host wrote since. Damaged ones count as that already.
     ///
     /// # Errors
-    /// [`StateError`] when the folder can't be read or a map can't be removed.
-    pub fn remove_other_maps(&self, peers: &[HostId]) -> Result<(), StateError> {
+    /// [`StateError`] when the folder can't be read or a map can't be written.
+    pub fn void_other_maps(&self, peers: &[HostId]) -> Result<(), StateError> {
         let error = |source| folder_error(&self.folder, source);
+        let superblock = self.superblock();
         let kept: Vec<String> = peers.iter().map(|peer| dirty_map::file_name(*peer)).collect();
         for entry in std::fs::read_dir(&self.folder).map_err(error)? {
             let entry = entry.map_err(error)?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with(dirty_map::FILE_PREFIX) && !kept.contains(&name) {
-                tracing::info!(map = %name, "removed the map of a host that is no peer any more");
-                durable::remove(&entry.path()).map_err(error)?;
+            if !name.starts_with(dirty_map::FILE_PREFIX) || kept.contains(&name) {
+                continue;
+            }
+            let file = stored::read_map(&entry.path()).map_err(error)?;
+            let Ok((_, header)) = dirty_map::Header::recover(&file.header) else { continue };
+            let is_void = header.full_from == 0 && header.base.adopted == superblock.adopted;
+            if !is_void || header.base.is_none() {
+                tracing::info!(map = %name, "all may differ from a host that is no peer any more");
+                self.replace_map(header.peer, &superblock)?;
             }
         }
         Ok(())

@@ -93,6 +93,26 @@ impl DirtyMap {
         }
     }
 
+    /// The whole file of a map that says, relative to `base`, that this peer may differ anywhere. A primary makes it for a peer
+    /// that it has no map of, and for a host that is a peer no more: nobody marks in its map, and either may come back with
+    /// a copy of before and be followed later (D1). Of a host that wrote there is always a map, or nobody knows it.
+    #[must_use]
+    pub fn file_of_everything(
+        volume: VolumeId,
+        peer: HostId,
+        size_bytes: u64,
+        block_size: BlockSize,
+        base: Base,
+    ) -> Vec<u8> {
+        let mut map = Self::full(volume, peer, size_bytes, block_size);
+        map.begin_anew(base);
+        let mut file = vec![0; page_offset(0) as usize];
+        if let Some((offset, page)) = map.take_changes().header {
+            file[offset as usize..offset as usize + PAGE_BYTES].copy_from_slice(&page[..]);
+        }
+        file
+    }
+
     /// The same map with no dirty block, relative to this: the peer holds exactly what this host does.
     #[must_use]
     pub fn clean(self, base: Base) -> Self {

@@ -394,3 +394,30 @@ fn a_peers_map_that_cannot_be_read_is_full() {
     let (map, is_damaged) = map_of(full(), Path::new("map"), unreadable, superblock.adopted).unwrap();
     assert!(map.is_full() && is_damaged);
 }
+
+/// A host wrote without a peer that was removed, forgot that, and was followed by nobody's map when that one came back with a
+/// copy of before.
+#[test]
+fn what_is_written_without_a_host_is_known_when_it_comes_back() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = open_with(Engine::Automatic).unwrap();
+        let state = State::create(folder.path(), storage, pool(), &superblock()).await.unwrap();
+        let (removed, met, new) = (HostId([6; 32]), HostId([7; 32]), HostId([8; 32]));
+        for peer in [removed, met] {
+            let (map, file) = state.open_map_of_follower(peer).await.unwrap();
+            let mut map = map.clean(base());
+            state.write_map(&file, map.take_changes()).await.unwrap();
+        }
+        state.void_other_maps(&[met, new]).unwrap();
+        state.open_map_of_follower(new).await.unwrap();
+        let maps = state.valid_maps(&[removed, met, new]).await.unwrap();
+        let full: Vec<bool> = maps.values().map(DirtyMap::is_full).collect();
+        assert_eq!((maps.len(), full), (3, vec![true, false, true]));
+        // A map that was voided stays so, until another's content is adopted.
+        state.void_other_maps(&[met, new]).unwrap();
+        assert!(state.valid_maps(&[removed]).await.unwrap()[&removed].is_full());
+        state.change_superblock(|superblock| superblock.adopted += 1).await.unwrap();
+        assert!(state.valid_maps(&[removed, met, new]).await.unwrap().is_empty());
+    });
+}

@@ -124,14 +124,14 @@ impl Primary {
         state.change_superblock(|superblock| superblock.begin_run(run)).await?;
         let superblock = state.superblock();
         let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
-        state.remove_other_maps(&hosts)?;
+        state.void_other_maps(&hosts)?;
         let log = state.recover_log().await?;
         if let Recovered::Unsure { .. } = log {
             tracing::warn!("the activity log's newest record is not whole: all blocks count as dirty");
         }
         let (mut sessions, mut maps) = (Vec::new(), HashMap::new());
         for (peer, mode) in config.peers.iter().map(PeerConfig::wanted) {
-            let (map, file) = state.open_map(peer).await?;
+            let (map, file) = state.open_map_of_follower(peer).await?;
             let (size, block_size) = (superblock.size_bytes, superblock.block_size);
             sessions.push(Session::new(peer, map, size, block_size, config.window.0, mode));
             maps.insert(peer, file);
@@ -265,7 +265,7 @@ impl Primary {
         mode: Mode,
         window_bytes: u64,
     ) -> Result<(), crate::metadata::StateError> {
-        let (map, file) = self.state.open_map(peer).await?;
+        let (map, file) = self.state.open_map_of_follower(peer).await?;
         let superblock = self.state.superblock();
         let session =
             Session::new(peer, map, superblock.size_bytes, superblock.block_size, window_bytes, mode);
@@ -282,11 +282,11 @@ impl Primary {
         self.inner.borrow().maps.contains_key(&peer)
     }
 
-    /// A replica is one no more: nothing waits for it, and its map is gone (X3). Its link goes on until it is ended. Nothing
+    /// A replica is one no more: nothing waits for it, and its map says that all may differ (X3). Its link goes on until it is ended. Nothing
     /// is done where the volume is opened anew meanwhile: the maps are another one's now, which knows who its peers are.
     ///
     /// # Errors
-    /// [`crate::metadata::StateError`] when its map can't be removed; the next start tries again.
+    /// [`crate::metadata::StateError`] when its map can't be written; the next start tries again.
     pub fn remove_peer(&self, peer: HostId) -> Result<(), crate::metadata::StateError> {
         if self.retired.get() {
             return Ok(());
@@ -297,7 +297,7 @@ impl Primary {
             inner.copies.retain(|(follower, _), _| follower.host != peer);
             inner.maps.keys().copied().collect()
         });
-        self.state.remove_other_maps(&others)
+        self.state.void_other_maps(&others)
     }
 
     /// The operator chose other modes, or what happens while a replica is lost.

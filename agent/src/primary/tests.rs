@@ -7,8 +7,9 @@ use crate::metadata::tests::superblock;
 use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
 use crate::storage::{Engine, open_with};
-use blockmirror_protocol::disk::dirty_map;
+use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::units::{CopyId, GenerationId};
 use std::io;
 use std::path::Path;
 
@@ -127,19 +128,24 @@ fn a_write_that_finds_no_room_is_answered_so_and_the_next_one_goes_well() {
 
 /// The task that ends the session of a host which was removed took away maps of the volume that was opened anew meanwhile.
 #[test]
-fn a_primary_that_was_retired_takes_away_nobodys_map() {
+fn a_primary_that_was_retired_voids_nobodys_map() {
     run(async {
         let folder = tempfile::tempdir().expect("a folder");
         let (primary, _) = open(folder.path()).await;
-        let map = folder.path().join("state").join(dirty_map::file_name(HostId([2; 32])));
-        let leave = |primary: &Primary| {
-            std::fs::write(&map, []).expect("a file");
+        let other = HostId([2; 32]);
+        let leave = async |primary: &Primary| {
+            let (map, file) = primary.state.open_map(other).await.expect("a map");
+            let adopted = primary.state.superblock().adopted;
+            let base = Base { copy: CopyId([2; 16]), generation: GenerationId([1; 16]), adopted };
+            let mut map = map.clean(base);
+            primary.state.write_map(&file, map.take_changes()).await.expect("it is written");
+            drop(file);
             primary.remove_peer(HostId([3; 32])).expect("it is left");
-            map.exists()
+            primary.state.open_map(other).await.expect("a map").0.is_full()
         };
-        assert!(!leave(&primary), "nobody else uses the folder");
+        assert!(leave(&primary).await, "nobody else uses the folder");
         primary.retire();
-        assert!(leave(&primary));
+        assert!(!leave(&primary).await);
     });
 }
 

@@ -27,6 +27,7 @@
 //! the first epoch of the run after it (8), with which that was settled. It had no run: the position of a primary told it.
 //! Nobody was asked whether he agreed: whoever was followed by then is agreed to.
 
+use super::dirty_map::Base;
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
 use crate::lineage::{self, Ends};
 pub use crate::terms::Role;
@@ -204,6 +205,13 @@ impl Superblock {
             ends: Ends::default(),
             agreed: 0,
         }
+    }
+
+    /// What the map of a peer is relative to that a primary has none of: it may differ anywhere.
+    #[must_use]
+    pub fn base_of_everything(&self) -> Base {
+        let generation = self.lineage.first().copied().unwrap_or_default();
+        Base { generation, adopted: self.adopted, ..Base::default() }
     }
 
     /// Whether this host gave its content up, or brought it back, and has adopted nothing since (L6): what others remember

@@ -195,7 +195,10 @@ impl Session {
     /// The replica may have this host's word from before, whatever is known here.
     pub(crate) fn keep_word(&mut self, patience: Duration, until: Option<Time>) {
         self.patience = patience;
-        let may_have_it = self.mode == Mode::Sync && !self.map.base().is_none();
+        // Of one that this host never met, all differs from no copy.
+        let base = self.map.base();
+        let was_met = !base.copy.is_none() || !base.is_none() && !self.map.is_full();
+        let may_have_it = self.mode == Mode::Sync && was_met;
         self.promised = self.promised.max(until.filter(|_| may_have_it));
     }
 

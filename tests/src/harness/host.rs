@@ -82,6 +82,8 @@ pub struct Host {
     pub agreed: u64,
     /// What the disk must still hold, as a replica whose presence flushes waited for.
     pub expected: Option<Expected>,
+    /// Whether nobody but its agent that runs knows that a primary was set back.
+    pub must_remember: bool,
     /// Whether the promotion that is under way was not objected to.
     pub is_promoted_by_rule: bool,
     /// Whether nothing but its primary's word speaks for it.
@@ -190,6 +192,7 @@ impl Host {
             kept: None,
             agreed: u64::from(is_first),
             expected: None,
+            must_remember: false,
             is_promoted_by_rule: false,
             is_promoted_on_word: false,
             promoted_after: 0,
@@ -304,6 +307,25 @@ impl Host {
         map
     }
 
+    /// The map of a peer that a primary begins to send to: where there is none that holds, all may differ.
+    pub(super) fn begin_map(&mut self, peer: usize) {
+        if self.recover_map(peer).base().is_none() {
+            self.void_map(peer);
+        }
+    }
+
+    /// Nobody marks any more what a peer lacks.
+    pub(super) fn void_map(&mut self, peer: usize) {
+        let Superblock { size_bytes, block_size, .. } = self.superblock;
+        let base = self.superblock.base_of_everything();
+        let file = DirtyMap::file_of_everything(VOLUME, host_id(peer), size_bytes, block_size, base);
+        let name = dirty_map::file_name(host_id(peer));
+        self.files.remove(&name);
+        for (page, offset) in file.chunks(PAGE_BYTES).zip((0..).step_by(PAGE_BYTES)) {
+            self.files.write_now(&name, offset, page.try_into().expect("it is a page"));
+        }
+    }
+
     /// The superblock as it is to be written. One that could not be written is written in the same place again.
     pub(super) fn superblock_batches(&self) -> VecDeque<Batch> {
         let serial = self.serial + 1;
@@ -412,6 +434,9 @@ impl World {
 
     /// Crashes a host that runs, and plans its start.
     pub fn take_down(&mut self, host: usize, crash: Crash) {
+        if self.hosts[host].must_remember {
+            return;
+        }
         if self.hosts[host].is_up() {
             self.crash(host, crash);
         }

@@ -5,7 +5,6 @@ use super::freezing::ASKING;
 use super::host::{Shell, host_id, host_number};
 use super::links::{Channel, LinkId, Packet};
 use super::world::{Event, World};
-use blockmirror_protocol::disk::dirty_map;
 use blockmirror_protocol::membership;
 use blockmirror_protocol::session::Session;
 use blockmirror_protocol::succession::{Heard, Judgement, Succeeded, Weight};
@@ -208,6 +207,7 @@ impl World {
     fn begin_session_with(&mut self, primary: usize, host: usize) {
         let (now, window, mode) = (Time(self.now), self.settings.window_bytes, self.settings.modes[host]);
         let it = &mut self.hosts[primary];
+        it.begin_map(host);
         let (size, block_size) = (it.superblock.size_bytes, it.superblock.block_size);
         let session = Session::new(host_id(host), it.recover_map(host), size, block_size, window, mode);
         it.tracker_mut().expect("it is primary").add_session(session, now);
@@ -236,7 +236,7 @@ impl World {
         let left = match &mut it.shell {
             Shell::Primary(shell) => {
                 shell.tracker.remove_session(host_id(peer), now);
-                it.files.remove(&dirty_map::file_name(host_id(peer)));
+                it.void_map(peer);
                 self.excuse(host, peer);
                 self.hosts[host].members.peers()
             }

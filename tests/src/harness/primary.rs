@@ -92,7 +92,7 @@ impl World {
     /// waits for replicas also waits for a majority of the hosts.
     pub(super) fn start_primary(&mut self, host: usize, starts: bool) {
         let peers = self.hosts[host].members.peers();
-        self.remove_other_maps(host);
+        self.void_other_maps(host);
         let it = &mut self.hosts[host];
         let run = it.superblock.next_run();
         it.superblock.begin_run(run.expect("a run is left"));
@@ -142,14 +142,18 @@ impl World {
         self.plan_request(host);
     }
 
-    /// The maps of hosts that are none of the volume's any more go.
-    fn remove_other_maps(&mut self, host: usize) {
+    /// The maps of hosts that are none of the volume's any more say that all may differ.
+    fn void_other_maps(&mut self, host: usize) {
+        let hosts = self.hosts.len();
         let it = &mut self.hosts[host];
-        let kept: Vec<String> =
-            it.members.peers().into_iter().map(|peer| dirty_map::file_name(host_id(peer))).collect();
-        for name in it.files.names() {
-            if name.starts_with(dirty_map::FILE_PREFIX) && !kept.contains(&name) {
-                it.files.remove(&name);
+        let peers = it.members.peers();
+        let names = it.files.names();
+        for other in (0..hosts).filter(|other| *other != host) {
+            let is_there = names.contains(&dirty_map::file_name(host_id(other)));
+            match peers.contains(&other) {
+                true => it.begin_map(other),
+                false if is_there => it.void_map(other),
+                false => {}
             }
         }
     }
