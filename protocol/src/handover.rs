@@ -22,8 +22,9 @@ const QUESTIONS: u32 = 3;
 pub enum Step {
     /// Take no more requests, and make durable what was taken.
     Close,
-    /// Record durably that this host is a replica ([`End::record`]).
-    Record,
+    /// Record durably that this host is a replica ([`End::record`]): in order, or because another host was promoted with this
+    /// fence.
+    Record(Option<Fence>),
     /// Tell the replicas in sync that they have everything, and wait for some time until they have recorded it.
     Release,
     /// Have this host take over. It is told once: what comes late would count twice.
@@ -39,6 +40,9 @@ pub enum Step {
 pub enum Event {
     /// Everything is durable here, or it can't be.
     Closed(bool),
+    /// Another host was promoted with this fence. Counts until it is recorded here that this host is a replica: whoever is a
+    /// replica hears it from the greeting.
+    Superseded(Fence),
     /// It is recorded, or that failed.
     Recorded(bool),
     /// These have recorded that they have everything.
@@ -111,6 +115,8 @@ pub struct Handover {
 enum Phase {
     Closing,
     Recording,
+    /// Another host was promoted with this fence before it was recorded.
+    RecordingSuperseded(Fence),
     Releasing,
     TakingOver(HostId),
     /// Asking how it stands, for the time after so many; and what came before.
@@ -142,7 +148,8 @@ impl Handover {
     pub fn step(&self) -> Result<Step, &Outcome> {
         match &self.phase {
             Phase::Closing => Ok(Step::Close),
-            Phase::Recording => Ok(Step::Record),
+            Phase::Recording => Ok(Step::Record(None)),
+            Phase::RecordingSuperseded(fence) => Ok(Step::Record(Some(*fence))),
             Phase::Releasing => Ok(Step::Release),
             Phase::TakingOver(host) => Ok(Step::TakeOver(*host)),
             Phase::Asking(host, ..) => Ok(Step::Ask(*host)),
@@ -163,7 +170,16 @@ impl Handover {
             (Phase::Closing, Event::Closed(true)) => Phase::Recording,
             (Phase::Closing, Event::Closed(false)) => Phase::Ended(Outcome::Undurable),
             (Phase::Recording, Event::Recorded(true)) => Phase::Releasing,
-            (Phase::Recording, Event::Recorded(false)) => Phase::Ended(Outcome::Unrecorded),
+            (Phase::Recording | Phase::RecordingSuperseded(_), Event::Recorded(false)) => {
+                Phase::Ended(Outcome::Unrecorded)
+            }
+            // Nobody is released by it: what it answered is missing there.
+            (Phase::Closing | Phase::Recording, Event::Superseded(fence)) if self.is_newer(fence) => {
+                Phase::RecordingSuperseded(fence)
+            }
+            (Phase::RecordingSuperseded(fence), Event::Recorded(true)) => {
+                Phase::Ended(Outcome::TakenOver { fence: *fence, serves: false })
+            }
             (Phase::Releasing, Event::Released(released)) => match self.to {
                 None => Phase::Ended(Outcome::Demoted(released)),
                 Some(to) if released.contains(&to) => Phase::TakingOver(to),
@@ -324,7 +340,7 @@ mod tests {
         let mut handover = Handover::new(OURS, Some(OTHER));
         for (event, step) in [
             (None, Step::Close),
-            (Some(Event::Closed(true)), Step::Record),
+            (Some(Event::Closed(true)), Step::Record(None)),
             (Some(Event::Recorded(true)), Step::Release),
             (Some(Event::Released(vec![OTHER])), Step::TakeOver(OTHER)),
         ] {
@@ -343,6 +359,30 @@ mod tests {
             let handover = after(first.into_iter().chain([event]));
             assert_eq!(handover.step(), Err(&outcome));
         }
+    }
+
+    /// It was demoted in order, which agrees to whoever is promoted next, and what it had answered was overwritten.
+    #[test]
+    fn a_promotion_that_is_heard_of_before_it_is_recorded_ends_it() {
+        let superseded = || Event::Superseded(THEIRS);
+        let closed = [Event::Closed(true)];
+        for before in [&closed[..0], &closed[..]] {
+            let mut handover = after(before.iter().cloned());
+            // One that is no newer, or that this host can't have been followed by, changes nothing.
+            handover.handle(Event::Superseded(OURS));
+            handover.handle(Event::Superseded(Fence { counter: u64::MAX, ..THEIRS }));
+            assert!(matches!(handover.step(), Ok(Step::Close | Step::Record(None))), "{handover:?}");
+            handover.handle(superseded());
+            assert_eq!(handover.step(), Ok(Step::Record(Some(THEIRS))));
+            handover.handle(Event::Recorded(true));
+            assert_eq!(handover.step(), Err(&Outcome::TakenOver { fence: THEIRS, serves: false }));
+        }
+        let unrecorded = after([superseded(), Event::Recorded(false)]);
+        assert_eq!(unrecorded.step(), Err(&Outcome::Unrecorded));
+        // A replica hears it from the greeting.
+        let mut recorded = after([Event::Closed(true), Event::Recorded(true)]);
+        recorded.handle(superseded());
+        assert_eq!(recorded.step(), Ok(Step::Release));
     }
 
     #[test]

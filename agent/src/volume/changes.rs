@@ -19,6 +19,7 @@ use blockmirror_protocol::succession::{Judgement, Succeeded, Weight};
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Refusal, Removal};
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
@@ -82,6 +83,8 @@ pub(super) struct Changing {
     pub(super) words: &'static str,
     /// How far it is.
     pub(super) progress: Rc<Progress>,
+    /// See [`Hands::told`].
+    told: Rc<RefCell<Vec<Succeeded>>>,
 }
 
 /// What a change needs besides the shell.
@@ -91,7 +94,18 @@ pub(super) struct Hands {
     pub(super) own: HostId,
     pub(super) peers: Peers,
     pub(super) progress: Rc<Progress>,
+    /// What members said of promotions since the change began.
+    pub(super) told: Rc<RefCell<Vec<Succeeded>>>,
     events: UnboundedSender<Event>,
+}
+
+impl Changing {
+    fn hear_of(&self, told: Succeeded) {
+        let mut known = self.told.borrow_mut();
+        if !known.contains(&told) {
+            known.push(told);
+        }
+    }
 }
 
 impl Hands {
@@ -99,6 +113,16 @@ impl Hands {
     pub(super) fn end(&self, next: Next, then: impl FnOnce(&OpenRole) + 'static) {
         // Nobody listens any more when the agent has ended meanwhile.
         drop(self.events.send(Event::Changed(next, Box::new(then))));
+    }
+
+    /// The fence of another host that was promoted, as a member has said since the change began.
+    pub(super) async fn heard_of(&self) -> Option<Fence> {
+        loop {
+            let told = self.told.borrow_mut().pop()?;
+            if self.judge(told).await.0 == Judgement::Superseded {
+                return Some(told.fence);
+            }
+        }
     }
 
     /// What is to be made of a member's word that another host was promoted, and which removals the others tell of.
@@ -135,7 +159,11 @@ impl Volume {
     /// From here on the shell is in the hands of the task that this is for.
     pub(super) fn begin_change(&mut self, words: &'static str) -> Hands {
         let hands = self.hands();
-        self.role = OpenRole::Changing(Changing { words, progress: hands.progress.clone() });
+        self.role = OpenRole::Changing(Changing {
+            words,
+            progress: hands.progress.clone(),
+            told: hands.told.clone(),
+        });
         hands
     }
 
@@ -146,6 +174,7 @@ impl Volume {
             own: self.surroundings.own.host,
             peers: self.surroundings.peers.clone(),
             progress: Rc::default(),
+            told: Rc::default(),
             events: self.events.clone(),
         }
     }
@@ -234,7 +263,11 @@ impl Volume {
     /// knows that the speaker was removed (X3), and the one that was promoted, which knows best (X2). One that can't be
     /// asked, as when it has just died, stands against nothing: two that write are worse.
     fn hear_of(&mut self, told: Succeeded) {
-        let OpenRole::Primary(primary, _) = &self.role else { return };
+        let primary = match &self.role {
+            OpenRole::Primary(primary, _) => primary,
+            OpenRole::Changing(change) => return change.hear_of(told),
+            OpenRole::Replica(_) | OpenRole::Closed(_) => return,
+        };
         let doubt = match self.claims.borrow_mut().hear(told) {
             Weight::Nothing => return,
             Weight::Denied => None,

@@ -234,7 +234,13 @@ impl Retiring {
             let came = match (handover.step(), to) {
                 (Err(outcome), _) => break outcome.clone(),
                 (Ok(Step::Close), _) => Came::Closed(self.close().await),
-                (Ok(Step::Record), _) => {
+                (Ok(Step::Record(by)), _) => {
+                    if let Some(fence) = by {
+                        self.primary.supersede(fence);
+                    } else if let Some(fence) = self.hands.heard_of().await {
+                        handover.handle(Came::Superseded(fence));
+                        continue;
+                    }
                     let recorded = self.primary.record_demotion().await;
                     Came::Recorded(recorded.map_err(|error| why = with_causes(&error)).is_ok())
                 }

@@ -3,9 +3,11 @@
 
 use super::disk::Crash;
 use super::host::{Host, Shell, host_id, host_number};
+use super::roles::generation;
 use super::world::{Event, World};
 use blockmirror_protocol::handover::{End, Event as Came, Handover, Outcome, Step};
 use blockmirror_protocol::succession::{self, Candidate};
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::Time;
 use std::time::Duration;
 
@@ -65,12 +67,28 @@ impl World {
                     return self.came(host, Came::Closed(is_closed));
                 }
             }
-            Ok(Step::Record) => {
-                if now < it.state_fails_until {
+            Ok(Step::Record(by)) => {
+                // Changes of the superblock are made one after the other.
+                let is_recording = matches!(&it.shell, Shell::Primary(shell) if shell.is_recording());
+                if now < it.state_fails_until || is_recording {
                     return false;
                 }
-                let end = End::in_order(it.tracker().expect("it is closed"), it.superblock.fence);
-                self.record_demotion(host, end, None);
+                let tracker = it.tracker().expect("it is not recorded yet");
+                let end = match by {
+                    Some(fence) => End::superseded(tracker, fence),
+                    None => End::in_order(tracker, it.superblock.fence),
+                };
+                let number = self.next_operation();
+                let own = end.needs_generation().then(|| generation(host, number));
+                if by.is_some() {
+                    self.crash(host, Crash::Process);
+                    self.hosts[host].recover_superblock();
+                    self.record_demotion(host, end, own);
+                    self.note(|| format!("host {host} has stepped down for another promotion"));
+                    self.start(host);
+                    return false;
+                }
+                self.record_demotion(host, end, own);
                 self.hosts[host].demotion.as_mut().expect("it is being demoted").until = now + RELEASE;
                 self.plan(RELEASE, Event::StepDown(host, life));
                 return self.came(host, Came::Recorded(true));
@@ -127,6 +145,14 @@ impl World {
         if self.hosts[host].life == life && self.hosts[host].demotion.is_some() {
             self.came(host, came);
             self.go_on_demoting();
+        }
+    }
+
+    /// A primary that is being demoted hears that another host was promoted with this fence.
+    pub(super) fn superseded_amid_demotion(&mut self, host: usize, fence: Fence) {
+        let demotion = self.hosts[host].demotion.as_ref().expect("it is being demoted");
+        if let Ok(Step::Close | Step::Record(None)) = demotion.handover.step() {
+            self.came(host, Came::Superseded(fence));
         }
     }
 

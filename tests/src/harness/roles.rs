@@ -27,8 +27,10 @@ impl World {
         let delay = self.random.up_to(outage);
         let it = &mut self.hosts[host];
         let life = it.life;
-        // One that is being demoted takes none either, and hears it when it is a replica.
-        if it.demotion.is_some() || !it.superseded.is_none_or(|known| fence.supersedes(known)) {
+        if it.demotion.is_some() {
+            return self.superseded_amid_demotion(host, fence);
+        }
+        if !it.superseded.is_none_or(|known| fence.supersedes(known)) {
             return;
         }
         let Some(tracker) = it.tracker_mut() else { return };
