@@ -6,9 +6,12 @@ use super::links::LinkId;
 use super::world::{Event, World};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
+use std::time::Duration;
 
 /// How long a link stalls at most, as often as the longest outage.
 const STALL_OUTAGES: u32 = 20;
+/// How long a demotion takes when nothing is in its way.
+const RELEASED: Duration = Duration::from_millis(1100);
 
 impl World {
     /// Lets something go wrong, and plans the next time.
@@ -26,7 +29,7 @@ impl World {
         let link = self.random.pick(&links);
         let crash = self.random.pick(&[Crash::Process, Crash::Power]);
         // What was promised to a promoted copy that was set back, nobody can know.
-        if !self.settings.has_operators && self.random.once_in(5) {
+        if !self.settings.has_operators && self.random.once_in(self.settings.set_backs) {
             let host = self.random.pick(&[primary, link.listener]);
             return self.set_back(host);
         }
@@ -46,6 +49,9 @@ impl World {
         }
         if self.settings.has_operators && self.random.once_in(10) {
             return self.isolate(link);
+        }
+        if self.settings.has_operators && self.random.once_in(self.settings.returns) {
+            return self.return_alone(link);
         }
         match self.random.below(if self.settings.bad_sectors { 20 } else { 16 }) {
             0..=3 => self.cut(link),
@@ -136,9 +142,48 @@ impl World {
         }
         let is_peer = self.hosts[link.dialler].members.contains(link.listener);
         if self.settings.members_change && is_peer && self.random.once_in(2) {
-            // Another operator thinks that it is gone for good.
+            // Another operator thinks that it is gone for good; and at times its own one thinks so of that one.
             self.remove_member(link.dialler, link.listener);
+            if self.hosts[link.listener].is_up() && self.random.once_in(2) {
+                self.remove_member(link.listener, link.dialler);
+                self.plan(wait, Event::Promote(link.listener, life));
+            }
         }
+    }
+
+    /// A primary is demoted and promoted again, with or without force, and from then on reaches nobody. An operator wants to
+    /// promote a replica later.
+    fn return_alone(&mut self, link: LinkId) {
+        self.demote(link.dialler, None);
+        let wait = self.random.up_to(self.settings.outage);
+        self.plan(RELEASED + wait, Event::ReturnAlone(link));
+    }
+
+    /// It goes on when the primary is a replica.
+    pub(super) fn has_returned(&mut self, link: LinkId) {
+        let (host, replica) = (link.dialler, link.listener);
+        if !self.is_rough || self.primaries().contains(&host) {
+            return;
+        }
+        match self.random.once_in(3) {
+            true => self.promote(host),
+            false => self.promote_by_rule(host),
+        }
+        let time = self.settings.outage * STALL_OUTAGES;
+        self.note(|| format!("host {host} is alone for {time:?}"));
+        for other in (0..self.hosts.len()).filter(|other| *other != host) {
+            for link in [LinkId::new(host, other), LinkId::new(other, host)] {
+                self.cut(link);
+                self.links[link].stalled_until = self.now + time;
+            }
+        }
+        if !self.random.once_in(3) {
+            let wait = self.random.up_to(self.settings.outage);
+            self.plan(wait, Event::Restart(host));
+        }
+        let life = self.hosts[replica].life;
+        let wait = self.random.up_to(time);
+        self.plan(wait, Event::PromoteByRule(replica, life));
     }
 
     /// The disk of a primary or of a replica is lost, and recovered from any other host.

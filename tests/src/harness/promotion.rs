@@ -104,7 +104,10 @@ impl World {
         }
         it.promises = Promises::of(&it.disk);
         for other in &mut self.hosts {
-            other.expected.take_if(|expected| expected.primary == host);
+            // Whoever was released by it may be promoted without a word until it follows this promotion. Force waits for
+            // nobody.
+            let is_released = other.superblock.released && other.superblock.fence.holder == host_id(host);
+            other.expected.take_if(|expected| expected.primary == host && !(is_by_rule && is_released));
         }
         let it = &mut self.hosts[host];
         it.agrees_up_to(it.superblock.fence.counter);

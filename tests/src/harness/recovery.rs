@@ -88,7 +88,7 @@ impl World {
         }
         it.disk = Disk::holding(self.settings.sector_bytes[host], sectors);
         (it.layers, it.kept, it.expected) = (Layers::default(), None, None);
-        it.is_set_back = true;
+        (it.is_set_back, it.must_remember) = (true, false);
         let is_image = content != Content::Mixture;
         it.known_lives = if is_image { known_lives } else { BTreeSet::new() };
         match it.superblock.role {

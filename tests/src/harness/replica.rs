@@ -2,9 +2,10 @@
 
 use super::disk::{Data, DiskOperation, Ended, Value};
 use super::files::{Batch, FileOperation};
-use super::host::{Host, Shell, host_id};
+use super::host::{Host, Shell, host_id, host_number};
 use super::links::{Channel, LinkId, Packet};
 use super::primary::digest;
+use super::promises::{Expected, Promises};
 use super::world::{Event, World};
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::superblock::Superblock;
@@ -102,6 +103,15 @@ impl ReplicaShell {
     #[must_use]
     pub fn held_payloads(&self) -> usize {
         self.payloads.len()
+    }
+}
+
+impl Host {
+    /// It was released: until it follows another promotion it must have all that its primary answers.
+    pub(super) fn expects_all(&mut self) {
+        let promises = Promises::of(&self.disk);
+        let primary = host_number(self.superblock.fence.holder);
+        self.expected = Some(Expected { primary, promises: promises.clone(), all: promises });
     }
 }
 
@@ -437,9 +447,10 @@ impl World {
                     it.mirror.state_is_durable(&change);
                     if change == StateChange::Release {
                         it.is_handed_on();
+                        it.expects_all();
                     }
                     if matches!(change, StateChange::Commit { .. }) {
-                        it.is_set_back = false;
+                        (it.is_set_back, it.must_remember) = (false, false);
                         it.expected.take_if(|expected| Some(expected.primary) != source);
                     }
                     self.learn_lives(host, &change);

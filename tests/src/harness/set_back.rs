@@ -4,7 +4,7 @@
 use super::disk::{Crash, Disk};
 use super::files::Files;
 use super::gap::{HistoryPoint, Layers};
-use super::host::Host;
+use super::host::{Host, Shell};
 use super::mirror::Mirror;
 use super::promises::Promises;
 use super::recovery::Adopting;
@@ -13,7 +13,7 @@ use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::terms::DataState;
-use blockmirror_protocol::units::Mark;
+use blockmirror_protocol::units::{Mark, Session};
 use std::collections::BTreeSet;
 
 /// What a power loss left on a host's disks, and what the model knew of it then.
@@ -34,12 +34,13 @@ impl World {
     /// A host loses power. At times its disks are remembered then; at other times they are what they were when
     /// they were remembered last.
     pub(super) fn set_back(&mut self, host: usize) {
-        if !self.hosts[host].is_up() {
+        if !self.hosts[host].is_up() || self.hosts[host].must_remember {
             return;
         }
         self.crash(host, Crash::Power);
         match self.hosts[host].snapshot.clone() {
             Some(snapshot) if !self.random.once_in(4) && self.would_notice(host, &snapshot) => {
+                self.must_remember(host, &snapshot);
                 self.restore_snapshot(host, snapshot);
             }
             _ => {
@@ -81,10 +82,25 @@ impl World {
                 match superblock.data {
                     _ if other.is_primary() => is_noticed_by(other),
                     DataState::Empty => true,
-                    DataState::Inconsistent => has_more || other.mark().session > before.session,
+                    DataState::Inconsistent => {
+                        has_more || other.mark().session > before.session || other.remembers(before.session)
+                    }
                     DataState::Consistent => has_more,
                 }
             }),
+        }
+    }
+
+    /// The agents of those that know by nothing durable that a primary is set back don't end before it was told.
+    fn must_remember(&mut self, host: usize, snapshot: &Snapshot) {
+        let before = superblock_of(&snapshot.files);
+        if before.role != Role::Primary {
+            return;
+        }
+        for other in self.hosts.iter_mut().filter(|other| other.number != host) {
+            let knows = other.mark().session > before.session;
+            let is_whole = other.durable_superblock().data != DataState::Inconsistent;
+            other.must_remember = !knows && !is_whole && other.remembers(before.session);
         }
     }
 
@@ -104,6 +120,14 @@ impl World {
         for link in self.links.ids().filter(|link| [link.dialler, link.listener].contains(&host)) {
             self.links[link].united_by = None;
         }
+    }
+}
+
+impl Host {
+    /// Whether it is in a session, as a replica, that is newer than this one.
+    fn remembers(&self, session: Session) -> bool {
+        let Shell::Replica(shell) = &self.shell else { return false };
+        shell.machine.session().is_some_and(|open| open > session)
     }
 }
 

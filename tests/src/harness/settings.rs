@@ -49,6 +49,10 @@ pub struct Settings {
     pub patience: Duration,
     /// Whether operators change roles.
     pub has_operators: bool,
+    /// One mishap in so many, where operators change roles, is a primary that is demoted and returns alone; 0 for none.
+    pub returns: u64,
+    /// One mishap in so many, where they don't, is a host that is set back or remembered for that.
+    pub set_backs: u64,
     /// How many requests an application has under way.
     pub concurrency: usize,
     /// How long the application waits between requests at most.
@@ -90,6 +94,9 @@ impl Settings {
             1..=4 => Self::narrow(random, seconds),
             5..=16 => Self::calm(random, seconds),
             17..=20 => Self::guarded(random, seconds),
+            52..=57 => Self::rewound(random, seconds),
+            58..=60 => Self::peopled(random, seconds),
+            61..=63 => Self::paired(random, seconds),
             _ => Self::small(random, seconds),
         }
     }
@@ -116,6 +123,8 @@ impl Settings {
             loss: ReplicaLoss::Continue,
             patience: PATIENCE,
             has_operators: false,
+            returns: 0,
+            set_backs: 0,
             concurrency: 16,
             think_time: Duration::from_millis(4),
             write_bytes: 8192,
@@ -222,10 +231,63 @@ impl Settings {
             modes: vec![Mode::Sync; 4],
             loss: ReplicaLoss::Block { min_replicas: 1, limit: Duration::from_millis(100) },
             has_operators: true,
+            returns: 0,
             flushes: 3,
             outage: Duration::from_millis(300),
             mishaps: Some(Duration::from_millis(300)),
             ..Self::small(random, seconds)
+        }
+    }
+
+    /// Many hosts that are removed and promoted: what one says of another may be of before.
+    fn peopled(random: &mut Random, seconds: u64) -> Self {
+        Self {
+            sector_bytes: vec![512; 4],
+            disk_delay: vec![Duration::from_millis(2); 4],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(random.pick(&[2, 20])),
+            disk_failures: 0,
+            bad_sectors: false,
+            state_failures: false,
+            disks_are_lost: false,
+            members_change: true,
+            has_operators: true,
+            outage: Duration::from_millis(300),
+            mishaps: Some(Duration::from_millis(100)),
+            ..Self::small(random, seconds)
+        }
+    }
+
+    /// Hosts that are set back again and again, also in the middle of resyncs.
+    fn rewound(random: &mut Random, seconds: u64) -> Self {
+        let hosts = 2 + random.below(2) as usize;
+        Self {
+            sector_bytes: vec![512; hosts],
+            disk_delay: vec![Duration::from_millis(random.pick(&[2, 10])); 4],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(2),
+            disk_failures: 0,
+            bad_sectors: false,
+            members_change: false,
+            state_failures: false,
+            disks_are_lost: false,
+            loss: ReplicaLoss::Continue,
+            has_operators: false,
+            set_backs: 2,
+            outage: Duration::from_millis(random.pick(&[50, 300])),
+            mishaps: Some(Duration::from_millis(100)),
+            ..Self::small(random, seconds)
+        }
+    }
+
+    /// Two hosts whose operators change roles and go separate ways: each may be a primary that the other one knows nothing of.
+    fn paired(random: &mut Random, seconds: u64) -> Self {
+        Self {
+            sector_bytes: vec![512; 2],
+            loss: ReplicaLoss::Continue,
+            flushes: 3,
+            returns: 4,
+            ..Self::peopled(random, seconds)
         }
     }
 
@@ -268,6 +330,8 @@ impl Settings {
             },
             patience: random.pick(&[Duration::from_millis(200), Duration::from_secs(1), PATIENCE]),
             has_operators: random.once_in(2),
+            returns: 20,
+            set_backs: 5,
             concurrency: 1 + random.below(16) as usize,
             think_time: random.pick(&[
                 Duration::from_millis(4),

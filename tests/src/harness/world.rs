@@ -1,7 +1,7 @@
 //! Virtual time: what happens next, and who is told.
 
 use super::differences::Differences;
-use super::disk::{Data, DiskOperation};
+use super::disk::{Crash, Data, DiskOperation};
 use super::files::FileOperation;
 use super::generations::Generations;
 use super::host::{Host, Shell};
@@ -55,6 +55,10 @@ pub enum Event {
     Recover(usize, usize, u64),
     /// Two hosts are lost that a third one, in this life, did not hear.
     LoseTwo([usize; 2], usize, u64),
+    /// A primary that was demoted is promoted again, out of a replica's reach.
+    ReturnAlone(LinkId),
+    /// A host's agent ends and starts.
+    Restart(usize),
     /// The second host hears that the first one was demoted for it, in this life.
     TakeOver(usize, usize, u64),
     /// The second host, which takes over from the first one, looks whether it is the primary.
@@ -286,6 +290,8 @@ impl World {
             Event::StepDown(host, life) => self.step_down_if_superseded(host, life),
             Event::Recover(host, source, life) => self.recover(host, source, life),
             Event::LoseTwo(lost, host, life) => self.lose_two(lost, host, life),
+            Event::ReturnAlone(link) => self.has_returned(link),
+            Event::Restart(host) => self.take_down(host, Crash::Process),
             Event::PromoteByRule(host, life) if self.hosts[host].life == life => self.promote_by_rule(host),
             Event::PromoteByRule(..) => {}
             Event::Tell(host, life) => self.tell(host, life),
