@@ -94,8 +94,8 @@ impl DirtyMap {
     }
 
     /// The whole file of a map that says, relative to `base`, that this peer may differ anywhere. A primary makes it for a peer
-    /// that it has no map of, and for a host that is a peer no more: nobody marks in its map, and either may come back with
-    /// a copy of before and be followed later (D1). Of a host that wrote there is always a map, or nobody knows it.
+    /// that it has no map of, and for a host that is a peer no more, in whose map nobody marks. Either may come back with a
+    /// copy of before, and be the primary later: then this host must say what it wrote without it (D1).
     #[must_use]
     pub fn file_of_everything(
         volume: VolumeId,

@@ -282,8 +282,9 @@ impl Primary {
         self.inner.borrow().maps.contains_key(&peer)
     }
 
-    /// A replica is one no more: nothing waits for it, and its map says that all may differ (X3). Its link goes on until it is ended. Nothing
-    /// is done where the volume is opened anew meanwhile: the maps are another one's now, which knows who its peers are.
+    /// A replica is one no more: nothing waits for it, and its map says that all may differ (X3). Its link goes on until it
+    /// is ended. Nothing is done where the volume is opened anew meanwhile: the maps are another one's now, which knows who
+    /// its peers are.
     ///
     /// # Errors
     /// [`crate::metadata::StateError`] when its map can't be written; the next start tries again.

@@ -309,7 +309,12 @@ impl Volume {
     /// Another host was promoted: writes fail from now on, durably over restarts. When nobody has the devices open any
     /// more, this host becomes a replica; nothing is written under an open device (L5).
     pub(super) async fn supersede(&mut self, fence: Fence) {
-        let OpenRole::Primary(primary, links) = &self.role else { return };
+        let (primary, links) = match &self.role {
+            OpenRole::Primary(primary, links) => (primary, links),
+            // The word was judged while the change began.
+            OpenRole::Changing(change) => return change.hear_of(Succeeded { fence, by: fence.holder }),
+            OpenRole::Replica(_) | OpenRole::Closed(_) => return,
+        };
         let known = primary.superseded().unwrap_or(primary.state().superblock().fence);
         if !fence.supersedes(known) {
             return;

@@ -342,6 +342,10 @@ fn undone_words(hands: &Hands, to: Option<&PeerConfig>, undone: &Outcome, why: &
             let (why, holder) = (not_taken(*reason), hands.name_of(fence.holder));
             (Next::Reopen, format!("{why}; {holder} was promoted, and this host is its replica now"))
         }
+        Outcome::TakenOver { fence, .. } if to.is_none_or(|to| to.host != fence.holder) => {
+            let holder = hands.name_of(fence.holder);
+            (Next::Reopen, format!("{holder} was promoted meanwhile, and this host is its replica now"))
+        }
         Outcome::TakenOver { .. } => (
             Next::Reopen,
             format!(

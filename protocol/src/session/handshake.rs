@@ -174,8 +174,7 @@ impl Session {
                     self.certain.clear(0..u64::MAX);
                     self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
                 }
-                let may_be_above = superblock::may_have_numbered(greeting.fence, welcome.mark.session);
-                if is_reused && may_be_above {
+                if is_reused && superblock::may_have_numbered(greeting.fence, welcome.mark.session) {
                     // What it gets in this session would be named as what it had before, and a copy that goes back to
                     // that would be taken for further.
                     self.reused = Some(welcome.mark.session);

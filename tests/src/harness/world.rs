@@ -55,7 +55,7 @@ pub enum Event {
     Recover(usize, usize, u64),
     /// Two hosts are lost that a third one, in this life, did not hear.
     LoseTwo([usize; 2], usize, u64),
-    /// A primary that was demoted is promoted again, out of a replica's reach.
+    /// The dialler, which was demoted, is promoted again and reaches nobody; the listener is to be promoted later.
     ReturnAlone(LinkId),
     /// A host's agent ends and starts.
     Restart(usize),
