@@ -9,7 +9,7 @@ use blockmirror_protocol::disk::pre_images::FIRST_BATCH;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
 use blockmirror_tests::machines::host::Host;
-use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::mirror::{Mirror, assert_identical};
 use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
 use std::fs;
@@ -64,21 +64,6 @@ fn wait_until_split(primary: &Host, replica: &Host) {
     primary.wait_until("the split is told", |status| status.state == VolumeState::SplitBrain);
     replica.wait_until("the split is told", |status| {
         status.state == VolumeState::SplitBrain && status.facts.role == Role::Replica
-    });
-}
-
-/// Waits until the primary is in sync with its replicas, and nothing is on its way; then the two must be identical.
-fn assert_identical(primary: &Host, replica: &Host) {
-    primary.wait_until("all replicas are in sync", |status| {
-        status.state == VolumeState::Healthy
-            && status.facts.peers.iter().all(|peer| {
-                (peer.state, peer.out_of_sync_bytes, peer.lag_bytes)
-                    == (Some(PeerState::InSync), Some(0), Some(0))
-            })
-    });
-    until("the copies are identical", || match first_difference(&primary.backing(), &replica.backing()) {
-        None => Ok(()),
-        Some(at) => Err(format!("they differ at {at}")),
     });
 }
 

@@ -7,7 +7,7 @@ use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
 use blockmirror_tests::machines::host::Host;
-use blockmirror_tests::machines::mirror::Mirror;
+use blockmirror_tests::machines::mirror::{Mirror, assert_identical};
 use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{succeed, text};
@@ -46,14 +46,6 @@ fn wait_until_in_sync(primary: &Host) {
         let peers = &status.facts.peers;
         status.state == VolumeState::Healthy
             && peers.iter().all(|peer| (peer.out_of_sync_bytes, peer.lag_bytes) == (Some(0), Some(0)))
-    });
-}
-
-fn assert_identical(primary: &Host, replica: &Host) {
-    wait_until_in_sync(primary);
-    until("the copies are identical", || match first_difference(&primary.backing(), &replica.backing()) {
-        None => Ok(()),
-        Some(at) => Err(format!("they differ at {at}")),
     });
 }
 

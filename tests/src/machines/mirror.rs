@@ -4,7 +4,7 @@ use super::content::first_difference;
 use super::folder::Folder;
 use super::host::Host;
 use super::nbd::Client;
-use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus};
+use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus, VolumeState};
 
 /// See the module. Hosts go before the folder that they are in.
 pub struct Mirror {
@@ -119,11 +119,21 @@ impl Mirror {
     /// When they differ.
     pub fn assert_identical(&self) {
         self.wait_until_quiet();
-        for replica in &self.replicas {
-            let difference = first_difference(&self.primary.backing(), &replica.backing());
-            assert_eq!(difference, None, "{} differs from the primary at this byte", replica.name());
-        }
+        self.replicas.iter().for_each(|replica| assert_identical(&self.primary, replica));
     }
+}
+
+/// Waits until a replica follows, and its primary has all its replicas in sync and nothing on its way; then the two must
+/// be identical.
+///
+/// # Panics
+/// When it takes too long, or they differ.
+pub fn assert_identical(primary: &Host, replica: &Host) {
+    // A replica that was killed is in sync there until the loss is noticed: the one that runs now must say that it follows.
+    replica.wait_until("it follows", |status| status.state == VolumeState::Following);
+    primary.wait_until("all is quiet", |status| status.facts.peers.iter().all(is_quiet));
+    let difference = first_difference(&primary.backing(), &replica.backing());
+    assert_eq!(difference, None, "{} differs from {} at this byte", replica.name(), primary.name());
 }
 
 fn is_quiet(peer: &PeerStatus) -> bool {
