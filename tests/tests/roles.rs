@@ -1,7 +1,7 @@
 //! Who may write: promotions, demotions, switches and superseded primaries, with real agents.
 
 use blockmirror_agent::config::{ConfigFolder, Mode, Role};
-use blockmirror_agent::control::api::{Connection, PeerState, Promotion, Switch, VolumeState};
+use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus, Promotion, Switch, VolumeState};
 use blockmirror_agent::quantity::Size;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
@@ -526,6 +526,11 @@ fn what_a_promoted_host_overwrites_is_kept_where_nobody_took_part_until_it_is_fo
     c.succeed(&["promote", "data", "--force"]);
     scatter(&mut client_of(c), &mut random, 16 * MIB / BLOCK_BYTES, 50);
     let a = &mirror.primary;
+    // In a resync, what is kept is what a promotion rolls back to.
+    c.wait_until("a is in sync", |status| {
+        let is_it = |peer: &PeerStatus| peer.name.as_str() == "a" && peer.state == Some(PeerState::InSync);
+        status.facts.peers.iter().any(is_it)
+    });
     let status = a.wait_until("it says what it keeps", |status| {
         status.state == VolumeState::Following && status.facts.succession.history.is_some()
     });
