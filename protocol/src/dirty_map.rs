@@ -11,7 +11,7 @@ use crate::disk::dirty_map::{
 };
 use crate::disk::{PAGE_BYTES, Page, slot_offset};
 use crate::ranges::ByteRange;
-use crate::units::{BlockSize, CopyId, GenerationId, HostId, Mark, VolumeId};
+use crate::units::{BlockSize, CopyId, GenerationId, HostId, Mark, Session, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -77,6 +77,7 @@ impl DirtyMap {
             peer,
             base: Base::default(),
             known: Mark::default(),
+            copied: None,
             blocks: block_size.blocks_in(size_bytes),
             block_size,
             full_from: 0,
@@ -205,6 +206,18 @@ impl DirtyMap {
     /// What is known of the peer counts as a change that the file lacks.
     pub fn save_known(&mut self) {
         self.header_changed |= self.known_changed;
+    }
+
+    /// The last session in which the peer may have been sent copies, durably; none where that is not known.
+    #[must_use]
+    pub fn copied(&self) -> Option<Session> {
+        self.header.copied
+    }
+
+    /// The peer may be sent copies in this session as soon as the file says so.
+    pub fn note_copied(&mut self, session: Session) {
+        self.header_changed |= self.header.copied != Some(session);
+        self.header.copied = Some(session);
     }
 
     /// How many blocks may differ.

@@ -25,7 +25,8 @@ pub enum Step {
     /// Record durably that this host is a replica ([`End::record`]): in order, or because another host was promoted with this
     /// fence.
     Record(Option<Fence>),
-    /// Tell the replicas in sync that they have everything, and wait for some time until they have recorded it.
+    /// Tell the replicas in sync that they have everything, and wait for some time until they have recorded it. Record here who
+    /// has ([`crate::replica::consent::bequeath`]): what another one lacks is not given up for it.
     Release,
     /// Have this host take over. It is told once: what comes late would count twice.
     TakeOver(HostId),

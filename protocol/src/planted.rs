@@ -66,8 +66,12 @@ pub enum Bug {
     PruneFollowed,
     /// Overlap is judged in sectors of 512 bytes, whatever the disks have (W1).
     NarrowSectors,
+    /// A primary that was demoted gives up what it had for whoever is promoted next (L6).
+    AgreeToAnybody,
     /// A replica that has gone back is taken for what it was (X4).
     IgnoreMark,
+    /// A primary that was set back takes a replica with copies of a later session for what it was (X4).
+    ForgetCopied,
     /// A primary goes on without a replica that may count on it (W4).
     BreakWord,
     /// What was done before a process was frozen is answered before it is asked whether it still leads.
@@ -97,7 +101,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 41] = [
+    pub const ALL: [Self; 43] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -124,7 +128,9 @@ impl Bug {
         Self::UnreadableEndsReplica,
         Self::PruneFollowed,
         Self::NarrowSectors,
+        Self::AgreeToAnybody,
         Self::IgnoreMark,
+        Self::ForgetCopied,
         Self::IgnoreEnds,
         Self::TellUnrecorded,
         Self::BreakWord,

@@ -385,6 +385,7 @@ mod tests {
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 3,
+            heirs: Vec::new(),
         };
         Candidate { own: host(2), superblock, position: position(7), is_connected: false, is_promised: false }
     }

@@ -136,6 +136,9 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
         history => page.row("kept for undo", format!("layer {history} of pre-images")),
     }
     page.row("agreed to", format!("fences up to {}", superblock.agreed));
+    for heir in &superblock.heirs {
+        page.row("agreed to", format!("the next one, if it is held by {heir}"));
+    }
     page.row("released", if superblock.released { "yes, by a demoted primary" } else { "no" });
     for (index, generation) in superblock.lineage.iter().enumerate() {
         page.row(&format!("lineage {index}"), generation);
@@ -213,6 +216,10 @@ fn map(file: &MapFile, page: &mut Page) -> Result<(), MetadataError> {
         }
     }
     page.row("adopted", format!("{} times", header.base.adopted));
+    match header.copied {
+        Some(session) => page.row("copied", format!("in session {}", session.0)),
+        None => page.row("copied", "in no known session"),
+    }
     page.row("blocks", format!("{} of {}", header.blocks, Size(header.block_size.bytes())));
     let pages: BTreeMap<u64, _> = file
         .pages

@@ -58,6 +58,7 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 4,
+        heirs: vec![PEER],
     }
 }
 
@@ -82,6 +83,7 @@ fn write_map(path: &Path) -> fs::File {
         peer: PEER,
         base: Base { copy: CopyId([8; 16]), generation: GenerationId([6; 16]), adopted: 2 },
         known: mark(),
+        copied: Some(Session(11)),
         blocks: BLOCKS,
         block_size: BlockSize::default(),
         full_from: 2,
@@ -139,6 +141,7 @@ superblock
   layers begun:    3
   kept for undo:   layer 2 of pre-images
   agreed to:       fences up to 4
+  agreed to:       the next one, if it is held by 0202020202020202020202020202020202020202020202020202020202020202
   released:        no
   lineage 0:       06060606060606060606060606060606
   lineage 1:       0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a
@@ -238,6 +241,7 @@ dirty map
   base:        copy 08080808080808080808080808080808
   generation:  06060606060606060606060606060606
   adopted:     2 times
+  copied:      in session 11
   blocks:      97536 of 4K
   pages:       1 with dirty blocks, all whole
   dirty:       32517 blocks, 127.0M
@@ -257,6 +261,7 @@ dirty map
   base:        copy 08080808080808080808080808080808
   generation:  06060606060606060606060606060606
   adopted:     2 times
+  copied:      in session 11
   blocks:      97536 of 4K
   pages:       2 with dirty blocks, 1 of them damaged and counted as dirty
   dirty:       65029 blocks, 254.0M

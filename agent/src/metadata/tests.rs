@@ -41,6 +41,7 @@ pub(crate) fn superblock() -> Superblock {
         run: blockmirror_protocol::units::Epoch(0),
         ends: blockmirror_protocol::lineage::Ends::default(),
         agreed: 1,
+        heirs: Vec::new(),
     }
 }
 

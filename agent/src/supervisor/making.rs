@@ -98,6 +98,7 @@ impl Supervisor {
             fence: Fence { counter: 1, holder: self.endpoint.id() },
             lineage: vec![GenerationId(key::random())],
             agreed: 1,
+            heirs: Vec::new(),
             ..Superblock::empty(config.id, copy, config.size_bytes, block_size)
         };
         self.set_up(config, superblock, prepared.made).await

@@ -9,7 +9,9 @@ use crate::control::api::Failure;
 use crate::primary::{Peer, Primary};
 use crate::standing;
 use crate::words::with_causes;
+use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::handover::{Event as Came, Handover, Outcome, Reason, Step};
+use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::succession;
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
@@ -247,6 +249,11 @@ impl Retiring {
                 (Ok(Step::Release), _) => {
                     let released = self.primary.release(RELEASE_TIME).await;
                     self.give_up();
+                    let bequeath = |superblock: &mut Superblock| consent::bequeath(superblock, &released);
+                    if let Err(error) = self.primary.state().change_superblock(bequeath).await {
+                        // What they overwrite is kept, then.
+                        tracing::warn!("{}", with_causes(&error));
+                    }
                     Came::Released(released)
                 }
                 (Ok(Step::TakeOver(_)), Some(peer)) => {
@@ -267,8 +274,8 @@ impl Retiring {
         self.give_up();
         if let Outcome::TakenOver { fence, .. } | Outcome::Superseded { fence, .. } = outcome {
             // From here on this host knows whom it follows; otherwise it would hear it with the first greeting.
-            let known = self.primary.state().change_superblock(|superblock| superblock.fence = fence).await;
-            if let Err(error) = known {
+            let follow = |superblock: &mut Superblock| consent::follow(superblock, fence);
+            if let Err(error) = self.primary.state().change_superblock(follow).await {
                 tracing::warn!("{}", with_causes(&error));
             }
         }

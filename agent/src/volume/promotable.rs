@@ -281,6 +281,7 @@ mod tests {
             run: Epoch(0),
             ends: blockmirror_protocol::lineage::Ends::default(),
             agreed: 3,
+            heirs: Vec::new(),
         };
         let candidate = Candidate {
             own: HostId([2; 32]),

@@ -149,6 +149,7 @@ mod tests {
             lineage: lineage(generations),
             adopted: 1,
             agreed: 3,
+            heirs: Vec::new(),
             ..empty
         };
         let side = Side { own: HostId([1; 32]), superblock, position: Position::default() };

@@ -18,14 +18,16 @@
 //! 1248 counter of the source's fence (8)          1256 history (8)
 //! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
 //! 1400 zero                1432 agreed (8)            1440 run (8)
-//! 1448 ends: an epoch (8) for each generation of the lineage, 0 where none is known      1960 zero
+//! 1448 ends: an epoch (8) for each generation of the lineage, 0 where none is known
+//! 1960 heirs: how many (4)  1964 zero (4)       1968 up to 33 hosts (32)                  3024 zero
 //! ```
 //!
 //! Version 1 had zeroes from 1216 on, which read as what was true of every copy then: nothing adopted, no gap, no
 //! layers, asynchronous, never released, no history. Version 2 had zeroes from 1264 on: nothing was
 //! promised, and no end is known. Version 3 said at 1400 where a recovered content ends: generation (16), epoch (8), and
 //! the first epoch of the run after it (8), with which that was settled. It had no run: the position of a primary told it.
-//! Nobody was asked whether he agreed: whoever was followed by then is agreed to.
+//! Nobody was asked whether he agreed: whoever was followed by then is agreed to. Version 4 had zeroes from 1960 on: a primary
+//! that was demoted in order agreed to whoever was promoted next, and had no heirs.
 
 use super::dirty_map::Base;
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
@@ -33,6 +35,7 @@ use crate::lineage::{self, Ends};
 pub use crate::terms::Role;
 use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
+use crate::wire::message::MEMBERS_LIMIT;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -41,9 +44,11 @@ pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
 pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
+/// How many heirs there are at most.
+pub const HEIRS_LIMIT: usize = MEMBERS_LIMIT;
 
 /// How many low bits of a session's number count within one fence.
 const SESSION_BITS: u32 = 40;
@@ -97,7 +102,10 @@ struct Raw {
     agreed: U64,
     run: U64,
     ends: [U64; LINEAGE_LIMIT],
-    rest: [u8; PAGE_BYTES - 1960],
+    heirs_length: U32,
+    zero_at_end: U32,
+    heirs: [[u8; 32]; HEIRS_LIMIT],
+    rest: [u8; PAGE_BYTES - 1968 - 32 * HEIRS_LIMIT],
 }
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
@@ -105,6 +113,12 @@ const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
 /// The lowest number that a session of this fence may have.
 fn first_session(fence: Fence) -> Session {
     Session(fence.counter << SESSION_BITS)
+}
+
+/// The counter of the fence that a session was numbered under.
+#[must_use]
+pub fn fence_of_session(session: Session) -> u64 {
+    session.0 >> SESSION_BITS
 }
 
 /// Whether a primary of this fence can have given a session so high a number before it was set back. Half of the numbers are
@@ -117,7 +131,7 @@ pub fn may_have_numbered(fence: Fence, session: Session) -> bool {
 /// Whether a primary of this fence may give a session this number. Those of later fences are kept for these.
 #[must_use]
 pub fn may_number(fence: Fence, session: Session) -> bool {
-    session.0 >> SESSION_BITS <= fence.counter
+    fence_of_session(session) <= fence.counter
 }
 
 /// What a host knows durably about its copy of a volume.
@@ -175,6 +189,9 @@ pub struct Superblock {
     /// promotion or this host's operator agreed to it; what holders of later ones overwrite is kept
     /// ([`crate::replica::consent`]).
     pub agreed: u64,
+    /// Since this host was demoted in order, those that had recorded that they have everything; at most [`HEIRS_LIMIT`].
+    /// Whoever of them is promoted next may overwrite this copy for good.
+    pub heirs: Vec<HostId>,
 }
 
 impl Superblock {
@@ -204,6 +221,7 @@ impl Superblock {
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 0,
+            heirs: Vec::new(),
         }
     }
 
@@ -287,10 +305,15 @@ impl Superblock {
     /// The page to write at [`super::slot_offset`] of `serial`.
     ///
     /// # Panics
-    /// When the lineage is longer than its limit.
+    /// When there are more generations or heirs than there is room for.
     #[must_use]
     pub fn encode(&self, serial: u64) -> Page {
         assert!(self.lineage.len() <= LINEAGE_LIMIT, "a lineage is pruned before it is recorded");
+        assert!(self.heirs.len() <= HEIRS_LIMIT, "heirs are members");
+        let mut heirs = [[0; 32]; HEIRS_LIMIT];
+        for (slot, heir) in heirs.iter_mut().zip(&self.heirs) {
+            *slot = heir.0;
+        }
         let mut lineage = [[0; 16]; LINEAGE_LIMIT];
         for (slot, generation) in lineage.iter_mut().zip(&self.lineage) {
             *slot = generation.0;
@@ -354,7 +377,10 @@ impl Superblock {
             agreed: U64::new(self.agreed),
             run: U64::new(self.run.0),
             ends,
-            rest: [0; PAGE_BYTES - 1960],
+            heirs_length: U32::new(self.heirs.len() as u32),
+            zero_at_end: U32::ZERO,
+            heirs,
+            rest: [0; PAGE_BYTES - 1968 - 32 * HEIRS_LIMIT],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -390,6 +416,7 @@ impl Superblock {
         let block_size = BlockSize::new(raw.block_bytes.get().into()).map_err(|_| corrupted.clone())?;
         let length = raw.lineage_length.get() as usize;
         let lineage = raw.lineage.get(..length).ok_or_else(|| corrupted.clone())?;
+        let heirs = raw.heirs.get(..raw.heirs_length.get() as usize).ok_or_else(|| corrupted.clone())?;
         let mut ends = Ends::default();
         for (generation, end) in lineage.iter().zip(&raw.ends).filter(|(_, end)| end.get() != 0) {
             ends.set(GenerationId(*generation), Epoch(end.get()));
@@ -453,6 +480,7 @@ impl Superblock {
             run,
             ends,
             agreed: if is_older { raw.fence_counter.get() } else { raw.agreed.get() },
+            heirs: heirs.iter().map(|heir| HostId(*heir)).collect(),
         };
         Ok(Some((raw.serial.get(), superblock)))
     }
@@ -486,16 +514,19 @@ mod tests {
             run: Epoch(17),
             ends: Ends::only(GenerationId([10; 16]), Epoch(18)),
             agreed: 19,
+            heirs: vec![HostId([20; 32]), HostId([21; 32])],
         }
     }
 
     #[test]
     fn the_page_has_these_golden_bytes() {
         let page = sample().encode(11);
-        let bytes = page[..256].iter().chain(&page[1216..1272]).chain(&page[1432..1464]);
+        let bytes =
+            page[..256].iter().chain(&page[1216..1272]).chain(&page[1432..1464]).chain(&page[1960..2032]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(text, golden(include_str!("golden/superblock-4.hex")));
-        let zero = page[256..1216].iter().chain(&page[1272..1432]).chain(&page[1464..]);
+        assert_eq!(text, golden(include_str!("golden/superblock-5.hex")));
+        let zero =
+            page[256..1216].iter().chain(&page[1272..1432]).chain(&page[1464..1960]).chain(&page[2032..]);
         assert!(zero.copied().all(|byte| byte == 0));
     }
 
@@ -506,6 +537,13 @@ mod tests {
             page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
         }
         page
+    }
+
+    #[test]
+    fn a_page_of_version_4_has_no_heirs() {
+        let text = include_str!("golden/superblock-4.hex");
+        let page = page_of(text, (0..256).chain(1216..1272).chain(1432..1464));
+        assert_eq!(Superblock::recover(&page), Ok((11, Superblock { heirs: Vec::new(), ..sample() })));
     }
 
     #[test]
@@ -521,6 +559,7 @@ mod tests {
             run: sample().position.epoch,
             ends: Ends::default(),
             agreed: 4,
+            heirs: Vec::new(),
             replaced: false,
             ..sample()
         }

@@ -62,6 +62,7 @@ impl StateChange {
         match self {
             Self::Follow { fence, agrees } => {
                 (superblock.fence, superblock.released) = (*fence, false);
+                superblock.heirs.clear();
                 if *agrees {
                     consent::give(superblock);
                 }

@@ -10,8 +10,9 @@
 //! A host agrees to the holder of a fence
 //! - whose content is the first that it gets, or takes the place of a mixture without a way back: nothing is lost;
 //! - that is this host itself: its operator promoted it;
-//! - that was promoted next after a primary which was demoted in order, where this host was that primary or had recorded
-//!   that it has everything (`switch`, `demote`), unless that primary was one that it had not agreed to;
+//! - that was promoted next after a primary which was demoted in order (`switch`, `demote`), where this host had recorded
+//!   that it has everything, unless that primary was one that it had not agreed to; or where it was that primary, and has
+//!   recorded that the other one has everything;
 //! - to whom its operator gave this host's content up (`resolve`);
 //! - whom it follows when its operator says so (`forget`), or when there was no room to keep anything and the operator had
 //!   chosen that resyncs go on then.
@@ -20,10 +21,12 @@
 //! itself has a word of its own only where this host asks it: then that program's word is the operator's, and is given by
 //! [`super::Replica::agree`].
 
+use super::change::StateChange;
 use super::resolve::Keep;
-use crate::disk::superblock::Superblock;
+use crate::disk::superblock::{HEIRS_LIMIT, Superblock};
 use crate::planted::{Bug, planted};
 use crate::terms::{DataState, Fence};
+use crate::units::HostId;
 
 /// Which layer must keep what the holder of this fence overwrites, before its greeting is answered: none where it may
 /// overwrite this copy for good. An older history stays; it leads back to more.
@@ -42,7 +45,20 @@ pub fn keep(superblock: &Superblock, fence: Fence) -> Keep {
 
 fn is_agreed_to(superblock: &Superblock, fence: Fence) -> bool {
     let is_next = fence.counter == superblock.fence.counter + 1;
-    fence.counter <= superblock.agreed || is_next && superblock.released && is_given(superblock)
+    let Superblock { released, heirs, .. } = superblock;
+    let is_heir = heirs.contains(&fence.holder) || !heirs.is_empty() && planted(Bug::AgreeToAnybody);
+    fence.counter <= superblock.agreed || is_next && (is_heir || *released && is_given(superblock))
+}
+
+/// This host hears, before it is greeted, that the holder of this fence was promoted.
+pub fn follow(superblock: &mut Superblock, fence: Fence) {
+    let agrees = keep(superblock, fence) == Keep::Nothing;
+    StateChange::Follow { fence, agrees }.apply(superblock);
+}
+
+/// This host was demoted in order, and these have recorded that they have all that it has.
+pub fn bequeath(superblock: &mut Superblock, heirs: &[HostId]) {
+    superblock.heirs = heirs.iter().copied().take(HEIRS_LIMIT).collect();
 }
 
 /// Whether this host agrees to the primary that it follows, or followed last.
@@ -65,6 +81,7 @@ pub(super) fn give(superblock: &mut Superblock) {
 /// The operator brings back what this host had: he agrees to nobody who overwrote it.
 pub(super) fn withdraw(superblock: &mut Superblock) {
     superblock.agreed = superblock.agreed.min(superblock.fence.counter.saturating_sub(1));
+    superblock.heirs.clear();
 }
 
 #[cfg(test)]
@@ -72,7 +89,7 @@ mod tests {
     use super::*;
     use crate::replica::tests::superblock;
     use crate::replica::{StateChange, promotion, resolve, undo};
-    use crate::units::{GenerationId, HostId, Position};
+    use crate::units::{GenerationId, Position};
 
     fn fence(counter: u64, holder: u8) -> Fence {
         Fence { counter, holder: HostId([holder; 32]) }
@@ -92,7 +109,7 @@ mod tests {
         let mixture = || Superblock { gap: 0, ..gap() };
         let empty = || Superblock { data: DataState::Empty, ..following() };
         let handed_on = Superblock { released: true, ..unagreed() };
-        let demoted = Superblock { agreed: 5, ..following() };
+        let demoted = Superblock { heirs: vec![HostId([2; 32])], ..following() };
         for (what, superblock, greeting, expected) in [
             ("whom it follows", following(), fence(4, 1), Keep::Nothing),
             ("a host that promoted itself", following(), fence(5, 2), Keep::NewLayer),
@@ -101,7 +118,13 @@ mod tests {
             ("the next after one that was demoted", released(), fence(5, 2), Keep::Nothing),
             ("a later one", released(), fence(6, 2), Keep::NewLayer),
             ("the next after one that nobody agreed to", handed_on, fence(5, 2), Keep::NewLayer),
-            ("the next after this host itself", demoted.clone(), fence(5, 2), Keep::Nothing),
+            (
+                "the next after this host itself, which has everything",
+                demoted.clone(),
+                fence(5, 2),
+                Keep::Nothing,
+            ),
+            ("one that was not released", demoted.clone(), fence(5, 3), Keep::NewLayer),
             ("the one after that", demoted, fence(6, 2), Keep::NewLayer),
             ("the oldest history stays", history(), fence(5, 2), Keep::Layer(7)),
             ("also in a resync", Superblock { history: 7, ..gap() }, fence(5, 2), Keep::Layer(7)),
@@ -120,7 +143,7 @@ mod tests {
         let unagreed = || Superblock { fence: fence(5, 2), history: 7, released: true, ..following() };
         let host = HostId([9; 32]);
         type Change = fn(&mut Superblock, HostId);
-        let changes: [(&str, Change, u64); 9] = [
+        let changes: [(&str, Change, u64); 11] = [
             ("forget", |it, _| StateChange::Forget.apply(it), 5),
             (
                 "no room and no waiting for it",
@@ -146,7 +169,23 @@ mod tests {
                     let own = it.fence;
                     promotion::record_demotion(it, own, Position::default(), None, None);
                 },
-                7,
+                6,
+            ),
+            (
+                "hear of a promotion",
+                |it, _| {
+                    bequeath(it, &[HostId([3; 32])]);
+                    follow(it, fence(6, 4));
+                },
+                4,
+            ),
+            (
+                "hear of an heir's promotion",
+                |it, _| {
+                    bequeath(it, &[HostId([3; 32])]);
+                    follow(it, fence(6, 3));
+                },
+                6,
             ),
             (
                 "superseded",
@@ -169,6 +208,7 @@ mod tests {
             let mut superblock = unagreed();
             change(&mut superblock, host);
             assert_eq!(superblock.agreed, agreed, "{what}");
+            assert!(superblock.heirs.is_empty(), "{what}");
         }
     }
 }

@@ -103,6 +103,7 @@ pub(crate) fn record(
     superblock.position = position;
     (superblock.gap, superblock.history) = (0, 0);
     (superblock.released, superblock.replaced) = (false, false);
+    superblock.heirs.clear();
     Ok(())
 }
 
@@ -127,11 +128,8 @@ pub fn record_demotion(
         }
     }
     superblock.role = Role::Replica;
-    if superblock.fence == fence {
-        // It was demoted in order, so its operator agrees to whoever is promoted next.
-        superblock.agreed = superblock.agreed.max(fence.counter + 1);
-    }
     superblock.fence = fence;
+    superblock.heirs.clear();
     superblock.source = fence;
     superblock.position = position;
     (superblock.mode, superblock.promise, superblock.released) = (Mode::Async, Promise::None, false);

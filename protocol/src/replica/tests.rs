@@ -47,6 +47,7 @@ pub(crate) fn superblock(generations: &str) -> Superblock {
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 2,
+        heirs: Vec::new(),
     }
 }
 

@@ -132,6 +132,7 @@ mod tests {
             run: crate::units::Epoch(0),
             ends: crate::lineage::Ends::default(),
             agreed: 2,
+            heirs: Vec::new(),
         }
     }
 

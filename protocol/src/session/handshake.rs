@@ -165,8 +165,9 @@ impl Session {
                 // One that went back, as where its host was restored from an older copy, may differ anywhere (X4).
                 // So may one that had copies in sessions that this primary knows nothing of: it went back itself.
                 let is_reused = welcome.mark.session >= greeting.session;
-                let has_gone_back =
-                    is_reused || lineage::went_back(&greeting.lineage, welcome.mark, self.map.known());
+                let has_gone_back = is_reused
+                    || greeting.forgot(self.map.copied(), welcome.mark.session)
+                    || lineage::went_back(&greeting.lineage, welcome.mark, self.map.known());
                 if has_gone_back && !planted(Bug::IgnoreMark) {
                     self.went_back = true;
                     self.map.begin_anew(self.map.base());
@@ -217,6 +218,8 @@ impl Session {
         };
         self.since = now;
         self.writing_union = false;
+        // Written with the union, before which nothing is copied.
+        self.map.note_copied(greeting.session);
         self.state = State::Linked(Box::new(Link {
             session: greeting.session,
             stream: greeting.stream,
@@ -242,6 +245,15 @@ impl Session {
 }
 
 impl Greeting {
+    /// Whether the peer had copies in a session that this host numbered, after the last one with copies that it knows of. Of
+    /// the numbers of other primaries it can't know: they are those of other fences.
+    fn forgot(&self, copied: Option<SessionNumber>, had: SessionNumber) -> bool {
+        let fence_of = superblock::fence_of_session;
+        copied.is_some_and(|copied| {
+            had > copied && [fence_of(copied), self.fence.counter].contains(&fence_of(had))
+        }) && !planted(Bug::ForgetCopied)
+    }
+
     /// Whether a map that is relative to `base` says what differs on the copy that answered (L2).
     fn vouches_for(&self, base: Base, welcome: &Welcome) -> bool {
         // Another primary's resync may have overwritten anything, unless the replica knows what it was before.

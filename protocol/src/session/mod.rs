@@ -639,13 +639,13 @@ impl Session {
             self.write_map();
         }
         self.tell_alone();
-        let (is_clean, is_written) = (self.map.is_clean(), self.is_written());
+        let (is_clean, is_saved) = (self.map.is_clean(), self.is_saved());
         let State::Linked(link) = &mut self.state else { return Wants::default() };
         if matches!(link.phase, Phase::Committing { streams: false, .. }) && !is_clean {
             self.left |= link.break_off(&mut self.answered);
         }
         if link.phase == Phase::Draining && link.window.is_empty() {
-            link.union_is_durable |= is_written;
+            link.union_is_durable |= is_saved;
             if !link.union_is_durable {
                 // Marks of writes need not be: the activity log has them, and under load some are always new.
                 self.write_map();

@@ -4,8 +4,10 @@
 use super::handshake::Identity;
 use super::handshake::tests::{fence, lineage, welcome};
 use super::*;
+use crate::disk::PAGE_BYTES;
+use crate::disk::dirty_map::Header;
 use crate::terms::DataState;
-use crate::units::{CopyId, EXTENT_BYTES, Position, VolumeId};
+use crate::units::{CopyId, EXTENT_BYTES, Mark, Position, Session as SessionNumber, VolumeId};
 use crate::wire::message::{Digest, Union, Welcome};
 
 const BLOCKS: u64 = 256;
@@ -31,7 +33,7 @@ fn greet(session: &mut Session, generations: &str, welcome: Welcome) {
         members: Vec::new(),
         ends: crate::lineage::Ends::default(),
     };
-    session.handle_connected(SessionNumber(1), &identity);
+    session.handle_connected(welcome.session, &identity);
     for message in [welcome.into(), Union { ranges: Vec::new(), last: true }.into()] {
         session.handle_message(message, Sequence(0), Time::default()).unwrap();
     }
@@ -83,6 +85,67 @@ fn a_generation_that_begins_before_a_clean_replica_has_recorded_its_commit_is_to
         _ => None,
     });
     assert_eq!(told.collect::<Vec<_>>(), [GenerationId([b'a'; 16]), GenerationId([b'b'; 16])]);
+}
+
+/// A primary that was set back gave numbers to other replicas and to greetings that came to nothing, until this one's was
+/// above what the replica had: its copies of a session that is forgotten were taken for known.
+#[test]
+fn a_replica_with_copies_of_a_session_that_is_forgotten_may_differ_anywhere() {
+    let number = |counter: u64, number| SessionNumber((counter << 40) + number);
+    let own = fence(1).counter;
+    for (copied, had, is_believed) in [
+        (Some(number(own, 5)), number(own, 5), true),
+        (Some(number(own, 5)), number(own, 12), false),
+        // It was promoted again since it was set back.
+        (Some(number(own - 1, 5)), number(own - 1, 12), false),
+        (Some(SessionNumber(0)), number(own, 1), false),
+        // Another primary's.
+        (Some(number(own - 2, 5)), number(own - 1, 12), true),
+        // The map is new, or an earlier release wrote it.
+        (None, number(own, 12), true),
+    ] {
+        let mut session = session_with(|map| {
+            let mut map = map.clean(relative_to(2));
+            copied.into_iter().for_each(|session| map.note_copied(session));
+            map
+        });
+        let mut welcome = welcome(DataState::Consistent, false, fence(1), "a");
+        (welcome.session, welcome.mark) = (number(own, 14), Mark { session: had, ..Mark::default() });
+        greet(&mut session, "a", welcome);
+        assert_eq!(session.map().is_clean(), is_believed, "{copied:?}, {had:?}");
+        assert_eq!(session.map().copied(), Some(number(own, 14)));
+    }
+}
+
+/// No copy is sent before the map's file says that there may be some of this session.
+#[test]
+fn a_resync_begins_when_the_map_names_its_session() {
+    let mut session = session_with(|mut map| {
+        map.begin_anew(relative_to(2));
+        map.take_changes();
+        map
+    });
+    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    let mut written = Vec::new();
+    for is_written in [false, true] {
+        session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
+        for action in std::iter::from_fn(|| session.poll_action()) {
+            match action {
+                Action::WriteMap(changes) => written.extend(changes.header),
+                Action::Send(Message::ResyncBegin(_)) => assert!(is_written, "it begins at once"),
+                _ => {}
+            }
+        }
+        if !is_written {
+            session.handle_map_written(true, Time::default());
+        }
+    }
+    let header = written.first().expect("the header is written");
+    let mut file = vec![0; 2 * PAGE_BYTES];
+    file[header.0 as usize..][..PAGE_BYTES].copy_from_slice(&header.1[..]);
+    let (_, header) = Header::recover(&file).unwrap();
+    assert_eq!(header.copied, Some(SessionNumber(1)));
+    assert!(matches!(&session.state, State::Linked(link) if link.phase == Phase::Beginning));
 }
 
 /// Under load some write had always been marked since the map was last written, so that a resync never began.

@@ -3,20 +3,51 @@
 
 use super::host::{Host, Shell};
 use super::world::World;
-use blockmirror_protocol::replica::{SpacePolicy, StateChange};
+use blockmirror_protocol::replica::{SpacePolicy, StateChange, consent};
 use blockmirror_protocol::terms::DataState;
+use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::Welcome;
+use std::collections::BTreeSet;
+
+/// Whom a host agrees to.
+#[derive(Clone, Default, Debug)]
+pub struct Agreed {
+    /// The holder of every fence up to this one.
+    up_to: u64,
+    /// Of those with the other counter, these.
+    heirs: (BTreeSet<HostId>, u64),
+}
+
+impl Agreed {
+    /// To the holder of every fence up to this one.
+    pub(super) fn up_to(counter: u64) -> Self {
+        Self { up_to: counter, ..Self::default() }
+    }
+
+    /// To no fence from this one on.
+    pub(super) fn withdraw(&mut self, counter: u64) {
+        *self = Self::up_to(self.up_to.min(counter.saturating_sub(1)));
+    }
+}
 
 impl Host {
     /// It agrees to the holder of every fence up to this one.
     pub(super) fn agrees_up_to(&mut self, counter: u64) {
-        self.agreed = self.agreed.max(counter);
+        self.agreed.up_to = self.agreed.up_to.max(counter);
+    }
+
+    /// It was demoted in order, and these have recorded that they have everything: whichever of them is promoted next is
+    /// agreed to.
+    pub(super) fn bequeaths(&mut self, heirs: &[HostId]) {
+        consent::bequeath(&mut self.superblock, heirs);
+        self.agreed.heirs = (heirs.iter().copied().collect(), self.superblock.fence.counter + 1);
+        self.write_superblock_now();
     }
 
     /// Whoever is promoted next after the primary that it follows is agreed to, if that one is.
     pub(super) fn is_handed_on(&mut self) {
         let counter = self.superblock.fence.counter;
-        if self.agreed >= counter {
+        if self.agreed.up_to >= counter {
             self.agrees_up_to(counter + 1);
         }
     }
@@ -53,11 +84,12 @@ impl Host {
             DataState::Inconsistent => welcome.can_roll_back || self.kept.is_some(),
             DataState::Consistent => true,
         };
-        if !has_image {
+        let (heirs, next) = &self.agreed.heirs;
+        if !has_image || counter == *next && heirs.contains(&welcome.fence.holder) {
             self.agrees_up_to(counter);
         }
         assert!(
-            counter <= self.agreed || self.kept.is_some(),
+            counter <= self.agreed.up_to || self.kept.is_some(),
             "L6: host {} gives up what it has for {}, to whom it has not agreed",
             self.number,
             welcome.fence.holder

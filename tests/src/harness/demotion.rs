@@ -8,7 +8,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::handover::{End, Event as Came, Handover, Outcome, Step};
 use blockmirror_protocol::succession::{self, Candidate};
 use blockmirror_protocol::terms::Fence;
-use blockmirror_protocol::units::Time;
+use blockmirror_protocol::units::{HostId, Time};
 use std::time::Duration;
 
 /// How long a demotion waits until all is durable, and for replicas to record that they have everything, at most.
@@ -101,7 +101,7 @@ impl World {
                 let hosts = (0..count).map(host_id);
                 let released: Vec<_> = hosts.filter(|host| tracker.is_released(*host)).collect();
                 if is_over || to.is_some_and(|to| released.contains(&to)) {
-                    return self.become_replica(host, Came::Released(released));
+                    return self.become_replica(host, released);
                 }
             }
             Ok(Step::AskAll) => {
@@ -167,13 +167,18 @@ impl World {
     }
 
     /// The primary is gone, and the host is opened as the replica that its superblock says that it is.
-    fn become_replica(&mut self, host: usize, came: Came) -> bool {
+    fn become_replica(&mut self, host: usize, released: Vec<HostId>) -> bool {
         let demotion = self.hosts[host].demotion.take();
         self.crash(host, Crash::Process);
+        // At times it can't be recorded.
+        if !self.goes_wrong(6) {
+            self.hosts[host].recover_superblock();
+            self.hosts[host].bequeaths(&released);
+        }
         self.note(|| format!("host {host} has stepped down"));
         self.start(host);
         self.hosts[host].demotion = demotion;
-        self.came(host, came)
+        self.came(host, Came::Released(released))
     }
 
     /// How a host that was demoted goes on.

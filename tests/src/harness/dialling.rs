@@ -50,7 +50,8 @@ impl World {
         if !self.hosts[link.dialler].members.contains(link.listener) {
             return;
         }
-        if !good || !self.hosts[link.listener].is_up() {
+        let is_lost = self.settings.loses_greetings && !self.random.once_in(3);
+        if !good || is_lost || !self.hosts[link.listener].is_up() {
             return self.plan_connect(link);
         }
         self.open(link);

@@ -3,6 +3,7 @@
 //! The superblock says which role the host starts in. What the model knows of a host outlives its agent.
 
 use super::application::Application;
+use super::consent::Agreed;
 use super::demotion::Demotion;
 use super::disk::{Crash, Disk, DiskOperation};
 use super::files::{Batch, FileOperation, Files, Step};
@@ -79,7 +80,7 @@ pub struct Host {
     /// What the history leads back to.
     pub kept: Option<HistoryPoint>,
     /// Up to which fence it agrees to the holders, as far as the model knows.
-    pub agreed: u64,
+    pub agreed: Agreed,
     /// What the disk must still hold, as a replica whose presence flushes waited for.
     pub expected: Option<Expected>,
     /// Whether nobody but its agent that runs knows that a primary was set back.
@@ -190,7 +191,7 @@ impl Host {
             mirror: Mirror::default(),
             layers: Layers::default(),
             kept: None,
-            agreed: u64::from(is_first),
+            agreed: Agreed::up_to(u64::from(is_first)),
             expected: None,
             must_remember: false,
             is_promoted_by_rule: false,
@@ -475,7 +476,7 @@ impl World {
             fresh.superblock = Superblock { gap: 0, history: 0, ..old.superblock.clone() };
             (fresh.files, fresh.serial) = (std::mem::take(&mut old.files), old.serial);
             fresh.followed = std::mem::take(&mut old.followed);
-            fresh.agreed = old.agreed;
+            fresh.agreed = old.agreed.clone();
         } else {
             (fresh.superblock.fence, fresh.superblock.agreed) = (Fence::default(), 0);
             fresh.superblock.lineage.clear();

@@ -67,11 +67,7 @@ impl World {
         if let Some(own) = own {
             self.generations.begin(own, &it.superblock.lineage, None);
         }
-        let fence = it.superblock.fence;
         end.record(&mut it.superblock, own);
-        if it.superblock.fence == fence {
-            it.agrees_up_to(fence.counter + 1);
-        }
         it.write_superblock_now();
         it.mirror = Mirror::of_primary(&it.disk, &it.promises);
         self.differences.forget(host);

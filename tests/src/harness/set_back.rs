@@ -1,6 +1,7 @@
 //! A host is set back to what it was before: the hypervisor restores a snapshot of its disks, backing and metadata alike
 //! (X4). By itself such a copy can't know; its primary must, or its replicas where it is the primary.
 
+use super::consent::Agreed;
 use super::disk::{Crash, Disk};
 use super::files::Files;
 use super::gap::{HistoryPoint, Layers};
@@ -23,7 +24,7 @@ pub struct Snapshot {
     files: Files,
     layers: Layers,
     kept: Option<HistoryPoint>,
-    agreed: u64,
+    agreed: Agreed,
     mirror: Mirror,
     known_lives: BTreeSet<(usize, u64)>,
     promises: Promises,
@@ -50,7 +51,7 @@ impl World {
                     files: it.files.clone(),
                     layers: it.layers.clone(),
                     kept: it.kept.clone(),
-                    agreed: it.agreed,
+                    agreed: it.agreed.clone(),
                     mirror: it.mirror.clone(),
                     known_lives: it.known_lives.clone(),
                     promises: it.promises.clone(),

@@ -53,6 +53,8 @@ pub struct Settings {
     pub returns: u64,
     /// One mishap in so many, where they don't, is a host that is set back or remembered for that.
     pub set_backs: u64,
+    /// Whether most connections are lost between the recording of their session's number and the greeting.
+    pub loses_greetings: bool,
     /// How many requests an application has under way.
     pub concurrency: usize,
     /// How long the application waits between requests at most.
@@ -125,6 +127,7 @@ impl Settings {
             has_operators: false,
             returns: 0,
             set_backs: 0,
+            loses_greetings: false,
             concurrency: 16,
             think_time: Duration::from_millis(4),
             write_bytes: 8192,
@@ -274,6 +277,7 @@ impl Settings {
             loss: ReplicaLoss::Continue,
             has_operators: false,
             set_backs: 2,
+            loses_greetings: !random.once_in(4),
             outage: Duration::from_millis(random.pick(&[50, 300])),
             mishaps: Some(Duration::from_millis(100)),
             ..Self::small(random, seconds)
@@ -332,6 +336,7 @@ impl Settings {
             has_operators: random.once_in(2),
             returns: 20,
             set_backs: 5,
+            loses_greetings: false,
             concurrency: 1 + random.below(16) as usize,
             think_time: random.pick(&[
                 Duration::from_millis(4),

@@ -112,7 +112,7 @@ impl World {
     /// It is durable that only the history leads back to an image.
     pub(super) fn undo_is_begun(&mut self, host: usize, point: &HistoryPoint) {
         let it = &mut self.hosts[host];
-        it.agreed = it.agreed.min(it.superblock.fence.counter.saturating_sub(1));
+        it.agreed.withdraw(it.superblock.fence.counter);
         it.mirror = Mirror::of_point(point);
         (it.expected, it.known_lives) = (None, point.known_lives.clone());
         for link in self.links.ids().filter(|link| link.listener == host) {
