@@ -177,8 +177,8 @@ impl Candidate {
         }
     }
 
-    /// Why it should not take over from the primary that was just demoted for it, given what the others say: that one
-    /// need not know of a host that was promoted out of its reach. Nobody's silence stands against it. Whoever was released
+    /// Why it should not take over from the primary that was just demoted for it, given what all others say: that one
+    /// need not know of a host that was promoted out of its reach, and was promoted again itself where its word comes late. Nobody's silence stands against it. Whoever was released
     /// with this host is promoted by force alone while the two hand over.
     #[must_use]
     pub fn objection_to_succeeding(&self, others: &[Heard]) -> Option<Objection> {
@@ -534,6 +534,7 @@ mod tests {
         let fence = Fence { counter: 4, holder: C };
         let promoted = Standing { fence, ..standing(7) };
         let serving = Standing { role: Role::Primary, serves: true, fence, ..standing(7) };
+        let again = Standing { fence: Fence { holder: A, ..fence }, ..serving.clone() };
         let forked =
             Standing { lineage: vec![GenerationId([b'x'; 16]), GenerationId([b'a'; 16])], ..standing(7) };
         let mut split = released();
@@ -547,6 +548,9 @@ mod tests {
             (released(), vec![silent(C)], None),
             (released(), vec![says(C, serving)], Some(Objection::Serves(C))),
             (released(), vec![says(C, promoted)], Some(Objection::Promoted(C))),
+            (released(), vec![says(A, standing(7))], None),
+            (released(), vec![says(A, again.clone())], Some(Objection::Serves(A))),
+            (released(), vec![says(A, Standing { serves: false, ..again })], Some(Objection::Promoted(A))),
             (split, vec![says(C, forked)], Some(Objection::Split(C))),
             (kept, vec![silent(C)], Some(Objection::Kept)),
         ] {

@@ -129,9 +129,7 @@ impl Volume {
         let volume = self.name();
         spawn_local(async move {
             let config = &hands.config;
-            let others: Vec<PeerConfig> =
-                config.peers.iter().filter(|peer| peer.host != host).cloned().collect();
-            let answers = standing::ask_all(&hands.peers, config.id, &others, SUCCESSION_TIME).await;
+            let answers = standing::ask_all(&hands.peers, config.id, &config.peers, SUCCESSION_TIME).await;
             if let Some(text) = applicant.objection_to_succeeding(&answers) {
                 return hands.end(Next::GoOn(replica), move |_| refuse(sender, Refusal::Role, text));
             }

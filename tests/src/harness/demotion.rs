@@ -206,8 +206,7 @@ impl World {
     /// A host hears that the primary was demoted for it.
     pub(super) fn heir_is_told(&mut self, primary: usize, host: usize, life: u64) {
         let fence = self.hosts[host].superblock.fence;
-        let others: Vec<_> =
-            self.hear_all(host).into_iter().filter(|other| other.host != host_id(primary)).collect();
+        let others = self.hear_all(host);
         let is_reached = self.reaches(primary, host) && self.hosts[host].members.contains(primary);
         let answer = match &self.hosts[host].shell {
             _ if !is_reached => Some(Came::Unanswered),

@@ -153,6 +153,8 @@ impl World {
     pub fn remove_member(&mut self, by: usize, host: usize) {
         self.note(|| format!("host {by} removes {host}"));
         self.hosts[by].members.remove(host);
+        // A host that was released and is removed before it follows is the operator's to stop: nothing waits for it.
+        self.hosts[host].expected.take_if(|expected| expected.primary == by);
         self.part_from(by, host);
         self.tell_members(by);
     }

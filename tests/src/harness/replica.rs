@@ -371,7 +371,9 @@ impl World {
                 let is_member = self.hosts[host].members.contains(speaker.dialler);
                 assert!(is_member, "X3: host {host} follows {}, which was removed", speaker.dialler);
                 self.hosts[host].check_consent(welcome);
-                if self.links[speaker].is_up {
+                // A greeting of before its primary was set back is answered to nobody.
+                let is_numbered = welcome.session <= self.hosts[speaker.dialler].superblock.session;
+                if self.links[speaker].is_up && is_numbered {
                     self.check_lives(host, speaker.dialler);
                 }
             }
