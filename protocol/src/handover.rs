@@ -254,15 +254,13 @@ impl End {
         Self { fence: ours, position: tracker.reached(), lacks: false, answered: None }
     }
 
-    /// Of a primary that runs, and was superseded by the holder of `fence`.
+    /// Of a primary with the fence `ours` that runs, and was superseded by the holder of `fence`.
     #[must_use]
-    pub fn superseded(tracker: &Tracker, fence: Fence) -> Self {
-        Self {
-            fence,
-            position: tracker.reached(),
-            lacks: tracker.lacks_answered(fence.holder),
-            answered: tracker.answered_generation(),
-        }
+    pub fn superseded(tracker: &Tracker, ours: Fence, fence: Fence) -> Self {
+        // Where others were promoted in between, what that one holds may have come from any of them.
+        let is_next = fence.counter <= ours.counter + 1;
+        let lacks = if is_next { tracker.lacks_answered(fence.holder) } else { tracker.any_lacks_answered() };
+        Self { fence, position: tracker.reached(), lacks, answered: tracker.answered_generation() }
     }
 
     /// Of a primary that was superseded while it did not run. What it wrote last and never delivered is lost, as with any
@@ -294,7 +292,9 @@ impl End {
 mod tests {
     use super::*;
     use crate::lineage::Ends;
-    use crate::terms::DataState;
+    use crate::promise::PATIENCE;
+    use crate::terms::{DataState, Mode};
+    use crate::tracker::replies::ReplicaLoss;
 
     const OTHER: HostId = HostId([2; 32]);
     const OURS: Fence = Fence { counter: 3, holder: HostId([1; 32]) };
@@ -334,6 +334,18 @@ mod tests {
 
     fn unreleased() -> [Event; 3] {
         [Event::Closed(true), Event::Recorded(true), Event::Released(Vec::new())]
+    }
+
+    /// Another host, that lacked it, was promoted in between, and the newest holder had followed that one.
+    #[test]
+    fn what_any_host_may_lack_that_was_promoted_since_is_not_lost_without_a_word() {
+        use crate::tracker::testing::{host, lagging, session, tracker};
+        let sessions = vec![session(2, Mode::Async), lagging(3)];
+        let tracker = tracker(sessions, ReplicaLoss::Continue, PATIENCE);
+        for (holder, counter, is_lost) in [(2, 4, false), (3, 4, true), (2, 5, true), (4, 4, true)] {
+            let end = End::superseded(&tracker, OURS, Fence { counter, holder: host(holder) });
+            assert_eq!(end.needs_generation(), is_lost, "{holder} with {counter}");
+        }
     }
 
     #[test]

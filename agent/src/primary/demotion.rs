@@ -34,7 +34,7 @@ impl Primary {
         let end = {
             let tracker = &self.inner.borrow().tracker;
             match self.superseded.get() {
-                Some(fence) => End::superseded(tracker, fence),
+                Some(fence) => End::superseded(tracker, ours, fence),
                 None => End::in_order(tracker, ours),
             }
         };

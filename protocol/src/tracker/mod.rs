@@ -38,7 +38,7 @@ mod pieces;
 pub mod replies;
 pub mod start;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod told;
@@ -619,6 +619,12 @@ impl Tracker {
     #[must_use]
     pub fn lacks_answered(&self, peer: HostId) -> bool {
         self.sessions.get(&peer).is_none_or(Session::lacks_answered)
+    }
+
+    /// Whether applications were answered something that any replica lacks.
+    #[must_use]
+    pub fn any_lacks_answered(&self) -> bool {
+        self.sessions.values().any(Session::lacks_answered)
     }
 
     /// The newest generation in which anything was answered, or the one that the volume was opened with. Those after it were

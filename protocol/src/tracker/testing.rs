@@ -14,16 +14,23 @@ use std::time::Duration;
 
 pub(super) const NOW: Time = Time(Duration::from_secs(1));
 
-pub(super) fn host(number: u8) -> HostId {
+pub(crate) fn host(number: u8) -> HostId {
     HostId([number; 32])
 }
 
 /// A replica that had everything when its primary ended.
-pub(super) fn session(number: u8, mode: Mode) -> Session {
+pub(crate) fn session(number: u8, mode: Mode) -> Session {
     let size = BlockSize::default();
     let base = Base { copy: CopyId([number; 16]), generation: GenerationId([1; 16]), adopted: 0 };
     let map = DirtyMap::full(VolumeId([1; 16]), host(number), EXTENT_BYTES, size).clean(base);
     Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, mode)
+}
+
+/// A replica whose map says that it may lack anything.
+pub(crate) fn lagging(number: u8) -> Session {
+    let size = BlockSize::default();
+    let map = DirtyMap::full(VolumeId([1; 16]), host(number), EXTENT_BYTES, size);
+    Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, Mode::Async)
 }
 
 /// What a primary is opened with.
@@ -45,7 +52,7 @@ pub(super) fn settings(loss: ReplicaLoss, patience: Duration) -> Settings {
 }
 
 /// A primary that has just started.
-pub(super) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Duration) -> Tracker {
+pub(crate) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Duration) -> Tracker {
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
     Tracker::new(settings(loss, patience), &log, sessions)
 }

@@ -75,7 +75,7 @@ impl World {
                 }
                 let tracker = it.tracker().expect("it is not recorded yet");
                 let end = match by {
-                    Some(fence) => End::superseded(tracker, fence),
+                    Some(fence) => End::superseded(tracker, it.superblock.fence, fence),
                     None => End::in_order(tracker, it.superblock.fence),
                 };
                 let number = self.next_operation();

@@ -52,7 +52,7 @@ impl World {
         let (Some(fence), true, Some(tracker)) = (it.superseded, it.life == life, it.tracker()) else {
             return self.go_on_demoting();
         };
-        let end = End::superseded(tracker, fence);
+        let end = End::superseded(tracker, it.superblock.fence, fence);
         let own = end.needs_generation().then(|| generation(host, number));
         self.crash(host, Crash::Process);
         self.hosts[host].recover_superblock();
