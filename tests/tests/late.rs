@@ -12,6 +12,7 @@ use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
 use std::fs::{self, File};
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
 
@@ -224,4 +225,33 @@ fn a_port_of_the_export_that_is_in_use_is_told_and_served_when_it_is_free() {
     // Nobody serves it any more when the volume is not served.
     host.stop();
     TcpListener::bind(&address).expect("the port is free");
+}
+
+/// It was tried once, when the volume was opened.
+#[test]
+fn a_loop_device_whose_place_is_taken_is_served_when_it_is_free() {
+    require!("root");
+    let folder = Folder::new();
+    let mut host = Host::new(&folder, "a");
+    host.create(8 * MIB, "loop,nbd");
+    host.stop();
+    let place = host.device();
+    fs::create_dir_all(&place).expect("something else is there");
+    host.start();
+    let words = format!("the loop device is not served (cannot make the link {}", place.display());
+    assert_unserved(&host, &words);
+    fs::remove_dir(&place).expect("it is free");
+    host.wait_until("the loop device is served", |status| {
+        status.facts.devices.iter().all(|device| device.error.is_none())
+    });
+    let data = [7; 4096];
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&place)
+        .and_then(|mut file| file.write_all(&data))
+        .expect("a write");
+    assert_eq!(fs::read(&place).expect("a read")[..4096], data);
+    // One that was released is not tried.
+    host.succeed(&["release", "data"]);
+    host.stop();
 }

@@ -48,6 +48,8 @@ pub(super) enum Event {
     SessionEnded,
     /// A volume that could not be opened tries again, if this was its last attempt.
     TryAgain(u32),
+    /// A loop device that could not be served is tried again, if this was the last attempt.
+    StartLoop(u32),
     /// It is time to ask that host who the volume's hosts are.
     AskMembers(HostId),
     /// It is time to look whether a replica is alone.
@@ -185,6 +187,7 @@ impl Volume {
             Event::Superseded(fence) => self.supersede(fence).await,
             Event::LookForOpeners => self.look_for_openers().await,
             Event::TryAgain(attempt) => self.try_again(attempt).await,
+            Event::StartLoop(attempt) => self.start_loop_again(attempt).await,
             Event::SessionEnded => {
                 if let OpenRole::Replica(replica) = &self.role {
                     self.correct_roles(&replica.state().superblock());

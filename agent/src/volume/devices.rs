@@ -1,8 +1,9 @@
 //! The front ends of one volume: started together, stopped together, each with its own fate in the status. What can't be
-//! listened on, an address that the host does not have yet for one, is tried again until it can (X6).
+//! served, on an address that the host does not have yet for one, or without a loop device that is free, is tried again until it
+//! can (X6).
 
-use super::Surroundings;
-use super::changes::{failed, refused};
+use super::changes::{Event, failed, refused};
+use super::{OpenRole, Surroundings};
 use crate::blocking::blocking;
 use crate::buffer::BufferPool;
 use crate::config::{DeviceKind, VolumeConfig};
@@ -24,6 +25,10 @@ use tokio::task::{AbortHandle, spawn_local};
 const OPENERS_TIME: Duration = Duration::from_secs(5);
 /// How long after an attempt to listen the next one follows.
 const LISTEN_PAUSE: Duration = Duration::from_secs(1);
+/// How long after an attempt to serve a loop device the next one follows; and after one that had to wait for somebody who keeps
+/// the device open and does not answer.
+const LOOP_PAUSE: Duration = Duration::from_secs(1);
+const SILENT_PAUSE: Duration = Duration::from_secs(20);
 /// How long systemd may take to say whether the host is being shut down.
 const SYSTEM_TIME: Duration = Duration::from_secs(2);
 /// How long users of a device may take to go when the host is being shut down, less than a volume may take to stop; and how
@@ -40,6 +45,10 @@ pub(super) struct Devices {
     left: Option<Left>,
     /// The loop device that an earlier agent left and that can't be taken over: its users wait.
     unserved: Option<Options>,
+    /// When a loop device that could not be served is tried again.
+    loop_pause: Option<Duration>,
+    /// How often it was tried.
+    loop_attempts: u32,
     /// Held until they are stopped.
     claim: Option<Claim>,
     /// Of the loop device.
@@ -269,21 +278,56 @@ impl Devices {
         pool: &BufferPool,
     ) {
         let options = loop_options(config, surroundings);
+        self.loop_attempts += 1;
+        self.loop_pause = None;
+        let known = self.status.take().and_then(|status| status.error);
         let (path, error) = match Loopback::start(&options, volume, pool.clone()).await {
             Ok(loopback) => {
                 let path = loopback.link().to_owned();
                 self.loopback = Some(loopback);
+                if known.is_some() {
+                    tracing::info!(volume = %config.name, "the loop device is served: {}", path.display());
+                }
                 (path, None)
             }
             Err(error) => {
                 let text = with_causes(&error);
+                self.loop_pause = match &error {
+                    StartError::Name(_) | StartError::NotPermitted | StartError::TakeOver(_) => None,
+                    StartError::Silent(_) => Some(SILENT_PAUSE),
+                    _ => Some(LOOP_PAUSE),
+                };
                 self.unserved = matches!(error, StartError::TakeOver(_)).then_some(options);
-                tracing::error!("the loop device is not served: {text}");
+                if known.as_ref() != Some(&text) {
+                    let again = if self.loop_pause.is_some() { "; it is tried again" } else { "" };
+                    tracing::error!(volume = %config.name, "the loop device is not served: {text}{again}");
+                }
                 (surroundings.device_folder.join(config.name.as_str()), Some(text))
             }
         };
         let kind = DeviceKind::Loop;
         self.status = Some(DeviceStatus { kind, uri: None, path: Some(path), error, warning: None });
+    }
+}
+
+impl super::Volume {
+    /// Sees to it that a loop device that could not be served is tried again.
+    pub(super) fn await_loop(&self) {
+        if let Some(pause) = self.devices.loop_pause {
+            self.later(pause, Event::StartLoop(self.devices.loop_attempts));
+        }
+    }
+
+    /// It is time for another attempt, if there was none since this one.
+    pub(super) async fn start_loop_again(&mut self, attempt: u32) {
+        let OpenRole::Primary(primary, _) = &self.role else { return };
+        let is_due = self.devices.loop_pause.is_some() && self.devices.loop_attempts == attempt;
+        if !is_due || primary.superseded().is_some() {
+            return;
+        }
+        let (config, primary) = (self.config.borrow().clone(), primary.clone());
+        self.devices.start_loop(&config, &self.surroundings, primary, &self.pool).await;
+        self.await_loop();
     }
 }
 

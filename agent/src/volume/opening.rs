@@ -255,6 +255,7 @@ impl Volume {
         self.introduce(&links);
         self.ask_after_absences(&primary);
         self.devices = Devices::start(config, &self.surroundings, primary.clone(), &self.pool).await;
+        self.await_loop();
         Ok(OpenRole::Primary(primary, links))
     }
 
