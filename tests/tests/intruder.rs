@@ -459,6 +459,28 @@ fn a_member_that_promotes_itself_destroys_no_copy() {
     assert_eq!(first_difference(&b.backing(), &before), None, "all is as it was before c came");
 }
 
+/// Only the first greeting of a stream was held against the key of its connection: a second one passed for any host's.
+#[test]
+fn a_member_that_greets_again_on_its_stream_passes_for_nobody() {
+    let (mirror, key) = mirror_without_c();
+    let (primary, b) = (superblock_of(&mirror.primary), mirror.replica());
+    runtime().block_on(async {
+        let endpoint = endpoint(&key);
+        let mut c = Usurper::greets(&endpoint, b, &primary, &key, 1).await;
+        let fence = Fence { counter: primary.fence.counter + 2, ..primary.fence };
+        let session = Session(primary.session.0 + 3000);
+        let lineage = c.lineage.clone();
+        c.say(Hello { fence, session, lineage, ..hello_of(&primary) }.into()).await;
+        while c.receiver.receive().await.is_ok() {}
+        endpoint.close().await;
+    });
+    assert_eq!(superblock_of(b).fence.holder, key.id(), "a was promoted, says c");
+    until("it is named", || {
+        let log = b.log();
+        if log.contains("it greeted twice on one stream") { Ok(()) } else { Err(log) }
+    });
+}
+
 #[test]
 fn a_replica_takes_nothing_from_another_host_in_the_name_of_the_primary() {
     let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);

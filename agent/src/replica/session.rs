@@ -119,6 +119,10 @@ impl Replica {
         let receive = async {
             loop {
                 let message = receiver.receive().await?;
+                if matches!(message, Message::Hello(_)) {
+                    // Who greets is judged where a stream begins: by its key, and by what is known of that host.
+                    return Err(PrimaryMisbehaved("it greeted twice on one stream").into());
+                }
                 let told = match &message {
                     Message::Members(told) => Some(told.clone()),
                     _ => None,

@@ -58,7 +58,7 @@ fn main() -> Result<()> {
     };
     let outcome = if options.is_traced { trace(seeds, make) } else { run(seeds, make) };
     let (took, steps) = (began.elapsed().as_secs_f64(), outcome.steps as f64);
-    for Failed { seed, steps, at, message } in &outcome.failed {
+    for Failed { seed, steps, at, message, .. } in &outcome.failed {
         eprintln!("seed {seed} failed at step {steps}, {at:?}: {message}");
     }
     println!(
@@ -89,7 +89,7 @@ const fn sow(_: Option<Bug>) {}
 
 fn run(seeds: Range<u64>, make: impl Fn(u64) -> World + Sync) -> Outcome {
     // What failed is told at the end, in order.
-    std::panic::set_hook(Box::new(|_| {}));
+    seeds::note_places();
     seeds::run(seeds, false, make)
 }
 

@@ -93,6 +93,7 @@ impl World {
                 self.cut(link);
                 self.hear_of(link.dialler, Succeeded { fence, by: host_id(link.listener) });
             }
+            Err(_) if self.lies.is_some() => self.cut(link),
             Err(error) => panic!("host {}: {error}", link.listener),
         }
     }

@@ -243,6 +243,7 @@ impl World {
             return self.plan_at(later, Event::Arrival(id, connection, channel));
         }
         let Some(packet) = link.arrived(channel, connection) else { return };
+        let Some(packet) = self.lie(id, channel, packet) else { return self.cut(id) };
         match channel {
             Channel::ToDialler => self.dialler_receives(id, packet),
             Channel::ToListener | Channel::Live | Channel::Bulk => self.listener_receives(id, packet),

@@ -19,6 +19,7 @@ pub mod gap;
 pub mod generations;
 pub mod history;
 pub mod host;
+pub mod lies;
 pub mod links;
 pub mod membership;
 pub mod mirror;

@@ -2,6 +2,7 @@
 
 use super::world::World;
 use std::any::Any;
+use std::cell::Cell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -14,6 +15,10 @@ pub const CHECKED: Range<u64> = 1..3001;
 /// How long mishaps and requests go on in those, in seconds.
 pub const CHECKED_SECONDS: u64 = 4;
 
+thread_local! {
+    static PLACE: Cell<Option<String>> = const { Cell::new(None) };
+}
+
 /// A seed whose world broke a rule.
 #[derive(Debug)]
 pub struct Failed {
@@ -25,6 +30,8 @@ pub struct Failed {
     pub at: Duration,
     /// What the check said.
     pub message: String,
+    /// The file and the line that say so, where [`note_places`] was called.
+    pub place: String,
 }
 
 /// How a run of seeds went.
@@ -86,7 +93,15 @@ pub fn run(seeds: Range<u64>, first: bool, make: impl Fn(u64) -> World + Sync) -
 fn run_one(seed: u64, world: &mut World) -> Option<Failed> {
     let payload = catch_unwind(AssertUnwindSafe(|| world.run())).err()?;
     let message = text_of(payload.as_ref());
-    Some(Failed { seed, steps: world.steps, at: world.now, message })
+    let place = PLACE.take().unwrap_or_default();
+    Some(Failed { seed, steps: world.steps, at: world.now, message, place })
+}
+
+/// From now on a panic says nothing by itself; where it was is told with the seed.
+pub fn note_places() {
+    std::panic::set_hook(Box::new(|info| {
+        PLACE.set(info.location().map(|place| format!("{}:{}", place.file(), place.line())));
+    }));
 }
 
 fn text_of(payload: &(dyn Any + Send)) -> String {

@@ -5,6 +5,7 @@ use super::disk::{Crash, Data, DiskOperation};
 use super::files::FileOperation;
 use super::generations::Generations;
 use super::host::{Host, Shell};
+use super::lies::Lies;
 use super::links::{Channel, LinkId, Links};
 use super::random::Random;
 use super::settings::Settings;
@@ -102,6 +103,8 @@ pub struct World {
     planned: u64,
     operations: u64,
     early_timeouts: u32,
+    /// Which host lies, if one does.
+    pub lies: Option<Lies>,
 }
 
 impl World {
@@ -125,6 +128,7 @@ impl World {
             planned: 0,
             operations: 0,
             early_timeouts: 0,
+            lies: None,
             settings,
         };
         (0..hosts).for_each(|host| world.start(host));
