@@ -37,11 +37,26 @@ pub fn printable(text: &str, limit: usize) -> Cow<'_, str> {
     text.chars().take(kept).map(shown).chain(more).collect()
 }
 
+/// A text of JSON, with what [`printable`] doesn't show escaped; serde escapes no more than the first 32 characters.
+#[must_use]
+pub fn printable_json(text: &str) -> Cow<'_, str> {
+    let steers = |letter: char| letter != '\n' && shown(letter) != letter;
+    if !text.chars().any(steers) {
+        return Cow::Borrowed(text);
+    }
+    let escaped = |letter: char| match steers(letter) {
+        // All of them are below U+10000, and stand within strings.
+        true => format!("\\u{:04x}", u32::from(letter)),
+        false => letter.to_string(),
+    };
+    text.chars().map(escaped).collect()
+}
+
 /// What stands for a character: control characters, and those that end a line or turn its direction, are not shown.
 fn shown(letter: char) -> char {
     match letter {
         '\n' | '\r' | '\t' => ' ',
-        '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => '\u{fffd}',
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => '\u{fffd}',
         letter if letter.is_control() => '\u{fffd}',
         letter => letter,
     }
@@ -50,6 +65,16 @@ fn shown(letter: char) -> char {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn json_of_others_steers_no_terminal_and_says_the_same() {
+        let text = "größer\n\u{1b}]0;title\u{7}\u{9b}2J \u{202e}\u{61c}\u{7f}";
+        let json = serde_json::to_string(text).unwrap();
+        let shown = printable_json(&json);
+        assert!(shown.chars().all(|letter| super::shown(letter) == letter), "{shown}");
+        assert_eq!(serde_json::from_str::<String>(&shown).unwrap(), text);
+        assert_eq!(printable_json("{\n  \"a\": 1\n}"), "{\n  \"a\": 1\n}");
+    }
 
     #[test]
     fn a_text_of_others_is_shown_on_one_line_and_steers_nothing() {

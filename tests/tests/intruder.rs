@@ -6,12 +6,14 @@ use blockmirror_agent::transport::{
     CloseReason, Connection, ControlReceiver, ControlSender, Endpoint, FrameSender, HostKey, Incoming,
     Options,
 };
+use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::terms::{Fence, Mode, Promise};
+use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::units::{Epoch, GenerationId, Position, Sequence, Session, Stream, VolumeId};
 use blockmirror_protocol::wire::message::{
-    AskMark, Commit, Hello, Member, Message, Refusal, Release, ResyncBegin, Superseded, TakeOver,
+    AskMark, Commit, Committed, Hello, Member, Message, Refusal, Release, Renew, ResyncBegin, Superseded,
+    TakeOver, Union, Welcome,
 };
 use blockmirror_protocol::wire::{Body, FrameHeader, StreamKind, StreamPreamble, VERSIONS};
 use blockmirror_tests::harness::random::Random;
@@ -109,13 +111,13 @@ async fn connect(endpoint: &Endpoint, host: &Host) -> Connection {
 /// Hands on each greeting that comes on a connection.
 async fn take_greetings(
     connection: Connection,
-    greeted: mpsc::UnboundedSender<(Connection, ControlSender, ControlReceiver)>,
+    greeted: mpsc::UnboundedSender<(Connection, ControlSender, ControlReceiver, Hello)>,
 ) {
     while let Ok(incoming) = connection.accept().await {
         let Incoming::Control(sender, mut receiver) = incoming else { continue };
-        if let Ok(Message::Hello(_)) = receiver.receive().await {
+        if let Ok(Message::Hello(hello)) = receiver.receive().await {
             // The test may have ended.
-            let _ = greeted.send((connection.clone(), sender, receiver));
+            let _ = greeted.send((connection.clone(), sender, receiver, hello));
         }
     }
 }
@@ -176,7 +178,8 @@ fn a_member_that_claims_the_promotion_of_another_one_stops_nobody_while_that_den
         });
         for holder in [stranger, b, before.fence.holder] {
             // The primary dials again whenever a session has ended.
-            let (connection, mut sender, _receiver) = greetings.recv().await.expect("the primary greets c");
+            let (connection, mut sender, _receiver, _) =
+                greetings.recv().await.expect("the primary greets c");
             let claim = Superseded { fence: Fence { counter, holder } };
             sender.send(&claim.into()).await.expect("the primary listens");
             until("the claim is judged", || {
@@ -210,7 +213,7 @@ fn a_removed_host_that_promoted_itself_stops_no_primary_that_can_hear_of_the_rem
                 tokio::spawn(take_greetings(connection, greeted.clone()));
             }
         });
-        let (connection, mut sender, _receiver) = greetings.recv().await.expect("the primary greets c");
+        let (connection, mut sender, _receiver, _) = greetings.recv().await.expect("the primary greets c");
         let claim = Superseded { fence: Fence { counter: before.fence.counter + 1, holder: key.id() } };
         sender.send(&claim.into()).await.expect("the primary listens");
         until("the claim is judged", || {
@@ -265,6 +268,66 @@ fn a_primary_that_reads_no_answers_is_left_and_named() {
         accused.is_some_and(|peer| peer.error.as_ref().is_some_and(|error| error.contains("does not read")))
     });
     assert_eq!(status.facts.data, Some(CopyState::Consistent), "{status:?}");
+}
+
+/// What it was promised each time that it asked was kept in memory until it read it.
+#[test]
+fn a_replica_that_reads_no_answers_is_left_and_named() {
+    /// More than wait to be read and are on their way together.
+    const QUESTIONS: u64 = 200_000;
+    let (mirror, key) = mirror_without_c();
+    mirror.primary.succeed(&["mode", "data", "c", "sync"]);
+    let replica = &mirror.replicas[1];
+    let (superblock, marker) = (superblock_of(replica), fs::read(replica.state("marker")).expect("a marker"));
+    let (_, mark) = marker::recover(&marker).expect("it is whole");
+    runtime().block_on(async {
+        let options = Options { stream_window_bytes: 64 << 10, ..Options::default() };
+        let endpoint = Endpoint::bind_with("127.0.0.1:0".parse().expect("an address"), &key, &options);
+        let endpoint = endpoint.expect("an endpoint");
+        replica.link().lead_to(endpoint.local_address());
+        let (greeted, mut greetings) = mpsc::unbounded_channel();
+        let dialled = endpoint.clone();
+        tokio::spawn(async move {
+            while let Some(connection) = dialled.accept().await {
+                tokio::spawn(take_greetings(connection, greeted.clone()));
+            }
+        });
+        let (_, mut sender, mut receiver, hello) = greetings.recv().await.expect("the primary greets c");
+        let session = hello.session;
+        let welcome = Welcome {
+            version: VERSIONS.1,
+            features: 0,
+            session,
+            copy: superblock.copy,
+            data: DataState::Consistent,
+            can_roll_back: false,
+            source: superblock.source,
+            mark,
+            fence: superblock.fence,
+            lineage: superblock.lineage.clone(),
+            sector_bytes: 512,
+            window_bytes: 1 << 20,
+        };
+        sender.send(&welcome.into()).await.expect("the primary listens");
+        sender.send(&Union { ranges: Vec::new(), last: true }.into()).await.expect("the primary listens");
+        let position = loop {
+            if let Message::Commit(commit) = receiver.receive().await.expect("the primary goes on") {
+                break commit.position;
+            }
+        };
+        sender.send(&Committed { session, position }.into()).await.expect("the primary listens");
+        for number in 0..QUESTIONS {
+            // The primary may leave before all of them were asked.
+            if sender.send(&Renew { session, number }.into()).await.is_err() {
+                break;
+            }
+        }
+        mirror.primary.wait_until("it is named", |status| {
+            let peer = status.facts.peers.iter().find(|peer| peer.name.as_str() == "c");
+            peer.is_some_and(|peer| peer.error.as_ref().is_some_and(|error| error.contains("does not read")))
+        });
+        endpoint.close().await;
+    });
 }
 
 /// Each connection has 256 MiB of room, and there was no limit to how many a key may have.

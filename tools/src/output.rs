@@ -2,7 +2,7 @@
 
 use blockmirror_agent::control::api::{Failure, FailureKind, Progress};
 use blockmirror_agent::quantity::{Seconds, Size};
-use blockmirror_agent::words::printable;
+use blockmirror_agent::words::{printable, printable_json};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
@@ -33,7 +33,7 @@ impl Error {
         };
         match serde_json::to_string(&failure) {
             // Where nobody reads that, there is nobody to tell.
-            Ok(text) if json => drop(writeln!(io::stderr(), "{text}")),
+            Ok(text) if json => drop(writeln!(io::stderr(), "{}", printable_json(&text))),
             _ => warn(&failure.message),
         }
         ExitCode::from(signalled.unwrap_or(failure.kind.exit_code()))
@@ -98,13 +98,13 @@ impl Output {
     /// Writes an answer as indented JSON.
     pub fn json(&mut self, answer: &impl Serialize) -> io::Result<()> {
         let text = serde_json::to_string_pretty(answer)?;
-        self.bytes(format!("{text}\n").as_bytes())
+        self.bytes(format!("{}\n", printable_json(&text)).as_bytes())
     }
 
     /// Writes an answer as JSON on a line of its own.
     pub fn json_line(&mut self, answer: &impl Serialize) -> io::Result<()> {
         let text = serde_json::to_string(answer)?;
-        self.bytes(format!("{text}\n").as_bytes())
+        self.bytes(format!("{}\n", printable_json(&text)).as_bytes())
     }
 }
 

@@ -29,6 +29,8 @@ const STABLE: Duration = Duration::from_secs(10);
 const PARTING_TIME: Duration = Duration::from_secs(1);
 /// How many frames are handed to the transport at once.
 const BATCH: usize = 64;
+/// A replica that lets more messages wait to be read is left: it asks for answers without an end (X1).
+const UNREAD_LIMIT: usize = 1 << 12;
 
 /// So much payload is packed on another thread, in bytes: the volume's has better things to do meanwhile.
 const PACKED_ELSEWHERE_BYTES: usize = 32 << 10;
@@ -40,11 +42,14 @@ pub(super) enum Queued {
     Bulk([u8; HEADER_BYTES], Bytes),
 }
 
-/// Where a link's senders find what to send. Bounded by the session's window and its copies under way.
+/// Where a link's senders find what to send. Bounded by the session's window and its copies under way, and by how many messages
+/// a replica may leave unread.
 pub(super) struct LinkQueues {
     control: UnboundedSender<Message>,
     live: UnboundedSender<Frame>,
     bulk: UnboundedSender<Frame>,
+    /// How many messages wait to be sent.
+    unread: Rc<Cell<usize>>,
 }
 
 struct LinkSources {
@@ -128,13 +133,16 @@ impl LinkQueues {
         let (live, live_source) = unbounded_channel();
         let (bulk, bulk_source) = unbounded_channel();
         let sources = LinkSources { control: control_source, live: live_source, bulk: bulk_source };
-        (Self { control, live, bulk }, sources)
+        (Self { control, live, bulk, unread: Rc::default() }, sources)
     }
 
     /// A queue whose other end is gone belongs to a link that is just ending.
     pub(super) fn push(&self, queued: Queued) {
         match queued {
-            Queued::Message(message) => drop(self.control.send(message)),
+            Queued::Message(message) => {
+                self.unread.set(self.unread.get() + 1);
+                drop(self.control.send(message));
+            }
             Queued::Live(header, payload) => drop(self.live.send((header, payload))),
             Queued::Bulk(header, payload) => drop(self.bulk.send((header, payload))),
         }
@@ -363,6 +371,7 @@ impl Peer {
         let (mut sender, mut receiver) = connection.open_control().await?;
         let session = primary.next_session().await?;
         let (queues, mut sources) = LinkQueues::new();
+        let unread = queues.unread.clone();
         *self.session.borrow_mut() = Some((queues.control.clone(), session));
         let members = self.members.borrow().clone();
         let identity = primary.identity(members.members.clone());
@@ -378,6 +387,9 @@ impl Peer {
                 let has_parted = is_parting.get() && matches!(message, Message::Parted(_));
                 let own = identity.fence;
                 primary.message(self.host, message).map_err(|error| self.believed(error, own))?;
+                if unread.get() > UNREAD_LIMIT {
+                    return Err(PeerError::Misbehaved("it does not read what it is answered").into());
+                }
                 if has_parted {
                     return Ok(());
                 }
@@ -390,6 +402,8 @@ impl Peer {
         };
         let send_messages = async {
             while let Some(message) = sources.control.recv().await {
+                // Not all of them are answers.
+                unread.set(unread.get().saturating_sub(1));
                 sender.send(&message).await?;
                 if matches!(message, Message::Parting(_)) {
                     // The link ends when the replica has said that it counts on nothing.

@@ -18,6 +18,8 @@ pub(super) trait Heard {
     fn is_live(&self) -> bool;
     /// Where the agent is.
     fn address(&self) -> String;
+    /// A number that tells it from others.
+    fn number(&self) -> usize;
 }
 
 impl Heard for crate::transport::Connection {
@@ -27,6 +29,10 @@ impl Heard for crate::transport::Connection {
 
     fn address(&self) -> String {
         self.remote_address().to_string()
+    }
+
+    fn number(&self) -> usize {
+        Self::number(self)
     }
 }
 
@@ -48,7 +54,8 @@ impl<Connection> Default for Instances<Connection> {
 }
 
 impl<Connection: Heard> Instances<Connection> {
-    /// An agent was heard on a connection. Says whether it is the only one with its key that is live.
+    /// An agent was heard on a connection. Says whether it is the only one with its key that is live. A connection is one
+    /// agent's, however often it is heard on it and whatever else it calls itself: so there are no more than connections (X1).
     pub(super) fn hear(
         &mut self,
         host: HostId,
@@ -57,6 +64,10 @@ impl<Connection: Heard> Instances<Connection> {
         now: Instant,
     ) -> bool {
         let known = self.live(host);
+        let mut connections = known.iter().flat_map(|instance| &instance.connections);
+        if connections.any(|known| known.number() == connection.number()) {
+            return known.len() == 1;
+        }
         match known.iter_mut().find(|instance| instance.number == number) {
             Some(instance) => instance.connections.push(connection),
             None => known.push(Instance { number, connections: vec![connection], since: now }),
@@ -88,7 +99,7 @@ mod tests {
     use std::cell::Cell;
     use std::rc::Rc;
 
-    struct Line(&'static str, Rc<Cell<bool>>);
+    struct Line(&'static str, Rc<Cell<bool>>, usize);
 
     impl Heard for Line {
         fn is_live(&self) -> bool {
@@ -98,6 +109,10 @@ mod tests {
         fn address(&self) -> String {
             self.0.to_owned()
         }
+
+        fn number(&self) -> usize {
+            self.2
+        }
     }
 
     #[test]
@@ -106,15 +121,30 @@ mod tests {
         let mut instances = Instances::default();
         let line = |at| (Rc::new(Cell::new(true)), at);
         let [(first, _), (second, _)] = [line("a"), line("b")];
-        assert!(instances.hear(host, [1; 16], Line("a:1", first.clone()), began));
-        assert!(instances.hear(host, [1; 16], Line("a:1", first.clone()), began), "it is the same one");
+        assert!(instances.hear(host, [1; 16], Line("a:1", first.clone(), 1), began));
+        assert!(instances.hear(host, [1; 16], Line("a:1", first.clone(), 1), began), "it is the same one");
         // A restart, whose old connection is noticed to be dead a moment later.
-        assert!(!instances.hear(host, [2; 16], Line("b:1", second.clone()), began));
+        assert!(!instances.hear(host, [2; 16], Line("b:1", second.clone(), 2), began));
         assert_eq!(instances.twins(host, began + Duration::from_secs(5)), None);
         let later = began + GONE_TIME;
         assert_eq!(instances.twins(host, later), Some(("a:1".to_owned(), "b:1".to_owned())));
         first.set(false);
         assert_eq!(instances.twins(host, later), None, "one is gone");
-        assert!(instances.hear(host, [2; 16], Line("b:1", second), later));
+        assert!(instances.hear(host, [2; 16], Line("b:1", second, 3), later));
+    }
+
+    /// Each word that it said of itself was kept, and so was each name that it gave itself.
+    #[test]
+    fn an_agent_that_says_who_it_is_without_end_takes_no_more_room() {
+        let (host, now, live) = (HostId([1; 32]), Instant::now(), Rc::new(Cell::new(true)));
+        let mut instances = Instances::default();
+        for number in 0..100 {
+            for connection in 0..4 {
+                instances.hear(host, [number; 16], Line("a:1", live.clone(), connection), now);
+            }
+        }
+        let heard: Vec<usize> =
+            instances.heard[&host].iter().map(|instance| instance.connections.len()).collect();
+        assert_eq!(heard, [4]);
     }
 }

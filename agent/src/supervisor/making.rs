@@ -19,7 +19,7 @@ use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
 use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::units::{BlockSize, CopyId, GenerationId, SECTOR_BYTES, VolumeId};
-use blockmirror_protocol::wire::message::{Join, Joined, Members, Message};
+use blockmirror_protocol::wire::message::{Join, Joined, Member, Members, Message};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -314,6 +314,10 @@ impl Supervisor {
             NotJoined::Lost(failed("the primary does not answer; look at `blockmirror status` there"))
         })?;
         match answered {
+            Ok((_, Message::Joined(joined))) if !Member::are_sound(&joined.members) => {
+                let text = "the primary tells of more hosts, names or addresses than a volume has";
+                Err(NotJoined::Refused(failed(text)))
+            }
             Ok((_, Message::Joined(joined))) if joined.volume == token.volume => Ok(joined),
             Ok((_, Message::Refused(no))) => Err(NotJoined::Refused(refused(no.text))),
             Ok(_) => {

@@ -2,13 +2,34 @@
 
 use super::opening::Others;
 use super::{Event, Learned, OpenRole, Volume, refuse};
+use crate::config::Name;
 use crate::transport::{ControlReceiver, ControlSender, FrameReceiver};
 use crate::words::{with_causes, with_name};
 use blockmirror_protocol::replica::PrimaryMisbehaved;
 use blockmirror_protocol::wire::StreamPreamble;
 use blockmirror_protocol::wire::message::Members;
 use blockmirror_protocol::wire::message::{Hello, Refusal, Superseded};
+use std::time::Duration;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::watch;
 use tokio::task::spawn_local;
+
+/// How long after a word of the primary about who the hosts are the next one is kept: each change is saved.
+const LEARN_PAUSE: Duration = Duration::from_millis(100);
+
+/// Has the supervisor keep who the hosts are: the newest word, however many come (X1).
+async fn hand_on(
+    mut told: watch::Receiver<Option<Members>>,
+    volume: Name,
+    learned: UnboundedSender<(Name, Learned)>,
+) {
+    while told.changed().await.is_ok() {
+        if let Some(members) = told.borrow_and_update().clone() {
+            drop(learned.send((volume.clone(), Learned::Members(members))));
+        }
+        tokio::time::sleep(LEARN_PAUSE).await;
+    }
+}
 
 impl Volume {
     pub(super) async fn begin_session(
@@ -78,7 +99,9 @@ impl Volume {
         let (replica, learned, events) =
             (replica.clone(), self.surroundings.learned.clone(), self.events.clone());
         spawn_local(async move {
-            let learned = |members: Members| drop(learned.send((name.clone(), Learned::Members(members))));
+            let (newest, told) = watch::channel(None);
+            spawn_local(hand_on(told, name.clone(), learned));
+            let learned = |members: Members| drop(newest.send(Some(members)));
             if let Err(error) = replica.serve(hello, sender, receiver, learned).await {
                 let text = primary.map(|peer| with_name(&error, peer.host, &peer.name));
                 let text = text.unwrap_or_else(|| with_causes(&error));
@@ -113,5 +136,49 @@ impl Volume {
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockmirror_protocol::terms::Mode;
+    use blockmirror_protocol::units::HostId;
+    use blockmirror_protocol::wire::message::Member;
+    use tokio::sync::mpsc::unbounded_channel;
+
+    /// Each of them was kept until it was saved.
+    #[tokio::test]
+    async fn of_many_words_about_the_hosts_the_newest_is_kept() {
+        let (newest, told) = watch::channel(None);
+        let (learned, mut source) = unbounded_channel();
+        let handing = tokio::spawn(hand_on(told, "data".parse().expect("a name"), learned));
+        let word = |number: u64| {
+            let member = Member {
+                host: HostId::default(),
+                name: "a".to_owned(),
+                addresses: Vec::new(),
+                mode: Mode::Async,
+                version: number,
+            };
+            Members { members: vec![member], removed: Vec::new() }
+        };
+        let mut kept = Vec::new();
+        for number in 0..1000 {
+            newest.send(Some(word(number))).expect("it is handed on");
+            if number == 0 {
+                kept.extend(source.recv().await);
+            }
+        }
+        drop(newest);
+        handing.await.expect("it ends with the session");
+        while let Some(word) = source.recv().await {
+            kept.push(word);
+        }
+        let numbers = kept.into_iter().map(|(_, learned)| match learned {
+            Learned::Members(told) => told.members[0].version,
+            other => panic!("{other:?} was not told"),
+        });
+        assert_eq!(numbers.collect::<Vec<_>>(), [0, 999]);
     }
 }
