@@ -1,8 +1,9 @@
-//! Panics that volumes cause, remembered over restarts: the process ends with each, and a volume that ends it twice in a
-//! row stays closed, so that the others are served (X1, X5).
+//! Panics, remembered over restarts: the process ends with each. A volume that ends it twice in a row stays closed, so that
+//! the others are served (X1, X5). An agent that is ended twice in a row by what works for no volume waits before it goes on, longer
+//! each time, so that whatever starts it again doesn't do that in a loop.
 //!
-//! The hook writes a line into the volume's state folder before the process ends. The lines go when the volume has been
-//! open for a while. A power cut or a kill leaves none, so these count for nothing.
+//! The hook writes a line into the volume's state folder, or the agent's, before the process ends. The lines go when the volume
+//! has been open for a while, or the agent has run so long. A power cut or a kill leaves none, so these count for nothing.
 
 use crate::control::api::Panics;
 use crate::durable;
@@ -11,12 +12,17 @@ use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// The file's name in the volume's state folder.
 pub const FILE_NAME: &str = "panics";
-/// So often a volume may end the process before it stays closed.
+/// The file's name in the agent's state folder.
+pub const AGENT_FILE_NAME: &str = "agent.panics";
+/// So often a volume may end the process before it stays closed, and anything else before the agent waits.
 const LIMIT: usize = 2;
+/// How long an agent waits at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(64);
 /// A volume that was open for so long without a panic begins to count anew.
 pub const QUIET_TIME: Duration = Duration::from_secs(600);
 /// No line is longer, in characters.
@@ -26,22 +32,49 @@ thread_local! {
     static FOLDER: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
 }
 
+/// Where panics of threads are noted that work for no volume.
+static AGENT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Panics of threads that work for no volume are from now on noted in the agent's state folder. Gives how long to wait before
+/// anything is done, and after what, where the agent was ended too often by them.
+#[must_use]
+pub fn watch_agent(state: &Path) -> Option<(Duration, Panics)> {
+    let notes = AGENT.get_or_init(|| state.join(AGENT_FILE_NAME));
+    let is_old = || notes.metadata().ok()?.modified().ok()?.elapsed().ok();
+    if is_old().is_some_and(|age| age >= QUIET_TIME) {
+        // Where it can't be removed, it is waited for nothing.
+        let _ = durable::remove(notes);
+    }
+    let panics = read(notes)?;
+    let doublings = u32::try_from(panics.times - LIMIT).unwrap_or(u32::MAX).min(16);
+    Some((Duration::from_secs(1 << doublings).min(LONGEST_PAUSE), panics))
+}
+
+/// The agent does well: what was is forgotten.
+///
+/// # Errors
+/// When the file can't be removed.
+pub fn forget_of_agent(state: &Path) -> io::Result<()> {
+    durable::remove(&state.join(AGENT_FILE_NAME))
+}
+
 /// A panic of this thread is from now on one of the volume with this state folder.
 pub fn watch(folder: &Path) {
     FOLDER.with(|mine| *mine.borrow_mut() = Some(folder.to_owned()));
 }
 
-/// Remembers a panic of this thread, if it works for a volume. For the panic's hook: nothing in it panics.
+/// Remembers a panic of this thread. For the panic's hook: nothing in it panics.
 pub fn note(panic: &dyn std::fmt::Display) {
     let folder = FOLDER.try_with(|mine| mine.try_borrow().ok().and_then(|folder| folder.clone()));
-    if let Ok(Some(folder)) = folder {
-        // Where it can't be written, the volume is tried once more.
-        let _ = append(&folder, &panic.to_string());
+    let of_volume = folder.ok().flatten().map(|folder| folder.join(FILE_NAME));
+    if let Some(notes) = of_volume.or_else(|| AGENT.get().cloned()) {
+        // Where it can't be written, all is tried once more.
+        let _ = append(&notes, &panic.to_string());
     }
 }
 
-fn append(folder: &Path, text: &str) -> io::Result<()> {
-    let mut file = File::options().create(true).append(true).open(folder.join(FILE_NAME))?;
+fn append(notes: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::options().create(true).append(true).open(notes)?;
     file.write_all(format!("{}\n", printable(text, LINE_LIMIT)).as_bytes())?;
     file.sync_all()
 }
@@ -49,11 +82,15 @@ fn append(folder: &Path, text: &str) -> io::Result<()> {
 /// Why a volume is not opened, where it has ended the process too often.
 #[must_use]
 pub fn obstacle(folder: &Path) -> Option<Panics> {
-    let notes = folder.join(FILE_NAME);
-    let text = fs::read_to_string(&notes).ok()?;
+    read(&folder.join(FILE_NAME))
+}
+
+/// What is noted there, if that is too much.
+fn read(notes: &Path) -> Option<Panics> {
+    let text = fs::read_to_string(notes).ok()?;
     let times = text.lines().count();
     let last = text.lines().last().filter(|_| times >= LIMIT)?.to_owned();
-    Some(Panics { times, last, notes })
+    Some(Panics { times, last, notes: notes.to_owned() })
 }
 
 /// The volume does well: what was is forgotten.
@@ -93,5 +130,49 @@ mod tests {
         assert_eq!(obstacle(&volume), None);
         note(&"of a thread that works for no volume");
         assert!(fs::read_dir(&other).unwrap().next().is_none());
+    }
+
+    const CHILD: &str = "BLOCKMIRROR_TEST_PANICS";
+
+    /// Not a test of its own: what the next one runs.
+    #[test]
+    fn ends_by_a_panic() {
+        let Ok(folder) = std::env::var(CHILD) else { return };
+        let folder = Path::new(&folder);
+        let waits = watch_agent(folder);
+        println!("\nwaits {:?}", waits.map(|(pause, panics)| (pause.as_secs(), panics.times)));
+        crate::process::prepare();
+        std::thread::spawn(move || {
+            let of_volume = std::env::var("VOLUME").is_ok();
+            of_volume.then(|| watch(&PathBuf::from(std::env::var(CHILD).unwrap()).join("volume")));
+            panic!("there is a number for each run");
+        });
+        std::thread::park();
+    }
+
+    #[test]
+    fn a_panic_of_any_thread_ends_the_process_is_noted_and_makes_no_loop() {
+        use std::os::unix::process::ExitStatusExt;
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("volume")).unwrap();
+        let ends = |of_volume: bool| {
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            child.args(["--exact", "crashes::tests::ends_by_a_panic", "--nocapture"]);
+            child.env(CHILD, folder.path());
+            if of_volume {
+                child.env("VOLUME", "");
+            }
+            let output = child.output().unwrap();
+            assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
+            let text = String::from_utf8(output.stdout).unwrap();
+            text.lines().find_map(|line| Some(line.strip_prefix("waits ")?.to_owned())).unwrap()
+        };
+        assert_eq!([ends(true), ends(true), ends(true)], ["None", "None", "None"]);
+        let panics = obstacle(&folder.path().join("volume")).expect("the volume stays closed");
+        assert!(panics.times == 3 && panics.last.contains("there is a number for each run"), "{panics:?}");
+        let waits = [(); 5].map(|()| ends(false));
+        assert_eq!(waits, ["None", "None", "Some((1, 2))", "Some((2, 3))", "Some((4, 4))"]);
+        forget_of_agent(folder.path()).unwrap();
+        assert_eq!(ends(false), "None");
     }
 }

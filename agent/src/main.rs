@@ -4,6 +4,7 @@ use anyhow::Context;
 use blockmirror_agent::config::ConfigFolder;
 use blockmirror_agent::control::ControlSocket;
 use blockmirror_agent::control::api::AgentRecord;
+use blockmirror_agent::crashes;
 use blockmirror_agent::kept::Store;
 use blockmirror_agent::supervisor::{Folders, Operator, Supervisor};
 use blockmirror_agent::transport::{Endpoint, HostKey, Limit, Options};
@@ -74,6 +75,22 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let run = arguments.run.canonicalize()?;
     let listen = arguments.listen.or(settings.listen).unwrap_or(DEFAULT_LISTEN);
     let _claim = blockmirror_agent::process::claim_folder(&state)?;
+    if let Some((pause, panics)) = crashes::watch_agent(&state) {
+        tracing::error!(
+            "the agent ended {} times in a row, the last time so: {}; it goes on in {} s",
+            panics.times,
+            panics.last,
+            pause.as_secs()
+        );
+        tokio::time::sleep(pause).await;
+    }
+    let well = state.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(crashes::QUIET_TIME).await;
+        if let Err(error) = crashes::forget_of_agent(&well) {
+            tracing::warn!("{} can't be tidied: {error}", well.display());
+        }
+    });
     blockmirror_agent::busy_poll::allow(settings.busy_poll());
     let key = HostKey::load_or_create(&state)?;
     let endpoint = Endpoint::bind_with(
