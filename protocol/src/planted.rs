@@ -66,6 +66,9 @@ pub enum Bug {
     PruneFollowed,
     /// Overlap is judged in sectors of 512 bytes, whatever the disks have (W1).
     NarrowSectors,
+    /// A replica whose log says that any block may differ, as where something else wrote to its disk, tells its primary of none
+    /// (X4).
+    TrustTouched,
     /// A primary that was demoted gives up what it had for whoever is promoted next (L6).
     AgreeToAnybody,
     /// A replica that has gone back is taken for what it was (X4).
@@ -101,7 +104,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 43] = [
+    pub const ALL: [Self; 44] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -128,6 +131,7 @@ impl Bug {
         Self::UnreadableEndsReplica,
         Self::PruneFollowed,
         Self::NarrowSectors,
+        Self::TrustTouched,
         Self::AgreeToAnybody,
         Self::IgnoreMark,
         Self::ForgetCopied,

@@ -166,6 +166,13 @@ impl Disk {
         self.sector_bytes
     }
 
+    /// A sector holds something else, durably, which nobody of ours wrote. Nothing is being written.
+    pub fn replace(&mut self, sector: u64, value: Value) {
+        self.content.insert(sector, value);
+        self.changes += 1;
+        self.changed.push(sector);
+    }
+
     /// What reads give: the sectors that are not zero.
     #[must_use]
     pub fn content(&self) -> &BTreeMap<u64, Value> {

@@ -42,6 +42,17 @@ impl Image {
         }
     }
 
+    /// The image that a disk holds on which nothing is being written.
+    #[must_use]
+    pub fn of_disk(disk: &Disk) -> Self {
+        Self {
+            base: disk.content().clone(),
+            instead: BTreeMap::new(),
+            frames: Frames::new(),
+            narrowed: BTreeSet::new(),
+        }
+    }
+
     /// The image at a commit of a position in this history.
     #[must_use]
     pub fn new(history: &mut History, sequence: Sequence) -> Self {

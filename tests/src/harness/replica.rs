@@ -133,6 +133,7 @@ impl World {
             it.is_handed_on();
         }
         self.recover_mirror(host);
+        self.touch(host);
         let (window, space) = (self.settings.window_bytes, self.settings.space);
         let shell = ReplicaShell::recover(&self.hosts[host], window, space);
         self.hosts[host].shell = Shell::Replica(Box::new(shell));

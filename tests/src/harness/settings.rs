@@ -53,6 +53,8 @@ pub struct Settings {
     pub returns: u64,
     /// One mishap in so many, where they don't, is a host that is set back or remembered for that.
     pub set_backs: u64,
+    /// How many starts of a replica there are for one before which something else wrote to its disk; none where 0.
+    pub touches: u64,
     /// Whether most connections are lost between the recording of their session's number and the greeting.
     pub loses_greetings: bool,
     /// How many requests an application has under way.
@@ -96,6 +98,7 @@ impl Settings {
             1..=4 => Self::narrow(random, seconds),
             5..=16 => Self::calm(random, seconds),
             17..=20 => Self::guarded(random, seconds),
+            43..=51 => Self::forgetful(random, seconds),
             52..=57 => Self::rewound(random, seconds),
             58..=60 => Self::peopled(random, seconds),
             61..=63 => Self::paired(random, seconds),
@@ -127,6 +130,7 @@ impl Settings {
             has_operators: false,
             returns: 0,
             set_backs: 0,
+            touches: 0,
             loses_greetings: false,
             concurrency: 16,
             think_time: Duration::from_millis(4),
@@ -277,10 +281,33 @@ impl Settings {
             loss: ReplicaLoss::Continue,
             has_operators: false,
             set_backs: 2,
-            loses_greetings: !random.once_in(4),
+            touches: random.pick(&[0, 4]),
+            loses_greetings: random.once_in(4),
             outage: Duration::from_millis(random.pick(&[50, 300])),
             mishaps: Some(Duration::from_millis(100)),
             ..Self::small(random, seconds)
+        }
+    }
+
+    /// Hosts that are set back in the middle of long resyncs, of what has left the activity log, and primaries that use the
+    /// numbers of sessions up since.
+    fn forgetful(random: &mut Random, seconds: u64) -> Self {
+        Self {
+            sector_bytes: vec![512; 2],
+            disk_delay: vec![Duration::from_millis(random.pick(&[30, 200])); 4],
+            bad_sectors: false,
+            members_change: false,
+            state_failures: false,
+            disks_are_lost: false,
+            loss: ReplicaLoss::Continue,
+            has_operators: false,
+            set_backs: 2,
+            loses_greetings: true,
+            cold_requests: 2,
+            think_time: Duration::from_millis(random.pick(&[50, 200])),
+            outage: Duration::from_millis(random.pick(&[50, 300])),
+            mishaps: Some(Duration::from_millis(random.pick(&[300, 1000]))),
+            ..Self::calm(random, seconds)
         }
     }
 
@@ -336,6 +363,7 @@ impl Settings {
             has_operators: random.once_in(2),
             returns: 20,
             set_backs: 5,
+            touches: 0,
             loses_greetings: false,
             concurrency: 1 + random.below(16) as usize,
             think_time: random.pick(&[
