@@ -258,8 +258,11 @@ impl End {
     #[must_use]
     pub fn superseded(tracker: &Tracker, ours: Fence, fence: Fence) -> Self {
         // Where others were promoted in between, what that one holds may have come from any of them.
-        let is_next = fence.counter <= ours.counter + 1;
-        let lacks = if is_next { tracker.lacks_answered(fence.holder) } else { tracker.any_lacks_answered() };
+        let lacks = if fence.is_next_after(ours) {
+            tracker.lacks_answered(fence.holder)
+        } else {
+            tracker.any_lacks_answered()
+        };
         Self { fence, position: tracker.reached(), lacks, answered: tracker.answered_generation() }
     }
 

@@ -67,6 +67,12 @@ impl Fence {
         }
     }
 
+    /// Whether no other host can have been promoted between the holder of `before` and this one's.
+    #[must_use]
+    pub fn is_next_after(self, before: Self) -> bool {
+        self.counter <= before.counter.saturating_add(1)
+    }
+
     /// Whether its holder was promoted after that of the one that is `known`, who then may not write any more.
     #[must_use]
     pub fn supersedes(self, known: Self) -> bool {

@@ -35,7 +35,6 @@ use crate::lineage::{self, Ends};
 pub use crate::terms::Role;
 use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
-use crate::wire::message::MEMBERS_LIMIT;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -48,7 +47,7 @@ pub const VERSION: u32 = 5;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 /// How many heirs there are at most.
-pub const HEIRS_LIMIT: usize = MEMBERS_LIMIT;
+pub const HEIRS_LIMIT: usize = 33;
 
 /// How many low bits of a session's number count within one fence.
 const SESSION_BITS: u32 = 40;

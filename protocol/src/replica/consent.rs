@@ -27,6 +27,9 @@ use crate::disk::superblock::{HEIRS_LIMIT, Superblock};
 use crate::planted::{Bug, planted};
 use crate::terms::{DataState, Fence};
 use crate::units::HostId;
+use crate::wire::message::MEMBERS_LIMIT;
+
+const _: () = assert!(HEIRS_LIMIT >= MEMBERS_LIMIT, "heirs are members");
 
 /// Which layer must keep what the holder of this fence overwrites, before its greeting is answered: none where it may
 /// overwrite this copy for good. An older history stays; it leads back to more.
