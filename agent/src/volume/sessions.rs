@@ -9,25 +9,45 @@ use blockmirror_protocol::replica::PrimaryMisbehaved;
 use blockmirror_protocol::wire::StreamPreamble;
 use blockmirror_protocol::wire::message::Members;
 use blockmirror_protocol::wire::message::{Hello, Refusal, Superseded};
+use std::cell::RefCell;
+use std::convert::Infallible;
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::watch;
 use tokio::task::spawn_local;
 
 /// How long after a word of the primary about who the hosts are the next one is kept: each change is saved.
 const LEARN_PAUSE: Duration = Duration::from_millis(100);
 
-/// Has the supervisor keep who the hosts are: the newest word, however many come (X1).
-async fn hand_on(
-    mut told: watch::Receiver<Option<Members>>,
-    volume: Name,
-    learned: UnboundedSender<(Name, Learned)>,
-) {
-    while told.changed().await.is_ok() {
-        if let Some(members) = told.borrow_and_update().clone() {
+/// The newest word of a session's primary about who the hosts are, until the supervisor is told: however many come, one is
+/// kept (X1).
+#[derive(Default)]
+struct Told {
+    newest: RefCell<Option<Members>>,
+    came: Notify,
+}
+
+impl Told {
+    fn note(&self, members: Members) {
+        *self.newest.borrow_mut() = Some(members);
+        self.came.notify_one();
+    }
+
+    /// Has the supervisor keep what it was not told yet.
+    fn hand_on(&self, volume: &Name, learned: &UnboundedSender<(Name, Learned)>) {
+        if let Some(members) = self.newest.take() {
             drop(learned.send((volume.clone(), Learned::Members(members))));
         }
-        tokio::time::sleep(LEARN_PAUSE).await;
+    }
+
+    /// Hands on what comes, and never ends. What came last is handed on by whoever ends this, before anything that is learned
+    /// later: it tells who is the primary.
+    async fn keep_handing_on(&self, volume: &Name, learned: &UnboundedSender<(Name, Learned)>) -> Infallible {
+        loop {
+            self.came.notified().await;
+            self.hand_on(volume, learned);
+            tokio::time::sleep(LEARN_PAUSE).await;
+        }
     }
 }
 
@@ -99,10 +119,13 @@ impl Volume {
         let (replica, learned, events) =
             (replica.clone(), self.surroundings.learned.clone(), self.events.clone());
         spawn_local(async move {
-            let (newest, told) = watch::channel(None);
-            spawn_local(hand_on(told, name.clone(), learned));
-            let learned = |members: Members| drop(newest.send(Some(members)));
-            if let Err(error) = replica.serve(hello, sender, receiver, learned).await {
+            let told = Told::default();
+            let served = tokio::select! {
+                served = replica.serve(hello, sender, receiver, |members| told.note(members)) => served,
+                never = told.keep_handing_on(&name, &learned) => match never {},
+            };
+            told.hand_on(&name, &learned);
+            if let Err(error) = served {
                 let text = primary.map(|peer| with_name(&error, peer.host, &peer.name));
                 let text = text.unwrap_or_else(|| with_causes(&error));
                 if error.is_misbehaviour() {
@@ -150,9 +173,8 @@ mod tests {
     /// Each of them was kept until it was saved.
     #[tokio::test]
     async fn of_many_words_about_the_hosts_the_newest_is_kept() {
-        let (newest, told) = watch::channel(None);
+        let (told, name) = (Told::default(), "data".parse().expect("a name"));
         let (learned, mut source) = unbounded_channel();
-        let handing = tokio::spawn(hand_on(told, "data".parse().expect("a name"), learned));
         let word = |number: u64| {
             let member = Member {
                 host: HostId::default(),
@@ -163,15 +185,17 @@ mod tests {
             };
             Members { members: vec![member], removed: Vec::new() }
         };
-        let mut kept = Vec::new();
-        for number in 0..1000 {
-            newest.send(Some(word(number))).expect("it is handed on");
-            if number == 0 {
-                kept.extend(source.recv().await);
-            }
-        }
-        drop(newest);
-        handing.await.expect("it ends with the session");
+        told.note(word(0));
+        let first = tokio::select! {
+            never = told.keep_handing_on(&name, &learned) => match never {},
+            first = source.recv() => first,
+        };
+        (1..1000).for_each(|number| told.note(word(number)));
+        // The session ends.
+        told.hand_on(&name, &learned);
+        told.hand_on(&name, &learned);
+        drop(learned);
+        let mut kept: Vec<_> = first.into_iter().collect();
         while let Some(word) = source.recv().await {
             kept.push(word);
         }
