@@ -178,8 +178,9 @@ impl Candidate {
     }
 
     /// Why it should not take over from the primary that was just demoted for it, given what all others say: that one
-    /// need not know of a host that was promoted out of its reach, and was promoted again itself where its word comes late. Nobody's silence stands against it. Whoever was released
-    /// with this host is promoted by force alone while the two hand over.
+    /// need not know of a host that was promoted out of its reach, and was promoted again itself where its word comes late.
+    /// Nobody's silence stands against it. Whoever was released with this host is promoted by force alone while the two hand
+    /// over.
     #[must_use]
     pub fn objection_to_succeeding(&self, others: &[Heard]) -> Option<Objection> {
         // Its connection is that of the one that was demoted.

@@ -46,7 +46,7 @@ impl World {
             let place = self.random.below(REMEMBERED as u64) as usize;
             lies.sent[place] = (channel, packet.clone());
         }
-        // In the end it is honest, and all must come to rest.
+        // In the end it is honest, so that worlds come to rest.
         if !self.is_rough || lies.liar != speaker || !self.random.once_in(lies.times) {
             return Some(packet);
         }

@@ -265,6 +265,21 @@ impl Settings {
         }
     }
 
+    /// The same where nothing goes wrong but that hosts are set back often, which nobody can do beside operators: what was promised
+    /// to a promoted copy, nobody would know.
+    fn with_set_backs(self) -> Self {
+        Self {
+            bad_sectors: false,
+            members_change: false,
+            state_failures: false,
+            disks_are_lost: false,
+            loss: ReplicaLoss::Continue,
+            has_operators: false,
+            set_backs: 2,
+            ..self
+        }
+    }
+
     /// Hosts that are set back again and again, also in the middle of resyncs.
     fn rewound(random: &mut Random, seconds: u64) -> Self {
         let hosts = 2 + random.below(2) as usize;
@@ -274,18 +289,11 @@ impl Settings {
             sync_delay: Duration::ZERO,
             link_delay: Duration::from_millis(2),
             disk_failures: 0,
-            bad_sectors: false,
-            members_change: false,
-            state_failures: false,
-            disks_are_lost: false,
-            loss: ReplicaLoss::Continue,
-            has_operators: false,
-            set_backs: 2,
             touches: random.pick(&[0, 4]),
             loses_greetings: random.once_in(4),
             outage: Duration::from_millis(random.pick(&[50, 300])),
             mishaps: Some(Duration::from_millis(100)),
-            ..Self::small(random, seconds)
+            ..Self::small(random, seconds).with_set_backs()
         }
     }
 
@@ -295,19 +303,12 @@ impl Settings {
         Self {
             sector_bytes: vec![512; 2],
             disk_delay: vec![Duration::from_millis(random.pick(&[30, 200])); 4],
-            bad_sectors: false,
-            members_change: false,
-            state_failures: false,
-            disks_are_lost: false,
-            loss: ReplicaLoss::Continue,
-            has_operators: false,
-            set_backs: 2,
             loses_greetings: true,
             cold_requests: 2,
             think_time: Duration::from_millis(random.pick(&[50, 200])),
             outage: Duration::from_millis(random.pick(&[50, 300])),
             mishaps: Some(Duration::from_millis(random.pick(&[300, 1000]))),
-            ..Self::calm(random, seconds)
+            ..Self::calm(random, seconds).with_set_backs()
         }
     }
 
