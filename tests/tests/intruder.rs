@@ -12,15 +12,15 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::units::{Epoch, GenerationId, Position, Sequence, Session, Stream, VolumeId};
 use blockmirror_protocol::wire::message::{
-    AskMark, Commit, Committed, Hello, Member, Message, Refusal, Release, Renew, ResyncBegin, Superseded,
-    TakeOver, Union, Welcome,
+    AskMark, Commit, Committed, Hello, Member, Message, Refusal, Release, Renew, ResyncBegin, ResyncReady,
+    Superseded, TakeOver, Union, Welcome,
 };
 use blockmirror_protocol::wire::{Body, FrameHeader, StreamKind, StreamPreamble, VERSIONS};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise};
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
-use blockmirror_tests::machines::patience::until;
+use blockmirror_tests::machines::patience::{DEADLINE, until};
 use std::fs;
 use tokio::sync::mpsc;
 
@@ -118,6 +118,58 @@ async fn take_greetings(
         if let Ok(Message::Hello(hello)) = receiver.receive().await {
             // The test may have ended.
             let _ = greeted.send((connection.clone(), sender, receiver, hello));
+        }
+    }
+}
+
+/// From now on the primary dials this endpoint where it wants the replica, which is stopped. Gives its greetings; frames are
+/// taken in by nobody.
+fn greetings_to(
+    replica: &Host,
+    endpoint: &Endpoint,
+) -> mpsc::UnboundedReceiver<(Connection, ControlSender, ControlReceiver, Hello)> {
+    replica.link().lead_to(endpoint.local_address());
+    let (greeted, greetings) = mpsc::unbounded_channel();
+    let dialled = endpoint.clone();
+    tokio::spawn(async move {
+        while let Some(connection) = dialled.accept().await {
+            tokio::spawn(take_greetings(connection, greeted.clone()));
+        }
+    });
+    greetings
+}
+
+/// Answers a greeting as the replica would, which may differ in these ranges.
+async fn welcome(replica: &Host, session: Session, sender: &mut ControlSender, ranges: Vec<ByteRange>) {
+    let (superblock, marker) = (superblock_of(replica), fs::read(replica.state("marker")).expect("a marker"));
+    let (_, mark) = marker::recover(&marker).expect("it is whole");
+    let welcome = Welcome {
+        version: VERSIONS.1,
+        features: 0,
+        session,
+        copy: superblock.copy,
+        data: DataState::Consistent,
+        can_roll_back: false,
+        source: superblock.source,
+        mark,
+        fence: superblock.fence,
+        lineage: superblock.lineage.clone(),
+        sector_bytes: 512,
+        window_bytes: 1 << 20,
+    };
+    sender.send(&welcome.into()).await.expect("the primary listens");
+    sender.send(&Union { ranges, last: true }.into()).await.expect("the primary listens");
+}
+
+/// Waits for what the primary is to say.
+async fn hear_primary<Said>(
+    receiver: &mut ControlReceiver,
+    wanted: impl Fn(&Message) -> Option<Said>,
+) -> Said {
+    loop {
+        let message = receiver.receive().await.expect("the primary goes on");
+        if let Some(said) = wanted(&message) {
+            return said;
         }
     }
 }
@@ -278,43 +330,19 @@ fn a_replica_that_reads_no_answers_is_left_and_named() {
     let (mirror, key) = mirror_without_c();
     mirror.primary.succeed(&["mode", "data", "c", "sync"]);
     let replica = &mirror.replicas[1];
-    let (superblock, marker) = (superblock_of(replica), fs::read(replica.state("marker")).expect("a marker"));
-    let (_, mark) = marker::recover(&marker).expect("it is whole");
     runtime().block_on(async {
         let options = Options { stream_window_bytes: 64 << 10, ..Options::default() };
         let endpoint = Endpoint::bind_with("127.0.0.1:0".parse().expect("an address"), &key, &options);
         let endpoint = endpoint.expect("an endpoint");
-        replica.link().lead_to(endpoint.local_address());
-        let (greeted, mut greetings) = mpsc::unbounded_channel();
-        let dialled = endpoint.clone();
-        tokio::spawn(async move {
-            while let Some(connection) = dialled.accept().await {
-                tokio::spawn(take_greetings(connection, greeted.clone()));
-            }
-        });
+        let mut greetings = greetings_to(replica, &endpoint);
         let (_, mut sender, mut receiver, hello) = greetings.recv().await.expect("the primary greets c");
         let session = hello.session;
-        let welcome = Welcome {
-            version: VERSIONS.1,
-            features: 0,
-            session,
-            copy: superblock.copy,
-            data: DataState::Consistent,
-            can_roll_back: false,
-            source: superblock.source,
-            mark,
-            fence: superblock.fence,
-            lineage: superblock.lineage.clone(),
-            sector_bytes: 512,
-            window_bytes: 1 << 20,
+        welcome(replica, session, &mut sender, Vec::new()).await;
+        let commit = |message: &Message| match message {
+            Message::Commit(commit) => Some(commit.position),
+            _ => None,
         };
-        sender.send(&welcome.into()).await.expect("the primary listens");
-        sender.send(&Union { ranges: Vec::new(), last: true }.into()).await.expect("the primary listens");
-        let position = loop {
-            if let Message::Commit(commit) = receiver.receive().await.expect("the primary goes on") {
-                break commit.position;
-            }
-        };
+        let position = hear_primary(&mut receiver, commit).await;
         sender.send(&Committed { session, position }.into()).await.expect("the primary listens");
         for number in 0..QUESTIONS {
             // The primary may leave before all of them were asked.
@@ -326,6 +354,29 @@ fn a_replica_that_reads_no_answers_is_left_and_named() {
             let peer = status.facts.peers.iter().find(|peer| peer.name.as_str() == "c");
             peer.is_some_and(|peer| peer.error.as_ref().is_some_and(|error| error.contains("does not read")))
         });
+        endpoint.close().await;
+    });
+}
+
+/// The primary waited for an answer to what it had sent, and nothing came any more.
+#[test]
+fn a_replica_that_takes_no_frames_is_greeted_anew() {
+    let (mirror, key) = mirror_without_c();
+    let replica = &mirror.replicas[1];
+    runtime().block_on(async {
+        let endpoint = endpoint(&key);
+        let mut greetings = greetings_to(replica, &endpoint);
+        let (_, mut sender, mut receiver, hello) = greetings.recv().await.expect("the primary greets c");
+        let session = hello.session;
+        // One copy, or one question, and nothing more until that is answered.
+        welcome(replica, session, &mut sender, vec![ByteRange::new(0, BLOCK_BYTES)]).await;
+        hear_primary(&mut receiver, |message| matches!(message, Message::ResyncBegin(_)).then_some(())).await;
+        sender.send(&ResyncReady { session }.into()).await.expect("the primary listens");
+        let again = tokio::time::timeout(DEADLINE, greetings.recv()).await;
+        let (_, _, _, next) = again.expect("it is greeted again in time").expect("it is greeted again");
+        assert!(next.session > session);
+        // Until then the session was open on this side.
+        drop((sender, receiver));
         endpoint.close().await;
     });
 }

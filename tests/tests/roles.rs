@@ -3,6 +3,7 @@
 use blockmirror_agent::config::{ConfigFolder, Mode, Role};
 use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus, Promotion, Switch, VolumeState};
 use blockmirror_agent::quantity::Size;
+use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
@@ -496,6 +497,38 @@ fn a_third_host_follows_whoever_is_promoted() {
             if found.as_deref() == primary { Ok(()) } else { Err(format!("{volume:?}")) }
         });
     }
+}
+
+/// What the primary begins to send while the replica asks the others was dropped, and the session went on without it.
+#[test]
+fn a_replica_takes_what_comes_while_its_promotion_is_refused() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b", "c"]);
+    let mut random = Random::new(8);
+    scatter(&mut mirror.client(), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    mirror.wait_until_quiet();
+    // In its new session nothing is streamed yet: of no extent it may lack anything.
+    until("no extent is active", || {
+        let file = fs::read(mirror.replica().state(activity_log::FILE_NAME)).expect("a log");
+        match activity_log::recover(&file) {
+            Ok(Recovered::Active { extents, .. }) if extents.is_empty() => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+    mirror.replica_mut().stop();
+    mirror.replica_mut().start();
+    mirror.wait_until_quiet();
+    mirror.replicas[1].stall();
+    let [b, c] = &mut mirror.replicas[..] else { panic!("there are two replicas") };
+    let asking = b.begin(&["promote", "data"]);
+    b.wait_until("it asks the others", |status| status.facts.succession.change.is_some());
+    scatter(&mut client_of(&mirror.primary), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    b.wait_until("it is refused", |status| status.facts.succession.change.is_none());
+    drop(asking);
+    c.go_on();
+    assert_identical(&mirror.primary, b);
+    assert_identical(&mirror.primary, c);
+    let log = mirror.primary.log();
+    assert!(!log.contains("does not read"), "the session ended: {log}");
 }
 
 /// The files of pre-images.

@@ -7,7 +7,7 @@
 use super::Primary;
 use crate::config::{Compression, Mode, Name, PeerConfig};
 use crate::transport::packing::{Frame, Packer};
-use crate::transport::{Connection, FrameSender, Limit, Peers};
+use crate::transport::{Connection, FrameSender, Limit, Peers, SendError};
 use blockmirror_protocol::session::PeerError;
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::terms::Fence;
@@ -16,6 +16,7 @@ use blockmirror_protocol::wire::message::{Members, Message, Parting, Refusal};
 use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -25,7 +26,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// A link that lived so long begins its pauses anew.
 const STABLE: Duration = Duration::from_secs(10);
-/// How long a replica that is left may take to hear of it.
+/// How long a replica that is left may take to hear of it, and one that leaves to say why.
 const PARTING_TIME: Duration = Duration::from_secs(1);
 /// How many frames are handed to the transport at once.
 const BATCH: usize = 64;
@@ -120,7 +121,7 @@ enum LinkError {
     #[error(transparent)]
     Lost(#[from] crate::transport::Lost),
     #[error(transparent)]
-    Send(#[from] crate::transport::SendError),
+    Send(#[from] SendError),
     #[error(transparent)]
     Receive(#[from] crate::transport::ReceiveError),
     #[error(transparent)]
@@ -421,13 +422,14 @@ impl Peer {
         let ended: Result<(), LinkError> = tokio::select! {
             ended = receive => ended,
             ended = send_messages => ended,
-            ended = live => ended,
-            ended = bulk => ended,
+            ended = after_a_word(live) => ended,
+            ended = after_a_word(bulk) => ended,
         };
         ended
     }
 
-    /// Sends the frames of one queue, many at a time, until the queue or the connection ends.
+    /// Sends the frames of one queue, many at a time, until the queue or the connection ends, or the replica takes no more
+    /// of them.
     async fn send_frames(
         &self,
         connection: &Connection,
@@ -437,20 +439,33 @@ impl Peer {
     ) -> Result<(), LinkError> {
         let mut frames = Vec::with_capacity(BATCH);
         let mut stream: Option<FrameSender> = None;
+        let mut refused: Pin<Box<dyn Future<Output = SendError>>> = Box::pin(std::future::pending());
         let mut packer = None;
-        while source.recv_many(&mut frames, BATCH).await > 0 {
+        loop {
+            let count = tokio::select! {
+                biased;
+                count = source.recv_many(&mut frames, BATCH) => count,
+                // It waits for what it does not take: the session would go on for ever, and get nowhere.
+                error = &mut refused => return Err(error.into()),
+            };
+            if count == 0 {
+                return Ok(());
+            }
             limit.wait_for(payload_bytes(&frames) as u64).await;
             self.pack(&mut frames, connection, &mut packer).await;
             let sender = match &mut stream {
                 Some(sender) => sender,
-                none => none.insert(connection.open_frames(&preamble).await?),
+                none => {
+                    let sender = none.insert(connection.open_frames(&preamble).await?);
+                    refused = Box::pin(sender.refused());
+                    sender
+                }
             };
             for (header, payload) in frames.drain(..) {
                 sender.queue(&header, payload);
             }
             sender.flush().await?;
         }
-        Ok(())
     }
 
     /// Packs what is about to be sent, if the operator wants that and the link is slow enough.
@@ -477,6 +492,16 @@ impl Peer {
         }
         *packer = Some(ours);
     }
+}
+
+/// The end of a stream of frames. A replica that ends its session says why on the control stream, at about the same time:
+/// that it was promoted, for one (L5), must not be missed.
+async fn after_a_word(sending: impl Future<Output = Result<(), LinkError>>) -> Result<(), LinkError> {
+    let ended = sending.await;
+    if let Err(LinkError::Send(SendError::Stopped(_))) = &ended {
+        tokio::time::sleep(PARTING_TIME).await;
+    }
+    ended
 }
 
 fn addresses_of(config: &PeerConfig) -> Vec<String> {

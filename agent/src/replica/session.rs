@@ -189,7 +189,8 @@ impl Replica {
         }
     }
 
-    /// Takes in the frames of one stream until it or its session ends.
+    /// Takes in the frames of one stream until it or its session ends. The primary leaves a session of which it hears that
+    /// a stream is not taken in.
     ///
     /// # Errors
     /// [`SessionError`] when the primary can't be heard or broke the protocol.
@@ -199,6 +200,9 @@ impl Replica {
         mut frames: FrameReceiver,
     ) -> Result<(), SessionError> {
         let current = self.current.get();
+        if self.inner.borrow().machine.session() != Some(session) {
+            return Ok(());
+        }
         let mut count = 0;
         loop {
             let (header, payload) = tokio::select! {

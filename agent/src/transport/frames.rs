@@ -80,6 +80,12 @@ impl FrameSender {
         self.flush().await
     }
 
+    /// Waits until the peer wants no more of this stream, or the connection is lost: a stream on which nothing is sent tells
+    /// of that by nothing else. The answer outlives the sender.
+    pub fn refused(&self) -> impl Future<Output = SendError> + 'static + use<> {
+        self.stream.refused()
+    }
+
     /// Declares the stream complete and waits until the peer's host has all of it.
     ///
     /// # Errors

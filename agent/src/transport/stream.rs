@@ -80,6 +80,17 @@ impl Outbound {
         }
     }
 
+    /// Waits until the peer wants no more of this stream, or the connection is lost.
+    pub(super) fn refused(&self) -> impl Future<Output = SendError> + 'static + use<> {
+        let (stopped, peer) = (self.quic.stopped(), self.peer);
+        async move {
+            match stopped.await {
+                Err(StoppedError::ConnectionLost(source)) => Lost { peer, source }.into(),
+                Ok(_) | Err(StoppedError::ZeroRttRejected) => SendError::Stopped(peer),
+            }
+        }
+    }
+
     /// Gives the stream up: what has not arrived yet will not. It has no effect on a stream that has ended.
     pub(super) fn abandon(&mut self) {
         let _ = self.quic.reset(ABANDONED);

@@ -20,7 +20,7 @@ use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Refusal, Removal};
 use std::cell::RefCell;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::task::spawn_local;
@@ -87,6 +87,8 @@ pub(super) struct Changing {
     pub(super) progress: Rc<Progress>,
     /// See [`Hands::told`].
     told: Rc<RefCell<Vec<Succeeded>>>,
+    /// What is changed, if it is a replica: its session goes on until the change ends it.
+    replica: Weak<Replica>,
 }
 
 /// What a change needs besides the shell.
@@ -102,6 +104,11 @@ pub(super) struct Hands {
 }
 
 impl Changing {
+    /// The replica that is changed, as long as there is one.
+    pub(super) fn replica(&self) -> Option<Rc<Replica>> {
+        self.replica.upgrade()
+    }
+
     fn hear_of(&self, told: Succeeded) {
         let mut known = self.told.borrow_mut();
         if !known.contains(&told) {
@@ -161,10 +168,15 @@ impl Volume {
     /// From here on the shell is in the hands of the task that this is for.
     pub(super) fn begin_change(&mut self, words: &'static str) -> Hands {
         let hands = self.hands();
+        let replica = match &self.role {
+            OpenRole::Replica(replica) => Rc::downgrade(replica),
+            OpenRole::Primary(..) | OpenRole::Closed(_) | OpenRole::Changing(_) => Weak::new(),
+        };
         self.role = OpenRole::Changing(Changing {
             words,
             progress: hands.progress.clone(),
             told: hands.told.clone(),
+            replica,
         });
         hands
     }
@@ -188,12 +200,7 @@ impl Volume {
             Event::LookForOpeners => self.look_for_openers().await,
             Event::TryAgain(attempt) => self.try_again(attempt).await,
             Event::StartLoop(attempt) => self.start_loop_again(attempt).await,
-            Event::SessionEnded => {
-                if let OpenRole::Replica(replica) = &self.role {
-                    self.correct_roles(&replica.state().superblock());
-                    self.ask_members_later();
-                }
-            }
+            Event::SessionEnded => self.look_whom_it_follows(),
             Event::Demote(answer, since) => self.demote(answer, since).await,
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
             Event::AskMembers(host) => self.ask_members(host),
@@ -206,6 +213,14 @@ impl Volume {
                     self.answer_those_who_wait();
                 }
             }
+        }
+    }
+
+    /// A replica's session has ended: whom it follows may be another one now, or nobody.
+    fn look_whom_it_follows(&mut self) {
+        if let OpenRole::Replica(replica) = &self.role {
+            self.correct_roles(&replica.state().superblock());
+            self.ask_members_later();
         }
     }
 
@@ -223,9 +238,14 @@ impl Volume {
     async fn go_on(&mut self, next: Next, then: Then) {
         match next {
             Next::GoOn(replica) => {
-                // Something else may have written to its disk meanwhile.
-                let is_due = self.touched.borrow().as_ref().is_some_and(|touched| touched.is_due);
                 self.role = OpenRole::Replica(replica.clone());
+                // What it would have been told meanwhile.
+                let config = self.config.borrow().clone();
+                self.configure(config);
+                self.keep_from(self.doubled.clone());
+                self.look_whom_it_follows();
+                // Something else may have written to its disk.
+                let is_due = self.touched.borrow().as_ref().is_some_and(|touched| touched.is_due);
                 if is_due {
                     replica.close().await;
                     self.reopen(Others::Known).await;

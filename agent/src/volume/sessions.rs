@@ -136,14 +136,19 @@ impl Volume {
                 }
             }
             drop(replica);
-            // Whom it follows may be another one now, or nobody.
             drop(events.send(Event::SessionEnded));
         });
     }
 
     pub(super) fn take_frames(&self, preamble: StreamPreamble, frames: FrameReceiver) {
-        let OpenRole::Replica(replica) = &self.role else { return };
-        let (replica, name) = (replica.clone(), self.config.borrow().name.clone());
+        let replica = match &self.role {
+            OpenRole::Replica(replica) => Some(replica.clone()),
+            OpenRole::Changing(change) => change.replica(),
+            OpenRole::Primary(..) | OpenRole::Closed(_) => None,
+        };
+        // Dropped, it tells the primary that nobody takes it in.
+        let Some(replica) = replica else { return };
+        let name = self.config.borrow().name.clone();
         let sender = frames.peer();
         spawn_local(async move {
             if let Err(error) = replica.take_frames(preamble.session, frames).await {
