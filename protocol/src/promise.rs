@@ -6,6 +6,7 @@
 //! the question came, so the primary's time is never over first. Where the operator chose that it waits, the word holds
 //! for ever, and is recorded with the commit. A promotion that rests on neither loses what was answered meanwhile.
 
+use crate::replica::PrimaryMisbehaved;
 use crate::units::{Session, Time};
 use crate::wire::message::{Grant, Renew};
 use std::collections::VecDeque;
@@ -17,6 +18,10 @@ pub const PATIENCE: Duration = Duration::from_secs(25);
 
 /// A replica counts on this share of the time less: two hosts' clocks differ, though never by so much.
 const MARGIN: u32 = 20;
+
+/// No primary gives its word for longer. Whoever is told of a longer time would count on it when the primary has long
+/// gone on alone.
+const LONGEST: Duration = Duration::from_secs(600);
 
 /// More questions than this wait for no answer.
 const ASKED: usize = 16;
@@ -43,12 +48,20 @@ impl Held {
     }
 
     /// The primary gave its word.
-    pub fn granted(&mut self, grant: &Grant) {
-        let Some(place) = self.asked.iter().position(|(number, _)| *number == grant.number) else { return };
-        let (_, asked) = self.asked.drain(..=place).next_back().expect("it was found there");
+    ///
+    /// # Errors
+    /// [`PrimaryMisbehaved`] where that is for longer than any primary gives it.
+    pub fn granted(&mut self, grant: &Grant) -> Result<(), PrimaryMisbehaved> {
         let time = Duration::from_millis(grant.milliseconds);
-        let until = asked.after(time - time / MARGIN);
-        self.until = self.until.max(Some(until));
+        if time > LONGEST {
+            return Err(PrimaryMisbehaved("it promises for longer than primaries do"));
+        }
+        if let Some(place) = self.asked.iter().position(|(number, _)| *number == grant.number) {
+            let (_, asked) = self.asked.drain(..=place).next_back().expect("it was found there");
+            let until = asked.after(time - time / MARGIN);
+            self.until = self.until.max(Some(until));
+        }
+        Ok(())
     }
 
     /// The primary may go on alone from now on.
@@ -82,13 +95,25 @@ mod tests {
         assert!(!held.holds(at(0)));
         let renew = held.ask(Session(1), at(10));
         assert!(!held.holds(at(10)), "a question is no answer");
-        held.granted(&grant(renew.number));
+        held.granted(&grant(renew.number)).unwrap();
         assert!(held.holds(at(28)) && !held.holds(at(29)));
         // An answer that was overtaken by a later one shortens nothing.
         let (first, second) = (held.ask(Session(1), at(11)), held.ask(Session(1), at(12)));
-        held.granted(&grant(second.number));
-        held.granted(&grant(first.number));
+        held.granted(&grant(second.number)).unwrap();
+        held.granted(&grant(first.number)).unwrap();
         assert!(held.holds(at(30)));
+    }
+
+    #[test]
+    fn nobody_promises_for_longer_than_primaries_do() {
+        let mut held = Held::default();
+        let number = held.ask(Session(1), at(10)).number;
+        for milliseconds in [600_001, u64::MAX] {
+            held.granted(&Grant { milliseconds, ..grant(number) }).unwrap_err();
+            assert!(!held.holds(at(10)));
+        }
+        held.granted(&Grant { milliseconds: 600_000, ..grant(number) }).unwrap();
+        assert!(held.holds(at(570)));
     }
 
     #[test]
@@ -96,7 +121,7 @@ mod tests {
         let mut held = Held::default();
         let renew = held.ask(Session(1), at(10));
         held.give_up();
-        held.granted(&grant(renew.number));
+        held.granted(&grant(renew.number)).unwrap();
         assert!(!held.holds(at(10)));
     }
 
@@ -105,7 +130,7 @@ mod tests {
         let mut held = Held::default();
         let last = (0..1000).map(|second| held.ask(Session(1), at(second)).number).last().unwrap();
         assert_eq!(held.asked.len(), ASKED);
-        held.granted(&grant(last));
+        held.granted(&grant(last)).unwrap();
         assert!(held.holds(at(1000)));
     }
 }

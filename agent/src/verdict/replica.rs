@@ -61,7 +61,9 @@ fn waiting(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
         }
         Connection::Paused => (link(primary), format!("blockmirror resume {} {name}", facts.name)),
         _ => {
-            let since = primary.connection_seconds.map(|seconds| format!(" since {}", Seconds(seconds)));
+            // Just after the agent's start or a join nobody was waited for.
+            let since = primary.connection_seconds.filter(|seconds| *seconds > 0);
+            let since = since.map(|seconds| format!(" since {}", Seconds(seconds)));
             let link = format!("is not connected{}{}", since.unwrap_or_default(), super::reason(primary));
             let look = format!("on {name}: blockmirror status {}", facts.name);
             let has_image = is_usable(facts.data) || facts.succession.rollback.is_some();

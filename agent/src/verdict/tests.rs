@@ -523,6 +523,13 @@ fn a_replica_says_what_its_copy_is_good_for() {
             look,
         ),
         (
+            CopyState::Consistent,
+            PeerStatus { connection_seconds: Some(0), ..gone.clone() },
+            VolumeState::Waiting,
+            "primary a is not connected; this copy is consistent",
+            promote,
+        ),
+        (
             CopyState::Empty,
             gone,
             VolumeState::Waiting,

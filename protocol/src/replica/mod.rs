@@ -300,10 +300,7 @@ impl Replica {
                 self.part();
                 Ok(())
             }
-            Message::Grant(grant) if grant.session == session => {
-                self.promise.granted(&grant);
-                Ok(())
-            }
+            Message::Grant(grant) if grant.session == session => self.promise.granted(&grant),
             Message::AskMark(AskMark { session: theirs }) if theirs == session => {
                 self.acknowledge();
                 Ok(())
