@@ -70,9 +70,14 @@ impl ConfigFolder {
     /// Reads one volume's file.
     ///
     /// # Errors
-    /// A [`Mistake`] when the file cannot be read, is wrong or belongs to another volume.
+    /// The first [`Mistake`] when the file cannot be read, is wrong or belongs to another volume.
     pub fn load_volume(&self, name: &Name) -> Result<VolumeConfig, Mistake> {
-        read_volume(&self.volume_path(name))
+        let path = self.volume_path(name);
+        let volume = read(&path)?;
+        match contradictions_in(&path, &volume).into_iter().next() {
+            Some(mistake) => Err(mistake),
+            None => Ok(volume),
+        }
     }
 
     /// Reads the files of all volumes. Files whose names begin with a dot or don't end in `.toml` are left alone.
@@ -82,10 +87,19 @@ impl ConfigFolder {
     pub fn load_volumes(&self) -> Result<Volumes, Mistake> {
         let mut found = Volumes::default();
         for path in self.volume_files()? {
-            match read_volume(&path).and_then(|volume| fits_beside(&found.volumes, &path, volume)) {
-                Ok(volume) => found.volumes.push(volume),
-                Err(mistake) => found.mistakes.push(mistake),
+            let volume = match read(&path) {
+                Ok(volume) => volume,
+                Err(mistake) => {
+                    found.mistakes.push(mistake);
+                    continue;
+                }
+            };
+            let mut mistakes = contradictions_in(&path, &volume);
+            mistakes.extend(contradiction_with(&found.volumes, &path, &volume));
+            if mistakes.is_empty() {
+                found.volumes.push(volume);
             }
+            found.mistakes.append(&mut mistakes);
         }
         Ok(found)
     }
@@ -114,7 +128,9 @@ impl ConfigFolder {
     /// A [`Mistake`] when the volume contradicts itself or the file cannot be written.
     pub fn save_volume(&self, volume: &VolumeConfig) -> Result<(), Mistake> {
         let path = self.volume_path(&volume.name);
-        volume.check().map_err(|what| Mistake::Contradictory { path: path.clone(), what })?;
+        if let Some(what) = volume.contradictions().into_iter().next() {
+            return Err(Mistake::Contradictory { path, what });
+        }
         let text =
             toml::to_string(volume).map_err(|source| Mistake::Unwritable { path: path.clone(), source })?;
         let folder = self.volumes_path();
@@ -133,27 +149,22 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Mistake> {
     toml::from_str(&text).map_err(|cause| Mistake::parse(path, &text, cause))
 }
 
-fn read_volume(path: &Path) -> Result<VolumeConfig, Mistake> {
-    let volume: VolumeConfig = read(path)?;
-    let contradictory = |what| Mistake::Contradictory { path: path.to_owned(), what };
-    volume.check().map_err(contradictory)?;
-    match path.file_stem() == Some(OsStr::new(volume.name.as_str())) {
-        true => Ok(volume),
-        false => Err(contradictory(Contradiction::FileName(volume.name))),
-    }
+/// What a volume's file says that can't all be true.
+fn contradictions_in(path: &Path, volume: &VolumeConfig) -> Vec<Mistake> {
+    let is_named = path.file_stem() == Some(OsStr::new(volume.name.as_str()));
+    let misnamed = (!is_named).then(|| Contradiction::FileName(volume.name.clone()));
+    let found = volume.contradictions().into_iter().chain(misnamed);
+    found.map(|what| Mistake::Contradictory { path: path.to_owned(), what }).collect()
 }
 
-/// Whether a volume can be served beside those whose files were read before.
-fn fits_beside(others: &[VolumeConfig], path: &Path, volume: VolumeConfig) -> Result<VolumeConfig, Mistake> {
-    let contradiction = others.iter().find_map(|other| match other {
+/// Why a volume can't be served beside those whose files were read before, if it can't.
+fn contradiction_with(others: &[VolumeConfig], path: &Path, volume: &VolumeConfig) -> Option<Mistake> {
+    let what = others.iter().find_map(|other| match other {
         other if other.id == volume.id => Some(Contradiction::SameId(other.name.clone())),
         other if other.backing == volume.backing => Some(Contradiction::SameBacking(other.name.clone())),
         _ => None,
-    });
-    match contradiction {
-        Some(what) => Err(Mistake::Contradictory { path: path.to_owned(), what }),
-        None => Ok(volume),
-    }
+    })?;
+    Some(Mistake::Contradictory { path: path.to_owned(), what })
 }
 
 /// Creates a folder and those above it, each durably entered in the one above.

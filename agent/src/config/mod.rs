@@ -433,28 +433,26 @@ impl VolumeConfig {
         }
     }
 
-    /// Looks for statements that contradict each other.
-    ///
-    /// # Errors
-    /// The first [`Contradiction`].
-    pub fn check(&self) -> Result<(), Contradiction> {
+    /// The statements that contradict each other.
+    #[must_use]
+    pub fn contradictions(&self) -> Vec<Contradiction> {
+        let mut found = Vec::new();
         for (index, peer) in self.peers.iter().enumerate() {
             let others = &self.peers[..index];
             if others.iter().any(|other| other.name == peer.name) {
-                return Err(Contradiction::PeerTwice(peer.name.clone()));
-            }
-            if let Some(other) = others.iter().find(|other| other.host == peer.host) {
-                return Err(Contradiction::SameKey(other.name.clone(), peer.name.clone()));
+                found.push(Contradiction::PeerTwice(peer.name.clone()));
+            } else if let Some(other) = others.iter().find(|other| other.host == peer.host) {
+                found.push(Contradiction::SameKey(other.name.clone(), peer.name.clone()));
             }
         }
         let primaries = self.peers.iter().map(|peer| peer.role).chain([self.role]);
         if primaries.filter(|role| *role == Role::Primary).count() > 1 {
-            return Err(Contradiction::TwoPrimaries);
+            found.push(Contradiction::TwoPrimaries);
         }
         if self.nbd_tls.is_some() && self.nbd_listen.is_none() {
-            return Err(Contradiction::TlsForNothing);
+            found.push(Contradiction::TlsForNothing);
         }
-        Ok(())
+        found
     }
 
     /// What this host is, and which other one is the primary, if any is.

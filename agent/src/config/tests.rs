@@ -220,6 +220,24 @@ fn a_volume_that_contradicts_itself_is_not_saved() {
 }
 
 #[test]
+fn all_that_contradicts_in_a_file_is_told() {
+    let (_temporary, folder) = folder();
+    folder.save_volume(&example()).unwrap();
+    let path = folder.volume_path(&example().name);
+    let mut volume = example();
+    volume.peers[0].role = Role::Primary;
+    volume.peers.push(volume.peers[0].clone());
+    fs::write(path.with_file_name("other.toml"), toml::to_string(&volume).unwrap()).unwrap();
+    let found = folder.load_volumes().unwrap();
+    let told: Vec<String> = found.mistakes.iter().map(ToString::to_string).collect();
+    let parts = ["listed twice", "primar", "other.toml: ", "same id"];
+    assert_eq!((told.len(), found.volumes.len()), (parts.len(), 1), "{told:?}");
+    for (mistake, part) in told.iter().zip(parts) {
+        assert!(mistake.contains(part), "{part}: {mistake}");
+    }
+}
+
+#[test]
 fn two_volumes_share_neither_id_nor_backing_and_a_bad_file_hides_no_good_one() {
     let (_temporary, folder) = folder();
     let named = |name: &str, id: u8, backing: &str| VolumeConfig {
@@ -293,7 +311,7 @@ fn hosts_of_one_long_name_get_names_of_their_own() {
         config.peers.retain(|known| known.host != peer.host);
         config.peers.push(peer);
     }
-    config.check().unwrap();
+    assert_eq!(config.contradictions(), []);
     assert!(config.peers.last().unwrap().name.as_str().ends_with("-12"));
 }
 
@@ -370,7 +388,7 @@ fn what_a_host_says_of_itself_counts_more_than_what_the_primary_says_of_it() {
     for (name, known_by) in [("aa", "aa-2"), ("b", "b-2"), ("C", "c")] {
         config.meet(HostId([3; 32]), name, Vec::new(), &own);
         assert_eq!(known(&config, 3), said(known_by, "192.0.2.33:1"));
-        config.check().unwrap();
+        assert_eq!(config.contradictions(), []);
     }
     assert_eq!(config.meet(HostId([9; 32]), "x", Vec::new(), &own), None, "that is no member");
 }

@@ -165,7 +165,7 @@ impl Supervisor {
             tracing::error!("{text}");
             // A file whose name is none is no volume's.
             if let Some(name) = mistake.path().file_stem().and_then(|stem| stem.to_str()?.parse().ok()) {
-                self.lock_mistakes().insert(name, text);
+                self.lock_mistakes().entry(name).or_insert(text);
             }
         }
         self.give_up_unknown(&found.volumes).await;
