@@ -134,11 +134,11 @@ impl Replica {
         fence.is_refused_by(newest).then_some(Superseded { fence: newest })
     }
 
+    /// Ends the session that is open, if one is. Nothing of one that had ended waits any longer either.
     pub(super) fn unlink(&mut self) {
-        let Some(link) = self.link.take() else { return };
+        let queued = self.link.take().map(|link| link.queue).unwrap_or_default();
         // The ends of epochs were dropped on arrival.
-        let held = link
-            .queue
+        let held = queued
             .into_iter()
             .filter(|(_, body)| !matches!(body, Body::EpochEnd { .. } | Body::Generation { .. }));
         self.actions.extend(held.map(|(frame, _)| Action::Drop(frame)));

@@ -331,6 +331,19 @@ fn a_pre_image_that_cannot_be_read_gives_up_the_way_back_and_the_copy_heals_it()
     assert!(!replica.has_failed() && !replica.report().is_full);
 }
 
+/// Frames of a session that had ended were to wait once more, and nothing came that they waited for.
+#[test]
+fn a_replica_that_fails_after_its_link_was_lost_comes_to_rest() {
+    let mut replica = in_gap();
+    replica.handle_disconnected();
+    assert_eq!(replica.poll_action(), None);
+    replica.handle_saved(Saved::Unreadable);
+    assert_eq!(replica.poll_action(), Some(Action::WriteState(StateChange::GiveRollbackUp)));
+    replica.handle_state_written(false);
+    assert!(replica.has_failed() && replica.is_idle());
+    assert_eq!(drive(&mut replica, |action| matches!(action, Action::Drop(_))), Action::Drop(FrameId(1)));
+}
+
 /// It was refused until its configuration changed or its agent was started anew, however much room was made.
 #[test]
 fn a_replica_that_had_no_room_tries_again_with_each_greeting() {

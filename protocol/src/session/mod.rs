@@ -581,6 +581,8 @@ impl Session {
                 if let Phase::Committing { sent: Some(generation), closed, .. } = link.phase {
                     link.durable = link.durable.max(closed.map_or(Epoch(0), |(epoch, _)| epoch));
                     link.phase = Phase::InSync;
+                    // It counts on new words from now on, and hears again when they hold no more.
+                    link.is_told_alone = false;
                     self.since = now;
                     self.went_back = false;
                     self.answered.follows();

@@ -8,7 +8,7 @@ use crate::disk::PAGE_BYTES;
 use crate::disk::dirty_map::Header;
 use crate::terms::DataState;
 use crate::units::{CopyId, EXTENT_BYTES, Mark, Position, Session as SessionNumber, VolumeId};
-use crate::wire::message::{Digest, Union, Welcome};
+use crate::wire::message::{Digest, Renew, Union, Welcome};
 
 const BLOCKS: u64 = 256;
 
@@ -85,6 +85,58 @@ fn a_generation_that_begins_before_a_clean_replica_has_recorded_its_commit_is_to
         _ => None,
     });
     assert_eq!(told.collect::<Vec<_>>(), [GenerationId([b'a'; 16]), GenerationId([b'b'; 16])]);
+}
+
+/// Answers as the replica would until it is in sync. Gives how often it was told that it is passed over.
+fn bring_into_sync(session: &mut Session, epoch: Epoch) -> usize {
+    let (number, now) = (SessionNumber(1), Time::default());
+    let mut told = 0;
+    for _ in 0..8 {
+        session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), now);
+        session.handle_epoch_end(epoch, Sequence(3));
+        while let Some(action) = session.poll_action() {
+            let answer: Message = match action {
+                Action::WriteMap(_) => {
+                    session.handle_map_written(true, now);
+                    continue;
+                }
+                Action::Send(Message::Alone(_)) => {
+                    told += 1;
+                    Parted { session: number }.into()
+                }
+                Action::Send(Message::ResyncBegin(_)) => ResyncReady { session: number }.into(),
+                Action::Send(Message::Commit(commit)) => {
+                    Committed { session: number, position: commit.position }.into()
+                }
+                Action::SendFrame { header, .. } => {
+                    assert!(matches!(header.body, Body::EpochEnd { .. }), "{header:?}");
+                    let (mark, received) = (Mark::default(), Sequence(0));
+                    Acknowledgement { session: number, durable: epoch, copies: 0, received, mark }.into()
+                }
+                _ => continue,
+            };
+            session.handle_message(answer, Sequence(3), now).unwrap();
+        }
+    }
+    assert!(session.is_in_sync());
+    told
+}
+
+/// Only the first time in a link: at the second, what waited for the replica waited until its word was over.
+#[test]
+fn a_replica_is_told_each_time_that_it_is_passed_over() {
+    let mut session = session_with(|map| map.clean(relative_to(2)));
+    session.set_mode(Mode::Sync);
+    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    assert_eq!(bring_into_sync(&mut session, Epoch(8)), 0);
+    for epoch in [9, 10] {
+        let renew = Renew { session: SessionNumber(1), number: epoch };
+        session.handle_message(renew.into(), Sequence(3), Time::default()).unwrap();
+        assert!(session.promised.is_some());
+        session.give_up();
+        assert_eq!(bring_into_sync(&mut session, Epoch(epoch)), 1);
+        assert!(session.promised.is_none());
+    }
 }
 
 /// A primary that was set back gave numbers to other replicas and to greetings that came to nothing, until this one's was

@@ -111,7 +111,10 @@ impl Told {
     /// When [`Told::next`] is to be looked at.
     fn timeout(&self, open: Epoch) -> Option<Time> {
         let end = self.end.filter(|_| self.asked.is_none())?;
-        (end > open).then(|| self.at.1.after(LOOK_TIME))
+        let look = (end > open).then(|| self.at.1.after(LOOK_TIME));
+        // What waits for it may be a replica's commit, which nothing else reminds of.
+        let again = self.failed_at.filter(|_| self.is_wanted).map(|failed| failed.after(SHORT_TIME));
+        look.into_iter().chain(again).min()
     }
 }
 
@@ -231,6 +234,19 @@ mod tests {
         assert_eq!(raise(&mut told, 8, false, at(4004)), Some(8), "the open epoch is told to nobody");
         assert_eq!(told.timeout(Epoch(8)), None);
         assert!(told.covers(Epoch(7)) && !told.covers(Epoch(8)));
+    }
+
+    #[test]
+    fn a_bound_that_is_wanted_and_could_not_be_recorded_is_asked_for_again() {
+        let mut told = Told { end: Some(Epoch(1)), is_wanted: true, ..begun() };
+        assert_eq!(told.timeout(Epoch(1)), None, "it is asked for at once");
+        told.failed_at = Some(NOW);
+        assert_eq!(told.timeout(Epoch(1)), Some(NOW.after(SHORT_TIME)));
+        let again = NOW.after(SHORT_TIME);
+        assert!(raise(&mut told, 1, false, again).is_some());
+        // One that nobody waits for is asked for with the next write.
+        (told.end, told.is_wanted) = (Some(Epoch(1)), false);
+        assert_eq!(told.timeout(Epoch(1)), None);
     }
 
     #[test]
