@@ -353,11 +353,12 @@ fn a_recovered_primary_whose_operator_decides_for_the_newer_copy_gets_it() {
     mirror.primary.start();
     mirror.replicas[1].start();
     is_split(&mirror, "c");
+    mirror.wait_for_peer("b", "it follows what was recovered", |peer| peer.state == Some(PeerState::InSync));
     mirror.primary.succeed(&["demote", "data"]);
     let c = &mirror.replicas[1];
     mirror.primary.succeed(&["resolve", "data", "--keep", "c"]);
     c.succeed(&["promote", "data", "--force"]);
-    // It has followed what was recovered, which is a history of its own by now.
+    // What b follows is a history of its own by now.
     mirror.replica().succeed(&["resolve", "data", "--keep", "c"]);
     c.wait_until("all are in sync", |status| status.state == VolumeState::Healthy);
     for host in [&mirror.primary, mirror.replica(), c] {

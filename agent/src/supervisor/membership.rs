@@ -13,6 +13,7 @@ use crate::transport::Connection;
 use crate::verdict;
 use crate::volume::{Ask, Handle, Learned};
 use crate::words::with_causes;
+use blockmirror_protocol::membership;
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{AskMembers, Hello, Member, Members, Refused};
@@ -114,11 +115,18 @@ impl Supervisor {
         let others: Vec<PeerConfig> =
             config.peers.iter().filter(|other| other.host != peer).cloned().collect();
         let removals = standing::ask_removals(&self.peers, volume, others, HEARSAY_TIME).await;
+        let known = config.peers.iter().find(|known| known.host == peer);
+        // It holds also where it can't be saved.
+        let is_removed = known.is_some_and(|known| {
+            let mut told = removals.iter().filter(|removal| removal.host == peer);
+            told.any(|removal| membership::is_removal(removal.version, known.version))
+        });
         if let Err(failure) = self.learn(&config.name, Learned::Removals(removals)).await {
             tracing::warn!(volume = %config.name, "{}", with_causes(&failure));
         }
         let config = self.config_of(volume).await;
         let is_member = config.is_some_and(|config| config.peers.iter().any(|known| known.host == peer));
+        let is_member = is_member && !is_removed;
         if is_member {
             let heard = Heard { connection: connection.clone(), fence: hello.fence };
             self.heard.lock().await.insert((volume, peer), heard);

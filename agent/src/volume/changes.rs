@@ -241,6 +241,10 @@ impl Volume {
                 self.role = OpenRole::Replica(replica.clone());
                 // What it would have been told meanwhile.
                 let config = self.config.borrow().clone();
+                let is_member = |host| config.peers.iter().any(|peer| peer.host == host);
+                if replica.greeter().is_some_and(|greeter| !is_member(greeter)) {
+                    replica.disconnect();
+                }
                 self.configure(config);
                 self.keep_from(self.doubled.clone());
                 self.look_whom_it_follows();
@@ -266,8 +270,12 @@ impl Volume {
         change.progress.is_over.set(true);
         let ended = async {
             while let Some(event) = events.recv().await {
-                if let Event::Changed(next, then) = event {
-                    return Some((next, then));
+                match event {
+                    Event::Changed(next, then) => return Some((next, then)),
+                    // Whether a demotion is in order depends on it.
+                    Event::Told(told) => change.hear_of(told),
+                    Event::Superseded(fence) => change.hear_of(Succeeded { fence, by: fence.holder }),
+                    _ => {}
                 }
             }
             None

@@ -221,6 +221,7 @@ impl Devices {
             }
             blocking(move || loopback::give_up(&options, "the operator wants that")).await;
             self.unserved = None;
+            self.note_released();
             return Ok(users);
         };
         let looked = openers::look(Some(loopback.path()), Vec::new()).await;
@@ -235,10 +236,15 @@ impl Devices {
                 Ok(()) => {}
             }
         }
+        self.note_released();
+        Ok(users)
+    }
+
+    /// Status says what became of the loop device.
+    fn note_released(&mut self) {
         if let Some(status) = &mut self.status {
             status.error = Some("it was released; it is served again when the agent is restarted".to_owned());
         }
-        Ok(users)
     }
 
     pub(super) async fn stop(self) {
