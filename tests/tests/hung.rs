@@ -10,8 +10,10 @@ use blockmirror_tests::machines::hanging::Hanging;
 use blockmirror_tests::machines::host::{Host, Running};
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
-use blockmirror_tests::machines::programs::text;
+use blockmirror_tests::machines::programs::{run, succeed, text};
 use blockmirror_tests::require;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use tokio::task::JoinSet;
 
 const MIB: u64 = 1 << 20;
@@ -21,7 +23,7 @@ struct Scene {
     /// Goes on before the hosts end.
     disk: Hanging,
     mirror: Mirror,
-    device: std::path::PathBuf,
+    device: PathBuf,
 }
 
 impl Scene {
@@ -238,6 +240,47 @@ fn a_configuration_that_hangs_stops_only_who_changes_it() {
     drop((client, waiting));
     host.stop();
     drop((file, replicas));
+}
+
+/// A file system that writes nothing as long as this lives.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(point: &Path) -> Self {
+        succeed("fsfreeze", &["--freeze", text(point)]);
+        Self(point.to_owned())
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        run("fsfreeze", &["--unfreeze", text(&self.0)]);
+    }
+}
+
+/// The file said one thing then, and the agent went by another until it was started anew.
+#[test]
+fn what_the_disk_of_the_configuration_takes_late_is_carried_out() {
+    require!("root", "mkfs.ext4", "fsfreeze");
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.primary.stop();
+    let (config, kept) = (mirror.primary.path("config"), mirror.folder.join("kept"));
+    let image = mirror.folder.join("config.img");
+    File::create(&image).and_then(|file| file.set_len(16 * MIB)).expect("an image");
+    succeed("mkfs.ext4", &["-q", text(&image)]);
+    fs::rename(&config, &kept).expect("the configuration");
+    let mounted = mirror.folder.mount(&image, "a/config");
+    succeed("cp", &["-a", text(&kept.join(".")), text(mounted.path())]);
+    mirror.primary.start();
+    mirror.wait_until_quiet();
+    let frozen = Frozen::new(mounted.path());
+    mirror.primary.refuse(&["pause", "data", "b"], 1, &["config/volumes/data.toml does not answer"]);
+    assert_eq!(mirror.peer("b").connection, Connection::Connected);
+    drop(frozen);
+    mirror.wait_for_peer("b", "it is paused", |peer| peer.connection == Connection::Paused);
+    let saved = ConfigFolder::new(config).load_volume(&"data".parse().expect("a name"));
+    assert!(saved.expect("the file is right").peers[0].paused);
+    mirror.primary.stop();
 }
 
 /// Each question about how a host stands has the state folder read: a peer may ask as often as it likes, and each had a thread

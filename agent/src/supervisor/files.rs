@@ -23,6 +23,13 @@ pub(super) struct Silent {
     path: PathBuf,
 }
 
+impl Silent {
+    /// The file system of this path.
+    pub(super) fn at(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+}
+
 /// A volume's turns: whoever changes one of its files waits until the change before is done.
 pub(super) type Turns = Arc<Mutex<()>>;
 
@@ -41,7 +48,7 @@ pub(super) async fn in_time<T: Send + 'static>(
     match tokio::time::timeout(limit, spawn_blocking(call)).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Err(Silent { path: path.to_owned() }),
+        Err(_) => Err(Silent::at(path)),
     }
 }
 
@@ -51,7 +58,7 @@ pub(super) async fn in_time<T: Send + 'static>(
 /// [`Silent`] when the one before takes too long.
 pub(super) async fn turn(path: &Path, turns: Turns, limit: Duration) -> Result<Turn, Silent> {
     let turn = tokio::time::timeout(limit, turns.lock_owned()).await;
-    turn.map_err(|_| Silent { path: path.to_owned() })
+    turn.map_err(|_| Silent::at(path))
 }
 
 /// Does something with the invitations that are kept in a volume's state folder, at its turn, which the caller has back.

@@ -34,11 +34,11 @@ pub use operations::Operator;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, Weak};
 use std::time::Duration;
 use strangers::Strangers;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::{Mutex, Semaphore, watch};
+use tokio::sync::{Mutex, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 
 /// How long the connections to other hosts may take to end.
@@ -62,6 +62,7 @@ pub type News = (Name, Learned);
 
 /// See the module.
 pub struct Supervisor {
+    me: Weak<Self>,
     folders: Folders,
     name: Name,
     endpoint: Endpoint,
@@ -130,7 +131,8 @@ impl Supervisor {
         store: Arc<Store>,
     ) -> (Arc<Self>, UnboundedReceiver<News>) {
         let (learned, source) = unbounded_channel();
-        let supervisor = Arc::new(Self {
+        let supervisor = Arc::new_cyclic(|me| Self {
+            me: me.clone(),
             folders,
             name,
             peers: Peers::new(endpoint.clone(), resync_limit),
@@ -348,7 +350,8 @@ impl Supervisor {
         config.peer(peer).cloned().ok_or_else(|| Failure::no_such_peer(volume, peer))
     }
 
-    /// Changes a volume's configuration, on disk first, and tells the volume. Hosts that are peers no more are left.
+    /// Changes a volume's configuration, on disk first, and tells the volume. Hosts that are peers no more are left. What was
+    /// begun is done in full, also where whoever asked is gone or waits no more: what is saved is gone by.
     async fn change_config(
         &self,
         name: &Name,
@@ -359,7 +362,6 @@ impl Supervisor {
             let volumes = self.volumes.lock().await;
             volumes.get(name).ok_or_else(|| Failure::no_such_volume(name))?.saving.clone()
         };
-        // Nothing else waits for the disk of the configuration: others want to know how the volumes are.
         let silent = |silent: files::Silent| failed(silent.to_string());
         let turn = files::turn(&path, saving, files::ANSWER_TIME).await.map_err(silent)?;
         let mut changed = self.config_of_name(name).await?;
@@ -367,12 +369,30 @@ impl Supervisor {
         if changed == self.config_of_name(name).await? {
             return Ok(());
         }
+        let me = self.me.upgrade().expect("whoever calls holds it");
+        let (saved, is_saved) = oneshot::channel();
+        let keeping = tokio::spawn(me.keep_config(changed, turn, saved));
+        if tokio::time::timeout(files::ANSWER_TIME, is_saved).await.is_err() {
+            return Err(silent(files::Silent::at(&path)));
+        }
+        operations::finish(keeping).await
+    }
+
+    /// Saves a volume's configuration, then goes by it. Nothing but the next change of it waits for the disk.
+    async fn keep_config(
+        self: Arc<Self>,
+        changed: VolumeConfig,
+        turn: files::Turn,
+        answered: oneshot::Sender<()>,
+    ) -> Result<(), Failure> {
         let (folder, config) = (self.folders.config.clone(), changed.clone());
-        let save = move || (folder.save_volume(&config), turn);
-        let (saved, _turn) = files::in_time(&path, files::ANSWER_TIME, save).await.map_err(silent)?;
+        let saved = blocking(move || folder.save_volume(&config)).await;
+        // Whoever asked may wait no more.
+        drop(answered);
         saved.map_err(|error| failed(with_causes(&error)))?;
+        let name = changed.name.clone();
         let mut volumes = self.volumes.lock().await;
-        let entry = volumes.get_mut(name).ok_or_else(|| Failure::no_such_volume(name))?;
+        let entry = volumes.get_mut(&name).ok_or_else(|| Failure::no_such_volume(&name))?;
         let before = std::mem::replace(&mut entry.config, changed.clone());
         entry.handle.ask(Ask::Configure(Box::new(changed)));
         let is_left = |peer: &&PeerConfig| entry.config.peers.iter().all(|kept| kept.host != peer.host);
@@ -381,6 +401,7 @@ impl Supervisor {
         self.keep_room(&volumes);
         drop(volumes);
         self.part(&handle, left).await;
+        drop(turn);
         Ok(())
     }
 

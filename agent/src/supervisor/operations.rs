@@ -148,7 +148,9 @@ impl Operations for Operator {
     }
 
     async fn revoke(&self, volume: Name, id: String) -> Result<InvitationsReply, Failure> {
-        self.0.revoke(volume, id).await
+        // What it let in ends, also where the tool goes away before the disk has answered.
+        let supervisor = self.0.clone();
+        finish(tokio::spawn(async move { supervisor.revoke(volume, id).await })).await
     }
 
     async fn remove_peer(
@@ -158,8 +160,7 @@ impl Operations for Operator {
         request: RemovePeerRequest,
     ) -> Result<PeerRemoval, Failure> {
         let supervisor = self.0.clone();
-        let removing = tokio::spawn(async move { supervisor.remove_peer(volume, peer, request).await });
-        removing.await.unwrap_or_else(|_| Err(failed("the agent failed inside; see its log")))
+        finish(tokio::spawn(async move { supervisor.remove_peer(volume, peer, request).await })).await
     }
 
     async fn join(&self, request: JoinRequest) -> Result<StatusReply, Failure> {
@@ -404,7 +405,8 @@ fn comparison(volume: Name, peer: Name, result: &CompareResult, began: Instant) 
     }
 }
 
-async fn finish(task: JoinHandle<Result<StatusReply, Failure>>) -> Result<StatusReply, Failure> {
+/// Waits for what goes on when the tool goes away.
+pub(super) async fn finish<Done>(task: JoinHandle<Result<Done, Failure>>) -> Result<Done, Failure> {
     task.await.unwrap_or_else(|_| Err(failed("the agent failed inside; see its log")))
 }
 
