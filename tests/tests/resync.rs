@@ -218,7 +218,7 @@ fn compare(mirror: &Mirror, code: i32) -> Comparison {
 
 #[test]
 fn compare_finds_a_flipped_byte_and_has_it_repaired() {
-    let mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
     let mut random = Random::new(3);
     scatter(&mut mirror.client(), &mut random, 64 * MIB, 500);
     mirror.assert_identical();
@@ -226,7 +226,10 @@ fn compare_finds_a_flipped_byte_and_has_it_repaired() {
     assert_eq!((clean.compared_bytes, clean.different_bytes), (64 * MIB, 0));
 
     let flipped = 33 * MIB + 5 * BLOCK_BYTES + 77;
+    // It must not look in between: the times of before are back a moment later.
+    mirror.replica_mut().stall();
     flip(&mirror.replica().backing(), flipped);
+    mirror.replica_mut().go_on();
     let found = compare(&mirror, 1);
     let holds = |range: &Difference| (range.offset..range.offset + range.length).contains(&flipped);
     assert!(matches!(&found.ranges[..], [range] if holds(range)), "{found:?}");
