@@ -7,7 +7,7 @@ use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
-use blockmirror_tests::machines::host::Host;
+use blockmirror_tests::machines::host::{Host, Running};
 use blockmirror_tests::machines::mirror::{Mirror, assert_identical};
 use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
@@ -499,6 +499,15 @@ fn a_third_host_follows_whoever_is_promoted() {
     }
 }
 
+/// Has b ask the others whether it may be promoted, which takes a while, since c is stalled, and is refused in the end.
+fn begin_promotion_that_is_refused(mirror: &mut Mirror) -> Running {
+    mirror.replicas[1].stall();
+    let b = mirror.replica();
+    let asking = b.begin(&["promote", "data"]);
+    b.wait_until("it asks the others", |status| status.facts.succession.change.is_some());
+    asking
+}
+
 /// What the primary begins to send while the replica asks the others was dropped, and the session went on without it.
 #[test]
 fn a_replica_takes_what_comes_while_its_promotion_is_refused() {
@@ -517,18 +526,27 @@ fn a_replica_takes_what_comes_while_its_promotion_is_refused() {
     mirror.replica_mut().stop();
     mirror.replica_mut().start();
     mirror.wait_until_quiet();
-    mirror.replicas[1].stall();
-    let [b, c] = &mut mirror.replicas[..] else { panic!("there are two replicas") };
-    let asking = b.begin(&["promote", "data"]);
-    b.wait_until("it asks the others", |status| status.facts.succession.change.is_some());
-    scatter(&mut client_of(&mirror.primary), &mut random, 16 * MIB / BLOCK_BYTES, 50);
-    b.wait_until("it is refused", |status| status.facts.succession.change.is_none());
+    let asking = begin_promotion_that_is_refused(&mut mirror);
+    scatter(&mut mirror.client(), &mut random, 16 * MIB / BLOCK_BYTES, 50);
+    mirror.replica().wait_until("it is refused", |status| status.facts.succession.change.is_none());
     drop(asking);
-    c.go_on();
-    assert_identical(&mirror.primary, b);
-    assert_identical(&mirror.primary, c);
+    mirror.replicas[1].go_on();
+    mirror.assert_identical();
     let log = mirror.primary.log();
     assert!(!log.contains("does not read"), "the session ended: {log}");
+}
+
+/// What the operator changed in that time was saved, and nothing went by it.
+#[test]
+fn a_pause_while_a_promotion_is_refused_is_a_pause() {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b", "c"]);
+    mirror.wait_until_quiet();
+    let asking = begin_promotion_that_is_refused(&mut mirror);
+    mirror.replica().succeed(&["pause", "data", "a"]);
+    mirror.replica().wait_until("it is refused", |status| status.facts.succession.change.is_none());
+    drop(asking);
+    mirror.wait_for_peer("b", "it is paused there", |peer| peer.paused_there);
+    mirror.replicas[1].go_on();
 }
 
 /// The files of pre-images.

@@ -445,7 +445,7 @@ impl Peer {
             let count = tokio::select! {
                 biased;
                 count = source.recv_many(&mut frames, BATCH) => count,
-                // It waits for what it does not take: the session would go on for ever, and get nowhere.
+                // The replica never answers what it did not take in: the session would get nowhere.
                 error = &mut refused => return Err(error.into()),
             };
             if count == 0 {

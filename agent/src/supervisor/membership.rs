@@ -115,18 +115,16 @@ impl Supervisor {
         let others: Vec<PeerConfig> =
             config.peers.iter().filter(|other| other.host != peer).cloned().collect();
         let removals = standing::ask_removals(&self.peers, volume, others, HEARSAY_TIME).await;
-        let known = config.peers.iter().find(|known| known.host == peer);
-        // It holds also where it can't be saved.
-        let is_removed = known.is_some_and(|known| {
-            let mut told = removals.iter().filter(|removal| removal.host == peer);
-            told.any(|removal| membership::is_removal(removal.version, known.version))
-        });
-        if let Err(failure) = self.learn(&config.name, Learned::Removals(removals)).await {
+        if let Err(failure) = self.learn(&config.name, Learned::Removals(removals.clone())).await {
             tracing::warn!(volume = %config.name, "{}", with_causes(&failure));
         }
-        let config = self.config_of(volume).await;
-        let is_member = config.is_some_and(|config| config.peers.iter().any(|known| known.host == peer));
-        let is_member = is_member && !is_removed;
+        // A removal that can't be saved holds all the same.
+        let is_removed = |known: &PeerConfig| {
+            let mut told = removals.iter().filter(|removal| removal.host == known.host);
+            told.any(|removal| membership::is_removal(removal.version, known.version))
+        };
+        let peers = self.config_of(volume).await.map(|config| config.peers).unwrap_or_default();
+        let is_member = peers.iter().any(|known| known.host == peer && !is_removed(known));
         if is_member {
             let heard = Heard { connection: connection.clone(), fence: hello.fence };
             self.heard.lock().await.insert((volume, peer), heard);

@@ -387,10 +387,17 @@ impl Supervisor {
     ) -> Result<(), Failure> {
         let (folder, config) = (self.folders.config.clone(), changed.clone());
         let saved = blocking(move || folder.save_volume(&config)).await;
-        // Whoever asked may wait no more.
-        drop(answered);
-        saved.map_err(|error| failed(with_causes(&error)))?;
         let name = changed.name.clone();
+        if answered.send(()).is_err() {
+            // Whoever asked was told that it may be done later, or is gone.
+            match &saved {
+                Ok(()) => {
+                    tracing::info!(volume = %name, "a change of the configuration was saved late, and holds now")
+                }
+                Err(error) => tracing::warn!(volume = %name, "{}", with_causes(error)),
+            }
+        }
+        saved.map_err(|error| failed(with_causes(&error)))?;
         let mut volumes = self.volumes.lock().await;
         let entry = volumes.get_mut(&name).ok_or_else(|| Failure::no_such_volume(&name))?;
         let before = std::mem::replace(&mut entry.config, changed.clone());

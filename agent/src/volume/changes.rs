@@ -1,5 +1,6 @@
 //! Changes of a volume's role: while one is under way it has the shell to itself, as a task beside the volume, which goes
-//! on answering status and refuses sessions. Each ends with an [`Event::Changed`] that says how the volume goes on.
+//! on answering status and refuses new sessions. A replica's session that is open goes on until the change ends it, and what
+//! comes on it is taken in. Each change ends with an [`Event::Changed`] that says how the volume goes on.
 //!
 //! Every step of a change is durable before the next, so a change that is cut short is like a crash.
 
