@@ -1,12 +1,12 @@
 //! The agent's end is a pause (S1, S2): a file system on the volume's loop device, and whoever writes to it, outlive the
 //! agent. It is killed, or stopped in order, and started again, many times in a row.
 
-use blockmirror_agent::config::{Mode, Role};
+use blockmirror_agent::config::{DeviceKind, Mode, Role};
 use blockmirror_agent::control::api::{Connection, VolumeStatus};
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::patience::until;
-use blockmirror_tests::machines::programs::{own, text};
+use blockmirror_tests::machines::programs::{own, run, succeed, text};
 use blockmirror_tests::machines::systemd::Systemd;
 use blockmirror_tests::require;
 use blockmirror_tests::torture::disk::{FileSystem, examine};
@@ -142,6 +142,58 @@ fn a_keeper_that_is_killed_is_replaced() {
         mirror.primary.start();
         writer.join().expect("it does not panic").expect("it is answered by the next agent");
     }
+    mounted.unmount();
+    mirror.assert_identical();
+}
+
+/// A folder in which nothing can be made.
+struct ReadOnly(PathBuf);
+
+impl ReadOnly {
+    fn new(folder: PathBuf) -> Self {
+        succeed("mount", &["--bind", "-o", "ro", text(&folder), text(&folder)]);
+        Self(folder)
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        run("umount", &[text(&self.0)]);
+    }
+}
+
+/// The agent tried once, said so in its log, and held the device for kept.
+#[test]
+fn a_keeper_that_can_not_be_had_is_tried_for_until_it_can() {
+    require!("root", "mkfs.ext4");
+    let mut mirror = Mirror::new(32 * MIB, "nbd", &["b"]);
+    mirror.primary.stop();
+    // In the way of the keeper's socket.
+    let in_the_way = mirror.primary.path("run/keeper.sock");
+    fs::create_dir(&in_the_way).expect("a folder");
+    mirror.primary.configure(|volume| volume.devices = vec![DeviceKind::Loop]);
+    mirror.primary.start();
+    let warnings = |status: &VolumeStatus| -> Vec<String> {
+        status.facts.devices.iter().filter_map(|device| device.warning.clone()).collect()
+    };
+    let status = mirror.primary.wait_until("its device is not kept", |status| !warnings(status).is_empty());
+    assert!(warnings(&status)[0].contains("does not outlive the agent"), "{status:?}");
+    assert!(mirror.primary.keeper().is_none());
+    fs::remove_dir(&in_the_way).expect("it is empty");
+    mirror.primary.wait_until("its device is kept", |status| warnings(status).is_empty());
+    // And one that ended and can't be replaced at once.
+    FileSystem::make(&mirror.primary.device(), false);
+    let mounted = FileSystem::mount(&mirror.primary.device(), &mirror.folder.join("mount"));
+    let kept = keeper(&mirror.primary);
+    let read_only = ReadOnly::new(mirror.primary.path("run"));
+    kill_process(kept, Signal::KILL).expect("it is our process");
+    mirror.primary.wait_until("its device is not kept", |status| !warnings(status).is_empty());
+    drop(read_only);
+    mirror.primary.wait_until("its device is kept again", |status| warnings(status).is_empty());
+    mirror.primary.kill();
+    let writer = write(&mirror, "file");
+    mirror.primary.start();
+    writer.join().expect("it does not panic").expect("it is answered by the next agent");
     mounted.unmount();
     mirror.assert_identical();
 }

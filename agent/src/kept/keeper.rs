@@ -97,9 +97,21 @@ impl Keeper {
         }
     }
 
-    /// Starts a keeper that holds what is held.
+    /// Starts a keeper that holds what is held; or leaves none, rather than one that holds a part of it.
     pub(super) fn start_anew(&mut self, held: &HashMap<String, Descriptors>) -> io::Result<()> {
         self.let_go();
+        let started = self.start(held);
+        if started.is_err() {
+            if let Some(child) = &mut self.child {
+                // An error means that it has ended by itself.
+                let _ = child.kill();
+            }
+            self.let_go();
+        }
+        started
+    }
+
+    fn start(&mut self, held: &HashMap<String, Descriptors>) -> io::Result<()> {
         remove(&self.path)?;
         let address = SocketAddrUnix::new(&self.path)?;
         let listener = new_socket()?;
@@ -151,9 +163,19 @@ impl Keeper {
         Some((copy, self.connection))
     }
 
-    /// Whether this connection was left, or another took its place.
-    pub(super) fn has_left(&self, connection: u64) -> bool {
-        self.socket.is_none() || self.connection != connection
+    /// Whether another keeper took the place of the one at the other end of this connection.
+    pub(super) fn is_replaced(&self, connection: u64) -> bool {
+        self.socket.is_some() && self.connection != connection
+    }
+
+    /// Whether there is none.
+    pub(super) fn is_missing(&self) -> bool {
+        self.socket.is_none()
+    }
+
+    /// The number of the newest connection.
+    pub(super) fn connection(&self) -> u64 {
+        self.connection
     }
 
     fn ask(&self, what: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<HashMap<String, Descriptors>> {

@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::Duration;
 
 /// What is kept of one loop device.
 #[derive(Debug)]
@@ -54,6 +55,9 @@ impl Descriptors {
         [self.session.as_fd(), self.table.as_fd()]
     }
 }
+
+/// How long after an attempt to start a keeper the next one follows.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Where descriptors are kept, and which. Calls wait for another process, though not for long.
 pub struct Store {
@@ -113,6 +117,15 @@ impl Store {
         self.lock().held.contains_key(name)
     }
 
+    /// Whether what is kept under this name outlives this process as things are: a keeper that ended may not have been
+    /// replaced.
+    #[must_use]
+    pub fn is_safe(&self, name: &str) -> bool {
+        let state = self.lock();
+        let is_missing = matches!(&state.place, Place::Keeper(keeper) if keeper.is_missing());
+        state.held.contains_key(name) && !is_missing
+    }
+
     /// Copies of what is kept under this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<Descriptors> {
@@ -122,19 +135,33 @@ impl Store {
     /// Keeps these from now on, in place of what was kept under that name.
     ///
     /// # Errors
-    /// When they can't be kept: they go down with the process.
+    /// When they can't be kept: they go down with the process. Where no keeper can be had, that is tried again.
     pub fn put(self: &Arc<Self>, name: &str, descriptors: Descriptors) -> io::Result<()> {
-        {
+        let put = {
             let mut state = self.lock();
             let State { place, held } = &mut *state;
-            match place {
+            let put = match place {
                 Place::Nowhere => return Ok(()),
-                Place::Systemd => systemd::put(name, &descriptors)?,
-                Place::Keeper(keeper) => keeper.put(name, &descriptors, held)?,
+                Place::Systemd => systemd::put(name, &descriptors),
+                Place::Keeper(keeper) => keeper.put(name, &descriptors, held),
+            };
+            let missing = match place {
+                Place::Keeper(keeper) if keeper.is_missing() => Some(keeper.connection()),
+                _ => None,
+            };
+            if put.is_ok() || missing.is_some() {
+                held.insert(name.to_owned(), descriptors);
             }
-            held.insert(name.to_owned(), descriptors);
+            put.map_err(|error| (error, missing))
+        };
+        match put {
+            Ok(()) => self.watch(),
+            Err((error, None)) => return Err(error),
+            Err((error, Some(connection))) => {
+                self.replace_after(connection, || std::thread::sleep(PAUSE));
+                return Err(error);
+            }
         }
-        self.watch();
         Ok(())
     }
 
@@ -178,9 +205,14 @@ impl Store {
             Place::Nowhere | Place::Systemd => None,
         };
         let Some((end, connection)) = end else { return };
+        self.replace_after(connection, move || keeper::wait_for_end(&end));
+    }
+
+    /// Replaces the keeper of this connection when that has ended.
+    fn replace_after(self: &Arc<Self>, connection: u64, wait: impl FnOnce() + Send + 'static) {
         let store = Arc::downgrade(self);
         let watch = move || {
-            keeper::wait_for_end(&end);
+            wait();
             if let Some(store) = Weak::upgrade(&store) {
                 store.replace_keeper(connection);
             }
@@ -190,25 +222,66 @@ impl Store {
         }
     }
 
-    /// The keeper at the other end of this connection is gone.
+    /// The keeper at the other end of this connection is gone: another one takes its place, as soon as one can be had.
     fn replace_keeper(self: &Arc<Self>, connection: u64) {
-        {
-            let mut state = self.lock();
-            let State { place: Place::Keeper(keeper), held } = &mut *state else { return };
-            if keeper.has_left(connection) {
-                return;
+        let mut failures = Failures::default();
+        loop {
+            match self.start_another(connection) {
+                Replaced::Needless => return,
+                Replaced::Done => break,
+                // Its own connection counts from here on.
+                Replaced::NotYet(error) => failures.tell(&error),
             }
-            if held.is_empty() {
-                return keeper.let_go();
-            }
-            tracing::warn!("the keeper of the devices' descriptors has ended; another one takes its place");
-            if let Err(error) = keeper.start_anew(held) {
-                let error = with_causes(&error);
-                return tracing::error!(
-                    "no keeper can be had: loop devices do not outlive the agent: {error}"
-                );
-            }
+            std::thread::sleep(PAUSE);
+        }
+        if failures.count > 0 {
+            tracing::info!("there is a keeper again: loop devices outlive the agent");
         }
         self.watch();
+    }
+
+    fn start_another(&self, connection: u64) -> Replaced {
+        let mut state = self.lock();
+        let State { place: Place::Keeper(keeper), held } = &mut *state else { return Replaced::Needless };
+        if keeper.is_replaced(connection) {
+            return Replaced::Needless;
+        }
+        if held.is_empty() {
+            keeper.let_go();
+            return Replaced::Needless;
+        }
+        if !keeper.is_missing() {
+            tracing::warn!("the keeper of the devices' descriptors has ended; another one takes its place");
+        }
+        match keeper.start_anew(held) {
+            Ok(()) => Replaced::Done,
+            Err(error) => Replaced::NotYet(with_causes(&error)),
+        }
+    }
+}
+
+/// What came of an attempt to replace a keeper.
+enum Replaced {
+    Needless,
+    Done,
+    NotYet(String),
+}
+
+/// Attempts that failed: the first one, and one that fails for something else, are news.
+#[derive(Default)]
+struct Failures {
+    count: u32,
+    last: String,
+}
+
+impl Failures {
+    fn tell(&mut self, error: &str) {
+        self.count += 1;
+        if self.last != error {
+            tracing::error!(
+                "no keeper can be had: loop devices do not outlive the agent: {error}; it is tried again"
+            );
+            error.clone_into(&mut self.last);
+        }
     }
 }

@@ -97,16 +97,21 @@ impl Devices {
         {
             status.error = Some("its connection was aborted; restart the agent".to_owned());
         }
+        if let (Some(status), Some(device)) = (&mut loopback, &self.loopback)
+            && !device.can_be_left()
+        {
+            status.warning = Some(
+                "it does not outlive the agent, as nothing keeps it: before the agent is stopped, unmount it"
+                    .to_owned(),
+            );
+        }
         self.nbd.iter().map(|export| export.status.borrow().clone()).chain(loopback).collect()
     }
 
     /// Who has a device open, in words; devices that nobody uses can be stopped.
     pub(super) async fn openers(&self) -> Vec<String> {
-        let clients = self.clients();
-        let openers = openers::openers(self.loopback.as_ref().map(Loopback::path), clients);
-        tokio::time::timeout(OPENERS_TIME, openers).await.unwrap_or_else(|_| {
-            vec!["perhaps in use, which cannot be told: the device does not answer".to_owned()]
-        })
+        let openers = openers::openers(self.loopback.as_ref().map(Loopback::path), self.clients());
+        tokio::time::timeout(OPENERS_TIME, openers).await.unwrap_or_else(|_| vec![untold()])
     }
 
     /// Who still has the loop device of an earlier run, in words.
@@ -119,7 +124,7 @@ impl Devices {
 
     /// Who has a device open. Where nobody has, the loop device is claimed; whoever means to stop the devices keeps that.
     pub(super) async fn users(&self) -> Users {
-        let mut users = openers::look(self.loopback.as_ref().map(Loopback::path), self.clients()).await;
+        let mut users = look(self.loopback.as_ref().map(Loopback::path), self.clients()).await;
         if let Some(options) = self.unserved.clone() {
             users.staying.extend(blocking(move || loopback::users_of_kept(&options)).await);
         }
@@ -157,11 +162,7 @@ impl Devices {
         let is_the_last = asked.await.unwrap_or(false);
         let began = Instant::now();
         let users = loop {
-            let looked = tokio::time::timeout(OPENERS_TIME, openers::look(Some(path.clone()), Vec::new()));
-            let mut users = looked.await.unwrap_or_else(|_| Users {
-                staying: vec!["perhaps in use, which cannot be told: the device does not answer".to_owned()],
-                ..Users::default()
-            });
+            let mut users = look(Some(path.clone()), Vec::new()).await;
             let words = [std::mem::take(&mut users.staying), std::mem::take(&mut users.passing)].concat();
             if words.is_empty() {
                 self.claim = users.claim;
@@ -224,7 +225,7 @@ impl Devices {
             self.note_released();
             return Ok(users);
         };
-        let looked = openers::look(Some(loopback.path()), Vec::new()).await;
+        let looked = look(Some(loopback.path()), Vec::new()).await;
         let users = [looked.staying, looked.passing].concat();
         if !users.is_empty() && !force {
             return Err(in_use(&users));
@@ -445,6 +446,16 @@ impl Export {
             server.stop().await;
         }
     }
+}
+
+/// Who uses these, soon: a device that does not answer counts as used (L5).
+async fn look(device: Option<PathBuf>, clients: Vec<Client>) -> Users {
+    let looked = tokio::time::timeout(OPENERS_TIME, openers::look(device, clients)).await;
+    looked.unwrap_or_else(|_| Users { staying: vec![untold()], ..Users::default() })
+}
+
+fn untold() -> String {
+    "perhaps in use, which cannot be told: the device does not answer".to_owned()
 }
 
 fn loop_options(config: &VolumeConfig, surroundings: &Surroundings) -> Options {

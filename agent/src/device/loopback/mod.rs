@@ -257,7 +257,7 @@ impl Loopback {
     /// Whether the device outlives this process.
     #[must_use]
     pub fn can_be_left(&self) -> bool {
-        self.store.holds(&self.place.name)
+        self.store.is_safe(&self.place.name)
     }
 
     /// Takes no more requests, and leaves the device as it is to the next agent. What is under way is answered if it
