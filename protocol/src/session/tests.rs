@@ -314,12 +314,10 @@ fn a_generation_that_a_replica_followed_is_kept_while_it_is_away() {
     assert!(kept.contains(&begun(1)) && kept.contains(&begun(2)), "{kept:?}");
 }
 
-/// It ended at the first sector that could not be read, and said that the replica was not in sync.
-#[test]
-fn a_compare_goes_on_past_what_can_not_be_read_here_and_tells_it() {
-    const EXTENTS: u64 = 5;
+/// A replica in sync with so many extents, and what it asks for when it is driven.
+fn comparable(extents: u64) -> (Session, impl Fn(&mut Session) -> Vec<Action>) {
     let (peer, block_size) = (HostId([2; 32]), BlockSize::default());
-    let size_bytes = EXTENTS * EXTENT_BYTES;
+    let size_bytes = extents * EXTENT_BYTES;
     let map = DirtyMap::full(VolumeId([1; 16]), peer, size_bytes, block_size).clean(relative_to(2));
     let mut session = Session::new(peer, map, size_bytes, block_size, 1 << 20, Mode::Async);
     greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
@@ -328,16 +326,50 @@ fn a_compare_goes_on_past_what_can_not_be_read_here_and_tells_it() {
         std::iter::from_fn(|| session.poll_action()).collect::<Vec<_>>()
     };
     drive(&mut session);
-    let number = SessionNumber(1);
-    let committed = Committed { session: number, position: Position::default() };
+    let committed = Committed { session: SessionNumber(1), position: Position::default() };
     session.handle_message(committed.into(), Sequence(3), Time::default()).unwrap();
+    (session, drive)
+}
+
+fn held(actions: Vec<Action>) -> Vec<(u64, ByteRange)> {
+    let held = actions.into_iter().filter_map(|action| match action {
+        Action::Hold { number, range } => Some((number, range)),
+        _ => None,
+    });
+    held.collect()
+}
+
+/// One that was interrupted went on to its end, and the next one was told that the replica is not in sync. A replica ends
+/// the session of a primary that has more digests under way than a compare has steps.
+#[test]
+fn a_compare_that_nobody_waits_for_ends_with_what_is_under_way() {
+    let (mut session, drive) = comparable(9);
+    assert!(session.begin_compare(Sequence(3)));
+    let steps = held(drive(&mut session));
+    session.cancel_compare();
+    assert!(session.is_comparing() && !session.begin_compare(Sequence(3)), "digests are under way");
+    for (step, range) in steps {
+        assert!(session.is_comparing());
+        session.handle_hold(step, range);
+        session.handle_local_digest(step, Some([7; 32]));
+        let digest = Digest { session: SessionNumber(1), number: step, digest: [7; 32] };
+        session.handle_message(digest.into(), Sequence(3), Time::default()).unwrap();
+        assert_eq!(held(drive(&mut session)), []);
+    }
+    assert!(!session.is_comparing() && session.take_compared(Sequence(3)).is_none());
+    assert!(session.begin_compare(Sequence(3)));
+    session.cancel_compare();
+    assert!(!session.is_comparing(), "nothing was under way");
+}
+
+/// It ended at the first sector that could not be read, and said that the replica was not in sync.
+#[test]
+fn a_compare_goes_on_past_what_can_not_be_read_here_and_tells_it() {
+    let (mut session, drive) = comparable(5);
+    let (number, block_size) = (SessionNumber(1), BlockSize::default());
     assert!(session.begin_compare(Sequence(3)));
     loop {
-        let held = drive(&mut session).into_iter().filter_map(|action| match action {
-            Action::Hold { number, range } => Some((number, range)),
-            _ => None,
-        });
-        let held: Vec<_> = held.collect();
+        let held = held(drive(&mut session));
         if held.is_empty() {
             break;
         }

@@ -6,8 +6,11 @@
 //! difference is one: there are no false alarms. While the replica is not in sync no step begins. An extent that
 //! differs is marked dirty at once (D1) and copied again. One that can't be read here is told as such, and is not marked:
 //! there is nothing to copy. One that can't be read there differs, and the copy heals it.
+//!
+//! A compare that nobody waits for any more begins no further step, and has ended when those under way have: a replica
+//! answers no more than a few digests at a time.
 
-use super::{Action, Phase, Session, State};
+use super::{Action, Link, Phase, Session, State};
 use crate::ranges::ByteRange;
 use crate::units::{EXTENT_BYTES, Sequence};
 use crate::wire::{Body, FrameHeader};
@@ -41,6 +44,8 @@ pub(super) struct Verify {
     different: Vec<ByteRange>,
     unreadable: Vec<ByteRange>,
     began: Sequence,
+    /// Nobody waits for it any more.
+    is_cancelled: bool,
 }
 
 #[derive(Debug, Default)]
@@ -85,9 +90,19 @@ impl Session {
             different: Vec::new(),
             unreadable: Vec::new(),
             began: last,
+            is_cancelled: false,
         });
         self.next_step += size_bytes.div_ceil(EXTENT_BYTES);
         true
+    }
+
+    /// Nobody waits for the compare any more, if there is one.
+    pub(crate) fn cancel_compare(&mut self) {
+        let State::Linked(link) = &mut self.state else { return };
+        if let Some(verify) = &mut link.verify {
+            verify.is_cancelled = true;
+        }
+        link.end_cancelled_compare();
     }
 
     /// The hold of a step has its place among the writes: the request has the same one in the stream.
@@ -122,7 +137,7 @@ impl Session {
     pub(crate) fn take_compared(&mut self, last: Sequence) -> Option<CompareResult> {
         let is_written = self.is_written();
         let State::Linked(link) = &mut self.state else { return None };
-        let verify = link.verify.as_ref()?;
+        let verify = link.verify.as_ref().filter(|verify| !verify.is_cancelled)?;
         if verify.next * EXTENT_BYTES < verify.size_bytes || !verify.steps.is_empty() {
             return None;
         }
@@ -150,7 +165,10 @@ impl Session {
     pub(super) fn drive_compare(&mut self) {
         let State::Linked(link) = &mut self.state else { return };
         let Some(verify) = link.verify.as_mut().filter(|_| link.phase == Phase::InSync) else { return };
-        while verify.steps.len() < STEPS && verify.next * EXTENT_BYTES < verify.size_bytes {
+        while !verify.is_cancelled
+            && verify.steps.len() < STEPS
+            && verify.next * EXTENT_BYTES < verify.size_bytes
+        {
             let number = verify.first + verify.next;
             verify.next += 1;
             verify.steps.insert(number, Step::default());
@@ -183,5 +201,15 @@ impl Session {
                 self.distrust(range.blocks(self.block_size), Sequence(1));
             }
         }
+        if let State::Linked(link) = &mut self.state {
+            link.end_cancelled_compare();
+        }
+    }
+}
+
+impl Link {
+    /// A compare that was cancelled has ended when nothing of it is under way.
+    fn end_cancelled_compare(&mut self) {
+        self.verify.take_if(|verify| verify.is_cancelled && verify.steps.is_empty());
     }
 }

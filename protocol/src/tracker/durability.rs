@@ -82,6 +82,13 @@ impl Tracker {
         }
     }
 
+    /// Whether the log can't be freed, since a map that is to hold what it says can't be written at all: what waits for a
+    /// record may wait for ever.
+    pub(super) fn log_is_out_of_reach(&self) -> bool {
+        let is_lost = |session: &Session| session.map_is_out_of_reach() && !session.is_written();
+        !self.log_is_free && self.local.opened && self.sessions.values().any(is_lost)
+    }
+
     pub(super) fn start_sync(&mut self) {
         if !self.local.wanted || self.local.running.is_some() || self.local.failed {
             return;
@@ -149,12 +156,14 @@ mod tests {
     use super::super::replies::ReplicaLoss;
     use super::super::{Action, Follower, LocalWrite, RequestId, Tracker, Work, WriteFailed};
     use crate::dirty_map::DirtyMap;
+    use crate::disk::activity_log::Recovered;
     use crate::promise::PATIENCE;
     use crate::ranges::ByteRange;
     use crate::session::{self, Session};
     use crate::terms::Mode;
-    use crate::tracker::testing::{NOW, tracker};
-    use crate::units::{BlockSize, EXTENT_BYTES, GenerationId, HostId, Time, VolumeId};
+    use crate::tracker::testing::{self, NOW, settings, tracker};
+    use crate::units::{BlockSize, EXTENT_BYTES, Extent, GenerationId, HostId, Time, VolumeId};
+    use std::collections::BTreeSet;
     use std::time::Duration;
 
     /// What is left for a test to see to.
@@ -274,6 +283,34 @@ mod tests {
         }
         assert!(tracker.is_closed());
         assert!(tracker.active_extents() > 0, "the log remembers what the map doesn't");
+    }
+
+    /// What the log of before the crash says must be in the maps before it is written over: it never was, and the agent's end
+    /// took as long as it may, with a writer that waited.
+    #[test]
+    fn a_volume_closes_whose_log_was_never_free() {
+        let log = Recovered::Active { serial: 1, extents: BTreeSet::from([Extent(0)]) };
+        let settings = settings(ReplicaLoss::Continue, PATIENCE);
+        let mut tracker = Tracker::new(settings, &log, vec![testing::session(1, Mode::Async)]);
+        write(&mut tracker, 1, false);
+        let mut replies = Vec::new();
+        for second in 0..20 {
+            let now = Time(Duration::from_secs(second));
+            tracker.handle_timeout(now);
+            if second == 10 {
+                assert_eq!(replies, [], "there is no record of it");
+                tracker.close(now);
+            }
+            while let Some(action) = tracker.poll_action() {
+                match carry_out(&mut tracker, action, LocalWrite::Written, true, now) {
+                    Some(Told::Reply(request, result)) => replies.push((request, result)),
+                    Some(Told::WriteMap(peer)) => tracker.handle_map_written(peer, false, now),
+                    None => {}
+                }
+            }
+        }
+        assert_eq!(replies, [(RequestId(1), Err(WriteFailed))]);
+        assert!(tracker.is_closed());
     }
 
     /// A map that was being written when the volume was closed lacked what was marked meanwhile, and that was written a second

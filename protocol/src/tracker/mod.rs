@@ -457,6 +457,13 @@ impl Tracker {
         began
     }
 
+    /// Nobody waits for a compare with this replica any more. What of it is under way ends soon.
+    pub fn cancel_compare(&mut self, peer: HostId) {
+        if let Some(session) = self.sessions.get_mut(&peer) {
+            session.cancel_compare();
+        }
+    }
+
     /// The result of a compare that has ended.
     pub fn take_compared(&mut self, peer: HostId) -> Option<CompareResult> {
         let last = self.last;
@@ -653,6 +660,9 @@ impl Tracker {
         self.agree(now);
         self.look_ahead(now);
         if self.closing {
+            if self.log_is_out_of_reach() && !self.local.failed {
+                self.fail_backing(now);
+            }
             self.activity.let_idle_go(u64::MAX, self.safe());
             // What was marked when the links ended: nothing comes later that it could be written with.
             self.write_maps();
