@@ -216,6 +216,28 @@ fn compare(mirror: &Mirror, code: i32) -> Comparison {
     serde_json::from_str(&said.output).expect("the answer is well formed")
 }
 
+/// The first one went on when it was interrupted, and the second was told that the replica was not in sync.
+#[test]
+fn a_compare_has_its_turn_after_one_that_was_interrupted() {
+    let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);
+    mirror.wait_until_quiet();
+    mirror.replica_mut().stall();
+    let interrupted = mirror.primary.begin(&["compare", "data", "b"]);
+    mirror.wait_for_peer("b", "it is being compared", |peer| peer.compare.is_some());
+    let primary = &mirror.primary;
+    let said = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| primary.tool(&["compare", "data", "b", "--json"]));
+        drop(interrupted);
+        mirror.replicas[0].go_on();
+        waiting.join().expect("it does not panic")
+    });
+    let comparison: Comparison = serde_json::from_str(&said.output).unwrap_or_else(|_| panic!("{said:?}"));
+    assert_eq!((said.code, comparison.compared_bytes, comparison.different_bytes), (0, 64 * MIB, 0));
+    mirror.replica_mut().stop();
+    mirror.wait_until_lost("b");
+    mirror.primary.refuse(&["compare", "data", "b"], 5, &["b is not in sync, so nothing can be compared"]);
+}
+
 #[test]
 fn compare_finds_a_flipped_byte_and_has_it_repaired() {
     let mut mirror = Mirror::new(64 * MIB, "nbd", &["b"]);

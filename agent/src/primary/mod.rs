@@ -71,6 +71,8 @@ pub struct Primary {
     error: RefCell<Option<String>>,
     reads: Reads,
     closed: Notify,
+    /// Told when a compare may have ended.
+    compare_ended: Notify,
     /// Told of everything that a replica says.
     heard: Notify,
     absence: absence::Watch,
@@ -95,6 +97,35 @@ struct Inner {
     links: HashMap<HostId, LinkQueues>,
     copies: HashMap<(Follower, CopyRead), Bytes>,
     compares: HashMap<HostId, oneshot::Sender<Option<CompareResult>>>,
+    /// Held by whoever compares with a replica.
+    compare_turns: HashMap<HostId, Rc<tokio::sync::Mutex<()>>>,
+}
+
+/// Why there is no result of a compare.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NotCompared {
+    /// This host is not the primary.
+    NotPrimary,
+    /// The replica is not in sync.
+    NotInSync,
+    /// The link was lost, or this host is the primary no more.
+    Ended,
+}
+
+/// A compare that somebody waits for.
+struct Begun<'primary> {
+    primary: &'primary Primary,
+    peer: HostId,
+}
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        self.primary.drive(|inner, _| {
+            if inner.compares.remove(&self.peer).is_some() {
+                inner.tracker.cancel_compare(self.peer);
+            }
+        });
+    }
 }
 
 struct Pending {
@@ -168,12 +199,14 @@ impl Primary {
                 links: HashMap::new(),
                 copies: HashMap::new(),
                 compares: HashMap::new(),
+                compare_turns: HashMap::new(),
             }),
             armed: Cell::new(None),
             earlier: Notify::new(),
             error: RefCell::new(None),
             reads: Reads::default(),
             closed: Notify::new(),
+            compare_ended: Notify::new(),
             heard: Notify::new(),
             absence: absence::Watch::new(),
             away: Notify::new(),
@@ -316,8 +349,23 @@ impl Primary {
         self.drive(|inner, now| inner.tracker.limit_resync(peer, limit, now));
     }
 
-    /// Compares the volume with a replica. Nothing when the replica is not in sync, or falls out of it meanwhile.
-    pub async fn compare(&self, peer: HostId) -> Option<CompareResult> {
+    /// Compares the volume with a replica, after the compares with it that others wait for. It ends when the future is
+    /// dropped.
+    ///
+    /// # Errors
+    /// [`NotCompared`].
+    pub async fn compare(&self, peer: HostId) -> Result<CompareResult, NotCompared> {
+        let turns = self.inner.borrow_mut().compare_turns.entry(peer).or_default().clone();
+        let _turn = turns.lock().await;
+        let is_comparing = || self.inner.borrow().tracker.is_comparing(peer);
+        // What one asked for that was given up is still to come.
+        loop {
+            let ended = self.compare_ended.notified();
+            if !is_comparing() {
+                break;
+            }
+            ended.await;
+        }
         let (sender, result) = oneshot::channel();
         let began = self.drive(|inner, now| {
             let began = inner.tracker.begin_compare(peer, now);
@@ -326,7 +374,11 @@ impl Primary {
             }
             began
         });
-        if began { result.await.ok().flatten() } else { None }
+        if !began {
+            return Err(NotCompared::NotInSync);
+        }
+        let _begun = Begun { primary: self, peer };
+        result.await.ok().flatten().ok_or(NotCompared::Ended)
     }
 
     /// Makes everything durable and waits for it. No request may come any more.
@@ -411,7 +463,10 @@ impl Primary {
         while let Some(action) = inner.tracker.poll_action() {
             self.carry_out(&mut inner, action);
         }
-        inner.end_compares();
+        if !inner.compare_turns.is_empty() {
+            inner.end_compares();
+            self.compare_ended.notify_waiters();
+        }
         let next = inner.tracker.poll_timeout();
         if let Some(next) = next
             && self.armed.get().is_none_or(|armed| next < armed)
@@ -727,9 +782,6 @@ impl Inner {
     }
 
     fn end_compares(&mut self) {
-        if self.compares.is_empty() {
-            return;
-        }
         let peers: Vec<HostId> = self.compares.keys().copied().collect();
         for peer in peers {
             let result = self.tracker.take_compared(peer);

@@ -11,6 +11,7 @@ use crate::control::api::{
     ReleaseRequest, RemovePeerRequest, Resolution, ResolveRequest, STATUS_SCHEMA, SWITCH_SCHEMA, StatusReply,
     Switch, SwitchRequest, TuneRequest, UNDOING_SCHEMA, Undoing, VolumeFacts, VolumeStatus,
 };
+use crate::primary::NotCompared;
 use crate::quantity::{Seconds, Size};
 use crate::verdict;
 use crate::volume::{Answer, Ask, Handle, Silence};
@@ -335,14 +336,10 @@ impl Operations for Operator {
         let host = known.host;
         let handle = self.0.handle_of(&volume).await?;
         let began = Instant::now();
-        let result = handle.answer(|answer| Ask::Compare(host, answer)).await.flatten();
-        let result = result.ok_or_else(|| {
-            let text = format!(
-                "{peer} is not in sync, or fell out of it while it was compared; \
-                 run `blockmirror wait {volume} --for in-sync` on the primary and compare again"
-            );
-            Failure::new(FailureKind::Refused, text)
-        })?;
+        // The end of the volume's thread ends the compare.
+        let result = handle.answer(|answer| Ask::Compare(host, answer)).await;
+        let result = result.unwrap_or(Err(NotCompared::Ended));
+        let result = result.map_err(|why| not_compared(&volume, &peer, why))?;
         Ok(comparison(volume, peer, &result, began))
     }
 }
@@ -373,6 +370,22 @@ fn hangs(volume: &Name, silence: &Silence, consequence: &str) -> Failure {
 
 fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn not_compared(volume: &Name, peer: &Name, why: NotCompared) -> Failure {
+    let first = format!("blockmirror wait {volume} --for in-sync");
+    match why {
+        NotCompared::NotPrimary => {
+            refused(format!("this host is not the primary of {volume}, which compares"))
+        }
+        NotCompared::NotInSync => {
+            refused(format!("{peer} is not in sync, so nothing can be compared: {first}"))
+        }
+        NotCompared::Ended => failed(format!(
+            "the link to {peer} was lost, or this host is the primary no more: the comparison has not ended; {first}, then \
+             compare again"
+        )),
+    }
 }
 
 fn comparison(volume: Name, peer: Name, result: &CompareResult, began: Instant) -> Comparison {

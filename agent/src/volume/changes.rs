@@ -53,6 +53,8 @@ pub(super) enum Event {
     StartLoop(u32),
     /// It is time to ask that host who the volume's hosts are.
     AskMembers(HostId),
+    /// A host that was removed was left: it may have joined again meanwhile.
+    Parted,
     /// It is time to look whether a replica is alone.
     IsAlone,
     /// What other hosts said of themselves, while this replica was alone.
@@ -205,6 +207,7 @@ impl Volume {
             Event::Demote(answer, since) => self.demote(answer, since).await,
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
             Event::AskMembers(host) => self.ask_members(host),
+            Event::Parted => self.link_all().await,
             Event::IsAlone => self.look_whether_alone(),
             Event::Heard(answers) => self.look_for_better(&answers),
             Event::Touched(words) => self.note_touched(words).await,

@@ -38,6 +38,7 @@ impl Volume {
                 let last = links.values().next().filter(|_| links.len() == 1).cloned();
                 // Not to keep what it has open, when the volume is opened anew.
                 let primary = Rc::downgrade(primary);
+                let events = self.events.clone();
                 spawn_local(async move {
                     // One that takes its leave counts on nothing any more; what was promised to one that can't be
                     // reached is kept.
@@ -49,6 +50,8 @@ impl Volume {
                         last.greet_anew();
                     }
                     answer.send(()).unwrap_or_default();
+                    // Nobody listens any more when the agent has ended meanwhile.
+                    drop(events.send(Event::Parted));
                 });
             }
             OpenRole::Replica(replica) => {

@@ -29,7 +29,8 @@ use crate::control::api::{Better, Failure, Resolved, VolumeFacts};
 use crate::crashes;
 use crate::holding::Holding;
 use crate::kept::Store;
-use crate::primary::{Peer, Primary};
+use crate::metadata::StateError;
+use crate::primary::{NotCompared, Peer, Primary};
 use crate::recovery;
 use crate::replica::Replica;
 use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers};
@@ -73,6 +74,8 @@ const POOL_BYTES: usize = 64 << 20;
 const STOP_TIME: Duration = Duration::from_secs(45);
 const STOP_LOOK: Duration = Duration::from_millis(500);
 const STOP_GRACE: Duration = Duration::from_secs(3);
+/// How long it may take to make everything durable at the end, less than a volume may take to stop.
+const CLOSE_TIME: Duration = Duration::from_secs(30);
 /// How long a volume's thread waits at its end for calls that its tasks have made on other threads.
 const THREADS_TIME: Duration = Duration::from_secs(1);
 
@@ -135,7 +138,7 @@ pub enum Ask {
     /// The keys that two hosts use each.
     Doubled(BTreeSet<HostId>),
     /// Compare with a peer.
-    Compare(HostId, oneshot::Sender<Option<CompareResult>>),
+    Compare(HostId, oneshot::Sender<Result<CompareResult, NotCompared>>),
     /// Make this replica the primary; whether also where something may be lost.
     Promote(bool, Answer<Promoted>),
     /// Make this primary a replica.
@@ -522,7 +525,10 @@ impl Volume {
             Ask::Read(first, sender, receiver) => self.read_for_recovery(first, sender, receiver),
             Ask::Part(host, answer) => self.part(host, answer),
             Ask::AddPeer(peer, answer) => drop(answer.send(self.add_peer(peer).await)),
-            Ask::Configure(config) => self.configure(*config),
+            Ask::Configure(config) => {
+                self.configure(*config);
+                self.link_all().await;
+            }
             Ask::Moved(addresses) => self.tell_addresses(addresses),
             Ask::Doubled(hosts) => self.keep_from(hosts),
             Ask::Compare(host, answer) => self.compare(host, answer),
@@ -563,7 +569,7 @@ impl Volume {
         match &self.role {
             OpenRole::Primary(primary, links) => {
                 links.values().for_each(|link| link.stop());
-                primary.close().await;
+                changes::close(primary, CLOSE_TIME).await;
             }
             OpenRole::Replica(replica) => replica.close().await,
             OpenRole::Closed(_) | OpenRole::Changing(_) => {}
@@ -630,31 +636,54 @@ impl Volume {
         }
     }
 
+    /// Sees to it that a host that joined is mirrored to.
     async fn add_peer(&mut self, peer: PeerConfig) -> Result<(), String> {
-        let primary = match &self.role {
-            OpenRole::Primary(primary, _) => primary.clone(),
+        match &self.role {
+            OpenRole::Primary(_, links) if links.contains_key(&peer.host) => return Ok(()),
+            OpenRole::Primary(primary, _) if primary.has_peer(peer.host) => {
+                return Err(
+                    "this host is just being removed from the volume; try again in a moment".to_owned()
+                );
+            }
+            OpenRole::Primary(primary, _) if primary.superseded().is_some() => {
+                return Err("another host was promoted; use a token that it made".to_owned());
+            }
+            OpenRole::Primary(..) => {}
             OpenRole::Replica(_) => return Err("only a primary takes replicas in".to_owned()),
             OpenRole::Closed(text) => return Err(format!("the primary's volume is not open: {text}")),
             OpenRole::Changing(change) => {
                 return Err(format!("the primary is just {}; try again later", change.words));
             }
-        };
-        let window_bytes = self.config.borrow().window.0;
-        if matches!(&self.role, OpenRole::Primary(_, links) if links.contains_key(&peer.host)) {
-            return Ok(());
         }
-        if primary.has_peer(peer.host) {
-            return Err("this host is just being removed from the volume; try again in a moment".to_owned());
+        self.link_new(vec![peer]).await.map_err(|error| with_causes(&error))
+    }
+
+    /// Sees to it that every host of the configuration is mirrored to: the save of one that joined may have come later than
+    /// whoever asked for it waited.
+    pub(super) async fn link_all(&mut self) {
+        let OpenRole::Primary(primary, links) = &self.role else { return };
+        if primary.superseded().is_some() {
+            return;
         }
-        primary
-            .add_peer(peer.host, peer.mode.into(), window_bytes)
-            .await
-            .map_err(|error| with_causes(&error))?;
-        let link = self.link(&primary, &peer);
-        if let OpenRole::Primary(_, links) = &mut self.role {
+        // One that is just being removed is linked when it is.
+        let is_new = |peer: &&PeerConfig| !links.contains_key(&peer.host) && !primary.has_peer(peer.host);
+        let new: Vec<PeerConfig> = self.config.borrow().peers.iter().filter(is_new).cloned().collect();
+        if let Err(error) = self.link_new(new).await {
+            tracing::error!(volume = %self.name(), "{}", with_causes(&error));
+        }
+    }
+
+    async fn link_new(&mut self, new: Vec<PeerConfig>) -> Result<(), StateError> {
+        let OpenRole::Primary(primary, _) = &self.role else { return Ok(()) };
+        let (primary, window_bytes) = (primary.clone(), self.config.borrow().window.0);
+        for peer in new {
+            primary.add_peer(peer.host, peer.mode.into(), window_bytes).await?;
+            let link = self.link(&primary, &peer);
+            let OpenRole::Primary(_, links) = &mut self.role else { unreachable!("nothing changes it here") };
             links.insert(peer.host, link);
-        }
-        if let OpenRole::Primary(primary, links) = &self.role {
+            let OpenRole::Primary(primary, links) = &self.role else {
+                unreachable!("nothing changes it here")
+            };
             self.introduce(links);
             if links.len() == 2 {
                 // The one that was alone keeps no activity log (D5). It is greeted anew, and does then, before the new
@@ -703,16 +732,20 @@ impl Volume {
         }
     }
 
-    fn compare(&self, host: HostId, answer: oneshot::Sender<Option<CompareResult>>) {
+    fn compare(&self, host: HostId, mut answer: oneshot::Sender<Result<CompareResult, NotCompared>>) {
         let OpenRole::Primary(primary, _) = &self.role else {
-            return drop(answer.send(None));
+            return drop(answer.send(Err(NotCompared::NotPrimary)));
         };
         let (primary, troubles) = (primary.clone(), self.troubles.clone());
         spawn_local(async move {
-            let result = primary.compare(host).await;
+            let result = tokio::select! {
+                result = primary.compare(host) => result,
+                // Nobody waits any more when the tool was interrupted.
+                () = answer.closed() => return,
+            };
             let is_well =
                 |result: &CompareResult| result.different.is_empty() && result.unreadable.is_empty();
-            if result.as_ref().is_some_and(is_well) {
+            if result.as_ref().is_ok_and(is_well) {
                 troubles.forget();
             }
             drop(answer.send(result));

@@ -63,6 +63,7 @@ impl World {
             }
             12 => self.stall(link),
             13 => self.make_room(),
+            14 if self.random.once_in(3) => self.cancel_compare(link),
             14 => self.begin_compare(link),
             16.. => {
                 let host = self.random.pick(&[primary, link.listener]);

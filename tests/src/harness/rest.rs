@@ -100,6 +100,14 @@ impl World {
         }
     }
 
+    /// The operator interrupts a compare over a link.
+    pub fn cancel_compare(&mut self, link: LinkId) {
+        if let Some(tracker) = self.hosts[link.dialler].tracker_mut() {
+            tracker.cancel_compare(host_id(link.listener));
+            self.note(|| format!("the compare over {link} is interrupted"));
+        }
+    }
+
     /// Begins a compare over a link.
     pub fn begin_compare(&mut self, link: LinkId) {
         let now = Time(self.now);
