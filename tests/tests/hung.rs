@@ -1,18 +1,20 @@
 //! Disks and file servers that hang, ours and those of others (X5): what does not answer stops nobody but who needs it, and
 //! whoever waits is told.
 
-use blockmirror_agent::config::{ConfigFolder, Mode};
+use blockmirror_agent::config::{ConfigFolder, Mode, VolumeConfig};
 use blockmirror_agent::control::api::{Connection, VolumeState, VolumeStatus};
 use blockmirror_agent::transport::{Endpoint, HostKey};
 use blockmirror_protocol::wire::message::{AskStanding, Message, Refusal};
-use blockmirror_tests::machines::folder::Folder;
+use blockmirror_tests::machines::folder::{Folder, Mounted};
 use blockmirror_tests::machines::hanging::Hanging;
 use blockmirror_tests::machines::host::{Host, Running};
 use blockmirror_tests::machines::mirror::Mirror;
 use blockmirror_tests::machines::nbd::Client;
+use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{run, succeed, text};
 use blockmirror_tests::require;
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use tokio::task::JoinSet;
 
@@ -258,11 +260,9 @@ impl Drop for Frozen {
     }
 }
 
-/// The file said one thing then, and the agent went by another until it was started anew.
-#[test]
-fn what_the_disk_of_the_configuration_takes_late_is_carried_out() {
-    require!("root", "mkfs.ext4", "fsfreeze");
-    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+/// A mirror whose primary has its configuration on a file system of its own, which is mounted there.
+fn with_config_disk(replicas: &[&str]) -> (Mirror, Mounted) {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", replicas);
     mirror.primary.stop();
     let (config, kept) = (mirror.primary.path("config"), mirror.folder.join("kept"));
     let image = mirror.folder.join("config.img");
@@ -272,14 +272,79 @@ fn what_the_disk_of_the_configuration_takes_late_is_carried_out() {
     let mounted = mirror.folder.mount(&image, "a/config");
     succeed("cp", &["-a", text(&kept.join(".")), text(mounted.path())]);
     mirror.primary.start();
-    mirror.wait_until_quiet();
+    if !replicas.is_empty() {
+        mirror.wait_until_quiet();
+    }
+    (mirror, mounted)
+}
+
+fn saved(host: &Host) -> VolumeConfig {
+    let folder = ConfigFolder::new(host.path("config"));
+    folder.load_volume(&"data".parse().expect("a name")).expect("the file is right")
+}
+
+/// What hosts say of themselves they say once: it was lost where the configuration had no room for it.
+#[test]
+fn what_hosts_tell_is_kept_when_the_disk_of_the_configuration_has_room_again() {
+    require!("root", "mkfs.ext4");
+    let (mut mirror, mounted) = with_config_disk(&["b"]);
+    let filler = mounted.path().join("filler");
+    let mut file = File::create(&filler).expect("a file");
+    while file.write_all(&[1; 4096]).is_ok() {}
+    drop(file);
+    mirror.replica_mut().stop();
+    mirror.replica_mut().settle("c");
+    mirror.replica_mut().start();
+    until("it can't be kept", || {
+        let log = mirror.primary.log();
+        match log.contains("goes into the configuration when that can be done") {
+            true => Ok(()),
+            false => Err(log),
+        }
+    });
+    let names =
+        |volume: &VolumeConfig| volume.peers.iter().map(|peer| peer.name.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(&saved(&mirror.primary)), ["b"]);
+    fs::remove_file(&filler).expect("it is there");
+    mirror.wait_for_peer("c", "it is known by its name", |peer| peer.connection == Connection::Connected);
+    assert_eq!(names(&saved(&mirror.primary)), ["c"]);
+    mirror.primary.stop();
+}
+
+/// The peer was in the configuration then, and nobody ever spoke to it.
+#[test]
+fn a_host_whose_joining_is_saved_late_is_linked() {
+    require!("root", "mkfs.ext4", "fsfreeze");
+    let (mut mirror, mounted) = with_config_disk(&[]);
+    let token = mirror.primary.invite();
+    let host = Host::new(&mirror.folder, "b");
+    let frozen = Frozen::new(mounted.path());
+    let image = host.backing();
+    let join = ["join", &token, "--backing", text(&image)];
+    host.refuse(&join, 5, &["config/volumes/data.toml does not answer"]);
+    drop(frozen);
+    mirror.wait_for_peer("b", "it is called, and has no such volume", |peer| {
+        peer.error.as_ref().is_some_and(|error| error.contains("no such volume"))
+    });
+    // The token was used; whoever it let in may say it again.
+    host.succeed(&join);
+    mirror.replicas.push(host);
+    mirror.wait_until_in_sync();
+    mirror.assert_identical();
+    mirror.primary.stop();
+}
+
+/// The file said one thing then, and the agent went by another until it was started anew.
+#[test]
+fn what_the_disk_of_the_configuration_takes_late_is_carried_out() {
+    require!("root", "mkfs.ext4", "fsfreeze");
+    let (mut mirror, mounted) = with_config_disk(&["b"]);
     let frozen = Frozen::new(mounted.path());
     mirror.primary.refuse(&["pause", "data", "b"], 1, &["config/volumes/data.toml does not answer"]);
     assert_eq!(mirror.peer("b").connection, Connection::Connected);
     drop(frozen);
     mirror.wait_for_peer("b", "it is paused", |peer| peer.connection == Connection::Paused);
-    let saved = ConfigFolder::new(config).load_volume(&"data".parse().expect("a name"));
-    assert!(saved.expect("the file is right").peers[0].paused);
+    assert!(saved(&mirror.primary).peers[0].paused);
     mirror.primary.stop();
 }
 

@@ -4,6 +4,7 @@
 //! interrupted attempt left is removed by the next one.
 
 use super::files::{self, ANSWER_TIME};
+use super::learning::Lesson;
 use super::{Entry, Supervisor, failed, refused};
 use crate::backing;
 use crate::buffer::BufferPool;
@@ -184,7 +185,7 @@ impl Supervisor {
             NotTaken::Refused(failure) | NotTaken::Unknown(failure) => failure,
         })?;
         let told = Members { members: joined.members, removed: Vec::new() };
-        self.learn(name, Learned::Members(told)).await?;
+        self.learn_now(name, Lesson::Found(Learned::Members(told))).await?;
         self.status_of(vec![name.clone()]).await
     }
 

@@ -7,9 +7,10 @@
 //!
 //! Addresses are looked at every other second: one that comes late is told as soon as it is there.
 
-use super::Supervisor;
 use super::admission::seen_addresses;
 use super::incoming::stranger;
+use super::learning::Lesson;
+use super::{Entry, Supervisor};
 use crate::config::{Address, Name};
 use crate::transport::Connection;
 use crate::volume::Ask;
@@ -187,11 +188,14 @@ impl Supervisor {
     }
 
     async fn knows_member(&self, host: HostId) -> bool {
-        self.volumes
-            .lock()
-            .await
-            .values()
-            .any(|entry| entry.config.peers.iter().any(|peer| peer.host == host))
+        !self.volumes_of(host).await.is_empty()
+    }
+
+    /// The volumes that a host is a host of.
+    async fn volumes_of(&self, host: HostId) -> Vec<Name> {
+        let volumes = self.volumes.lock().await;
+        let is_host = |entry: &Entry| entry.config.peers.iter().any(|peer| peer.host == host);
+        volumes.iter().filter(|(_, entry)| is_host(entry)).map(|(name, _)| name.clone()).collect()
     }
 
     /// Remembers what a host says of itself, in every volume that it is a host of.
@@ -212,30 +216,9 @@ impl Supervisor {
         }
         let seen = seen_addresses(&told.listen, connection.remote_address());
         let addresses: Vec<Address> = seen.iter().filter_map(|address| address.parse().ok()).collect();
-        let names: Vec<Name> = self.volumes.lock().await.keys().cloned().collect();
-        for volume in names {
-            let mut renamed = None;
-            let changed = self
-                .change_config(&volume, |config| {
-                    let before =
-                        config.peers.iter().find(|peer| peer.host == host).map(|peer| peer.name.clone());
-                    let after = config.meet(host, &told.name, addresses.clone(), &self.name);
-                    renamed = before.zip(after);
-                })
-                .await;
-            match (changed, renamed) {
-                (Err(failure), _) => tracing::warn!(%volume, "{}", failure.message),
-                (Ok(()), Some((before, after))) if after.as_str() == told.name => {
-                    tracing::info!(%volume, "the host {before} is called {after} now");
-                }
-                (Ok(()), Some((before, after))) => tracing::warn!(
-                    %volume,
-                    "two hosts are called {}: the one that was {before} is shown as {after}; give one of them another \
-                     `name` in agent.toml",
-                    told.name
-                ),
-                (Ok(()), None) => {}
-            }
+        for volume in self.volumes_of(host).await {
+            let lesson = Lesson::Met { host, name: told.name.clone(), addresses: addresses.clone() };
+            self.learn(&volume, lesson).await;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Members that are removed (X3): by the operator here, or as others tell. The key of one that was removed is listened to no
 //! more, its connections end, and whoever asks hears of it.
 
+use super::learning::Lesson;
 use super::{Supervisor, refused};
 use crate::config::{Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
@@ -12,7 +13,6 @@ use crate::standing;
 use crate::transport::Connection;
 use crate::verdict;
 use crate::volume::{Ask, Handle, Learned};
-use crate::words::with_causes;
 use blockmirror_protocol::membership;
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
@@ -115,8 +115,8 @@ impl Supervisor {
         let others: Vec<PeerConfig> =
             config.peers.iter().filter(|other| other.host != peer).cloned().collect();
         let removals = standing::ask_removals(&self.peers, volume, others, HEARSAY_TIME).await;
-        if let Err(failure) = self.learn(&config.name, Learned::Removals(removals.clone())).await {
-            tracing::warn!(volume = %config.name, "{}", with_causes(&failure));
+        if !removals.is_empty() {
+            self.learn(&config.name, Lesson::Found(Learned::Removals(removals.clone()))).await;
         }
         // A removal that can't be saved holds all the same.
         let is_removed = |known: &PeerConfig| {

@@ -8,6 +8,7 @@ mod admission;
 mod files;
 mod incoming;
 mod instances;
+mod learning;
 mod making;
 mod meeting;
 mod membership;
@@ -29,6 +30,7 @@ use blockmirror_protocol::wire::message::Member;
 use files::Turns;
 use incoming::Connections;
 use instances::Instances;
+use learning::Unsaved;
 use membership::Heard;
 pub use operations::Operator;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -77,6 +79,7 @@ pub struct Supervisor {
     /// Keys that a token let in for a recovery.
     admitted: Mutex<HashMap<(VolumeId, HostId), Admission>>,
     learned: UnboundedSender<News>,
+    unsaved: Unsaved,
     /// Told when a host is a member no more.
     parted: watch::Sender<()>,
     /// The greetings that were listened to last, by volume and host.
@@ -143,6 +146,7 @@ impl Supervisor {
             mistakes: std::sync::Mutex::default(),
             admitted: Mutex::default(),
             learned,
+            unsaved: Unsaved::default(),
             parted: watch::Sender::new(()),
             heard: Mutex::default(),
             strangers: Strangers::default(),
@@ -209,16 +213,6 @@ impl Supervisor {
                 let give_up =
                     move || loopback::give_up(&options, "there is no such volume on this host any more");
                 blocking(give_up).await;
-            }
-        }
-    }
-
-    /// Keeps what volumes find out: the members that primaries tell, so that replicas know each other when the primary is
-    /// gone, and who is the primary.
-    pub async fn keep_members(self: Arc<Self>, mut source: UnboundedReceiver<News>) {
-        while let Some((name, learned)) = source.recv().await {
-            if let Err(failure) = self.learn(&name, learned).await {
-                tracing::warn!(volume = %name, "{}", failure.message);
             }
         }
     }
@@ -410,19 +404,6 @@ impl Supervisor {
         self.part(&handle, left).await;
         drop(turn);
         Ok(())
-    }
-
-    async fn learn(&self, name: &Name, learned: Learned) -> Result<(), Failure> {
-        let own = self.endpoint.id();
-        self.change_config(name, |config| match learned {
-            Learned::Roles(role, primary) => config.set_roles(role, primary),
-            Learned::Members(told) => {
-                config.learn(&told.members, own, &self.name);
-                config.learn_removals(&told.removed, own);
-            }
-            Learned::Removals(removed) => config.learn_removals(&removed, own),
-        })
-        .await
     }
 }
 
