@@ -78,6 +78,7 @@ impl DirtyMap {
             base: Base::default(),
             known: Mark::default(),
             copied: None,
+            is_unanswered: false,
             blocks: block_size.blocks_in(size_bytes),
             block_size,
             full_from: 0,
@@ -118,7 +119,7 @@ impl DirtyMap {
     #[must_use]
     pub fn clean(self, base: Base) -> Self {
         let full_from = page_count(self.header.blocks);
-        let header = Header { base, known: Mark::default(), full_from, ..self.header };
+        let header = Header { base, known: Mark::default(), is_unanswered: false, full_from, ..self.header };
         let mut map = Self { header, pages: BTreeMap::new(), dirty_in_pages: 0, ..self };
         // Whatever the file holds is overwritten.
         map.forget_written();
@@ -220,6 +221,18 @@ impl DirtyMap {
         self.header.copied = Some(session);
     }
 
+    /// Whether applications were answered nothing that the peer may lack.
+    #[must_use]
+    pub fn is_unanswered(&self) -> bool {
+        self.header.is_unanswered
+    }
+
+    /// As [`DirtyMap::is_unanswered`], from now on.
+    pub fn note_unanswered(&mut self, is_unanswered: bool) {
+        self.header_changed |= self.header.is_unanswered != is_unanswered;
+        self.header.is_unanswered = is_unanswered;
+    }
+
     /// How many blocks may differ.
     #[must_use]
     pub fn dirty_blocks(&self) -> u64 {
@@ -241,6 +254,7 @@ impl DirtyMap {
     /// Makes every block dirty, relative to this.
     pub fn begin_anew(&mut self, base: Base) {
         self.header.base = base;
+        self.header.is_unanswered = false;
         self.header.full_from = 0;
         self.header_changed = true;
         self.pages.clear();

@@ -263,7 +263,8 @@ impl End {
         } else {
             tracker.any_lacks_answered()
         };
-        Self { fence, position: tracker.reached(), lacks, answered: tracker.answered_generation() }
+        let answered = tracker.answered_generation(fence.holder);
+        Self { fence, position: tracker.reached(), lacks, answered }
     }
 
     /// Of a primary that was superseded while it did not run. What it wrote last and never delivered is lost, as with any

@@ -77,6 +77,8 @@ pub enum Bug {
     ForgetCopied,
     /// A primary goes on without a replica that may count on it (W4).
     BreakWord,
+    /// Something is answered before the map's file takes back that nothing was.
+    AnswerDenied,
     /// What was done before a process was frozen is answered before it is asked whether it still leads.
     AnswerUnasked,
     /// A write goes on although its extents could not be recorded in the activity log (W2).
@@ -104,7 +106,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 44] = [
+    pub const ALL: [Self; 45] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -138,6 +140,7 @@ impl Bug {
         Self::IgnoreEnds,
         Self::TellUnrecorded,
         Self::BreakWord,
+        Self::AnswerDenied,
         Self::AnswerUnasked,
         Self::GoOnUnrecorded,
         Self::BelieveOldList,

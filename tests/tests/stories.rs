@@ -348,6 +348,36 @@ fn hosts_that_saw_no_writes_are_never_split() {
     }
 }
 
+/// A primary that waits for its replica rather than answer alone has answered nothing that the replica lacks: when that is
+/// promoted there is no split brain, however often the primary was started anew with what waited in its map.
+#[test]
+fn what_a_blocked_primary_never_answered_is_no_side_of_a_split() {
+    let limit = Duration::from_secs(3);
+    let blocks = ReplicaLoss::Block { min_replicas: 1, limit };
+    let settings = Settings { modes: vec![Mode::Sync; 2], loss: blocks, ..Settings::scripted() };
+    for crash in [Crash::Process, Crash::Power] {
+        for mut world in in_sync(&settings) {
+            world.hold_up(link());
+            world.ask(PRIMARY, write(20 * MEBIBYTE, 8192));
+            world.pass(LOG_IS_IDLE);
+            for _ in 0..2 {
+                world.crash(PRIMARY, crash);
+                world.start(PRIMARY);
+                world.pass(5000);
+            }
+            world.take_over(REPLICA);
+            world.ask(REPLICA, write(40 * MEBIBYTE, 8192));
+            world.pass(1000);
+            world.join(link());
+            world.join(back());
+            // By itself: no operator decides anything.
+            world
+                .wait_until("it follows", |world| world.primaries() == [REPLICA] && world.is_in_sync(back()));
+            world.finish();
+        }
+    }
+}
+
 /// The opposite: both hosts wrote alone, the first one after a restart. They are never taken for one history, so nothing
 /// that either answered goes before an operator says so (L1, L3).
 #[test]

@@ -220,6 +220,7 @@ fn map(file: &MapFile, page: &mut Page) -> Result<(), MetadataError> {
         Some(session) => page.row("copied", format!("in session {}", session.0)),
         None => page.row("copied", "in no known session"),
     }
+    page.row("answered", if header.is_unanswered { "nothing that the peer lacks" } else { "perhaps" });
     page.row("blocks", format!("{} of {}", header.blocks, Size(header.block_size.bytes())));
     let pages: BTreeMap<u64, _> = file
         .pages

@@ -84,6 +84,7 @@ fn write_map(path: &Path) -> fs::File {
         base: Base { copy: CopyId([8; 16]), generation: GenerationId([6; 16]), adopted: 2 },
         known: mark(),
         copied: Some(Session(11)),
+        is_unanswered: true,
         blocks: BLOCKS,
         block_size: BlockSize::default(),
         full_from: 2,
@@ -242,6 +243,7 @@ dirty map
   generation:  06060606060606060606060606060606
   adopted:     2 times
   copied:      in session 11
+  answered:    nothing that the peer lacks
   blocks:      97536 of 4K
   pages:       1 with dirty blocks, all whole
   dirty:       32517 blocks, 127.0M
@@ -262,6 +264,7 @@ dirty map
   generation:  06060606060606060606060606060606
   adopted:     2 times
   copied:      in session 11
+  answered:    nothing that the peer lacks
   blocks:      97536 of 4K
   pages:       2 with dirty blocks, 1 of them damaged and counted as dirty
   dirty:       65029 blocks, 254.0M

@@ -13,13 +13,14 @@
 //!         88 blocks (8)         96 block bytes (4) 100 zero (4)   104 full_from, a page number (8)
 //!        112 generation (16)   128 adopted (8)
 //!        136 known of the peer: generation (16), epoch (8), sequence (8), session (8), copies (8)
-//!        184 session of the last copies (8)    192 zero
+//!        184 session of the last copies (8)    192 whether nothing of it was answered (1)    193 zero
 //! bits     0 magic "BITS"        4 CRC-32 of the rest (4)   8 page number (8)   16 zero (16)
 //!         32 bits, the lowest of the first byte first
 //! ```
 //!
 //! Version 1 had zeroes from 112 on: no generation, nothing adopted. That is what a map of that time means. Version 2 had
-//! zeroes from 136 on: nothing is known. Version 3 had zeroes from 184 on: the session of the last copies is not known.
+//! zeroes from 136 on: nothing is known. Version 3 had zeroes from 184 on: the session of the last copies is not known. Version 4 had
+//! zeroes from 192 on: any of it may have been answered.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
 use crate::units::{
@@ -31,7 +32,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// What the names of all maps' files begin with.
 pub const FILE_PREFIX: &str = "map-";
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// How many 64-bit words of bits a page holds.
 pub const WORDS_PER_PAGE: usize = (PAGE_BYTES - BITS_HEADER_BYTES) / 8;
 /// How many blocks a page stands for.
@@ -72,7 +73,8 @@ struct RawHeader {
     known_session: U64,
     known_copies: U64,
     copied: U64,
-    rest: [u8; PAGE_BYTES - 192],
+    unanswered: u8,
+    rest: [u8; PAGE_BYTES - 193],
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -121,6 +123,9 @@ pub struct Header {
     /// The last session in which the peer may have been sent copies; none where that is not known, as of a new map or of one
     /// that an earlier release wrote. The peer knows of later ones only where this host was set back (X4).
     pub copied: Option<Session>,
+    /// Whether applications were answered nothing that the peer may lack, as it is in the mode sync with a primary that
+    /// blocks: after a promotion of the peer nothing is lost with the marks (L6).
+    pub is_unanswered: bool,
     /// The volume's size in blocks.
     pub blocks: u64,
     /// The tracking block.
@@ -177,7 +182,8 @@ impl Header {
             known_session: U64::new(self.known.session.0),
             known_copies: U64::new(self.known.copies),
             copied: U64::new(self.copied.map_or(UNKNOWN_SESSION, |session| session.0)),
-            rest: [0; PAGE_BYTES - 192],
+            unanswered: u8::from(self.is_unanswered),
+            rest: [0; PAGE_BYTES - 193],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -221,6 +227,7 @@ impl Header {
             },
             copied: (raw.version.get() >= FIRST_WITH_COPIED && raw.copied.get() != UNKNOWN_SESSION)
                 .then(|| Session(raw.copied.get())),
+            is_unanswered: raw.unanswered == 1,
             blocks: raw.blocks.get(),
             block_size,
             full_from: raw.full_from.get(),
@@ -299,6 +306,21 @@ mod tests {
     }
 
     #[test]
+    fn a_header_of_version_4_denies_nothing() {
+        let text = "424d4449525459000400000077456a9c09000000000000000101010101010101010101010101010102020202\
+                    02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
+                    0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
+                    000000000006060606060606060606060606060606070000000000000008000000000000000900000000000000\
+                    0a000000000000000b00000000000000";
+        let mut page = [0; PAGE_BYTES];
+        for (at, byte) in page.iter_mut().take(text.len() / 2).enumerate() {
+            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
+        }
+        let (_, header) = Header::recover(&page).unwrap();
+        assert_eq!((header.copied, header.is_unanswered), (Some(Session(11)), false));
+    }
+
+    #[test]
     fn header_and_bits_have_these_golden_bytes() {
         let header = Header {
             volume: VolumeId([1; 16]),
@@ -314,6 +336,7 @@ mod tests {
                 copies: 10,
             },
             copied: Some(Session(11)),
+            is_unanswered: true,
             blocks: 0x1_0000,
             block_size: BlockSize::default(),
             full_from: 2,
@@ -321,12 +344,12 @@ mod tests {
         let page = header.encode(9);
         assert_eq!(Header::recover(&page), Ok((9, header)));
         assert_eq!(
-            hex(&page[..192]),
-            "424d4449525459000400000077456a9c09000000000000000101010101010101010101010101010102020202\
+            hex(&page[..193]),
+            "424d44495254590005000000a8100bba09000000000000000101010101010101010101010101010102020202\
              02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
              0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
              000000000006060606060606060606060606060606070000000000000008000000000000000900000000000000\
-             0a000000000000000b00000000000000"
+             0a000000000000000b0000000000000001"
         );
         let mut bits = [0; WORDS_PER_PAGE];
         (bits[0], bits[507]) = (0b101, 1 << 63);

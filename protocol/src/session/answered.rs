@@ -4,6 +4,10 @@
 //! What the replica follows is in its window until it has it durably. Once it follows no more, an answer that speaks for a
 //! write after the last one that it was sent leaves it out; so does one for a write that was in the window when the link
 //! was lost.
+//!
+//! Over a restart, what the map's file marks counts as answered, unless the file says that it was not: so it does of a
+//! replica in the mode sync as long as the primary waits for it. Before the first answer that leaves it out, the file
+//! says that no more.
 
 use crate::terms::Mode;
 use crate::units::Sequence;
@@ -34,8 +38,7 @@ pub(super) struct Answered {
 }
 
 impl Answered {
-    /// Of a replica that was not heard in this run. `lacks` says whether its map has anything: what of that was answered is
-    /// not known any more.
+    /// Of a replica that was not heard in this run. `lacks` says whether its map has anything that may have been answered.
     pub(super) fn new(lacks: bool) -> Self {
         Self { newest: Sequence(0), there: Some(Sequence(0)), lacks, may_lack: false }
     }
@@ -44,6 +47,11 @@ impl Answered {
     pub(super) fn note(&mut self, sequence: Sequence) {
         self.newest = self.newest.max(sequence);
         self.lacks |= self.there.is_some_and(|there| sequence > there);
+    }
+
+    /// Whether an answer for all writes up to this one leaves it out; of one that follows, that is not known here.
+    pub(super) fn leaves_out(&self, sequence: Sequence) -> bool {
+        self.there.is_none_or(|there| sequence > there)
     }
 
     /// What it holds is not what it was known to hold: it may lack all that was ever answered.

@@ -82,9 +82,11 @@ impl Session {
         }
     }
 
-    /// The replica's newest generation may be this one.
-    pub(crate) fn may_have(&mut self, generation: GenerationId) {
+    /// This primary was opened at this generation, which may be the replica's newest one too.
+    pub(crate) fn opened_at(&mut self, generation: GenerationId) {
         self.unconfirmed.push((generation, Epoch(u64::MAX)));
+        // Nothing was answered in one that the map's file does not know, where that says so.
+        self.answered_in = Some(if self.denied { self.map.base().generation } else { generation });
     }
 
     /// Which generations of this lineage the replica's newest one may be. The one after that which the map is relative to
@@ -209,9 +211,12 @@ impl Session {
         }
     }
 
-    /// Something is answered for all writes up to this one.
-    pub(crate) fn note_answered(&mut self, sequence: Sequence) {
+    /// Something is answered for all writes up to this one, in the generation `newest`.
+    pub(crate) fn note_answered(&mut self, sequence: Sequence, newest: Option<GenerationId>) {
         self.answered.note(sequence);
+        if self.answered.leaves_out(sequence) {
+            self.answered_in = newest;
+        }
     }
 
     /// Whether applications were answered something that the replica lacks.
@@ -222,6 +227,13 @@ impl Session {
             _ => None,
         };
         self.answered.lacks(followed, self.mode)
+    }
+
+    /// Where it is known from a run before that nothing was answered that the replica lacks: the newest generation that it
+    /// confirmed. Later ones were begun for nothing.
+    pub(crate) fn answered_generation(&self) -> Option<GenerationId> {
+        let confirmed = Some(self.map.base().generation).filter(|generation| !generation.is_none());
+        confirmed.filter(|_| self.denied && !self.lacks_answered())
     }
 
     /// Asks the replica to say that it is there.

@@ -1,8 +1,10 @@
 //! The session's dirty map: marks, when its file is written, and what is safe meanwhile (D1).
 
-use super::{Action, Session, State};
+use super::{Action, Denial, Session, State};
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
-use crate::units::{Sequence, Session as SessionNumber, Time};
+use crate::terms::Mode;
+use crate::units::{GenerationId, Sequence, Session as SessionNumber, Time};
 use std::ops::Range;
 
 /// From so many failures in a row on the header of a map has failed, too.
@@ -37,6 +39,9 @@ impl Session {
         self.map_written_at = now;
         self.map_failed = !written;
         self.map_failures = if written { 0 } else { self.map_failures + 1 };
+        if let Some(says) = self.header_written.take().filter(|_| written) {
+            self.file_says = says;
+        }
         if let State::Linked(link) = &mut self.state {
             link.union_is_durable |= written && self.writing_union;
         }
@@ -75,13 +80,61 @@ impl Session {
 
     /// Writes the map's file, if it lacks anything and is not being written.
     pub(crate) fn write_map(&mut self) {
-        if self.writing_map || self.map_failed || !self.map.has_changes() {
+        if self.writing_map || self.map_failed {
+            return;
+        }
+        // Worth a header of its own only where it says it no more.
+        let (denies, generation) = (self.may_deny(), self.map.base().generation);
+        if !denies || self.map.has_changes() {
+            self.map.note_unanswered(denies);
+        }
+        if !self.map.has_changes() {
             return;
         }
         self.writing_map = true;
         self.writing_union = matches!(self.state, State::Linked(_));
         self.being_written = self.unwritten.take();
-        self.actions.push_back(Action::WriteMap(self.map.take_changes()));
+        let changes = self.map.take_changes();
+        if changes.header.is_some() {
+            self.header_written = Some(Denial { denies, generation });
+            // A header that was not written wholly may be there.
+            self.file_says.denies |= denies;
+        }
+        self.actions.push_back(Action::WriteMap(changes));
+    }
+
+    /// The primary waits for replicas rather than going on without them.
+    pub(crate) fn set_withholds(&mut self, withholds: bool) {
+        self.withholds = withholds;
+    }
+
+    /// Whether the map may say that nothing that it marks was answered: this primary waits for the replica, and all that it
+    /// ever answered was answered in a generation that the replica confirmed, and is there.
+    fn may_deny(&self) -> bool {
+        self.withholds
+            && self.mode == Mode::Sync
+            && self.answered_in == Some(self.map.base().generation)
+            && !self.lacks_answered()
+    }
+
+    /// Whether an answer for all writes up to this one, in the generation `newest`, must wait: the map's file says that nothing
+    /// was answered but what the replica has, and in no later generation than it says. It is written then that this is so no
+    /// more.
+    pub(crate) fn holds_answer(&mut self, sequence: Sequence, newest: Option<GenerationId>) -> bool {
+        let waits_for_it = self.mode == Mode::Sync && self.may_follow();
+        let is_left_out = !waits_for_it && (self.mode != Mode::Sync || self.answered.leaves_out(sequence));
+        if !self.file_says.denies || !waits_for_it && !is_left_out || planted(Bug::AnswerDenied) {
+            return false;
+        }
+        if waits_for_it && Some(self.file_says.generation) == newest {
+            return false;
+        }
+        if is_left_out {
+            self.answered.forget();
+        }
+        self.answered_in = newest;
+        self.write_map();
+        true
     }
 
     /// Whether the map's file holds all marks.

@@ -165,6 +165,15 @@ pub struct Session {
     promised: Option<Time>,
     patience: Duration,
     answered: Answered,
+    /// Whether the primary waits for replicas rather than going on without them.
+    withholds: bool,
+    /// What the map's file says of answers, and what the header says of them that is being written.
+    file_says: Denial,
+    /// Whether it did when this host was opened, and the replica did not follow since.
+    denied: bool,
+    header_written: Option<Denial>,
+    /// The newest generation in which anything may have been answered.
+    answered_in: Option<GenerationId>,
     /// How many acknowledgements came.
     heard: u64,
     /// Whether the replica was found to have gone back, and was not in sync since (X4).
@@ -256,6 +265,15 @@ impl Link {
     }
 }
 
+/// What the header of a map's file says of answers.
+#[derive(Clone, Copy, Debug)]
+struct Denial {
+    /// Whether it says, or may say, that nothing of what it marks was answered.
+    denies: bool,
+    /// The newest generation that the replica confirmed.
+    generation: GenerationId,
+}
+
 /// A write as a session sees it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LiveWrite {
@@ -316,7 +334,8 @@ impl Session {
         window_limit_bytes: u64,
         mode: Mode,
     ) -> Self {
-        let answered = Answered::new(!map.is_clean());
+        let (denies, generation) = (map.is_unanswered(), map.base().generation);
+        let answered = Answered::new(!(map.is_clean() || denies && mode == Mode::Sync));
         Self {
             peer,
             incarnation: 0,
@@ -345,6 +364,11 @@ impl Session {
             promised: None,
             patience: PATIENCE,
             answered,
+            withholds: false,
+            denied: denies && mode == Mode::Sync,
+            file_says: Denial { denies, generation },
+            header_written: None,
+            answered_in: None,
             heard: 0,
             went_back: false,
             reused: None,
@@ -586,6 +610,7 @@ impl Session {
                     self.since = now;
                     self.went_back = false;
                     self.answered.follows();
+                    self.denied = false;
                     self.map.confirm(link.copy, generation);
                     let known = Mark { position, ..self.map.known() };
                     self.map.note_known(known);

@@ -1,14 +1,17 @@
 //! A session from its greeting on: what its map says and when that is durable, when a resync begins, what is told of a
 //! generation.
 
+use super::answered::Followed;
 use super::handshake::Identity;
 use super::handshake::tests::{fence, lineage, welcome};
 use super::*;
+use crate::dirty_map::MapChanges;
 use crate::disk::PAGE_BYTES;
 use crate::disk::dirty_map::Header;
 use crate::terms::DataState;
 use crate::units::{CopyId, EXTENT_BYTES, Mark, Position, Session as SessionNumber, VolumeId};
 use crate::wire::message::{Digest, Renew, Union, Welcome};
+use std::collections::BTreeMap;
 
 const BLOCKS: u64 = 256;
 
@@ -390,4 +393,112 @@ fn a_compare_goes_on_past_what_can_not_be_read_here_and_tells_it() {
     assert_eq!(result.different, [extent(4)]);
     assert_eq!(result.compared_bytes, 3 * EXTENT_BYTES);
     assert!(!session.map().is_dirty(EXTENT_BYTES / block_size.bytes()), "there is nothing to copy");
+}
+
+/// What a map's file holds after these changes of an empty one, as the next run of a primary reads it.
+fn reread(changes: &[MapChanges], mode: Mode) -> Session {
+    let (peer, block_size) = (HostId([2; 32]), BlockSize::default());
+    let size_bytes = BLOCKS * block_size.bytes();
+    let (mut headers, mut pages) = (vec![0; 2 * PAGE_BYTES], BTreeMap::new());
+    for changes in changes {
+        pages.extend(
+            changes.pages.iter().map(|(offset, page)| (*offset / PAGE_BYTES as u64 - 2, page.clone())),
+        );
+        if let Some((offset, header)) = &changes.header {
+            headers[*offset as usize..*offset as usize + PAGE_BYTES].copy_from_slice(&header[..]);
+        }
+    }
+    let full = DirtyMap::full(VolumeId([1; 16]), peer, size_bytes, block_size);
+    let map = DirtyMap::recover(&full, &headers, pages).expect("the file is whole");
+    Session::new(peer, map, size_bytes, block_size, 1 << 20, mode)
+}
+
+fn map_changes(session: &mut Session) -> Option<MapChanges> {
+    std::iter::from_fn(|| session.poll_action()).find_map(|action| match action {
+        Action::WriteMap(changes) => Some(changes),
+        _ => None,
+    })
+}
+
+/// A write that waits for the replica is in the map, and after a restart counted as one that was answered: where the replica
+/// had been promoted meanwhile, that was reported as a split brain.
+#[test]
+fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
+    const A: GenerationId = GenerationId([b'a'; 16]);
+    let later = Some(GenerationId([b'b'; 16]));
+    let mut session = session_with(|map| map.clean(relative_to(2)));
+    (session.mode, session.withholds) = (Mode::Sync, true);
+    session.opened_at(A);
+    session.answered.follows();
+    session.note_answered(Sequence(3), Some(A));
+    session.answered.left(Followed { sent: Sequence(3), received: Sequence(3), oldest: None });
+    session.mark(7..8, Sequence(4));
+    session.write_map();
+    let mut written = vec![map_changes(&mut session).expect("it has a mark")];
+    session.handle_map_written(true, Time::default());
+    let opened = |written: &[MapChanges], mode| {
+        let mut session = reread(written, mode);
+        session.withholds = true;
+        session.opened_at(GenerationId([b'b'; 16]));
+        session
+    };
+    assert!(!session.lacks_answered() && !opened(&written, Mode::Sync).lacks_answered());
+    assert_eq!(opened(&written, Mode::Sync).answered_generation(), Some(A), "b was begun for nothing");
+    // What is promised in another mode does not wait for the replica.
+    assert!(opened(&written, Mode::Async).lacks_answered());
+
+    // Once the operator lets writes be answered without it, the file must have taken that back before the first one is.
+    let next = opened(&written, Mode::Sync);
+    for (mut session, there, last) in [(session, 3, 4), (next, 0, 1)] {
+        assert!(!session.holds_answer(Sequence(there), later), "the replica has that");
+        let last = Sequence(last);
+        assert!(session.holds_answer(last, later));
+        assert!(map_changes(&mut session).is_some(), "the file must not say it any more");
+        session.handle_map_written(false, Time::default());
+        assert!(session.holds_answer(last, later), "the file may say it still");
+        session.map_failed = false;
+        session.write_map();
+        written.extend(map_changes(&mut session));
+        session.handle_map_written(true, Time::default());
+        assert!(!session.holds_answer(last, later));
+        session.note_answered(last, later);
+        let opened = opened(&written, Mode::Sync);
+        assert!(opened.lacks_answered() && opened.answered_generation().is_none());
+        written.truncate(1);
+    }
+}
+
+/// What is answered in a generation that the file does not say that the replica confirmed, as where it follows again, would be
+/// taken for answered in none.
+#[test]
+fn before_an_answer_in_a_new_generation_the_file_knows_that_the_replica_has_it() {
+    let later = GenerationId([b'b'; 16]);
+    let mut session = session_with(|map| map.clean(relative_to(2)));
+    (session.mode, session.withholds) = (Mode::Sync, true);
+    session.opened_at(GenerationId([b'a'; 16]));
+    session.mark(7..8, Sequence(1));
+    session.write_map();
+    session.handle_map_written(true, Time::default());
+    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    let State::Linked(link) = &mut session.state else { panic!("it is linked") };
+    link.phase = Phase::InSync;
+    session.answered.follows();
+    session.map.confirm(CopyId([2; 16]), later);
+    while session.poll_action().is_some() {}
+    assert!(!session.holds_answer(Sequence(2), Some(GenerationId([b'a'; 16]))));
+    assert!(session.holds_answer(Sequence(2), Some(later)));
+    let changes = map_changes(&mut session).expect("the header");
+    let (_, header) = Header::recover(&changes.header.expect("it is new").1[..]).expect("it is whole");
+    assert_eq!((header.base.generation, header.is_unanswered), (later, true));
+    session.handle_map_written(true, Time::default());
+    assert!(!session.holds_answer(Sequence(2), Some(later)));
+}
+
+/// One whose answers don't wait for it may lack what was answered at any time.
+#[test]
+fn a_map_that_a_primary_in_another_mode_goes_on_with_must_not_deny_anything() {
+    let mut session = session_with(|map| map.clean(relative_to(2)));
+    (session.mode, session.withholds, session.file_says.denies) = (Mode::Async, true, true);
+    session.answered.follows();
+    assert!(session.holds_answer(Sequence(1), None));
 }

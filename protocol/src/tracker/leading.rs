@@ -46,12 +46,22 @@ impl Tracker {
     /// As far as anybody knows who could be reached since this doubt began, this host still leads.
     pub fn trust(&mut self, doubt: Doubt, now: Time) {
         self.leading.doubts.remove(&doubt);
-        if !self.is_in_doubt() {
-            for (request, sequence) in std::mem::take(&mut self.leading.withheld) {
+        self.drive(now);
+    }
+
+    /// Answers what was kept back, if there is no doubt any more.
+    pub(super) fn answer_withheld(&mut self) {
+        if self.is_in_doubt() {
+            return;
+        }
+        // A replica may have been lost meanwhile.
+        for (request, sequence) in std::mem::take(&mut self.leading.withheld) {
+            if self.holds_answer(sequence) {
+                self.leading.withheld.push((request, sequence));
+            } else {
                 self.succeed(request, sequence);
             }
         }
-        self.drive(now);
     }
 
     /// Whether it isn't known whether this host still leads.
@@ -96,7 +106,8 @@ impl Tracker {
         if is_in_doubt {
             return self.leading.withheld.push((id, sequence));
         }
-        self.sessions.values_mut().for_each(|session| session.note_answered(sequence));
+        let newest = self.generations.lineage.first().copied();
+        self.sessions.values_mut().for_each(|session| session.note_answered(sequence, newest));
         self.generations.unanswered = 0;
         self.answer(id, Ok(()));
     }

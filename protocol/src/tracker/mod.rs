@@ -217,7 +217,8 @@ impl Tracker {
         let promise = tracker.promise();
         for session in tracker.sessions.values_mut() {
             // What it confirmed last in an earlier run need not be recorded here.
-            session.may_have(newest);
+            session.opened_at(newest);
+            session.set_withholds(tracker.loss.blocks());
             // What an earlier run of the agent promised is not known any more.
             let until = (promise == Promise::WhileHeard).then(|| opened_at.after(patience));
             session.keep_word(patience, until);
@@ -425,6 +426,7 @@ impl Tracker {
     /// A replica joined.
     pub fn add_session(&mut self, mut session: Session, now: Time) {
         session.keep_word(self.patience, None);
+        session.set_withholds(self.loss.blocks());
         self.joined += 1;
         session.incarnation = self.joined;
         let peer = session.peer();
@@ -482,6 +484,7 @@ impl Tracker {
     /// the replica hears of its mode with the next session.
     pub fn configure(&mut self, modes: &[(HostId, Mode)], loss: ReplicaLoss, now: Time) {
         self.loss = loss;
+        self.sessions.values_mut().for_each(|session| session.set_withholds(loss.blocks()));
         for (peer, mode) in modes {
             if let Some(session) = self.sessions.get_mut(peer) {
                 session.set_mode(*mode);
@@ -634,10 +637,14 @@ impl Tracker {
         self.sessions.values().any(Session::lacks_answered)
     }
 
-    /// The newest generation in which anything was answered, or the one that the volume was opened with. Those after it were
-    /// begun for nothing, also one that is just being recorded.
+    /// The newest generation in which anything was answered that this replica may lack, or the one that the volume was opened
+    /// with, where no more is known. Those after it were begun for nothing, also one that is just being recorded.
     #[must_use]
-    pub fn answered_generation(&self) -> Option<GenerationId> {
+    pub fn answered_generation(&self, peer: HostId) -> Option<GenerationId> {
+        let known = self.sessions.get(&peer).and_then(Session::answered_generation);
+        if let Some(known) = known.filter(|known| self.generations.lineage.contains(known)) {
+            return Some(known);
+        }
         let Generations { lineage, unanswered, .. } = &self.generations;
         lineage.get((*unanswered).min(lineage.len().saturating_sub(1))).copied()
     }
@@ -654,6 +661,7 @@ impl Tracker {
         self.answer_failed();
         self.look_for_majority();
         self.look_for_released(now);
+        self.answer_withheld();
         self.settle(now);
         self.drive_sessions(now);
         self.end_waits(now);

@@ -28,6 +28,13 @@ pub enum ReplicaLoss {
     },
 }
 
+impl ReplicaLoss {
+    /// Whether replies wait.
+    pub(crate) fn blocks(self) -> bool {
+        matches!(self, Self::Block { .. })
+    }
+}
+
 /// That too few replicas are in sync for a write to be answered, where the operator chose to wait.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Blocked {
@@ -74,6 +81,7 @@ impl Tracker {
         if self.sessions.values().all(|session| session.mode() == Mode::Async)
             && !self.start.is_awaited()
             && self.word().is_none_or(|until| now >= until)
+            && !self.holds_answer(sequence)
         {
             return self.succeed(request, sequence);
         }
@@ -200,7 +208,19 @@ impl Tracker {
             // What is answered without a replica must not be taken for what that replica has (L1).
             self.begin_generation();
         }
-        if self.generations.beginning && in_sync < all { Verdict::Wait } else { Verdict::Answer }
+        if self.generations.beginning && in_sync < all || self.holds_answer(owed.sequence) {
+            return Verdict::Wait;
+        }
+        Verdict::Answer
+    }
+
+    /// Whether an answer must wait until the map of each replica that it leaves out may say so.
+    pub(super) fn holds_answer(&mut self, sequence: Sequence) -> bool {
+        let (mut is_held, newest) = (false, self.generations.lineage.first().copied());
+        for session in self.sessions.values_mut() {
+            is_held |= session.holds_answer(sequence, newest);
+        }
+        is_held
     }
 
     /// In-sync replicas that hold an answer up for longer than the deadline are in sync no more.
