@@ -197,7 +197,14 @@ impl Rewrite {
 
     /// The map to write for a peer, for a copy that says this of itself. `map` is as recovered, or full.
     #[must_use]
-    pub fn map(&mut self, superblock: &Superblock, peer: HostId, mut map: DirtyMap) -> DirtyMap {
+    pub fn map(&mut self, superblock: &Superblock, peer: HostId, map: DirtyMap) -> DirtyMap {
+        let mut map = self.map_of(superblock, peer, map);
+        // What it said of answers was of other content.
+        map.note_unanswered(false);
+        map
+    }
+
+    fn map_of(&mut self, superblock: &Superblock, peer: HostId, mut map: DirtyMap) -> DirtyMap {
         match &mut self.kind {
             Kind::Promotion(Candidacy { position, restored, .. }) => {
                 promotion::map_for(map, superblock, peer, *position, restored)
@@ -368,8 +375,10 @@ mod tests {
         for (peer, is_full) in [(PEERS[0], false), (PEERS[1], true)] {
             assert_eq!(rewrite.next(true), Ok(Some(Order::Write(Part::Map(peer)))));
             let full = DirtyMap::full(primary.volume, peer, primary.size_bytes, primary.block_size);
-            let map = rewrite.map(&primary, peer, full.clean(Default::default()));
-            assert_eq!(map.is_full(), is_full);
+            let mut map = full.clean(Default::default());
+            map.note_unanswered(true);
+            let map = rewrite.map(&primary, peer, map);
+            assert_eq!((map.is_full(), map.is_unanswered()), (is_full, false), "it was of other content");
         }
         assert_eq!(rewrite.next(true), Ok(Some(END)));
     }

@@ -103,6 +103,11 @@ impl Replica {
     pub(super) fn record_begin(&mut self, gap: u64, keep: bool) {
         let Some(link) = &self.link else { return };
         let (session, source) = (link.session, link.fence);
+        if self.marker.durable.session != session {
+            // Before anything is overwritten it is known in which session: a primary that is set back to before it has
+            // marked nothing of what it sent in it (X4).
+            self.marker.copies = Some((session, 0));
+        }
         let answer = (ResyncReady { session }.into(), session);
         self.change_state(StateChange::Begin { source, gap, keep }, Some(answer));
     }
@@ -155,8 +160,11 @@ impl Replica {
     }
 
     pub(super) fn write_state(&mut self) {
+        // A resync begins when the marker names its session.
+        let names = self.marker.writing.is_some() || self.marker.copies.is_some();
         if !self.writing_state
             && let Some((change, _)) = self.state_changes.front()
+            && !(names && matches!(change, StateChange::Begin { .. }))
         {
             self.writing_state = true;
             self.actions.push_back(Action::WriteState(change.clone()));

@@ -170,6 +170,7 @@ fn drive(replica: &mut Replica, is_wanted: impl Fn(&Action) -> bool) -> Action {
             action if is_wanted(&action) => return action,
             Action::WriteState(_) => replica.handle_state_written(true),
             Action::WriteLog { .. } => replica.handle_log_written(true),
+            Action::WriteMarker(_) => replica.handle_marker_written(true),
             Action::Send(_) | Action::EndLayer(_) | Action::Drop(_) => {}
             _ => panic!("it has nothing else to do"),
         }
@@ -494,6 +495,36 @@ fn a_commit_replaces_a_generation_that_came_before_its_resync() {
     replica.handle_message(commit(position, "dc")).unwrap();
     drive(&mut replica, |action| matches!(action, Action::Send(Message::Committed(_))));
     assert_eq!(replica.superblock.lineage, lineage("dc"));
+}
+
+/// A primary that was set back to before a resync, and greeted until its sessions had higher numbers again, took the live
+/// writes of that resync for nothing: no marker is written for them before the commit.
+#[test]
+fn the_marker_names_the_session_of_a_resync_before_anything_is_overwritten() {
+    let mut replica = replica("a");
+    replica.superblock.data = DataState::Inconsistent;
+    replica.greet(hello(fence(2, 2), "a")).unwrap();
+    drive(&mut replica, is_welcome);
+    let session = SessionNumber(1);
+    replica.handle_message(ResyncBegin { session, dirty_bytes: 4096 }.into()).unwrap();
+    let mut began = Vec::new();
+    while let Some(action) = replica.poll_action() {
+        match action {
+            Action::WriteMarker(mark) => {
+                assert_eq!((mark, began.len()), (Mark { session, ..Mark::default() }, 0));
+                assert_eq!(replica.poll_action(), None, "the resync begins when it is durable");
+                began.push("marker");
+                replica.handle_marker_written(true);
+            }
+            Action::WriteState(StateChange::Begin { .. }) => {
+                began.push("begin");
+                replica.handle_state_written(true);
+            }
+            Action::Send(Message::ResyncReady(_)) => began.push("ready"),
+            _ => {}
+        }
+    }
+    assert_eq!(began, ["marker", "begin", "ready"]);
 }
 
 /// A host that was set back in the middle of its first sync had nothing durable that named the copies since.

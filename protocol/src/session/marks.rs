@@ -1,6 +1,7 @@
 //! The session's dirty map: marks, when its file is written, and what is safe meanwhile (D1).
 
 use super::{Action, Denial, Session, State};
+use crate::disk::dirty_map::Base;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::terms::Mode;
@@ -111,9 +112,11 @@ impl Session {
     /// Whether the map may say that nothing that it marks was answered: this primary waits for the replica, and all that it
     /// ever answered was answered in a generation that the replica confirmed, and is there.
     fn may_deny(&self) -> bool {
+        let Base { copy, generation, .. } = self.map.base();
         self.withholds
             && self.mode == Mode::Sync
-            && self.answered_in == Some(self.map.base().generation)
+            && !copy.is_none()
+            && self.answered_in == Some(generation)
             && !self.lacks_answered()
     }
 

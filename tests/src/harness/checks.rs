@@ -6,6 +6,7 @@ use super::settings::Settings;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log::CAPACITY;
 use blockmirror_protocol::session::ReplicaState;
+use blockmirror_protocol::tracker::Tracker;
 use blockmirror_protocol::units::Time;
 use std::collections::BTreeSet;
 
@@ -89,6 +90,11 @@ impl World {
 
     /// No request waits for ever, and what is on its way is bounded (W7).
     fn check_bounds(&self, host: usize) {
+        // One that was released may be out of reach for longer than that, and must know before anything is answered (W4).
+        let waits_for_released = |tracker: &Tracker| tracker.released().next().is_some();
+        if self.hosts[host].tracker().is_some_and(waits_for_released) {
+            return;
+        }
         // Requests of 4 GiB take turns in a small activity log.
         let turns = (CAPACITY / self.settings.active_extents) as u32;
         if let Some((id, sent)) = self.hosts[host].application.waiting.first_key_value() {

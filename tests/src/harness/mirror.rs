@@ -250,6 +250,10 @@ impl Mirror {
 
     /// The replica acknowledges epochs of its session up to this one as durable.
     pub fn acknowledged(&mut self, epoch: Epoch) {
+        if epoch == Epoch(0) {
+            // None of its session: it only tells its marker.
+            return;
+        }
         self.last_durable = (self.connection, epoch.0);
         let images = self.image.iter_mut().chain(self.pending.iter_mut().map(|(_, image)| image));
         images.for_each(|image| image.durable(self.last_durable));
