@@ -77,8 +77,8 @@ pub enum Bug {
     ForgetCopied,
     /// A primary goes on without a replica that may count on it (W4).
     BreakWord,
-    /// Something is answered before the map's file takes back that nothing was.
-    AnswerDenied,
+    /// A map's file says that nothing was answered, whatever was.
+    DenyAnswered,
     /// What was done before a process was frozen is answered before it is asked whether it still leads.
     AnswerUnasked,
     /// A write goes on although its extents could not be recorded in the activity log (W2).
@@ -140,7 +140,7 @@ impl Bug {
         Self::IgnoreEnds,
         Self::TellUnrecorded,
         Self::BreakWord,
-        Self::AnswerDenied,
+        Self::DenyAnswered,
         Self::AnswerUnasked,
         Self::GoOnUnrecorded,
         Self::BelieveOldList,

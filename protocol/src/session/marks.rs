@@ -113,11 +113,11 @@ impl Session {
     /// ever answered was answered in a generation that the replica confirmed, and is there.
     fn may_deny(&self) -> bool {
         let Base { copy, generation, .. } = self.map.base();
+        let is_unanswered = self.answered_in == Some(generation) && !self.lacks_answered();
         self.withholds
             && self.mode == Mode::Sync
             && !copy.is_none()
-            && self.answered_in == Some(generation)
-            && !self.lacks_answered()
+            && (is_unanswered || planted(Bug::DenyAnswered))
     }
 
     /// Whether an answer for all writes up to this one, in the generation `newest`, must wait: the map's file says that nothing
@@ -126,7 +126,7 @@ impl Session {
     pub(crate) fn holds_answer(&mut self, sequence: Sequence, newest: Option<GenerationId>) -> bool {
         let waits_for_it = self.mode == Mode::Sync && self.may_follow();
         let is_left_out = !waits_for_it && (self.mode != Mode::Sync || self.answered.leaves_out(sequence));
-        if !self.file_says.denies || !waits_for_it && !is_left_out || planted(Bug::AnswerDenied) {
+        if !self.file_says.denies || planted(Bug::DenyAnswered) || !waits_for_it && !is_left_out {
             return false;
         }
         if waits_for_it && Some(self.file_says.generation) == newest {
