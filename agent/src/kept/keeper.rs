@@ -1,7 +1,8 @@
 //! The keeper: a process of ours that does nothing but hold descriptors, where there is no systemd to do it.
 //!
 //! One for a run folder. The agent starts it when there is first something to keep: its own program with `--keep`, in a
-//! session of its own and without a working folder, so that neither a terminal nor an unmounting ends it. It listens on
+//! session of its own and without a working folder, so that neither a terminal nor an unmounting ends it. Under a systemd whose
+//! own store does not outlive a stopped unit, it has a scope of its own. It listens on
 //! `keeper.sock` in that folder, which the agent has claimed, and ends by itself when it holds nothing and nobody is connected.
 //! While no agent is, it lets go of sessions that have ended, because somebody unmounted them by force.
 //!
@@ -9,7 +10,7 @@
 //! `1 drop NAME`, or `1 list`. The keeper answers `1 kept NAME` with both descriptors for each that is listed, and then, to
 //! everything, `1 done`, or `1 no` and why. The number is the version: an upgraded agent finds the keeper of the one before.
 
-use super::{Descriptors, passing};
+use super::{Descriptors, passing, systemd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, fchmod};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -18,8 +19,10 @@ use rustix::net::{
     shutdown, socket_with,
 };
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -45,13 +48,15 @@ pub(super) struct Keeper {
     watched: u64,
     /// The process, if it is this agent's child.
     child: Option<Child>,
+    /// Whether it is to outlive the unit of systemd that the agent runs in.
+    leaves_unit: bool,
 }
 
 impl Keeper {
     /// The keeper of a run folder, and what it holds; none is started where none is there.
-    pub(super) fn find(run: &Path) -> io::Result<(Self, HashMap<String, Descriptors>)> {
+    pub(super) fn find(run: &Path, leaves_unit: bool) -> io::Result<(Self, HashMap<String, Descriptors>)> {
         let path = run.join("keeper.sock");
-        let mut keeper = Self { path, socket: None, connection: 0, watched: 0, child: None };
+        let mut keeper = Self { path, socket: None, connection: 0, watched: 0, child: None, leaves_unit };
         let address = SocketAddrUnix::new(&keeper.path)?;
         let socket = new_socket()?;
         match connect(&socket, &address) {
@@ -119,7 +124,10 @@ impl Keeper {
         fchmod(&listener, Mode::RUSR | Mode::WUSR)?;
         bind(&listener, &address)?;
         listen(&listener, BACKLOG)?;
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = match self.leaves_unit {
+            true => systemd::beside(&own_program()?),
+            false => Command::new("/proc/self/exe"),
+        };
         command.arg(OPTION).current_dir("/").env_clear();
         command.stdin(Stdio::from(listener)).stdout(Stdio::null()).stderr(Stdio::null());
         // SAFETY: setsid(2) is one of the calls that may be made between fork and exec.
@@ -168,6 +176,11 @@ impl Keeper {
         self.socket.is_some() && self.connection != connection
     }
 
+    /// Whether it is systemd that the agent was started by.
+    pub(super) fn leaves_unit(&self) -> bool {
+        self.leaves_unit
+    }
+
     /// Whether there is none.
     pub(super) fn is_missing(&self) -> bool {
         self.socket.is_none()
@@ -199,6 +212,13 @@ impl Keeper {
             }
         }
     }
+}
+
+/// Where this program lies, also where another version was installed over it since.
+fn own_program() -> io::Result<PathBuf> {
+    let path = std::env::current_exe()?.into_os_string().into_vec();
+    let path = path.strip_suffix(b" (deleted)").map(<[u8]>::to_vec).unwrap_or(path);
+    Ok(PathBuf::from(OsString::from_vec(path)))
 }
 
 fn remove(path: &Path) -> io::Result<()> {

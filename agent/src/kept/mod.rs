@@ -1,7 +1,7 @@
 //! Descriptors that outlive the process (S1): a device whose descriptor is still open somewhere waits for the next agent,
 //! and the file system on it sees a pause.
 //!
-//! Under systemd they lie in its descriptor store; elsewhere in a process of ours, the keeper
+//! Under systemd, since its version 254, they lie in its descriptor store; elsewhere in a process of ours, the keeper
 //! ([`keeper`]). The rest of the agent does not know which. A volume that has nothing kept goes down with the process.
 
 pub mod keeper;
@@ -92,12 +92,27 @@ impl Store {
     /// # Errors
     /// When there is a keeper that does not answer, or is of a version that is not understood: what it keeps would be lost.
     pub fn open(run: &Path) -> io::Result<Arc<Self>> {
-        if systemd::is_there() {
-            return Ok(Self::new(Place::Systemd, systemd::take()));
+        let is_there = systemd::is_there();
+        let handed = if is_there { systemd::take() } else { HashMap::new() };
+        if is_there && systemd::has_store() {
+            return Ok(Self::new(Place::Systemd, handed));
         }
-        let (keeper, held) = Keeper::find(run)?;
+        let (keeper, held) = Keeper::find(run, is_there)?;
         let store = Self::new(Place::Keeper(keeper), held);
         store.watch();
+        // What a version left in a store that would not outlive a stop.
+        for (name, descriptors) in handed {
+            if !store.holds(&name)
+                && let Err(error) = store.put(&name, descriptors)
+            {
+                if !store.holds(&name) {
+                    return Err(error);
+                }
+                tracing::warn!(name, "the loop device does not outlive the agent yet: {error}");
+                continue;
+            }
+            systemd::remove(&name)?;
+        }
         Ok(store)
     }
 
@@ -195,7 +210,12 @@ impl Store {
     /// Whether the host is being shut down, as far as that can be known: then nothing comes after this agent.
     #[must_use]
     pub fn is_the_last(&self) -> bool {
-        matches!(self.lock().place, Place::Systemd) && systemd::is_stopping()
+        let is_systemd = match &self.lock().place {
+            Place::Nowhere => false,
+            Place::Systemd => true,
+            Place::Keeper(keeper) => keeper.leaves_unit(),
+        };
+        is_systemd && systemd::is_stopping()
     }
 
     /// Notices when the keeper ends before its time, as when the kernel ran out of memory: another one takes its place.

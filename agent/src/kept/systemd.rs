@@ -12,6 +12,7 @@ use std::env;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// What the names of our descriptors begin with.
@@ -19,8 +20,21 @@ const PREFIX: &str = "loop.";
 
 /// Whether this process is one that systemd started and hears of.
 pub(super) fn is_there() -> bool {
-    env::var_os("NOTIFY_SOCKET").is_some()
-        && (env::var_os("FDSTORE").is_some() || env::var_os("INVOCATION_ID").is_some())
+    env::var_os("NOTIFY_SOCKET").is_some() && (has_store() || env::var_os("INVOCATION_ID").is_some())
+}
+
+/// Whether it keeps descriptors also while the unit is stopped (`FileDescriptorStorePreserve`): since version 254, which also
+/// says that there is a store.
+pub(super) fn has_store() -> bool {
+    env::var_os("FDSTORE").is_some()
+}
+
+/// A command that runs this program in a unit of its own, which neither the end of the agent's unit ends nor the beginning of a
+/// shutdown.
+pub(super) fn beside(program: &Path) -> Command {
+    let mut command = Command::new("systemd-run");
+    command.args(["--scope", "--quiet", "--collect", "--property=DefaultDependencies=no"]).arg(program);
+    command
 }
 
 /// What lay in the store when this process was started.

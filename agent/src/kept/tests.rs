@@ -38,7 +38,7 @@ fn keeper() -> (TempDir, JoinHandle<io::Result<()>>) {
 }
 
 fn find(folder: &TempDir) -> (Keeper, HashMap<String, Descriptors>) {
-    Keeper::find(folder.path()).expect("the keeper answers")
+    Keeper::find(folder.path(), false).expect("the keeper answers")
 }
 
 #[test]

@@ -300,6 +300,9 @@ pub(super) fn attach(place: &Place, read_only: bool) -> Result<LoopDevice, Start
     let point = &place.mount_point;
     let file = OpenOptions::new().read(true).write(!read_only).open(point);
     let file = file.map_err(|source| StartError::io("open the volume's file", point, source))?;
+    // Before Linux 6.18 the loop driver goes by the size that the kernel has in its memory, and of a root that nobody asked
+    // for its attributes it has none: the device would be empty.
+    file.metadata().map_err(|source| StartError::io("look at the volume's file", point, source))?;
     // The device holds the file when this one is closed.
     Ok(LoopDevice::attach(&file, &place.label(), read_only)?)
 }
