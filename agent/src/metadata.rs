@@ -243,6 +243,15 @@ impl State {
         self.open_map(peer).await
     }
 
+    /// The map for a host that joins: all may differ, whatever a file says that was kept for it before.
+    ///
+    /// # Errors
+    /// [`StateError`] when the file can't be written or opened.
+    pub async fn new_map_of_follower(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
+        self.replace_map(peer, &self.superblock())?;
+        self.open_map(peer).await
+    }
+
     fn replace_map(&self, peer: HostId, superblock: &Superblock) -> Result<(), StateError> {
         let Superblock { volume, size_bytes, block_size, .. } = *superblock;
         let base = superblock.base_of_everything();
@@ -329,7 +338,8 @@ impl State {
             }
             let file = stored::read_map(&entry.path()).map_err(error)?;
             let Ok((_, header)) = dirty_map::Header::recover(&file.header) else { continue };
-            let is_void = header.full_from == 0 && header.base.adopted == superblock.adopted;
+            let is_void =
+                header.full_from == 0 && header.base.adopted == superblock.adopted && !header.is_unanswered;
             if !is_void || header.base.is_none() {
                 tracing::info!(map = %name, "all may differ from a host that is no peer any more");
                 self.replace_map(header.peer, &superblock)?;

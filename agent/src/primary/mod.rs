@@ -298,7 +298,8 @@ impl Primary {
         mode: Mode,
         window_bytes: u64,
     ) -> Result<(), crate::metadata::StateError> {
-        let (map, file) = self.state.open_map_of_follower(peer).await?;
+        // One that was removed may have a map that could not be made to say so.
+        let (map, file) = self.state.new_map_of_follower(peer).await?;
         let superblock = self.state.superblock();
         let session =
             Session::new(peer, map, superblock.size_bytes, superblock.block_size, window_bytes, mode);

@@ -23,6 +23,13 @@ pub(super) struct Followed {
     pub oldest: Option<Sequence>,
 }
 
+impl Followed {
+    /// The last write that it has durably, and all before it.
+    fn durable(self) -> Sequence {
+        self.oldest.map_or(self.sent, |oldest| Sequence(oldest.0.saturating_sub(1)))
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Answered {
@@ -30,6 +37,8 @@ pub(super) struct Answered {
     newest: Sequence,
     /// While it does not follow: the last write that it may have.
     there: Option<Sequence>,
+    /// The last write that it had durably when it left, where it did in this run.
+    kept: Option<Sequence>,
     /// Whether something was answered that it lacks.
     lacks: bool,
     /// Whether it may lack something of which it is not known whether it was answered: what its log names, or this host's
@@ -40,7 +49,7 @@ pub(super) struct Answered {
 impl Answered {
     /// Of a replica that was not heard in this run. `lacks` says whether its map has anything that may have been answered.
     pub(super) fn new(lacks: bool) -> Self {
-        Self { newest: Sequence(0), there: Some(Sequence(0)), lacks, may_lack: false }
+        Self { newest: Sequence(0), there: Some(Sequence(0)), kept: None, lacks, may_lack: false }
     }
 
     /// An answer speaks for all writes up to this one.
@@ -52,6 +61,12 @@ impl Answered {
     /// Whether an answer for all writes up to this one leaves it out; of one that follows, that is not known here.
     pub(super) fn leaves_out(&self, sequence: Sequence) -> bool {
         self.there.is_none_or(|there| sequence > there)
+    }
+
+    /// Whether all that an answer up to this write speaks for is surely there, and stays there, while it does not follow. Of
+    /// what was written before this run nothing is known.
+    pub(super) fn is_kept(&self, sequence: Sequence) -> bool {
+        sequence > Sequence(0) && self.kept.is_some_and(|kept| sequence <= kept)
     }
 
     /// What it holds is not what it was known to hold: it may lack all that was ever answered.
@@ -66,13 +81,13 @@ impl Answered {
 
     /// It follows from now on, and has or will be sent everything.
     pub(super) fn follows(&mut self) {
-        (self.there, self.lacks, self.may_lack) = (None, false, false);
+        (self.there, self.kept, self.lacks, self.may_lack) = (None, None, false, false);
     }
 
     /// It is not sent what is written any more. What it was sent before may still arrive.
     pub(super) fn left(&mut self, followed: Followed) {
         if self.there.is_none() {
-            self.there = Some(followed.sent);
+            (self.there, self.kept) = (Some(followed.sent), Some(followed.durable()));
         }
     }
 
@@ -82,7 +97,7 @@ impl Answered {
         self.lacks |= self.misses(followed, mode);
         if let Some(oldest) = followed.oldest {
             let durable = Sequence(oldest.0.saturating_sub(1));
-            self.there = self.there.min(Some(durable));
+            (self.there, self.kept) = (self.there.min(Some(durable)), self.kept.min(Some(durable)));
         }
     }
 

@@ -169,6 +169,8 @@ impl Session {
 
     /// The operator chose another mode: replies go by it from now on, and the replica hears of it with the next session.
     pub(crate) fn set_mode(&mut self, mode: Mode) {
+        // What was answered before was answered by another mode.
+        self.is_taken_back |= mode != self.mode;
         self.mode = mode;
     }
 

@@ -111,11 +111,12 @@ impl Session {
 
     /// Whether the map may say that nothing that it marks was answered: this primary waits for the replica, and all that it
     /// ever answered was answered in a generation that the replica confirmed, and is there.
-    fn may_deny(&self) -> bool {
+    pub(super) fn may_deny(&self) -> bool {
         let Base { copy, generation, .. } = self.map.base();
         let is_unanswered = self.answered_in == Some(generation) && !self.lacks_answered();
         self.withholds
             && self.mode == Mode::Sync
+            && !self.is_taken_back
             && !copy.is_none()
             && (is_unanswered || planted(Bug::DenyAnswered))
     }
@@ -124,17 +125,22 @@ impl Session {
     /// was answered but what the replica has, and in no later generation than it says. It is written then that this is so no
     /// more.
     pub(crate) fn holds_answer(&mut self, sequence: Sequence, newest: Option<GenerationId>) -> bool {
+        if !self.file_says.denies || planted(Bug::DenyAnswered) {
+            return false;
+        }
         let waits_for_it = self.mode == Mode::Sync && self.may_follow();
-        let is_left_out = !waits_for_it && (self.mode != Mode::Sync || self.answered.leaves_out(sequence));
-        if !self.file_says.denies || planted(Bug::DenyAnswered) || !waits_for_it && !is_left_out {
+        let is_covered = match waits_for_it {
+            true => Some(self.file_says.generation) == newest,
+            false => self.mode == Mode::Sync && self.answered.is_kept(sequence),
+        };
+        if is_covered {
             return false;
         }
-        if waits_for_it && Some(self.file_says.generation) == newest {
-            return false;
-        }
-        if is_left_out {
+        if std::mem::take(&mut self.denied) {
+            // What was written before this run is answered with it.
             self.answered.forget();
         }
+        self.is_taken_back |= !waits_for_it;
         self.answered_in = newest;
         self.write_map();
         true

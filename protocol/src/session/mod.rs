@@ -171,6 +171,8 @@ pub struct Session {
     file_says: Denial,
     /// Whether it did when this host was opened, and the replica did not follow since.
     denied: bool,
+    /// Whether something may have been answered that it lacks, since it followed last.
+    is_taken_back: bool,
     header_written: Option<Denial>,
     /// The newest generation in which anything may have been answered.
     answered_in: Option<GenerationId>,
@@ -366,6 +368,7 @@ impl Session {
             answered,
             withholds: false,
             denied: denies && mode == Mode::Sync,
+            is_taken_back: false,
             file_says: Denial { denies, generation },
             header_written: None,
             answered_in: None,
@@ -610,7 +613,7 @@ impl Session {
                     self.since = now;
                     self.went_back = false;
                     self.answered.follows();
-                    self.denied = false;
+                    (self.denied, self.is_taken_back) = (false, false);
                     self.map.confirm(link.copy, generation);
                     let known = Mark { position, ..self.map.known() };
                     self.map.note_known(known);

@@ -208,10 +208,20 @@ impl Tracker {
             // What is answered without a replica must not be taken for what that replica has (L1).
             self.begin_generation();
         }
-        if self.generations.beginning && in_sync < all || self.holds_answer(owed.sequence) {
+        if self.generations.beginning && in_sync < all {
             return Verdict::Wait;
         }
-        Verdict::Answer
+        if !self.holds_answer(owed.sequence) {
+            return Verdict::Answer;
+        }
+        // A map that can't be written at all may never say so.
+        let limit = match self.loss {
+            ReplicaLoss::Block { limit, .. } => limit,
+            ReplicaLoss::Continue => ACKNOWLEDGEMENT_DEADLINE,
+        };
+        let is_over = self.start.refuses || now >= owed.since.after(limit);
+        let is_lost = self.sessions.values().any(Session::map_is_out_of_reach);
+        if is_over && is_lost { Verdict::Fail } else { Verdict::Wait }
     }
 
     /// Whether an answer must wait until the map of each replica that it leaves out may say so.

@@ -209,7 +209,7 @@ impl World {
     fn begin_session_with(&mut self, primary: usize, host: usize) {
         let (now, window, mode) = (Time(self.now), self.settings.window_bytes, self.settings.modes[host]);
         let it = &mut self.hosts[primary];
-        it.begin_map(host);
+        it.void_map(host);
         let (size, block_size) = (it.superblock.size_bytes, it.superblock.block_size);
         let session = Session::new(host_id(host), it.recover_map(host), size, block_size, window, mode);
         it.tracker_mut().expect("it is primary").add_session(session, now);
