@@ -5,7 +5,7 @@ use blockmirror_agent::config::{ConfigFolder, Mode, VolumeConfig};
 use blockmirror_agent::control::api::{Connection, VolumeState, VolumeStatus};
 use blockmirror_agent::transport::{Endpoint, HostKey};
 use blockmirror_protocol::wire::message::{AskStanding, Message, Refusal};
-use blockmirror_tests::machines::folder::{Folder, Mounted};
+use blockmirror_tests::machines::folder::{Folder, Mounted, fill};
 use blockmirror_tests::machines::hanging::Hanging;
 use blockmirror_tests::machines::host::{Host, Running};
 use blockmirror_tests::machines::mirror::Mirror;
@@ -13,8 +13,7 @@ use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{run, succeed, text};
 use blockmirror_tests::require;
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 use tokio::task::JoinSet;
 
@@ -264,13 +263,7 @@ impl Drop for Frozen {
 fn with_config_disk(replicas: &[&str]) -> (Mirror, Mounted) {
     let mut mirror = Mirror::new(8 * MIB, "nbd", replicas);
     mirror.primary.stop();
-    let (config, kept) = (mirror.primary.path("config"), mirror.folder.join("kept"));
-    let image = mirror.folder.join("config.img");
-    File::create(&image).and_then(|file| file.set_len(16 * MIB)).expect("an image");
-    succeed("mkfs.ext4", &["-q", text(&image)]);
-    fs::rename(&config, &kept).expect("the configuration");
-    let mounted = mirror.folder.mount(&image, "a/config");
-    succeed("cp", &["-a", text(&kept.join(".")), text(mounted.path())]);
+    let mounted = mirror.primary.move_config(&mirror.folder);
     mirror.primary.start();
     if !replicas.is_empty() {
         mirror.wait_until_quiet();
@@ -288,10 +281,7 @@ fn saved(host: &Host) -> VolumeConfig {
 fn what_hosts_tell_is_kept_when_the_disk_of_the_configuration_has_room_again() {
     require!("root", "mkfs.ext4");
     let (mut mirror, mounted) = with_config_disk(&["b"]);
-    let filler = mounted.path().join("filler");
-    let mut file = File::create(&filler).expect("a file");
-    while file.write_all(&[1; 4096]).is_ok() {}
-    drop(file);
+    let filler = fill(mounted.path());
     mirror.replica_mut().stop();
     mirror.replica_mut().settle("c");
     mirror.replica_mut().start();

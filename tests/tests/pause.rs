@@ -346,6 +346,26 @@ fn an_agent_that_cannot_read_what_is_unanswered_leaves_it_to_one_that_can() {
     mirror.assert_identical();
 }
 
+/// As after an upgrade of the host: the device lay with a keeper, and is to lie in the store that there is now.
+#[test]
+fn what_a_keeper_has_moves_to_a_systemd_that_keeps_it() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    keeper(&mirror.primary);
+    mirror.primary.kill();
+    mirror.primary.run_under_systemd();
+    let writer = write(&mirror, "file");
+    mirror.primary.start();
+    writer.join().expect("it does not panic").expect("it is answered by the next agent");
+    let stored = mirror.primary.systemd().map(Systemd::names).unwrap_or_default();
+    assert_eq!(stored, ["loop.data", "loop.data"]);
+    let ended = || mirror.primary.keeper().map_or(Ok(()), |keeper| Err(format!("{keeper:?}")));
+    until("the keeper ends, which has nothing to keep", ended);
+    mounted.unmount();
+    mirror.assert_identical();
+    mirror.primary.stop();
+}
+
 /// systemd holds what else the keeper would: over a crash, a stop and a restart.
 #[test]
 fn under_systemd_its_store_keeps_the_device() {

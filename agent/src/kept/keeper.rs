@@ -92,7 +92,21 @@ impl Keeper {
             }
         }
         self.start_anew(held)?;
-        self.ask(&put, &descriptors.both()).map(drop)
+        let asked = self.ask(&put, &descriptors.both()).map(drop);
+        if asked.is_err() {
+            // It may have ended at once, or be as slow as its systemd; what it says later must be no answer to another order.
+            self.abandon();
+        }
+        asked
+    }
+
+    /// Ends a keeper that this agent has just started.
+    fn abandon(&mut self) {
+        if let Some(child) = &mut self.child {
+            // An error means that it has ended by itself.
+            let _ = child.kill();
+        }
+        self.let_go();
     }
 
     pub(super) fn remove(&mut self, name: &str) -> io::Result<()> {
@@ -107,11 +121,7 @@ impl Keeper {
         self.let_go();
         let started = self.start(held);
         if started.is_err() {
-            if let Some(child) = &mut self.child {
-                // An error means that it has ended by itself.
-                let _ = child.kill();
-            }
-            self.let_go();
+            self.abandon();
         }
         started
     }
@@ -133,6 +143,8 @@ impl Keeper {
         // SAFETY: setsid(2) is one of the calls that may be made between fork and exec.
         unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
         self.child = Some(command.spawn()?);
+        // Its end of the socket is the only one from here on, so that its end is noticed.
+        drop(command);
         let socket = new_socket()?;
         connect(&socket, &address)?;
         self.connected(with_timeout(socket)?);

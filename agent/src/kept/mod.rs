@@ -95,7 +95,17 @@ impl Store {
         let is_there = systemd::is_there();
         let handed = if is_there { systemd::take() } else { HashMap::new() };
         if is_there && systemd::has_store() {
-            return Ok(Self::new(Place::Systemd, handed));
+            let store = Self::new(Place::Systemd, handed);
+            // What an agent left there that was not started by such a systemd.
+            let (mut keeper, held) = Keeper::find(run, false)?;
+            for (name, descriptors) in held {
+                if !store.holds(&name) {
+                    store.put(&name, descriptors)?;
+                }
+                keeper.remove(&name)?;
+            }
+            keeper.let_go();
+            return Ok(store);
         }
         let (keeper, held) = Keeper::find(run, is_there)?;
         let store = Self::new(Place::Keeper(keeper), held);
@@ -133,10 +143,18 @@ impl Store {
     }
 
     /// Whether what is kept under this name outlives this process as things are: a keeper that ended may not have been
-    /// replaced.
+    /// replaced. Waits for one that is just being started.
     #[must_use]
     pub fn is_safe(&self, name: &str) -> bool {
         let state = self.lock();
+        let is_missing = matches!(&state.place, Place::Keeper(keeper) if keeper.is_missing());
+        state.held.contains_key(name) && !is_missing
+    }
+
+    /// As [`Store::is_safe`], as far as that can be told without waiting.
+    #[must_use]
+    pub fn seems_safe(&self, name: &str) -> bool {
+        let Ok(state) = self.state.try_lock() else { return true };
         let is_missing = matches!(&state.place, Place::Keeper(keeper) if keeper.is_missing());
         state.held.contains_key(name) && !is_missing
     }

@@ -10,7 +10,7 @@ use crate::config::{Address, Name, PEERS_LIMIT, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
 use crate::volume::Learned;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::Removal;
+use blockmirror_protocol::wire::message::{Members, Removal};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -98,6 +98,11 @@ impl Unsaved {
         let lesson = match (index.map(|index| lessons.remove(index)), lesson) {
             (Some(Lesson::Found(Learned::Removals(before))), Lesson::Found(Learned::Removals(now))) => {
                 Lesson::Found(Learned::Removals(merge(before, now)))
+            }
+            (Some(Lesson::Found(Learned::Members(before))), Lesson::Found(Learned::Members(now))) => {
+                // Whoever tells the members now need not have heard of every removal.
+                let removed = merge(before.removed, now.removed);
+                Lesson::Found(Learned::Members(Members { removed, ..now }))
             }
             (_, lesson) => lesson,
         };
@@ -266,6 +271,14 @@ mod tests {
         unsaved.put(&data, removals(&[(1, 3), (2, 1)]));
         let merged = unsaved.put(&data, removals(&[(1, 1), (2, 5), (3, 1)]));
         assert_eq!(merged, removals(&[(1, 3), (2, 5), (3, 1)]));
+    }
+
+    #[test]
+    fn members_that_come_later_do_not_undo_a_removal_that_waits() {
+        let (unsaved, data) = (Unsaved::default(), "data".parse().expect("a name"));
+        let members = |removed| Lesson::Found(Learned::Members(Members { members: Vec::new(), removed }));
+        unsaved.put(&data, members(vec![removal(1, 1)]));
+        assert_eq!(unsaved.put(&data, members(Vec::new())), members(vec![removal(1, 1)]));
     }
 
     #[test]

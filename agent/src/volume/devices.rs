@@ -98,7 +98,7 @@ impl Devices {
             status.error = Some("its connection was aborted; restart the agent".to_owned());
         }
         if let (Some(status), Some(device)) = (&mut loopback, &self.loopback)
-            && !device.can_be_left()
+            && !device.seems_kept()
         {
             status.warning = Some(
                 "it does not outlive the agent, as nothing keeps it: before the agent is stopped, unmount it"
@@ -154,7 +154,11 @@ impl Devices {
     /// For the agent's end: leaves a loop device that is in use to the next agent, who answers what is asked from now on.
     /// Its users wait, rather than get errors (S1). One that nobody uses stays, to be stopped.
     pub(super) async fn leave(&mut self, surroundings: &Surroundings, name: &str) {
-        let Some(loopback) = self.loopback.take_if(|loopback| loopback.can_be_left()) else { return };
+        match &self.loopback {
+            Some(loopback) if loopback.can_be_left().await => {}
+            _ => return,
+        }
+        let Some(loopback) = self.loopback.take() else { return };
         let path = loopback.path();
         let store = surroundings.store.clone();
         // Where systemd doesn't say, it is not.

@@ -74,8 +74,8 @@ const POOL_BYTES: usize = 64 << 20;
 const STOP_TIME: Duration = Duration::from_secs(45);
 const STOP_LOOK: Duration = Duration::from_millis(500);
 const STOP_GRACE: Duration = Duration::from_secs(3);
-/// How long it may take to make everything durable at the end, less than a volume may take to stop.
-const CLOSE_TIME: Duration = Duration::from_secs(30);
+/// How long after a host could not be mirrored to, for want of a map, that is tried again.
+const LINK_PAUSE: Duration = Duration::from_secs(5);
 /// How long a volume's thread waits at its end for calls that its tasks have made on other threads.
 const THREADS_TIME: Duration = Duration::from_secs(1);
 
@@ -569,7 +569,7 @@ impl Volume {
         match &self.role {
             OpenRole::Primary(primary, links) => {
                 links.values().for_each(|link| link.stop());
-                changes::close(primary, CLOSE_TIME).await;
+                primary.close().await;
             }
             OpenRole::Replica(replica) => replica.close().await,
             OpenRole::Closed(_) | OpenRole::Changing(_) => {}
@@ -668,8 +668,11 @@ impl Volume {
         // One that is just being removed is linked when it is.
         let is_new = |peer: &&PeerConfig| !links.contains_key(&peer.host) && !primary.has_peer(peer.host);
         let new: Vec<PeerConfig> = self.config.borrow().peers.iter().filter(is_new).cloned().collect();
-        if let Err(error) = self.link_new(new).await {
-            tracing::error!(volume = %self.name(), "{}", with_causes(&error));
+        for peer in new {
+            if let Err(error) = self.link_new(vec![peer]).await {
+                tracing::error!(volume = %self.name(), "{}; it is tried again", with_causes(&error));
+                self.later(LINK_PAUSE, Event::Parted);
+            }
         }
     }
 

@@ -1,14 +1,26 @@
 //! A test's folder, and whatever of the kernel's hangs on it: mounts below it, loop devices on files in it.
 
 use super::programs::{run, succeed, text};
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 /// A folder that takes its mounts and loop devices with it when it is dropped.
 pub struct Folder {
     folder: TempDir,
+}
+
+/// Fills the file system of a folder, until the file that is given is removed.
+///
+/// # Panics
+/// When no file can be made.
+#[must_use]
+pub fn fill(folder: &Path) -> PathBuf {
+    let filler = folder.join("filler");
+    let mut file = File::create(&filler).expect("a file");
+    while file.write_all(&[1; 4096]).is_ok() {}
+    filler
 }
 
 impl Folder {

@@ -1,9 +1,9 @@
 //! A host: the agent as a process with folders of its own, and the operator's tool.
 
-use super::folder::Folder;
+use super::folder::{Folder, Mounted};
 use super::network::Network;
 use super::patience::{until, wait_until_stopped};
-use super::programs::{own, text};
+use super::programs::{own, succeed, text};
 use super::relay::Relay;
 use super::systemd::Systemd;
 use blockmirror_agent::config::{ConfigFolder, VolumeConfig};
@@ -14,6 +14,9 @@ use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+
+/// How large the file system for a configuration is.
+const CONFIG_BYTES: u64 = 16 << 20;
 
 /// See the module. The agent is killed when it is dropped.
 pub struct Host {
@@ -341,6 +344,23 @@ impl Host {
     fn signal(&self, signal: Signal) {
         let agent = Pid::from_child(self.agent.as_ref().expect("the agent runs"));
         kill_process(agent, signal).expect("it is our process");
+    }
+
+    /// Moves the configuration to a file system of its own, while the agent is stopped.
+    ///
+    /// # Panics
+    /// When it can't be moved.
+    #[must_use]
+    pub fn move_config(&self, folder: &Folder) -> Mounted {
+        let (config, kept) = (self.path("config"), self.path("config.kept"));
+        let image = self.path("config.img");
+        File::create(&image).and_then(|file| file.set_len(CONFIG_BYTES)).expect("an image");
+        succeed("mkfs.ext4", &["-q", text(&image)]);
+        fs::rename(&config, &kept).expect("the configuration");
+        let home = self.folder.file_name().expect("a name").to_str().expect("it is text");
+        let mounted = folder.mount(&image, &format!("{home}/config"));
+        succeed("cp", &["-a", text(&kept.join(".")), text(mounted.path())]);
+        mounted
     }
 
     /// Ends the agent in order.

@@ -266,6 +266,7 @@ pub(super) fn link_again(place: &Place, device: LoopDevice) -> Vec<LoopDevice> {
             tracing::warn!(path = %place.link.display(), %error, "cannot make the link");
         }
     }
+    announce(device);
     place.devices_left().into_iter().filter(|left| *left != device).collect()
 }
 
@@ -307,6 +308,13 @@ pub(super) fn attach(place: &Place, read_only: bool) -> Result<LoopDevice, Start
     Ok(LoopDevice::attach(&file, &place.label(), read_only)?)
 }
 
+/// Has udev look at a device once more, now that its link is there: it says to systemd that both are one.
+fn announce(device: LoopDevice) {
+    if let Err(error) = fs::write(device.system_folder().join("uevent"), "change") {
+        tracing::debug!(device = %device.path().display(), %error, "udev is not told of the link");
+    }
+}
+
 /// Links to the loop device, or detaches it.
 pub(super) fn link(place: &Place, device: LoopDevice) -> Result<LoopDevice, StartError> {
     if let Err(source) = symlink(device.path(), &place.link) {
@@ -316,6 +324,7 @@ pub(super) fn link(place: &Place, device: LoopDevice) -> Result<LoopDevice, Star
         wait_until(|| !holds(device, place));
         return Err(StartError::io("make the link", &place.link, source));
     }
+    announce(device);
     Ok(device)
 }
 

@@ -255,9 +255,15 @@ impl Loopback {
     }
 
     /// Whether the device outlives this process.
+    pub async fn can_be_left(&self) -> bool {
+        let (store, name) = (self.store.clone(), self.place.name.clone());
+        blocking(move || store.is_safe(&name)).await
+    }
+
+    /// The same, as far as that can be told at once.
     #[must_use]
-    pub fn can_be_left(&self) -> bool {
-        self.store.is_safe(&self.place.name)
+    pub fn seems_kept(&self) -> bool {
+        self.store.seems_safe(&self.place.name)
     }
 
     /// Takes no more requests, and leaves the device as it is to the next agent. What is under way is answered if it
