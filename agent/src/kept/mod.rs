@@ -69,6 +69,13 @@ struct State {
     held: HashMap<String, Descriptors>,
 }
 
+impl State {
+    fn is_safe(&self, name: &str) -> bool {
+        let is_missing = matches!(&self.place, Place::Keeper(keeper) if keeper.is_missing());
+        self.held.contains_key(name) && !is_missing
+    }
+}
+
 enum Place {
     /// Nothing outlives this process.
     Nowhere,
@@ -146,17 +153,13 @@ impl Store {
     /// replaced. Waits for one that is just being started.
     #[must_use]
     pub fn is_safe(&self, name: &str) -> bool {
-        let state = self.lock();
-        let is_missing = matches!(&state.place, Place::Keeper(keeper) if keeper.is_missing());
-        state.held.contains_key(name) && !is_missing
+        self.lock().is_safe(name)
     }
 
     /// As [`Store::is_safe`], as far as that can be told without waiting.
     #[must_use]
     pub fn seems_safe(&self, name: &str) -> bool {
-        let Ok(state) = self.state.try_lock() else { return true };
-        let is_missing = matches!(&state.place, Place::Keeper(keeper) if keeper.is_missing());
-        state.held.contains_key(name) && !is_missing
+        self.state.try_lock().map_or(true, |state| state.is_safe(name))
     }
 
     /// Copies of what is kept under this name.

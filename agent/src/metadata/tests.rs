@@ -422,3 +422,28 @@ fn what_is_written_without_a_host_is_known_when_it_comes_back() {
         assert!(state.valid_maps(&[removed, met, new]).await.unwrap().is_empty());
     });
 }
+
+/// Its map could not be voided when it was removed, as without room: it joined again as one that lacks nothing.
+#[test]
+fn a_host_that_joins_lacks_everything_whatever_was_kept_for_it() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = open_with(Engine::Automatic).unwrap();
+        let state = State::create(folder.path(), storage, pool(), &superblock()).await.unwrap();
+        let peer = HostId([6; 32]);
+        let (map, file) = state.open_map_of_follower(peer).await.unwrap();
+        let mut map = map.clean(base());
+        state.write_map(&file, map.take_changes()).await.unwrap();
+        drop(file);
+        assert!(state.open_map_of_follower(peer).await.unwrap().0.is_clean());
+        assert!(state.new_map_of_follower(peer).await.unwrap().0.is_full());
+        assert!(state.open_map_of_follower(peer).await.unwrap().0.is_full(), "the file says so");
+        // One that is void, and denies that anything of it was answered, is so no more once nobody marks in it.
+        let (mut map, file) = state.open_map_of_follower(peer).await.unwrap();
+        map.note_unanswered(true);
+        state.write_map(&file, map.take_changes()).await.unwrap();
+        drop(file);
+        state.void_other_maps(&[]).unwrap();
+        assert!(!state.open_map_of_follower(peer).await.unwrap().0.is_unanswered());
+    });
+}

@@ -55,6 +55,8 @@ pub(super) enum Event {
     AskMembers(HostId),
     /// A host that was removed was left: it may have joined again meanwhile.
     Parted,
+    /// It is time to link the hosts again that could not be.
+    LinkAgain,
     /// It is time to look whether a replica is alone.
     IsAlone,
     /// What other hosts said of themselves, while this replica was alone.
@@ -208,6 +210,10 @@ impl Volume {
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
             Event::AskMembers(host) => self.ask_members(host),
             Event::Parted => self.link_all().await,
+            Event::LinkAgain => {
+                self.links_later = false;
+                self.link_all().await;
+            }
             Event::IsAlone => self.look_whether_alone(),
             Event::Heard(answers) => self.look_for_better(&answers),
             Event::Touched(words) => self.note_touched(words).await,

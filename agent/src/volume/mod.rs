@@ -379,6 +379,8 @@ struct Volume {
     claims: Rc<RefCell<Claims>>,
     /// Whether a replica's next question who the hosts are is due by itself.
     asks_members: bool,
+    /// Whether hosts that could not be linked will be tried again.
+    links_later: bool,
     /// When a primary last heard from another host, in seconds since 1970.
     company: Rc<Cell<Option<u64>>>,
     /// On a replica without a primary: a host that was heard and is to be promoted rather than this one.
@@ -433,6 +435,7 @@ impl Volume {
             has_opened: false,
             claims: Rc::default(),
             asks_members: false,
+            links_later: false,
             company: Rc::default(),
             better: None,
         };
@@ -655,11 +658,11 @@ impl Volume {
                 return Err(format!("the primary is just {}; try again later", change.words));
             }
         }
-        self.link_new(vec![peer]).await.map_err(|error| with_causes(&error))
+        self.link_new(&peer).await.map_err(|error| with_causes(&error))
     }
 
     /// Sees to it that every host of the configuration is mirrored to: the save of one that joined may have come later than
-    /// whoever asked for it waited.
+    /// whoever asked for it waited. What fails is tried again in a while.
     pub(super) async fn link_all(&mut self) {
         let OpenRole::Primary(primary, links) = &self.role else { return };
         if primary.superseded().is_some() {
@@ -668,33 +671,36 @@ impl Volume {
         // One that is just being removed is linked when it is.
         let is_new = |peer: &&PeerConfig| !links.contains_key(&peer.host) && !primary.has_peer(peer.host);
         let new: Vec<PeerConfig> = self.config.borrow().peers.iter().filter(is_new).cloned().collect();
+        let mut has_failed = false;
         for peer in new {
-            if let Err(error) = self.link_new(vec![peer]).await {
-                tracing::error!(volume = %self.name(), "{}; it is tried again", with_causes(&error));
-                self.later(LINK_PAUSE, Event::Parted);
+            if let Err(error) = self.link_new(&peer).await {
+                tracing::error!(volume = %self.name(), peer = %peer.name, "{}; it is tried again", with_causes(&error));
+                has_failed = true;
             }
+        }
+        // One attempt is awaited at a time, however often this is asked for.
+        if has_failed && !std::mem::replace(&mut self.links_later, true) {
+            self.later(LINK_PAUSE, Event::LinkAgain);
         }
     }
 
-    async fn link_new(&mut self, new: Vec<PeerConfig>) -> Result<(), StateError> {
+    async fn link_new(&mut self, peer: &PeerConfig) -> Result<(), StateError> {
         let OpenRole::Primary(primary, _) = &self.role else { return Ok(()) };
         let (primary, window_bytes) = (primary.clone(), self.config.borrow().window.0);
-        for peer in new {
-            primary.add_peer(peer.host, peer.mode.into(), window_bytes).await?;
-            let link = self.link(&primary, &peer);
-            let OpenRole::Primary(_, links) = &mut self.role else { unreachable!("nothing changes it here") };
+        primary.add_peer(peer.host, peer.mode.into(), window_bytes).await?;
+        let link = self.link(&primary, peer);
+        if let OpenRole::Primary(_, links) = &mut self.role {
             links.insert(peer.host, link);
-            let OpenRole::Primary(primary, links) = &self.role else {
-                unreachable!("nothing changes it here")
-            };
+        }
+        if let OpenRole::Primary(_, links) = &self.role {
             self.introduce(links);
             if links.len() == 2 {
                 // The one that was alone keeps no activity log (D5). It is greeted anew, and does then, before the new
                 // one can have followed.
                 links.values().filter(|link| link.host() != peer.host).for_each(|link| link.greet_anew());
             }
-            primary.tell_members(self.members());
         }
+        primary.tell_members(self.members());
         Ok(())
     }
 

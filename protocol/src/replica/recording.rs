@@ -104,7 +104,7 @@ impl Replica {
     pub(super) fn record_begin(&mut self, gap: u64, keep: bool) {
         let Some(link) = &self.link else { return };
         let (session, source) = (link.session, link.fence);
-        // What these leave out is made good by this, too.
+        // A host that errs in one of these ways is found out by the name of the session, too: it must be by its own rule.
         let is_left_out = [Bug::IgnoreEnds, Bug::KeepMaps, Bug::CountRecovered].into_iter().any(planted);
         if self.marker.durable.session != session && !is_left_out {
             // Before anything is overwritten it is known in which session: a primary that is set back to before it has
