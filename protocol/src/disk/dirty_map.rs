@@ -272,20 +272,22 @@ mod tests {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
+    /// A page that begins with these bytes; the rest is zero.
+    fn page(text: &str) -> Page {
+        let mut page = [0; PAGE_BYTES];
+        for (at, byte) in page.iter_mut().take(text.len() / 2).enumerate() {
+            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
+        }
+        page
+    }
+
     #[test]
     fn a_header_of_version_2_knows_nothing_of_the_peer() {
         let start = "424d444952545900020000009303b7c809000000000000000101010101010101010101010101010102020202\
              02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
              0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
              0000000000";
-        let bytes: Vec<u8> = start
-            .as_bytes()
-            .chunks(2)
-            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
-            .collect();
-        let mut page = [0; PAGE_BYTES];
-        page[..bytes.len()].copy_from_slice(&bytes);
-        let (serial, header) = Header::recover(&page).unwrap();
+        let (serial, header) = Header::recover(&page(start)).unwrap();
         assert_eq!((serial, header.base.adopted, header.full_from), (9, 5, 2));
         assert_eq!(header.known, Mark::default());
     }
@@ -297,11 +299,7 @@ mod tests {
                     0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
                     000000000006060606060606060606060606060606070000000000000008000000000000000900000000000000\
                     0a00000000000000";
-        let mut page = [0; PAGE_BYTES];
-        for (at, byte) in page.iter_mut().take(text.len() / 2).enumerate() {
-            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
-        }
-        let (_, header) = Header::recover(&page).unwrap();
+        let (_, header) = Header::recover(&page(text)).unwrap();
         assert_eq!((header.known.session, header.known.copies, header.copied), (Session(9), 10, None));
     }
 
@@ -312,11 +310,7 @@ mod tests {
                     0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
                     000000000006060606060606060606060606060606070000000000000008000000000000000900000000000000\
                     0a000000000000000b00000000000000";
-        let mut page = [0; PAGE_BYTES];
-        for (at, byte) in page.iter_mut().take(text.len() / 2).enumerate() {
-            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
-        }
-        let (_, header) = Header::recover(&page).unwrap();
+        let (_, header) = Header::recover(&page(text)).unwrap();
         assert_eq!((header.copied, header.is_unanswered), (Some(Session(11)), false));
     }
 
@@ -367,11 +361,7 @@ mod tests {
         let text = "424d44495254590001000000cadb6df709000000000000000101010101010101010101010101010102020202\
                     02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
                     03000001000000000000100000000000000200000000000000";
-        let mut page = [0; PAGE_BYTES];
-        for (at, byte) in page.iter_mut().take(text.len() / 2).enumerate() {
-            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
-        }
-        let (_, header) = Header::recover(&page).unwrap();
+        let (_, header) = Header::recover(&page(text)).unwrap();
         assert_eq!(header.base, Base { copy: CopyId([3; 16]), ..Base::default() });
     }
 

@@ -85,8 +85,7 @@ impl Session {
     /// This primary was opened at this generation, which may be the replica's newest one too.
     pub(crate) fn opened_at(&mut self, generation: GenerationId) {
         self.unconfirmed.push((generation, Epoch(u64::MAX)));
-        // Nothing was answered in one that the map's file does not know, where that says so.
-        self.answered_in = Some(if self.denied { self.map.base().generation } else { generation });
+        self.denial.opened_at(generation, self.map.base().generation);
     }
 
     /// Which generations of this lineage the replica's newest one may be. The one after that which the map is relative to
@@ -169,8 +168,9 @@ impl Session {
 
     /// The operator chose another mode: replies go by it from now on, and the replica hears of it with the next session.
     pub(crate) fn set_mode(&mut self, mode: Mode) {
-        // What was answered before was answered by another mode.
-        self.is_taken_back |= mode != self.mode;
+        if mode != self.mode {
+            self.denial.mode_changed();
+        }
         self.mode = mode;
     }
 
@@ -217,7 +217,7 @@ impl Session {
     pub(crate) fn note_answered(&mut self, sequence: Sequence, newest: Option<GenerationId>) {
         self.answered.note(sequence);
         if self.answered.leaves_out(sequence) {
-            self.answered_in = newest;
+            self.denial.note_answered(newest);
         }
     }
 
@@ -235,7 +235,7 @@ impl Session {
     /// confirmed. Later ones were begun for nothing.
     pub(crate) fn answered_generation(&self) -> Option<GenerationId> {
         let confirmed = Some(self.map.base().generation).filter(|generation| !generation.is_none());
-        confirmed.filter(|_| self.denied && !self.lacks_answered())
+        confirmed.filter(|_| self.denial.is_inherited() && !self.lacks_answered())
     }
 
     /// Asks the replica to say that it is there.

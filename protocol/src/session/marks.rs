@@ -1,8 +1,6 @@
 //! The session's dirty map: marks, when its file is written, and what is safe meanwhile (D1).
 
-use super::{Action, Denial, Session, State};
-use crate::disk::dirty_map::Base;
-use crate::planted::{Bug, planted};
+use super::{Action, Session, State};
 use crate::ranges::ByteRange;
 use crate::terms::Mode;
 use crate::units::{GenerationId, Sequence, Session as SessionNumber, Time};
@@ -40,9 +38,7 @@ impl Session {
         self.map_written_at = now;
         self.map_failed = !written;
         self.map_failures = if written { 0 } else { self.map_failures + 1 };
-        if let Some(says) = self.header_written.take().filter(|_| written) {
-            self.file_says = says;
-        }
+        self.denial.was_written(written);
         if let State::Linked(link) = &mut self.state {
             link.union_is_durable |= written && self.writing_union;
         }
@@ -85,7 +81,8 @@ impl Session {
             return;
         }
         // Worth a header of its own only where it says it no more.
-        let (denies, generation) = (self.may_deny(), self.map.base().generation);
+        let (base, lacks_answered) = (self.map.base(), self.lacks_answered());
+        let denies = self.denial.may_be_said(base, self.mode == Mode::Sync, lacks_answered);
         if !denies || self.map.has_changes() {
             self.map.note_unanswered(denies);
         }
@@ -97,51 +94,28 @@ impl Session {
         self.being_written = self.unwritten.take();
         let changes = self.map.take_changes();
         if changes.header.is_some() {
-            self.header_written = Some(Denial { denies, generation });
-            // A header that was not written wholly may be there.
-            self.file_says.denies |= denies;
+            self.denial.is_being_written(denies, base.generation);
         }
         self.actions.push_back(Action::WriteMap(changes));
     }
 
-    /// The primary waits for replicas rather than going on without them.
+    /// Whether the primary waits for replicas rather than going on without them.
     pub(crate) fn set_withholds(&mut self, withholds: bool) {
-        self.withholds = withholds;
+        self.denial.allow(withholds);
     }
 
-    /// Whether the map may say that nothing that it marks was answered: this primary waits for the replica, and all that it
-    /// ever answered was answered in a generation that the replica confirmed, and is there.
-    pub(super) fn may_deny(&self) -> bool {
-        let Base { copy, generation, .. } = self.map.base();
-        let is_unanswered = self.answered_in == Some(generation) && !self.lacks_answered();
-        self.withholds
-            && self.mode == Mode::Sync
-            && !self.is_taken_back
-            && !copy.is_none()
-            && (is_unanswered || planted(Bug::DenyAnswered))
-    }
-
-    /// Whether an answer for all writes up to this one, in the generation `newest`, must wait: the map's file says that nothing
-    /// was answered but what the replica has, and in no later generation than it says. It is written then that this is so no
-    /// more.
+    /// Whether an answer for all writes up to this one, in the generation `newest`, must wait: the map's file denies it. It is
+    /// written then that this is so no more.
     pub(crate) fn holds_answer(&mut self, sequence: Sequence, newest: Option<GenerationId>) -> bool {
-        if !self.file_says.denies || planted(Bug::DenyAnswered) {
+        let is_sync = self.mode == Mode::Sync;
+        let follows = is_sync && self.may_follow();
+        let is_there = is_sync && self.answered.is_kept(sequence);
+        if !self.denial.contradicts(follows, is_there, newest) {
             return false;
         }
-        let waits_for_it = self.mode == Mode::Sync && self.may_follow();
-        let is_covered = match waits_for_it {
-            true => Some(self.file_says.generation) == newest,
-            false => self.mode == Mode::Sync && self.answered.is_kept(sequence),
-        };
-        if is_covered {
-            return false;
-        }
-        if std::mem::take(&mut self.denied) {
-            // What was written before this run is answered with it.
+        if self.denial.take_back(follows, newest) {
             self.answered.forget();
         }
-        self.is_taken_back |= !waits_for_it;
-        self.answered_in = newest;
         self.write_map();
         true
     }

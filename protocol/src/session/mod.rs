@@ -27,6 +27,7 @@
 //! the blocks are copied once more.
 
 mod answered;
+mod denial;
 mod doubt;
 mod following;
 mod ground;
@@ -57,6 +58,7 @@ use crate::wire::message::{
 };
 use crate::wire::{Body, FrameHeader};
 use answered::{Answered, Followed};
+use denial::Denial;
 pub use handshake::{Handled, Identity, PeerError};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
@@ -165,17 +167,7 @@ pub struct Session {
     promised: Option<Time>,
     patience: Duration,
     answered: Answered,
-    /// Whether the primary waits for replicas rather than going on without them.
-    withholds: bool,
-    /// What the map's file says of answers, and what the header says of them that is being written.
-    file_says: Denial,
-    /// Whether it did when this host was opened, and the replica did not follow since.
-    denied: bool,
-    /// Whether something may have been answered that it lacks, since it followed last.
-    is_taken_back: bool,
-    header_written: Option<Denial>,
-    /// The newest generation in which anything may have been answered.
-    answered_in: Option<GenerationId>,
+    denial: Denial,
     /// How many acknowledgements came.
     heard: u64,
     /// Whether the replica was found to have gone back, and was not in sync since (X4).
@@ -267,15 +259,6 @@ impl Link {
     }
 }
 
-/// What the header of a map's file says of answers.
-#[derive(Clone, Copy, Debug)]
-struct Denial {
-    /// Whether it says, or may say, that nothing of what it marks was answered.
-    denies: bool,
-    /// The newest generation that the replica confirmed.
-    generation: GenerationId,
-}
-
 /// A write as a session sees it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LiveWrite {
@@ -336,8 +319,8 @@ impl Session {
         window_limit_bytes: u64,
         mode: Mode,
     ) -> Self {
-        let (denies, generation) = (map.is_unanswered(), map.base().generation);
-        let answered = Answered::new(!(map.is_clean() || denies && mode == Mode::Sync));
+        let denial = Denial::new(map.is_unanswered(), map.base().generation, mode == Mode::Sync);
+        let answered = Answered::new(!map.is_clean() && !denial.is_inherited());
         Self {
             peer,
             incarnation: 0,
@@ -366,12 +349,7 @@ impl Session {
             promised: None,
             patience: PATIENCE,
             answered,
-            withholds: false,
-            denied: denies && mode == Mode::Sync,
-            is_taken_back: false,
-            file_says: Denial { denies, generation },
-            header_written: None,
-            answered_in: None,
+            denial,
             heard: 0,
             went_back: false,
             reused: None,
@@ -613,7 +591,7 @@ impl Session {
                     self.since = now;
                     self.went_back = false;
                     self.answered.follows();
-                    (self.denied, self.is_taken_back) = (false, false);
+                    self.denial.follows();
                     self.map.confirm(link.copy, generation);
                     let known = Mark { position, ..self.map.known() };
                     self.map.note_known(known);

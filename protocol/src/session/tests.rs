@@ -420,6 +420,13 @@ fn map_changes(session: &mut Session) -> Option<MapChanges> {
     })
 }
 
+/// Of a replica that answers wait for, and nothing of it is in a file.
+fn denial() -> Denial {
+    let mut denial = Denial::new(false, GenerationId([b'a'; 16]), true);
+    denial.allow(true);
+    denial
+}
+
 /// A write that waits for the replica is in the map, and after a restart counted as one that was answered: where the replica
 /// had been promoted meanwhile, that was reported as a split brain.
 #[test]
@@ -427,7 +434,7 @@ fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
     const A: GenerationId = GenerationId([b'a'; 16]);
     let later = Some(GenerationId([b'b'; 16]));
     let mut session = session_with(|map| map.clean(relative_to(2)));
-    (session.mode, session.withholds) = (Mode::Sync, true);
+    (session.mode, session.denial) = (Mode::Sync, denial());
     session.opened_at(A);
     session.answered.follows();
     session.note_answered(Sequence(3), Some(A));
@@ -438,7 +445,7 @@ fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
     session.handle_map_written(true, Time::default());
     let opened = |written: &[MapChanges], mode| {
         let mut session = reread(written, mode);
-        session.withholds = true;
+        session.set_withholds(true);
         session.opened_at(GenerationId([b'b'; 16]));
         session
     };
@@ -454,7 +461,7 @@ fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
     for (mut session, last) in [(session, 4), (next, 0)] {
         let last = Sequence(last);
         assert!(session.holds_answer(last, later));
-        assert!(!session.may_deny() && session.answered_generation().is_none());
+        assert!(session.answered_generation().is_none());
         assert!(map_changes(&mut session).is_some(), "the file must not say it any more");
         session.handle_map_written(false, Time::default());
         assert!(session.holds_answer(last, later), "the file may say it still");
@@ -477,7 +484,7 @@ fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
 fn before_an_answer_in_a_new_generation_the_file_knows_that_the_replica_has_it() {
     let later = GenerationId([b'b'; 16]);
     let mut session = session_with(|map| map.clean(relative_to(2)));
-    (session.mode, session.withholds) = (Mode::Sync, true);
+    (session.mode, session.denial) = (Mode::Sync, denial());
     session.opened_at(GenerationId([b'a'; 16]));
     session.mark(7..8, Sequence(1));
     session.write_map();
@@ -504,7 +511,7 @@ fn an_answer_for_what_a_replica_may_lose_is_not_denied() {
     const A: GenerationId = GenerationId([b'a'; 16]);
     let left = |followed: Followed| {
         let mut session = session_with(|map| map.clean(relative_to(2)));
-        (session.mode, session.withholds) = (Mode::Sync, true);
+        (session.mode, session.denial) = (Mode::Sync, denial());
         session.opened_at(A);
         session.answered.follows();
         session.answered.left(followed);
@@ -524,14 +531,14 @@ fn an_answer_for_what_a_replica_may_lose_is_not_denied() {
     let mut session = left(all);
     session.set_mode(Mode::Async);
     session.set_mode(Mode::Sync);
-    assert!(!session.may_deny());
+    assert!(!session.denial.may_be_said(session.map.base(), true, false));
 }
 
 /// One whose answers don't wait for it may lack what was answered at any time.
 #[test]
 fn a_map_that_a_primary_in_another_mode_goes_on_with_must_not_deny_anything() {
     let mut session = session_with(|map| map.clean(relative_to(2)));
-    (session.mode, session.withholds, session.file_says.denies) = (Mode::Async, true, true);
+    session.denial = Denial::new(true, GenerationId([b'a'; 16]), false);
     session.answered.follows();
     assert!(session.holds_answer(Sequence(1), None));
 }

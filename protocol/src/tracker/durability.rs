@@ -166,6 +166,8 @@ mod tests {
     use std::collections::BTreeSet;
     use std::time::Duration;
 
+    type Reply = (RequestId, Result<(), WriteFailed>);
+
     /// What is left for a test to see to.
     enum Told {
         Reply(RequestId, Result<(), WriteFailed>),
@@ -261,26 +263,34 @@ mod tests {
 
     /// The disk of the state folder gave errors while a replica was away: applications never got the error of a write
     /// that had failed, and a stop waited for them.
-    #[test]
-    fn an_error_is_answered_and_the_volume_closes_though_no_map_can_be_written() {
-        let mut tracker = with(vec![away()]);
-        write(&mut tracker, 1, false);
-        let mut replies = Vec::new();
+    /// Twenty seconds in which no map can be written. After ten of them the volume is closed: what was answered before, and
+    /// since.
+    fn close_without_maps(tracker: &mut Tracker, writes: LocalWrite) -> (Vec<Reply>, Vec<Reply>) {
+        let (mut before, mut replies) = (Vec::new(), Vec::new());
         for second in 0..20 {
             let now = Time(Duration::from_secs(second));
             tracker.handle_timeout(now);
             if second == 10 {
-                assert_eq!(replies, [(RequestId(1), Err(WriteFailed))]);
+                before = std::mem::take(&mut replies);
                 tracker.close(now);
             }
             while let Some(action) = tracker.poll_action() {
-                match carry_out(&mut tracker, action, LocalWrite::Failed, true, now) {
+                match carry_out(tracker, action, writes, true, now) {
                     Some(Told::Reply(request, result)) => replies.push((request, result)),
                     Some(Told::WriteMap(peer)) => tracker.handle_map_written(peer, false, now),
                     None => {}
                 }
             }
         }
+        (before, replies)
+    }
+
+    #[test]
+    fn an_error_is_answered_and_the_volume_closes_though_no_map_can_be_written() {
+        let mut tracker = with(vec![away()]);
+        write(&mut tracker, 1, false);
+        let (before, after) = close_without_maps(&mut tracker, LocalWrite::Failed);
+        assert_eq!((before, after), (vec![(RequestId(1), Err(WriteFailed))], Vec::new()));
         assert!(tracker.is_closed());
         assert!(tracker.active_extents() > 0, "the log remembers what the map doesn't");
     }
@@ -293,23 +303,12 @@ mod tests {
         let settings = settings(ReplicaLoss::Continue, PATIENCE);
         let mut tracker = Tracker::new(settings, &log, vec![testing::session(1, Mode::Async)]);
         write(&mut tracker, 1, false);
-        let mut replies = Vec::new();
-        for second in 0..20 {
-            let now = Time(Duration::from_secs(second));
-            tracker.handle_timeout(now);
-            if second == 10 {
-                assert_eq!(replies, [], "there is no record of it");
-                tracker.close(now);
-            }
-            while let Some(action) = tracker.poll_action() {
-                match carry_out(&mut tracker, action, LocalWrite::Written, true, now) {
-                    Some(Told::Reply(request, result)) => replies.push((request, result)),
-                    Some(Told::WriteMap(peer)) => tracker.handle_map_written(peer, false, now),
-                    None => {}
-                }
-            }
-        }
-        assert_eq!(replies, [(RequestId(1), Err(WriteFailed))]);
+        let (before, after) = close_without_maps(&mut tracker, LocalWrite::Written);
+        assert_eq!(
+            (before, after),
+            (Vec::new(), vec![(RequestId(1), Err(WriteFailed))]),
+            "there is no record of it"
+        );
         assert!(tracker.is_closed());
     }
 
