@@ -61,20 +61,19 @@ fn a_destroyed_backing_is_recovered_in_spite_of_three_kills() {
             let arrived = link.bytes_from_host() - before;
             if arrived >= 150 * MIB { Ok(()) } else { Err(format!("{arrived} bytes")) }
         });
+        let gone = || mirror.replica().log().matches("a recovery has gone away").count();
+        let gone_before = gone();
         link.cut();
         until("what has arrived is noted", || {
             let has = recovered_bytes(&target);
             if has > had { Ok(()) } else { Err(format!("{has} bytes")) }
         });
-        let ended = || mirror.replica().log().matches("the recovery went away").count();
-        let before = ended();
         drop(running);
         link.mend();
         // Until then it sends on what nobody takes, which would count as arrived.
-        until(
-            "the replica has noticed it",
-            || if ended() > before { Ok(()) } else { Err(ended().to_string()) },
-        );
+        until("the replica has noticed it", || {
+            if gone() > gone_before { Ok(()) } else { Err(gone().to_string()) }
+        });
     }
     let had = recovered_bytes(&target);
     let said = mirror.primary.tool(&[&arguments[..], &["--json"]].concat());

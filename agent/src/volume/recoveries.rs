@@ -149,6 +149,7 @@ async fn serve_recovery(
             }
         }
     };
+    tracing::info!(%peer, "a recovery reads this replica");
     let no = if sender.send(&info.into()).await.is_ok() {
         tokio::select! {
             _ = connection.closed() => None,
@@ -170,5 +171,7 @@ async fn serve_recovery(
             let _ = tokio::time::timeout(PARTING_TIME, connection.closed()).await;
         }
         connection.close(CloseReason::Done, "the recovery was ended");
+    } else {
+        tracing::info!(%peer, "a recovery has gone away");
     }
 }
