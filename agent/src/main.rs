@@ -111,12 +111,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     tracing::info!(listen = %endpoint.local_address(), fingerprint = %endpoint.id(), "the agent starts");
     let folders = Folders { config, state, run, devices: arguments.devices };
     let limit = Limit::new(settings.resync_limit.and_then(|limit| NonZeroU64::new(limit.0)));
-    let (supervisor, learned) =
+    let supervisor =
         Supervisor::new(folders, settings.host_name(), endpoint, settings.advertise.clone(), limit, store);
     let (mut terminated, mut interrupted) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let opening = supervisor.start_volumes().await?;
-    tokio::spawn(supervisor.clone().keep_members(learned));
+    tokio::spawn(supervisor.clone().keep_members());
     // Hosts that start at the same time ask each other how they stand.
     tokio::spawn(supervisor.clone().accept_connections());
     tokio::spawn(supervisor.clone().keep_in_touch());

@@ -5,16 +5,16 @@
 //! told it tells it only once. Of each kind the newest is kept, so what waits is bounded (X1), and never undoes what was
 //! learnt after it.
 
-use super::{News, Supervisor};
+use super::Supervisor;
 use crate::config::{Address, Name, PEERS_LIMIT, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
 use crate::volume::Learned;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Members, Removal};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::Notify;
 use tokio::time::MissedTickBehavior;
 
 /// How often what could not be saved is tried again.
@@ -83,15 +83,24 @@ impl Lesson {
 
 /// What was learnt and is not saved yet, by volume, the newest last.
 #[derive(Default)]
-pub(super) struct Unsaved(Mutex<BTreeMap<Name, Vec<Lesson>>>);
+pub(super) struct Unsaved {
+    lessons: Mutex<BTreeMap<Name, Vec<Lesson>>>,
+    came: Notify,
+}
 
 impl Unsaved {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Name, Vec<Lesson>>> {
-        self.0.lock().expect("no holder of the lock panics")
+        self.lessons.lock().expect("no holder of the lock panics")
     }
 
-    /// Keeps a lesson until it is saved, in place of the one before on the same subject. Gives what is to be saved.
-    fn put(&self, volume: &Name, lesson: Lesson) -> Lesson {
+    /// Takes what a volume found out, and has it saved.
+    pub(super) fn found(&self, volume: &Name, learned: Learned) {
+        self.put(volume, Lesson::Found(learned));
+        self.came.notify_one();
+    }
+
+    /// Keeps a lesson until it is saved, in place of the one before on the same subject.
+    fn put(&self, volume: &Name, lesson: Lesson) {
         let mut unsaved = self.lock();
         let lessons = unsaved.entry(volume.clone()).or_default();
         let index = lessons.iter().position(|known| known.subject() == lesson.subject());
@@ -110,32 +119,28 @@ impl Unsaved {
         if lessons.len() > PEERS_LIMIT + 3 {
             lessons.remove(0);
         }
-        lessons.push(lesson.clone());
-        lesson
+        lessons.push(lesson);
     }
 
-    /// Whether this still is the newest on its subject, and not saved.
-    fn holds(&self, volume: &Name, lesson: &Lesson) -> bool {
-        self.lock().get(volume).is_some_and(|lessons| lessons.contains(lesson))
+    /// What waits of a volume, in the order in which it was learnt.
+    fn of(&self, volume: &Name) -> Vec<Lesson> {
+        self.lock().get(volume).cloned().unwrap_or_default()
     }
 
-    fn drop(&self, volume: &Name, lesson: &Lesson) {
+    /// These are in the configuration. What was learnt since, on the same subject, is not.
+    pub(super) fn settle(&self, volume: &Name, saved: &[Lesson]) {
         let mut unsaved = self.lock();
         if let Some(lessons) = unsaved.get_mut(volume) {
-            lessons.retain(|known| known != lesson);
+            lessons.retain(|known| !saved.contains(known));
             if lessons.is_empty() {
                 unsaved.remove(volume);
             }
         }
     }
 
-    /// All that waits.
-    fn all(&self) -> Vec<(Name, Lesson)> {
-        let unsaved = self.lock();
-        unsaved
-            .iter()
-            .flat_map(|(volume, lessons)| lessons.iter().map(|lesson| (volume.clone(), lesson.clone())))
-            .collect()
+    /// The volumes of which something waits.
+    fn volumes(&self) -> Vec<Name> {
+        self.lock().keys().cloned().collect()
     }
 }
 
@@ -154,72 +159,75 @@ fn merge(mut before: Vec<Removal>, now: Vec<Removal>) -> Vec<Removal> {
 
 impl Supervisor {
     /// Keeps what volumes find out: the members that primaries tell, so that replicas know each other when the primary is
-    /// gone, and who is the primary.
-    pub async fn keep_members(self: Arc<Self>, mut source: UnboundedReceiver<News>) {
+    /// gone, and who is the primary. Never ends.
+    pub async fn keep_members(self: Arc<Self>) {
         let mut looks = tokio::time::interval(PAUSE);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut refusing = BTreeSet::new();
         loop {
             tokio::select! {
-                news = source.recv() => {
-                    let Some((volume, learned)) = news else { return };
-                    self.learn(&volume, Lesson::Found(learned)).await;
-                }
-                _ = looks.tick() => self.learn_again().await,
+                () = self.unsaved.came.notified() => {}
+                _ = looks.tick() => {}
+            }
+            for volume in self.unsaved.volumes() {
+                self.save_lessons(volume, &mut refusing).await;
             }
         }
     }
 
-    /// Keeps something in a volume's configuration, now or as soon as that can be done.
-    pub(super) async fn learn(&self, volume: &Name, lesson: Lesson) {
-        if let Err(failure) = self.learn_now(volume, lesson).await {
-            tracing::warn!(
-                %volume,
-                "{}; what other hosts told goes into the configuration when that can be done",
-                failure.message
-            );
+    /// Tries to save what a volume found out. `refusing` are the volumes that are known to take nothing for now.
+    async fn save_lessons(&self, volume: Name, refusing: &mut BTreeSet<Name>) {
+        match self.save(&volume).await {
+            Ok(()) if refusing.remove(&volume) => {
+                tracing::info!(%volume, "what other hosts told is in the configuration now");
+            }
+            Ok(()) => {}
+            Err(failure) => {
+                let text = failure.message;
+                if refusing.insert(volume.clone()) {
+                    tracing::warn!(%volume, "{text}; what other hosts told goes into the configuration when that can be done");
+                } else {
+                    tracing::debug!(%volume, "{text}");
+                }
+            }
         }
     }
 
-    /// As [`Supervisor::learn`], and says why it is not done yet.
+    /// Keeps something in a volume's configuration, soon or as soon as that can be done.
+    pub(super) fn learn(&self, volume: &Name, lesson: Lesson) {
+        self.unsaved.put(volume, lesson);
+        self.unsaved.came.notify_one();
+    }
+
+    /// As [`Supervisor::learn`], but at once; says why it is not done yet.
     pub(super) async fn learn_now(&self, volume: &Name, lesson: Lesson) -> Result<(), Failure> {
-        let lesson = self.unsaved.put(volume, lesson);
-        self.save(volume, &lesson).await
+        self.unsaved.put(volume, lesson);
+        self.save(volume).await
     }
 
-    /// Tries to save what could not be saved before.
-    async fn learn_again(&self) {
-        let mut silent: Option<Name> = None;
-        for (volume, lesson) in self.unsaved.all() {
-            // One attempt says enough about a folder that does not answer.
-            if silent.as_ref() == Some(&volume) {
-                continue;
-            }
-            match self.save(&volume, &lesson).await {
-                Ok(()) => tracing::info!(%volume, "what other hosts told is in the configuration now"),
-                Err(failure) => {
-                    tracing::debug!(%volume, "{}", failure.message);
-                    silent = Some(volume);
+    /// Saves all that waits of a volume. What is saved waits no more before the configuration can be changed again: else it
+    /// would undo, when it is tried again, what an operator changed meanwhile.
+    async fn save(&self, volume: &Name) -> Result<(), Failure> {
+        let own = self.endpoint.id();
+        let mut renamed = Vec::new();
+        let change = |config: &mut VolumeConfig| {
+            let lessons = self.unsaved.of(volume);
+            for lesson in &lessons {
+                if let Some((before, after)) = lesson.apply(config, own, &self.name) {
+                    renamed.push((lesson.clone(), before, after));
                 }
             }
-        }
-    }
-
-    async fn save(&self, volume: &Name, lesson: &Lesson) -> Result<(), Failure> {
-        let own = self.endpoint.id();
-        let mut renamed = None;
-        let change = |config: &mut VolumeConfig| {
-            // Not what was learnt before something newer.
-            if self.unsaved.holds(volume, lesson) {
-                renamed = lesson.apply(config, own, &self.name);
-            }
+            lessons
         };
-        let saved = self.change_config(volume, change).await;
-        if let (Ok(()), Some((before, after))) = (&saved, renamed) {
-            lesson.tell_renamed(volume, &before, &after);
-        }
-        let is_gone = |failure: &Failure| failure.kind == FailureKind::NoSuchVolume;
-        if saved.as_ref().err().is_none_or(is_gone) {
-            self.unsaved.drop(volume, lesson);
+        let saved = self.change_config_for(volume, change).await;
+        match &saved {
+            Ok(()) => {
+                renamed.iter().for_each(|(lesson, before, after)| lesson.tell_renamed(volume, before, after));
+            }
+            Err(failure) if failure.kind == FailureKind::NoSuchVolume => {
+                self.unsaved.settle(volume, &self.unsaved.of(volume));
+            }
+            Err(_) => {}
         }
         saved
     }
@@ -252,25 +260,21 @@ mod tests {
     fn the_newest_on_a_subject_is_kept_and_the_others_stay() {
         let (unsaved, data) = (Unsaved::default(), "data".parse().expect("a name"));
         for lesson in [roles(1), met(1, "a"), met(2, "b"), roles(2), met(1, "c")] {
-            assert_eq!(unsaved.put(&data, lesson.clone()), lesson);
+            unsaved.put(&data, lesson);
         }
-        let kept: Vec<Lesson> = unsaved.all().into_iter().map(|(_, lesson)| lesson).collect();
-        assert_eq!(kept, [met(2, "b"), roles(2), met(1, "c")]);
-        assert!(!unsaved.holds(&data, &roles(1)), "it would undo what is newer");
-        unsaved.drop(&data, &roles(1));
-        assert!(unsaved.holds(&data, &roles(2)), "it was another one that was saved");
-        for lesson in kept {
-            unsaved.drop(&data, &lesson);
-        }
-        assert!(unsaved.lock().is_empty());
+        assert_eq!(unsaved.of(&data), [met(2, "b"), roles(2), met(1, "c")]);
+        unsaved.settle(&data, &[roles(1), met(2, "b")]);
+        assert_eq!(unsaved.of(&data), [roles(2), met(1, "c")], "it was another one that was saved");
+        unsaved.settle(&data, &unsaved.of(&data));
+        assert_eq!((unsaved.of(&data), unsaved.volumes()), (vec![], vec![]));
     }
 
     #[test]
     fn of_removals_the_newest_word_on_each_host_is_kept() {
         let (unsaved, data) = (Unsaved::default(), "data".parse().expect("a name"));
         unsaved.put(&data, removals(&[(1, 3), (2, 1)]));
-        let merged = unsaved.put(&data, removals(&[(1, 1), (2, 5), (3, 1)]));
-        assert_eq!(merged, removals(&[(1, 3), (2, 5), (3, 1)]));
+        unsaved.put(&data, removals(&[(1, 1), (2, 5), (3, 1)]));
+        assert_eq!(unsaved.of(&data), [removals(&[(1, 3), (2, 5), (3, 1)])]);
     }
 
     #[test]
@@ -278,7 +282,8 @@ mod tests {
         let (unsaved, data) = (Unsaved::default(), "data".parse().expect("a name"));
         let members = |removed| Lesson::Found(Learned::Members(Members { members: Vec::new(), removed }));
         unsaved.put(&data, members(vec![removal(1, 1)]));
-        assert_eq!(unsaved.put(&data, members(Vec::new())), members(vec![removal(1, 1)]));
+        unsaved.put(&data, members(Vec::new()));
+        assert_eq!(unsaved.of(&data), [members(vec![removal(1, 1)])]);
     }
 
     #[test]
@@ -295,15 +300,15 @@ mod tests {
                 )),
             );
         }
-        assert!(unsaved.all().len() <= PEERS_LIMIT + 4);
+        assert!(unsaved.of(&data).len() <= PEERS_LIMIT + 4);
         let many = (0..2 * REMOVALS).map(|number| {
             let mut host = [0; 32];
             host[..8].copy_from_slice(&(number as u64).to_le_bytes());
             Removal { host: HostId(host), ..removal(0, 1) }
         });
-        let Lesson::Found(Learned::Removals(kept)) =
-            unsaved.put(&data, Lesson::Found(Learned::Removals(many.collect())))
-        else {
+        unsaved.put(&data, Lesson::Found(Learned::Removals(many.collect())));
+        let kept = unsaved.of(&data);
+        let Some(Lesson::Found(Learned::Removals(kept))) = kept.last() else {
             panic!("removals stay removals");
         };
         assert_eq!(kept.len(), REMOVALS);

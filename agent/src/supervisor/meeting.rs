@@ -218,7 +218,7 @@ impl Supervisor {
         let addresses: Vec<Address> = seen.iter().filter_map(|address| address.parse().ok()).collect();
         for volume in self.volumes_of(host).await {
             let lesson = Lesson::Met { host, name: told.name.clone(), addresses: addresses.clone() };
-            self.learn(&volume, lesson).await;
+            self.learn(&volume, lesson);
         }
         Ok(())
     }

@@ -116,7 +116,7 @@ impl Supervisor {
             config.peers.iter().filter(|other| other.host != peer).cloned().collect();
         let removals = standing::ask_removals(&self.peers, volume, others, HEARSAY_TIME).await;
         if !removals.is_empty() {
-            self.learn(&config.name, Lesson::Found(Learned::Removals(removals.clone()))).await;
+            self.learn(&config.name, Lesson::Found(Learned::Removals(removals.clone())));
         }
         // A removal that can't be saved holds all the same.
         let is_removed = |known: &PeerConfig| {

@@ -22,7 +22,7 @@ use crate::device::loopback;
 use crate::kept::Store;
 use crate::quantity::Seconds;
 use crate::transport::{Endpoint, Limit, Peers, key};
-use crate::volume::{Ask, Handle, Learned, Opened, Surroundings};
+use crate::volume::{Ask, Handle, Opened, Surroundings};
 use crate::words::with_causes;
 use admission::Admission;
 use blockmirror_protocol::units::{HostId, VolumeId};
@@ -30,7 +30,7 @@ use blockmirror_protocol::wire::message::Member;
 use files::Turns;
 use incoming::Connections;
 use instances::Instances;
-use learning::Unsaved;
+use learning::{Lesson, Unsaved};
 use membership::Heard;
 pub use operations::Operator;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -39,7 +39,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard, Weak};
 use std::time::Duration;
 use strangers::Strangers;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Mutex, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -59,9 +58,6 @@ pub struct Folders {
     pub devices: PathBuf,
 }
 
-/// A volume, and what it found out that belongs into its configuration.
-pub type News = (Name, Learned);
-
 /// See the module.
 pub struct Supervisor {
     me: Weak<Self>,
@@ -78,8 +74,8 @@ pub struct Supervisor {
     mistakes: std::sync::Mutex<BTreeMap<Name, String>>,
     /// Keys that a token let in for a recovery.
     admitted: Mutex<HashMap<(VolumeId, HostId), Admission>>,
-    learned: UnboundedSender<News>,
-    unsaved: Unsaved,
+    /// What is learnt of hosts and not in the configuration yet.
+    unsaved: Arc<Unsaved>,
     /// Told when a host is a member no more.
     parted: watch::Sender<()>,
     /// The greetings that were listened to last, by volume and host.
@@ -122,8 +118,7 @@ impl Entry {
 }
 
 impl Supervisor {
-    /// An agent that is reached at `endpoint` and has no volumes yet, and what its volumes learn of their hosts, for
-    /// [`Supervisor::keep_members`].
+    /// An agent that is reached at `endpoint` and has no volumes yet.
     #[must_use]
     pub fn new(
         folders: Folders,
@@ -132,9 +127,8 @@ impl Supervisor {
         advertised: Vec<Address>,
         resync_limit: Limit,
         store: Arc<Store>,
-    ) -> (Arc<Self>, UnboundedReceiver<News>) {
-        let (learned, source) = unbounded_channel();
-        let supervisor = Arc::new_cyclic(|me| Self {
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
             me: me.clone(),
             folders,
             name,
@@ -145,8 +139,7 @@ impl Supervisor {
             volumes: Mutex::default(),
             mistakes: std::sync::Mutex::default(),
             admitted: Mutex::default(),
-            learned,
-            unsaved: Unsaved::default(),
+            unsaved: Arc::default(),
             parted: watch::Sender::new(()),
             heard: Mutex::default(),
             strangers: Strangers::default(),
@@ -155,8 +148,7 @@ impl Supervisor {
             instance: key::random(),
             connections: Connections::default(),
             making: Mutex::default(),
-        });
-        (supervisor, source)
+        })
     }
 
     /// Starts every volume of the configuration. One that is wrong doesn't keep the others from being served. The result
@@ -243,13 +235,14 @@ impl Supervisor {
     }
 
     async fn start(&self, config: VolumeConfig) -> Result<Opened, Failure> {
+        let unsaved = self.unsaved.clone();
         let surroundings = Surroundings {
             state_folder: self.state_folder(&config.name),
             run_folder: self.folders.run.clone(),
             device_folder: self.folders.devices.clone(),
             store: self.store.clone(),
             peers: self.peers.clone(),
-            learned: self.learned.clone(),
+            learn: Arc::new(move |volume, learned| unsaved.found(volume, learned)),
             own: self.own_member(),
         };
         let name = config.name.clone();
@@ -351,6 +344,19 @@ impl Supervisor {
         name: &Name,
         change: impl FnOnce(&mut VolumeConfig),
     ) -> Result<(), Failure> {
+        let change = |config: &mut VolumeConfig| {
+            change(config);
+            Vec::new()
+        };
+        self.change_config_for(name, change).await
+    }
+
+    /// As [`Supervisor::change_config`], where the change gives the lessons that it takes over: they are saved with it.
+    async fn change_config_for(
+        &self,
+        name: &Name,
+        change: impl FnOnce(&mut VolumeConfig) -> Vec<Lesson>,
+    ) -> Result<(), Failure> {
         let path = self.folders.config.volume_path(name);
         let saving = {
             let volumes = self.volumes.lock().await;
@@ -359,13 +365,14 @@ impl Supervisor {
         let silent = |silent: files::Silent| failed(silent.to_string());
         let turn = files::turn(&path, saving, files::ANSWER_TIME).await.map_err(silent)?;
         let mut changed = self.config_of_name(name).await?;
-        change(&mut changed);
+        let lessons = change(&mut changed);
         if changed == self.config_of_name(name).await? {
+            self.unsaved.settle(name, &lessons);
             return Ok(());
         }
         let me = self.me.upgrade().expect("whoever calls holds it");
         let (saved, is_saved) = oneshot::channel();
-        let keeping = tokio::spawn(me.keep_config(changed, turn, saved));
+        let keeping = tokio::spawn(me.keep_config(changed, lessons, turn, saved));
         if tokio::time::timeout(files::ANSWER_TIME, is_saved).await.is_err() {
             return Err(silent(files::Silent::at(&path)));
         }
@@ -376,6 +383,7 @@ impl Supervisor {
     async fn keep_config(
         self: Arc<Self>,
         changed: VolumeConfig,
+        lessons: Vec<Lesson>,
         turn: files::Turn,
         answered: oneshot::Sender<()>,
     ) -> Result<(), Failure> {
@@ -392,6 +400,7 @@ impl Supervisor {
             }
         }
         saved.map_err(|error| failed(with_causes(&error)))?;
+        self.unsaved.settle(&name, &lessons);
         let mut volumes = self.volumes.lock().await;
         let entry = volumes.get_mut(&name).ok_or_else(|| Failure::no_such_volume(&name))?;
         let before = std::mem::replace(&mut entry.config, changed.clone());

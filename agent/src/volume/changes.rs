@@ -314,7 +314,7 @@ impl Volume {
             Weight::Denied => None,
             Weight::Doubt => Some(primary.doubt()),
         };
-        let (hands, learned, claims) = (self.hands(), self.surroundings.learned.clone(), self.claims.clone());
+        let (hands, learn, claims) = (self.hands(), self.surroundings.learn.clone(), self.claims.clone());
         let speaker = self.name_of(told.by);
         let is_own = told.fence.holder == told.by;
         let holder = if is_own { "it".to_owned() } else { self.name_of(told.fence.holder) };
@@ -325,7 +325,7 @@ impl Volume {
             claims.borrow_mut().note(told, judgement);
             let volume = &hands.config.name;
             // The connections of those that were removed end.
-            pass_on(&learned, volume.clone(), removals);
+            pass_on(&learn, volume, removals);
             match judgement {
                 Judgement::Superseded => return drop(hands.events.send(Event::Superseded(told.fence))),
                 Judgement::Removed(host) => {

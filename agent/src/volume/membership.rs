@@ -4,7 +4,7 @@
 
 use super::changes::Event;
 use super::promotable::heard;
-use super::{Learned, OpenRole, Volume};
+use super::{Learn, Learned, OpenRole, Volume};
 use crate::config::{Name, PeerConfig};
 use crate::control::api::Better;
 use crate::standing::{self, Answered};
@@ -15,7 +15,6 @@ use blockmirror_protocol::wire::message::{Refusal, Refused, Removal, Standing};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 
@@ -86,10 +85,10 @@ impl Volume {
         let config = self.config.borrow();
         let Some(asked) = config.peers.iter().find(|peer| peer.host == host).cloned() else { return };
         let (name, id) = (config.name.clone(), config.id);
-        let (peers, learned) = (self.surroundings.peers.clone(), self.surroundings.learned.clone());
+        let (peers, learn) = (self.surroundings.peers.clone(), self.surroundings.learn.clone());
         spawn_local(async move {
             let removals = standing::ask_removals(&peers, id, vec![asked], ANSWER_TIME).await;
-            pass_on(&learned, name, removals);
+            pass_on(&learn, &name, removals);
         });
     }
 
@@ -118,11 +117,11 @@ impl Volume {
     fn ask_all(&self) {
         let config = self.config.borrow();
         let (name, id, asked) = (config.name.clone(), config.id, config.peers.clone());
-        let (peers, learned) = (self.surroundings.peers.clone(), self.surroundings.learned.clone());
+        let (peers, learn) = (self.surroundings.peers.clone(), self.surroundings.learn.clone());
         let events = self.events.clone();
         spawn_local(async move {
             let told = standing::hear_all(&peers, id, &asked, ANSWER_TIME).await;
-            pass_on(&learned, name, told.removals);
+            pass_on(&learn, &name, told.removals);
             // Nobody listens any more when the agent has ended meanwhile.
             drop(events.send(Event::Heard(told.answers)));
         });
@@ -144,8 +143,8 @@ impl Volume {
 }
 
 /// Has the supervisor keep which hosts were removed, if any were. It is there as long as a volume is.
-pub(super) fn pass_on(learned: &UnboundedSender<(Name, Learned)>, volume: Name, removals: Vec<Removal>) {
+pub(super) fn pass_on(learn: &Learn, volume: &Name, removals: Vec<Removal>) {
     if !removals.is_empty() {
-        drop(learned.send((volume, Learned::Removals(removals))));
+        learn(volume, Learned::Removals(removals));
     }
 }

@@ -92,10 +92,13 @@ pub struct Surroundings {
     /// The connections to other hosts.
     pub peers: Peers,
     /// Takes what the volume finds out that belongs into its configuration.
-    pub learned: UnboundedSender<(Name, Learned)>,
+    pub learn: Learn,
     /// This host, as others are told of it.
     pub own: Member,
 }
+
+/// Takes what the volume of this name finds out, and waits for nothing.
+pub type Learn = Arc<dyn Fn(&Name, Learned) + Send + Sync>;
 
 /// What a volume finds out that belongs into its configuration.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -224,7 +224,7 @@ impl Volume {
         self.config.borrow_mut().set_roles(role, primary);
         if *self.config.borrow() != before {
             // The supervisor is there as long as a volume is.
-            drop(self.surroundings.learned.send((before.name, Learned::Roles(role, primary))));
+            (self.surroundings.learn)(&before.name, Learned::Roles(role, primary));
         }
     }
 

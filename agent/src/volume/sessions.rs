@@ -1,7 +1,7 @@
 //! Sessions that other hosts open. Any host of the volume may greet: the fence decides who is the primary (L5).
 
 use super::opening::Others;
-use super::{Event, Learned, OpenRole, Volume, refuse};
+use super::{Event, Learn, Learned, OpenRole, Volume, refuse};
 use crate::config::Name;
 use crate::transport::{ControlReceiver, ControlSender, FrameReceiver};
 use crate::words::{with_causes, with_name};
@@ -13,7 +13,6 @@ use std::cell::RefCell;
 use std::convert::Infallible;
 use std::time::Duration;
 use tokio::sync::Notify;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::spawn_local;
 
 /// How long after a word of the primary about who the hosts are the next one is kept: each change is saved.
@@ -34,18 +33,18 @@ impl Told {
     }
 
     /// Has the supervisor keep what it was not told yet.
-    fn hand_on(&self, volume: &Name, learned: &UnboundedSender<(Name, Learned)>) {
+    fn hand_on(&self, volume: &Name, learn: &Learn) {
         if let Some(members) = self.newest.take() {
-            drop(learned.send((volume.clone(), Learned::Members(members))));
+            learn(volume, Learned::Members(members));
         }
     }
 
     /// Hands on what comes, and never ends. What came last is handed on by whoever ends this, before anything that is learned
     /// later: it tells who is the primary.
-    async fn keep_handing_on(&self, volume: &Name, learned: &UnboundedSender<(Name, Learned)>) -> Infallible {
+    async fn keep_handing_on(&self, volume: &Name, learn: &Learn) -> Infallible {
         loop {
             self.came.notified().await;
-            self.hand_on(volume, learned);
+            self.hand_on(volume, learn);
             tokio::time::sleep(LEARN_PAUSE).await;
         }
     }
@@ -116,15 +115,15 @@ impl Volume {
         let config = self.config.borrow();
         let (name, greeting, greeter) = (config.name.clone(), hello.fence.holder, receiver.peer());
         let primary = config.peers.iter().find(|peer| peer.host == greeting).cloned();
-        let (replica, learned, events) =
-            (replica.clone(), self.surroundings.learned.clone(), self.events.clone());
+        let (replica, learn, events) =
+            (replica.clone(), self.surroundings.learn.clone(), self.events.clone());
         spawn_local(async move {
             let told = Told::default();
             let served = tokio::select! {
                 served = replica.serve(hello, sender, receiver, |members| told.note(members)) => served,
-                never = told.keep_handing_on(&name, &learned) => match never {},
+                never = told.keep_handing_on(&name, &learn) => match never {},
             };
-            told.hand_on(&name, &learned);
+            told.hand_on(&name, &learn);
             if let Err(error) = served {
                 let text = primary.map(|peer| with_name(&error, peer.host, &peer.name));
                 let text = text.unwrap_or_else(|| with_causes(&error));
@@ -173,13 +172,15 @@ mod tests {
     use blockmirror_protocol::terms::Mode;
     use blockmirror_protocol::units::HostId;
     use blockmirror_protocol::wire::message::Member;
+    use std::sync::Arc;
     use tokio::sync::mpsc::unbounded_channel;
 
     /// Each of them was kept until it was saved.
     #[tokio::test]
     async fn of_many_words_about_the_hosts_the_newest_is_kept() {
         let (told, name) = (Told::default(), "data".parse().expect("a name"));
-        let (learned, mut source) = unbounded_channel();
+        let (kept, mut source) = unbounded_channel();
+        let learn: Learn = Arc::new(move |_, learned| kept.send(learned).expect("it is read"));
         let word = |number: u64| {
             let member = Member {
                 host: HostId::default(),
@@ -192,19 +193,19 @@ mod tests {
         };
         told.note(word(0));
         let first = tokio::select! {
-            never = told.keep_handing_on(&name, &learned) => match never {},
+            never = told.keep_handing_on(&name, &learn) => match never {},
             first = source.recv() => first,
         };
         (1..1000).for_each(|number| told.note(word(number)));
         // The session ends.
-        told.hand_on(&name, &learned);
-        told.hand_on(&name, &learned);
-        drop(learned);
+        told.hand_on(&name, &learn);
+        told.hand_on(&name, &learn);
+        drop(learn);
         let mut kept: Vec<_> = first.into_iter().collect();
         while let Some(word) = source.recv().await {
             kept.push(word);
         }
-        let numbers = kept.into_iter().map(|(_, learned)| match learned {
+        let numbers = kept.into_iter().map(|learned| match learned {
             Learned::Members(told) => told.members[0].version,
             other => panic!("{other:?} was not told"),
         });
