@@ -11,8 +11,9 @@
 use crate::disk::superblock::{Role, Superblock};
 use crate::lineage::Ends;
 use crate::planted::{Bug, planted};
+use crate::promise::Given;
 use crate::succession::is_later;
-use crate::terms::{DataState, Fence, Mode, Promise};
+use crate::terms::{DataState, Fence, Mode};
 use crate::units::{CopyId, Epoch, GenerationId, HostId, Mark, Position};
 use crate::wire::message::Standing;
 
@@ -117,7 +118,7 @@ impl Adoption<'_> {
     fn record_replica(&self, superblock: &mut Superblock, copy: CopyId) {
         superblock.copy = copy;
         (superblock.gap, superblock.history, superblock.ends) = (0, 0, Ends::default());
-        (superblock.mode, superblock.promise) = (Mode::Async, Promise::None);
+        (superblock.mode, superblock.given) = (Mode::Async, Given::NOTHING);
         (superblock.released, superblock.replaced) = (false, true);
         match self.content {
             Some(Content::Image { position, lineage }) => {
@@ -200,7 +201,7 @@ mod tests {
         assert_eq!((after.data, after.position), (DataState::Consistent, position(b'b', 30)));
         assert_eq!((after.lineage, after.source), (generations("ba"), Fence::default()));
         assert_eq!((after.adopted, after.copy), (2, CopyId(FRESH)), "maps of others are of the old disk");
-        assert_eq!((after.promise, after.released, after.replaced), (Promise::None, false, true));
+        assert_eq!((after.given, after.released, after.replaced), (Given::NOTHING, false, true));
         for content in [Some(Content::Mixture), None] {
             let after = adopted(Role::Replica, content.as_ref(), 0);
             assert_eq!((after.data, after.lineage, after.copy), (DataState::Empty, vec![], CopyId(FRESH)));

@@ -10,6 +10,7 @@ use crate::disk::dirty_map::{
     BLOCKS_PER_PAGE, Base, Bits, Header, WORDS_PER_PAGE, decode_bits, encode_bits, page_count, page_offset,
 };
 use crate::disk::{PAGE_BYTES, Page, slot_offset};
+use crate::promise::Given;
 use crate::ranges::ByteRange;
 use crate::units::{BlockSize, CopyId, GenerationId, HostId, Mark, Session, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -79,6 +80,7 @@ impl DirtyMap {
             known: Mark::default(),
             copied: None,
             is_unanswered: false,
+            given: None,
             blocks: block_size.blocks_in(size_bytes),
             block_size,
             full_from: 0,
@@ -166,7 +168,7 @@ impl DirtyMap {
     /// The blocks that are dirty by a bit of their own, not because all from some page on are, as a map for memory alone.
     #[must_use]
     pub fn of_single_bits(&self) -> Self {
-        let header = Header { full_from: page_count(self.header.blocks), ..self.header };
+        let header = Header { full_from: page_count(self.header.blocks), ..self.header.clone() };
         Self {
             header,
             serial: 0,
@@ -231,6 +233,20 @@ impl DirtyMap {
     pub fn note_unanswered(&mut self, is_unanswered: bool) {
         self.header_changed |= self.header.is_unanswered != is_unanswered;
         self.header.is_unanswered = is_unanswered;
+    }
+
+    /// What the peer may count on, at the most, whatever became of it since (W4); nothing where that is not known.
+    #[must_use]
+    pub fn given(&self) -> Option<&Given> {
+        self.header.given.as_ref()
+    }
+
+    /// As [`DirtyMap::given`], from now on. It is not given before the file says so.
+    pub fn note_given(&mut self, given: &Given) {
+        if self.header.given.as_ref() != Some(given) {
+            self.header.given = Some(given.clone());
+            self.header_changed = true;
+        }
     }
 
     /// How many blocks may differ.

@@ -77,6 +77,8 @@ pub enum Bug {
     ForgetCopied,
     /// A primary goes on without a replica that may count on it (W4).
     BreakWord,
+    /// A promise that holds for ever is forgotten when the operator chooses otherwise (W4).
+    ForgetPromise,
     /// A map's file says that nothing was answered, whatever was.
     DenyAnswered,
     /// What was done before a process was frozen is answered before it is asked whether it still leads.
@@ -106,7 +108,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 45] = [
+    pub const ALL: [Self; 46] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -140,6 +142,7 @@ impl Bug {
         Self::IgnoreEnds,
         Self::TellUnrecorded,
         Self::BreakWord,
+        Self::ForgetPromise,
         Self::DenyAnswered,
         Self::AnswerUnasked,
         Self::GoOnUnrecorded,

@@ -5,10 +5,18 @@
 //! which it last gave its word: the replica asks again and again, counts from when it *asked*, and the primary from when
 //! the question came, so the primary's time is never over first. Where the operator chose that it waits, the word holds
 //! for ever, and is recorded with the commit. A promotion that rests on neither loses what was answered meanwhile.
+//!
+//! A word that holds for ever says which hosts count for it. It outlives what the operator changes on the primary, of which a
+//! replica that is away hears nothing: that replies go on, or wait for fewer; modes; hosts that join or are removed. So the
+//! primary keeps, in the replica's map, what it gave ([`Given`]), before it gives it, and answers nothing that breaks it
+//! before the replica has heard that it counts on nothing: it has, when it has recorded that its copy is being resynced. Or the
+//! operator says with --force that the replica is a member no more.
 
+use crate::planted::{Bug, planted};
 use crate::replica::PrimaryMisbehaved;
-use crate::units::{Session, Time};
-use crate::wire::message::{Grant, Renew};
+use crate::terms::Promise;
+use crate::units::{HostId, Session, Time};
+use crate::wire::message::{Grant, MEMBERS_LIMIT, Renew};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -25,6 +33,70 @@ const LONGEST: Duration = Duration::from_secs(600);
 
 /// More questions than this wait for no answer.
 const ASKED: usize = 16;
+
+/// What a primary has given a replica its word on, and counts with; see the module.
+#[derive(Clone, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
+pub struct Given {
+    /// The promise.
+    pub promise: Promise,
+    /// Where it holds for ever: the other replicas that count for it, at most [`MEMBERS_LIMIT`]. Whatever is answered is
+    /// durable on so many of these, or on the one that it is given to.
+    pub counted: Vec<HostId>,
+}
+
+impl Given {
+    /// Nothing, as to a replica that is not in the mode sync.
+    pub const NOTHING: Self = Self { promise: Promise::None, counted: Vec::new() };
+
+    /// Whether a primary may say so.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.counted.len() <= MEMBERS_LIMIT
+    }
+
+    /// Whether it holds until the replica hears otherwise.
+    #[must_use]
+    pub fn is_for_ever(&self) -> bool {
+        matches!(self.promise, Promise::Replicas(_))
+    }
+
+    /// Whether an answer without the replica is none behind its back: so many that count have all that it speaks for. Where
+    /// the word holds for a time, that time decides.
+    #[must_use]
+    pub fn allows(&self, has_it: impl Fn(HostId) -> bool) -> bool {
+        match self.promise {
+            Promise::Replicas(replicas) => {
+                let there = self.counted.iter().filter(|host| has_it(**host)).count();
+                there >= replicas as usize || planted(Bug::ForgetPromise)
+            }
+            Promise::None | Promise::WhileHeard => true,
+        }
+    }
+
+    /// Which of those that count may have something that the replica lacks, as far as it hears: those that are not usable.
+    /// Nothing where they are too few for an answer.
+    #[must_use]
+    pub fn in_doubt(&self, is_usable: impl Fn(HostId) -> bool) -> Vec<HostId> {
+        let unusable: Vec<HostId> = self.counted.iter().copied().filter(|host| !is_usable(*host)).collect();
+        match self.promise {
+            Promise::Replicas(replicas) if unusable.len() < replicas as usize => Vec::new(),
+            _ => unusable,
+        }
+    }
+
+    /// What another one of those that count, `peer`, was given by the same primary, as the one that was given this keeps it when
+    /// it is the primary itself: whatever it answers is here.
+    #[must_use]
+    pub fn of_another(&self, peer: HostId) -> Self {
+        match self.promise {
+            Promise::Replicas(replicas) if replicas > 1 && self.counted.contains(&peer) => {
+                let counted = self.counted.iter().copied().filter(|host| *host != peer).collect();
+                Self { promise: Promise::Replicas(replicas - 1), counted }
+            }
+            _ => Self::NOTHING,
+        }
+    }
+}
 
 /// A replica's side of the promise. It is held in memory alone: a replica that was restarted is sure of nothing.
 #[derive(Debug, Default)]

@@ -207,6 +207,11 @@ impl Rewrite {
     fn map_of(&mut self, superblock: &Superblock, peer: HostId, mut map: DirtyMap) -> DirtyMap {
         match &mut self.kind {
             Kind::Promotion(Candidacy { position, restored, .. }) => {
+                // Those that counted here count on this host, too.
+                let given = superblock.given.of_another(peer);
+                if given.is_for_ever() {
+                    map.note_given(&given);
+                }
                 promotion::map_for(map, superblock, peer, *position, restored)
             }
             Kind::Undo(Before { lineage, saved, .. }) => undo::map_for(map, superblock, peer, lineage, saved),

@@ -116,8 +116,7 @@ impl Candidate {
     /// answered, as far as anybody who can be heard knows.
     #[must_use]
     pub fn objection(&self, others: &[Heard]) -> Option<Objection> {
-        let Superblock { fence, lineage, data, mode, promise, released, replaced, ends, .. } =
-            &self.superblock;
+        let Superblock { fence, lineage, data, mode, given, released, replaced, ends, .. } = &self.superblock;
         let heard = || others.iter().filter_map(|other| Some((other.host, other.standing.as_ref()?)));
         if let Some((primary, _)) =
             heard().find(|(_, standing)| standing.role == Role::Primary && standing.serves)
@@ -164,14 +163,13 @@ impl Candidate {
         if fence.holder == self.own && !replaced {
             return unheard(silent(true));
         }
-        match promise {
+        match given.promise {
             Promise::WhileHeard if self.is_promised => None,
             // What was answered is on so many of the others, or here. Those that were heard have nothing later.
-            Promise::Replicas(replicas) if *mode == Mode::Sync => {
-                let others = others.iter().filter(|other| other.host != fence.holder);
-                let unusable = others.filter(|other| !other.standing.as_ref().is_some_and(holds_its_own));
-                let unusable: Vec<HostId> = unusable.map(|other| other.host).collect();
-                if unusable.len() < *replicas as usize { None } else { unheard(unusable) }
+            Promise::Replicas(_) if *mode == Mode::Sync => {
+                // One that counts and is a member no more says nothing, either.
+                let standing = |host| heard().find(|(heard, _)| *heard == host);
+                unheard(given.in_doubt(|host| standing(host).is_some_and(|(_, its)| holds_its_own(its))))
             }
             Promise::None | Promise::WhileHeard | Promise::Replicas(_) => Some(Objection::Unpromised),
         }
@@ -347,6 +345,7 @@ pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Posit
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::promise::Given;
     use crate::units::{BlockSize, CopyId, Epoch, Sequence, Session, VolumeId};
 
     fn host(number: u8) -> HostId {
@@ -360,7 +359,7 @@ mod tests {
         Position { generation: GenerationId([b'a'; 16]), epoch: Epoch(epoch), sequence: Sequence(0) }
     }
 
-    /// A consistent replica b (2) of a (1) that was in sync in this mode, with this promise.
+    /// A consistent replica b (2) of a (1) that was in sync in this mode, with this promise, for which c (3) counts.
     fn candidate(mode: Mode, promise: Promise) -> Candidate {
         let fence = Fence { counter: 3, holder: A };
         let superblock = Superblock {
@@ -380,7 +379,7 @@ mod tests {
             layers: 0,
             history: 0,
             mode,
-            promise,
+            given: Given { promise, counted: vec![C] },
             released: false,
             replaced: false,
             run: Epoch(0),
@@ -430,10 +429,12 @@ mod tests {
     fn what_loses_nothing_is_not_objected_to() {
         let promised = Candidate { is_promised: true, ..candidate(Mode::Sync, Promise::WhileHeard) };
         let failed = Standing { role: Role::Primary, ..standing(7) };
+        let mut alone = waiting();
+        alone.superblock.given.counted.clear();
         let mut demoted = candidate(Mode::Async, Promise::None);
         demoted.superblock.fence.holder = host(2);
         for (candidate, others) in [
-            (waiting(), vec![silent(A)]),
+            (alone.clone(), vec![silent(A)]),
             (waiting(), vec![silent(A), says(C, standing(7))]),
             // Two of three must have it: this one does not, so both others would.
             (candidate(Mode::Sync, Promise::Replicas(2)), vec![silent(A), silent(C)]),
@@ -441,7 +442,7 @@ mod tests {
             (released(), vec![silent(A)]),
             (released(), vec![silent(A), says(C, standing(7))]),
             // A primary whose disk has failed serves nobody.
-            (waiting(), vec![says(A, failed)]),
+            (alone, vec![says(A, failed)]),
             (demoted, vec![says(C, standing(7))]),
             // It gave everything up, and is copied to.
             (waiting(), vec![silent(A), says(C, Standing { lineage: Vec::new(), ..standing(7) })]),
@@ -513,6 +514,8 @@ mod tests {
             ),
             // Another host that was released may have been promoted, used and lost.
             (released(), vec![silent(A), silent(C)], unheard(&[C])),
+            // It counts, and was removed since: nobody is asked any more what it has.
+            (waiting(), vec![silent(A), says(host(4), standing(7))], unheard(&[C])),
             // Writes went on with one of the two, and it need not have been this one.
             (waiting(), vec![silent(A), silent(C)], unheard(&[C])),
             (waiting(), vec![silent(A), says(C, mixture)], unheard(&[C])),

@@ -142,7 +142,7 @@ pub enum Promise {
     None,
     /// It does not as long as its word holds that the replica asked for last.
     WhileHeard,
-    /// It never does without so many replicas in the mode sync that have everything durably.
+    /// It never does without so many of the replicas that count for it ([`crate::promise::Given`]).
     Replicas(u32),
 }
 

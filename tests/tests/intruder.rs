@@ -8,8 +8,9 @@ use blockmirror_agent::transport::{
 };
 use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
+use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
+use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::units::{Epoch, GenerationId, Position, Sequence, Session, Stream, VolumeId};
 use blockmirror_protocol::wire::message::{
     AskMark, Commit, Committed, Hello, Member, Message, Refusal, Release, Renew, ResyncBegin, ResyncReady,
@@ -517,7 +518,7 @@ impl Usurper {
         let (session, lineage) = (self.session, self.lineage.clone());
         let position = Position { generation: lineage[0], epoch: self.epoch, sequence: self.sequence };
         let (active, mode) = (Vec::new(), Mode::Async);
-        self.say(Commit { session, position, lineage, active, mode, promise: Promise::None }.into()).await;
+        self.say(Commit { session, position, lineage, active, mode, given: Given::NOTHING }.into()).await;
         self.hear(|message| matches!(message, Message::Committed(_)).then_some(())).await;
     }
 

@@ -156,7 +156,7 @@ fn a_primary_whose_writers_wait_for_replicas_stops_when_it_is_told_to() {
     let mut client = mirror.client();
     client.begin_write(0, &[8; 4096]).expect("it is taken");
     mirror.primary.wait_until("a write waits", |status| {
-        status.facts.blocked.is_some_and(|blocked| blocked.requests == 1)
+        status.facts.blocked.as_ref().is_some_and(|blocked| blocked.requests == 1)
     });
     mirror.primary.stop();
     mirror.primary.start();
@@ -185,12 +185,12 @@ fn writers_of_a_loop_device_that_wait_for_replicas_wait_over_the_agents_end() {
         file.write_all(&[7; 4096]).and_then(|()| file.sync_all())
     });
     mirror.primary.wait_until("a write waits", |status| {
-        status.facts.blocked.is_some_and(|blocked| blocked.requests > 0)
+        status.facts.blocked.as_ref().is_some_and(|blocked| blocked.requests > 0)
     });
     mirror.primary.stop();
     mirror.primary.start();
     mirror.primary.wait_until("the write waits still", |status| {
-        status.facts.blocked.is_some_and(|blocked| blocked.requests > 0)
+        status.facts.blocked.as_ref().is_some_and(|blocked| blocked.requests > 0)
     });
     mirror.replica_mut().start();
     writer.join().expect("it doesn't panic").expect("the write is answered when the replica is back");
@@ -221,7 +221,7 @@ fn a_primary_that_waits_for_its_replicas_starts_without_them_and_says_that_write
     let mut client = mirror.client();
     let writer = std::thread::spawn(move || client.write(0, &[7; 4096]));
     let status = mirror.primary.wait_until("a write waits", |status| {
-        status.facts.blocked.is_some_and(|blocked| blocked.requests == 1)
+        status.facts.blocked.as_ref().is_some_and(|blocked| blocked.requests == 1)
     });
     assert!(status.verdict.starts_with("blocked: writes wait until 1 replica is in sync"), "{status:?}");
     mirror.replica_mut().start();

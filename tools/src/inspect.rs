@@ -11,7 +11,8 @@ use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker, pre_images};
-use blockmirror_protocol::terms::{DataState, Fence};
+use blockmirror_protocol::promise::Given;
+use blockmirror_protocol::terms::{DataState, Fence, Promise};
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Extent, Position};
 use clap::Args;
 use std::collections::{BTreeMap, BTreeSet};
@@ -119,6 +120,7 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     position(superblock.position, page);
     page.row("source", fence(superblock.source));
     page.row("mode", config::Mode::from(superblock.mode));
+    page.row("counts on", counts_on(&superblock.given));
     page.row("adopted", format!("{} times", superblock.adopted));
     match superblock.gap {
         0 => page.row("rollback point", "none needed"),
@@ -202,6 +204,19 @@ fn log(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     Ok(())
 }
 
+/// What a replica counts on, as its primary gave it.
+fn counts_on(given: &Given) -> String {
+    match given.promise {
+        Promise::None => "nothing".to_owned(),
+        Promise::WhileHeard => "its primary's word, for some seconds".to_owned(),
+        Promise::Replicas(replicas) => {
+            let counted: Vec<String> = given.counted.iter().map(ToString::to_string).collect();
+            let counted = if counted.is_empty() { "no other".to_owned() } else { counted.join(", ") };
+            format!("no answer without it or {replicas} of {counted}")
+        }
+    }
+}
+
 fn map(file: &MapFile, page: &mut Page) -> Result<(), MetadataError> {
     let header = newest(&file.header, page, Header::recover)?;
     page.row("volume", header.volume);
@@ -220,6 +235,7 @@ fn map(file: &MapFile, page: &mut Page) -> Result<(), MetadataError> {
         Some(session) => page.row("copied", format!("in session {}", session.0)),
         None => page.row("copied", "in no known session"),
     }
+    page.row("counts on", header.given.as_ref().map_or("not known".to_owned(), counts_on));
     page.row("answered", if header.is_unanswered { "nothing that the peer lacks" } else { "perhaps" });
     page.row("blocks", format!("{} of {}", header.blocks, Size(header.block_size.bytes())));
     let pages: BTreeMap<u64, _> = file

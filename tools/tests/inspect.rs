@@ -12,8 +12,9 @@ use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, Key, RecoveryState, Subj
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, superblock};
 use blockmirror_protocol::lineage::Ends;
+use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
+use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session,
     VolumeId,
@@ -52,7 +53,7 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         layers: 3,
         history: 2,
         mode: Mode::Sync,
-        promise: Promise::None,
+        given: Given::NOTHING,
         released: false,
         replaced: false,
         run: Epoch(0),
@@ -84,6 +85,7 @@ fn write_map(path: &Path) -> fs::File {
         base: Base { copy: CopyId([8; 16]), generation: GenerationId([6; 16]), adopted: 2 },
         known: mark(),
         copied: Some(Session(11)),
+        given: None,
         is_unanswered: true,
         blocks: BLOCKS,
         block_size: BlockSize::default(),
@@ -137,6 +139,7 @@ superblock
   sequence:        8
   source:          4, held by 0909090909090909090909090909090909090909090909090909090909090909
   mode:            sync
+  counts on:       nothing
   adopted:         2 times
   rollback point:  layer 3 of pre-images
   layers begun:    3
@@ -243,6 +246,7 @@ dirty map
   generation:  06060606060606060606060606060606
   adopted:     2 times
   copied:      in session 11
+  counts on:   not known
   answered:    nothing that the peer lacks
   blocks:      97536 of 4K
   pages:       1 with dirty blocks, all whole
@@ -264,6 +268,7 @@ dirty map
   generation:  06060606060606060606060606060606
   adopted:     2 times
   copied:      in session 11
+  counts on:   not known
   answered:    nothing that the peer lacks
   blocks:      97536 of 4K
   pages:       2 with dirty blocks, 1 of them damaged and counted as dirty

@@ -6,8 +6,9 @@ use crate::storage::faults::{Calls, Faults};
 use crate::storage::{Engine, drain, open_with};
 use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
 use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::rewrite::{Candidacy, Order, Part, Rewrite};
-use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
+use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session as SessionNumber, VolumeId,
 };
@@ -35,7 +36,7 @@ pub(crate) fn superblock() -> Superblock {
         layers: 0,
         history: 0,
         mode: Mode::Async,
-        promise: Promise::None,
+        given: Given::NOTHING,
         released: false,
         replaced: false,
         run: blockmirror_protocol::units::Epoch(0),

@@ -153,11 +153,18 @@ fn objection(status: &VolumeStatus, removed: &PeerConfig) -> Option<String> {
     }
     let (last, others): (Vec<&PeerStatus>, Vec<&PeerStatus>) =
         facts.peers.iter().filter(|peer| verdict::is_in_sync(peer)).partition(|peer| peer.name == *host);
-    let is_last = !last.is_empty() && others.is_empty();
-    is_last.then(|| {
-        format!(
+    if !last.is_empty() && others.is_empty() {
+        return Some(format!(
             "{host} is the only replica of {name} that is in sync: without it this host has the only copy; let another \
              one join first, or remove it all the same with --force"
+        ));
+    }
+    let away = facts.peers.iter().find(|peer| peer.name == *host && peer.connection != Link::Connected);
+    away.filter(|away| away.promised).map(|_| {
+        format!(
+            "{host} was promised that nothing is answered without it, or without so many other replicas, and need not hear that \
+             it is removed: it could be promoted without --force there, and lacks what is written from then on; let it \
+             connect first, or remove it with --force where it never comes back as a primary"
         )
     })
 }

@@ -45,6 +45,13 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
         ),
         false => action,
     };
+    let action = match facts.blocked.as_ref().and_then(|blocked| blocked.promised_to.as_ref()) {
+        Some(host) => format!(
+            "start {host}, or reach it; where it is lost for good: blockmirror remove-peer {} {host} --force",
+            facts.name
+        ),
+        None => action,
+    };
     let (action, released) = match facts.succession.awaited.as_slice() {
         [] => (action, String::new()),
         awaited => (
@@ -101,7 +108,7 @@ fn covered_by(covering: &[&PeerStatus]) -> Option<String> {
 
 /// What writes wait for, where the operator chose that they do, in front of what else there is to say.
 fn waiting(blocked: &Blocked) -> String {
-    let Blocked { in_sync, required, requests, oldest_seconds, limit_seconds } = *blocked;
+    let Blocked { in_sync, required, requests, oldest_seconds, .. } = *blocked;
     let replicas = if required == 1 { "replica is" } else { "replicas are" };
     let so_far = if in_sync > 0 { format!(" ({in_sync} now)") } else { String::new() };
     let those = match requests {
@@ -109,10 +116,17 @@ fn waiting(blocked: &Blocked) -> String {
         1 => format!("1 waits for {}", Seconds(oldest_seconds)),
         several => format!("{several} wait, the oldest for {}", Seconds(oldest_seconds)),
     };
-    format!(
-        "writes wait until {required} {replicas} in sync{so_far}, and fail after {} (on_replica_loss); {those}; ",
-        Seconds(limit_seconds)
-    )
+    let fail = blocked.limit_seconds.map(|limit| format!(", and fail after {}", Seconds(limit)));
+    let fail = fail.unwrap_or_default();
+    match &blocked.promised_to {
+        Some(host) => format!(
+            "writes wait until {host} hears that they are answered without it{fail}: it was promised that they are not, and \
+             could be promoted without them; {those}; "
+        ),
+        None => format!(
+            "writes wait until {required} {replicas} in sync{so_far}{fail} (on_replica_loss); {those}; "
+        ),
+    }
 }
 
 /// Another host was promoted since.

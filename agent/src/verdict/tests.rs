@@ -10,6 +10,7 @@ use crate::control::api::{
 
 fn peer(name: &str, role: Role) -> PeerStatus {
     PeerStatus {
+        promised: false,
         name: name.parse().unwrap(),
         fingerprint: "07".repeat(32),
         role,
@@ -206,19 +207,50 @@ fn a_primary_says_how_well_it_is_covered() {
 
 #[test]
 fn writes_that_wait_for_a_replica_are_the_first_thing_that_is_said() {
-    let blocked = Blocked { in_sync: 0, required: 1, requests: 3, oldest_seconds: 12, limit_seconds: 30 };
+    let blocked = Blocked {
+        in_sync: 0,
+        required: 1,
+        requests: 3,
+        oldest_seconds: 12,
+        limit_seconds: Some(30),
+        promised_to: None,
+    };
     let gone = || vec![away("b", Connection::Disconnected, 4096)];
     check(
-        VolumeFacts { blocked: Some(blocked), ..facts(Role::Primary, gone()) },
+        VolumeFacts { blocked: Some(blocked.clone()), ..facts(Role::Primary, gone()) },
         VolumeState::Degraded,
         "blocked: writes wait until 1 replica is in sync, and fail after 30s (on_replica_loss); 3 wait, the oldest for \
          12s; b is disconnected since 3m; 4K not copied yet",
         "on b: blockmirror status data",
     );
-    let none_yet = Blocked { in_sync: 1, required: 2, requests: 0, oldest_seconds: 0, ..blocked };
+    let none_yet = Blocked { in_sync: 1, required: 2, requests: 0, oldest_seconds: 0, ..blocked.clone() };
     let status = running(VolumeFacts { blocked: Some(none_yet), ..facts(Role::Primary, gone()) });
     assert!(status.verdict.contains("until 2 replicas are in sync (1 now)"), "{}", status.verdict);
     assert!(status.verdict.contains("none waits now"), "{}", status.verdict);
+}
+
+/// That replies go on without a replica that was promised otherwise is the operator's word against an older one of his.
+#[test]
+fn writes_that_wait_for_a_promise_say_who_has_it_and_how_it_ends() {
+    let promised_to = Some("b".to_owned());
+    let blocked = Blocked {
+        in_sync: 0,
+        required: 0,
+        requests: 1,
+        oldest_seconds: 12,
+        limit_seconds: None,
+        promised_to,
+    };
+    check(
+        VolumeFacts {
+            blocked: Some(blocked),
+            ..facts(Role::Primary, vec![away("b", Connection::Disconnected, 4096)])
+        },
+        VolumeState::Degraded,
+        "blocked: writes wait until b hears that they are answered without it: it was promised that they are not, and \
+         could be promoted without them; 1 waits for 12s; b is disconnected since 3m; 4K not copied yet",
+        "start b, or reach it; where it is lost for good: blockmirror remove-peer data b --force",
+    );
 }
 
 /// An old primary whose successors were away served its old content, and status said no more than "at risk".

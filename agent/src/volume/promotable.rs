@@ -214,7 +214,7 @@ impl Applicant {
 
     /// Nothing says that the primary answered nothing without this copy.
     fn unpromised(&self) -> String {
-        let why = match self.candidate.superblock.promise {
+        let why = match self.candidate.superblock.given.promise {
             Promise::WhileHeard => {
                 "this copy was in sync in the mode sync when it was last heard, but it may have gone on alone since \
                  (on_replica_loss = \"continue\")"
@@ -243,6 +243,7 @@ impl Applicant {
 mod tests {
     use super::*;
     use blockmirror_protocol::disk::superblock::{self, Superblock};
+    use blockmirror_protocol::promise::Given;
     use blockmirror_protocol::terms::{Fence, Mode};
     use blockmirror_protocol::units::{
         BlockSize, CopyId, Epoch, GenerationId, Position, Sequence, Session, VolumeId,
@@ -275,7 +276,7 @@ mod tests {
             layers: 0,
             history: 0,
             mode,
-            promise,
+            given: Given { promise, counted: Vec::new() },
             released: false,
             replaced: false,
             run: Epoch(0),

@@ -87,7 +87,7 @@ impl Volume {
                 facts.succession.openers.clone_from(&self.openers);
                 facts.succession.own_name = Some(self.surroundings.own.name.clone());
                 facts.epoch = Some(epoch);
-                facts.blocked = primary.blocked().map(blocked);
+                facts.blocked = primary.blocked().map(|it| self.blocked(it));
                 facts.succession.alone = self.alone(primary, &config.peers);
                 let awaited = primary.awaited();
                 facts.succession.awaited =
@@ -187,6 +187,17 @@ impl Volume {
         is_unagreed.then(|| self.name_of(superblock.fence.holder))
     }
 
+    fn blocked(&self, blocked: tracker::replies::Blocked) -> Blocked {
+        Blocked {
+            in_sync: blocked.in_sync,
+            required: blocked.required,
+            requests: blocked.requests,
+            oldest_seconds: blocked.oldest.as_secs(),
+            limit_seconds: blocked.limit.map(|limit| limit.as_secs()),
+            promised_to: blocked.promised_to.map(|host| self.name_of(host)),
+        }
+    }
+
     /// What a replica knows of who may write.
     fn succession(&self, replica: &Replica) -> Succession {
         let superblock = replica.state().superblock();
@@ -207,16 +218,6 @@ impl Volume {
             is_beyond: split.is_some_and(|split| split.is_beyond),
             ..Succession::default()
         }
-    }
-}
-
-fn blocked(blocked: tracker::replies::Blocked) -> Blocked {
-    Blocked {
-        in_sync: blocked.in_sync,
-        required: blocked.required,
-        requests: blocked.requests,
-        oldest_seconds: blocked.oldest.as_secs(),
-        limit_seconds: blocked.limit.as_secs(),
     }
 }
 
@@ -310,6 +311,7 @@ fn replica(peer: &PeerConfig, report: &Report, link: &LinkState, now: Time) -> P
         lag_bytes: Some(report.lag_bytes),
         lag_seconds: Some(report.lag.as_secs()),
         heard: Some(report.heard),
+        promised: report.is_promised,
         durable_epoch: Some(report.durable.0).filter(|epoch| *epoch > 0),
         resync: report
             .resync

@@ -13,32 +13,39 @@
 //!         88 blocks (8)         96 block bytes (4) 100 zero (4)   104 full_from, a page number (8)
 //!        112 generation (16)   128 adopted (8)
 //!        136 known of the peer: generation (16), epoch (8), sequence (8), session (8), copies (8)
-//!        184 session of the last copies (8)    192 whether nothing of it was answered (1)    193 zero
+//!        184 session of the last copies (8)    192 whether nothing of it was answered (1)
+//!        193 promise (1)  194 zero (2)  196 replicas of the promise (4)  200 hosts that count for it: how many (4)
+//!        204 zero (4)     208 up to 33 hosts (32)                                           1264 zero
 //! bits     0 magic "BITS"        4 CRC-32 of the rest (4)   8 page number (8)   16 zero (16)
 //!         32 bits, the lowest of the first byte first
 //! ```
 //!
 //! Version 1 had zeroes from 112 on: no generation, nothing adopted. That is what a map of that time means. Version 2 had
 //! zeroes from 136 on: nothing is known. Version 3 had zeroes from 184 on: the session of the last copies is not known. Version 4 had
-//! zeroes from 192 on: any of it may have been answered.
+//! zeroes from 192 on: any of it may have been answered. Version 5 had zeroes from 193 on: the peer may count on anything.
 
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
+use super::{promise_of, raw_hosts, raw_promise};
+use crate::promise::Given;
 use crate::units::{
     BlockSize, CopyId, Epoch, GenerationId, HostId, Mark, Position, Sequence, Session, VolumeId,
 };
+use crate::wire::message::MEMBERS_LIMIT;
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// What the names of all maps' files begin with.
 pub const FILE_PREFIX: &str = "map-";
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// How many 64-bit words of bits a page holds.
 pub const WORDS_PER_PAGE: usize = (PAGE_BYTES - BITS_HEADER_BYTES) / 8;
 /// How many blocks a page stands for.
 pub const BLOCKS_PER_PAGE: u64 = WORDS_PER_PAGE as u64 * 64;
 
 const FIRST_WITH_COPIED: u32 = 4;
+const UNKNOWN_PROMISE: u8 = 3;
+const FIRST_WITH_GIVEN: u32 = 6;
 const UNKNOWN_SESSION: u64 = u64::MAX;
 const WHAT: &str = "dirty map";
 pub(super) const MAGIC: [u8; 8] = *b"BMDIRTY\0";
@@ -74,7 +81,13 @@ struct RawHeader {
     known_copies: U64,
     copied: U64,
     unanswered: u8,
-    rest: [u8; PAGE_BYTES - 193],
+    promise: u8,
+    zero_too: [u8; 2],
+    promise_replicas: U32,
+    counted_length: U32,
+    zero_again: U32,
+    counted: [[u8; 32]; MEMBERS_LIMIT],
+    rest: [u8; PAGE_BYTES - 208 - 32 * MEMBERS_LIMIT],
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -126,6 +139,9 @@ pub struct Header {
     /// Whether applications were answered nothing that the peer may lack, as it is in the mode sync with a primary that
     /// blocks: after a promotion of the peer nothing is lost with the marks (L6).
     pub is_unanswered: bool,
+    /// What the peer may count on, at the most, whatever became of it since (W4); nothing where that is not known, as of a map
+    /// that an earlier release wrote.
+    pub given: Option<Given>,
     /// The volume's size in blocks.
     pub blocks: u64,
     /// The tracking block.
@@ -162,6 +178,9 @@ impl Header {
     /// The page to write at [`super::slot_offset`] of `serial`.
     #[must_use]
     pub fn encode(&self, serial: u64) -> Page {
+        let (promise, replicas) =
+            self.given.as_ref().map_or((UNKNOWN_PROMISE, 0), |given| raw_promise(given.promise));
+        let counted = self.given.as_ref().map_or(&[][..], |given| &given.counted);
         let raw = RawHeader {
             magic: MAGIC,
             version: U32::new(VERSION),
@@ -183,7 +202,13 @@ impl Header {
             known_copies: U64::new(self.known.copies),
             copied: U64::new(self.copied.map_or(UNKNOWN_SESSION, |session| session.0)),
             unanswered: u8::from(self.is_unanswered),
-            rest: [0; PAGE_BYTES - 193],
+            promise,
+            zero_too: [0; 2],
+            promise_replicas: U32::new(replicas),
+            counted_length: U32::new(counted.len() as u32),
+            zero_again: U32::ZERO,
+            counted: raw_hosts(counted),
+            rest: [0; PAGE_BYTES - 208 - 32 * MEMBERS_LIMIT],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -208,6 +233,14 @@ impl Header {
         }
         let block_size = BlockSize::new(raw.block_bytes.get().into())
             .map_err(|_| MetadataError::Corrupted { what: WHAT })?;
+        let corrupted = || MetadataError::Corrupted { what: WHAT };
+        let given = if raw.version.get() < FIRST_WITH_GIVEN || raw.promise == UNKNOWN_PROMISE {
+            None
+        } else {
+            let promise = promise_of(raw.promise, raw.promise_replicas.get()).ok_or_else(corrupted)?;
+            let counted = raw.counted.get(..raw.counted_length.get() as usize).ok_or_else(corrupted)?;
+            Some(Given { promise, counted: counted.iter().map(|host| HostId(*host)).collect() })
+        };
         let header = Self {
             volume: VolumeId(raw.volume),
             peer: HostId(raw.peer),
@@ -228,6 +261,7 @@ impl Header {
             copied: (raw.version.get() >= FIRST_WITH_COPIED && raw.copied.get() != UNKNOWN_SESSION)
                 .then(|| Session(raw.copied.get())),
             is_unanswered: raw.unanswered == 1,
+            given,
             blocks: raw.blocks.get(),
             block_size,
             full_from: raw.full_from.get(),
@@ -267,6 +301,7 @@ pub fn decode_bits(page: u64, bytes: &Page) -> Option<Bits> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::terms::Promise;
 
     fn hex(bytes: &[u8]) -> String {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -279,6 +314,29 @@ mod tests {
             *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
         }
         page
+    }
+
+    fn header_of(given: Option<Given>) -> Header {
+        Header {
+            volume: VolumeId([1; 16]),
+            peer: HostId([2; 32]),
+            base: Base { copy: CopyId([3; 16]), generation: GenerationId([4; 16]), adopted: 5 },
+            known: Mark {
+                position: Position {
+                    generation: GenerationId([6; 16]),
+                    epoch: Epoch(7),
+                    sequence: Sequence(8),
+                },
+                session: Session(9),
+                copies: 10,
+            },
+            copied: Some(Session(11)),
+            is_unanswered: true,
+            given,
+            blocks: 0x1_0000,
+            block_size: BlockSize::default(),
+            full_from: 2,
+        }
     }
 
     #[test]
@@ -315,35 +373,32 @@ mod tests {
     }
 
     #[test]
+    fn a_header_of_version_5_does_not_know_what_the_peer_counts_on() {
+        let text = "424d44495254590005000000a8100bba09000000000000000101010101010101010101010101010102020202\
+                    02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
+                    0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
+                    000000000006060606060606060606060606060606070000000000000008000000000000000900000000000000\
+                    0a000000000000000b0000000000000001";
+        let (_, header) = Header::recover(&page(text)).unwrap();
+        assert_eq!((header.is_unanswered, header.given), (true, None));
+        let unknown = header_of(None);
+        assert_eq!(Header::recover(&unknown.encode(9)), Ok((9, unknown)), "it is kept unknown");
+    }
+
+    #[test]
     fn header_and_bits_have_these_golden_bytes() {
-        let header = Header {
-            volume: VolumeId([1; 16]),
-            peer: HostId([2; 32]),
-            base: Base { copy: CopyId([3; 16]), generation: GenerationId([4; 16]), adopted: 5 },
-            known: Mark {
-                position: Position {
-                    generation: GenerationId([6; 16]),
-                    epoch: Epoch(7),
-                    sequence: Sequence(8),
-                },
-                session: Session(9),
-                copies: 10,
-            },
-            copied: Some(Session(11)),
-            is_unanswered: true,
-            blocks: 0x1_0000,
-            block_size: BlockSize::default(),
-            full_from: 2,
-        };
+        let header =
+            header_of(Some(Given { promise: Promise::Replicas(12), counted: vec![HostId([13; 32])] }));
         let page = header.encode(9);
         assert_eq!(Header::recover(&page), Ok((9, header)));
         assert_eq!(
-            hex(&page[..193]),
-            "424d44495254590005000000a8100bba09000000000000000101010101010101010101010101010102020202\
-             02020202020202020202020202020202020202020202020202020202030303030303030303030303030303\
-             0300000100000000000010000000000000020000000000000004040404040404040404040404040404050000\
-             000000000006060606060606060606060606060606070000000000000008000000000000000900000000000000\
-             0a000000000000000b0000000000000001"
+            hex(&page[..240]),
+            "424d44495254590006000000c6a68585090000000000000001010101010101010101010101010101020202\
+             02020202020202020202020202020202020202020202020202020202020303030303030303030303030303\
+             03030000010000000000001000000000000002000000000000000404040404040404040404040404040405\
+             00000000000000060606060606060606060606060606060700000000000000080000000000000009000000\
+             000000000a000000000000000b00000000000000010200000c00000001000000000000000d0d0d0d0d0d0d\
+             0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d0d"
         );
         let mut bits = [0; WORDS_PER_PAGE];
         (bits[0], bits[507]) = (0b101, 1 << 63);

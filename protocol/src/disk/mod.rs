@@ -20,6 +20,9 @@ pub mod superblock;
 
 pub use kind::FileKind;
 
+use crate::terms::Promise;
+use crate::units::HostId;
+
 /// The unit in which metadata is written, in bytes.
 pub const PAGE_BYTES: usize = 4096;
 
@@ -86,4 +89,31 @@ fn newest_of_two<Value>(
 #[must_use]
 pub fn slot_offset(serial: u64) -> u64 {
     (serial % 2) * PAGE_BYTES as u64
+}
+/// A promise as it is on disk: its kind, and of how many replicas it is.
+fn raw_promise(promise: Promise) -> (u8, u32) {
+    match promise {
+        Promise::None => (0, 0),
+        Promise::WhileHeard => (1, 0),
+        Promise::Replicas(replicas) => (2, replicas),
+    }
+}
+
+/// The promise that these stand for.
+fn promise_of(kind: u8, replicas: u32) -> Option<Promise> {
+    match kind {
+        0 => Some(Promise::None),
+        1 => Some(Promise::WhileHeard),
+        2 => Some(Promise::Replicas(replicas)),
+        _ => None,
+    }
+}
+
+/// The hosts, as they are on disk. There is room for all of them.
+fn raw_hosts<const LIMIT: usize>(hosts: &[HostId]) -> [[u8; 32]; LIMIT] {
+    let mut raw = [[0; 32]; LIMIT];
+    for (slot, host) in raw.iter_mut().zip(hosts) {
+        *slot = host.0;
+    }
+    raw
 }

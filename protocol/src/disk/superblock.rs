@@ -19,7 +19,8 @@
 //! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
 //! 1400 zero                1432 agreed (8)            1440 run (8)
 //! 1448 ends: an epoch (8) for each generation of the lineage, 0 where none is known
-//! 1960 heirs: how many (4)  1964 zero (4)       1968 up to 33 hosts (32)                  3024 zero
+//! 1960 heirs: how many (4)  1964 zero (4)       1968 up to 33 hosts (32)
+//! 3024 hosts that count for the promise: how many (4)  3028 zero (4)  3032 up to 33 hosts (32)  4088 zero
 //! ```
 //!
 //! Version 1 had zeroes from 1216 on, which read as what was true of every copy then: nothing adopted, no gap, no
@@ -27,14 +28,18 @@
 //! promised, and no end is known. Version 3 said at 1400 where a recovered content ends: generation (16), epoch (8), and
 //! the first epoch of the run after it (8), with which that was settled. It had no run: the position of a primary told it.
 //! Nobody was asked whether he agreed: whoever was followed by then is agreed to. Version 4 had zeroes from 1960 on: a primary
-//! that was demoted in order agreed to whoever was promoted next, and had no heirs.
+//! that was demoted in order agreed to whoever was promoted next, and had no heirs. Version 5 had zeroes from 3024 on: it did
+//! not know which hosts a promise of replicas was about, so such a promise counts for nothing.
 
 use super::dirty_map::Base;
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
+use super::{promise_of, raw_hosts, raw_promise};
 use crate::lineage::{self, Ends};
+use crate::promise::Given;
 pub use crate::terms::Role;
 use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
+use crate::wire::message::MEMBERS_LIMIT;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -43,7 +48,7 @@ pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
 pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 /// How many heirs there are at most.
@@ -55,6 +60,8 @@ const SESSION_BITS: u32 = 40;
 const WHAT: &str = "superblock";
 pub(super) const MAGIC: [u8; 8] = *b"BMSUPER\0";
 const CRC_AT: usize = 12;
+/// The first version that knows which hosts count for a promise.
+const COUNTED_SINCE: u32 = 6;
 /// The first version that has a run and ends, and says to whom the operator agreed.
 const RUN_SINCE: u32 = 4;
 
@@ -104,7 +111,10 @@ struct Raw {
     heirs_length: U32,
     zero_at_end: U32,
     heirs: [[u8; 32]; HEIRS_LIMIT],
-    rest: [u8; PAGE_BYTES - 1968 - 32 * HEIRS_LIMIT],
+    counted_length: U32,
+    zero_at_the_end: U32,
+    counted: [[u8; 32]; MEMBERS_LIMIT],
+    rest: [u8; PAGE_BYTES - 3032 - 32 * MEMBERS_LIMIT],
 }
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
@@ -173,7 +183,7 @@ pub struct Superblock {
     /// it.
     pub mode: Mode,
     /// What the primary of the last commit promised about answering without this replica (W4).
-    pub promise: Promise,
+    pub given: Given,
     /// Whether the primary was demoted when this replica had everything: whoever is promoted next loses nothing.
     pub released: bool,
     /// Whether this copy has lost, since a primary last committed to it, what that one may count on it for: its content was
@@ -214,7 +224,7 @@ impl Superblock {
             layers: 0,
             history: 0,
             mode: Mode::Async,
-            promise: Promise::None,
+            given: Given::NOTHING,
             released: false,
             replaced: false,
             run: Epoch(0),
@@ -304,15 +314,13 @@ impl Superblock {
     /// The page to write at [`super::slot_offset`] of `serial`.
     ///
     /// # Panics
-    /// When there are more generations or heirs than there is room for.
+    /// When there are more generations, heirs or hosts that count than there is room for.
     #[must_use]
     pub fn encode(&self, serial: u64) -> Page {
         assert!(self.lineage.len() <= LINEAGE_LIMIT, "a lineage is pruned before it is recorded");
         assert!(self.heirs.len() <= HEIRS_LIMIT, "heirs are members");
-        let mut heirs = [[0; 32]; HEIRS_LIMIT];
-        for (slot, heir) in heirs.iter_mut().zip(&self.heirs) {
-            *slot = heir.0;
-        }
+        assert!(self.given.is_sound(), "those that count are members");
+        let (promise, replicas) = raw_promise(self.given.promise);
         let mut lineage = [[0; 16]; LINEAGE_LIMIT];
         for (slot, generation) in lineage.iter_mut().zip(&self.lineage) {
             *slot = generation.0;
@@ -359,16 +367,9 @@ impl Superblock {
             zero_again: [0; 5],
             source_counter: U64::new(self.source.counter),
             history: U64::new(self.history),
-            promise: match self.promise {
-                Promise::None => 0,
-                Promise::WhileHeard => 1,
-                Promise::Replicas(_) => 2,
-            },
+            promise,
             zero_at_last: [0; 3],
-            promise_replicas: U32::new(match self.promise {
-                Promise::None | Promise::WhileHeard => 0,
-                Promise::Replicas(replicas) => replicas,
-            }),
+            promise_replicas: U32::new(replicas),
             unused: [0; 128],
             old_end_generation: [0; 16],
             old_end_epoch: U64::ZERO,
@@ -378,8 +379,11 @@ impl Superblock {
             ends,
             heirs_length: U32::new(self.heirs.len() as u32),
             zero_at_end: U32::ZERO,
-            heirs,
-            rest: [0; PAGE_BYTES - 1968 - 32 * HEIRS_LIMIT],
+            heirs: raw_hosts(&self.heirs),
+            counted_length: U32::new(self.given.counted.len() as u32),
+            zero_at_the_end: U32::ZERO,
+            counted: raw_hosts(&self.given.counted),
+            rest: [0; PAGE_BYTES - 3032 - 32 * MEMBERS_LIMIT],
         };
         let mut page: Page = zerocopy::transmute!(raw);
         seal(&mut page, CRC_AT);
@@ -416,6 +420,11 @@ impl Superblock {
         let length = raw.lineage_length.get() as usize;
         let lineage = raw.lineage.get(..length).ok_or_else(|| corrupted.clone())?;
         let heirs = raw.heirs.get(..raw.heirs_length.get() as usize).ok_or_else(|| corrupted.clone())?;
+        let counted =
+            raw.counted.get(..raw.counted_length.get() as usize).ok_or_else(|| corrupted.clone())?;
+        let promise = promise_of(raw.promise, raw.promise_replicas.get()).ok_or_else(|| corrupted.clone())?;
+        let is_known = raw.version.get() >= COUNTED_SINCE || !matches!(promise, Promise::Replicas(_));
+        let promise = if is_known { promise } else { Promise::None };
         let mut ends = Ends::default();
         for (generation, end) in lineage.iter().zip(&raw.ends).filter(|(_, end)| end.get() != 0) {
             ends.set(GenerationId(*generation), Epoch(end.get()));
@@ -468,12 +477,7 @@ impl Superblock {
             layers: raw.layers.get(),
             history: raw.history.get(),
             mode: Mode::from_byte(raw.mode).ok_or_else(|| corrupted.clone())?,
-            promise: match raw.promise {
-                0 => Promise::None,
-                1 => Promise::WhileHeard,
-                2 => Promise::Replicas(raw.promise_replicas.get()),
-                _ => return Err(corrupted),
-            },
+            given: Given { promise, counted: counted.iter().map(|host| HostId(*host)).collect() },
             released: raw.released != 0,
             replaced: raw.replaced != 0,
             run,
@@ -507,7 +511,10 @@ mod tests {
             layers: 13,
             history: 15,
             mode: Mode::Sync,
-            promise: Promise::Replicas(16),
+            given: Given {
+                promise: Promise::Replicas(16),
+                counted: vec![HostId([22; 32]), HostId([23; 32])],
+            },
             released: true,
             replaced: true,
             run: Epoch(17),
@@ -520,12 +527,20 @@ mod tests {
     #[test]
     fn the_page_has_these_golden_bytes() {
         let page = sample().encode(11);
-        let bytes =
-            page[..256].iter().chain(&page[1216..1272]).chain(&page[1432..1464]).chain(&page[1960..2032]);
+        let bytes = page[..256]
+            .iter()
+            .chain(&page[1216..1272])
+            .chain(&page[1432..1464])
+            .chain(&page[1960..2032])
+            .chain(&page[3024..3096]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(text, golden(include_str!("golden/superblock-5.hex")));
-        let zero =
-            page[256..1216].iter().chain(&page[1272..1432]).chain(&page[1464..1960]).chain(&page[2032..]);
+        assert_eq!(text, golden(include_str!("golden/superblock-6.hex")));
+        let zero = page[256..1216]
+            .iter()
+            .chain(&page[1272..1432])
+            .chain(&page[1464..1960])
+            .chain(&page[2032..3024])
+            .chain(&page[3096..]);
         assert!(zero.copied().all(|byte| byte == 0));
     }
 
@@ -539,16 +554,27 @@ mod tests {
     }
 
     #[test]
+    fn a_page_of_version_5_does_not_know_which_hosts_count_for_its_promise() {
+        let text = include_str!("golden/superblock-5.hex");
+        let page = page_of(text, (0..256).chain(1216..1272).chain(1432..1464).chain(1960..2032));
+        let old = Superblock { given: Given::NOTHING, ..sample() };
+        assert_eq!(Superblock::recover(&page), Ok((11, old)));
+    }
+
+    #[test]
     fn a_page_of_version_4_has_no_heirs() {
         let text = include_str!("golden/superblock-4.hex");
         let page = page_of(text, (0..256).chain(1216..1272).chain(1432..1464));
-        assert_eq!(Superblock::recover(&page), Ok((11, Superblock { heirs: Vec::new(), ..sample() })));
+        assert_eq!(
+            Superblock::recover(&page),
+            Ok((11, Superblock { heirs: Vec::new(), given: Given::NOTHING, ..sample() }))
+        );
     }
 
     #[test]
     fn a_page_of_version_2_knows_of_no_promise_and_no_end() {
         let page = page_of(include_str!("golden/superblock-2.hex"), (0..256).chain(1216..1264));
-        let old = Superblock { promise: Promise::None, ..without_ends() };
+        let old = without_ends();
         assert_eq!(Superblock::recover(&page), Ok((11, old)));
     }
 
@@ -560,6 +586,7 @@ mod tests {
             agreed: 4,
             heirs: Vec::new(),
             replaced: false,
+            given: Given::NOTHING,
             ..sample()
         }
     }
@@ -614,7 +641,6 @@ mod tests {
             layers: 0,
             history: 0,
             mode: Mode::Async,
-            promise: Promise::None,
             released: false,
             source: Fence { counter: 0, holder: HostId([9; 32]) },
             ..without_ends()

@@ -4,7 +4,8 @@ use super::consent;
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
-use crate::terms::{DataState, Fence, Mode, Promise};
+use crate::promise::Given;
+use crate::terms::{DataState, Fence, Mode};
 use crate::units::{GenerationId, Position};
 
 /// See the module.
@@ -48,7 +49,7 @@ pub enum StateChange {
         /// The mode in which the replica counts.
         mode: Mode,
         /// What it can count on when it is out of reach.
-        promise: Promise,
+        given: Given,
         /// The fence of the primary.
         source: Fence,
     },
@@ -71,7 +72,7 @@ impl StateChange {
                 superblock.history = *layer;
                 superblock.layers = superblock.layers.max(*layer);
             }
-            Self::Behind => (superblock.mode, superblock.promise) = (Mode::Async, Promise::None),
+            Self::Behind => (superblock.mode, superblock.given) = (Mode::Async, Given::NOTHING),
             Self::Begin { source, gap, keep } => {
                 if superblock.data == DataState::Empty && !planted(Bug::EmptyObjects) {
                     // What a copy held before it was emptied says nothing of what is in it now (L3).
@@ -101,13 +102,13 @@ impl StateChange {
                     lineage::begin(&mut superblock.lineage, *generation, &[], LINEAGE_LIMIT);
                 }
             }
-            Self::Commit { position, lineage, mode, promise, source } => {
+            Self::Commit { position, lineage, mode, given, source } => {
                 superblock.data = DataState::Consistent;
                 superblock.position = *position;
                 superblock.lineage.clone_from(lineage);
                 superblock.lineage.truncate(LINEAGE_LIMIT);
                 superblock.mode = *mode;
-                superblock.promise = *promise;
+                superblock.given.clone_from(given);
                 superblock.source = *source;
                 superblock.replaced = false;
                 superblock.gap = 0;

@@ -284,6 +284,9 @@ impl Replica {
             Message::Commit(commit) if commit.session == session => {
                 let has_frames = link.received > Sequence(0) || link.copies.received > 0;
                 let is_early = commit.position.epoch > link.durable && !planted(Bug::CommitAtLastCopy);
+                if !commit.given.is_sound() {
+                    return Err(PrimaryMisbehaved("it promises on behalf of more hosts than a volume has"));
+                }
                 if is_early && has_frames {
                     return Err(PrimaryMisbehaved("it committed an epoch that is not durable here"));
                 }
@@ -337,7 +340,7 @@ impl Replica {
 
     /// Nothing is counted on any more: this host ends its session, and its primary need not wait for it.
     pub fn take_leave(&mut self) {
-        if self.superblock.promise == Promise::WhileHeard {
+        if self.superblock.given.promise == Promise::WhileHeard {
             self.promise.give_up();
             if let Some(link) = &self.link {
                 self.actions.push_back(Action::Send(Parted { session: link.session }.into()));
@@ -347,7 +350,9 @@ impl Replica {
 
     /// Asks the primary not to go on without this replica. For the shell, now and then.
     pub fn ask_promise(&mut self, now: Time) {
-        if let Some(link) = self.link.as_ref().filter(|_| self.superblock.promise == Promise::WhileHeard) {
+        if let Some(link) =
+            self.link.as_ref().filter(|_| self.superblock.given.promise == Promise::WhileHeard)
+        {
             let renew = self.promise.ask(link.session, now);
             self.actions.push_back(Action::Send(renew.into()));
         }
@@ -357,7 +362,7 @@ impl Replica {
     #[must_use]
     pub fn is_promised(&self, now: Time) -> bool {
         let is_in_sync = self.superblock.data == DataState::Consistent && self.superblock.mode == Mode::Sync;
-        is_in_sync && self.superblock.promise == Promise::WhileHeard && self.promise.holds(now)
+        is_in_sync && self.superblock.given.promise == Promise::WhileHeard && self.promise.holds(now)
     }
 
     /// A frame has arrived whole.

@@ -14,8 +14,9 @@ use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
 use crate::lineage;
 use crate::planted::{Bug, planted};
+use crate::promise::Given;
 use crate::ranges::ByteRange;
-use crate::terms::{DataState, Fence, Mode, Promise};
+use crate::terms::{DataState, Fence, Mode};
 use crate::units::{GenerationId, HostId, Mark, Position};
 
 /// Why a replica can't be promoted, whatever it would lose.
@@ -132,7 +133,7 @@ pub fn record_demotion(
     superblock.heirs.clear();
     superblock.source = fence;
     superblock.position = position;
-    (superblock.mode, superblock.promise, superblock.released) = (Mode::Async, Promise::None, false);
+    (superblock.mode, superblock.given, superblock.released) = (Mode::Async, Given::NOTHING, false);
 }
 
 #[cfg(test)]

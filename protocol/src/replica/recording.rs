@@ -121,7 +121,7 @@ impl Replica {
             return;
         }
         let (commit, session) = self.commit.take().expect("it was looked at");
-        let Commit { position, mut lineage, mode, promise, .. } = commit;
+        let Commit { position, mut lineage, mode, given, .. } = commit;
         let Some(link) = self.link.as_ref().filter(|link| link.session == session) else { return };
         // One that began after the commit was sent may have come before it, by the other stream: one at the most. What
         // was the newest before a resync may be so old by now that the primary's lineage has no room for it.
@@ -136,7 +136,7 @@ impl Replica {
         }
         let answer = (Committed { session, position }.into(), session);
         let source = link.fence;
-        let change = StateChange::Commit { position, lineage, mode, promise, source };
+        let change = StateChange::Commit { position, lineage, mode, given, source };
         self.state_changes.push_back((change, Some(answer)));
     }
 

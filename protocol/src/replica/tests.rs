@@ -4,6 +4,7 @@ use super::*;
 use crate::disk::activity_log::Recovered;
 use crate::disk::superblock::Role;
 use crate::lineage::Ends;
+use crate::promise::Given;
 use crate::terms::Fence;
 use crate::units::{BlockSize, CopyId, GenerationId, HostId, Stream, VolumeId};
 use crate::wire::VERSIONS;
@@ -41,7 +42,7 @@ pub(crate) fn superblock(generations: &str) -> Superblock {
         layers: 0,
         history: 0,
         mode: Mode::Async,
-        promise: Promise::None,
+        given: Given::NOTHING,
         released: false,
         replaced: false,
         run: Epoch(0),
@@ -397,7 +398,7 @@ fn in_sync() -> Replica {
 /// What the primary of the session commits a copy to.
 fn commit(position: Position, generations: &str) -> Message {
     let (lineage, active, mode) = (lineage(generations), Vec::new(), Mode::Async);
-    Commit { session: SessionNumber(1), position, lineage, active, mode, promise: Promise::None }.into()
+    Commit { session: SessionNumber(1), position, lineage, active, mode, given: Given::NOTHING }.into()
 }
 
 #[test]
@@ -613,7 +614,7 @@ fn primary_commits_an_epoch_that_leaves_no_room_for_a_next_run() {
         lineage: lineage("a"),
         active,
         mode: Mode::Async,
-        promise: crate::terms::Promise::None,
+        given: Given::NOTHING,
     };
     for (commit, is_sound) in [
         (commit(u64::MAX, vec![]), false),

@@ -126,7 +126,7 @@ mod tests {
             layers: 3,
             history: 3,
             mode: Mode::Async,
-            promise: crate::terms::Promise::None,
+            given: crate::promise::Given::NOTHING,
             released: false,
             replaced: false,
             run: crate::units::Epoch(0),

@@ -3,9 +3,10 @@
 
 use super::{Action, Circumstances, Phase, Session, State, TAIL_TIME, Wants};
 use crate::planted::{Bug, planted};
+use crate::promise::Given;
 use crate::ranges::ByteRange;
-use crate::terms::{Mode, Promise};
-use crate::units::{Epoch, GenerationId, Position, Sequence, Time};
+use crate::terms::Mode;
+use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Time};
 use crate::wire::message::{Agreed, Alone, AskMark, Commit, Release};
 use crate::wire::{Body, FrameHeader};
 use std::num::NonZeroU64;
@@ -15,6 +16,9 @@ use std::time::Duration;
 impl Session {
     /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
     pub(super) fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
+        if !self.has_recorded_word() {
+            return Wants::default();
+        }
         let State::Linked(link) = &mut self.state else { return Wants::default() };
         let Phase::Committing { closed, sent: sent @ None, streams } = &mut link.phase else {
             return Wants::default();
@@ -46,10 +50,49 @@ impl Session {
             lineage: circumstances.lineage.to_vec(),
             active: (circumstances.active)(),
             mode: self.mode,
-            promise: if self.mode == Mode::Sync { circumstances.promise } else { Promise::None },
+            given: self.word.wanted().clone(),
         };
+        self.word.is_sent();
         self.actions.push_back(Action::Send(commit.into()));
         Wants::default()
+    }
+
+    /// Whether the map's file says what the commit gives the replica its word on. It is written, where one is to be sent.
+    fn has_recorded_word(&mut self) -> bool {
+        let is_committing = matches!(&self.state, State::Linked(link) if matches!(link.phase, Phase::Committing { sent: None, .. }));
+        let Some(given) = self.word.to_record().filter(|_| is_committing) else { return true };
+        self.map.note_given(given);
+        self.write_map();
+        false
+    }
+
+    /// What the replica is to count on from the next commit on. One that follows is resynced for it, where it counts for ever
+    /// on something else: it would hear of it with the next session only.
+    pub(crate) fn give(&mut self, given: Given) {
+        let is_news = *self.word.wanted() != given;
+        self.word.want(given);
+        if is_news && self.word.is_outdated() {
+            self.give_up();
+        }
+    }
+
+    /// What the replica may count on is not known, and it may be this, as it would have been given it.
+    pub(crate) fn assume_given(&mut self, given: impl FnOnce() -> Given) {
+        if self.map.given().is_none() && self.mode == Mode::Sync && self.was_met() {
+            self.word.assume(given());
+        }
+    }
+
+    /// Whether an answer without the replica breaks no word that holds for ever. `has_it` says of another replica whether it
+    /// has all that the answer speaks for.
+    pub(crate) fn allows(&self, has_it: impl Fn(HostId) -> bool) -> bool {
+        self.may_follow() || self.word.allows(has_it)
+    }
+
+    /// Whether this host has ever met it. Of one that it never met, all differs from no copy.
+    fn was_met(&self) -> bool {
+        let base = self.map.base();
+        !base.copy.is_none() || !base.is_none() && !self.map.is_full()
     }
 
     /// A generation began, durably: what is streamed from here on, in epochs from this one on, belongs to it (L1).
@@ -199,10 +242,7 @@ impl Session {
     /// The replica may have this host's word from before, whatever is known here.
     pub(crate) fn keep_word(&mut self, patience: Duration, until: Option<Time>) {
         self.patience = patience;
-        // Of one that this host never met, all differs from no copy.
-        let base = self.map.base();
-        let was_met = !base.copy.is_none() || !base.is_none() && !self.map.is_full();
-        let may_have_it = self.mode == Mode::Sync && was_met;
+        let may_have_it = self.mode == Mode::Sync && self.was_met() || self.word.is_given();
         self.promised = self.promised.max(until.filter(|_| may_have_it));
     }
 
@@ -336,7 +376,6 @@ mod tests {
             opened: None,
             told_before: None,
             may_commit,
-            promise: Promise::None,
             active,
         });
         session

@@ -39,6 +39,7 @@ impl Session {
         self.map_failed = !written;
         self.map_failures = if written { 0 } else { self.map_failures + 1 };
         self.denial.was_written(written);
+        self.word.was_written(written);
         if let State::Linked(link) = &mut self.state {
             link.union_is_durable |= written && self.writing_union;
         }
@@ -95,6 +96,7 @@ impl Session {
         let changes = self.map.take_changes();
         if changes.header.is_some() {
             self.denial.is_being_written(denies, base.generation);
+            self.word.is_being_written(self.map.given());
         }
         self.actions.push_back(Action::WriteMap(changes));
     }

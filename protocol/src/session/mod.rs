@@ -30,6 +30,7 @@ mod answered;
 mod denial;
 mod doubt;
 mod following;
+mod given;
 mod ground;
 mod handshake;
 mod marks;
@@ -46,7 +47,7 @@ use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::promise::PATIENCE;
 use crate::ranges::ByteRange;
-use crate::terms::{Mode, Promise};
+use crate::terms::Mode;
 use crate::tracker::RequestId;
 use crate::units::{
     BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber,
@@ -59,6 +60,7 @@ use crate::wire::message::{
 use crate::wire::{Body, FrameHeader};
 use answered::{Answered, Followed};
 use denial::Denial;
+use given::Word;
 pub use handshake::{Handled, Identity, PeerError};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
@@ -168,6 +170,7 @@ pub struct Session {
     patience: Duration,
     answered: Answered,
     denial: Denial,
+    word: Word,
     /// How many acknowledgements came.
     heard: u64,
     /// Whether the replica was found to have gone back, and was not in sync since (X4).
@@ -284,8 +287,6 @@ pub(crate) struct Circumstances<'a> {
     pub told_before: Option<Epoch>,
     /// Whether the generation is one that a replica may be committed to (L1).
     pub may_commit: bool,
-    /// What a replica in the mode sync is promised.
-    pub promise: Promise,
     /// The extents with writes that other replicas may lack; empty where there are no others (D5).
     pub active: &'a dyn Fn() -> Vec<Extent>,
 }
@@ -320,6 +321,7 @@ impl Session {
         mode: Mode,
     ) -> Self {
         let denial = Denial::new(map.is_unanswered(), map.base().generation, mode == Mode::Sync);
+        let word = Word::new(map.given());
         let answered = Answered::new(!map.is_clean() && !denial.is_inherited());
         Self {
             peer,
@@ -350,6 +352,7 @@ impl Session {
             patience: PATIENCE,
             answered,
             denial,
+            word,
             heard: 0,
             went_back: false,
             reused: None,
@@ -579,6 +582,7 @@ impl Session {
             Message::ResyncReady(ResyncReady { session }) if session == link.session => {
                 if link.phase == Phase::Beginning {
                     link.phase = Phase::Resyncing;
+                    self.word.counts_on_nothing();
                 }
                 Ok(())
             }
@@ -592,6 +596,7 @@ impl Session {
                     self.went_back = false;
                     self.answered.follows();
                     self.denial.follows();
+                    self.map.note_given(self.word.was_recorded());
                     self.map.confirm(link.copy, generation);
                     let known = Mark { position, ..self.map.known() };
                     self.map.note_known(known);
@@ -649,7 +654,9 @@ impl Session {
         self.tell_alone();
         let (is_clean, is_saved) = (self.map.is_clean(), self.is_saved());
         let State::Linked(link) = &mut self.state else { return Wants::default() };
-        if matches!(link.phase, Phase::Committing { streams: false, .. }) && !is_clean {
+        if let Phase::Committing { streams: false, sent, .. } = link.phase
+            && (!is_clean || sent.is_none() && self.word.is_outdated())
+        {
             self.left |= link.break_off(&mut self.answered);
         }
         if link.phase == Phase::Draining && link.window.is_empty() {

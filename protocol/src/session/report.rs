@@ -41,6 +41,9 @@ pub struct Report {
     pub heard: u64,
     /// Whether the replica had gone back behind what was known to be durable there, and was not in sync since (X4).
     pub went_back: bool,
+    /// Whether the replica was promised for ever that nothing is answered without it, or without so many others, and has not
+    /// heard otherwise (W4).
+    pub is_promised: bool,
 }
 
 /// Where the link to a replica is.
@@ -98,6 +101,7 @@ impl Session {
             map_failed: self.map_failures > 0,
             heard: self.heard,
             went_back: self.went_back,
+            is_promised: self.word.is_for_ever(),
         };
         match &self.state {
             State::Away => report,

@@ -51,7 +51,6 @@ fn circumstances(lineage: &[GenerationId]) -> Circumstances<'_> {
         opened: None,
         told_before: None,
         may_commit: true,
-        promise: Promise::None,
         active: &Vec::new,
     }
 }

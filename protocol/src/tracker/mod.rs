@@ -215,6 +215,8 @@ impl Tracker {
             tracker.await_released();
         }
         let promise = tracker.promise();
+        tracker.assume_words();
+        tracker.give_words();
         for session in tracker.sessions.values_mut() {
             // What it confirmed last in an earlier run need not be recorded here.
             session.opened_at(newest);
@@ -431,6 +433,7 @@ impl Tracker {
         session.incarnation = self.joined;
         let peer = session.peer();
         assert!(self.sessions.insert(peer, session).is_none(), "a replica joins once");
+        self.give_words();
         self.write_maps();
         self.drive(now);
     }
@@ -445,6 +448,7 @@ impl Tracker {
         }
         // It need not have heard that it was removed, and may be promoted as one that was promised something (W4).
         self.word_of_removed = self.word_of_removed.max(session.promised());
+        self.give_words();
         self.free_log();
         self.begin_arrivals(now);
         self.drive(now);
@@ -480,8 +484,8 @@ impl Tracker {
         self.sessions.get(&peer).is_some_and(Session::is_comparing)
     }
 
-    /// The operator chose another mode for a replica, or what happens while one is lost. Replies go by it from now on;
-    /// the replica hears of its mode with the next session.
+    /// The operator chose another mode for a replica, or what happens while one is lost. Replies go by it from now on, except
+    /// where that breaks a word that holds for ever; a replica that has none hears of its mode with the next session.
     pub fn configure(&mut self, modes: &[(HostId, Mode)], loss: ReplicaLoss, now: Time) {
         self.loss = loss;
         self.sessions.values_mut().for_each(|session| session.set_withholds(loss.blocks()));
@@ -490,6 +494,7 @@ impl Tracker {
                 session.set_mode(*mode);
             }
         }
+        self.give_words();
         self.drive(now);
     }
 
@@ -687,7 +692,7 @@ impl Tracker {
         let may_commit: Vec<bool> = self.sessions.keys().map(|peer| self.may_commit(*peer)).collect();
         let asked_lately = self.last_asked.is_some_and(|asked| now.since(asked) < QUIET_TIME);
         let is_active = asked_lately || !self.under_way.is_empty();
-        let (mut epoch_end, mut generation, promise) = (false, false, self.promise());
+        let (mut epoch_end, mut generation) = (false, false);
         let (told_before, mut is_untold) = (self.told.end(), false);
         let opened = Some(self.opened).filter(|_| told_before.is_none());
         for (session, may_commit) in self.sessions.values_mut().zip(may_commit) {
@@ -698,7 +703,6 @@ impl Tracker {
                 opened,
                 told_before,
                 may_commit,
-                promise,
                 active: &active,
             };
             let wants = session.drive(&self.order, &circumstances, now);

@@ -8,9 +8,10 @@
 use super::generation::Next;
 use super::{RequestId, Tracker, WriteFailed};
 use crate::planted::{Bug, planted};
+use crate::promise::Given;
 use crate::session::{ACKNOWLEDGEMENT_DEADLINE, Session};
 use crate::terms::{Mode, Promise};
-use crate::units::{Sequence, Time};
+use crate::units::{HostId, Sequence, Time};
 use std::time::Duration;
 
 /// What happens while a replica that writes should wait for is not in sync.
@@ -46,8 +47,11 @@ pub struct Blocked {
     pub requests: usize,
     /// How long the oldest of them has waited.
     pub oldest: Duration,
-    /// After how long they fail.
-    pub limit: Duration,
+    /// After how long they fail; nothing where they wait until the operator decides otherwise.
+    pub limit: Option<Duration>,
+    /// The replica that was promised that nothing is answered without it, or more of the others, where writes wait for it
+    /// to hear otherwise.
+    pub promised_to: Option<HostId>,
 }
 
 /// A request that is done here and waits for replicas.
@@ -81,6 +85,7 @@ impl Tracker {
         if self.sessions.values().all(|session| session.mode() == Mode::Async)
             && !self.start.is_awaited()
             && self.word().is_none_or(|until| now >= until)
+            && self.sessions.values().all(|session| session.allows(|_| false))
             && !self.holds_answer(sequence)
         {
             return self.succeed(request, sequence);
@@ -130,14 +135,18 @@ impl Tracker {
     /// Whether writes wait, or would wait, until more replicas are in sync.
     #[must_use]
     pub fn blocked(&self, now: Time) -> Option<Blocked> {
-        let ReplicaLoss::Block { min_replicas, limit } = self.loss else { return None };
+        let (min_replicas, limit) = match self.loss {
+            ReplicaLoss::Block { min_replicas, limit } => (min_replicas, Some(limit)),
+            ReplicaLoss::Continue => (0, None),
+        };
         let counting = self.sessions.values().filter(|session| session.mode() != Mode::Async);
         let (in_sync, all) = counting
             .fold((0, 0), |(in_sync, all), session| (in_sync + usize::from(session.is_in_sync()), all + 1));
         let required = min_replicas.min(all);
         let oldest = self.owed.iter().map(|owed| now.since(owed.since)).max().unwrap_or_default();
-        let blocked = Blocked { in_sync, required, requests: self.owed.len(), oldest, limit };
-        (in_sync < required).then_some(blocked)
+        let promised_to = self.promised_to(None).filter(|_| in_sync >= required);
+        let blocked = Blocked { in_sync, required, requests: self.owed.len(), oldest, limit, promised_to };
+        (in_sync < required || promised_to.is_some()).then_some(blocked)
     }
 
     /// When an answer must be thought about again.
@@ -155,6 +164,52 @@ impl Tracker {
             0 => Promise::WhileHeard,
             durable => Promise::Replicas(durable as u32),
         }
+    }
+
+    /// What this replica is to count on from its next commit on.
+    fn given_to(&self, peer: HostId) -> Given {
+        let is_sync = |host: &HostId| self.sessions.get(host).is_some_and(|it| it.mode() == Mode::Sync);
+        match self.promise() {
+            promise if !is_sync(&peer) || promise == Promise::None => Given::NOTHING,
+            Promise::Replicas(replicas) => {
+                let counted =
+                    self.sessions.keys().copied().filter(|host| *host != peer && is_sync(host)).collect();
+                Given { promise: Promise::Replicas(replicas), counted }
+            }
+            promise => Given { promise, counted: Vec::new() },
+        }
+    }
+
+    /// The modes, the replicas, or what is waited for are others than before: so is what replicas are to count on.
+    pub(super) fn give_words(&mut self) {
+        let given: Vec<Given> = self.sessions.keys().map(|peer| self.given_to(*peer)).collect();
+        for (session, given) in self.sessions.values_mut().zip(given) {
+            session.give(given);
+        }
+    }
+
+    /// What replicas may count on of which nothing is known is what an earlier release gave.
+    pub(super) fn assume_words(&mut self) {
+        let (promise, hosts): (_, Vec<HostId>) = (self.promise(), self.sessions.keys().copied().collect());
+        for (peer, session) in &mut self.sessions {
+            // It went by all hosts that it knew.
+            let others = || hosts.iter().copied().filter(|host| host != peer).collect();
+            session.assume_given(|| match promise {
+                Promise::Replicas(_) => Given { promise, counted: others() },
+                _ => Given { promise, counted: Vec::new() },
+            });
+        }
+    }
+
+    /// A replica that counts for ever on something that this answer would break, or any later one.
+    fn promised_to(&self, owed: Option<Owed>) -> Option<HostId> {
+        let has_it = |host: HostId| {
+            self.sessions.get(&host).is_some_and(|session| {
+                let is_settled = owed.is_none_or(|owed| owed.is_settled_by(session));
+                session.mode() == Mode::Sync && session.is_in_sync() && is_settled
+            })
+        };
+        self.sessions.iter().find(|(_, session)| !session.allows(has_it)).map(|(host, _)| *host)
     }
 
     /// Until when a replica that is not in sync may count on nothing being answered without it.
@@ -200,6 +255,13 @@ impl Tracker {
             && in_sync < min_replicas.min(all)
         {
             return if now >= owed.since.after(limit) { Verdict::Fail } else { Verdict::Wait };
+        }
+        if self.promised_to(Some(owed)).is_some() {
+            let is_over = match self.loss {
+                ReplicaLoss::Block { limit, .. } => now >= owed.since.after(limit),
+                ReplicaLoss::Continue => self.start.refuses,
+            };
+            return if is_over { Verdict::Fail } else { Verdict::Wait };
         }
         if self.word().is_some_and(|until| now < until) {
             return Verdict::Wait;
@@ -258,14 +320,71 @@ impl Owed {
 
 #[cfg(test)]
 mod tests {
+    use super::{Given, Promise, Session};
+    use crate::dirty_map::DirtyMap;
     use crate::disk::activity_log::Recovered;
+    use crate::disk::dirty_map::Base;
     use crate::promise::PATIENCE;
     use crate::terms::Mode;
     use crate::tracker::replies::ReplicaLoss;
     use crate::tracker::testing::{NOW, answers, host, session, settings, tracker, write};
     use crate::tracker::{RequestId, Settings, Tracker};
+    use crate::units::{BlockSize, CopyId, EXTENT_BYTES, GenerationId, VolumeId};
     use std::collections::BTreeSet;
     use std::time::Duration;
+
+    /// A replica that had everything when its primary ended, and counts on this for ever.
+    fn given_for_ever(number: u8, mode: Mode, counted: &[u8]) -> Session {
+        let size = BlockSize::default();
+        let base = Base { copy: CopyId([number; 16]), generation: GenerationId([1; 16]), adopted: 0 };
+        let mut map = DirtyMap::full(VolumeId([1; 16]), host(number), EXTENT_BYTES, size).clean(base);
+        let counted = counted.iter().map(|number| host(*number)).collect();
+        map.note_given(&Given { promise: Promise::Replicas(1), counted });
+        Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, mode)
+    }
+
+    /// The primary went by what it was told last: the replica was promoted without force, and what was answered was gone.
+    #[test]
+    fn a_word_that_holds_for_ever_outlives_what_the_operator_chooses_since() {
+        let block = |min_replicas| ReplicaLoss::Block { min_replicas, limit: Duration::from_secs(9) };
+        for (loss, mode) in [
+            (ReplicaLoss::Continue, Mode::Sync),
+            (ReplicaLoss::Continue, Mode::Async),
+            (block(0), Mode::Sync),
+            (block(1), Mode::Async),
+        ] {
+            let mut tracker = tracker(vec![given_for_ever(2, mode, &[])], loss, PATIENCE);
+            answers(&mut tracker, NOW);
+            assert_eq!(write(&mut tracker, 1, NOW), [], "{loss:?} {mode:?}");
+            assert_eq!(tracker.blocked(NOW).unwrap().promised_to, Some(host(2)));
+            let later = NOW.after(2 * PATIENCE);
+            tracker.handle_timeout(later);
+            let failed = if loss == ReplicaLoss::Continue { vec![] } else { vec![(RequestId(1), false)] };
+            assert_eq!(answers(&mut tracker, later), failed, "{loss:?} {mode:?}");
+            // The operator insists.
+            tracker.remove_session(host(2), later);
+            answers(&mut tracker, later);
+            write(&mut tracker, 2, later);
+            let at_last = later.after(PATIENCE);
+            tracker.handle_timeout(at_last);
+            answers(&mut tracker, at_last);
+            assert_eq!(write(&mut tracker, 3, at_last), [(RequestId(3), true)], "{loss:?} {mode:?}");
+        }
+    }
+
+    #[test]
+    fn what_an_operator_changes_while_it_runs_breaks_no_word_either() {
+        let block = ReplicaLoss::Block { min_replicas: 1, limit: PATIENCE };
+        let mut tracker = tracker(vec![given_for_ever(2, Mode::Sync, &[])], block, PATIENCE);
+        answers(&mut tracker, NOW);
+        assert_eq!(write(&mut tracker, 1, NOW), []);
+        tracker.configure(&[(host(2), Mode::Async)], ReplicaLoss::Continue, NOW);
+        assert_eq!(answers(&mut tracker, NOW), []);
+        // A host that joins does not count for it.
+        tracker.add_session(session(3, Mode::Sync), NOW);
+        assert_eq!(answers(&mut tracker, NOW), []);
+        assert_eq!(tracker.blocked(NOW).unwrap().promised_to, Some(host(2)));
+    }
 
     #[test]
     fn what_was_promised_to_a_host_that_was_removed_holds_over_a_restart() {

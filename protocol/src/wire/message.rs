@@ -5,8 +5,9 @@
 //! the length to [`LIMIT_BYTES`] before it reads a body.
 
 use crate::lineage::Ends;
+use crate::promise::Given;
 use crate::ranges::ByteRange;
-use crate::terms::{DataState, Fence, Mode, Promise, Role};
+use crate::terms::{DataState, Fence, Mode, Role};
 use crate::units::{
     BlockSize, CopyId, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session, Stream,
     VolumeId,
@@ -262,7 +263,7 @@ pub struct Commit {
     /// The mode that the replica counts in from now on (W4).
     pub mode: Mode,
     /// What it can count on when it is out of reach.
-    pub promise: Promise,
+    pub given: Given,
 }
 
 /// The replica has recorded a [`Commit`] durably.

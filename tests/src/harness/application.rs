@@ -88,7 +88,8 @@ impl World {
         );
         let it = &mut self.hosts[host];
         it.application.waiting.remove(&id).expect("a request is answered once");
-        let may_wait = matches!(self.settings.loss, ReplicaLoss::Block { .. });
+        let may_wait =
+            matches!(self.settings.loss, ReplicaLoss::Block { .. }) || self.settings.choices_change;
         let Settings { disk_failures, state_failures, bad_sectors, .. } = self.settings;
         // What waits for others fails when the primary is demoted.
         let is_ending = it.superseded.is_some() || it.demotion.is_some();

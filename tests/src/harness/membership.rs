@@ -8,7 +8,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::membership;
 use blockmirror_protocol::session::Session;
 use blockmirror_protocol::succession::{Heard, Judgement, Succeeded, Weight};
-use blockmirror_protocol::terms::{Mode, Promise};
+use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::{Member, Members as Told, Message, Refusal, Refused, Removal};
@@ -265,7 +265,7 @@ impl World {
     /// That the operator removed it, a host that counted on others can't know: then nothing is owed to it any more.
     fn excuse(&mut self, primary: usize, host: usize) {
         let it = &mut self.hosts[host];
-        if matches!(it.superblock.promise, Promise::Replicas(_)) {
+        if it.superblock.given.is_for_ever() {
             it.expected.take_if(|expected| expected.primary == primary);
         }
     }

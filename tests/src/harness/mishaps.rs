@@ -1,11 +1,14 @@
 //! What goes wrong.
 
 use super::disk::Crash;
-use super::host::Shell;
+use super::host::{Shell, host_id};
 use super::links::LinkId;
+
 use super::world::{Event, World};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::units::SECTOR_BYTES;
+use blockmirror_protocol::terms::Mode;
+use blockmirror_protocol::tracker::replies::ReplicaLoss;
+use blockmirror_protocol::units::{SECTOR_BYTES, Time};
 use std::time::Duration;
 
 /// How long a link stalls at most, as often as the longest outage.
@@ -43,6 +46,9 @@ impl World {
         if self.settings.members_change && self.random.once_in(8) {
             return self.change_members(primary);
         }
+        if self.settings.choices_change && self.random.once_in(6) {
+            return self.change_choices();
+        }
         if self.settings.state_failures && self.random.once_in(12) {
             let host = self.random.pick(&[primary, link.listener]);
             return self.fail_state(host);
@@ -75,6 +81,27 @@ impl World {
                 }
             }
         }
+    }
+
+    /// The operators change a mode, or what happens while a host is lost, which the primaries go by from now on; and every
+    /// later one.
+    fn change_choices(&mut self) {
+        if self.random.once_in(2) {
+            let limit = Duration::from_millis(100);
+            let waits = |min_replicas| ReplicaLoss::Block { min_replicas, limit };
+            self.settings.loss = self.random.pick(&[ReplicaLoss::Continue, waits(1), waits(2)]);
+        } else {
+            let host = self.random.below(self.settings.modes.len() as u64) as usize;
+            self.settings.modes[host] = self.random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync]);
+        }
+        let (loss, modes, now) = (self.settings.loss, self.settings.modes.clone(), Time(self.now));
+        self.note(|| format!("the operators choose {loss:?} and {modes:?}"));
+        let modes: Vec<_> = modes.iter().enumerate().map(|(host, mode)| (host_id(host), *mode)).collect();
+        for primary in self.primaries() {
+            let tracker = self.hosts[primary].tracker_mut().expect("it is primary");
+            tracker.configure(&modes, loss, now);
+        }
+        self.act();
     }
 
     /// Operators change roles, wisely or not.
@@ -135,6 +162,10 @@ impl World {
         }
         let wait = self.random.up_to(time);
         self.plan(wait, Event::PromoteByRule(link.listener, life));
+        if self.settings.choices_change {
+            // The replica hears nothing of it.
+            self.change_choices();
+        }
         let others: Vec<usize> =
             (0..self.hosts.len()).filter(|host| ![link.dialler, link.listener].contains(host)).collect();
         if self.settings.disks_are_lost && !others.is_empty() && self.random.once_in(2) {

@@ -31,6 +31,8 @@ pub struct Settings {
     pub disk_failures: u64,
     /// Whether sectors of disks go bad.
     pub bad_sectors: bool,
+    /// Whether operators change their mind about modes, and what happens while a host is lost.
+    pub choices_change: bool,
     /// Whether hosts are removed, and taken in again.
     pub members_change: bool,
     /// Whether state folders fail for a while.
@@ -119,6 +121,7 @@ impl Settings {
             link_delay: Duration::from_millis(2),
             disk_failures: 0,
             bad_sectors: false,
+            choices_change: false,
             members_change: false,
             state_failures: false,
             disks_are_lost: false,
@@ -227,8 +230,11 @@ impl Settings {
 
     /// Nothing is answered without another host, and hosts and disks are lost: what a promotion may count on others for.
     fn guarded(random: &mut Random, seconds: u64) -> Self {
+        let choices_change = random.once_in(2);
+        // A third host would tell that there is more.
+        let hosts = if choices_change { 2 } else { 3 } + random.below(2);
         Self {
-            sector_bytes: (0..3 + random.below(2)).map(|_| random.pick(&[512, 4096])).collect(),
+            sector_bytes: (0..hosts).map(|_| random.pick(&[512, 4096])).collect(),
             disk_delay: vec![Duration::from_millis(random.pick(&[2, 10])); 4],
             sync_delay: Duration::ZERO,
             link_delay: Duration::from_millis(2),
@@ -239,6 +245,7 @@ impl Settings {
             loss: ReplicaLoss::Block { min_replicas: 1, limit: Duration::from_millis(100) },
             has_operators: true,
             returns: 0,
+            choices_change,
             flushes: 3,
             outage: Duration::from_millis(300),
             mishaps: Some(Duration::from_millis(300)),
@@ -270,6 +277,7 @@ impl Settings {
     fn with_set_backs(self) -> Self {
         Self {
             bad_sectors: false,
+            choices_change: false,
             members_change: false,
             state_failures: false,
             disks_are_lost: false,
@@ -347,6 +355,7 @@ impl Settings {
             link_delay: random.pick(&milliseconds),
             disk_failures: random.pick(&[0, 0, 100, 500]),
             bad_sectors: random.once_in(3),
+            choices_change: random.once_in(4),
             members_change: random.once_in(4),
             state_failures: random.once_in(4),
             disks_are_lost: random.once_in(3),

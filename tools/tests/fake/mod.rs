@@ -49,6 +49,7 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
         backing_users: Vec::new(),
         succession: Succession::default(),
         peers: vec![PeerStatus {
+            promised: false,
             name: peer.parse().unwrap(),
             fingerprint: "07".repeat(32),
             role: other,

@@ -237,8 +237,9 @@ impl VolumeFacts {
     }
 }
 
-/// What `on_replica_loss = "block"` does at present.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+/// What writes wait for at present: that so many replicas are in sync (`on_replica_loss = "block"`), or that one hears
+/// otherwise that was promised that they do.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Blocked {
     /// How many replicas of a mode that writes wait for are in sync.
     pub in_sync: usize,
@@ -248,8 +249,12 @@ pub struct Blocked {
     pub requests: usize,
     /// How long the oldest of them has waited.
     pub oldest_seconds: u64,
-    /// After how long they fail.
-    pub limit_seconds: u64,
+    /// After how long they fail; null where they wait until the operator decides otherwise.
+    pub limit_seconds: Option<u64>,
+    /// The replica that was promised that nothing is answered without it, or without so many others, where the writes wait for
+    /// it alone to hear otherwise.
+    #[serde(default)]
+    pub promised_to: Option<String>,
 }
 
 /// Who may write to a volume, who could, and what keeps a change of that from being whole.
@@ -480,6 +485,10 @@ pub struct PeerStatus {
     pub path: Option<NetworkPath>,
     /// What went wrong last, if the link or the peer is not well.
     pub error: Option<String>,
+    /// Whether it was promised that nothing is answered without it, or without so many others, and need not have heard
+    /// otherwise.
+    #[serde(default)]
+    pub promised: bool,
     /// When writes are answered while this host is the primary and that one is in sync.
     #[serde(default)]
     pub mode: Mode,
@@ -539,6 +548,7 @@ impl PeerStatus {
             lag_seconds: None,
             durable_epoch: None,
             heard: None,
+            promised: false,
             resync: None,
             compare: None,
         }

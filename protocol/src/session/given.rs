@@ -1,0 +1,173 @@
+//! What the replica may count on (W4), and when it may be given something else: [`Given`] is in its map's file before it is
+//! given, and stays there until the replica has heard otherwise.
+
+use crate::promise::Given;
+use crate::terms::Promise;
+use crate::units::HostId;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Word {
+    /// What the replica may count on, at the most.
+    held: Given,
+    /// What the next commit gives it.
+    wanted: Given,
+    /// What the map's file says, as far as that is known; and what is being written.
+    file: Option<Given>,
+    being_written: Option<Given>,
+}
+
+impl Word {
+    /// As the map's file says; nothing where that does not know.
+    pub(super) fn new(file: Option<&Given>) -> Self {
+        let file = file.cloned();
+        let held = file.clone().unwrap_or_default();
+        // Whether the file is there is not known before it was written in this run.
+        Self { held, wanted: Given::NOTHING, file: None, being_written: None }
+    }
+
+    /// What it may count on is not known, and this is what it would have been given.
+    pub(super) fn assume(&mut self, given: Given) {
+        self.held = given;
+    }
+
+    /// The next commit is to give it this.
+    pub(super) fn want(&mut self, given: Given) {
+        self.wanted = given;
+    }
+
+    /// What the next commit gives it.
+    pub(super) fn wanted(&self) -> &Given {
+        &self.wanted
+    }
+
+    /// Whether it was given its word, of whatever kind, and has not heard otherwise.
+    pub(super) fn is_given(&self) -> bool {
+        self.held.promise != Promise::None
+    }
+
+    /// Whether it was given it for ever.
+    pub(super) fn is_for_ever(&self) -> bool {
+        self.held.is_for_ever()
+    }
+
+    /// Whether it counts for ever on what it is not to count on any more, or is to count for ever on what it does not yet. Then
+    /// it has to be resynced: in a resync it counts on nothing.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.held != self.wanted && (self.held.is_for_ever() || self.wanted.is_for_ever())
+    }
+
+    /// Whether an answer without it breaks no word that holds for ever. `has_it` says of another replica whether it has all
+    /// that the answer speaks for.
+    pub(super) fn allows(&self, has_it: impl Fn(HostId) -> bool) -> bool {
+        self.held.allows(has_it)
+    }
+
+    /// Its copy is being resynced, as it has recorded: it can't be promoted without force.
+    pub(super) fn counts_on_nothing(&mut self) {
+        if self.held.is_for_ever() {
+            self.held = Given::NOTHING;
+        }
+    }
+
+    /// What the map's file has to say before the commit, if it does not.
+    pub(super) fn to_record(&self) -> Option<&Given> {
+        let is_there = self.file.as_ref() == Some(&self.wanted);
+        Some(&self.wanted).filter(|wanted| wanted.promise != Promise::None && !is_there)
+    }
+
+    /// The commit is sent: it may be recorded there.
+    pub(super) fn is_sent(&mut self) {
+        if self.wanted.promise != Promise::None {
+            self.held = self.wanted.clone();
+        }
+    }
+
+    /// The commit is recorded there. Gives what the map's file may say from now on.
+    pub(super) fn was_recorded(&mut self) -> &Given {
+        self.held = self.wanted.clone();
+        &self.held
+    }
+
+    /// A header that says this is being written.
+    pub(super) fn is_being_written(&mut self, given: Option<&Given>) {
+        self.being_written = given.cloned();
+        // The one that was there may be, still.
+        self.file = None;
+    }
+
+    /// The header that was being written, if one was, is durable, or may not be.
+    pub(super) fn was_written(&mut self, is_durable: bool) {
+        if let Some(given) = self.being_written.take() {
+            self.file = Some(given).filter(|_| is_durable);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const B: HostId = HostId([2; 32]);
+    const C: HostId = HostId([3; 32]);
+
+    fn for_ever(counted: &[HostId]) -> Given {
+        Given { promise: Promise::Replicas(1), counted: counted.to_vec() }
+    }
+
+    /// One that was given this, and has heard of it.
+    fn given(given: Given) -> Word {
+        let mut word = Word::new(Some(&Given::NOTHING));
+        word.want(given);
+        record(&mut word);
+        word.is_sent();
+        word.was_recorded();
+        word
+    }
+
+    fn record(word: &mut Word) {
+        let given = word.to_record().cloned();
+        word.is_being_written(given.as_ref());
+        word.was_written(true);
+    }
+
+    #[test]
+    fn nothing_is_given_before_the_file_says_so() {
+        let mut word = Word::new(Some(&for_ever(&[B])));
+        word.want(for_ever(&[B]));
+        assert_eq!(word.to_record(), Some(&for_ever(&[B])), "the file may be gone");
+        word.is_being_written(Some(&for_ever(&[B])));
+        word.was_written(false);
+        assert!(word.to_record().is_some(), "what it says is not known");
+        record(&mut word);
+        assert_eq!(word.to_record(), None);
+        word.want(Given::NOTHING);
+        assert_eq!(word.to_record(), None, "that it counts on nothing can be told later");
+    }
+
+    #[test]
+    fn what_holds_for_ever_holds_until_it_is_resynced() {
+        let mut word = given(for_ever(&[B]));
+        word.want(Given { promise: Promise::WhileHeard, counted: Vec::new() });
+        assert!(word.is_outdated() && !word.allows(|_| false) && word.allows(|host| host == B));
+        assert!(!word.allows(|host| host == C), "a host that joined does not count for it");
+        word.counts_on_nothing();
+        assert!(!word.is_outdated() && word.allows(|_| false));
+    }
+
+    #[test]
+    fn a_commit_that_may_be_recorded_counts() {
+        let mut word = Word::new(None);
+        word.want(for_ever(&[B]));
+        assert!(word.allows(|_| false) && word.is_outdated());
+        record(&mut word);
+        word.is_sent();
+        assert!(!word.allows(|_| false) && !word.is_outdated());
+        // It is to count on nothing: until it has recorded that, it may not.
+        word.want(Given::NOTHING);
+        word.is_sent();
+        assert!(!word.allows(|_| false));
+        assert_eq!(word.was_recorded(), &Given::NOTHING);
+        assert!(word.allows(|_| false));
+    }
+}
