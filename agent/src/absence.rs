@@ -3,6 +3,7 @@
 //! A thread notes the time again and again. Whoever is about to answer something compares: where the last note is too old,
 //! nothing ran in between, and another host may have been promoted since. It takes at least three seconds until one is.
 
+use crate::clock;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -77,8 +78,7 @@ fn look() {
 
 /// The time since the machine started, sleep included, in milliseconds.
 fn now() -> u64 {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    time.tv_sec.unsigned_abs() * 1000 + time.tv_nsec.unsigned_abs() / 1_000_000
+    u64::try_from(clock::since_boot().as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 //! was ever seen is kept: what expired by it stays so, and where the clock is behind it after a restart, how much time has
 //! passed is not known, and older invitations are of no use any more.
 
+use crate::clock;
 use crate::control::api::{InvitationState, InvitationStatus};
 use crate::durable;
 use crate::quantity::unix_seconds;
@@ -47,12 +48,11 @@ impl Now {
     /// This moment.
     #[must_use]
     pub fn read() -> Self {
-        let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         // Without it, each agent counts for a start of its own, which is the safe side.
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
         Self {
             unix_seconds: unix_seconds(),
-            uptime_seconds: u64::try_from(uptime.tv_sec).unwrap_or(0),
+            uptime_seconds: clock::since_boot().as_secs(),
             boot: boot.map_or_else(|_| format!("process {}", std::process::id()), |id| id.trim().to_owned()),
         }
     }

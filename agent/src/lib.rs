@@ -6,6 +6,7 @@ pub mod backing;
 pub mod blocking;
 pub mod buffer;
 pub mod busy_poll;
+pub mod clock;
 pub mod config;
 pub mod content;
 pub mod control;

@@ -3,8 +3,9 @@
 //! A replica that is out of its primary's reach can't see whether that one goes on alone. So the primary binds itself. Where
 //! the operator chose that it goes on, it does so only when the replica has heard of it, or when the time has passed for
 //! which it last gave its word: the replica asks again and again, counts from when it *asked*, and the primary from when
-//! the question came, so the primary's time is never over first. Where the operator chose that it waits, the word holds
-//! for ever, and is recorded with the commit. A promotion that rests on neither loses what was answered meanwhile.
+//! the question came, so the primary's time is never over first. For the same reason a replica's clock goes on while its
+//! machine sleeps. Where the operator chose that it waits, the word holds for ever, and is recorded with the commit. A
+//! promotion that rests on neither loses what was answered meanwhile.
 //!
 //! A word that holds for ever says which hosts count for it. It outlives what the operator changes on the primary, of which a
 //! replica that is away hears nothing: that replies go on, or wait for fewer; modes; hosts that join or are removed. So the

@@ -6,9 +6,12 @@
 mod gap;
 mod promotion;
 mod session;
+#[cfg(test)]
+mod tests;
 mod undo;
 
 use crate::buffer::BufferPool;
+use crate::clock::Moment;
 use crate::config::{Name, VolumeConfig};
 use crate::metadata::State;
 use crate::pre_images::{Layer, LayerError, PreImages};
@@ -86,7 +89,7 @@ pub struct Replica {
     members: RefCell<Vec<Member>>,
     /// How many sessions are being served or just ending.
     serving: Cell<usize>,
-    opened: Instant,
+    opened: Moment,
 }
 
 struct Inner {
@@ -181,7 +184,7 @@ impl Replica {
             recoveries: Cell::new(0),
             members: RefCell::default(),
             serving: Cell::new(0),
-            opened: Instant::now(),
+            opened: Moment::now(),
         }))
     }
 
@@ -293,7 +296,8 @@ impl Replica {
         storage::drain(&*self.storage).await;
     }
 
-    /// A moment on the machine's clock.
+    /// A moment on the machine's clock. What the primary promised is over here no later than there, also where this host slept
+    /// meanwhile.
     fn now(&self) -> Time {
         Time(self.opened.elapsed())
     }

@@ -24,6 +24,7 @@ mod undoing;
 
 use crate::buffer::BufferPool;
 use crate::busy_poll;
+use crate::clock::Moment;
 use crate::config::{Mode, Name, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{Better, Failure, Resolved, VolumeFacts};
 use crate::crashes;
@@ -365,7 +366,7 @@ struct Volume {
     /// Who keeps a superseded primary's devices open, as last seen, in words.
     openers: Vec<String>,
     /// Hosts that were demoted for this one while it changed its role, and since when they wait.
-    taking_over: Vec<(HostId, ControlSender, Instant)>,
+    taking_over: Vec<(HostId, ControlSender, Moment)>,
     /// What tells whether something else writes to the backing, while that is open.
     holding: Option<Rc<Holding>>,
     /// What it told, until all was compared.

@@ -4,6 +4,7 @@
 use super::changes::{Hands, Next, Then, failed, refused};
 use super::promotable::{Applicant, heard};
 use super::{Answer, OpenRole, Volume, refuse};
+use crate::clock::Moment;
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
 use crate::quantity::unix_seconds;
@@ -105,7 +106,7 @@ impl Volume {
     /// refusal would make the other host a primary as well.
     pub(super) fn take_over(&mut self, host: HostId, sender: ControlSender) {
         match &self.role {
-            OpenRole::Changing(_) => return self.taking_over.push((host, sender, Instant::now())),
+            OpenRole::Changing(_) => return self.taking_over.push((host, sender, Moment::now())),
             OpenRole::Primary(primary, _) if primary.superseded().is_none() => {
                 return sender.end_with(TookOver { fence: primary.state().superblock().fence }, None);
             }
