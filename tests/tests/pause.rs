@@ -312,6 +312,77 @@ fn a_device_is_released_by_the_agent_or_without_one() {
     mirror.assert_identical();
 }
 
+/// A process with a prober's name that has a device open until it is dropped.
+struct Prober(Child);
+
+impl Prober {
+    /// `program` is where it is, for which any place will do.
+    fn look_at(device: &Path, program: &Path) -> Self {
+        if !program.exists() {
+            std::os::unix::fs::symlink("/bin/sh", program).expect("a link");
+        }
+        let looked_at = File::open(device).expect("the device is served");
+        let process = Command::new(program)
+            .args(["-c", "read end"])
+            .stdin(Stdio::piped())
+            .stdout(looked_at)
+            .spawn()
+            .expect("a shell");
+        Self(process)
+    }
+}
+
+impl Drop for Prober {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The device was left hanging when the agent was stopped just after an umount, since udev had blkid look at it.
+#[test]
+fn whoever_just_looks_at_the_device_is_waited_for_when_it_is_released_or_the_agent_stops() {
+    require!("root", "mkfs.ext4");
+    let (mounted, mut mirror) = mounted();
+    let (device, program) = (mirror.primary.device(), mirror.folder.join("blkid"));
+    let waits = |log: &str| log.matches("waiting for those who have the device open: open by blkid").count();
+    let until_it_waits = |log: &dyn Fn() -> String, before: usize| {
+        until("whoever looks is waited for", || match log() {
+            log if waits(&log) > before => Ok(()),
+            log => Err(log),
+        });
+    };
+    // Who stays keeps the prober from being waited for.
+    let prober = Prober::look_at(&device, &program);
+    mirror.primary.refuse(&["release", "data"], 5, &["the device is in use: mounted at", "open by blkid"]);
+    mounted.unmount();
+    assert_eq!(waits(&mirror.primary.log()), 0);
+    // One that stays is waited for, too, and then named.
+    mirror.primary.refuse(&["release", "data"], 5, &["the device is in use: open by blkid"]);
+    assert_eq!(waits(&mirror.primary.log()), 1);
+    std::thread::scope(|scope| {
+        let host = &mirror.primary;
+        let release = scope.spawn(|| host.succeed(&["release", "data"]));
+        until_it_waits(&|| host.log(), 1);
+        drop(prober);
+        release.join().expect("it is released");
+    });
+    assert!(!is_attached(&mirror.primary));
+    mirror.primary.stop();
+    mirror.primary.start();
+    let prober = Prober::look_at(&device, &program);
+    let log = mirror.primary.path("log");
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| mirror.primary.stop());
+        until_it_waits(&|| fs::read_to_string(&log).expect("a log"), 2);
+        drop(prober);
+        stop.join().expect("it stops");
+    });
+    assert!(!is_attached(&mirror.primary), "{}", mirror.primary.log());
+    mirror.primary.start();
+    mirror.assert_identical();
+}
+
 /// The file that the table of requests lies in.
 fn table_of(keeper: Pid) -> Option<PathBuf> {
     let files = fs::read_dir(format!("/proc/{}/fd", keeper.as_raw_nonzero())).expect("its files").flatten();

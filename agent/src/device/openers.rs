@@ -22,6 +22,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long those are waited for who have a device open and may be gone in a moment.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often they are looked for.
+pub const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// Who has a volume's loop device open, or is one of these clients of its NBD servers; nobody twice.
 ///
@@ -58,6 +64,27 @@ pub struct Users {
     pub claim: Option<Claim>,
 }
 
+impl Users {
+    /// Whether nobody uses them.
+    #[must_use]
+    pub fn is_nobody(&self) -> bool {
+        self.staying.is_empty() && self.passing.is_empty()
+    }
+
+    /// Whether all of them may be gone in a moment, where they were waited for this long: whoever wants to take the devices
+    /// away looks again. Where somebody stays, nobody is waited for.
+    #[must_use]
+    pub fn may_pass(&self, waited: Duration) -> bool {
+        self.staying.is_empty() && !self.passing.is_empty() && waited < PATIENCE
+    }
+
+    /// All of them, in words.
+    #[must_use]
+    pub fn words(&self) -> Vec<String> {
+        [self.staying.as_slice(), &self.passing].concat()
+    }
+}
+
 /// A loop device that is held exclusively.
 #[derive(Debug)]
 pub struct Claim(pub File);
@@ -70,7 +97,7 @@ pub async fn look(loop_device: Option<PathBuf>, clients: Vec<Client>) -> Users {
         let Some(node) = loop_device else { return users };
         users.staying.extend(lasting(&node));
         users.passing = passing(&node);
-        if users.staying.is_empty() && users.passing.is_empty() {
+        if users.is_nobody() {
             match claim(&node) {
                 Ok(claim) => users.claim = claim,
                 Err(Busy) => users.passing.push(OUT_OF_SIGHT.to_owned()),

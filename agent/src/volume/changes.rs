@@ -69,6 +69,8 @@ pub(super) enum Event {
     Demote(Answer<Demoted>, Option<Instant>),
     /// This primary is to be demoted for that host; since when that is tried.
     Switch(HostId, Answer<Switched>, Option<Instant>),
+    /// The loop device is to be released, also while it is in use or not; since when that is tried.
+    Release(bool, Answer<Vec<String>>, Option<Instant>),
 }
 
 /// How the volume goes on after a change.
@@ -208,6 +210,7 @@ impl Volume {
             Event::SessionEnded => self.look_whom_it_follows(),
             Event::Demote(answer, since) => self.demote(answer, since).await,
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
+            Event::Release(force, answer, since) => self.release(force, answer, since).await,
             Event::AskMembers(host) => self.ask_members(host),
             Event::Parted => self.link_all().await,
             Event::LinkAgain => {
@@ -375,7 +378,7 @@ impl Volume {
         let OpenRole::Primary(primary, _) = &self.role else { return };
         let Some(fence) = primary.superseded() else { return };
         let mut users = self.devices.users().await;
-        let openers = [users.staying, users.passing].concat();
+        let openers = users.words();
         if openers.is_empty() {
             self.devices.hold(users.claim.take());
             return self.become_replica();

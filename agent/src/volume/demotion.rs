@@ -2,10 +2,12 @@
 //! here they are carried out, and said in words. The devices are stopped before the first of them.
 
 use super::changes::{Event, Hands, Next, close, failed, refused};
+use super::devices::{NotNow, wait_for, waited};
 use super::promotable::heard;
 use super::{Answer, OpenRole, Volume};
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
+use crate::device::openers::BETWEEN_LOOKS;
 use crate::primary::{Peer, Primary};
 use crate::standing;
 use crate::words::with_causes;
@@ -21,9 +23,6 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
 
-/// How long those are waited for who have the device open and may be gone in a moment, and how often they are looked for.
-const PATIENCE: Duration = Duration::from_secs(5);
-const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 /// How long it may take to make everything durable.
 const CLOSE_TIME: Duration = Duration::from_secs(60);
 /// How long the disk may take to answer before anything is begun.
@@ -36,14 +35,6 @@ const TAKE_OVER_TIME: Duration = Duration::from_secs(60);
 const STANDING_TIME: Duration = Duration::from_secs(3);
 /// How long all hosts may take to say who leads, before this one goes on as the primary.
 const LEADS_TIME: Duration = Duration::from_secs(1);
-
-/// Why a primary is not demoted now.
-enum NotNow {
-    /// These have its device open, perhaps just for a moment.
-    InUse(Vec<String>),
-    /// It can't be.
-    Refused(Failure),
-}
 
 /// A demotion that was carried out.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -75,8 +66,8 @@ impl Volume {
         match self.vacate(since).await {
             Ok(()) => {}
             Err(NotNow::InUse(users)) => {
-                let since = self.wait_for(&users, since);
-                return self.later(BETWEEN_LOOKS, Event::Demote(answer, since));
+                let since = wait_for(&self.name(), &users, since);
+                return self.later(BETWEEN_LOOKS, Event::Demote(answer, Some(since)));
             }
             Err(NotNow::Refused(failure)) => return drop(answer.send(Err(failure))),
         }
@@ -111,8 +102,8 @@ impl Volume {
         match self.vacate(since).await {
             Ok(()) => {}
             Err(NotNow::InUse(users)) => {
-                let since = self.wait_for(&users, since);
-                return self.later(BETWEEN_LOOKS, Event::Switch(to, answer, since));
+                let since = wait_for(&self.name(), &users, since);
+                return self.later(BETWEEN_LOOKS, Event::Switch(to, answer, Some(since)));
             }
             Err(NotNow::Refused(failure)) => return drop(answer.send(Err(failure))),
         }
@@ -179,23 +170,15 @@ impl Volume {
             ))));
         }
         let mut users = self.devices.users().await;
-        if users.staying.is_empty() && users.passing.is_empty() {
+        if users.is_nobody() {
             self.devices.hold(users.claim.take());
             return Ok(());
         }
-        if users.staying.is_empty() && since.is_none_or(|since| since.elapsed() < PATIENCE) {
+        if users.may_pass(waited(since)) {
             return Err(NotNow::InUse(users.passing));
         }
-        let users = [users.staying, users.passing].concat();
-        Err(NotNow::Refused(refused(format!("the device is in use: {}; close it first", users.join(", ")))))
-    }
-
-    /// Since when this waits for those who have the device open; the first time, the log says for whom.
-    fn wait_for(&self, users: &[String], since: Option<Instant>) -> Option<Instant> {
-        if since.is_none() {
-            tracing::info!(volume = %self.name(), "waiting for those who have the device open: {}", users.join(", "));
-        }
-        since.or_else(|| Some(Instant::now()))
+        let users = users.words().join(", ");
+        Err(NotNow::Refused(refused(format!("the device is in use: {users}; close it first"))))
     }
 
     fn may_take_over(&self, to: HostId) -> Result<PeerConfig, Failure> {

@@ -3,15 +3,15 @@
 //! can (X6).
 
 use super::changes::{Event, failed, refused};
-use super::{OpenRole, Surroundings};
+use super::{Answer, OpenRole, Surroundings};
 use crate::blocking::blocking;
 use crate::buffer::BufferPool;
-use crate::config::{DeviceKind, VolumeConfig};
+use crate::config::{DeviceKind, Name, VolumeConfig};
 use crate::control::api::{DeviceStatus, Failure};
 use crate::device::Volume;
 use crate::device::loopback::{self, Left, Loopback, Options, StartError};
 use crate::device::nbd::{Client, ListenError, Offer, Server, Tls};
-use crate::device::openers::{self, Claim, Users};
+use crate::device::openers::{self, BETWEEN_LOOKS, Claim, Users};
 use crate::export;
 use crate::words::with_causes;
 use std::cell::RefCell;
@@ -34,7 +34,15 @@ const SYSTEM_TIME: Duration = Duration::from_secs(2);
 /// How long users of a device may take to go when the host is being shut down, less than a volume may take to stop; and how
 /// often it is looked for them.
 const SHUTDOWN_TIME: Duration = Duration::from_secs(25);
-const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
+const SHUTDOWN_LOOKS: Duration = Duration::from_millis(200);
+
+/// Why devices are not taken away now.
+pub(super) enum NotNow {
+    /// These have one open, perhaps just for a moment.
+    InUse(Vec<String>),
+    /// They can't be.
+    Refused(Failure),
+}
 
 /// The front ends that are served, and those that could not be.
 #[derive(Default)]
@@ -152,8 +160,9 @@ impl Devices {
     }
 
     /// For the agent's end: leaves a loop device that is in use to the next agent, who answers what is asked from now on.
-    /// Its users wait, rather than get errors (S1). One that nobody uses stays, to be stopped.
-    pub(super) async fn leave(&mut self, surroundings: &Surroundings, name: &str) {
+    /// Its users wait, rather than get errors (S1). One that nobody uses stays, to be stopped; whoever just looks at it is
+    /// waited for.
+    pub(super) async fn leave(&mut self, surroundings: &Surroundings, name: &Name) {
         match &self.loopback {
             Some(loopback) if loopback.can_be_left().await => {}
             _ => return,
@@ -165,31 +174,36 @@ impl Devices {
         let asked = tokio::time::timeout(SYSTEM_TIME, blocking(move || store.is_the_last()));
         let is_the_last = asked.await.unwrap_or(false);
         let began = Instant::now();
+        let mut since = None;
         let users = loop {
             let mut users = look(Some(path.clone()), Vec::new()).await;
-            let words = [std::mem::take(&mut users.staying), std::mem::take(&mut users.passing)].concat();
-            if words.is_empty() {
-                self.claim = users.claim;
+            if users.is_nobody() {
+                self.claim = users.claim.take();
                 self.loopback = Some(loopback);
                 return;
             }
-            if !is_the_last {
-                break words;
+            let words = users.words();
+            match is_the_last {
+                false if users.may_pass(waited(since)) => {
+                    since = Some(wait_for(name, &words, since));
+                    tokio::time::sleep(BETWEEN_LOOKS).await;
+                }
+                false => break words,
+                true if began.elapsed() >= SHUTDOWN_TIME => {
+                    tracing::error!(
+                        volume = name.as_str(),
+                        "the host is being shut down, and {} is still {}: that gets I/O errors now",
+                        path.display(),
+                        words.join(", ")
+                    );
+                    self.loopback = Some(loopback);
+                    return;
+                }
+                true => tokio::time::sleep(SHUTDOWN_LOOKS).await,
             }
-            if began.elapsed() >= SHUTDOWN_TIME {
-                tracing::error!(
-                    volume = name,
-                    "the host is being shut down, and {} is still {}: that gets I/O errors now",
-                    path.display(),
-                    words.join(", ")
-                );
-                self.loopback = Some(loopback);
-                return;
-            }
-            tokio::time::sleep(BETWEEN_LOOKS).await;
         };
         tracing::warn!(
-            volume = name,
+            volume = name.as_str(),
             "{} stays, as it is {}: whoever uses it waits until the agent is started again; to take it away instead, \
              close it before the agent is stopped, or blockmirror release {name} --force",
             path.display(),
@@ -199,24 +213,27 @@ impl Devices {
     }
 
     /// Takes the loop device away, also one that an earlier agent left and nobody serves. Gives who had it open and gets
-    /// errors now; where it is not forced, nobody may have.
+    /// errors now; where it is not forced, nobody may have, and whoever just looks at it is waited for: since then, if this was
+    /// tried before.
     pub(super) async fn release(
         &mut self,
         config: &VolumeConfig,
         surroundings: &Surroundings,
         force: bool,
-    ) -> Result<Vec<String>, Failure> {
+        since: Option<Instant>,
+    ) -> Result<Vec<String>, NotNow> {
         let name = &config.name;
         let in_use = |users: &[String]| {
-            refused(format!(
+            NotNow::Refused(refused(format!(
                 "the device is in use: {}; close it first, or with --force its users get i/o errors",
                 users.join(", ")
-            ))
+            )))
         };
         let Some(loopback) = &self.loopback else {
             let options = loop_options(config, surroundings);
             if !surroundings.store.holds(&options.name) {
-                return Err(refused(format!("{name} has no loop device on this host now")));
+                let text = format!("{name} has no loop device on this host now");
+                return Err(NotNow::Refused(refused(text)));
             }
             // It is not opened to be looked at: nobody would answer.
             let there = options.clone();
@@ -230,13 +247,13 @@ impl Devices {
             return Ok(users);
         };
         let looked = look(Some(loopback.path()), Vec::new()).await;
-        let users = [looked.staying, looked.passing].concat();
+        let users = looked.words();
         if !users.is_empty() && !force {
-            return Err(in_use(&users));
+            return Err(if looked.may_pass(waited(since)) { NotNow::InUse(users) } else { in_use(&users) });
         }
         if let Some(loopback) = self.loopback.take() {
             match loopback.stop(looked.claim).await {
-                Err(error) if users.is_empty() => return Err(failed(with_causes(&error))),
+                Err(error) if users.is_empty() => return Err(NotNow::Refused(failed(with_causes(&error)))),
                 Err(error) => tracing::warn!(volume = %name, "{}", with_causes(&error)),
                 Ok(()) => {}
             }
@@ -327,6 +344,25 @@ impl super::Volume {
         if let Some(pause) = self.devices.loop_pause {
             self.later(pause, Event::StartLoop(self.devices.loop_attempts));
         }
+    }
+
+    /// Takes the loop device away. The answer is who had it open. `since` is since when it waits for those who have it open,
+    /// where it has waited already.
+    pub(super) async fn release(&mut self, force: bool, answer: Answer<Vec<String>>, since: Option<Instant>) {
+        let config = self.config.borrow().clone();
+        let released = match &self.role {
+            OpenRole::Changing(_) => Err(NotNow::Refused(self.not_open())),
+            _ => self.devices.release(&config, &self.surroundings, force, since).await,
+        };
+        let answered = match released {
+            Ok(users) => Ok(users),
+            Err(NotNow::Refused(failure)) => Err(failure),
+            Err(NotNow::InUse(users)) => {
+                let since = wait_for(&config.name, &users, since);
+                return self.later(BETWEEN_LOOKS, Event::Release(force, answer, Some(since)));
+            }
+        };
+        drop(answer.send(answered));
     }
 
     /// It is time for another attempt, if there was none since this one.
@@ -450,6 +486,19 @@ impl Export {
             server.stop().await;
         }
     }
+}
+
+/// How long those who may be gone in a moment have been waited for.
+pub(super) fn waited(since: Option<Instant>) -> Duration {
+    since.map_or(Duration::ZERO, |since| since.elapsed())
+}
+
+/// Since when those are waited for who have the device open; the first time, the log says for whom.
+pub(super) fn wait_for(volume: &Name, users: &[String], since: Option<Instant>) -> Instant {
+    since.unwrap_or_else(|| {
+        tracing::info!(%volume, "waiting for those who have the device open: {}", users.join(", "));
+        Instant::now()
+    })
 }
 
 /// Who uses these, soon: a device that does not answer counts as used (L5).

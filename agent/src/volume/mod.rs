@@ -545,19 +545,10 @@ impl Volume {
             Ask::Resolve(keep, dry_run, answer) => self.resolve(keep, dry_run, answer).await,
             Ask::Undo(answer) => self.undo(answer),
             Ask::Forget(answer) => self.forget(answer),
-            Ask::Release(force, answer) => drop(answer.send(self.release(force).await)),
+            Ask::Release(force, answer) => self.release(force, answer, None).await,
             Ask::TakeOver(host, sender) => self.take_over(host, sender),
             Ask::Stop(_) => unreachable!("the loop takes it"),
         }
-    }
-
-    /// Takes the loop device away. Gives who had it open.
-    async fn release(&mut self, force: bool) -> Result<Vec<String>, Failure> {
-        if let OpenRole::Changing(_) = &self.role {
-            return Err(self.not_open());
-        }
-        let config = self.config.borrow().clone();
-        self.devices.release(&config, &self.surroundings, force).await
     }
 
     async fn stop(&mut self, events: &mut UnboundedReceiver<Event>) {
@@ -566,7 +557,7 @@ impl Volume {
             if primary.superseded().is_none() {
                 // Before anything fails because of the end.
                 let name = self.name();
-                self.devices.leave(&self.surroundings, name.as_str()).await;
+                self.devices.leave(&self.surroundings, &name).await;
             }
             // The front ends may hold writes back until those before are answered.
             primary.wait_no_more();

@@ -260,7 +260,7 @@ fn serve(options: Options, memory: Memory, started: &Started, orders: Orders) ->
                     }
                     Question::Claim(answer) => {
                         let users = openers::look(Some(loopback.path()), Vec::new()).await;
-                        let is_free = users.staying.is_empty() && users.passing.is_empty();
+                        let is_free = users.is_nobody();
                         claim = users.claim.filter(|_| is_free);
                         let _ = answer.send(claim.is_some());
                     }
