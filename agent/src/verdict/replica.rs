@@ -2,7 +2,9 @@
 
 use super::{Judgement, NO_ACTION, elsewhere, is_usable, link, progress};
 use crate::config::Role;
-use crate::control::api::{Connection, CopyState, PeerStatus, Rollback, VolumeFacts, VolumeState};
+use crate::control::api::{
+    Connection, CopyState, Elsewhere, PeerStatus, Rollback, VolumeFacts, VolumeState, WentOn,
+};
 use crate::quantity::{Seconds, Size, clock};
 
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
@@ -67,7 +69,11 @@ fn waiting(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
             let link = format!("is not connected{}{}", since.unwrap_or_default(), super::reason(primary));
             let look = format!("on {name}: blockmirror status {}", facts.name);
             let has_image = is_usable(facts.data) || facts.succession.rollback.is_some();
-            let action = match has_image {
+            let link = match serves_elsewhere(facts, primary) {
+                true => format!("{link}; it answers, and serves the volume"),
+                false => link,
+            };
+            let action = match has_image && !serves_elsewhere(facts, primary) {
                 true => format!("{look}; if {name} is gone: blockmirror promote {}", facts.name),
                 false => look,
             } + &elsewhere(facts, primary);
@@ -123,6 +129,9 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
         let action = format!("on the host whose content stays: blockmirror promote {} --force", facts.name);
         return Some(Judgement::new(VolumeState::Waiting, verdict, action));
     }
+    if let Some(judgement) = went_on(facts) {
+        return Some(judgement);
+    }
     if let Some(better) = &succession.better {
         let name = &better.name;
         let verdict = match better.was_demoted {
@@ -151,6 +160,53 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
         (false, false) => return None,
     };
     let action = format!("to go on here: blockmirror promote {}", facts.name);
+    Some(Judgement::new(VolumeState::Waiting, verdict, action))
+}
+
+/// Whether the primary that this replica follows says that it serves, though it does not write here.
+fn serves_elsewhere(facts: &VolumeFacts, primary: &PeerStatus) -> bool {
+    let elsewhere = facts.succession.elsewhere.as_ref();
+    let is_it = |other: &Elsewhere| other.how == WentOn::Serves && primary.name.as_str() == other.name;
+    primary.role == Role::Primary && elsewhere.is_some_and(is_it)
+}
+
+/// What a replica says that has heard of a host which went on out of its reach.
+fn went_on(facts: &VolumeFacts) -> Option<Judgement> {
+    let (volume, copy) = (&facts.name, copy(facts));
+    let Elsewhere { name, how, is_away } = facts.succession.elsewhere.as_ref()?;
+    if facts.peers.iter().any(|peer| serves_elsewhere(facts, peer)) {
+        return None;
+    }
+    let look = format!("on {name}: blockmirror status {volume}");
+    let second = "which begins a second history";
+    let (verdict, action) = match how {
+        WentOn::Serves => {
+            (format!("{name} is the primary and serves, and does not write to this host"), look)
+        }
+        WentOn::Promoted => (
+            format!("{name} was promoted while this host was out of its reach, and does not write to it"),
+            format!("{look}; only if {name} is lost: blockmirror promote {volume} --force, {second}"),
+        ),
+        WentOn::Split => (
+            format!(
+                "{name} went on with a primary that was recovered from an older copy, or set back: each of the two copies \
+                 has what the other lacks"
+            ),
+            format!(
+                "on the host whose content stays: blockmirror promote {volume} --force; the other one keeps what only it \
+                 has until blockmirror resolve {volume} gives that up there"
+            ),
+        ),
+    };
+    let (verdict, action) = match is_away {
+        false => (format!("{verdict}; {copy}"), action),
+        true => (
+            format!("{verdict}; {copy}; the disk of {name} is not there or does not answer"),
+            format!(
+                "bring the disk of {name} back; only if it is lost: blockmirror promote {volume} --force, {second}"
+            ),
+        ),
+    };
     Some(Judgement::new(VolumeState::Waiting, verdict, action))
 }
 

@@ -4,8 +4,8 @@ use super::*;
 use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::Resolved;
 use crate::control::api::{
-    Alone, Awaited, Better, Blocked, DeviceStatus, Errors, FailureKind, Health, HostStatus, Hung, Panics,
-    Rollback, STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession,
+    Alone, Awaited, Better, Blocked, DeviceStatus, Elsewhere, Errors, FailureKind, Health, HostStatus, Hung,
+    Panics, Rollback, STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession, WentOn,
 };
 
 fn peer(name: &str, role: Role) -> PeerStatus {
@@ -887,6 +887,53 @@ fn a_replica_says_what_a_promotion_would_give() {
         ),
         (
             whole,
+            Succession {
+                elsewhere: Some(Elsewhere { name: "c".to_owned(), how: WentOn::Serves, is_away: false }),
+                ..Succession::default()
+            },
+            gone.clone(),
+            VolumeState::Waiting,
+            "c is the primary and serves, and does not write to this host; this copy is consistent",
+            "on c: blockmirror status data",
+        ),
+        (
+            whole,
+            Succession {
+                elsewhere: Some(Elsewhere { name: "c".to_owned(), how: WentOn::Promoted, is_away: false }),
+                ..Succession::default()
+            },
+            gone.clone(),
+            VolumeState::Waiting,
+            "c was promoted while this host was out of its reach, and does not write to it; this copy is consistent",
+            "on c: blockmirror status data; only if c is lost: blockmirror promote data --force, which begins a second history",
+        ),
+        (
+            whole,
+            Succession {
+                elsewhere: Some(Elsewhere { name: "c".to_owned(), how: WentOn::Promoted, is_away: true }),
+                ..Succession::default()
+            },
+            gone.clone(),
+            VolumeState::Waiting,
+            "c was promoted while this host was out of its reach, and does not write to it; this copy is consistent; the \
+             disk of c is not there or does not answer",
+            "bring the disk of c back; only if it is lost: blockmirror promote data --force, which begins a second history",
+        ),
+        (
+            whole,
+            Succession {
+                elsewhere: Some(Elsewhere { name: "c".to_owned(), how: WentOn::Split, is_away: false }),
+                ..Succession::default()
+            },
+            gone.clone(),
+            VolumeState::Waiting,
+            "c went on with a primary that was recovered from an older copy, or set back: each of the two copies has what \
+             the other lacks; this copy is consistent",
+            "on the host whose content stays: blockmirror promote data --force; the other one keeps what only it has until \
+             blockmirror resolve data gives that up there",
+        ),
+        (
+            whole,
             Succession { demoted: true, ..Succession::default() },
             gone.clone(),
             VolumeState::Waiting,
@@ -903,6 +950,32 @@ fn a_replica_says_what_a_promotion_would_give() {
         ),
     ] {
         check(VolumeFacts { data, succession, ..facts(Role::Replica, vec![peer]) }, state, verdict, action);
+    }
+}
+
+#[test]
+fn nobody_is_told_to_promote_beside_a_primary_that_answers() {
+    for (connection, verdict, action) in [
+        (
+            Connection::Disconnected,
+            "primary a is not connected since 3m; it answers, and serves the volume; this copy is consistent",
+            "on a: blockmirror status data",
+        ),
+        (
+            Connection::Paused,
+            "primary a is paused since 3m; this copy is consistent",
+            "blockmirror resume data a",
+        ),
+    ] {
+        let elsewhere = Some(Elsewhere { name: "a".to_owned(), how: WentOn::Serves, is_away: false });
+        let primary = PeerStatus { connection, ..peer("a", Role::Primary) };
+        let succession = Succession { elsewhere, ..Succession::default() };
+        check(
+            VolumeFacts { succession, ..facts(Role::Replica, vec![primary]) },
+            VolumeState::Waiting,
+            verdict,
+            action,
+        );
     }
 }
 

@@ -6,7 +6,7 @@ use super::changes::Event;
 use super::promotable::heard;
 use super::{Learn, Learned, OpenRole, Volume};
 use crate::config::{Name, PeerConfig};
-use crate::control::api::Better;
+use crate::control::api::{Better, Elsewhere, WentOn};
 use crate::standing::{self, Answered};
 use crate::words::with_causes;
 use blockmirror_protocol::succession::Objection;
@@ -127,18 +127,38 @@ impl Volume {
         });
     }
 
-    /// Whether one of the hosts that were heard is to be promoted rather than this one.
+    /// Whether one of the hosts that were heard is to be promoted rather than this one, or one went on elsewhere.
     pub(super) fn look_for_better(&mut self, answers: &[(PeerConfig, Answered)]) {
         let OpenRole::Replica(replica) = &self.role else { return };
         let objection = self.applicant(replica).candidate.objection(&heard(answers));
-        let (host, was_demoted) = match objection {
-            Some(Objection::Demoted(host)) => (host, true),
-            Some(Objection::Later(host)) => (host, false),
-            _ => return self.better = None,
+        (self.better, self.elsewhere) = (None, None);
+        let is_away = |host: HostId| {
+            let said = answers.iter().find(|(peer, _)| peer.host == host);
+            said.is_some_and(|(_, answered)| answered.as_ref().is_ok_and(Standing::is_out_of_reach))
         };
-        let said = answers.iter().find(|(peer, _)| peer.host == host).map(|(_, answered)| answered);
-        let is_away = said.is_some_and(|answered| answered.as_ref().is_ok_and(Standing::is_out_of_reach));
-        self.better = Some(Better { name: self.name_of(host), was_demoted, is_away });
+        let better = |host: HostId, was_demoted| Better {
+            name: self.name_of(host),
+            was_demoted,
+            is_away: is_away(host),
+        };
+        let elsewhere =
+            |host: HostId, how| Elsewhere { name: self.name_of(host), how, is_away: is_away(host) };
+        match objection {
+            Some(Objection::Demoted(host)) => self.better = Some(better(host, true)),
+            Some(Objection::Later(host)) => self.better = Some(better(host, false)),
+            Some(Objection::Serves(host)) => self.elsewhere = Some(elsewhere(host, WentOn::Serves)),
+            Some(Objection::Promoted(host)) => self.elsewhere = Some(elsewhere(host, WentOn::Promoted)),
+            Some(Objection::Split(host)) => self.elsewhere = Some(elsewhere(host, WentOn::Split)),
+            // What else stands against a promotion is said when one is asked for.
+            Some(
+                Objection::Connected
+                | Objection::Kept
+                | Objection::Rollback
+                | Objection::Unheard(_)
+                | Objection::Unpromised,
+            )
+            | None => {}
+        }
     }
 }
 

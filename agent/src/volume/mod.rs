@@ -26,7 +26,7 @@ use crate::buffer::BufferPool;
 use crate::busy_poll;
 use crate::clock::Moment;
 use crate::config::{Mode, Name, PeerConfig, Role, VolumeConfig};
-use crate::control::api::{Better, Failure, Resolved, VolumeFacts};
+use crate::control::api::{Better, Elsewhere, Failure, Resolved, VolumeFacts};
 use crate::crashes;
 use crate::holding::Holding;
 use crate::kept::Store;
@@ -389,6 +389,8 @@ struct Volume {
     company: Rc<Cell<Option<u64>>>,
     /// On a replica without a primary: a host that was heard and is to be promoted rather than this one.
     better: Option<Better>,
+    /// On a replica without a primary: a host that was heard of and went on elsewhere.
+    elsewhere: Option<Elsewhere>,
 }
 
 /// The backing was written by something else.
@@ -442,6 +444,7 @@ impl Volume {
             links_later: false,
             company: Rc::default(),
             better: None,
+            elsewhere: None,
         };
         volume.reopen(Others::Ask).await;
         (volume, source)

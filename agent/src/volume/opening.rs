@@ -57,7 +57,7 @@ impl Volume {
         self.role = OpenRole::Closed(String::new());
         self.let_go().await;
         self.openers.clear();
-        self.better = None;
+        (self.better, self.elsewhere) = (None, None);
         match self.try_open(others).await {
             Ok(role) => {
                 self.role = role;

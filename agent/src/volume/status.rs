@@ -206,6 +206,7 @@ impl Volume {
             fence: Some(superblock.fence.counter).filter(|counter| *counter > 0),
             released: superblock.released,
             better: self.better.clone().filter(|_| !replica.report().connected),
+            elsewhere: self.elsewhere.clone().filter(|_| !replica.report().connected),
             demoted: superblock.fence.holder == self.surroundings.own.host,
             rollback: replica.rollback_point().map(point),
             history: replica.history_point().map(point),

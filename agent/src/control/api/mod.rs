@@ -14,9 +14,9 @@ pub use orders::{
     Resolved, Stake, Switch, SwitchRequest, TuneRequest, Undoing,
 };
 pub use status::{
-    Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Errors, Health, HostStatus, Hung,
-    NetworkPath, Panics, PeerState, PeerStatus, Progress, Removed, Rollback, Shrunk, StatusReply, Succession,
-    VolumeFacts, VolumeState, VolumeStatus,
+    Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Elsewhere, Errors, Health,
+    HostStatus, Hung, NetworkPath, Panics, PeerState, PeerStatus, Progress, Removed, Rollback, Shrunk,
+    StatusReply, Succession, VolumeFacts, VolumeState, VolumeStatus, WentOn,
 };
 
 use crate::config::Name;

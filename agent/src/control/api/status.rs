@@ -298,6 +298,9 @@ pub struct Succession {
     /// On a replica without a primary: a host that was heard and is to be promoted rather than this one.
     #[serde(default)]
     pub better: Option<Better>,
+    /// On a replica without a primary: a host that was heard of and went on elsewhere.
+    #[serde(default)]
+    pub elsewhere: Option<Elsewhere>,
     /// On a primary that was demoted and promoted again: hosts that may not know of that yet. No write and no flush is answered
     /// before they do.
     #[serde(default)]
@@ -335,6 +338,29 @@ pub struct Better {
     /// Whether its disk is not there, or does not answer.
     #[serde(default)]
     pub is_away: bool,
+}
+
+/// A host that went on while this one was out of its reach: a promotion here would begin a second history.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Elsewhere {
+    /// What it is called.
+    pub name: String,
+    /// How it went on.
+    pub how: WentOn,
+    /// Whether its disk is not there, or does not answer.
+    pub is_away: bool,
+}
+
+/// How a host went on elsewhere.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WentOn {
+    /// It is the primary, and serves the volume.
+    Serves,
+    /// It was promoted after this copy was last in touch with a primary, as it or another host says.
+    Promoted,
+    /// It went on with a primary that was recovered from an older copy, or set back: each copy has what the other lacks.
+    Split,
 }
 
 /// How few hosts a primary has heard since its start.
