@@ -4,7 +4,9 @@ use blockmirror_agent::config::{ConfigFolder, VolumeConfig};
 use blockmirror_agent::control::api::{Connection, PeerState, VolumeState};
 use blockmirror_agent::token::Token;
 use blockmirror_agent::transport::{Connection as Transport, ControlReceiver, Endpoint, HostKey, Incoming};
-use blockmirror_protocol::wire::message::{Message, Recover, Refusal};
+use blockmirror_protocol::ranges::ByteRange;
+use blockmirror_protocol::units::VolumeId;
+use blockmirror_protocol::wire::message::{Message, ReadContent, Recover, Refusal, TakeOver};
 use blockmirror_tests::machines::content::stamped;
 use blockmirror_tests::machines::host::Host;
 use blockmirror_tests::machines::mirror::Mirror;
@@ -102,6 +104,48 @@ fn a_host_that_was_away_hears_of_a_removal_before_it_listens_to_the_removed_one(
     let status = mirror.replicas[1].status();
     assert_eq!(status.state, VolumeState::Following, "{status:?}");
     assert_eq!(status.facts.succession.fence, Some(1), "it took no fence of b's: {status:?}");
+}
+
+/// It read the whole volume from a host that had not heard of the removal: a greeting alone was a reason to ask.
+#[test]
+fn a_removed_host_gets_no_content_from_one_that_was_away() {
+    let id = |host: &Host| HostKey::load(&host.path("state/host.key")).expect("its key").id();
+    type Question = fn(VolumeId) -> Message;
+    let questions: [(&str, Question); 3] = [
+        ("a recovery", |_| {
+            Recover { name: "data".to_owned(), secret: None, accept_inconsistent: false }.into()
+        }),
+        ("a read", |volume| ReadContent { volume, range: ByteRange::new(0, 4096) }.into()),
+        ("a takeover", |volume| TakeOver { volume }.into()),
+    ];
+    for (what, question) in questions {
+        let mut mirror = Mirror::new(16 * MIB, "none", &["b", "c"]);
+        mirror.wait_until_quiet();
+        mirror.replicas.iter_mut().for_each(Host::stop);
+        mirror.wait_until_lost("b");
+        mirror.wait_until_lost("c");
+        mirror.primary.succeed(&["remove-peer", "data", "c", "--force"]);
+        // b can ask the others. None of them can dial it, and tell it without being asked.
+        let [b, c] = &mut mirror.replicas[..] else { panic!("there are two") };
+        b.link().cut();
+        let key = HostKey::load(&c.path("state/host.key")).expect("its key");
+        b.start();
+        let answer = in_a_runtime(async {
+            let endpoint = bind(&key);
+            let addresses = [b.listens_at().to_string()];
+            let connection = endpoint.connect(&addresses, id(b)).await.expect("it is reached");
+            let (mut sender, mut receiver) = connection.open_control().await.expect("a stream");
+            sender.send(&question(config(b).id)).await.expect("a question");
+            let answer = receiver.receive().await.expect("an answer");
+            endpoint.close().await;
+            answer
+        });
+        assert!(
+            matches!(&answer, Message::Refused(no) if no.refusal == Refusal::UnknownKey),
+            "{what}: {answer:?}"
+        );
+        wait_until_heard(b, "c", &["a"]);
+    }
 }
 
 #[test]

@@ -12,7 +12,6 @@ use crate::token::{Secret, Token};
 use crate::transport::{CloseReason, Connection, key};
 use crate::volume::Ask;
 use crate::words::with_causes;
-use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Join, Joined, Member, Recover, Refusal, Refused};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -115,9 +114,9 @@ impl Supervisor {
         &self,
         config: &VolumeConfig,
         secret: Option<[u8; 32]>,
-        peer: HostId,
+        connection: &Connection,
     ) -> Result<(), Refused> {
-        if self.may_recover(config, peer).await {
+        if self.may_recover(config, connection).await {
             return Ok(());
         }
         match secret {
@@ -136,7 +135,7 @@ impl Supervisor {
     ) -> Result<(), Refused> {
         let peer = connection.peer();
         let is_admitted = match config {
-            Some(config) => self.may_recover(config, peer).await,
+            Some(config) => self.may_recover(config, connection).await,
             None => false,
         };
         let secret = recover.secret.map(Secret).filter(|_| !is_admitted);
@@ -166,12 +165,13 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Whether a host may begin a recovery without a token: one of the volume's, or one whose token was good and has
-    /// neither expired since nor been revoked.
-    async fn may_recover(&self, config: &VolumeConfig, host: HostId) -> bool {
-        if config.peers.iter().any(|peer| peer.host == host) {
+    /// Whether a host may begin a recovery without a token: one of the volume's, which nobody who can be asked knows to be
+    /// removed (X3), or one whose token was good and has neither expired since nor been revoked.
+    async fn may_recover(&self, config: &VolumeConfig, connection: &Connection) -> bool {
+        if self.may_be_heard(config, None, connection).await {
             return true;
         }
+        let host = connection.peer();
         let id = {
             let admitted = self.admitted.lock().await;
             let Some(admission) = admitted.get(&(config.id, host)) else { return false };
@@ -194,10 +194,12 @@ impl Supervisor {
 
     /// Whether a host may read on in a recovery that it began: one that is under way goes on after its token has expired.
     pub(super) async fn may_read(&self, config: &VolumeConfig, connection: &Connection) -> bool {
-        let is_peer = config.peers.iter().any(|peer| peer.host == connection.peer());
+        if self.may_be_heard(config, None, connection).await {
+            return true;
+        }
         let admitted = self.admitted.lock().await;
         let admission = admitted.get(&(config.id, connection.peer()));
-        is_peer || admission.is_some_and(|admission| admission.connection.is_same(connection))
+        admission.is_some_and(|admission| admission.connection.is_same(connection))
     }
 
     pub(super) async fn invitations_of(&self, volume: Name) -> Result<InvitationsReply, Failure> {

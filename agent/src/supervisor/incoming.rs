@@ -182,7 +182,7 @@ impl Supervisor {
             Ok(Ok(message @ (Message::ReadContent(_) | Message::AskDigest(_)))) => {
                 self.take_read(message, &connection, sender, receiver).await
             }
-            Ok(Ok(Message::AskOthers(ask))) => match self.others(ask, connection.peer()).await {
+            Ok(Ok(Message::AskOthers(ask))) => match self.others(ask, &connection).await {
                 Ok(others) => return sender.end_with(others, Some(receiver)),
                 Err(no) => Err((no, sender)),
             },
@@ -239,7 +239,7 @@ impl Supervisor {
                 format!("two hosts use the key of this one: {places}; nothing is mirrored until one is gone");
             return Err((Refused { refusal: Refusal::Busy, text }, sender));
         }
-        if !self.may_be_heard(&config, &hello, connection).await {
+        if !self.may_be_heard(&config, Some(hello.fence), connection).await {
             let config = self.config_of(hello.volume).await.unwrap_or(config);
             return Err((unknown_key(&config, peer), sender));
         }
@@ -291,9 +291,10 @@ impl Supervisor {
     }
 
     /// How all hosts of a volume stand, for one that would recover it.
-    async fn others(&self, ask: AskOthers, asker: HostId) -> Result<Others, Refused> {
+    async fn others(&self, ask: AskOthers, connection: &Connection) -> Result<Others, Refused> {
+        let asker = connection.peer();
         let config = self.config_called(&ask.name).await.ok_or_else(unknown_volume)?;
-        self.may_ask(&config, ask.secret, asker).await?;
+        self.may_ask(&config, ask.secret, connection).await?;
         let hosts: Vec<PeerConfig> = config.peers.iter().filter(|peer| peer.host != asker).cloned().collect();
         let answers = standing::ask_all(&self.peers, config.id, &hosts, OTHERS_TIME).await;
         let others = answers.into_iter().map(|(peer, answered)| Other {
@@ -320,7 +321,8 @@ impl Supervisor {
     ) -> Result<(), No> {
         let Some(config) = self.config_of(wish.volume).await else { return Err((unknown_volume(), sender)) };
         let peer = connection.peer();
-        if !is_member(&config, peer) {
+        if !self.may_be_heard(&config, None, connection).await {
+            let config = self.config_of(wish.volume).await.unwrap_or(config);
             return Err((unknown_key(&config, peer), sender));
         }
         self.hand_on(&config, sender, |sender| Ask::TakeOver(peer, sender)).await

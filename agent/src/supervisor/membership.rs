@@ -16,18 +16,19 @@ use crate::volume::{Ask, Handle, Learned};
 use blockmirror_protocol::membership;
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{AskMembers, Hello, Member, Members, Refused};
+use blockmirror_protocol::wire::message::{AskMembers, Member, Members, Refused};
 use std::time::Duration;
 
-/// How long others may take to say whether whoever greets was removed. A greeting waits for it.
+/// How long others may take to say whether whoever comes was removed. What it wants waits for that.
 const HEARSAY_TIME: Duration = Duration::from_secs(1);
 /// How long a volume may take to end its sessions with a host: news of other volumes wait for it.
 const PART_TIME: Duration = Duration::from_secs(2);
 
-/// A greeting that was listened to.
+/// What of a host was listened to.
 pub(super) struct Heard {
     connection: Connection,
-    fence: Fence,
+    /// The fence of its last greeting.
+    fence: Option<Fence>,
 }
 
 impl Supervisor {
@@ -99,16 +100,21 @@ impl Supervisor {
         Members { members, removed: config.removals().collect() }
     }
 
-    /// Before a host is listened to that greets over a new connection or with a new fence: hears from all others that can
-    /// be reached whether it was removed while this host was away. Says whether it is a member.
+    /// Before anything is done for a host that comes over a new connection, or greets with a new fence: hears from all others
+    /// that can be reached whether it was removed while this host was away. Says whether it is a member. `fence` is that of
+    /// its greeting, where it greets.
     pub(super) async fn may_be_heard(
         &self,
         config: &VolumeConfig,
-        hello: &Hello,
+        fence: Option<Fence>,
         connection: &Connection,
     ) -> bool {
         let (volume, peer) = (config.id, connection.peer());
-        let is_known = |heard: &Heard| heard.fence == hello.fence && heard.connection.is_same(connection);
+        if config.peers.iter().all(|known| known.host != peer) {
+            return false;
+        }
+        let is_known =
+            |heard: &Heard| heard.connection.is_same(connection) && (fence.is_none() || fence == heard.fence);
         if self.heard.lock().await.get(&(volume, peer)).is_some_and(is_known) {
             return true;
         }
@@ -126,7 +132,7 @@ impl Supervisor {
         let peers = self.config_of(volume).await.map(|config| config.peers).unwrap_or_default();
         let is_member = peers.iter().any(|known| known.host == peer && !is_removed(known));
         if is_member {
-            let heard = Heard { connection: connection.clone(), fence: hello.fence };
+            let heard = Heard { connection: connection.clone(), fence };
             self.heard.lock().await.insert((volume, peer), heard);
         }
         is_member

@@ -263,11 +263,24 @@ impl Host {
             let agent = self.agent.as_mut().expect("it was started");
             let ended = agent.try_wait().expect("it is our process");
             assert!(ended.is_none(), "the agent of {} ended: {}", self.name, self.log());
-            let said = self.tool(&["status", "--json"]);
-            let reply: Option<StatusReply> = serde_json::from_str(&said.output).ok();
-            reply.and_then(|reply| reply.host.listen).ok_or(said.error)
+            self.find_listener()
         });
         self.relay.lead_to(listen);
+    }
+
+    fn find_listener(&self) -> Result<SocketAddr, String> {
+        let said = self.tool(&["status", "--json"]);
+        let reply: Option<StatusReply> = serde_json::from_str(&said.output).ok();
+        reply.and_then(|reply| reply.host.listen).ok_or(said.error)
+    }
+
+    /// Where its agent listens: whoever comes there does not come over its link.
+    ///
+    /// # Panics
+    /// When it does not run.
+    #[must_use]
+    pub fn listens_at(&self) -> SocketAddr {
+        self.find_listener().expect("the agent listens")
     }
 
     /// Ends the agent without a warning, and all that outlives it on its host: as when that is switched off. Users of the
