@@ -374,8 +374,11 @@ impl Holding {
         self.keep_time(&now);
         let is_touched = self.is_touched(&now);
         if is_touched && !self.is_told.replace(true) {
-            self.note_touched(WRITTEN).await;
-            (self.touched)(WRITTEN.to_owned());
+            let sizes = self.quiet.borrow().as_ref().and_then(|before| before.growth(&now));
+            let words =
+                sizes.map_or_else(|| WRITTEN.to_owned(), |sizes| larger("while it was open here", &sizes));
+            self.note_touched(&words).await;
+            (self.touched)(words);
         }
         // From now on this is what it looks like.
         if is_resting
@@ -395,16 +398,25 @@ async fn look(holding: Weak<Holding>) {
     }
 }
 
+/// That something else made an image larger, which need not be all that it did.
+fn larger(since: &str, sizes: &str) -> String {
+    format!("something else made it larger {since}: {sizes}")
+}
+
 /// What is noticed, in words. A digest that was noted is for the caller to compare.
 fn judge(noted: &Noted, looks: &Looks, boot: &Boot) -> Option<String> {
     let written = |since: &str| Some(format!("something else wrote to it {since}"));
+    let changed = |before: &Looks, since: &str| match before.growth(looks) {
+        Some(sizes) => Some(larger(since, &sizes)),
+        None => written(since),
+    };
     let unknown = || Some("it is not known what it looked like when the agent was killed".to_owned());
     match noted {
         Noted::Nothing => None,
         Noted::Touched(words) => Some(words.clone()),
         Noted::Closed { boot: then, looks: before, .. } => {
             let is_told = before.is_kept() || *then == boot.name;
-            if is_told && before != looks { written("after it was closed here") } else { None }
+            if is_told && before != looks { changed(before, "after it was closed here") } else { None }
         }
         Noted::Open { boot: then, written_at, .. } if *then != boot.name => match looks {
             Looks::Image { modified, .. } if modified.0 > boot.at => {
@@ -429,7 +441,7 @@ fn judge(noted: &Noted, looks: &Looks, boot: &Boot) -> Option<String> {
                 }
                 _ => before.was_written(looks),
             };
-            if is_written { written("after the agent was killed") } else { None }
+            if is_written { changed(before, "after the agent was killed") } else { None }
         }
         Noted::Open { .. } => unknown(),
     }
@@ -473,6 +485,16 @@ impl Looks {
                 Self::Image { modified: then, size_bytes: size, .. },
             ) => modified != then || size_bytes != size,
             _ => self != now,
+        }
+    }
+
+    /// Both sizes in words, where an image has become larger.
+    fn growth(&self, now: &Self) -> Option<String> {
+        match (self, now) {
+            (Self::Image { size_bytes: before, .. }, Self::Image { size_bytes: now, .. }) if now > before => {
+                Some(format!("it has {now} bytes, and had {before}"))
+            }
+            _ => None,
         }
     }
 
@@ -681,6 +703,29 @@ mod tests {
             (open("then", None), disk("7", 1), true),
         ] {
             assert_eq!(judge(&noted, &looks, &boot).is_some(), is_noticed, "{noted:?} {looks:?}");
+        }
+    }
+
+    /// It was told as something else's write, which nobody had made.
+    #[test]
+    fn an_image_that_was_made_larger_is_told_with_both_sizes() {
+        let boot = Boot { name: "now".to_owned(), at: 1000 };
+        let sized = |size_bytes| Looks::Image { modified: (1500, 1), changed: (1500, 1), size_bytes };
+        let closed = Noted::Closed { boot: "now".to_owned(), looks: sized(8192), digest: String::new() };
+        let killed = Noted::Open {
+            boot: "now".to_owned(),
+            written_at: None,
+            now: Some((None, "now".to_owned(), sized(8192))),
+            bound: None,
+        };
+        for (noted, since) in [(closed, "after it was closed here"), (killed, "after the agent was killed")] {
+            let words =
+                |size_bytes| judge(&noted, &sized(size_bytes), &boot).expect("another size is noticed");
+            assert_eq!(
+                words(12288),
+                format!("something else made it larger {since}: it has 12288 bytes, and had 8192")
+            );
+            assert_eq!(words(4096), format!("something else wrote to it {since}"));
         }
     }
 

@@ -514,3 +514,29 @@ fn a_replicas_device_that_was_smaller_for_a_while_is_compared() {
     assert_eq!(difference, None, "in sync over a copy that lost content");
     assert!(!b.log().contains("something else wrote"), "{}", b.log());
 }
+
+/// Nothing was said of it, and of an image that something else had written to it.
+#[test]
+fn a_device_or_an_image_that_became_larger_is_named_with_both_sizes() {
+    require!("root");
+    let mut mirror = Mirror::new(SIZE_BYTES, "nbd", &["b"]);
+    let device = Device::new(&mirror.folder);
+    let replica = Host::new(&mirror.folder, "c");
+    replica.join(&mirror.primary, &device.path);
+    mirror.replicas.push(replica);
+    mirror.wait_until_quiet();
+    device.resize(SIZE_BYTES + 8 * MIB);
+    let [b, c] = &mut mirror.replicas[..] else { panic!("there are two") };
+    let status = c.wait_until("it is named", |status| status.facts.health.grown.is_some());
+    assert_eq!(status.state, VolumeState::Following, "{status:?}");
+    let sizes = "it has 41943040 bytes, and had 33554432";
+    assert!(status.verdict.contains(&format!("has become larger: {sizes}")), "{status:?}");
+    b.stop();
+    let image = File::options().write(true).open(b.backing()).expect("the backing");
+    image.set_len(SIZE_BYTES + 8 * MIB).expect("another size");
+    b.start();
+    was_told(b, &format!("something else made it larger after it was closed here: {sizes}"));
+    b.wait_until("all was compared", |status| status.facts.touched.is_none());
+    mirror.wait_until_quiet();
+    assert_eq!(mirror.replicas[1].status().facts.touched, None, "the device was not written to");
+}

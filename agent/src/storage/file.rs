@@ -433,6 +433,12 @@ impl File {
         self.descriptor.present_size_bytes().ok().filter(|size_bytes| *size_bytes < self.size_bytes())
     }
 
+    /// The size that a backing has now, in bytes, where that is more than it was before.
+    #[must_use]
+    pub fn grown_to(&self, before_bytes: u64) -> Option<u64> {
+        self.descriptor.present_size_bytes().ok().filter(|size_bytes| *size_bytes > before_bytes)
+    }
+
     /// The unit, in bytes, that is read, modified and written when an operation covers a part of it. At least 512.
     #[must_use]
     pub fn alignment(&self) -> u64 {

@@ -3,7 +3,7 @@
 
 use super::{Judgement, NO_ACTION, is_in_sync, is_usable, primary};
 use crate::config::Role;
-use crate::control::api::{Errors, Hung, Panics, PeerStatus, Shrunk, VolumeFacts, VolumeState};
+use crate::control::api::{Errors, Grown, Hung, Panics, PeerStatus, Shrunk, VolumeFacts, VolumeState};
 use crate::quantity::Seconds;
 
 /// The backing is not there yet.
@@ -49,6 +49,17 @@ fn shrinkage(facts: &VolumeFacts, shrunk: Shrunk) -> String {
         "the backing {} has become smaller than the volume: it has {size_bytes} bytes, and had {volume_bytes}; what was \
          beyond its end is not there",
         facts.backing.display()
+    )
+}
+
+/// `the backing /dev/vdb has become larger: ...`
+pub(super) fn growth(facts: &VolumeFacts, grown: Grown) -> String {
+    let Grown { size_bytes, before_bytes } = grown;
+    format!(
+        "the backing {} has become larger: it has {size_bytes} bytes, and had {before_bytes}; the volume keeps its {} bytes, \
+         and what is beyond them is not mirrored",
+        facts.backing.display(),
+        facts.size_bytes
     )
 }
 

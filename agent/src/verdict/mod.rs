@@ -81,6 +81,9 @@ pub fn running(facts: VolumeFacts) -> VolumeStatus {
             "; the backing {backing} was changed by something else ({words}): all of it is compared"
         ));
     }
+    if let Some(grown) = facts.health.grown {
+        judgement.verdict.push_str(&format!("; warning: {}", health::growth(&facts, grown)));
+    }
     for device in &facts.backing_users {
         let (device, backing) = (device.display(), facts.backing.display());
         judgement.verdict.push_str(&format!(

@@ -4,8 +4,8 @@ use super::*;
 use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::Resolved;
 use crate::control::api::{
-    Alone, Awaited, Better, Blocked, DeviceStatus, Elsewhere, Errors, FailureKind, Health, HostStatus, Hung,
-    Panics, Rollback, STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession, WentOn,
+    Alone, Awaited, Better, Blocked, DeviceStatus, Elsewhere, Errors, FailureKind, Grown, Health, HostStatus,
+    Hung, Panics, Rollback, STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession, WentOn,
 };
 
 fn peer(name: &str, role: Role) -> PeerStatus {
@@ -386,6 +386,22 @@ fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() 
         ),
     ] {
         check(facts, VolumeState::Failed, verdict, action);
+    }
+}
+
+/// Nothing was said of a device that had grown, whose operator expects the volume to be as large.
+#[test]
+fn a_disk_that_became_larger_is_named_with_both_sizes_and_nothing_else_is_wrong() {
+    let grown = Some(Grown { size_bytes: 200 << 30, before_bytes: 100 << 30 });
+    let words = "; warning: the backing /dev/vdb has become larger: it has 214748364800 bytes, and had 107374182400; the \
+                 volume keeps its 107374182400 bytes, and what is beyond them is not mirrored";
+    for (role, other, state, verdict) in [
+        (Role::Primary, replica("b"), VolumeState::Healthy, "healthy: b holds an identical copy"),
+        (Role::Replica, peer("a", Role::Primary), VolumeState::Following, "following a; consistent"),
+    ] {
+        let health = Health { grown, ..Health::default() };
+        let facts = VolumeFacts { health, ..facts(role, vec![other]) };
+        check(facts, state, &format!("{verdict}{words}"), "none");
     }
 }
 

@@ -10,7 +10,7 @@ use super::{OpenRole, Volume};
 use crate::backing::{self, BackingError};
 use crate::buffer::BufferPool;
 use crate::config::VolumeConfig;
-use crate::control::api::{Awaited, Hung, Panics, Shrunk};
+use crate::control::api::{Awaited, Grown, Hung, Panics, Shrunk};
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, Storage, UnderWay};
 use crate::system;
@@ -221,6 +221,13 @@ impl Volume {
             holding.note_short();
         }
         open.map(|size_bytes| Shrunk { size_bytes, volume_bytes }).or_else(|| self.awaiting.shrunk())
+    }
+
+    /// For status: that the backing has become larger.
+    pub(super) fn grown(&self) -> Option<Grown> {
+        let (disk, before_bytes) = self.disk.as_ref().zip(self.first_size.get())?;
+        let size_bytes = disk.backing.grown_to(before_bytes)?;
+        Some(Grown { size_bytes, before_bytes })
     }
 
     /// Why nothing can be handed over: the disk does not answer.

@@ -367,6 +367,8 @@ struct Volume {
     openers: Vec<String>,
     /// Hosts that were demoted for this one while it changed its role, and since when they wait.
     taking_over: Vec<(HostId, ControlSender, Moment)>,
+    /// How large the backing was when it was first opened, in bytes.
+    first_size: Cell<Option<u64>>,
     /// What tells whether something else writes to the backing, while that is open.
     holding: Option<Rc<Holding>>,
     /// What it told, until all was compared.
@@ -445,6 +447,7 @@ impl Volume {
             company: Rc::default(),
             better: None,
             elsewhere: None,
+            first_size: Cell::new(None),
         };
         volume.reopen(Others::Ask).await;
         (volume, source)

@@ -105,6 +105,7 @@ impl Volume {
         }
         self.hold(&storage, &backing, &state, is_new).await?;
         self.disk = Some(Disk::new(storage.clone(), backing.clone(), self.pool.clone()));
+        self.first_size.set(self.first_size.get().or(Some(backing.size_bytes())));
         if !backing.is_direct() {
             tracing::warn!(volume = %config.name, "the backing refuses direct I/O; it is written through the cache");
         }

@@ -149,6 +149,7 @@ impl Volume {
             awaited: self.awaiting.awaited(),
             is_closed: matches!(self.role, OpenRole::Closed(_)),
             shrunk: self.shrunk(),
+            grown: self.grown(),
             panics: self.awaiting.panics(),
             errors: self.troubles.errors(),
             stale: self.devices.stale().await,

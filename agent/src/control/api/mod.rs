@@ -14,7 +14,7 @@ pub use orders::{
     Resolved, Stake, Switch, SwitchRequest, TuneRequest, Undoing,
 };
 pub use status::{
-    Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Elsewhere, Errors, Health,
+    Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Elsewhere, Errors, Grown, Health,
     HostStatus, Hung, NetworkPath, Panics, PeerState, PeerStatus, Progress, Removed, Rollback, Shrunk,
     StatusReply, Succession, VolumeFacts, VolumeState, VolumeStatus, WentOn,
 };

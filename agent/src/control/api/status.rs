@@ -138,6 +138,9 @@ pub struct Health {
     /// That the backing is smaller than the volume.
     #[serde(default)]
     pub shrunk: Option<Shrunk>,
+    /// That the backing is larger than it was when the agent first opened it.
+    #[serde(default)]
+    pub grown: Option<Grown>,
     /// That the volume stays closed, since it ended the agent again and again.
     #[serde(default)]
     pub panics: Option<Panics>,
@@ -209,6 +212,15 @@ pub struct Shrunk {
     pub size_bytes: u64,
     /// How many the volume has, and the backing had.
     pub volume_bytes: u64,
+}
+
+/// A backing that has become larger. The volume does not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Grown {
+    /// How many bytes it has.
+    pub size_bytes: u64,
+    /// How many it had.
+    pub before_bytes: u64,
 }
 
 impl VolumeFacts {

@@ -406,6 +406,17 @@ fn the_thread_pool_can_be_asked_for_and_else_is_explained() {
     });
 }
 
+#[test]
+fn a_device_that_became_larger_while_it_was_open_is_noticed() {
+    let Some(device) = LoopDevice::new(MEBIBYTE, 512) else { return };
+    let file = File::open_backing(&device.path, Access::ReadWrite).expect("it can be opened");
+    assert_eq!(file.grown_to(MEBIBYTE), None);
+    let image = std::fs::File::options().write(true).open(&device.image).expect("the image");
+    image.set_len(2 * MEBIBYTE).expect("another size");
+    command("losetup", &["--set-capacity", text(&device.path)]).expect("the device follows");
+    assert_eq!((file.grown_to(MEBIBYTE), file.size_bytes()), (Some(2 * MEBIBYTE), MEBIBYTE));
+}
+
 /// The kernel says that there is no space left, or that nothing was read.
 #[test]
 fn a_device_that_became_smaller_while_it_was_open_is_told_with_both_sizes() {
