@@ -12,6 +12,10 @@
 //! the system started was not written by this host, nor an image long after it was last written here. After a kill in the
 //! middle of writes, a disk tells more writes than this host has begun; the times of an image tell, to some seconds.
 //!
+//! What is noticed of a replica's backing is in its superblock before the note says that it is open again, and stays there until
+//! all was compared with a primary's: a copy that something else wrote to counts for less, whichever run of the agent noticed it
+//! ([`blockmirror_protocol::succession::counts_as`]).
+//!
 //! While it is held, the times or counts must not change when this host writes nothing, and a disk must never have more
 //! writes than this host has begun.
 
@@ -45,6 +49,8 @@ const BUSY: &str = "busy ";
 
 /// Why all is to be compared of a backing that was open, in words.
 const WRITTEN: &str = "something else wrote to it while it was open here";
+/// The same of one of which an earlier run of the agent found it, as the superblock says.
+pub const EARLIER: &str = "found by an earlier run of the agent";
 /// The same of one that something else made smaller: what was beyond its end is gone.
 pub const SMALLER: &str = "it was smaller for a while";
 

@@ -12,6 +12,7 @@ use crate::volume::{HUNG, Service};
 use crate::words::with_name;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::lineage;
+use blockmirror_protocol::succession;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::{AskMembers, AskStanding, Members, Message, Removal, Standing};
 use std::path::Path;
@@ -148,10 +149,11 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, service: Servic
     let superblock = stored.superblock?;
     let marker = stored.marker.unwrap_or_default();
     let undelivered = stored::undelivered(folder, config, &superblock, asker);
+    let (data, can_roll_back) = succession::counts_as(&superblock);
     Some(Standing {
         role: superblock.role,
-        data: superblock.data,
-        can_roll_back: superblock.gap != 0,
+        data,
+        can_roll_back,
         fence: superblock.fence,
         marker: match superblock.role {
             Role::Primary => superblock.stands(),

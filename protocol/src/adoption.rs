@@ -120,6 +120,8 @@ impl Adoption<'_> {
         (superblock.gap, superblock.history, superblock.ends) = (0, 0, Ends::default());
         (superblock.mode, superblock.given) = (Mode::Async, Given::NOTHING);
         (superblock.released, superblock.replaced) = (false, true);
+        // What something else wrote is on the old disk.
+        superblock.touched = false;
         match self.content {
             Some(Content::Image { position, lineage }) => {
                 (superblock.data, superblock.position) = (DataState::Consistent, *position);
@@ -152,7 +154,8 @@ mod tests {
 
     fn adopted(role: Role, content: Option<&Content>, vouched: u8) -> Superblock {
         let adoption = Adoption { source: Some(SOURCE), content };
-        let mut superblock = Superblock { role, run: Epoch(900), adopted: 1, ..superblock("cba") };
+        let before = superblock("cba");
+        let mut superblock = Superblock { role, run: Epoch(900), adopted: 1, touched: true, ..before };
         adoption.record(&mut superblock, GenerationId([vouched; 16]), FRESH);
         superblock
     }
@@ -202,6 +205,7 @@ mod tests {
         assert_eq!((after.lineage, after.source), (generations("ba"), Fence::default()));
         assert_eq!((after.adopted, after.copy), (2, CopyId(FRESH)), "maps of others are of the old disk");
         assert_eq!((after.given, after.released, after.replaced), (Given::NOTHING, false, true));
+        assert!(!after.touched, "that was the old disk");
         for content in [Some(Content::Mixture), None] {
             let after = adopted(Role::Replica, content.as_ref(), 0);
             assert_eq!((after.data, after.lineage, after.copy), (DataState::Empty, vec![], CopyId(FRESH)));

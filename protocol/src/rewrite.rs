@@ -356,6 +356,17 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_something_else_wrote_to_is_the_volumes_content_once_it_is_promoted() {
+        let mut it = Superblock { touched: true, ..superblock("ba") };
+        let candidacy = Candidacy { is_forced: true, ..candidacy(false) };
+        let rewrite = Rewrite::promotion(&it, &[], candidacy).unwrap();
+        rewrite.change(Change::Begin, &mut it);
+        assert!(it.touched, "it is not promoted yet");
+        rewrite.change(Change::End, &mut it);
+        assert!(!it.touched);
+    }
+
+    #[test]
     fn a_promotion_is_newer_than_all_that_any_host_told_of() {
         let newest = Fence { counter: 40, holder: HostId([9; 32]) };
         let mut it = superblock("ba");

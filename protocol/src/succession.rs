@@ -62,6 +62,8 @@ pub enum Objection {
     Split(HostId),
     /// This host was the primary and was demoted: it has everything.
     Demoted(HostId),
+    /// Something else wrote to this copy, which was not compared with a primary's since.
+    Touched,
     /// What a primary overwrote here is kept, and nobody has agreed to it: a promotion gives it up.
     Kept,
     /// This copy is in the middle of a resync: a promotion rolls it back.
@@ -116,7 +118,8 @@ impl Candidate {
     /// answered, as far as anybody who can be heard knows.
     #[must_use]
     pub fn objection(&self, others: &[Heard]) -> Option<Objection> {
-        let Superblock { fence, lineage, data, mode, given, released, replaced, ends, .. } = &self.superblock;
+        let Superblock { fence, lineage, data, mode, given, released, replaced, touched, ends, .. } =
+            &self.superblock;
         let heard = || others.iter().filter_map(|other| Some((other.host, other.standing.as_ref()?)));
         if let Some((primary, _)) =
             heard().find(|(_, standing)| standing.role == Role::Primary && standing.serves)
@@ -139,7 +142,7 @@ impl Candidate {
         };
         let unheard = |silent: Vec<HostId>| (!silent.is_empty()).then_some(Objection::Unheard(silent));
         let gives_up = self.gives_up_what_is_kept().then_some(Objection::Kept);
-        if *released {
+        if *released && !*touched {
             return gives_up.or_else(|| unheard(silent(false)));
         }
         // It has all that any other one has.
@@ -153,6 +156,9 @@ impl Candidate {
             heard().find(|(_, standing)| is_later(standing, lineage, self.position, ends))
         {
             return Some(Objection::Later(later));
+        }
+        if *touched {
+            return Some(Objection::Touched);
         }
         if gives_up.is_some() {
             return gives_up;
@@ -184,6 +190,18 @@ impl Candidate {
         // Its connection is that of the one that was demoted.
         let candidate = Self { is_connected: false, ..self.clone() };
         candidate.objection(others).filter(|objection| !matches!(objection, Objection::Unheard(_)))
+    }
+}
+
+/// What a copy that says this of itself counts as for others, and for whoever recovers from it, and whether it can roll back
+/// to what counts. One that something else wrote to is a mixture without a way back: what was written is in no layer (X4).
+#[must_use]
+pub fn counts_as(superblock: &Superblock) -> (DataState, bool) {
+    match superblock.data {
+        DataState::Consistent | DataState::Inconsistent if superblock.touched => {
+            (DataState::Inconsistent, false)
+        }
+        data => (data, superblock.gap != 0),
     }
 }
 
@@ -382,6 +400,7 @@ mod tests {
             given: Given { promise, counted: vec![C] },
             released: false,
             replaced: false,
+            touched: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 3,
@@ -415,6 +434,12 @@ mod tests {
             ends: Ends::default(),
             replaced: false,
         }
+    }
+
+    /// How a host stands whose superblock says this.
+    fn stands_as(superblock: &Superblock) -> Standing {
+        let (data, can_roll_back) = counts_as(superblock);
+        Standing { data, can_roll_back, ..standing(8) }
     }
 
     fn silent(host: HostId) -> Heard {
@@ -483,7 +508,31 @@ mod tests {
             candidate
         };
         let unheard = |hosts: &[HostId]| Objection::Unheard(hosts.to_vec());
+        let touched = |mut candidate: Candidate| {
+            candidate.superblock.touched = true;
+            candidate
+        };
+        let touched_there = stands_as(&touched(waiting()).superblock);
+        let promised = Candidate { is_promised: true, ..candidate(Mode::Sync, Promise::WhileHeard) };
         for (candidate, others, objection) in [
+            // Something else wrote to it, and whatever was said of it before is of another content.
+            (touched(released()), vec![silent(A)], Objection::Touched),
+            (touched(released()), vec![silent(A), silent(C)], Objection::Touched),
+            (touched(waiting()), vec![silent(A)], Objection::Touched),
+            (touched(promised), vec![silent(A)], Objection::Touched),
+            (touched(demoted.clone()), vec![says(A, standing(7))], Objection::Touched),
+            (touched(kept(released(), 3)), vec![silent(A)], Objection::Touched),
+            (touched(gap.clone()), vec![silent(A)], Objection::Touched),
+            // The one that released it has all that it had.
+            (touched(released()), vec![says(A, standing(7))], Objection::Demoted(A)),
+            (touched(waiting()), vec![silent(A), says(C, standing(8))], Objection::Later(C)),
+            // Nor is the copy of another host counted on that something else wrote to, whatever it was told.
+            (
+                candidate(Mode::Async, Promise::None),
+                vec![says(A, touched_there.clone())],
+                Objection::Unpromised,
+            ),
+            (waiting(), vec![silent(A), says(C, touched_there)], unheard(&[C])),
             (waiting(), vec![says(A, serving)], Objection::Serves(A)),
             (connected, vec![silent(A)], Objection::Connected),
             (behind, vec![silent(A), says(C, standing(7))], Objection::Promoted(A)),
@@ -546,6 +595,8 @@ mod tests {
         let mut kept = released();
         (kept.superblock.agreed, kept.superblock.history) = (2, 3);
         let connected = Candidate { is_connected: true, ..released() };
+        let mut touched = released();
+        touched.superblock.touched = true;
         for (candidate, others, objection) in [
             (released(), vec![], None),
             (connected, vec![says(C, standing(7))], None),
@@ -557,9 +608,27 @@ mod tests {
             (released(), vec![says(A, Standing { serves: false, ..again })], Some(Objection::Promoted(A))),
             (split, vec![says(C, forked)], Some(Objection::Split(C))),
             (kept, vec![silent(C)], Some(Objection::Kept)),
+            (touched, vec![silent(C)], Some(Objection::Touched)),
         ] {
             assert_eq!(candidate.objection_to_succeeding(&others), objection, "{candidate:?} {others:?}");
         }
+    }
+
+    /// A copy that was mounted and written was a source for others, and counted as later than a good one.
+    #[test]
+    fn a_copy_that_something_else_wrote_to_is_nobodys_source() {
+        for (data, gap) in [(DataState::Consistent, 0), (DataState::Inconsistent, 4)] {
+            let good = Superblock { data, gap, ..waiting().superblock };
+            assert_eq!(counts_as(&good), (data, gap != 0));
+            let touched = Superblock { touched: true, ..good };
+            assert_eq!(counts_as(&touched), (DataState::Inconsistent, false));
+            let standing = stands_as(&touched);
+            assert!(!is_usable(&standing) && !holds_its_own(&standing) && !is_whole(&standing));
+            let Superblock { lineage, ends, .. } = waiting().superblock;
+            assert!(!is_later(&standing, &lineage, position(1), &ends));
+        }
+        let empty = Superblock { data: DataState::Empty, touched: true, ..waiting().superblock };
+        assert_eq!(counts_as(&empty), (DataState::Empty, false));
     }
 
     #[test]

@@ -165,6 +165,118 @@ fn a_replica_that_something_else_changed_is_not_promoted_without_force() {
     assert_identical(mirror.replica(), &mirror.primary);
 }
 
+/// Demotes the primary.
+fn demote(mirror: &Mirror) {
+    until("nobody has the device open", || {
+        let said = mirror.primary.tool(&["demote", "data"]);
+        if said.code == 0 { Ok(()) } else { Err(said.error) }
+    });
+}
+
+/// The run that noticed it was the only one that knew: the next one said that this copy had everything, promoted it without
+/// force, and overwrote the good one.
+#[test]
+fn a_replica_that_something_else_changed_is_known_as_such_by_each_later_run() {
+    let mut mirror = mirrored(&["b"]);
+    demote(&mirror);
+    mirror.replicas[0].stop();
+    mirror.primary.stop();
+    touch(&mirror.replica().backing());
+    for is_killed in [false, true, false] {
+        mirror.replicas[0].start();
+        let b = mirror.replica();
+        let status = b.wait_until("it is named", is_named);
+        assert!(!status.verdict.contains("this copy has everything"), "{}", status.verdict);
+        assert!(status.action.contains("--force"), "{}", status.action);
+        b.refuse(&["promote", "data"], 5, &["was changed by something else", "--force"]);
+        match is_killed {
+            true => {
+                wait_until_noted(b);
+                mirror.replicas[0].kill();
+                let_go(mirror.replica());
+            }
+            false => mirror.replicas[0].stop(),
+        }
+    }
+    let offline = mirror.replica().tool(&["status", "data"]);
+    assert!(offline.output.contains("something else wrote to it"), "{}", offline.output);
+    // The one that has everything is the better one, and what it has is not lost.
+    let before = fs::read(mirror.primary.backing()).expect("a's content");
+    mirror.replicas[0].start();
+    mirror.primary.start();
+    let b = mirror.replica();
+    b.refuse(&["promote", "data"], 5, &["on a: blockmirror promote data", "was changed by something else"]);
+    mirror.primary.succeed(&["promote", "data"]);
+    mirror.assert_identical();
+    assert!(fs::read(mirror.primary.backing()).expect("a's content") == before, "a lost what only it had");
+    let b = mirror.replica();
+    b.wait_until("all is compared", |status| !is_named(status));
+    // What was compared once is not doubted again.
+    mirror.replicas[0].stop();
+    mirror.replicas[0].start();
+    assert!(!is_named(&mirror.replica().status()));
+    mirror.assert_identical();
+}
+
+/// It was taken for a copy as good as any other, and the good one was compared with it.
+#[test]
+fn nothing_is_recovered_from_a_replica_that_something_else_changed_unless_that_is_wanted() {
+    let mut mirror = mirrored(&["b", "c"]);
+    mirror.replicas[0].stop();
+    touch(&mirror.replicas[0].backing());
+    mirror.primary.stop();
+    let recover = |mirror: &Mirror, from: usize, name: &str, more: &[&str]| {
+        let (from, target) = (&mirror.replicas[from], mirror.primary.path(name));
+        let address = from.link().address().to_string();
+        let arguments = ["recover", "data", "--from", &address, "--to", text(&target), "--retry", "0s"];
+        let said = mirror.primary.tool(&[&arguments[..], more].concat());
+        if said.code == 0 {
+            assert_eq!(first_difference(&from.backing(), &target), None);
+        }
+        said
+    };
+    for _ in 0..2 {
+        mirror.replicas[0].start();
+        let said = recover(&mirror, 0, "recovered.img", &[]);
+        assert!(
+            said.code == 5 && said.error.contains("c has later content than this peer"),
+            "{}",
+            said.error
+        );
+        mirror.replicas[0].stop();
+    }
+    assert_eq!(recover(&mirror, 1, "good.img", &[]).code, 0);
+    // Also where there is no better one.
+    mirror.replicas[1].stop();
+    mirror.replicas[0].start();
+    let said = recover(&mirror, 0, "recovered.img", &[]);
+    assert!(said.code == 5 && said.error.contains("was changed by something else"), "{}", said.error);
+    assert!(said.error.contains("--accept-inconsistent"), "{}", said.error);
+    let said = recover(&mirror, 0, "recovered.img", &["--accept-inconsistent"]);
+    assert_eq!(said.code, 0, "{}", said.error);
+    assert!(said.output.contains("something else wrote to it"), "{}", said.output);
+}
+
+/// It was demoted when it had everything, and others were told to promote it.
+#[test]
+fn no_host_advises_to_promote_another_one_that_something_else_changed() {
+    let mut mirror = mirrored(&["b", "c"]);
+    mirror.replicas[1].stop();
+    demote(&mirror);
+    mirror.replicas[0].stop();
+    mirror.replicas[1].start();
+    mirror.replicas[1].refuse(&["promote", "data"], 5, &["on a: blockmirror promote data"]);
+    mirror.primary.stop();
+    touch(&mirror.primary.backing());
+    for _ in 0..2 {
+        mirror.primary.start();
+        let said = mirror.replicas[1].tool(&["promote", "data"]);
+        assert!(said.code == 5 && !said.error.contains("on a:"), "{}", said.error);
+        mirror.primary.refuse(&["promote", "data"], 5, &["was changed by something else"]);
+        mirror.primary.stop();
+    }
+}
+
 #[test]
 fn what_is_written_to_an_image_behind_the_agents_back_is_noticed_while_it_runs() {
     for is_replica in [false, true] {

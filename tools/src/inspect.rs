@@ -141,6 +141,9 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     for heir in &superblock.heirs {
         page.row("agreed to", format!("the next one, if it is held by {heir}"));
     }
+    if superblock.touched {
+        page.row("touched", "yes, something else wrote to the backing, and all is to be compared");
+    }
     page.row("released", if superblock.released { "yes, by a demoted primary" } else { "no" });
     for (index, generation) in superblock.lineage.iter().enumerate() {
         page.row(&format!("lineage {index}"), generation);

@@ -8,6 +8,7 @@ use blockmirror_agent::control::api::{
 };
 use blockmirror_agent::control::record_path;
 use blockmirror_agent::device::loopback::LeftBehind;
+use blockmirror_agent::holding::EARLIER;
 use blockmirror_agent::stored::{self, Stored};
 use blockmirror_agent::verdict;
 use std::io;
@@ -79,6 +80,11 @@ fn facts(volume: &VolumeConfig, stored: &Stored, run: &Path) -> VolumeFacts {
     VolumeFacts {
         devices: volume.devices.iter().map(|&kind| unserved(kind, &volume.name, run)).collect(),
         data: stored.superblock.as_ref().map(|superblock| superblock.data.into()),
+        touched: stored
+            .superblock
+            .as_ref()
+            .filter(|superblock| superblock.touched)
+            .map(|_| EARLIER.to_owned()),
         epoch: stored.marker.map(|position| position.epoch.0),
         succession: Succession { removed: volume.removal.as_ref().map(Removed::from), ..succession(stored) },
         peers: peers.map(|(config, out_of_sync)| peer(config, *out_of_sync)).collect(),

@@ -56,6 +56,7 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         given: Given::NOTHING,
         released: false,
         replaced: false,
+        touched: false,
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 4,
@@ -119,7 +120,7 @@ fn assert_prints(path: &Path, expected: &str) {
 fn a_superblock_is_printed_with_both_slots() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("any name");
-    let superblock = a_superblock(superblock::Role::Replica);
+    let superblock = Superblock { touched: true, ..a_superblock(superblock::Role::Replica) };
     let mut file = [superblock.encode(4), superblock.encode(5)].concat();
     fs::write(&path, &file).unwrap();
     let expected = "\
@@ -146,6 +147,7 @@ superblock
   kept for undo:   layer 2 of pre-images
   agreed to:       fences up to 4
   agreed to:       the next one, if it is held by 0202020202020202020202020202020202020202020202020202020202020202
+  touched:         yes, something else wrote to the backing, and all is to be compared
   released:        no
   lineage 0:       06060606060606060606060606060606
   lineage 1:       0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a
@@ -469,4 +471,8 @@ fn a_stopped_replica_knows_its_copy_and_its_epoch() {
     assert_eq!((volume.facts.data, volume.facts.epoch), (Some(CopyState::Consistent), Some(7)));
     assert!(volume.verdict.contains("this copy is consistent"), "{}", volume.verdict);
     assert_eq!(volume.facts.peers[0].out_of_sync_bytes, None, "only the primary knows");
+    let touched = Superblock { touched: true, ..superblock };
+    fs::write(state.join(superblock::FILE_NAME), touched.encode(2)).unwrap();
+    let volume = status(folder.path(), Role::Replica).volumes.remove(0);
+    assert!(volume.verdict.contains("not to be relied on: something else wrote to it"), "{}", volume.verdict);
 }

@@ -39,6 +39,7 @@ pub(crate) fn superblock() -> Superblock {
         given: Given::NOTHING,
         released: false,
         replaced: false,
+        touched: false,
         run: blockmirror_protocol::units::Epoch(0),
         ends: blockmirror_protocol::lineage::Ends::default(),
         agreed: 1,

@@ -7,7 +7,7 @@ use crate::storage::file::Access;
 use crate::storage::{Engine, open_with};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::lineage::Ends;
-use blockmirror_protocol::promise::PATIENCE;
+use blockmirror_protocol::promise::{Given, PATIENCE};
 use blockmirror_protocol::terms::{Mode, Promise};
 use blockmirror_protocol::units::{CopyId, Session as SessionNumber, Stream};
 use blockmirror_protocol::wire::VERSIONS;
@@ -34,8 +34,8 @@ async fn open(folder: &Path) -> Rc<Replica> {
         path.display()
     );
     let config: VolumeConfig = toml::from_str(&config).expect("a configuration");
-    let superblock =
-        Superblock { size_bytes: SIZE_BYTES, mode: Mode::Sync, promise: Promise::WhileHeard, ..superblock() };
+    let given = Given { promise: Promise::WhileHeard, counted: Vec::new() };
+    let superblock = Superblock { size_bytes: SIZE_BYTES, mode: Mode::Sync, given, ..superblock() };
     let storage = open_with(Engine::Automatic).expect("a storage");
     let pool = BufferPool::new(1 << 20);
     let state = State::create(&folder.join("state"), storage.clone(), pool.clone(), &superblock).await;

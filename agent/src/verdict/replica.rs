@@ -40,15 +40,16 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
 fn connected(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
     let name = &primary.name;
     if is_usable(facts.data) {
-        return Judgement::new(VolumeState::Following, format!("following {name}; consistent"), NO_ACTION);
+        let copy = if facts.touched.is_some() { "this copy is not compared yet" } else { "consistent" };
+        return Judgement::new(VolumeState::Following, format!("following {name}; {copy}"), NO_ACTION);
     }
     let far = match &primary.resync {
         Some(job) => format!(", {}", progress(job)),
         None => String::new(),
     };
     let until = match &facts.succession.rollback {
-        Some(point) => format!("can be rolled back to {}", back(point)),
-        None => "not usable until complete".to_owned(),
+        Some(point) if facts.touched.is_none() => format!("can be rolled back to {}", back(point)),
+        _ => "not usable until complete".to_owned(),
     };
     let verdict = format!("resyncing from {name}{far}: {until}");
     Judgement::new(VolumeState::Resyncing, verdict, NO_ACTION)
@@ -74,7 +75,7 @@ fn waiting(facts: &VolumeFacts, primary: &PeerStatus) -> Judgement {
                 false => link,
             };
             let action = match has_image && !serves_elsewhere(facts, primary) {
-                true => format!("{look}; if {name} is gone: blockmirror promote {}", facts.name),
+                true => format!("{look}; if {name} is gone: {}", promote(facts)),
                 false => look,
             } + &elsewhere(facts, primary);
             (link, action)
@@ -155,11 +156,17 @@ fn succession(facts: &VolumeFacts) -> Option<Judgement> {
         return Some(Judgement::new(VolumeState::Waiting, verdict, action));
     }
     let verdict = match (succession.released, succession.demoted) {
-        (true, _) => "nobody is the primary: it was demoted, and this copy has everything",
-        (false, true) => "nobody is the primary: this host was demoted",
+        (true, _) if facts.touched.is_some() => {
+            format!("nobody is the primary: it was demoted, and this copy had everything; {}", copy(facts))
+        }
+        (true, _) => "nobody is the primary: it was demoted, and this copy has everything".to_owned(),
+        (false, true) if facts.touched.is_some() => {
+            format!("nobody is the primary: this host was demoted; {}", copy(facts))
+        }
+        (false, true) => "nobody is the primary: this host was demoted".to_owned(),
         (false, false) => return None,
     };
-    let action = format!("to go on here: blockmirror promote {}", facts.name);
+    let action = format!("to go on here: {}", promote(facts));
     Some(Judgement::new(VolumeState::Waiting, verdict, action))
 }
 
@@ -210,6 +217,17 @@ fn went_on(facts: &VolumeFacts) -> Option<Judgement> {
     Some(Judgement::new(VolumeState::Waiting, verdict, action))
 }
 
+/// How this host is promoted.
+fn promote(facts: &VolumeFacts) -> String {
+    let volume = &facts.name;
+    match facts.touched {
+        None => format!("blockmirror promote {volume}"),
+        Some(_) => format!(
+            "better promote another host that had everything; blockmirror promote {volume} --force takes this copy as it is"
+        ),
+    }
+}
+
 /// Adds what could be brought back, and the commands for that and for giving it up.
 pub(super) fn add_kept(facts: &VolumeFacts, judgement: &mut Judgement) {
     let (name, succession) = (&facts.name, &facts.succession);
@@ -249,6 +267,11 @@ fn back(point: &Rollback) -> String {
 /// What this host's copy is good for.
 pub(super) fn copy(facts: &VolumeFacts) -> String {
     match (facts.data, &facts.succession.rollback) {
+        (Some(CopyState::Consistent), _) | (Some(CopyState::Inconsistent), Some(_))
+            if facts.touched.is_some() =>
+        {
+            "this copy is not to be relied on: something else wrote to it".to_owned()
+        }
         (Some(CopyState::Consistent), _) => "this copy is consistent".to_owned(),
         (Some(CopyState::Inconsistent), Some(point)) => {
             format!("this copy can be rolled back to {}", back(point))

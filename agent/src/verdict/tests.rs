@@ -1143,6 +1143,34 @@ fn a_backing_that_something_else_uses_or_changed_is_named() {
         "{}",
         status.verdict
     );
+    // A replica's copy counts for less, whatever it was told before.
+    let touched = Some("found by an earlier run of the agent".to_owned());
+    let succession = Succession { released: true, ..Succession::default() };
+    let primary = PeerStatus { connection: Connection::Disconnected, ..peer("a", Role::Primary) };
+    let gone = facts(Role::Replica, vec![primary]);
+    for (facts, verdict, action) in [
+        (
+            VolumeFacts { succession, ..gone.clone() },
+            "it was demoted, and this copy had everything; this copy is not to be relied on: something else wrote to it; ",
+            "to go on here: better promote another host that had everything; blockmirror promote data --force",
+        ),
+        (
+            gone,
+            "; this copy is not to be relied on: something else wrote to it; ",
+            "; if a is gone: better promote another host",
+        ),
+    ] {
+        let status = running(VolumeFacts { touched: touched.clone(), ..facts.clone() });
+        assert!(status.verdict.contains(verdict), "{}", status.verdict);
+        assert!(status.verdict.contains("was changed by something else"), "{}", status.verdict);
+        assert!(status.action.contains(action), "{}", status.action);
+        let status = stopped(VolumeFacts { touched: touched.clone(), ..facts });
+        assert!(
+            status.verdict.ends_with("not to be relied on: something else wrote to it"),
+            "{}",
+            status.verdict
+        );
+    }
     let backing_users = vec!["/dev/loop3".into()];
     let status =
         running(VolumeFacts { backing_users, ..facts(Role::Replica, vec![peer("a", Role::Primary)]) });

@@ -152,6 +152,7 @@ impl Volume {
             // What else stands against a promotion is said when one is asked for.
             Some(
                 Objection::Connected
+                | Objection::Touched
                 | Objection::Kept
                 | Objection::Rollback
                 | Objection::Unheard(_)

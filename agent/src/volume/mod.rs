@@ -395,12 +395,10 @@ struct Volume {
     elsewhere: Option<Elsewhere>,
 }
 
-/// The backing was written by something else.
+/// The backing was written by something else, as this run of the agent found. A replica's superblock says it for all runs.
 struct Touched {
     /// When, in words.
     words: String,
-    /// How often this host had adopted another's content by then.
-    adopted: u64,
     /// Whether what follows from it has to be done when the volume is opened next.
     is_due: bool,
 }
@@ -596,13 +594,8 @@ impl Volume {
             "{}: {words}; all of it is compared before anything counts as in sync",
             self.config.borrow().backing.display()
         );
-        let adopted = match &self.role {
-            OpenRole::Primary(primary, _) => primary.state().superblock().adopted,
-            OpenRole::Replica(replica) => replica.state().superblock().adopted,
-            OpenRole::Closed(_) | OpenRole::Changing(_) => 0,
-        };
         let is_due = !matches!(self.role, OpenRole::Primary(..));
-        *self.touched.borrow_mut() = Some(Touched { words, adopted, is_due });
+        *self.touched.borrow_mut() = Some(Touched { words, is_due });
         match &self.role {
             OpenRole::Primary(primary, _) => primary.doubt_everything(),
             OpenRole::Replica(replica) => {

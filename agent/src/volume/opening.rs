@@ -119,7 +119,8 @@ impl Volume {
     }
 
     /// Finds out whether something else wrote to the backing since it was open here, which means that any block may differ
-    /// (X4), and notes that it is open. Of one that `is_new` the metadata says that already.
+    /// (X4), and notes that it is open. A replica's superblock says so before the notes say anything else. Of one that `is_new`
+    /// the metadata says that already.
     async fn hold(
         &mut self,
         storage: &Rc<dyn Storage>,
@@ -128,6 +129,10 @@ impl Volume {
         is_new: bool,
     ) -> Result<(), String> {
         let notes = self.notes();
+        if is_new {
+            // What was noticed was of the old one.
+            *self.touched.borrow_mut() = None;
+        }
         let compared = match is_new {
             true => None,
             false if self.awaiting.shrunk().is_some() => Some(SMALLER.to_owned()),
@@ -141,11 +146,12 @@ impl Volume {
                 volume = %name,
                 "{path}: {words}; all of it is compared before anything counts as in sync"
             );
-            let adopted = state.superblock().adopted;
-            *self.touched.borrow_mut() = Some(Touched { words, adopted, is_due: true });
+            *self.touched.borrow_mut() = Some(Touched { words, is_due: true });
         }
         if self.touched.borrow().as_ref().is_some_and(|touched| touched.is_due) {
             state.log_everything().await.map_err(|error| with_causes(&error))?;
+            let noted = state.change_superblock(Superblock::note_touched).await;
+            noted.map_err(|error| with_causes(&error))?;
             self.touched.borrow_mut().iter_mut().for_each(|touched| touched.is_due = false);
         }
         let events = self.events.clone();

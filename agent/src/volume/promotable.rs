@@ -57,9 +57,26 @@ impl Applicant {
 
     /// Why it should not be promoted now, given what the others say; what is not said here loses nothing.
     pub(super) fn objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
-        let text = self.first_objection(answers)?;
-        let kept = self.kept_words().filter(|kept| !text.contains(kept));
-        Some(kept.map_or_else(|| text.clone(), |kept| format!("{text}; and {kept}")))
+        let objection = self.candidate.objection(&heard(answers))?;
+        Some(self.with_more(self.words(objection, answers)))
+    }
+
+    /// An objection, and what a promotion by force means beside it.
+    fn with_more(&self, text: String) -> String {
+        let more = [self.touched_words(), self.kept_words()];
+        more.into_iter().flatten().fold(text, |text, more| match text.contains(&more) {
+            true => text,
+            false => format!("{text}; and {more}"),
+        })
+    }
+
+    /// That something else wrote to this copy.
+    fn touched_words(&self) -> Option<String> {
+        self.touched.as_ref().map(|words| {
+            format!(
+                "this copy was changed by something else ({words}), and was not compared with a primary's since"
+            )
+        })
     }
 
     /// What a promotion would give up that nobody has agreed to, and what to do about that first.
@@ -77,28 +94,7 @@ impl Applicant {
     /// Why it should not take over from the primary that was demoted for it, given what the others say.
     pub(super) fn objection_to_succeeding(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
         let objection = self.candidate.objection_to_succeeding(&heard(answers))?;
-        Some(self.words(objection, answers))
-    }
-
-    fn first_objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
-        let objection = self.candidate.objection(&heard(answers));
-        let has_better = matches!(
-            objection,
-            Some(
-                Objection::Serves(_)
-                    | Objection::Connected
-                    | Objection::Promoted(_)
-                    | Objection::Later(_)
-                    | Objection::Demoted(_)
-            )
-        );
-        if let Some(words) = self.touched.as_ref().filter(|_| !has_better) {
-            return Some(format!(
-                "this copy was changed by something else ({words}), and was not compared with a primary's since; \
-                 --force promotes it as it is"
-            ));
-        }
-        Some(self.words(objection?, answers))
+        Some(self.with_more(self.words(objection, answers)))
     }
 
     fn words(&self, objection: Objection, answers: &[(PeerConfig, Answered)]) -> String {
@@ -151,11 +147,18 @@ impl Applicant {
             }
             Objection::Demoted(host) => {
                 let holder = name(host);
+                let when = match self.candidate.superblock.released {
+                    true => "",
+                    false => " while this copy was out of its reach",
+                };
                 format!(
-                    "{holder} was the primary, was demoted while this copy was out of its reach, and has everything; \
-                     {}; --force promotes this one, and what only {holder} has is given up",
+                    "{holder} was the primary, was demoted{when}, and has everything; {}; --force promotes this one, and \
+                     what only {holder} has is given up",
                     promote_there(host)
                 )
+            }
+            Objection::Touched => {
+                format!("{}; --force promotes it as it is", self.touched_words().unwrap_or_default())
             }
             Objection::Kept => {
                 let kept = self.kept_words().unwrap_or_default();
@@ -178,11 +181,12 @@ impl Applicant {
                         names(silent)
                     ),
                     (false, true) => format!(
-                        "{} may have had what is missing here, and has lost its copy since",
+                        "{} may have had what is missing here, and has lost its copy since, or something else changed it",
                         names(lost)
                     ),
                     (false, false) => format!(
-                        "{} may have what is missing here, and cannot be asked; {} may have had it, and has lost its copy since",
+                        "{} may have what is missing here, and cannot be asked; {} may have had it, and has lost its copy since, \
+                         or something else changed it",
                         names(silent),
                         names(lost)
                     ),
@@ -279,6 +283,7 @@ mod tests {
             given: Given { promise, counted: Vec::new() },
             released: false,
             replaced: false,
+            touched: false,
             run: Epoch(0),
             ends: blockmirror_protocol::lineage::Ends::default(),
             agreed: 3,
@@ -338,9 +343,16 @@ mod tests {
     fn a_copy_that_something_else_changed_is_promoted_only_by_force() {
         let touched = Some("something else wrote to it after it was closed here".to_owned());
         let mut applicant = applicant(Mode::Sync, Promise::Replicas(1));
-        applicant.touched = touched;
+        (applicant.touched, applicant.candidate.superblock.touched) = (touched, true);
         let text = applicant.objection(&[says("c", 3, standing(7))]).unwrap();
         assert!(text.contains("changed by something else") && text.contains("--force"), "{text}");
+        // It was released when it had everything, and whoever released it has that still.
+        applicant.candidate.superblock.released = true;
+        let text = applicant.objection(&[says("a", 1, standing(7))]).unwrap();
+        let instead = "a was the primary, was demoted, and has everything; on a: blockmirror promote data";
+        assert!(text.contains(instead) && text.contains("changed by something else"), "{text}");
+        let text = applicant.objection_to_succeeding(&[]).unwrap();
+        assert!(text.contains("changed by something else"), "{text}");
     }
 
     /// One host that promoted itself overwrote all copies, and the next promotion gave up what was kept of them.
@@ -408,7 +420,7 @@ mod tests {
             (
                 waits(),
                 vec![silent("a", 1), says("c", 3, Standing { replaced: true, ..standing(7) })],
-                "c may have had what is missing here, and has lost its copy since; --force",
+                "c may have had what is missing here, and has lost its copy since, or something else changed it; --force",
             ),
             // It can't be dialled from here, but its own connection lives.
             (connected, vec![silent("a", 1)], "a is the primary and reachable"),

@@ -218,6 +218,7 @@ impl Volume {
         let written = std::fs::metadata(marker).and_then(|status| status.modified());
         let since = replica.history_point().map_or(0, |(began, _)| began);
         let kept = self.unagreed(&superblock).map(|primary| (primary, since));
+        let touched = self.touched_words(&superblock);
         let candidate = Candidate {
             own: own.host,
             superblock,
@@ -235,7 +236,7 @@ impl Volume {
                 .map(|at| unix_seconds().saturating_sub(at.elapsed().map_or(0, |age| age.as_secs()))),
             link_seconds: replica.since().elapsed().as_secs(),
             now: unix_seconds(),
-            touched: self.touched.borrow().as_ref().map(|touched| touched.words.clone()),
+            touched,
             kept,
         }
     }

@@ -8,6 +8,7 @@ use crate::recovery;
 use crate::replica::{Recovery, Replica};
 use crate::transport::{CloseReason, Connection, ControlReceiver, ControlSender};
 use crate::words::with_causes;
+use blockmirror_protocol::succession;
 use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Message, Recovering, Refusal, Refused};
@@ -44,7 +45,16 @@ impl Volume {
             let text = "the backing of this replica has failed; see its log".to_owned();
             return no(Refusal::Backing, text);
         }
-        let data = replica.report().data;
+        let superblock = replica.state().superblock();
+        let (data, _) = succession::counts_as(&superblock);
+        let is_taken = accept_inconsistent || data == DataState::Empty;
+        if let Some(words) = self.touched_words(&superblock).filter(|_| !is_taken) {
+            let text = format!(
+                "this copy was changed by something else ({words}), and was not compared with a primary's since; use \
+                 another replica; --accept-inconsistent takes it as it is"
+            );
+            return no(Refusal::Backing, text);
+        }
         if data == DataState::Empty || data == DataState::Inconsistent && !accept_inconsistent {
             let text = "this copy is not consistent: its first sync or a resync did not end";
             let advice = match replica.rollback_point() {
@@ -81,7 +91,7 @@ impl Volume {
             copy: superblock.copy,
             size_bytes: superblock.size_bytes,
             block_size: superblock.block_size,
-            data: replica.report().data,
+            data: succession::counts_as(&superblock).0,
             position: replica.report().position,
             lineage: superblock.lineage,
         };

@@ -7,6 +7,7 @@ use crate::control::api::{
     Blocked, Connection, Health, NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, Succession,
     VolumeFacts,
 };
+use crate::holding::EARLIER;
 use crate::primary::{LinkState, Split};
 use crate::quantity::{Size, per_cent, unix_seconds};
 use crate::replica::Replica;
@@ -63,6 +64,7 @@ impl Volume {
                 }
                 let stored = self.stored(&config).await;
                 if let Some(superblock) = &stored.superblock {
+                    facts.touched = self.touched_words(superblock);
                     facts.data = Some(superblock.data.into());
                     facts.succession.fence = Some(superblock.fence.counter);
                 }
@@ -106,6 +108,7 @@ impl Volume {
                 let report = shell.report();
                 facts.backing_error = shell.error().filter(|_| shell.has_failed());
                 facts.data = Some(report.data.into());
+                facts.touched = self.touched_words(&shell.state().superblock());
                 facts.epoch = Some(report.position.epoch.0);
                 facts.succession = self.succession(shell);
                 for peer in &config.peers {
@@ -129,8 +132,18 @@ impl Volume {
         }
         facts.succession.removed = config.removal.as_ref().map(Removed::from);
         self.forget_touched(&facts);
-        facts.touched = self.touched.borrow().as_ref().map(|touched| touched.words.clone());
+        if !matches!(self.role, OpenRole::Replica(_)) {
+            let noticed = self.touched.borrow().as_ref().map(|touched| touched.words.clone());
+            facts.touched = noticed.or(facts.touched);
+        }
         facts
+    }
+
+    /// That something else wrote to a replica that says this of itself, in words, until all of it was compared.
+    pub(super) fn touched_words(&self, superblock: &Superblock) -> Option<String> {
+        let noticed = self.touched.borrow();
+        let words = || noticed.as_ref().map_or(EARLIER, |touched| &touched.words).to_owned();
+        superblock.touched.then(words)
     }
 
     /// The loop devices on an image that is a backing: they go round the claim on it.
@@ -172,8 +185,8 @@ impl Volume {
                     && facts.peers.iter().all(|peer| peer.state == Some(PeerState::InSync))
             }
             OpenRole::Replica(replica) => {
-                let adopted = replica.state().superblock().adopted;
-                self.touched.borrow().as_ref().is_some_and(|touched| touched.adopted < adopted)
+                let is_due = self.touched.borrow().as_ref().is_some_and(|touched| touched.is_due);
+                !is_due && !replica.state().superblock().touched
             }
             OpenRole::Closed(_) | OpenRole::Changing(_) => false,
         };

@@ -14,7 +14,7 @@
 //!  152 source host (32)     184 lineage length (4)  188 zero (4)
 //!  192 lineage: up to 64 generations of 16 bytes, newest first
 //! 1216 adopted (8)         1224 gap (8)         1232 layers (8)
-//! 1240 mode (1)  1241 released (1)  1242 replaced (1)  1243 zero (5)
+//! 1240 mode (1)  1241 released (1)  1242 replaced (1)  1243 touched (1)  1244 zero (4)
 //! 1248 counter of the source's fence (8)          1256 history (8)
 //! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
 //! 1400 zero                1432 agreed (8)            1440 run (8)
@@ -28,8 +28,9 @@
 //! promised, and no end is known. Version 3 said at 1400 where a recovered content ends: generation (16), epoch (8), and
 //! the first epoch of the run after it (8), with which that was settled. It had no run: the position of a primary told it.
 //! Nobody was asked whether he agreed: whoever was followed by then is agreed to. Version 4 had zeroes from 1960 on: a primary
-//! that was demoted in order agreed to whoever was promoted next, and had no heirs. Version 5 had zeroes from 3024 on: it did
-//! not know which hosts a promise of replicas was about, so such a promise counts for nothing.
+//! that was demoted in order agreed to whoever was promoted next, and had no heirs. Version 5 had a zero at 1243: that something
+//! else wrote to the backing was known to the run alone that noticed it; and zeroes from 3024 on: it did not know which hosts
+//! a promise of replicas was about, so such a promise counts for nothing.
 
 use super::dirty_map::Base;
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
@@ -95,7 +96,8 @@ struct Raw {
     mode: u8,
     released: u8,
     replaced: u8,
-    zero_again: [u8; 5],
+    touched: u8,
+    zero_again: [u8; 4],
     source_counter: U64,
     history: U64,
     promise: u8,
@@ -189,6 +191,9 @@ pub struct Superblock {
     /// Whether this copy has lost, since a primary last committed to it, what that one may count on it for: its content was
     /// recovered from another copy, given up, or brought back to what it was (W4).
     pub replaced: bool,
+    /// On a replica, whether something else wrote to the backing since all of it was last the content of a primary (X4): until
+    /// a commit, for which all is compared, or the operator's word that the content is to be the volume's as it is.
+    pub touched: bool,
     /// The first epoch of this host's last run as primary: whatever it numbered before is lower.
     pub run: Epoch,
     /// On a primary, where its content ends in generations that others may be further in. Of the one that is going on, an
@@ -227,6 +232,7 @@ impl Superblock {
             given: Given::NOTHING,
             released: false,
             replaced: false,
+            touched: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 0,
@@ -239,6 +245,11 @@ impl Superblock {
     pub fn base_of_everything(&self) -> Base {
         let generation = self.lineage.first().copied().unwrap_or_default();
         Base { generation, adopted: self.adopted, ..Base::default() }
+    }
+
+    /// Something else wrote to the backing (X4). What a primary finds there is what it serves: that is the volume's content.
+    pub fn note_touched(&mut self) {
+        self.touched |= self.role == Role::Replica;
     }
 
     /// Whether this host gave its content up, or brought it back, and has adopted nothing since (L6): what others remember
@@ -364,7 +375,8 @@ impl Superblock {
             mode: self.mode.to_byte(),
             released: self.released.into(),
             replaced: self.replaced.into(),
-            zero_again: [0; 5],
+            touched: self.touched.into(),
+            zero_again: [0; 4],
             source_counter: U64::new(self.source.counter),
             history: U64::new(self.history),
             promise,
@@ -480,6 +492,7 @@ impl Superblock {
             given: Given { promise, counted: counted.iter().map(|host| HostId(*host)).collect() },
             released: raw.released != 0,
             replaced: raw.replaced != 0,
+            touched: raw.touched != 0,
             run,
             ends,
             agreed: if is_older { raw.fence_counter.get() } else { raw.agreed.get() },
@@ -517,6 +530,7 @@ mod tests {
             },
             released: true,
             replaced: true,
+            touched: true,
             run: Epoch(17),
             ends: Ends::only(GenerationId([10; 16]), Epoch(18)),
             agreed: 19,
@@ -554,10 +568,10 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_version_5_does_not_know_which_hosts_count_for_its_promise() {
+    fn a_page_of_version_5_knows_of_nothing_else_that_wrote_and_not_who_counts() {
         let text = include_str!("golden/superblock-5.hex");
         let page = page_of(text, (0..256).chain(1216..1272).chain(1432..1464).chain(1960..2032));
-        let old = Superblock { given: Given::NOTHING, ..sample() };
+        let old = Superblock { given: Given::NOTHING, touched: false, ..sample() };
         assert_eq!(Superblock::recover(&page), Ok((11, old)));
     }
 
@@ -565,10 +579,17 @@ mod tests {
     fn a_page_of_version_4_has_no_heirs() {
         let text = include_str!("golden/superblock-4.hex");
         let page = page_of(text, (0..256).chain(1216..1272).chain(1432..1464));
-        assert_eq!(
-            Superblock::recover(&page),
-            Ok((11, Superblock { heirs: Vec::new(), given: Given::NOTHING, ..sample() }))
-        );
+        let old = Superblock { heirs: Vec::new(), given: Given::NOTHING, touched: false, ..sample() };
+        assert_eq!(Superblock::recover(&page), Ok((11, old)));
+    }
+
+    #[test]
+    fn what_something_else_wrote_to_a_primarys_backing_is_the_volumes_content() {
+        for (role, touched) in [(Role::Primary, false), (Role::Replica, true)] {
+            let mut superblock = Superblock { role, touched: false, ..sample() };
+            superblock.note_touched();
+            assert_eq!(superblock.touched, touched);
+        }
     }
 
     #[test]
@@ -587,6 +608,7 @@ mod tests {
             heirs: Vec::new(),
             replaced: false,
             given: Given::NOTHING,
+            touched: false,
             ..sample()
         }
     }

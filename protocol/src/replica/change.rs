@@ -110,7 +110,7 @@ impl StateChange {
                 superblock.mode = *mode;
                 superblock.given.clone_from(given);
                 superblock.source = *source;
-                superblock.replaced = false;
+                (superblock.replaced, superblock.touched) = (false, false);
                 superblock.gap = 0;
                 superblock.adopted += 1;
                 superblock.ends = Ends::default();

@@ -104,6 +104,8 @@ pub(crate) fn record(
     superblock.position = position;
     (superblock.gap, superblock.history) = (0, 0);
     (superblock.released, superblock.replaced) = (false, false);
+    // Where something else wrote to it, the operator takes it as it is.
+    superblock.touched = false;
     superblock.heirs.clear();
     Ok(())
 }

@@ -45,6 +45,7 @@ pub(crate) fn superblock(generations: &str) -> Superblock {
         given: Given::NOTHING,
         released: false,
         replaced: false,
+        touched: false,
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 2,
@@ -399,6 +400,29 @@ fn in_sync() -> Replica {
 fn commit(position: Position, generations: &str) -> Message {
     let (lineage, active, mode) = (lineage(generations), Vec::new(), Mode::Async);
     Commit { session: SessionNumber(1), position, lineage, active, mode, given: Given::NOTHING }.into()
+}
+
+/// The next run of the agent knew of it no more.
+#[test]
+fn that_something_else_wrote_is_known_until_a_commit() {
+    let mut it = Superblock { touched: true, ..superblock("ba") };
+    for change in [
+        StateChange::Follow { fence: fence(3, 3), agrees: true },
+        StateChange::Keep(1),
+        StateChange::Behind,
+        StateChange::Begin { source: fence(3, 3), gap: 2, keep: false },
+        StateChange::GiveRollbackUp,
+        StateChange::Forget,
+        StateChange::Generation(lineage("c")[0]),
+        StateChange::Release,
+    ] {
+        change.apply(&mut it);
+        assert!(it.touched, "{change:?}");
+    }
+    let (position, lineage, source) = (Position::default(), lineage("ba"), fence(3, 3));
+    let (mode, given) = (Mode::Async, Given::NOTHING);
+    StateChange::Commit { position, lineage, mode, given, source }.apply(&mut it);
+    assert!(!it.touched);
 }
 
 #[test]

@@ -129,6 +129,7 @@ mod tests {
             given: crate::promise::Given::NOTHING,
             released: false,
             replaced: false,
+            touched: false,
             run: crate::units::Epoch(0),
             ends: crate::lineage::Ends::default(),
             agreed: 2,

@@ -4,7 +4,7 @@
 use super::host::{Shell, host_id, host_number};
 use super::links::LinkId;
 use super::world::{Event, World};
-use blockmirror_protocol::succession::{Candidate, Objection};
+use blockmirror_protocol::succession::{self, Candidate, Objection};
 use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::Standing;
 use std::time::Duration;
@@ -69,10 +69,11 @@ impl World {
         }
         let it = &self.hosts[host];
         let superblock = it.durable_superblock();
+        let (data, can_roll_back) = succession::counts_as(&superblock);
         let standing = Standing {
             role: superblock.role,
-            data: superblock.data,
-            can_roll_back: superblock.gap != 0,
+            data,
+            can_roll_back,
             fence: superblock.fence,
             marker: it.mark().position,
             serves: it.tracker().is_some() && it.superseded.is_none() && !it.has_failed(),

@@ -26,6 +26,9 @@ impl World {
         let (Recovered::Active { serial, .. } | Recovered::Unsure { serial }) = it.recover_log();
         let record = activity_log::encode_everything(serial + 1);
         it.files.write_now(activity_log::FILE_NAME, activity_log::record_offset(serial + 1), &record);
+        let it = &mut self.hosts[host];
+        it.superblock.note_touched();
+        it.write_superblock_now();
         self.differences.forget(host);
         for link in self.links.ids().filter(|link| link.listener == host) {
             self.links[link].united_by = None;

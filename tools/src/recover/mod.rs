@@ -454,7 +454,9 @@ fn tell(report: &Report, json: bool, output: &mut Output) -> io::Result<()> {
     ];
     if report.data != CopyState::Consistent {
         lines.push(
-            "  warning: the peer's copy is a mixture of old and new blocks; check it before use".into(),
+            "  warning: the peer's copy is a mixture of old and new blocks, or something else wrote to it; check it before \
+             use"
+                .into(),
         );
     }
     output.lines(&lines)
