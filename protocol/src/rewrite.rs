@@ -10,6 +10,7 @@ use crate::adoption::{Adoption, Content};
 use crate::dirty_map::DirtyMap;
 use crate::disk::superblock::{Role, Superblock};
 use crate::ranges::ByteRange;
+use crate::replica::consent;
 use crate::replica::promotion::{self, NotPromotable};
 use crate::replica::undo::{self, NotUndoable};
 use crate::terms::{DataState, Fence};
@@ -95,7 +96,11 @@ pub struct Rewrite {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Promotion(Candidacy),
+    Promotion {
+        candidacy: Candidacy,
+        /// The peers of whom this host knows nothing that they lack.
+        level: Vec<HostId>,
+    },
     Undo(Before),
     Adoption {
         source: Option<HostId>,
@@ -126,7 +131,7 @@ impl Rewrite {
                 }))
                 .chain([Order::Sync, Order::Write(Part::Superblock(Change::End))]);
         Ok(Self {
-            kind: Kind::Promotion(candidacy),
+            kind: Kind::Promotion { candidacy, level: Vec::new() },
             orders: orders.collect(),
             ended: layers(&[superblock.gap, superblock.history]),
         })
@@ -185,7 +190,7 @@ impl Rewrite {
     /// # Errors
     /// [`TooLate`]; the host is what it was.
     pub fn next(&mut self, is_promised: bool) -> Result<Option<Order>, TooLate> {
-        if let (Kind::Promotion(candidacy), Some(Order::Write(Part::Superblock(Change::End)))) =
+        if let (Kind::Promotion { candidacy, .. }, Some(Order::Write(Part::Superblock(Change::End)))) =
             (&self.kind, self.orders.front())
             && candidacy.rests_on_word
             && !is_promised
@@ -206,13 +211,17 @@ impl Rewrite {
 
     fn map_of(&mut self, superblock: &Superblock, peer: HostId, mut map: DirtyMap) -> DirtyMap {
         match &mut self.kind {
-            Kind::Promotion(Candidacy { position, restored, .. }) => {
+            Kind::Promotion { candidacy: Candidacy { position, restored, .. }, level } => {
                 // Those that counted here count on this host, too.
                 let given = superblock.given.of_another(peer);
                 if given.is_for_ever() {
                     map.note_given(&given);
                 }
-                promotion::map_for(map, superblock, peer, *position, restored)
+                let map = promotion::map_for(map, superblock, peer, *position, restored);
+                if map.is_clean() {
+                    level.push(peer);
+                }
+                map
             }
             Kind::Undo(Before { lineage, saved, .. }) => undo::map_for(map, superblock, peer, lineage, saved),
             Kind::Adoption { source, content, vouched, .. } => {
@@ -234,12 +243,18 @@ impl Rewrite {
     /// When the superblock of a promotion is another one than it was begun with.
     pub fn change(&self, change: Change, superblock: &mut Superblock) {
         match (&self.kind, change) {
-            (Kind::Promotion(_), Change::Begin) => promotion::begin(superblock),
-            (Kind::Promotion(Candidacy { host, newest, position, is_forced, .. }), Change::End) => {
+            (Kind::Promotion { .. }, Change::Begin) => promotion::begin(superblock),
+            (Kind::Promotion { candidacy, level }, Change::End) => {
+                let Candidacy { host, newest, position, is_forced, .. } = candidacy;
+                let mut heirs = superblock.heirs.clone();
+                heirs.extend(level.iter().filter(|peer| !superblock.heirs.contains(peer)));
                 superblock.fence = raised(superblock.fence, *newest);
                 promotion::record(superblock, *host, *position).expect("a number was found for it");
                 if *is_forced {
                     superblock.note_followed();
+                } else if superblock.has_returned() {
+                    // The maps tell it no more once they are filled for another reason.
+                    consent::bequeath(superblock, &heirs);
                 }
             }
             (Kind::Undo(Before { lineage, own, .. }), Change::Begin) => {
@@ -364,6 +379,31 @@ mod tests {
         assert!(it.touched, "it is not promoted yet");
         rewrite.change(Change::End, &mut it);
         assert!(!it.touched);
+    }
+
+    /// Its map of one that it waited for was filled, and after a restart it did not wait.
+    #[test]
+    fn a_primary_that_returns_records_who_may_count_as_one_that_lacks_nothing() {
+        let own = HostId([2; 32]);
+        let demoted = Fence { counter: 3, holder: own };
+        let released = HostId([7; 32]);
+        for (is_forced, awaited) in [(false, vec![released, PEERS[0]]), (true, Vec::new())] {
+            let before =
+                Superblock { fence: demoted, source: demoted, heirs: vec![released], ..superblock("ba") };
+            let mut it = before.clone();
+            let candidacy = Candidacy { is_forced, ..candidacy(false) };
+            let mut rewrite = Rewrite::promotion(&it, &PEERS, candidacy).unwrap();
+            for (peer, lacks) in [(PEERS[0], false), (PEERS[1], true)] {
+                let mut map = DirtyMap::full(it.volume, peer, it.size_bytes, it.block_size);
+                map.begin_anew(before.base_of_everything());
+                let map = if lacks { map } else { map.clean(before.base_of_everything()) };
+                let _ = rewrite.map(&before, peer, map);
+            }
+            rewrite.change(Change::End, &mut it);
+            assert_eq!(it.heirs, awaited);
+            it.note_followed();
+            assert!(it.heirs.is_empty());
+        }
     }
 
     #[test]

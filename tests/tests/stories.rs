@@ -477,7 +477,7 @@ fn a_refused_greeting_is_not_repeated() {
         patience: PATIENCE,
         active_extents: CAPACITY,
         owes_word: false,
-        has_returned: false,
+        returned: None,
     };
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
     let mut tracker = Tracker::new(settings, &log, vec![session]);

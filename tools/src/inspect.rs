@@ -139,7 +139,10 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     }
     page.row("agreed to", format!("fences up to {}", superblock.agreed));
     for heir in &superblock.heirs {
-        page.row("agreed to", format!("the next one, if it is held by {heir}"));
+        match superblock.role {
+            Role::Replica => page.row("agreed to", format!("the next one, if it is held by {heir}")),
+            Role::Primary => page.row("waits for", format!("{heir}, which was told that it lacks nothing")),
+        }
     }
     if superblock.touched {
         page.row("touched", "yes, something else wrote to the backing, and all is to be compared");

@@ -167,7 +167,7 @@ impl Primary {
             sessions.push(Session::new(peer, map, size, block_size, config.window.0, mode));
             maps.insert(peer, file);
         }
-        let has_returned = superblock.has_returned();
+        let returned = superblock.returned();
         let settings = tracker::Settings {
             size_bytes: superblock.size_bytes,
             sector_bytes: backing.alignment(),
@@ -180,7 +180,7 @@ impl Primary {
             patience: PATIENCE,
             active_extents: config.active_extents(),
             owes_word: config.may_owe_word(unix_seconds()),
-            has_returned,
+            returned,
         };
         let tracker = Tracker::new(settings, &log, sessions);
         let primary = Rc::new_cyclic(|me| Self {
@@ -591,8 +591,13 @@ impl Primary {
         let primary = self.me();
         spawn_local(async move {
             let generation = GenerationId(crate::transport::key::random());
+            let is_followed = primary.awaited().is_empty();
             let change = |superblock: &mut Superblock| {
                 superblock.begin_generation(generation, &kept, LINEAGE_LIMIT, (first, end));
+                // Before anything is written that one of them may lack.
+                if is_followed {
+                    superblock.note_followed();
+                }
             };
             let generation = primary.record(change).await.then_some(generation);
             generation.into_iter().for_each(|generation| primary.state.note_generation(generation));

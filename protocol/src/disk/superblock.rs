@@ -30,7 +30,8 @@
 //! Nobody was asked whether he agreed: whoever was followed by then is agreed to. Version 4 had zeroes from 1960 on: a primary
 //! that was demoted in order agreed to whoever was promoted next, and had no heirs. Version 5 had a zero at 1243: that something
 //! else wrote to the backing was known to the run alone that noticed it; and zeroes from 3024 on: it did not know which hosts
-//! a promise of replicas was about, so such a promise counts for nothing.
+//! a promise of replicas was about, so such a promise counts for nothing. Its primaries had no
+//! heirs.
 
 use super::dirty_map::Base;
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
@@ -204,7 +205,8 @@ pub struct Superblock {
     /// ([`crate::replica::consent`]).
     pub agreed: u64,
     /// Since this host was demoted in order, those that had recorded that they have everything; at most [`HEIRS_LIMIT`].
-    /// Whoever of them is promoted next may overwrite this copy for good.
+    /// Whoever of them is promoted next may overwrite this copy for good. On a primary that was promoted again after that,
+    /// those that may count as such that lack nothing until they follow it ([`Superblock::has_returned`]).
     pub heirs: Vec<HostId>,
 }
 
@@ -266,9 +268,17 @@ impl Superblock {
         self.role == Role::Primary && !self.source.holder.is_none() && self.source.holder == self.fence.holder
     }
 
+    /// Where it has returned, those that had everything then, as far as that is recorded: a primary of an earlier release
+    /// recorded none.
+    #[must_use]
+    pub fn returned(&self) -> Option<Vec<HostId>> {
+        self.has_returned().then(|| self.heirs.clone())
+    }
+
     /// All of them follow this primary by now.
     pub fn note_followed(&mut self) {
         self.source = Fence::default();
+        self.heirs.clear();
     }
 
     /// The first epoch of this host's next run as primary; nothing where the numbers are used up.

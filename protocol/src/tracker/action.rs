@@ -133,9 +133,9 @@ pub struct Settings {
     pub active_extents: usize,
     /// Whether hosts that were removed may count on nothing being answered without them, by the word of an earlier run.
     pub owes_word: bool,
-    /// Whether this host was demoted in order and promoted again itself
-    /// ([`crate::disk::superblock::Superblock::has_returned`]).
-    pub has_returned: bool,
+    /// Where this host was demoted in order and promoted again itself, those that the superblock says had everything then
+    /// ([`crate::disk::superblock::Superblock::returned`]).
+    pub returned: Option<Vec<HostId>>,
 }
 
 /// How a write to the backing ended.

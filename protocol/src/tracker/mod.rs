@@ -169,7 +169,7 @@ impl Tracker {
             patience,
             active_extents,
             owes_word,
-            has_returned,
+            returned,
         } = settings;
         assert!(active_extents <= CAPACITY, "the active set fits into a record");
         let serial = match log {
@@ -211,8 +211,8 @@ impl Tracker {
             start: Start::default(),
             actions: VecDeque::new(),
         };
-        if has_returned {
-            tracker.await_released();
+        if let Some(released) = returned {
+            tracker.await_released(&released);
         }
         let promise = tracker.promise();
         tracker.assume_words();

@@ -57,11 +57,12 @@ impl Tracker {
     }
 
     /// This host was demoted in order and promoted again. Who had everything then may count as one that lacks nothing, until
-    /// it follows this promotion, too. Until then nothing is written, so that each start finds out the same: a write would be
-    /// in the map of whoever is waited for.
-    pub(super) fn await_released(&mut self) {
-        let had_all = self.sessions.iter().filter(|(_, session)| session.map().is_clean());
-        self.start.released = had_all.map(|(peer, _)| *peer).collect();
+    /// it follows this promotion, too: those that are recorded, and whoever lacks nothing by its map. Until then nothing is
+    /// written. What fills a map without a write does not say that its host lacked anything then.
+    pub(super) fn await_released(&mut self, recorded: &[HostId]) {
+        let had_all =
+            |(peer, session): &(&HostId, &Session)| session.map().is_clean() || recorded.contains(*peer);
+        self.start.released = self.sessions.iter().filter(had_all).map(|(peer, _)| *peer).collect();
     }
 
     /// Whoever has answered this primary's greeting has recorded that it follows it; whoever is removed is nobody's.
@@ -139,7 +140,7 @@ mod tests {
     use crate::tracker::replies::ReplicaLoss;
     use crate::tracker::testing::{NOW, answers, host, session, settings, tracker, write};
     use crate::tracker::{RequestId, Settings, Tracker};
-    use crate::units::Sequence;
+    use crate::units::{HostId, Sequence};
     use std::collections::BTreeSet;
     use std::time::Duration;
 
@@ -173,15 +174,20 @@ mod tests {
     /// Each released host may be promoted without a word for what is answered behind its back.
     #[test]
     fn a_primary_that_was_demoted_and_promoted_again_answers_when_all_follow_it_that_had_everything() {
-        let returned = || {
+        let returned_after = |recorded: &[HostId]| {
             let log = Recovered::Active { serial: 1, extents: BTreeSet::new() };
-            let settings = Settings { has_returned: true, ..settings(ReplicaLoss::Continue, Duration::ZERO) };
-            // The third lacks something, so nobody has released it.
+            let returned = Some(recorded.to_vec());
+            let settings = Settings { returned, ..settings(ReplicaLoss::Continue, Duration::ZERO) };
+            // The third lacks something.
             let mut behind = session(3, Mode::Async);
             behind.mark_suspect(ByteRange::new(0, 4096), Sequence(0));
             let sessions = vec![session(1, Mode::Async), session(2, Mode::Async), behind];
             Tracker::new(settings, &log, sessions)
         };
+        let returned = || returned_after(&[]);
+        // Its map may be full for another reason, as where something else wrote to the backing here.
+        let recorded = returned_after(&[host(3), host(99)]);
+        assert_eq!(recorded.released().collect::<Vec<_>>(), [host(1), host(2), host(3)]);
         let mut tracker = returned();
         answers(&mut tracker, NOW);
         assert_eq!(tracker.released().collect::<Vec<_>>(), [host(1), host(2)]);

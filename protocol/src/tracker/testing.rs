@@ -47,7 +47,7 @@ pub(super) fn settings(loss: ReplicaLoss, patience: Duration) -> Settings {
         patience,
         active_extents: LEAST_ACTIVE_EXTENTS,
         owes_word: false,
-        has_returned: false,
+        returned: None,
     }
 }
 

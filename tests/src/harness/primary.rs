@@ -123,7 +123,7 @@ impl World {
             opened_at: Time(self.now),
             patience: self.settings.patience,
             active_extents: self.settings.active_extents,
-            has_returned: it.superblock.has_returned(),
+            returned: it.superblock.returned(),
             owes_word: it.members.removed().any(|removed| modes[removed] == Mode::Sync),
         };
         let mut tracker = Tracker::new(settings, &log, sessions);
@@ -331,6 +331,9 @@ impl World {
                 self.generations.begin(generation, &it.superblock.lineage, Some((host, it.life)));
                 let before = it.superblock.ends.clone();
                 it.superblock.begin_generation(generation, &kept, limit, (first, end));
+                if is_followed {
+                    it.superblock.note_followed();
+                }
                 FileWork::Generation(generation, before)
             }
         };
