@@ -18,6 +18,7 @@ use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{
     MetadataError, PAGE_BYTES, Page, activity_log, dirty_map, marker, slot_offset, superblock,
 };
+use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::rewrite::{Part, Rewrite};
 use blockmirror_protocol::units::{GenerationId, HostId, Mark};
@@ -239,7 +240,8 @@ impl State {
             return Ok((map, file));
         }
         let superblock = self.superblock();
-        self.replace_map(peer, &superblock)?;
+        // What it was given its word on is not known.
+        self.replace_map(peer, &superblock, None)?;
         self.open_map(peer).await
     }
 
@@ -248,14 +250,19 @@ impl State {
     /// # Errors
     /// [`StateError`] when the file can't be written or opened.
     pub async fn new_map_of_follower(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
-        self.replace_map(peer, &self.superblock())?;
+        self.replace_map(peer, &self.superblock(), Some(&Given::NOTHING))?;
         self.open_map(peer).await
     }
 
-    fn replace_map(&self, peer: HostId, superblock: &Superblock) -> Result<(), StateError> {
+    fn replace_map(
+        &self,
+        peer: HostId,
+        superblock: &Superblock,
+        given: Option<&Given>,
+    ) -> Result<(), StateError> {
         let Superblock { volume, size_bytes, block_size, .. } = *superblock;
         let base = superblock.base_of_everything();
-        let file = DirtyMap::file_of_everything(volume, peer, size_bytes, block_size, base);
+        let file = DirtyMap::file_of_everything(volume, peer, size_bytes, block_size, base, given);
         durable::replace(&self.folder.join(dirty_map::file_name(peer)), &file)
             .map_err(|source| folder_error(&self.folder, source))
     }
@@ -342,7 +349,7 @@ impl State {
                 header.full_from == 0 && header.base.adopted == superblock.adopted && !header.is_unanswered;
             if !is_void || header.base.is_none() {
                 tracing::info!(map = %name, "all may differ from a host that is no peer any more");
-                self.replace_map(header.peer, &superblock)?;
+                self.replace_map(header.peer, &superblock, Some(&Given::NOTHING))?;
             }
         }
         Ok(())

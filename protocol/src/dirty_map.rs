@@ -107,9 +107,13 @@ impl DirtyMap {
         size_bytes: u64,
         block_size: BlockSize,
         base: Base,
+        given: Option<&Given>,
     ) -> Vec<u8> {
         let mut map = Self::full(volume, peer, size_bytes, block_size);
         map.begin_anew(base);
+        if let Some(given) = given {
+            map.note_given(given);
+        }
         let mut file = vec![0; page_offset(0) as usize];
         if let Some((offset, page)) = map.take_changes().header {
             file[offset as usize..offset as usize + PAGE_BYTES].copy_from_slice(&page[..]);

@@ -9,6 +9,7 @@
 use crate::adoption::{Adoption, Content};
 use crate::dirty_map::DirtyMap;
 use crate::disk::superblock::{Role, Superblock};
+use crate::promise::Given;
 use crate::ranges::ByteRange;
 use crate::replica::consent;
 use crate::replica::promotion::{self, NotPromotable};
@@ -212,10 +213,11 @@ impl Rewrite {
     fn map_of(&mut self, superblock: &Superblock, peer: HostId, mut map: DirtyMap) -> DirtyMap {
         match &mut self.kind {
             Kind::Promotion { candidacy: Candidacy { position, restored, .. }, level } => {
-                // Those that counted here count on this host, too.
-                let given = superblock.given.of_another(peer);
-                if given.is_for_ever() {
-                    map.note_given(&given);
+                // Those that counted here count on this host, too; the last primary was given no word.
+                if superblock.given.counted.contains(&peer) {
+                    map.note_given(&superblock.given.of_another(peer));
+                } else if peer == superblock.fence.holder {
+                    map.note_given(&Given::NOTHING);
                 }
                 let map = promotion::map_for(map, superblock, peer, *position, restored);
                 if map.is_clean() {

@@ -6,6 +6,7 @@ use crate::disk::superblock::{Role, Superblock};
 use crate::lineage::{self, Ends, Relation};
 use crate::membership;
 use crate::planted::{Bug, planted};
+use crate::promise::Given;
 use crate::replica::consent;
 use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{GenerationId, HostId, Position};
@@ -173,9 +174,12 @@ impl Candidate {
             Promise::WhileHeard if self.is_promised => None,
             // What was answered is on so many of the others, or here. Those that were heard have nothing later.
             Promise::Replicas(_) if *mode == Mode::Sync => {
-                // One that counts and is a member no more says nothing, either.
+                // One that counts and is a member no more says nothing, either. One that does not count may have been promoted.
+                let others = others.iter().map(|other| other.host).filter(|host| *host != fence.holder);
+                let counted: BTreeSet<HostId> = others.chain(given.counted.iter().copied()).collect();
+                let all = Given { promise: given.promise, counted: counted.into_iter().collect() };
                 let standing = |host| heard().find(|(heard, _)| *heard == host);
-                unheard(given.in_doubt(|host| standing(host).is_some_and(|(_, its)| holds_its_own(its))))
+                unheard(all.in_doubt(|host| standing(host).is_some_and(|(_, its)| holds_its_own(its))))
             }
             Promise::None | Promise::WhileHeard | Promise::Replicas(_) => Some(Objection::Unpromised),
         }
@@ -363,7 +367,6 @@ pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Posit
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::promise::Given;
     use crate::units::{BlockSize, CopyId, Epoch, Sequence, Session, VolumeId};
 
     fn host(number: u8) -> HostId {
@@ -508,6 +511,8 @@ mod tests {
             candidate
         };
         let unheard = |hosts: &[HostId]| Objection::Unheard(hosts.to_vec());
+        let mut uncounted = waiting();
+        uncounted.superblock.given.counted.clear();
         let touched = |mut candidate: Candidate| {
             candidate.superblock.touched = true;
             candidate
@@ -563,6 +568,8 @@ mod tests {
             ),
             // Another host that was released may have been promoted, used and lost.
             (released(), vec![silent(A), silent(C)], unheard(&[C])),
+            // It does not count, and may have been promoted by the primary's own operator.
+            (uncounted, vec![silent(A), silent(C)], unheard(&[C])),
             // It counts, and was removed since: nobody is asked any more what it has.
             (waiting(), vec![silent(A), says(host(4), standing(7))], unheard(&[C])),
             // Writes went on with one of the two, and it need not have been this one.

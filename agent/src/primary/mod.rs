@@ -260,6 +260,12 @@ impl Primary {
         (inner.tracker.position().0.0, inner.tracker.reports(self.now()).collect())
     }
 
+    /// A replica that was promised for ever what an answer would break now.
+    #[must_use]
+    pub fn promised_to(&self) -> Option<HostId> {
+        self.inner.borrow().tracker.promised_to()
+    }
+
     /// Whether writes wait, or would wait, until more replicas are in sync.
     #[must_use]
     pub fn blocked(&self) -> Option<Blocked> {

@@ -165,12 +165,12 @@ fn objection(status: &VolumeStatus, removed: &PeerConfig) -> Option<String> {
              one join first, or remove it all the same with --force"
         ));
     }
-    let away = facts.peers.iter().find(|peer| peer.name == *host && peer.connection != Link::Connected);
-    away.filter(|away| away.promised).map(|_| {
+    let removed = facts.peers.iter().find(|peer| peer.name == *host);
+    removed.filter(|removed| removed.promised).map(|_| {
         format!(
             "{host} was promised that nothing is answered without it, or without so many other replicas, and need not hear that \
-             it is removed: it could be promoted without --force there, and lacks what is written from then on; let it \
-             connect first, or remove it with --force where it never comes back as a primary"
+             it is removed: it could be promoted without --force there, and lacks what is written from then on; let it hear \
+             of another mode first (blockmirror mode {name} {host} async), or remove it with --force"
         )
     })
 }

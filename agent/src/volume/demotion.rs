@@ -193,6 +193,15 @@ impl Volume {
                  blockmirror wait {volume} --for in-sync"
             )));
         }
+        if let Some(host) = primary.promised_to() {
+            // The next primary knows less of what that one was promised.
+            return Err(refused(format!(
+                "{host} was promised that nothing is answered without it, or without so many other replicas, and has not \
+                 heard otherwise: let it connect, or where it is lost for good: blockmirror remove-peer {volume} {host} \
+                 --force",
+                host = self.name_of(host)
+            )));
+        }
         if !primary.in_sync().contains(&to) {
             return Err(refused(format!(
                 "{name} is not connected and in sync, so it can't take over: blockmirror wait {volume} --for in-sync"

@@ -66,19 +66,25 @@ impl Session {
         false
     }
 
-    /// What the replica is to count on from the next commit on. One that follows is resynced for it, where it counts for ever
-    /// on something else: it would hear of it with the next session only.
+    /// What the replica is to count on from the next commit on.
     pub(crate) fn give(&mut self, given: Given) {
-        let is_news = *self.word.wanted() != given;
         self.word.want(given);
-        if is_news && self.word.is_outdated() {
-            self.give_up();
-        }
+    }
+
+    /// Whether the replica follows, and has to be resynced for what it is to count on for ever, or no more: it would hear of it
+    /// with the next session only.
+    pub(crate) fn awaits_word(&self) -> bool {
+        self.may_follow() && self.word.is_news()
+    }
+
+    /// Whether it is connected, and is being brought into sync.
+    pub(crate) fn is_on_its_way(&self) -> bool {
+        matches!(&self.state, State::Linked(link) if link.phase != Phase::InSync)
     }
 
     /// What the replica may count on is not known, and it may be this, as it would have been given it.
     pub(crate) fn assume_given(&mut self, given: impl FnOnce() -> Given) {
-        if self.map.given().is_none() && self.mode == Mode::Sync && self.was_met() {
+        if self.map.given().is_none() && self.mode == Mode::Sync {
             self.word.assume(given());
         }
     }
@@ -87,12 +93,6 @@ impl Session {
     /// has all that the answer speaks for.
     pub(crate) fn allows(&self, has_it: impl Fn(HostId) -> bool) -> bool {
         self.may_follow() || self.word.allows(has_it)
-    }
-
-    /// Whether this host has ever met it. Of one that it never met, all differs from no copy.
-    fn was_met(&self) -> bool {
-        let base = self.map.base();
-        !base.copy.is_none() || !base.is_none() && !self.map.is_full()
     }
 
     /// A generation began, durably: what is streamed from here on, in epochs from this one on, belongs to it (L1).
@@ -242,8 +242,7 @@ impl Session {
     /// The replica may have this host's word from before, whatever is known here.
     pub(crate) fn keep_word(&mut self, patience: Duration, until: Option<Time>) {
         self.patience = patience;
-        let may_have_it = self.mode == Mode::Sync && self.was_met() || self.word.is_given();
-        self.promised = self.promised.max(until.filter(|_| may_have_it));
+        self.promised = self.promised.max(until.filter(|_| self.word.holds_for_a_time()));
     }
 
     /// This host was away: whatever it promised holds for as long as if it had just been asked.

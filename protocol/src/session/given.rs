@@ -41,20 +41,24 @@ impl Word {
         &self.wanted
     }
 
-    /// Whether it was given its word, of whatever kind, and has not heard otherwise.
-    pub(super) fn is_given(&self) -> bool {
-        self.held.promise != Promise::None
-    }
-
     /// Whether it was given it for ever.
     pub(super) fn is_for_ever(&self) -> bool {
         self.held.is_for_ever()
     }
 
-    /// Whether it counts for ever on what it is not to count on any more, or is to count for ever on what it does not yet. Then
-    /// it has to be resynced: in a resync it counts on nothing.
+    /// Whether it counts for ever on what it is not to count on any more: then it has to be resynced, where it counts on nothing.
     pub(super) fn is_outdated(&self) -> bool {
+        self.held != self.wanted && self.held.is_for_ever()
+    }
+
+    /// Whether a new commit gives it something else that holds for ever, or takes that away.
+    pub(super) fn is_news(&self) -> bool {
         self.held != self.wanted && (self.held.is_for_ever() || self.wanted.is_for_ever())
+    }
+
+    /// Whether it may count on its primary's word for some time, as far as is known.
+    pub(super) fn holds_for_a_time(&self) -> bool {
+        self.held.promise == Promise::WhileHeard
     }
 
     /// Whether an answer without it breaks no word that holds for ever. `has_it` says of another replica whether it has all
@@ -63,11 +67,14 @@ impl Word {
         self.held.allows(has_it)
     }
 
-    /// Its copy is being resynced, as it has recorded: it can't be promoted without force.
-    pub(super) fn counts_on_nothing(&mut self) {
-        if self.held.is_for_ever() {
+    /// Its copy is being resynced, as it has recorded: it can't be promoted without force. Says whether it counted for ever on
+    /// something until now.
+    pub(super) fn counts_on_nothing(&mut self) -> bool {
+        let is_over = self.held.is_for_ever();
+        if is_over {
             self.held = Given::NOTHING;
         }
+        is_over
     }
 
     /// What the map's file has to say before the commit, if it does not.
@@ -151,7 +158,7 @@ mod tests {
         word.want(Given { promise: Promise::WhileHeard, counted: Vec::new() });
         assert!(word.is_outdated() && !word.allows(|_| false) && word.allows(|host| host == B));
         assert!(!word.allows(|host| host == C), "a host that joined does not count for it");
-        word.counts_on_nothing();
+        assert!(word.counts_on_nothing() && !word.counts_on_nothing());
         assert!(!word.is_outdated() && word.allows(|_| false));
     }
 
@@ -159,10 +166,10 @@ mod tests {
     fn a_commit_that_may_be_recorded_counts() {
         let mut word = Word::new(None);
         word.want(for_ever(&[B]));
-        assert!(word.allows(|_| false) && word.is_outdated());
+        assert!(word.allows(|_| false) && word.is_news() && !word.is_outdated());
         record(&mut word);
         word.is_sent();
-        assert!(!word.allows(|_| false) && !word.is_outdated());
+        assert!(!word.allows(|_| false) && !word.is_news());
         // It is to count on nothing: until it has recorded that, it may not.
         word.want(Given::NOTHING);
         word.is_sent();

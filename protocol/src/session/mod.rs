@@ -45,6 +45,7 @@ use crate::dirty_map::{DirtyMap, MapChanges};
 use crate::disk::dirty_map::Base;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
+use crate::promise::Given;
 use crate::promise::PATIENCE;
 use crate::ranges::ByteRange;
 use crate::terms::Mode;
@@ -582,7 +583,9 @@ impl Session {
             Message::ResyncReady(ResyncReady { session }) if session == link.session => {
                 if link.phase == Phase::Beginning {
                     link.phase = Phase::Resyncing;
-                    self.word.counts_on_nothing();
+                    if self.word.counts_on_nothing() {
+                        self.map.note_given(&Given::NOTHING);
+                    }
                 }
                 Ok(())
             }

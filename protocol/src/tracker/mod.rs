@@ -53,7 +53,7 @@ use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::session::resync::{CopyContent, CopyRead};
 use crate::session::{self, Circumstances, CompareResult, Handled, Identity, PeerError, Report, Session};
-use crate::terms::{Mode, Promise};
+use crate::terms::Mode;
 use crate::units::{
     EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time,
 };
@@ -214,7 +214,6 @@ impl Tracker {
         if let Some(released) = returned {
             tracker.await_released(&released);
         }
-        let promise = tracker.promise();
         tracker.assume_words();
         tracker.give_words();
         for session in tracker.sessions.values_mut() {
@@ -222,8 +221,7 @@ impl Tracker {
             session.opened_at(newest);
             session.set_withholds(tracker.loss.blocks());
             // What an earlier run of the agent promised is not known any more.
-            let until = (promise == Promise::WhileHeard).then(|| opened_at.after(patience));
-            session.keep_word(patience, until);
+            session.keep_word(patience, Some(opened_at.after(patience)));
             match log {
                 Recovered::Active { extents, .. } => {
                     for extent in extents {
@@ -685,6 +683,7 @@ impl Tracker {
     }
 
     fn drive_sessions(&mut self, now: Time) {
+        self.renew_words();
         self.note_left();
         let (activity, has_several) = (&self.activity, self.has_several_replicas());
         // Asked for with a commit only.

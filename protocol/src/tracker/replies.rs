@@ -144,7 +144,7 @@ impl Tracker {
             .fold((0, 0), |(in_sync, all), session| (in_sync + usize::from(session.is_in_sync()), all + 1));
         let required = min_replicas.min(all);
         let oldest = self.owed.iter().map(|owed| now.since(owed.since)).max().unwrap_or_default();
-        let promised_to = self.promised_to(None).filter(|_| in_sync >= required);
+        let promised_to = self.promised_to().filter(|_| in_sync >= required);
         let blocked = Blocked { in_sync, required, requests: self.owed.len(), oldest, limit, promised_to };
         (in_sync < required || promised_to.is_some()).then_some(blocked)
     }
@@ -188,6 +188,16 @@ impl Tracker {
         }
     }
 
+    /// Has a replica resynced that is to count on something else for ever, one at a time: the others stay in sync meanwhile.
+    pub(super) fn renew_words(&mut self) {
+        if self.sessions.values().any(Session::is_on_its_way) {
+            return;
+        }
+        if let Some(session) = self.sessions.values_mut().find(|session| session.awaits_word()) {
+            session.give_up();
+        }
+    }
+
     /// What replicas may count on of which nothing is known is what an earlier release gave.
     pub(super) fn assume_words(&mut self) {
         let (promise, hosts): (_, Vec<HostId>) = (self.promise(), self.sessions.keys().copied().collect());
@@ -201,8 +211,14 @@ impl Tracker {
         }
     }
 
+    /// A replica that counts for ever on something that an answer would break now.
+    #[must_use]
+    pub fn promised_to(&self) -> Option<HostId> {
+        self.broken_by(None)
+    }
+
     /// A replica that counts for ever on something that this answer would break, or any later one.
-    fn promised_to(&self, owed: Option<Owed>) -> Option<HostId> {
+    fn broken_by(&self, owed: Option<Owed>) -> Option<HostId> {
         let has_it = |host: HostId| {
             self.sessions.get(&host).is_some_and(|session| {
                 let is_settled = owed.is_none_or(|owed| owed.is_settled_by(session));
@@ -256,7 +272,7 @@ impl Tracker {
         {
             return if now >= owed.since.after(limit) { Verdict::Fail } else { Verdict::Wait };
         }
-        if self.promised_to(Some(owed)).is_some() {
+        if self.broken_by(Some(owed)).is_some() {
             let is_over = match self.loss {
                 ReplicaLoss::Block { limit, .. } => now >= owed.since.after(limit),
                 ReplicaLoss::Continue => self.start.refuses,

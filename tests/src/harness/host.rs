@@ -25,6 +25,7 @@ use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
+use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::succession::Claims;
 use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::tracker::{Doubt, Tracker};
@@ -319,7 +320,14 @@ impl Host {
     pub(super) fn void_map(&mut self, peer: usize) {
         let Superblock { size_bytes, block_size, .. } = self.superblock;
         let base = self.superblock.base_of_everything();
-        let file = DirtyMap::file_of_everything(VOLUME, host_id(peer), size_bytes, block_size, base);
+        let file = DirtyMap::file_of_everything(
+            VOLUME,
+            host_id(peer),
+            size_bytes,
+            block_size,
+            base,
+            Some(&Given::NOTHING),
+        );
         let name = dirty_map::file_name(host_id(peer));
         self.files.remove(&name);
         for (page, offset) in file.chunks(PAGE_BYTES).zip((0..).step_by(PAGE_BYTES)) {
