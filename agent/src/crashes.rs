@@ -12,7 +12,7 @@ use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// The file's name in the volume's state folder.
@@ -29,7 +29,7 @@ pub const QUIET_TIME: Duration = Duration::from_secs(600);
 const LINE_LIMIT: usize = 500;
 
 thread_local! {
-    static FOLDER: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
+    static FOLDER: RefCell<Option<Arc<Path>>> = const { RefCell::new(None) };
 }
 
 /// Where panics of threads are noted that work for no volume.
@@ -58,9 +58,45 @@ pub fn forget_of_agent(state: &Path) -> io::Result<()> {
     durable::remove(&state.join(AGENT_FILE_NAME))
 }
 
-/// A panic of this thread is from now on one of the volume with this state folder.
-pub fn watch(folder: &Path) {
-    FOLDER.with(|mine| *mine.borrow_mut() = Some(folder.to_owned()));
+/// For whom a thread works: a panic of it is one of the volume with that state folder, or of none.
+#[derive(Clone, Debug)]
+pub struct Worker(Option<Arc<Path>>);
+
+impl Worker {
+    /// A volume with this state folder.
+    #[must_use]
+    pub fn volume(folder: &Path) -> Self {
+        Self(Some(folder.into()))
+    }
+
+    /// Whoever this thread works for now.
+    #[must_use]
+    pub fn current() -> Self {
+        Self(FOLDER.with(|mine| mine.borrow().clone()))
+    }
+
+    /// Does some work for it.
+    pub fn works<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _working = Working { before: FOLDER.with(|mine| mine.replace(self.0.clone())) };
+        work()
+    }
+
+    /// Does work for it that others, who share the thread, do theirs in between of.
+    pub async fn does<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        std::future::poll_fn(|context| self.works(|| work.as_mut().poll(context))).await
+    }
+}
+
+/// Gives the thread back to whoever it worked for before.
+struct Working {
+    before: Option<Arc<Path>>,
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        FOLDER.with(|mine| drop(mine.replace(self.before.take())));
+    }
 }
 
 /// Remembers a panic of this thread. For the panic's hook: nothing in it panics.
@@ -113,8 +149,8 @@ mod tests {
         let panics = || {
             let volume = volume.clone();
             let thread = std::thread::spawn(move || {
-                watch(&volume);
-                note(&"panicked at src/x.rs:1:\nthere is a number for each run");
+                let text = "panicked at src/x.rs:1:\nthere is a number for each run";
+                Worker::volume(&volume).works(|| note(&text));
             });
             thread.join().unwrap();
         };
@@ -132,6 +168,32 @@ mod tests {
         assert!(fs::read_dir(&other).unwrap().next().is_none());
     }
 
+    /// A panic of the transport's thread, on which a volume may be served, closed that volume; one of a thread that a volume
+    /// had for what blocks counted against the agent.
+    #[tokio::test]
+    async fn a_panic_counts_for_whoever_is_being_worked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let volume = folder.path().join("a");
+        fs::create_dir(&volume).unwrap();
+        let panics = || fs::read_to_string(volume.join(FILE_NAME)).unwrap_or_default().lines().count();
+        let worker = Worker::volume(&volume);
+        let work = async {
+            note(&"of the volume");
+            tokio::task::yield_now().await;
+            note(&"of the volume");
+            crate::blocking::blocking(|| note(&"of its thread for what blocks")).await;
+            crate::blocking::spawn(|| note(&"of another one")).await.unwrap();
+        };
+        let other = async {
+            note(&"of a task on the same thread");
+            tokio::task::yield_now().await;
+            note(&"of a task on the same thread");
+        };
+        tokio::join!(worker.does(work), other);
+        note(&"of the thread, afterwards");
+        assert_eq!(panics(), 4);
+    }
+
     const CHILD: &str = "BLOCKMIRROR_TEST_PANICS";
 
     /// Not a test of its own: what the next one runs.
@@ -144,8 +206,9 @@ mod tests {
         crate::process::prepare();
         std::thread::spawn(move || {
             let of_volume = std::env::var("VOLUME").is_ok();
-            of_volume.then(|| watch(&PathBuf::from(std::env::var(CHILD).unwrap()).join("volume")));
-            panic!("there is a number for each run");
+            let fails = || panic!("there is a number for each run");
+            let volume = PathBuf::from(std::env::var(CHILD).unwrap()).join("volume");
+            if of_volume { Worker::volume(&volume).works(fails) } else { fails() }
         });
         std::thread::park();
     }

@@ -257,7 +257,7 @@ impl Holding {
             // The times of an image are not durable by a sync of its data alone.
             let synced = self.backing.as_fd().try_clone_to_owned();
             let digest = digest(&self.storage, &self.backing, &self.pool).await.map_err(io::Error::other)?;
-            tokio::task::spawn_blocking(move || fs::File::from(synced?).sync_all()).await??;
+            crate::blocking::spawn(move || fs::File::from(synced?).sync_all()).await??;
             let Some(looks) = looks(&self.backing).await else { return Ok(()) };
             let text = format!("{CLOSED}\n{}\n{}\n{digest}\n", self.boot.name, looks.text());
             durable::replace(&self.notes.note(), text.as_bytes())?;
@@ -321,7 +321,7 @@ impl Holding {
         let Some(at) = looks.modified().filter(is_due) else { return };
         self.kept.set(at);
         let (notes, boot) = (self.notes.clone(), self.boot.clone());
-        *keeping = Some(tokio::task::spawn_blocking(move || {
+        *keeping = Some(crate::blocking::spawn(move || {
             if let Err(error) = notes.note_open(&boot, Some(at)) {
                 tracing::debug!(%error, "cannot note when the backing was written");
             }
@@ -340,7 +340,7 @@ impl Holding {
             if let Some(keeping) = keeping {
                 keeping.await?;
             }
-            tokio::task::spawn_blocking(move || durable::replace(&path, text.as_bytes())).await?
+            crate::blocking::spawn(move || durable::replace(&path, text.as_bytes())).await?
         };
         let noted: io::Result<()> = noting.await;
         if let Err(error) = noted {
@@ -539,7 +539,7 @@ impl Looks {
 /// may hang.
 async fn looks(backing: &File) -> Option<Looks> {
     let file = fs::File::from(backing.as_fd().try_clone_to_owned().ok()?);
-    tokio::task::spawn_blocking(move || looks_of(&file.metadata().ok()?)).await.ok()?
+    crate::blocking::spawn(move || looks_of(&file.metadata().ok()?)).await.ok()?
 }
 
 fn looks_of(status: &fs::Metadata) -> Option<Looks> {

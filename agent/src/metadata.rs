@@ -103,7 +103,7 @@ impl State {
     /// Notes when a generation began that is durable now; in words only, so nobody waits for it.
     pub fn note_generation(&self, generation: GenerationId) {
         let folder = self.folder.clone();
-        tokio::task::spawn_blocking(move || {
+        crate::blocking::spawn(move || {
             if let Err(error) = generations::note(&folder, generation) {
                 tracing::warn!(%error, "cannot note when a generation began in {}", folder.display());
             }

@@ -294,5 +294,5 @@ fn is_no_space(error: &io::Error) -> bool {
 
 /// Does what waits for the file system without keeping the volume's thread.
 async fn aside<Value: Send + 'static>(work: impl FnOnce() -> Value + Send + 'static) -> Value {
-    tokio::task::spawn_blocking(work).await.expect("work that is done aside neither panics nor is aborted")
+    crate::blocking::spawn(work).await.expect("work that is done aside neither panics nor is aborted")
 }

@@ -482,7 +482,7 @@ impl Peer {
                 ours.pack(frames);
             } else {
                 let mut sent = std::mem::take(frames);
-                let packed = tokio::task::spawn_blocking(move || {
+                let packed = crate::blocking::spawn(move || {
                     ours.pack(&mut sent);
                     (ours, sent)
                 });

@@ -9,6 +9,7 @@ use super::slots::Slots;
 use super::{Done, Operation, Storage, UnderWay, kernel};
 use crate::buffer::BufferPool;
 use crate::busy_poll;
+use crate::crashes::Worker;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
@@ -104,7 +105,9 @@ impl Threads {
         for _ in 0..THREADS {
             let (work, sender) = (Arc::clone(&shared.work), sender.clone());
             let builder = std::thread::Builder::new().name("storage".to_owned());
-            shared.threads.borrow_mut().push(builder.spawn(move || serve(&work, &sender))?);
+            let worker = Worker::current();
+            let thread = builder.spawn(move || worker.works(|| serve(&work, &sender)))?;
+            shared.threads.borrow_mut().push(thread);
         }
         let driven = Rc::clone(&shared);
         tokio::task::spawn_local(async move { poll_fn(|context| driven.turn(context)).await });

@@ -25,7 +25,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
-use tokio::task::{JoinHandle, spawn_blocking, spawn_local};
+use tokio::task::{JoinHandle, spawn_local};
 
 /// How soon a volume that could not be opened tries again at first, and at most how late.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -180,7 +180,7 @@ impl Volume {
         loop {
             let mut look = self.awaiting.look.take().unwrap_or_else(|| {
                 let (config, folder) = (config.clone(), self.surroundings.state_folder.clone());
-                spawn_blocking(move || look(&config, &folder))
+                crate::blocking::spawn(move || look(&config, &folder))
             });
             let limit = if is_retry { GLANCE_TIME } else { LOOK_TIME };
             let Ok(looked) = tokio::time::timeout(limit, &mut look).await else {

@@ -11,7 +11,7 @@ use std::fs;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
-use tokio::task::{spawn_blocking, spawn_local};
+use tokio::task::spawn_local;
 
 /// A file in the volume's state folder whose time of change says it.
 const NOTE: &str = "heard";
@@ -26,7 +26,7 @@ impl Volume {
         let (company, me) = (self.company.clone(), Rc::downgrade(primary));
         spawn_local(async move {
             let path = note.clone();
-            company.set(spawn_blocking(move || last_noted(&path)).await.ok().flatten());
+            company.set(crate::blocking::spawn(move || last_noted(&path)).await.ok().flatten());
             let mut noted_at = None;
             while let Some(primary) = me.upgrade() {
                 let connected = |report: &Report| report.connection == Connection::Connected;
@@ -36,7 +36,7 @@ impl Volume {
                         noted_at = Some(Instant::now());
                         let path = note.clone();
                         // It is for the operator's eyes only.
-                        drop(spawn_blocking(move || fs::write(path, [])).await);
+                        drop(crate::blocking::spawn(move || fs::write(path, [])).await);
                     }
                 }
                 drop(primary);

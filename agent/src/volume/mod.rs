@@ -308,10 +308,11 @@ async fn live(
     source: UnboundedReceiver<Ask>,
     signs: Signs,
 ) -> Option<oneshot::Sender<()>> {
-    tokio::task::LocalSet::new()
-        .run_until(async move {
+    let worker = crashes::Worker::volume(&surroundings.state_folder);
+    let tasks = tokio::task::LocalSet::new();
+    worker
+        .does(tasks.run_until(async move {
             spawn_local(busy_poll::stay_awake());
-            crashes::watch(&surroundings.state_folder);
             let folder = surroundings.state_folder.clone();
             spawn_local({
                 let folder = folder.clone();
@@ -329,7 +330,7 @@ async fn live(
             // It was stopped in order.
             tidy(&folder);
             stopped
-        })
+        }))
         .await
 }
 

@@ -133,7 +133,7 @@ async fn look(hands: &Hands, folder: &Path, resolver: &Resolver, keep: HostId) -
         (undelivered, generations::of_lineage(&folder, &superblock.lineage))
     };
     // A map can be large; the volume goes on meanwhile.
-    let (undelivered, began) = tokio::task::spawn_blocking(read).await.unwrap_or_default();
+    let (undelivered, began) = crate::blocking::spawn(read).await.unwrap_or_default();
     Ok(yielding(&resolver.side, &began, undelivered.as_ref(), &winner))
 }
 
