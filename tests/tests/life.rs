@@ -231,6 +231,61 @@ fn a_primary_that_waits_for_its_replicas_starts_without_them_and_says_that_write
     mirror.assert_identical();
 }
 
+/// A mirror whose replica counts on it for good that nothing is answered without it, is cut off, and hears nothing of what
+/// its primary's operator chooses then: to go on. A write waits for that.
+fn left_to_wait() -> (Mirror, std::thread::JoinHandle<bool>) {
+    let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.primary.stop();
+    mirror.primary.configure(|volume| {
+        volume.on_replica_loss = OnReplicaLoss::Block;
+        volume.block_seconds = 3600;
+    });
+    mirror.primary.start();
+    mirror.wait_until_in_sync();
+    mirror.client().write_durably(0, &[1; 4096]).expect("a write");
+    mirror.replica().link().cut();
+    mirror.wait_until_lost("b");
+    mirror.primary.stop();
+    mirror.primary.configure(|volume| volume.on_replica_loss = OnReplicaLoss::Continue);
+    mirror.primary.start();
+    let mut client = mirror.client();
+    let writer = std::thread::spawn(move || client.write(0, &[2; 4096]).is_ok());
+    let status = mirror.primary.wait_until("a write waits", |status| {
+        status.facts.blocked.as_ref().is_some_and(|blocked| blocked.requests == 1)
+    });
+    let words = "blocked: writes wait until b hears that they are answered without it: it was promised";
+    assert!(status.verdict.starts_with(words), "{status:?}");
+    assert!(status.action.contains("blockmirror remove-peer data b --force"), "{status:?}");
+    mirror.primary.refuse(&["remove-peer", "data", "b"], 5, &["b was promised that nothing", "--force"]);
+    (mirror, writer)
+}
+
+/// The primary went by what it was told last: what it answered then was lost with it, and nobody objected to the promotion.
+#[test]
+fn a_primary_keeps_its_word_to_a_replica_that_has_not_heard_that_its_operator_chose_otherwise() {
+    let (mut mirror, writer) = left_to_wait();
+    mirror.primary.kill();
+    let b = mirror.replica_mut();
+    b.wait_until("the primary is gone", |status| status.verdict.contains("is not connected"));
+    b.succeed(&["promote", "data"]);
+    let content = std::fs::read(b.backing()).expect("its backing");
+    assert!(content[..4096] == [1; 4096], "all that was answered is there");
+    // What keeps its connection ends with the mirror.
+    drop(mirror);
+    assert!(!writer.join().expect("it doesn't panic"), "it was not answered");
+}
+
+#[test]
+fn what_waits_for_a_replicas_word_is_answered_when_that_has_heard() {
+    let (mirror, writer) = left_to_wait();
+    mirror.replica().link().mend();
+    assert!(writer.join().expect("it doesn't panic"), "it is answered");
+    mirror.wait_until_quiet();
+    assert_eq!(mirror.primary.status().facts.blocked, None);
+    mirror.assert_identical();
+}
+
 /// An old primary whose successors were away served its old content at once, and status said no more than "at risk".
 #[test]
 fn a_primary_that_starts_alone_says_so_and_waits_for_a_majority_where_the_operator_wants_that() {

@@ -3,7 +3,7 @@
 
 use super::learning::Lesson;
 use super::{Supervisor, refused};
-use crate::config::{Name, PeerConfig, Role, VolumeConfig};
+use crate::config::{Mode, Name, OnReplicaLoss, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
     Connection as Link, Failure, PEER_REMOVAL_SCHEMA, PeerRemoval, PeerStatus, RemovePeerRequest,
     VolumeStatus,
@@ -41,7 +41,8 @@ impl Supervisor {
     ) -> Result<PeerRemoval, Failure> {
         let removed = self.peer_of(&volume, &peer).await?;
         let status = self.one_status(&volume).await?;
-        if let Some(text) = objection(&status, &removed).filter(|_| !request.force) {
+        let blocks = self.config_of_name(&volume).await?.on_replica_loss == OnReplicaLoss::Block;
+        if let Some(text) = objection(&status, &removed, blocks).filter(|_| !request.force) {
             return Err(refused(text));
         }
         if !request.dry_run {
@@ -139,12 +140,22 @@ impl Supervisor {
     }
 }
 
-/// Why a host is not removed here and now, unless the operator insists.
-fn objection(status: &VolumeStatus, removed: &PeerConfig) -> Option<String> {
+/// Why a host is not removed here and now, unless the operator insists. `blocks`: the volume's primary waits for replicas.
+fn objection(status: &VolumeStatus, removed: &PeerConfig, blocks: bool) -> Option<String> {
     let (facts, name, host) = (&status.facts, &status.facts.name, &removed.name);
     if facts.role == Role::Replica {
         let primary = facts.peers.iter().find(|peer| peer.role == Role::Primary);
-        let primary = primary.filter(|primary| primary.connection == Link::Connected)?;
+        let is_primary = primary.is_some_and(|primary| primary.name == *host);
+        let Some(primary) = primary.filter(|primary| primary.connection == Link::Connected) else {
+            // Only the primary knows whether it was.
+            return (blocks && !is_primary && removed.mode == Mode::Sync).then(|| {
+                format!(
+                    "{host} may have been promised that nothing is answered without it (on_replica_loss = \"block\"), and need \
+                     not hear that it is removed: it could be promoted without --force there, and lacks what is written from \
+                     then on; remove it on the primary of {name}, or with --force where it never comes back as a primary"
+                )
+            });
+        };
         return Some(match primary.name == *host {
             true => format!(
                 "{host} is the primary of {name} and writes to this host: switch or promote first; --force removes it \
