@@ -241,7 +241,8 @@ impl State {
         }
         let superblock = self.superblock();
         // What it was given its word on is not known.
-        self.replace_map(peer, &superblock, None)?;
+        let folder = self.folder.clone();
+        blocking(move || replace_map(&folder, peer, &superblock, None)).await?;
         self.open_map(peer).await
     }
 
@@ -250,21 +251,9 @@ impl State {
     /// # Errors
     /// [`StateError`] when the file can't be written or opened.
     pub async fn new_map_of_follower(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
-        self.replace_map(peer, &self.superblock(), Some(&Given::NOTHING))?;
+        let (folder, superblock) = (self.folder.clone(), self.superblock());
+        blocking(move || replace_map(&folder, peer, &superblock, Some(&Given::NOTHING))).await?;
         self.open_map(peer).await
-    }
-
-    fn replace_map(
-        &self,
-        peer: HostId,
-        superblock: &Superblock,
-        given: Option<&Given>,
-    ) -> Result<(), StateError> {
-        let Superblock { volume, size_bytes, block_size, .. } = *superblock;
-        let base = superblock.base_of_everything();
-        let file = DirtyMap::file_of_everything(volume, peer, size_bytes, block_size, base, given);
-        durable::replace(&self.folder.join(dirty_map::file_name(peer)), &file)
-            .map_err(|source| folder_error(&self.folder, source))
     }
 
     /// The same, and whether the file was damaged.
@@ -334,25 +323,16 @@ impl State {
     /// # Errors
     /// [`StateError`] when the folder can't be read or a map can't be written.
     pub fn void_other_maps(&self, peers: &[HostId]) -> Result<(), StateError> {
-        let error = |source| folder_error(&self.folder, source);
-        let superblock = self.superblock();
-        let kept: Vec<String> = peers.iter().map(|peer| dirty_map::file_name(*peer)).collect();
-        for entry in std::fs::read_dir(&self.folder).map_err(error)? {
-            let entry = entry.map_err(error)?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if !name.starts_with(dirty_map::FILE_PREFIX) || kept.contains(&name) {
-                continue;
-            }
-            let file = stored::read_map(&entry.path()).map_err(error)?;
-            let Ok((_, header)) = dirty_map::Header::recover(&file.header) else { continue };
-            let is_void =
-                header.full_from == 0 && header.base.adopted == superblock.adopted && !header.is_unanswered;
-            if !is_void || header.base.is_none() {
-                tracing::info!(map = %name, "all may differ from a host that is no peer any more");
-                self.replace_map(header.peer, &superblock, Some(&Given::NOTHING))?;
-            }
-        }
-        Ok(())
+        void_maps(&self.folder, &self.superblock(), peers)
+    }
+
+    /// As [`State::void_other_maps`], on a thread for what blocks: before any map is open, nobody makes one meanwhile.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn void_other_maps_aside(&self, peers: &[HostId]) -> Result<(), StateError> {
+        let (folder, superblock, peers) = (self.folder.clone(), self.superblock(), peers.to_vec());
+        blocking(move || void_maps(&folder, &superblock, &peers)).await
     }
 
     /// Writes a map's changes: pages and holes, then, when they are durable, the header.
@@ -475,6 +455,41 @@ fn metadata_error(folder: &Path, source: MetadataError) -> StateError {
 
 fn folder_error(folder: &Path, source: std::io::Error) -> StateError {
     StateError::Folder { folder: folder.to_owned(), source }
+}
+
+fn replace_map(
+    folder: &Path,
+    peer: HostId,
+    superblock: &Superblock,
+    given: Option<&Given>,
+) -> Result<(), StateError> {
+    let Superblock { volume, size_bytes, block_size, .. } = *superblock;
+    let base = superblock.base_of_everything();
+    let file = DirtyMap::file_of_everything(volume, peer, size_bytes, block_size, base, given);
+    durable::replace(&folder.join(dirty_map::file_name(peer)), &file)
+        .map_err(|source| folder_error(folder, source))
+}
+
+/// All maps but those of these peers say that all may differ.
+fn void_maps(folder: &Path, superblock: &Superblock, peers: &[HostId]) -> Result<(), StateError> {
+    let kept: Vec<String> = peers.iter().map(|peer| dirty_map::file_name(*peer)).collect();
+    let error = |source| folder_error(folder, source);
+    for entry in std::fs::read_dir(folder).map_err(error)? {
+        let entry = entry.map_err(error)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with(dirty_map::FILE_PREFIX) || kept.contains(&name) {
+            continue;
+        }
+        let file = stored::read_map(&entry.path()).map_err(error)?;
+        let Ok((_, header)) = dirty_map::Header::recover(&file.header) else { continue };
+        let is_void =
+            header.full_from == 0 && header.base.adopted == superblock.adopted && !header.is_unanswered;
+        if !is_void || header.base.is_none() {
+            tracing::info!(map = %name, "all may differ from a host that is no peer any more");
+            replace_map(folder, header.peer, superblock, Some(&Given::NOTHING))?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -155,7 +155,7 @@ impl Primary {
         state.change_superblock(|superblock| superblock.begin_run(run)).await?;
         let superblock = state.superblock();
         let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
-        state.void_other_maps(&hosts)?;
+        state.void_other_maps_aside(&hosts).await?;
         let log = state.recover_log().await?;
         if let Recovered::Unsure { .. } = log {
             tracing::warn!("the activity log's newest record is not whole: all blocks count as dirty");

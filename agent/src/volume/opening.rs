@@ -10,6 +10,7 @@ use super::promotable::heard;
 use super::{Learned, OpenRole, Touched, Volume};
 use crate::adoption;
 use crate::backing;
+use crate::blocking::blocking;
 use crate::config::VolumeConfig;
 use crate::crashes;
 use crate::export::Export;
@@ -71,7 +72,8 @@ impl Volume {
     }
 
     async fn try_open(&mut self, others: Others) -> Result<OpenRole, Unopened> {
-        if let Some(panics) = crashes::obstacle(&self.surroundings.state_folder) {
+        let folder = self.surroundings.state_folder.clone();
+        if let Some(panics) = blocking(move || crashes::obstacle(&folder)).await {
             let text = format!("it ended the agent {} times in a row ({})", panics.times, panics.last);
             return Err(Unopened::Panicked(panics, text));
         }
@@ -313,11 +315,18 @@ impl Volume {
 /// Where the backing took the place of another one, makes the metadata say what is known of its content. Says whether it
 /// did.
 async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<bool, String> {
-    let compared = backing::compare(folder, &config.backing).map_err(|error| with_causes(&error))?;
-    let record = |identity: &str| backing::record(folder, identity).map_err(|error| with_causes(&error));
+    let (there, path) = (folder.to_owned(), config.backing.clone());
+    let compared =
+        blocking(move || backing::compare(&there, &path)).await.map_err(|error| with_causes(&error))?;
+    let record = |identity: String| {
+        let there = folder.to_owned();
+        async move {
+            blocking(move || backing::record(&there, &identity)).await.map_err(|error| with_causes(&error))
+        }
+    };
     let (identity, recovered) = match compared {
         backing::Match::Same => return Ok(false),
-        backing::Match::Renamed { identity } => return record(&identity).map(|()| false),
+        backing::Match::Renamed { identity } => return record(identity).await.map(|()| false),
         backing::Match::Adopted { identity, recovered } => (identity, recovered),
     };
     let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
@@ -330,5 +339,5 @@ async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<bo
     }
     adoption::adopt(state, &peers, recovered.as_ref()).await.map_err(|error| with_causes(&error))?;
     // Only now: a crash before this does it all again.
-    record(&identity).map(|()| true)
+    record(identity).await.map(|()| true)
 }
