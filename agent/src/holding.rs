@@ -19,6 +19,7 @@
 //! While it is held, the times or counts must not change when this host writes nothing, and a disk must never have more
 //! writes than this host has begun.
 
+use crate::blocking::blocking;
 use crate::buffer::BufferPool;
 use crate::durable;
 use crate::storage::file::{File, Kind};
@@ -74,7 +75,8 @@ const SAMPLE_BYTES: u64 = 4096;
 /// What the kernel tells of a backing.
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum Looks {
-    /// An image: when it was modified and changed, in seconds and nanoseconds, and its size.
+    /// An image: when it was modified and changed, in seconds and nanoseconds, and its size. That it was changed, and not
+    /// modified, is no write: it was moved, or has another owner. The note of a closed one has a digest besides.
     Image { modified: (i64, i64), changed: (i64, i64), size_bytes: u64 },
     /// A disk: which one it is since the start of the system, and how many sectors were written and discarded since then.
     Disk { sequence: String, written: u64, discarded: u64 },
@@ -175,7 +177,8 @@ impl Holding {
         pool: &BufferPool,
     ) -> Result<Option<String>, storage::Error> {
         let Some((boot, looks)) = boot().zip(backing.found().and_then(looks_of)) else { return Ok(None) };
-        let noted = read_notes(notes, &looks);
+        let (read, of) = (notes.clone(), looks.clone());
+        let noted = blocking(move || read_notes(&read, &of)).await;
         if let Some(words) = judge(&noted, &looks, &boot) {
             return Ok(Some(words));
         }
@@ -201,7 +204,7 @@ impl Holding {
     ) -> io::Result<Option<Rc<Self>>> {
         let Some(boot) = boot().filter(|_| backing.is_direct() || backing.kind() == Kind::Image) else {
             // What is written late would be counted late.
-            durable::remove(&notes.note())?;
+            blocking(move || durable::remove(&notes.note())).await?;
             return Ok(None);
         };
         let looks = looks(&backing).await;
@@ -237,8 +240,12 @@ impl Holding {
         if let Some(looks) = looks {
             holding.note_quiet(looks)?;
         }
-        holding.notes.note_open(&holding.boot, written_at)?;
-        durable::remove(&holding.notes.state_folder.join(EARLIER_NOW))?;
+        let (notes, boot) = (holding.notes.clone(), holding.boot.clone());
+        blocking(move || {
+            notes.note_open(&boot, written_at)?;
+            durable::remove(&notes.state_folder.join(EARLIER_NOW))
+        })
+        .await?;
         tokio::task::spawn_local(look(Rc::downgrade(&holding)));
         Ok(Some(holding))
     }
@@ -260,7 +267,8 @@ impl Holding {
             crate::blocking::spawn(move || fs::File::from(synced?).sync_all()).await??;
             let Some(looks) = looks(&self.backing).await else { return Ok(()) };
             let text = format!("{CLOSED}\n{}\n{}\n{digest}\n", self.boot.name, looks.text());
-            durable::replace(&self.notes.note(), text.as_bytes())?;
+            let note = self.notes.note();
+            blocking(move || durable::replace(&note, text.as_bytes())).await?;
             let _ = fs::remove_file(&self.notes.now);
             let _ = fs::remove_file(&self.notes.tally);
             Ok(())
@@ -422,7 +430,11 @@ fn judge(noted: &Noted, looks: &Looks, boot: &Boot) -> Option<String> {
         Noted::Touched(words) => Some(words.clone()),
         Noted::Closed { boot: then, looks: before, .. } => {
             let is_told = before.is_kept() || *then == boot.name;
-            if is_told && before != looks { changed(before, "after it was closed here") } else { None }
+            if is_told && before.was_written(looks) {
+                changed(before, "after it was closed here")
+            } else {
+                None
+            }
         }
         Noted::Open { boot: then, written_at, .. } if *then != boot.name => match looks {
             Looks::Image { modified, .. } if modified.0 > boot.at => {
@@ -668,12 +680,15 @@ mod tests {
         };
         let kept = |at| Noted::Open { boot: "then".to_owned(), written_at: Some(at), now: None, bound: None };
         let (before, later) = (image((1500, 1)), image((1500, 2)));
+        let moved = Looks::Image { modified: (1500, 1), changed: (1500, 2), size_bytes: 1 << 20 };
         for (noted, looks, is_noticed) in [
             (Noted::Nothing, image((9, 9)), false),
             (Noted::Touched(WRITTEN.to_owned()), image((9, 9)), true),
             (closed("now", before.clone()), before.clone(), false),
             (closed("then", before.clone()), before.clone(), false),
             (closed("then", before.clone()), later.clone(), true),
+            // It was moved away and back.
+            (closed("then", before.clone()), moved, false),
             (closed("now", disk("7", 5)), disk("7", 5), false),
             (closed("now", disk("7", 5)), disk("7", 6), true),
             (closed("now", disk("7", 5)), disk("8", 5), true),

@@ -15,9 +15,9 @@
 
 use crate::planted::{Bug, planted};
 use crate::replica::PrimaryMisbehaved;
-use crate::terms::Promise;
+use crate::terms::{MEMBERS_LIMIT, Promise};
 use crate::units::{HostId, Session, Time};
-use crate::wire::message::{Grant, MEMBERS_LIMIT, Renew};
+use crate::wire::message::{Grant, Renew};
 use std::collections::VecDeque;
 use std::time::Duration;
 

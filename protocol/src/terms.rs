@@ -134,6 +134,9 @@ impl Mode {
     }
 }
 
+/// How many hosts a volume has at most, the primary included.
+pub const MEMBERS_LIMIT: usize = 33;
+
 /// What a primary promises a replica about answering without it; see [`crate::promise`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
 pub enum Promise {

@@ -27,10 +27,10 @@
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
 use super::{promise_of, raw_hosts, raw_promise};
 use crate::promise::Given;
+use crate::terms::MEMBERS_LIMIT;
 use crate::units::{
     BlockSize, CopyId, Epoch, GenerationId, HostId, Mark, Position, Sequence, Session, VolumeId,
 };
-use crate::wire::message::MEMBERS_LIMIT;
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 

@@ -39,9 +39,8 @@ use super::{promise_of, raw_hosts, raw_promise};
 use crate::lineage::{self, Ends};
 use crate::promise::Given;
 pub use crate::terms::Role;
-use crate::terms::{DataState, Fence, Mode, Promise};
+use crate::terms::{DataState, Fence, MEMBERS_LIMIT, Mode, Promise};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
-use crate::wire::message::MEMBERS_LIMIT;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 

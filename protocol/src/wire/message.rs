@@ -83,8 +83,8 @@ pub struct Removal {
     pub version: u64,
 }
 
-/// How many hosts a volume has at most, the primary included.
-pub const MEMBERS_LIMIT: usize = 33;
+pub use crate::terms::MEMBERS_LIMIT;
+
 /// How long a host's name is at most, how many addresses it has, and how long each is.
 const NAME_LIMIT_BYTES: usize = 63;
 const ADDRESSES_LIMIT: usize = 16;
