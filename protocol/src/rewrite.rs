@@ -296,6 +296,7 @@ fn raised(fence: Fence, newest: Fence) -> Fence {
 mod tests {
     use super::*;
     use crate::replica::tests::superblock;
+    use crate::terms::Promise;
     use crate::units::{Epoch, Sequence};
 
     const PEERS: [HostId; 2] = [HostId([3; 32]), HostId([4; 32])];
@@ -381,6 +382,30 @@ mod tests {
         assert!(it.touched, "it is not promoted yet");
         rewrite.change(Change::End, &mut it);
         assert!(!it.touched);
+    }
+
+    /// It took the dead primary for one that counts on it, and writes waited for that.
+    #[test]
+    fn a_promoted_host_keeps_what_its_primary_gave_those_that_counted_with_it_and_gave_that_one_nothing() {
+        let (primary, other) = (HostId([1; 32]), HostId([9; 32]));
+        let given = |replicas, counted: &[HostId]| Given {
+            promise: Promise::Replicas(replicas),
+            counted: counted.to_vec(),
+        };
+        let fence = Fence { counter: 3, holder: primary };
+        for (replicas, kept) in [(2, given(1, &[PEERS[1]])), (1, Given::NOTHING)] {
+            let it = Superblock { fence, given: given(replicas, &PEERS), ..superblock("ba") };
+            let mut rewrite = Rewrite::promotion(&it, &PEERS, candidacy(false)).unwrap();
+            let mut given_to = |peer| {
+                let mut map = DirtyMap::full(it.volume, peer, it.size_bytes, it.block_size);
+                // Of an earlier run of this host as the primary.
+                map.note_given(&given(7, &[]));
+                rewrite.map(&it, peer, map).given().cloned().unwrap()
+            };
+            assert_eq!(given_to(PEERS[0]), kept);
+            assert_eq!(given_to(primary), Given::NOTHING);
+            assert_eq!(given_to(other), given(7, &[]), "nothing is known of what it was given since");
+        }
     }
 
     /// Its map of one that it waited for was filled, and after a restart it did not wait.

@@ -1,6 +1,6 @@
 //! A volume's whole life under a file system: made, mounted, filled, given back, looked at on the replica.
 
-use blockmirror_agent::config::{OnReplicaLoss, StartAlone};
+use blockmirror_agent::config::{OnReplicaLoss, StartAlone, VolumeConfig};
 use blockmirror_agent::control::api::PeerState;
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{allocated_bytes, first_difference, noise};
@@ -130,6 +130,12 @@ fn a_raw_device_carries_a_replica_as_well_as_an_image_does() {
     mirror.replicas.push(replica);
 }
 
+/// Writes wait for replicas, for longer than any test.
+fn wait_for_replicas(volume: &mut VolumeConfig) {
+    volume.on_replica_loss = OnReplicaLoss::Block;
+    volume.block_seconds = 3600;
+}
+
 /// The stop ended the sessions first, and then waited for requests that needed them, as long as the operator had told
 /// writers to wait.
 #[test]
@@ -138,10 +144,7 @@ fn a_primary_whose_writers_wait_for_replicas_stops_when_it_is_told_to() {
     mirror.primary.succeed(&["mode", "data", "b", "sync"]);
     mirror.wait_until_quiet();
     mirror.primary.stop();
-    mirror.primary.configure(|volume| {
-        volume.on_replica_loss = OnReplicaLoss::Block;
-        volume.block_seconds = 3600;
-    });
+    mirror.primary.configure(wait_for_replicas);
     mirror.primary.start();
     mirror.wait_until_in_sync();
     // Writers are at work while the agent stops.
@@ -174,10 +177,7 @@ fn writers_of_a_loop_device_that_wait_for_replicas_wait_over_the_agents_end() {
     mirror.wait_until_quiet();
     mirror.replica_mut().stop();
     mirror.primary.stop();
-    mirror.primary.configure(|volume| {
-        volume.on_replica_loss = OnReplicaLoss::Block;
-        volume.block_seconds = 3600;
-    });
+    mirror.primary.configure(wait_for_replicas);
     mirror.primary.start();
     let device = mirror.primary.device();
     let writer = std::thread::spawn(move || {
@@ -207,10 +207,7 @@ fn a_primary_that_waits_for_its_replicas_starts_without_them_and_says_that_write
     mirror.wait_until_quiet();
     mirror.replica_mut().stop();
     mirror.primary.stop();
-    mirror.primary.configure(|volume| {
-        volume.on_replica_loss = OnReplicaLoss::Block;
-        volume.block_seconds = 3600;
-    });
+    mirror.primary.configure(wait_for_replicas);
     mirror.primary.start();
     let status = mirror.primary.wait_until("the devices are served", |status| {
         status.facts.devices.iter().all(|device| device.error.is_none())
@@ -237,10 +234,7 @@ fn left_to_wait() -> (Mirror, std::thread::JoinHandle<bool>) {
     let mut mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
     mirror.primary.succeed(&["mode", "data", "b", "sync"]);
     mirror.primary.stop();
-    mirror.primary.configure(|volume| {
-        volume.on_replica_loss = OnReplicaLoss::Block;
-        volume.block_seconds = 3600;
-    });
+    mirror.primary.configure(wait_for_replicas);
     mirror.primary.start();
     mirror.wait_until_in_sync();
     mirror.client().write_durably(0, &[1; 4096]).expect("a write");

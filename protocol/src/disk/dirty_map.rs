@@ -24,8 +24,9 @@
 //! zeroes from 136 on: nothing is known. Version 3 had zeroes from 184 on: the session of the last copies is not known. Version 4 had
 //! zeroes from 192 on: any of it may have been answered. Version 5 had zeroes from 193 on: the peer may count on anything.
 
-use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
-use super::{promise_of, raw_hosts, raw_promise};
+use super::{
+    MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, promise_of, raw_hosts, raw_promise, seal,
+};
 use crate::promise::Given;
 use crate::terms::MEMBERS_LIMIT;
 use crate::units::{

@@ -34,8 +34,9 @@
 //! heirs.
 
 use super::dirty_map::Base;
-use super::{MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, seal};
-use super::{promise_of, raw_hosts, raw_promise};
+use super::{
+    MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, promise_of, raw_hosts, raw_promise, seal,
+};
 use crate::lineage::{self, Ends};
 use crate::promise::Given;
 pub use crate::terms::Role;

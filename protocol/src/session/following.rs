@@ -16,7 +16,8 @@ use std::time::Duration;
 impl Session {
     /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
     pub(super) fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
-        if !self.has_recorded_word() {
+        let State::Linked(link) = &self.state else { return Wants::default() };
+        if !matches!(link.phase, Phase::Committing { sent: None, .. }) || !self.has_recorded_word() {
             return Wants::default();
         }
         let State::Linked(link) = &mut self.state else { return Wants::default() };
@@ -57,10 +58,9 @@ impl Session {
         Wants::default()
     }
 
-    /// Whether the map's file says what the commit gives the replica its word on. It is written, where one is to be sent.
+    /// Whether the map's file says what the commit gives the replica its word on. It is written, where it does not.
     fn has_recorded_word(&mut self) -> bool {
-        let is_committing = matches!(&self.state, State::Linked(link) if matches!(link.phase, Phase::Committing { sent: None, .. }));
-        let Some(given) = self.word.to_record().filter(|_| is_committing) else { return true };
+        let Some(given) = self.word.to_record() else { return true };
         self.map.note_given(given);
         self.write_map();
         false

@@ -30,7 +30,6 @@ mod answered;
 mod denial;
 mod doubt;
 mod following;
-mod given;
 mod ground;
 mod handshake;
 mod marks;
@@ -40,13 +39,13 @@ pub mod resync;
 mod stream;
 mod unreadable;
 mod verify;
+mod word;
 
 use crate::dirty_map::{DirtyMap, MapChanges};
 use crate::disk::dirty_map::Base;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
-use crate::promise::Given;
-use crate::promise::PATIENCE;
+use crate::promise::{Given, PATIENCE};
 use crate::ranges::ByteRange;
 use crate::terms::Mode;
 use crate::tracker::RequestId;
@@ -61,7 +60,6 @@ use crate::wire::message::{
 use crate::wire::{Body, FrameHeader};
 use answered::{Answered, Followed};
 use denial::Denial;
-use given::Word;
 pub use handshake::{Handled, Identity, PeerError};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
@@ -73,6 +71,7 @@ use stream::Window;
 pub(crate) use stream::frame_cost_bytes;
 pub use verify::CompareResult;
 use verify::Verify;
+use word::Word;
 
 /// How long an acknowledgement may be outstanding before the replica no longer counts as in sync (D4).
 pub const ACKNOWLEDGEMENT_DEADLINE: Duration = Duration::from_secs(5);
