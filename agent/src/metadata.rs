@@ -318,19 +318,12 @@ impl State {
     }
 
     /// The maps of hosts that are no peers any more say that all may differ: nobody marks in them, so they would lie if one
-    /// came back, and without them nobody would know that this host wrote since. Damaged ones count as that already.
+    /// came back, and without them nobody would know that this host wrote since. Damaged ones count as that already. Whoever
+    /// has such a map open meanwhile, of a host that has just joined again, marks in a file that is gone: all may differ then.
     ///
     /// # Errors
     /// [`StateError`] when the folder can't be read or a map can't be written.
-    pub fn void_other_maps(&self, peers: &[HostId]) -> Result<(), StateError> {
-        void_maps(&self.folder, &self.superblock(), peers)
-    }
-
-    /// As [`State::void_other_maps`], on a thread for what blocks: before any map is open, nobody makes one meanwhile.
-    ///
-    /// # Errors
-    /// As there.
-    pub async fn void_other_maps_aside(&self, peers: &[HostId]) -> Result<(), StateError> {
+    pub async fn void_other_maps(&self, peers: &[HostId]) -> Result<(), StateError> {
         let (folder, superblock, peers) = (self.folder.clone(), self.superblock(), peers.to_vec());
         blocking(move || void_maps(&folder, &superblock, &peers)).await
     }

@@ -49,6 +49,9 @@ impl Given {
     /// Nothing, as to a replica that is not in the mode sync.
     pub const NOTHING: Self = Self { promise: Promise::None, counted: Vec::new() };
 
+    /// That nothing at all is answered without it.
+    pub const EVERYTHING: Self = Self { promise: Promise::Replicas(1), counted: Vec::new() };
+
     /// Whether a primary may say so.
     #[must_use]
     pub fn is_sound(&self) -> bool {
@@ -86,7 +89,8 @@ impl Given {
     }
 
     /// What another one of those that count, `peer`, was given by the same primary, as the one that was given this keeps it when
-    /// it is the primary itself: whatever it answers is here.
+    /// it is the primary itself: whatever it answers is here. It was given the same, unless the primary ended before both had
+    /// heard of what its operator chose last.
     #[must_use]
     pub fn of_another(&self, peer: HostId) -> Self {
         match self.promise {

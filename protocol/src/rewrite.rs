@@ -56,21 +56,43 @@ pub enum Change {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TooLate;
 
+/// That a replica is promoted, as it was decided with what the other hosts said.
+#[derive(Clone, Debug, Default)]
+pub struct Decision {
+    /// The newest fence that any host told of.
+    pub newest: Fence,
+    /// Whether nothing is lost only as long as the primary's word holds.
+    pub rests_on_word: bool,
+    /// Whether the operator wants it whatever that loses: then nobody is waited for who might be promoted as well.
+    pub is_forced: bool,
+    /// The hosts that said how they stand.
+    pub heard: Vec<HostId>,
+}
+
 /// A replica that is to be promoted.
 #[derive(Clone, Debug)]
 pub struct Candidacy {
     /// This host.
     pub host: HostId,
-    /// The newest fence that any host told of.
-    pub newest: Fence,
+    /// What was decided.
+    pub decision: Decision,
     /// The last epoch that is durable here; in a gap, the rollback point.
     pub position: Position,
     /// What a rollback restores.
     pub restored: Vec<ByteRange>,
-    /// Whether nothing is lost only as long as the primary's word holds.
-    pub rests_on_word: bool,
-    /// Whether the operator wants it whatever that loses: then nobody is waited for who might be promoted as well.
-    pub is_forced: bool,
+}
+
+impl Candidacy {
+    /// What another replica was given that counted with this one. One that is there hears in a moment what holds from now on, and
+    /// until then nothing is answered without it: the primary may have ended when it had told one of the two of what its operator
+    /// chose last. Of one that does not answer, and of all where the operator insists, what this one was given has to tell.
+    fn given_to(&self, peer: HostId, superblock: &Superblock) -> Given {
+        let Decision { heard, is_forced, .. } = &self.decision;
+        match heard.contains(&peer) && !is_forced && !superblock.released {
+            true => Given::EVERYTHING,
+            false => superblock.given.of_another(peer),
+        }
+    }
 }
 
 /// What a history leads back to.
@@ -122,7 +144,8 @@ impl Rewrite {
         peers: &[HostId],
         candidacy: Candidacy,
     ) -> Result<Self, NotPromotable> {
-        let raised = Superblock { fence: raised(superblock.fence, candidacy.newest), ..superblock.clone() };
+        let raised =
+            Superblock { fence: raised(superblock.fence, candidacy.decision.newest), ..superblock.clone() };
         promotion::must_be_promotable(&raised)?;
         let rollback = (superblock.data == DataState::Inconsistent).then_some(superblock.gap);
         let orders =
@@ -193,7 +216,7 @@ impl Rewrite {
     pub fn next(&mut self, is_promised: bool) -> Result<Option<Order>, TooLate> {
         if let (Kind::Promotion { candidacy, .. }, Some(Order::Write(Part::Superblock(Change::End)))) =
             (&self.kind, self.orders.front())
-            && candidacy.rests_on_word
+            && candidacy.decision.rests_on_word
             && !is_promised
         {
             return Err(TooLate);
@@ -212,13 +235,14 @@ impl Rewrite {
 
     fn map_of(&mut self, superblock: &Superblock, peer: HostId, mut map: DirtyMap) -> DirtyMap {
         match &mut self.kind {
-            Kind::Promotion { candidacy: Candidacy { position, restored, .. }, level } => {
+            Kind::Promotion { candidacy, level } => {
                 // Those that counted here count on this host, too; the last primary was given no word.
                 if superblock.given.counted.contains(&peer) {
-                    map.note_given(&superblock.given.of_another(peer));
+                    map.note_given(&candidacy.given_to(peer, superblock));
                 } else if peer == superblock.fence.holder {
                     map.note_given(&Given::NOTHING);
                 }
+                let Candidacy { position, restored, .. } = candidacy;
                 let map = promotion::map_for(map, superblock, peer, *position, restored);
                 if map.is_clean() {
                     level.push(peer);
@@ -247,12 +271,12 @@ impl Rewrite {
         match (&self.kind, change) {
             (Kind::Promotion { .. }, Change::Begin) => promotion::begin(superblock),
             (Kind::Promotion { candidacy, level }, Change::End) => {
-                let Candidacy { host, newest, position, is_forced, .. } = candidacy;
+                let Candidacy { host, decision, position, .. } = candidacy;
                 let mut heirs = superblock.heirs.clone();
                 heirs.extend(level.iter().filter(|peer| !superblock.heirs.contains(peer)));
-                superblock.fence = raised(superblock.fence, *newest);
+                superblock.fence = raised(superblock.fence, decision.newest);
                 promotion::record(superblock, *host, *position).expect("a number was found for it");
-                if *is_forced {
+                if decision.is_forced {
                     superblock.note_followed();
                 } else if superblock.has_returned() {
                     // The maps tell it no more once they are filled for another reason.
@@ -307,12 +331,18 @@ mod tests {
         let generation = GenerationId([b'b'; 16]);
         Candidacy {
             host: HostId([2; 32]),
-            newest: Fence::default(),
+            decision: Decision { rests_on_word, ..Decision::default() },
             position: Position { generation, epoch: Epoch(7), sequence: Sequence(0) },
             restored: Vec::new(),
-            rests_on_word,
-            is_forced: false,
         }
+    }
+
+    fn forced(is_forced: bool) -> Candidacy {
+        Candidacy { decision: Decision { is_forced, ..Decision::default() }, ..candidacy(false) }
+    }
+
+    fn told_of(newest: Fence) -> Candidacy {
+        Candidacy { decision: Decision { newest, ..Decision::default() }, ..candidacy(false) }
     }
 
     fn orders(mut rewrite: Rewrite) -> Vec<Order> {
@@ -359,8 +389,7 @@ mod tests {
             let own = HostId([2; 32]);
             let demoted = Fence { counter: 3, holder: own };
             let mut it = Superblock { fence: demoted, source: demoted, ..superblock("ba") };
-            let candidacy = Candidacy { is_forced, ..candidacy(false) };
-            let rewrite = Rewrite::promotion(&it, &[], candidacy).unwrap();
+            let rewrite = Rewrite::promotion(&it, &[], forced(is_forced)).unwrap();
             rewrite.change(Change::End, &mut it);
             assert_eq!(it.has_returned(), !is_forced);
             it.note_followed();
@@ -376,8 +405,7 @@ mod tests {
     #[test]
     fn a_copy_that_something_else_wrote_to_is_the_volumes_content_once_it_is_promoted() {
         let mut it = Superblock { touched: true, ..superblock("ba") };
-        let candidacy = Candidacy { is_forced: true, ..candidacy(false) };
-        let rewrite = Rewrite::promotion(&it, &[], candidacy).unwrap();
+        let rewrite = Rewrite::promotion(&it, &[], forced(true)).unwrap();
         rewrite.change(Change::Begin, &mut it);
         assert!(it.touched, "it is not promoted yet");
         rewrite.change(Change::End, &mut it);
@@ -393,9 +421,22 @@ mod tests {
             counted: counted.to_vec(),
         };
         let fence = Fence { counter: 3, holder: primary };
-        for (replicas, kept) in [(2, given(1, &[PEERS[1]])), (1, Given::NOTHING)] {
+        let (one, heard) = (given(1, &[PEERS[1]]), vec![PEERS[0]]);
+        let unheard = Decision::default();
+        let there = Decision { heard: heard.clone(), ..Decision::default() };
+        let insisted = Decision { is_forced: true, heard, ..Decision::default() };
+        for (replicas, decision, kept) in [
+            (2, &unheard, one.clone()),
+            (1, &unheard, Given::NOTHING),
+            // It hears what holds in a moment; until then it may have been told of something else than this host.
+            (2, &there, Given::EVERYTHING),
+            (1, &there, Given::EVERYTHING),
+            (2, &insisted, one.clone()),
+            (1, &insisted, Given::NOTHING),
+        ] {
             let it = Superblock { fence, given: given(replicas, &PEERS), ..superblock("ba") };
-            let mut rewrite = Rewrite::promotion(&it, &PEERS, candidacy(false)).unwrap();
+            let candidacy = Candidacy { decision: decision.clone(), ..candidacy(false) };
+            let mut rewrite = Rewrite::promotion(&it, &PEERS, candidacy).unwrap();
             let mut given_to = |peer| {
                 let mut map = DirtyMap::full(it.volume, peer, it.size_bytes, it.block_size);
                 // Of an earlier run of this host as the primary.
@@ -418,8 +459,7 @@ mod tests {
             let before =
                 Superblock { fence: demoted, source: demoted, heirs: vec![released], ..superblock("ba") };
             let mut it = before.clone();
-            let candidacy = Candidacy { is_forced, ..candidacy(false) };
-            let mut rewrite = Rewrite::promotion(&it, &PEERS, candidacy).unwrap();
+            let mut rewrite = Rewrite::promotion(&it, &PEERS, forced(is_forced)).unwrap();
             for (peer, lacks) in [(PEERS[0], false), (PEERS[1], true)] {
                 let mut map = DirtyMap::full(it.volume, peer, it.size_bytes, it.block_size);
                 map.begin_anew(before.base_of_everything());
@@ -437,12 +477,11 @@ mod tests {
     fn a_promotion_is_newer_than_all_that_any_host_told_of() {
         let newest = Fence { counter: 40, holder: HostId([9; 32]) };
         let mut it = superblock("ba");
-        let rewrite = Rewrite::promotion(&it, &[], Candidacy { newest, ..candidacy(false) }).unwrap();
+        let rewrite = Rewrite::promotion(&it, &[], told_of(newest)).unwrap();
         rewrite.change(Change::End, &mut it);
         assert!(it.fence.supersedes(newest) && it.fence.holder == HostId([2; 32]));
         let used_up = Fence { counter: Fence::COUNTERS - 1, ..newest };
-        let candidacy = Candidacy { newest: used_up, ..candidacy(false) };
-        let refused = Rewrite::promotion(&superblock("ba"), &[], candidacy);
+        let refused = Rewrite::promotion(&superblock("ba"), &[], told_of(used_up));
         assert_eq!(refused.unwrap_err(), NotPromotable::UsedUp);
     }
 

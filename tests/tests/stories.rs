@@ -11,7 +11,7 @@ use blockmirror_protocol::disk::activity_log::{CAPACITY, Recovered};
 use blockmirror_protocol::lineage::{Relation, relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::{self, Identity, PeerError, ReplicaState, Session};
-use blockmirror_protocol::terms::{DataState, Fence, Mode};
+use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, Tracker, Work};
 use blockmirror_protocol::units::{
@@ -375,6 +375,79 @@ fn what_a_blocked_primary_never_answered_is_no_side_of_a_split() {
                 .wait_until("it follows", |world| world.primaries() == [REPLICA] && world.is_in_sync(back()));
             world.finish();
         }
+    }
+}
+
+/// What replicas count on for ever changes with what operators choose, and each hears of it when it is resynced. They are
+/// resynced one after another: were all out of sync at once, nothing would be answered meanwhile, and nobody could be
+/// promoted (W4).
+#[test]
+fn replicas_are_given_another_word_one_at_a_time() {
+    let waits = |min_replicas| ReplicaLoss::Block { min_replicas, limit: Duration::from_secs(3) };
+    let modes = vec![Mode::Sync; 3];
+    let settings = Settings { modes: modes.clone(), loss: waits(1), ..hosts(3) };
+    let links = [REPLICA, THIRD].map(|replica| LinkId::new(PRIMARY, replica));
+    for mut world in in_sync(&settings) {
+        let given = |world: &World| [REPLICA, THIRD].map(|host| world.hosts[host].superblock.given.clone());
+        for loss in [waits(2), ReplicaLoss::Continue, waits(1)] {
+            let before = given(&world);
+            assert!(links.iter().all(|link| world.is_in_sync(*link)));
+            world.choose(loss, modes.clone());
+            let mut waited = BTreeSet::new();
+            while given(&world).iter().zip(&before).any(|(now, before)| now == before)
+                || !links.iter().all(|link| world.is_in_sync(*link))
+            {
+                let end = world.now + Duration::from_secs(400);
+                assert!(world.step(end), "it never comes to an end: {}", world.describe());
+                let out: Vec<_> = links.iter().filter(|link| !world.is_in_sync(**link)).collect();
+                assert!(out.len() <= 1, "all are out of sync after {loss:?}");
+                waited.extend(out.into_iter().copied());
+            }
+            assert_eq!(waited.len(), 2, "each hears of it when it is resynced");
+        }
+        world.finish();
+    }
+}
+
+/// The primary dies when it has told one replica of a new word, and not the other: the one that is promoted took the word of
+/// the other for its own one, answered without it, and that one, cut off, was promoted as if nothing could have been
+/// answered without it. Nothing that was answered is lost without force (W4).
+#[test]
+fn a_promoted_host_answers_nothing_without_those_whose_word_it_may_not_know() {
+    let waits = |min_replicas| ReplicaLoss::Block { min_replicas, limit: Duration::from_secs(3600) };
+    let modes = vec![Mode::Sync; 3];
+    let settings = Settings { modes: modes.clone(), loss: waits(2), ..hosts(3) };
+    for mut world in in_sync(&settings) {
+        let word = |world: &World, host: usize| world.hosts[host].superblock.given.promise;
+        let before = word(&world, REPLICA);
+        world.choose(waits(1), modes.clone());
+        let told = |world: &World| {
+            [REPLICA, THIRD].into_iter().find(|host| ![before, Promise::None].contains(&word(world, *host)))
+        };
+        world.wait_until("one has heard", |world| told(world).is_some());
+        let to = told(&world).expect("it was waited for");
+        let untold = REPLICA + THIRD - to;
+        assert_eq!(word(&world, untold), before);
+        world.crash(PRIMARY, Crash::Power);
+        while world.primaries() != [to] {
+            world.pass(100);
+            world.promote_by_rule(to);
+        }
+        let cut_off = [PRIMARY, to].map(|other| [LinkId::new(other, untold), LinkId::new(untold, other)]);
+        cut_off.as_flattened().iter().for_each(|link| world.part(*link));
+        world.start_all();
+        let ago = LinkId::new(to, PRIMARY);
+        world.wait_until("the old primary follows", |world| {
+            world.primaries() == [to] && world.is_in_sync(ago)
+        });
+        world.ask(to, write(0, 4096));
+        world.pass(2000);
+        world.promote_by_rule(untold);
+        world.pass(1000);
+        let is_answered = world.hosts[to].application.waiting.is_empty();
+        assert!(!is_answered || world.primaries() == [to], "W4: what was answered is lost without force");
+        cut_off.as_flattened().iter().for_each(|link| world.join(*link));
+        world.finish();
     }
 }
 

@@ -7,7 +7,7 @@ use crate::storage::{Engine, drain, open_with};
 use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::promise::Given;
-use blockmirror_protocol::rewrite::{Candidacy, Order, Part, Rewrite};
+use blockmirror_protocol::rewrite::{Candidacy, Decision, Order, Part, Rewrite};
 use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session as SessionNumber, VolumeId,
@@ -256,11 +256,9 @@ fn a_map_keeps_every_block_that_is_dirty_before_and_after() {
 async fn write_promoted_maps(state: &State, restored: &[ByteRange]) {
     let candidacy = Candidacy {
         host: HostId([2; 32]),
-        newest: Fence::default(),
+        decision: Decision::default(),
         position: Position::default(),
         restored: restored.to_vec(),
-        rests_on_word: false,
-        is_forced: false,
     };
     let replica = Superblock { role: Role::Replica, data: DataState::Consistent, ..state.superblock() };
     let mut rewrite = Rewrite::promotion(&replica, &PEERS, candidacy).unwrap();
@@ -412,13 +410,13 @@ fn what_is_written_without_a_host_is_known_when_it_comes_back() {
             let mut map = map.clean(base());
             state.write_map(&file, map.take_changes()).await.unwrap();
         }
-        state.void_other_maps(&[met, new]).unwrap();
+        state.void_other_maps(&[met, new]).await.unwrap();
         state.open_map_of_follower(new).await.unwrap();
         let maps = state.valid_maps(&[removed, met, new]).await.unwrap();
         let full: Vec<bool> = maps.values().map(DirtyMap::is_full).collect();
         assert_eq!((maps.len(), full), (3, vec![true, false, true]));
         // A map that was voided stays so, until another's content is adopted.
-        state.void_other_maps(&[met, new]).unwrap();
+        state.void_other_maps(&[met, new]).await.unwrap();
         assert!(state.valid_maps(&[removed]).await.unwrap()[&removed].is_full());
         state.change_superblock(|superblock| superblock.adopted += 1).await.unwrap();
         assert!(state.valid_maps(&[removed, met, new]).await.unwrap().is_empty());
@@ -445,7 +443,7 @@ fn a_host_that_joins_lacks_everything_whatever_was_kept_for_it() {
         map.note_unanswered(true);
         state.write_map(&file, map.take_changes()).await.unwrap();
         drop(file);
-        state.void_other_maps(&[]).unwrap();
+        state.void_other_maps(&[]).await.unwrap();
         assert!(!state.open_map_of_follower(peer).await.unwrap().0.is_unanswered());
     });
 }

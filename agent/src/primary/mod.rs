@@ -155,7 +155,7 @@ impl Primary {
         state.change_superblock(|superblock| superblock.begin_run(run)).await?;
         let superblock = state.superblock();
         let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
-        state.void_other_maps_aside(&hosts).await?;
+        state.void_other_maps(&hosts).await?;
         let log = state.recover_log().await?;
         if let Recovered::Unsure { .. } = log {
             tracing::warn!("the activity log's newest record is not whole: all blocks count as dirty");
@@ -328,7 +328,7 @@ impl Primary {
     ///
     /// # Errors
     /// [`crate::metadata::StateError`] when its map can't be written; the next start tries again.
-    pub fn remove_peer(&self, peer: HostId) -> Result<(), crate::metadata::StateError> {
+    pub async fn remove_peer(&self, peer: HostId) -> Result<(), crate::metadata::StateError> {
         if self.retired.get() {
             return Ok(());
         }
@@ -338,7 +338,7 @@ impl Primary {
             inner.copies.retain(|(follower, _), _| follower.host != peer);
             inner.maps.keys().copied().collect()
         });
-        self.state.void_other_maps(&others)
+        self.state.void_other_maps(&others).await
     }
 
     /// The operator chose other modes, or what happens while a replica is lost.

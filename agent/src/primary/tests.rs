@@ -140,7 +140,7 @@ fn a_primary_that_was_retired_voids_nobodys_map() {
             let mut map = map.clean(base);
             primary.state.write_map(&file, map.take_changes()).await.expect("it is written");
             drop(file);
-            primary.remove_peer(HostId([3; 32])).expect("it is left");
+            primary.remove_peer(HostId([3; 32])).await.expect("it is left");
             primary.state.open_map(other).await.expect("a map").0.is_full()
         };
         assert!(leave(&primary).await, "nobody else uses the folder");

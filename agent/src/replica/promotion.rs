@@ -9,8 +9,7 @@ use crate::pre_images::{LayerError, PreImage};
 use crate::storage;
 use blockmirror_protocol::replica::promotion::NotPromotable;
 use blockmirror_protocol::replica::undo::NotUndoable;
-use blockmirror_protocol::rewrite::{Candidacy, Change, Order, Part, Rewrite, TooLate};
-use blockmirror_protocol::terms::Fence;
+use blockmirror_protocol::rewrite::{Candidacy, Change, Decision, Order, Part, Rewrite, TooLate};
 use blockmirror_protocol::units::HostId;
 use std::cell::Cell;
 
@@ -62,9 +61,7 @@ pub enum PromotionError {
 
 impl Replica {
     /// Makes this copy that of a primary, durably. The session is over and nothing is being written
-    /// ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended. `newest` is the newest
-    /// fence that any host told of. `rests_on_word`: nothing is lost only as long as the primary's word holds. `is_forced`: the
-    /// operator wants it whatever that loses.
+    /// ([`Replica::close`]); afterwards the volume has to be opened anew, however this ended.
     ///
     /// # Errors
     /// [`PromotionError`]; it is a replica still, unless that is [`PromotionError::Unrecorded`].
@@ -72,16 +69,14 @@ impl Replica {
         &self,
         host: HostId,
         peers: &[HostId],
-        newest: Fence,
-        rests_on_word: bool,
-        is_forced: bool,
+        decision: Decision,
         progress: &Progress,
     ) -> Result<(), PromotionError> {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
         let restored = saved_in(&self.layers.lock().await, superblock.gap);
         let position = self.report().position;
-        let candidacy = Candidacy { host, newest, position, restored, rests_on_word, is_forced };
+        let candidacy = Candidacy { host, decision, position, restored };
         let rewrite = Rewrite::promotion(&superblock, peers, candidacy)?;
         self.rewrite(rewrite, progress, PromotionError::Unrecorded).await
     }

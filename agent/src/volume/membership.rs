@@ -42,7 +42,9 @@ impl Volume {
                     // One that takes its leave counts on nothing any more; what was promised to one that can't be
                     // reached is kept.
                     link.ended().await;
-                    if let Some(Err(error)) = primary.upgrade().map(|primary| primary.remove_peer(host)) {
+                    if let Some(primary) = primary.upgrade()
+                        && let Err(error) = primary.remove_peer(host).await
+                    {
                         tracing::warn!("{}", with_causes(&error));
                     }
                     if let Some(last) = last {

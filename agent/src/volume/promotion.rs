@@ -14,8 +14,8 @@ use crate::transport::ControlSender;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::rewrite::Decision;
 use blockmirror_protocol::succession::{self, Candidate};
-use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Refusal, Refused, Standing, TookOver};
 use std::rc::Rc;
@@ -81,16 +81,17 @@ impl Volume {
             let newest = succession::fence_to_raise(applicant.candidate.own, known, &heard(&answers));
             // Where nothing else speaks for it, only the primary's word does.
             applicant.candidate.is_promised = false;
-            let on_word = !force && applicant.candidate.objection(&heard(&answers)).is_some();
+            let rests_on_word = !force && applicant.candidate.objection(&heard(&answers)).is_some();
             let unanswered: Vec<String> = answers
                 .iter()
                 .filter(|(_, answered)| answered.is_err())
                 .map(|(peer, _)| peer.name.to_string())
                 .collect();
             let rolled_back_to = applicant.rollback_at;
-            let done = carry_out(&hands, replica, newest, on_word, force)
-                .await
-                .map_err(|error| failed(with_causes(&error)));
+            let decision =
+                Decision { newest, rests_on_word, is_forced: force, heard: that_answered(&answers) };
+            let done =
+                carry_out(&hands, replica, decision).await.map_err(|error| failed(with_causes(&error)));
             hands.end(Next::Reopen, move |role| {
                 let promoted = done.and_then(|()| is_primary(role)).map(|()| Promoted {
                     took: began.elapsed(),
@@ -135,7 +136,8 @@ impl Volume {
                 return hands.end(Next::GoOn(replica), move |_| refuse(sender, Refusal::Role, text));
             }
             let newest = succession::fence_to_raise(hands.own, superblock.fence, &heard(&answers));
-            let done = carry_out(&hands, replica, newest, false, false).await;
+            let decision = Decision { newest, heard: that_answered(&answers), ..Decision::default() };
+            let done = carry_out(&hands, replica, decision).await;
             hands.end(Next::Reopen, move |role| match (done, role) {
                 (_, OpenRole::Primary(primary, _)) => {
                     sender.end_with(TookOver { fence: primary.state().superblock().fence }, None);
@@ -172,8 +174,9 @@ impl Volume {
         };
         let hands = self.begin_change("becoming the primary again");
         spawn_local(async move {
-            let fence = replica.state().superblock().fence;
-            if let Err(error) = carry_out(&hands, replica, fence, false, false).await {
+            let newest = replica.state().superblock().fence;
+            let decision = Decision { newest, ..Decision::default() };
+            if let Err(error) = carry_out(&hands, replica, decision).await {
                 tracing::error!(volume = %hands.config.name, "{}", with_causes(&error));
             }
             hands.end(Next::Reopen, then);
@@ -242,6 +245,11 @@ impl Volume {
     }
 }
 
+/// The hosts that said how they stand.
+fn that_answered(answers: &[(PeerConfig, Answered)]) -> Vec<HostId> {
+    answers.iter().filter(|(_, answered)| answered.is_ok()).map(|(peer, _)| peer.host).collect()
+}
+
 /// Whether one of these serves as the primary.
 fn is_any_primary(answers: &[(PeerConfig, Answered)]) -> bool {
     is_any(answers, |standing| standing.role == Role::Primary && standing.serves)
@@ -262,15 +270,9 @@ async fn is_left(replica: &Replica) -> bool {
 }
 
 /// Ends the session and carries the promotion out; the shell is given up.
-async fn carry_out(
-    hands: &Hands,
-    replica: Rc<Replica>,
-    newest: Fence,
-    on_word: bool,
-    is_forced: bool,
-) -> Result<(), PromotionError> {
+async fn carry_out(hands: &Hands, replica: Rc<Replica>, decision: Decision) -> Result<(), PromotionError> {
     replica.end().await;
-    replica.promote(hands.own, &hands.hosts(), newest, on_word, is_forced, &hands.progress).await
+    replica.promote(hands.own, &hands.hosts(), decision, &hands.progress).await
 }
 
 /// Whether the volume opened as a primary.

@@ -90,6 +90,8 @@ pub struct Host {
     pub is_promoted_by_rule: bool,
     /// Whether nothing but its primary's word speaks for it.
     pub is_promoted_on_word: bool,
+    /// The hosts that were heard where it is promoted by the rule.
+    pub heard_for_promotion: Vec<HostId>,
     /// Who held the fence before it.
     pub promoted_after: usize,
     /// Who the volume's hosts are, as far as it knows.
@@ -197,6 +199,7 @@ impl Host {
             must_remember: false,
             is_promoted_by_rule: false,
             is_promoted_on_word: false,
+            heard_for_promotion: Vec::new(),
             promoted_after: 0,
             members: Members::all(settings.sector_bytes.len(), number),
             frozen_until: Duration::ZERO,

@@ -83,23 +83,29 @@ impl World {
         }
     }
 
-    /// The operators change a mode, or what happens while a host is lost, which the primaries go by from now on; and every
-    /// later one.
+    /// The operators change a mode, or what happens while a host is lost.
     fn change_choices(&mut self) {
+        let (mut loss, mut modes) = (self.settings.loss, self.settings.modes.clone());
         if self.random.once_in(2) {
             let limit = Duration::from_millis(100);
             let waits = |min_replicas| ReplicaLoss::Block { min_replicas, limit };
-            self.settings.loss = self.random.pick(&[ReplicaLoss::Continue, waits(1), waits(2)]);
+            loss = self.random.pick(&[ReplicaLoss::Continue, waits(1), waits(2)]);
         } else {
-            let host = self.random.below(self.settings.modes.len() as u64) as usize;
-            self.settings.modes[host] = self.random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync]);
+            let host = self.random.below(modes.len() as u64) as usize;
+            modes[host] = self.random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync]);
         }
-        let (loss, modes, now) = (self.settings.loss, self.settings.modes.clone(), Time(self.now));
+        self.choose(loss, modes);
+    }
+
+    /// What happens while a host is lost, and the hosts' modes, are these for all primaries from now on, later ones included.
+    pub fn choose(&mut self, loss: ReplicaLoss, modes: Vec<Mode>) {
         self.note(|| format!("the operators choose {loss:?} and {modes:?}"));
-        let modes: Vec<_> = modes.iter().enumerate().map(|(host, mode)| (host_id(host), *mode)).collect();
+        let now = Time(self.now);
+        let by_host: Vec<_> = modes.iter().enumerate().map(|(host, mode)| (host_id(host), *mode)).collect();
+        (self.settings.loss, self.settings.modes) = (loss, modes);
         for primary in self.primaries() {
             let tracker = self.hosts[primary].tracker_mut().expect("it is primary");
-            tracker.configure(&modes, loss, now);
+            tracker.configure(&by_host, loss, now);
         }
         self.act();
     }

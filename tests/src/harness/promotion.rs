@@ -6,7 +6,7 @@ use super::promises::Promises;
 use super::rewriting::Purpose;
 use super::world::{Event, World};
 use blockmirror_protocol::replica::promotion;
-use blockmirror_protocol::rewrite::{Candidacy, Rewrite};
+use blockmirror_protocol::rewrite::{Candidacy, Decision, Rewrite};
 use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::units::HostId;
 use std::time::Duration;
@@ -48,13 +48,17 @@ impl World {
             it.is_held = false;
             return;
         }
-        let candidacy = Candidacy {
-            host: host_id(host),
+        let decision = Decision {
             newest: Fence::default(),
-            position: shell.machine.report().position,
-            restored: it.layers.saved(it.superblock.gap),
             rests_on_word: it.is_promoted_on_word,
             is_forced: !it.is_promoted_by_rule,
+            heard: std::mem::take(&mut it.heard_for_promotion),
+        };
+        let candidacy = Candidacy {
+            host: host_id(host),
+            decision,
+            position: shell.machine.report().position,
+            restored: it.layers.saved(it.superblock.gap),
         };
         let peers: Vec<HostId> = peers.into_iter().map(host_id).collect();
         let rewrite = Rewrite::promotion(&it.superblock, &peers, candidacy).expect("it was asked");

@@ -50,6 +50,8 @@ impl World {
             (it.is_promoted_by_rule, it.promoted_after) = (true, host_number(holder));
             it.is_promoted_on_word = on_word;
         }
+        let heard = others.iter().filter(|other| other.standing.is_some());
+        self.hosts[host].heard_for_promotion = heard.map(|other| other.host).collect();
         self.promote(host);
     }
 
