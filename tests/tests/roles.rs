@@ -1,6 +1,6 @@
 //! Who may write: promotions, demotions, switches and superseded primaries, with real agents.
 
-use blockmirror_agent::config::{ConfigFolder, Mode, Role};
+use blockmirror_agent::config::{ConfigFolder, Mode, OnReplicaLoss, Role};
 use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus, Promotion, Switch, VolumeState};
 use blockmirror_agent::quantity::Size;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
@@ -14,6 +14,7 @@ use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{succeed, text};
 use blockmirror_tests::require;
 use std::fs::{self, File};
+use std::sync::mpsc::channel;
 
 const MIB: u64 = 1 << 20;
 
@@ -312,6 +313,54 @@ fn a_primary_that_was_frozen_answers_nothing_when_another_one_leads() {
         .primary
         .wait_until("it follows, and nothing is split", |status| status.state == VolumeState::Following);
     mirror.replica().wait_until("both are in sync", |status| status.state == VolumeState::Healthy);
+    assert_identical(mirror.replica(), &mirror.primary);
+}
+
+/// The same where writes wait for replicas: the primary answered nothing that the promoted host lacks, and yet a split brain was
+/// reported, and an operator asked to decide.
+#[test]
+fn a_primary_that_was_frozen_while_writes_wait_for_replicas_is_no_side_of_a_split() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.primary.succeed(&["mode", "data", "b", "sync"]);
+    mirror.primary.stop();
+    mirror.primary.configure(|volume| {
+        volume.on_replica_loss = OnReplicaLoss::Block;
+        volume.block_seconds = 3600;
+    });
+    mirror.primary.start();
+    mirror.wait_until_in_sync();
+    let mut client = mirror.client();
+    client.write_durably(0, &[7; 4096]).expect("a write in sync");
+    // Writes are under way all the time, whenever it is that the process stops.
+    let (begun, writes) = channel();
+    let writer = std::thread::spawn(move || {
+        let mut answered = |number: u64| client.write_durably(number % 2000 * 4096, &[8; 4096]).is_ok();
+        (1..).take_while(|number| answered(*number) && begun.send(*number).is_ok()).last()
+    });
+    for _ in 0..20 {
+        writes.recv().expect("it writes");
+    }
+    mirror.primary.stall();
+    let b = mirror.replica();
+    b.succeed(&["promote", "data"]);
+    let mut on_b = Client::connect(&b.socket()).expect("b serves the volume");
+    on_b.write_durably(8 * MIB, &[9; 4096]).expect("a write on the new primary");
+    mirror.primary.go_on();
+    let b = mirror.replica();
+    let last = writer.join().expect("the writer ends").expect("some were answered");
+    mirror.primary.wait_until("it follows by itself", |status| {
+        assert_ne!(status.state, VolumeState::SplitBrain, "{status:?}");
+        status.state == VolumeState::Following
+    });
+    b.wait_until("both are in sync", |status| {
+        assert_ne!(status.state, VolumeState::SplitBrain, "{status:?}");
+        status.state == VolumeState::Healthy
+    });
+    // All that was answered is there.
+    for number in 1..=last {
+        let there = on_b.read(number % 2000 * 4096, 4096).expect("a read");
+        assert_eq!(there, [8; 4096], "write {number} of {last}");
+    }
     assert_identical(mirror.replica(), &mirror.primary);
 }
 
