@@ -1,7 +1,7 @@
 //! How a replica comes to follow the newest generation, and counts: the commit, generations that begin within a session,
 //! what is agreed and released, and what it has of what was written (L1, W4, D5).
 
-use super::{Action, Circumstances, Phase, Session, State, TAIL_TIME, Wants};
+use super::{Action, Circumstances, Phase, Session, State, Step, TAIL_TIME, Wants};
 use crate::planted::{Bug, planted};
 use crate::promise::Given;
 use crate::ranges::ByteRange;
@@ -17,21 +17,20 @@ impl Session {
     /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
     pub(super) fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
         let State::Linked(link) = &self.state else { return Wants::default() };
-        if !matches!(link.phase, Phase::Committing { sent: None, .. }) || !self.has_recorded_word() {
+        if !matches!(link.phase(), Phase::Committing { sent: None, .. }) || !self.has_recorded_word() {
             return Wants::default();
         }
         let State::Linked(link) = &mut self.state else { return Wants::default() };
-        let Phase::Committing { closed, sent: sent @ None, streams } = &mut link.phase else {
-            return Wants::default();
-        };
-        if closed.is_none() && !*streams {
+        if let Phase::Committing { closed: None, streams: false, .. } = link.phase() {
             // The replica has everything, and had before this session.
-            *closed = Some(circumstances.position);
-            link.sent = circumstances.position.1;
-            link.received = link.sent;
+            let (epoch, sequence) = circumstances.position;
+            link.progress.take(Step::Close(epoch, sequence));
+            (link.sent, link.received) = (sequence, sequence);
         }
-        let Some((epoch, sequence)) = *closed else { return Wants { epoch_end: true, ..Wants::default() } };
-        if *streams && link.durable < epoch && !planted(Bug::CommitAtLastCopy) {
+        let Phase::Committing { closed: Some((epoch, sequence)), streams, .. } = link.phase() else {
+            return Wants { epoch_end: true, ..Wants::default() };
+        };
+        if streams && link.durable < epoch && !planted(Bug::CommitAtLastCopy) {
             return Wants::default();
         }
         if !circumstances.may_commit {
@@ -41,7 +40,7 @@ impl Session {
             return Wants { is_untold: true, ..Wants::default() };
         }
         let generation = circumstances.lineage.first().copied().unwrap_or_default();
-        *sent = Some(generation);
+        link.progress.take(Step::Commit(generation));
         self.may_have_newest = true;
         // Only the answer tells that it has it.
         self.unconfirmed.push((generation, Epoch(u64::MAX)));
@@ -79,7 +78,7 @@ impl Session {
 
     /// Whether it is connected, and is being brought into sync.
     pub(crate) fn is_on_its_way(&self) -> bool {
-        matches!(&self.state, State::Linked(link) if link.phase != Phase::InSync)
+        matches!(&self.state, State::Linked(link) if link.phase() != Phase::InSync)
     }
 
     /// What the replica may count on is not known, and it may be this, as it would have been given it.
@@ -100,9 +99,9 @@ impl Session {
         self.may_have_newest = false;
         let State::Linked(link) = &mut self.state else { return };
         // One that had everything from the beginning follows with its commit, though nothing was streamed yet.
-        if link.phase.streams() || link.phase.follows() {
+        if link.phase().streams() || link.phase().follows() {
             // One that is being resynced records it with its commit only.
-            self.may_have_newest = link.phase.follows();
+            self.may_have_newest = link.phase().follows();
             if self.may_have_newest {
                 self.unconfirmed.push((generation, epoch));
             }
@@ -118,7 +117,7 @@ impl Session {
         let State::Linked(link) = &self.state else { return };
         let durable = link.durable;
         let followed = self.unconfirmed.iter().rposition(|(_, first)| *first <= durable);
-        let is_told = link.phase == Phase::InSync && !planted(Bug::PruneFollowed);
+        let is_told = link.phase() == Phase::InSync && !planted(Bug::PruneFollowed);
         if let Some(place) = followed.filter(|_| is_told) {
             self.map.confirm(link.copy, self.unconfirmed[place].0);
             self.unconfirmed.drain(..=place);
@@ -145,7 +144,7 @@ impl Session {
 
     /// Whether the replica is in sync, or may be: it was sent a commit.
     pub(crate) fn may_follow(&self) -> bool {
-        matches!(&self.state, State::Linked(link) if link.phase.follows())
+        matches!(&self.state, State::Linked(link) if link.phase().follows())
     }
 
     /// Whether the replica is to be told that this epoch, with that last write, is agreed (D5), for the first or the second
@@ -153,7 +152,7 @@ impl Session {
     pub(crate) fn awaits(&self, (epoch, last): (Epoch, Sequence)) -> bool {
         let State::Linked(link) = &self.state else { return false };
         let is_news = link.agreed < epoch || link.agreed == epoch && !link.agreed_twice;
-        link.phase == Phase::InSync && is_news && self.has_durably(last)
+        link.phase() == Phase::InSync && is_news && self.has_durably(last)
     }
 
     /// Everything up to the end of this epoch is durable on all hosts that follow the generation (D5).
@@ -171,7 +170,7 @@ impl Session {
     /// any more.
     pub(crate) fn release(&mut self, generation: GenerationId) {
         let State::Linked(link) = &mut self.state else { return };
-        if link.phase == Phase::InSync && link.window.is_empty() && link.released.is_none() {
+        if link.phase() == Phase::InSync && link.window.is_empty() && link.released.is_none() {
             link.released = Some(false);
             self.actions.push_back(Action::Send(Release { session: link.session, generation }.into()));
         }
@@ -191,7 +190,7 @@ impl Session {
         let mut parts = self.map.split(range.blocks(self.block_size));
         // What can't be read is copied after the write, not before it.
         let waits = |mut part: Range<u64>| part.any(|block| !link.resync.is_unreadable(block));
-        link.phase == Phase::Resyncing && is_tail && parts.any(|(is_dirty, part)| is_dirty && waits(part))
+        link.phase() == Phase::Resyncing && is_tail && parts.any(|(is_dirty, part)| is_dirty && waits(part))
     }
 
     /// Whether the replica is in sync, and so counts for its mode (W4).
@@ -200,7 +199,7 @@ impl Session {
         let counts = |phase: Phase| {
             phase == Phase::InSync || phase == Phase::Resyncing && planted(Bug::CountResyncing)
         };
-        matches!(&self.state, State::Linked(link) if counts(link.phase))
+        matches!(&self.state, State::Linked(link) if counts(link.phase()))
     }
 
     /// When the replica counts, writes and flushes are answered by this.
@@ -228,7 +227,7 @@ impl Session {
     /// A replica that is not in sync any more hears that it will be passed over, and answers that it counts on nothing.
     pub(super) fn tell_alone(&mut self) {
         let State::Linked(link) = &mut self.state else { return };
-        let is_passed_over = matches!(link.phase, Phase::Draining | Phase::Beginning | Phase::Resyncing);
+        let is_passed_over = matches!(link.phase(), Phase::Draining | Phase::Beginning | Phase::Resyncing);
         if self.promised.is_some() && is_passed_over && !std::mem::replace(&mut link.is_told_alone, true) {
             self.actions.push_back(Action::Send(Alone { session: link.session }.into()));
         }

@@ -3,7 +3,7 @@
 //! Nothing here clears a bit (D3): a handshake can only add. The replica answers a greeting after it has drained every
 //! older session, so no frame of one lands after the first read for a copy (R1).
 
-use super::{Action, Link, Phase, Session, State};
+use super::{Action, Link, Progress, Session, State};
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock;
 use crate::lineage::{self, Ends, Relation};
@@ -211,11 +211,7 @@ impl Session {
             unreachable!("only a greeting becomes a link");
         };
         let welcome = greeting.welcome.expect("the union comes after the welcome");
-        let phase = if self.map.is_clean() {
-            Phase::Committing { closed: None, sent: None, streams: false }
-        } else {
-            Phase::Draining
-        };
+        let progress = Progress::new(self.map.is_clean());
         self.since = now;
         self.writing_union = false;
         // Written with the union, before which nothing is copied.
@@ -229,7 +225,7 @@ impl Session {
             spilled: false,
             union_is_durable: false,
             resync: Resync::new(self.block_size, self.size_bytes, self.next_read, self.resync_limit, now),
-            phase,
+            progress,
             verify: None,
             durable: Epoch(0),
             sent: Sequence(0),

@@ -65,7 +65,7 @@ impl Session {
         // nothing is until the header is written (D1).
         self.unwritten = Some(Sequence(1));
         if let State::Linked(link) = &mut self.state
-            && link.phase.streams()
+            && link.phase().streams()
         {
             self.left |= link.break_off(&mut self.answered);
         }

@@ -34,6 +34,7 @@ mod ground;
 mod handshake;
 mod marks;
 mod pace;
+mod phase;
 mod report;
 pub mod resync;
 mod stream;
@@ -61,6 +62,7 @@ use crate::wire::{Body, FrameHeader};
 use answered::{Answered, Followed};
 use denial::Denial;
 pub use handshake::{Handled, Identity, PeerError};
+use phase::{Phase, Progress, Step};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
 use std::collections::VecDeque;
@@ -201,7 +203,7 @@ struct Link {
     /// (D3).
     union_is_durable: bool,
     resync: Resync,
-    phase: Phase,
+    progress: Progress,
     verify: Option<Verify>,
     durable: Epoch,
     /// The last live write that was sent, and the last one that the replica has received.
@@ -221,37 +223,16 @@ struct Link {
     is_told_alone: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Draining,
-    Beginning,
-    Resyncing,
-    /// `closed` is the epoch that closed after the last copy; `sent` is what was committed once it was durable.
-    Committing {
-        closed: Option<(Epoch, Sequence)>,
-        sent: Option<GenerationId>,
-        streams: bool,
-    },
-    InSync,
-}
-
-impl Phase {
-    /// Whether the replica may count itself as one that follows the newest generation.
-    fn follows(self) -> bool {
-        matches!(self, Self::InSync | Self::Committing { sent: Some(_), .. })
-    }
-
-    fn streams(self) -> bool {
-        matches!(self, Self::Resyncing | Self::Committing { streams: true, .. } | Self::InSync)
-    }
-}
-
 impl Link {
+    fn phase(&self) -> Phase {
+        self.progress.phase()
+    }
+
     /// Streams no more. Says whether the replica followed.
     fn break_off(&mut self, answered: &mut Answered) -> bool {
-        let follows = self.phase.follows();
+        let follows = self.phase().follows();
         answered.left(self.followed());
-        self.phase = Phase::Draining;
+        self.progress.take(Step::BreakOff);
         follows
     }
 
@@ -370,7 +351,7 @@ impl Session {
     pub fn poll_timeout(&self) -> Option<Time> {
         let map = (self.map.has_changes() && !self.writing_map).then(|| self.map_written_at.after(MAP_TIME));
         let resync = match &self.state {
-            State::Linked(link) if link.phase == Phase::Resyncing => link.resync.timeout(),
+            State::Linked(link) if link.phase() == Phase::Resyncing => link.resync.timeout(),
             _ => None,
         };
         map.into_iter().chain(resync).min()
@@ -399,7 +380,7 @@ impl Session {
         let State::Linked(link) = &mut self.state else {
             return self.mark(blocks, write.sequence);
         };
-        if !link.phase.streams() {
+        if !link.phase().streams() {
             link.resync.rewritten(&blocks);
             return self.mark(blocks, write.sequence);
         }
@@ -437,7 +418,7 @@ impl Session {
     fn distrust(&mut self, blocks: Range<u64>, sequence: Sequence) {
         if let State::Linked(link) = &mut self.state {
             link.resync.rewritten(&blocks);
-            if link.phase.streams() {
+            if link.phase().streams() {
                 self.left |= link.break_off(&mut self.answered);
             }
         }
@@ -449,7 +430,7 @@ impl Session {
         let whole = ByteRange::new(0, self.size_bytes);
         if let State::Linked(link) = &mut self.state {
             link.resync.rewritten(&whole.blocks(self.block_size));
-            if link.phase.streams() {
+            if link.phase().streams() {
                 self.left |= link.break_off(&mut self.answered);
             }
         }
@@ -461,10 +442,11 @@ impl Session {
     pub(crate) fn handle_epoch_end(&mut self, epoch: Epoch, sequence: Sequence) {
         let State::Linked(link) = &mut self.state else { return };
         let streamed = link.streamed.take();
-        let cut = !link.phase.streams();
-        let sequence = match &mut link.phase {
-            Phase::Committing { closed: closed @ None, streams: true, .. } => {
-                *closed = Some((epoch, sequence));
+        let phase = link.phase();
+        let cut = !phase.streams();
+        let sequence = match phase {
+            Phase::Committing { closed: None, streams: true, .. } => {
+                link.progress.take(Step::Close(epoch, sequence));
                 sequence
             }
             phase if phase.streams() && streamed.is_some() => sequence,
@@ -545,7 +527,7 @@ impl Session {
     pub(crate) fn give_up(&mut self) {
         self.spill();
         let State::Linked(link) = &mut self.state else { return };
-        if link.phase.follows() {
+        if link.phase().follows() {
             self.left |= link.break_off(&mut self.answered);
         }
     }
@@ -580,8 +562,8 @@ impl Session {
                 Ok(())
             }
             Message::ResyncReady(ResyncReady { session }) if session == link.session => {
-                if link.phase == Phase::Beginning {
-                    link.phase = Phase::Resyncing;
+                if link.phase() == Phase::Beginning {
+                    link.progress.take(Step::Ready);
                     if self.word.counts_on_nothing() {
                         self.map.note_given(&Given::NOTHING);
                     }
@@ -589,9 +571,9 @@ impl Session {
                 Ok(())
             }
             Message::Committed(Committed { session, position }) if session == link.session => {
-                if let Phase::Committing { sent: Some(generation), closed, .. } = link.phase {
+                if let Phase::Committing { sent: Some(generation), closed, .. } = link.phase() {
                     link.durable = link.durable.max(closed.map_or(Epoch(0), |(epoch, _)| epoch));
-                    link.phase = Phase::InSync;
+                    link.progress.take(Step::Committed);
                     // It counts on new words from now on, and hears again when they hold no more.
                     link.is_told_alone = false;
                     self.since = now;
@@ -621,7 +603,7 @@ impl Session {
                 Ok(())
             }
             Message::Renew(Renew { session, number }) if session == link.session => {
-                if link.phase == Phase::InSync && self.mode == Mode::Sync {
+                if link.phase() == Phase::InSync && self.mode == Mode::Sync {
                     self.promised = self.promised.max(Some(now.after(self.patience)));
                     let milliseconds = self.patience.as_millis() as u64;
                     self.actions.push_back(Action::Send(Grant { session, number, milliseconds }.into()));
@@ -656,24 +638,24 @@ impl Session {
         self.tell_alone();
         let (is_clean, is_saved) = (self.map.is_clean(), self.is_saved());
         let State::Linked(link) = &mut self.state else { return Wants::default() };
-        if let Phase::Committing { streams: false, sent, .. } = link.phase
+        if let Phase::Committing { streams: false, sent, .. } = link.phase()
             && (!is_clean || sent.is_none() && self.word.is_outdated())
         {
             self.left |= link.break_off(&mut self.answered);
         }
-        if link.phase == Phase::Draining && link.window.is_empty() {
+        if link.phase() == Phase::Draining && link.window.is_empty() {
             link.union_is_durable |= is_saved;
             if !link.union_is_durable {
                 // Marks of writes need not be: the activity log has them, and under load some are always new.
                 self.write_map();
                 return Wants::default();
             }
-            link.phase = Phase::Beginning;
+            link.progress.take(Step::Begin);
             link.spilled = false;
             let dirty_bytes = self.map.dirty_blocks() * self.block_size.bytes();
             self.actions.push_back(Action::Send(ResyncBegin { session: link.session, dirty_bytes }.into()));
         }
-        if link.phase == Phase::Resyncing {
+        if link.phase() == Phase::Resyncing {
             let waits = circumstances.application_is_active;
             while let Some(action) = link.resync.pick(&self.map, &self.certain, order, waits, now) {
                 self.actions.push_back(action);
@@ -681,7 +663,7 @@ impl Session {
             link.tail_since =
                 (self.map.dirty_blocks() <= TAIL_BLOCKS).then(|| link.tail_since.unwrap_or(now));
             if self.map.is_clean() && link.resync.is_idle() {
-                link.phase = Phase::Committing { closed: None, sent: None, streams: true };
+                link.progress.take(Step::AllCopied);
             }
         }
         let wants = self.commit(circumstances);

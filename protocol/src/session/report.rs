@@ -115,13 +115,13 @@ impl Session {
                 let (unreadable, is_all) = link.resync.unreadable();
                 (report.unreadable, report.more_unreadable) = (unreadable, !is_all);
                 let is_late = report.lag > ACKNOWLEDGEMENT_DEADLINE;
-                report.state = match link.phase {
+                report.state = match link.phase() {
                     Phase::InSync if is_late => ReplicaState::Behind,
                     Phase::InSync => ReplicaState::InSync,
                     Phase::Draining => ReplicaState::Behind,
                     Phase::Beginning | Phase::Resyncing | Phase::Committing { .. } => ReplicaState::Resyncing,
                 };
-                if link.phase != Phase::InSync {
+                if link.phase() != Phase::InSync {
                     report.resync = Some(link.resync.progress(&self.map, now));
                 }
                 report

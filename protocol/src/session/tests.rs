@@ -199,7 +199,7 @@ fn a_resync_begins_when_the_map_names_its_session() {
     file[header.0 as usize..][..PAGE_BYTES].copy_from_slice(&header.1[..]);
     let (_, header) = Header::recover(&file).unwrap();
     assert_eq!(header.copied, Some(SessionNumber(1)));
-    assert!(matches!(&session.state, State::Linked(link) if link.phase == Phase::Beginning));
+    assert!(matches!(&session.state, State::Linked(link) if link.phase() == Phase::Beginning));
 }
 
 /// Under load some write had always been marked since the map was last written, so that a resync never began.
@@ -490,7 +490,11 @@ fn before_an_answer_in_a_new_generation_the_file_knows_that_the_replica_has_it()
     session.handle_map_written(true, Time::default());
     greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
     let State::Linked(link) = &mut session.state else { panic!("it is linked") };
-    link.phase = Phase::InSync;
+    link.progress = Progress::new(true);
+    let generation = GenerationId([b'a'; 16]);
+    for step in [Step::Close(Epoch(1), Sequence(1)), Step::Commit(generation), Step::Committed] {
+        link.progress.take(step);
+    }
     session.answered.follows();
     session.map.confirm(CopyId([2; 16]), later);
     while session.poll_action().is_some() {}

@@ -78,7 +78,7 @@ impl Session {
     pub(crate) fn begin_compare(&mut self, last: Sequence) -> bool {
         let (size_bytes, first) = (self.size_bytes, self.next_step);
         let State::Linked(link) = &mut self.state else { return false };
-        if link.phase != Phase::InSync || link.verify.is_some() {
+        if link.phase() != Phase::InSync || link.verify.is_some() {
             return false;
         }
         link.verify = Some(Verify {
@@ -164,7 +164,10 @@ impl Session {
 
     pub(super) fn drive_compare(&mut self) {
         let State::Linked(link) = &mut self.state else { return };
-        let Some(verify) = link.verify.as_mut().filter(|_| link.phase == Phase::InSync) else { return };
+        let is_in_sync = link.phase() == Phase::InSync;
+        let Some(verify) = link.verify.as_mut().filter(|_| is_in_sync) else {
+            return;
+        };
         while !verify.is_cancelled
             && verify.steps.len() < STEPS
             && verify.next * EXTENT_BYTES < verify.size_bytes
