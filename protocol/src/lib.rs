@@ -45,8 +45,8 @@
 //! # Where to begin
 //!
 //! 1. [`units`] and [`ranges`]: every index and count has a type. [`order`]: what overlaps waits.
-//! 2. [`tracker`], with `tracker/pieces`: the path of a write, from its arrival to its answer.
-//! 3. [`session`]: states of a replica; `session/stream` and `session/resync` are its two flows.
+//! 2. [`tracker`], with `tracker/pipeline` and `tracker/pieces`: the path of a write, from its arrival to its answer.
+//! 3. [`session`], with `session/phase`: states of a replica; `session/stream` and `session/resync` are its two flows.
 //! 4. [`replica`]: how what arrives becomes durable, and what is recorded when.
 //! 5. [`lineage`]: whose content counts when two hosts meet. [`terms::Fence`]: who may write.
 //! 6. [`promise`], [`succession`], [`membership`]: who may become the primary, and whose word counts.

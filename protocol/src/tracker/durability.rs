@@ -93,7 +93,7 @@ impl Tracker {
         if !self.local.wanted || self.local.running.is_some() || self.local.failed {
             return;
         }
-        let complete = self.under_way.keys().next().map_or(self.last, |first| Sequence(first.0 - 1));
+        let complete = self.pipeline.first_under_way().map_or(self.last, |first| Sequence(first.0 - 1));
         if self.local.flushes.is_empty() && complete == self.local.durable {
             // Where writes are under way, the sync is wanted when they have ended.
             self.local.wanted = complete < self.last;
@@ -112,16 +112,7 @@ impl Tracker {
         for flush in std::mem::take(&mut self.local.flushes) {
             self.fail(flush);
         }
-        let mut held = std::mem::take(&mut self.generations.held);
-        held.extend(std::mem::take(&mut self.told.held));
-        held.extend(self.take_waiting());
-        for piece in std::mem::take(&mut self.claimed).into_iter().chain(held) {
-            self.activity.give_back(piece.range.extents(), None);
-            self.done_piece(piece.request, false, now);
-        }
-        for piece in std::mem::take(&mut self.arrivals) {
-            self.done_piece(piece.request, false, now);
-        }
+        self.give_pieces_up(now);
     }
 
     /// A request failed: its error goes out when every map durably holds its blocks (W5).

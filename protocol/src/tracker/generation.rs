@@ -9,8 +9,9 @@
 //! of a replica while another one may have the same newest generation and yet lack some of it. Else those two could be
 //! taken for equals when the primary is gone (D5).
 
+use super::pipeline::{Piece, Wait};
 use super::told::Told;
-use super::{Action, Piece, Session, Tracker};
+use super::{Action, Session, Tracker};
 use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::units::{Epoch, GenerationId, Time};
@@ -35,8 +36,6 @@ pub(super) struct Generations {
     pub(super) beginning: bool,
     /// The first epoch of the one that is beginning.
     first: Epoch,
-    /// Pieces that wait for the generation, in order.
-    pub(super) held: Vec<Piece>,
     /// How many of the newest ones were begun since anything was answered.
     pub(super) unanswered: usize,
 }
@@ -44,7 +43,7 @@ pub(super) struct Generations {
 impl Generations {
     pub(super) fn new(lineage: Vec<GenerationId>, limit: usize) -> Self {
         let next = if planted(Bug::KeepGeneration) { Next::NotWanted } else { Next::Opened };
-        Self { lineage, limit, next, beginning: false, first: Epoch(0), held: Vec::new(), unanswered: 0 }
+        Self { lineage, limit, next, beginning: false, first: Epoch(0), unanswered: 0 }
     }
 
     pub(super) fn newest(&self) -> GenerationId {
@@ -58,7 +57,7 @@ impl Tracker {
     pub fn handle_generation(&mut self, generation: Option<GenerationId>, now: Time) {
         assert!(self.generations.beginning, "a generation was asked for");
         self.generations.beginning = false;
-        let held = std::mem::take(&mut self.generations.held);
+        let held = self.pipeline.take_from_generation();
         match generation {
             Some(generation) => {
                 self.generations.next = Next::NotWanted;
@@ -79,8 +78,7 @@ impl Tracker {
             }
             None => {
                 for piece in held {
-                    self.activity.give_back(piece.range.extents(), None);
-                    self.done_piece(piece.request, false, now);
+                    self.give_piece_up(piece, now);
                 }
                 self.fail_backing(now);
             }
@@ -94,7 +92,7 @@ impl Tracker {
         if self.generations.next == Next::NotWanted && !self.generations.beginning {
             return false;
         }
-        self.generations.held.push(piece);
+        self.pipeline.wait(piece, Wait::Generation);
         self.begin_generation();
         true
     }

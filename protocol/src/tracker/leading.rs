@@ -76,16 +76,7 @@ impl Tracker {
         self.leading.doubts.clear();
         self.fail_owed();
         self.fail_withheld();
-        let mut held = std::mem::take(&mut self.generations.held);
-        held.extend(std::mem::take(&mut self.told.held));
-        let claimed = std::mem::take(&mut self.claimed);
-        for piece in claimed.into_iter().chain(held).chain(self.take_waiting()) {
-            self.activity.give_back(piece.range.extents(), None);
-            self.done_piece(piece.request, false, now);
-        }
-        for piece in std::mem::take(&mut self.arrivals) {
-            self.done_piece(piece.request, false, now);
-        }
+        self.give_pieces_up(now);
         self.drive(now);
     }
 

@@ -35,6 +35,7 @@ mod generation;
 mod leading;
 mod patience;
 mod pieces;
+mod pipeline;
 pub mod replies;
 pub mod start;
 #[cfg(test)]
@@ -63,8 +64,8 @@ use agreement::Agreement;
 use durability::Local;
 use generation::Generations;
 use leading::Leading;
-use patience::Waiting;
-use pieces::{Piece, Request};
+use pieces::Request;
+use pipeline::Pipeline;
 use replies::{Owed, ReplicaLoss};
 use start::Start;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -104,13 +105,7 @@ pub struct Tracker {
     log_is_free: bool,
     log_failed: bool,
     requests: HashMap<RequestId, Request>,
-    /// Pieces for whose extents the active set has no room yet, in order.
-    arrivals: VecDeque<Piece>,
-    /// Pieces whose extents wait for a record.
-    claimed: Vec<Piece>,
-    under_way: BTreeMap<Sequence, Piece>,
-    /// Pieces that wait for copies of what they overwrite.
-    waiting: Vec<Waiting>,
+    pipeline: Pipeline,
     last: Sequence,
     epoch: OpenEpoch,
     local: Local,
@@ -187,11 +182,8 @@ impl Tracker {
             log_is_free: false,
             log_failed: false,
             requests: HashMap::new(),
-            arrivals: VecDeque::new(),
-            claimed: Vec::new(),
-            under_way: BTreeMap::new(),
+            pipeline: Pipeline::default(),
             last_asked: None,
-            waiting: Vec::new(),
             last: Sequence(0),
             epoch: OpenEpoch { number: first_epoch, bytes: 0, since: None },
             local: Local::default(),
@@ -257,7 +249,7 @@ impl Tracker {
         let waits = [
             self.reply_timeout(),
             self.agreement_timeout(),
-            self.wait_timeout(),
+            self.pipeline.copies_due(),
             self.told_timeout(),
             self.held_timeout(),
         ];
@@ -300,8 +292,7 @@ impl Tracker {
     pub fn handle_log_written(&mut self, written: bool, now: Time) {
         if written || planted(Bug::GoOnUnrecorded) {
             self.activity.record_written();
-            let claimed = std::mem::take(&mut self.claimed);
-            for piece in claimed {
+            for piece in self.pipeline.take_claimed() {
                 self.begin_if_active(piece, now);
             }
         } else {
@@ -315,7 +306,7 @@ impl Tracker {
     /// A write to the backing has ended.
     pub fn handle_local_written(&mut self, sequence: Sequence, ended: LocalWrite, now: Time) {
         let written = ended == LocalWrite::Written;
-        let piece = self.under_way.remove(&sequence).expect("a write ends once");
+        let piece = self.pipeline.end(sequence);
         self.activity.give_back(piece.range.extents(), Some(sequence));
         if !written {
             for session in self.sessions.values_mut() {
@@ -555,7 +546,7 @@ impl Tracker {
     pub fn is_closed(&self) -> bool {
         let is_idle = self.requests.is_empty()
             && self.local.running.is_none()
-            && self.under_way.is_empty()
+            && self.pipeline.first_under_way().is_none()
             && !self.generations.beginning
             && !self.told.is_asked();
         let is_durable = self.local.opened && self.local.durable == self.last;
@@ -690,7 +681,7 @@ impl Tracker {
         let active = || if has_several { activity.extents().collect() } else { Vec::new() };
         let may_commit: Vec<bool> = self.sessions.keys().map(|peer| self.may_commit(*peer)).collect();
         let asked_lately = self.last_asked.is_some_and(|asked| now.since(asked) < QUIET_TIME);
-        let is_active = asked_lately || !self.under_way.is_empty();
+        let is_active = asked_lately || self.pipeline.first_under_way().is_some();
         let (mut epoch_end, mut generation) = (false, false);
         let (told_before, mut is_untold) = (self.told.end(), false);
         let opened = Some(self.opened).filter(|_| told_before.is_none());

@@ -1,5 +1,6 @@
 //! The path of a write through the tracker: cut into pieces, extents claimed, sequenced, sent on its way, ended.
 
+use super::pipeline::{Piece, Wait};
 use super::{
     Action, Admitted, EPOCH_BYTES, PAYLOAD_LIMIT_BYTES, PIECES, RequestId, Session, Tracker, Work,
     ZERO_LIMIT_BYTES,
@@ -22,14 +23,6 @@ pub(super) struct Request {
     pub(super) sequence: Sequence,
 }
 
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Piece {
-    pub(super) request: RequestId,
-    pub(super) range: ByteRange,
-    pub(super) zero: Option<bool>,
-    pub(super) fua: bool,
-}
-
 impl Tracker {
     /// Makes pieces of a request, as many as may be under way.
     pub(super) fn cut(&mut self, id: RequestId) {
@@ -43,7 +36,7 @@ impl Tracker {
             let range = request.rest.split_at_multiples(limit).next().expect("the rest is not empty");
             request.rest = ByteRange::between(range.end(), request.rest.end());
             request.pieces += 1;
-            self.arrivals.push_back(Piece { request: id, range, zero, fua });
+            self.pipeline.arrive(Piece { request: id, range, zero, fua });
         }
     }
 
@@ -52,16 +45,13 @@ impl Tracker {
         if self.holds_arrivals(now) {
             return;
         }
-        while let Some(piece) = self.arrivals.front().copied() {
+        while let Some(piece) = self.pipeline.first_arrived() {
             if self.local.failed || self.leading.is_superseded {
-                self.arrivals.pop_front();
+                self.pipeline.take_first_arrived();
                 self.done_piece(piece.request, false, now);
                 continue;
             }
             match self.activity.claim(piece.range.extents(), self.safe()) {
-                Claim::Active => self.begin(piece, now),
-                Claim::Wait if planted(Bug::SkipLog) => self.begin(piece, now),
-                Claim::Wait => self.claimed.push(piece),
                 Claim::Full => {
                     // Room comes when the oldest extents' writes are durable here and there (D1).
                     self.close_epoch();
@@ -70,21 +60,26 @@ impl Tracker {
                     self.full_since.get_or_insert(now);
                     break;
                 }
+                claim => {
+                    self.full_since = None;
+                    self.pipeline.take_first_arrived();
+                    match claim {
+                        Claim::Wait if !planted(Bug::SkipLog) => self.pipeline.wait(piece, Wait::Record),
+                        _ => self.begin(piece, now),
+                    }
+                }
             }
-            self.full_since = None;
-            self.arrivals.pop_front();
         }
         self.write_log(false);
     }
 
     pub(super) fn begin_if_active(&mut self, piece: Piece, now: Time) {
         if self.local.failed || self.leading.is_superseded {
-            self.activity.give_back(piece.range.extents(), None);
-            self.done_piece(piece.request, false, now);
+            self.give_piece_up(piece, now);
         } else if self.activity.are_active(piece.range.extents()) {
             self.begin(piece, now);
         } else {
-            self.claimed.push(piece);
+            self.pipeline.wait(piece, Wait::Record);
         }
     }
 
@@ -102,7 +97,7 @@ impl Tracker {
         }
         let sequence = self.last.next();
         self.last = sequence;
-        self.under_way.insert(sequence, piece);
+        self.pipeline.sequence(piece, sequence);
         self.requests.get_mut(&piece.request).expect("a request outlives its pieces").sequence = sequence;
         let Piece { request, range, zero, fua } = piece;
         let write = session::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
@@ -133,7 +128,7 @@ impl Tracker {
         while let Some(next) = admitted.pop_front() {
             match next {
                 Admitted::Write(sequence) => {
-                    let Piece { request, range, zero, fua } = self.under_way[&sequence];
+                    let Piece { request, range, zero, fua } = self.pipeline.under_way(sequence);
                     self.actions.push_back(Action::WriteLocal {
                         sequence,
                         request,
@@ -154,6 +149,23 @@ impl Tracker {
                 }
             }
         }
+    }
+
+    /// What waits for anything is carried out no more, and what is under way ends: the backing failed, or another host leads.
+    pub(super) fn give_pieces_up(&mut self, now: Time) {
+        let (with_extents, without) = self.pipeline.give_up();
+        for piece in with_extents {
+            self.give_piece_up(piece, now);
+        }
+        for piece in without {
+            self.done_piece(piece.request, false, now);
+        }
+    }
+
+    /// A piece that has its extents is carried out no more.
+    pub(super) fn give_piece_up(&mut self, piece: Piece, now: Time) {
+        self.activity.give_back(piece.range.extents(), None);
+        self.done_piece(piece.request, false, now);
     }
 
     pub(super) fn done_piece(&mut self, id: RequestId, written: bool, now: Time) {

@@ -87,13 +87,13 @@ impl Tracker {
         if self.start.released.is_empty() || is_over || planted(Bug::WriteUnfollowed) {
             return false;
         }
-        if !self.arrivals.is_empty() {
+        if self.pipeline.has_arrived() {
             self.start.held_since.get_or_insert(now);
         }
         if self.start.refuses || self.held_timeout().is_some_and(|at| now >= at) {
             self.start.held_since = None;
             let held: BTreeSet<_> =
-                std::mem::take(&mut self.arrivals).into_iter().map(|piece| piece.request).collect();
+                self.pipeline.take_arrived().into_iter().map(|piece| piece.request).collect();
             held.into_iter().for_each(|request| self.answer(request, Err(WriteFailed)));
         }
         true

@@ -10,7 +10,8 @@
 //! between the bound and the moment to which a host is set back is not noticed: about a second of a busy volume, and
 //! nothing of one that rests.
 
-use super::{Action, Piece, Tracker};
+use super::pipeline::{Piece, Wait};
+use super::{Action, Tracker};
 use crate::planted::{Bug, planted};
 use crate::units::{Epoch, Time};
 use std::time::Duration;
@@ -38,8 +39,6 @@ pub(super) struct Told {
     failed_at: Option<Time>,
     /// Whether an epoch is to be told of that may not be yet.
     pub(super) is_wanted: bool,
-    /// Pieces that wait for it, in order.
-    pub(super) held: Vec<Piece>,
 }
 
 impl Default for Told {
@@ -51,7 +50,6 @@ impl Default for Told {
             at: (Epoch(0), Time::default()),
             failed_at: None,
             is_wanted: false,
-            held: Vec::new(),
         }
     }
 }
@@ -129,15 +127,14 @@ impl Tracker {
             self.told.end = Some(asked);
             self.told.is_wanted = false;
         }
-        let held = std::mem::take(&mut self.told.held);
+        let held = self.pipeline.take_from_bound();
         if recorded || !is_raised || held.is_empty() {
             for piece in held {
                 self.begin_if_active(piece, now);
             }
         } else {
             for piece in held {
-                self.activity.give_back(piece.range.extents(), None);
-                self.done_piece(piece.request, false, now);
+                self.give_piece_up(piece, now);
             }
             self.fail_backing(now);
         }
@@ -149,7 +146,7 @@ impl Tracker {
         if self.sessions.is_empty() || self.told.covers(self.epoch.number) {
             return false;
         }
-        self.told.held.push(piece);
+        self.pipeline.wait(piece, Wait::Bound);
         true
     }
 
@@ -162,16 +159,16 @@ impl Tracker {
 
     /// Asks for the next bound, where one is to be recorded.
     pub(super) fn look_ahead(&mut self, now: Time) {
-        if self.sessions.is_empty() && !self.told.is_asked() && !self.told.held.is_empty() {
+        if self.sessions.is_empty() && !self.told.is_asked() && self.pipeline.awaits_bound() {
             // Nobody is told of anything any more.
-            for piece in std::mem::take(&mut self.told.held) {
+            for piece in self.pipeline.take_from_bound() {
                 self.begin_if_active(piece, now);
             }
         }
         if !self.looks_ahead() {
             return;
         }
-        let (waits, is_held) = (!self.claimed.is_empty(), !self.told.held.is_empty());
+        let (waits, is_held) = (self.pipeline.awaits_record(), self.pipeline.awaits_bound());
         if self.told.failed_at.is_some_and(|failed| now.since(failed) < SHORT_TIME) && !is_held {
             return;
         }
@@ -190,7 +187,7 @@ impl Tracker {
     fn looks_ahead(&self) -> bool {
         let is_over = self.local.failed || self.leading.is_superseded;
         // The end of a primary waits for no more than it needs.
-        let is_ending = self.closing && self.told.held.is_empty() && !self.told.is_wanted;
+        let is_ending = self.closing && !self.pipeline.awaits_bound() && !self.told.is_wanted;
         !self.sessions.is_empty() && !is_over && !is_ending && !self.generations.beginning
     }
 }
