@@ -117,7 +117,8 @@ impl Adoption<'_> {
     /// Whatever this host has noted is of the old disk: its position, what it had in common with others, and the layers.
     fn record_replica(&self, superblock: &mut Superblock, copy: CopyId) {
         superblock.copy = copy;
-        (superblock.gap, superblock.history, superblock.ends) = (0, 0, Ends::default());
+        (superblock.gap, superblock.ends) = (0, Ends::default());
+        superblock.keep_in(0);
         (superblock.mode, superblock.given) = (Mode::Async, Given::NOTHING);
         (superblock.released, superblock.replaced) = (false, true);
         // What something else wrote is on the old disk.

@@ -69,6 +69,12 @@ pub enum Bug {
     /// A replica whose log says that any block may differ, as where something else wrote to its disk, tells its primary of none
     /// (X4).
     TrustTouched,
+    /// A copy that something else wrote to is promoted without force (X4).
+    PromoteTouched,
+    /// Such a copy counts for other hosts, and for whoever recovers from it, as what it was before (X4).
+    CountTouched,
+    /// What something else wrote to a copy before it was kept is brought back, and nobody is told (X4).
+    UndoTouched,
     /// A primary that was demoted gives up what it had for whoever is promoted next (L6).
     AgreeToAnybody,
     /// A replica that has gone back is taken for what it was (X4).
@@ -108,7 +114,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 46] = [
+    pub const ALL: [Self; 49] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -136,6 +142,9 @@ impl Bug {
         Self::PruneFollowed,
         Self::NarrowSectors,
         Self::TrustTouched,
+        Self::PromoteTouched,
+        Self::CountTouched,
+        Self::UndoTouched,
         Self::AgreeToAnybody,
         Self::IgnoreMark,
         Self::ForgetCopied,

@@ -9,6 +9,7 @@
 use crate::adoption::{Adoption, Content};
 use crate::dirty_map::DirtyMap;
 use crate::disk::superblock::{Role, Superblock};
+use crate::planted::{Bug, planted};
 use crate::promise::Given;
 use crate::ranges::ByteRange;
 use crate::replica::consent;
@@ -138,7 +139,7 @@ impl Rewrite {
     /// Makes a replica with these peers the primary (P1, P2, P5, L5).
     ///
     /// # Errors
-    /// [`NotPromotable`] when nothing would make a legal image of the volume.
+    /// [`NotPromotable`] when nothing would make a legal image of the volume, or force alone makes it one.
     pub fn promotion(
         superblock: &Superblock,
         peers: &[HostId],
@@ -147,6 +148,10 @@ impl Rewrite {
         let raised =
             Superblock { fence: raised(superblock.fence, candidacy.decision.newest), ..superblock.clone() };
         promotion::must_be_promotable(&raised)?;
+        // Nobody is asked again where a handover came to nothing, nor where it was noticed since.
+        if superblock.touched && !candidacy.decision.is_forced && !planted(Bug::PromoteTouched) {
+            return Err(NotPromotable::Touched);
+        }
         let rollback = (superblock.data == DataState::Inconsistent).then_some(superblock.gap);
         let orders =
             maps(peers)
@@ -405,6 +410,9 @@ mod tests {
     #[test]
     fn a_copy_that_something_else_wrote_to_is_the_volumes_content_once_it_is_promoted() {
         let mut it = Superblock { touched: true, ..superblock("ba") };
+        // The primary that was demoted for another host goes on by itself, whatever was done to its disk meanwhile.
+        let unasked = Rewrite::promotion(&it, &[], candidacy(false));
+        assert_eq!(unasked.unwrap_err(), NotPromotable::Touched);
         let rewrite = Rewrite::promotion(&it, &[], forced(true)).unwrap();
         rewrite.change(Change::Begin, &mut it);
         assert!(it.touched, "it is not promoted yet");

@@ -121,6 +121,7 @@ impl Candidate {
     pub fn objection(&self, others: &[Heard]) -> Option<Objection> {
         let Superblock { fence, lineage, data, mode, given, released, replaced, touched, ends, .. } =
             &self.superblock;
+        let touched = *touched && !planted(Bug::PromoteTouched);
         let heard = || others.iter().filter_map(|other| Some((other.host, other.standing.as_ref()?)));
         if let Some((primary, _)) =
             heard().find(|(_, standing)| standing.role == Role::Primary && standing.serves)
@@ -143,7 +144,7 @@ impl Candidate {
         };
         let unheard = |silent: Vec<HostId>| (!silent.is_empty()).then_some(Objection::Unheard(silent));
         let gives_up = self.gives_up_what_is_kept().then_some(Objection::Kept);
-        if *released && !*touched {
+        if *released && !touched {
             return gives_up.or_else(|| unheard(silent(false)));
         }
         // It has all that any other one has.
@@ -158,7 +159,7 @@ impl Candidate {
         {
             return Some(Objection::Later(later));
         }
-        if *touched {
+        if touched {
             return Some(Objection::Touched);
         }
         if gives_up.is_some() {
@@ -202,7 +203,9 @@ impl Candidate {
 #[must_use]
 pub fn counts_as(superblock: &Superblock) -> (DataState, bool) {
     match superblock.data {
-        DataState::Consistent | DataState::Inconsistent if superblock.touched => {
+        DataState::Consistent | DataState::Inconsistent
+            if superblock.touched && !planted(Bug::CountTouched) =>
+        {
             (DataState::Inconsistent, false)
         }
         data => (data, superblock.gap != 0),
@@ -404,6 +407,7 @@ mod tests {
             released: false,
             replaced: false,
             touched: false,
+            history_touched: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 3,

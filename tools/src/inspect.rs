@@ -147,6 +147,9 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     if superblock.touched {
         page.row("touched", "yes, something else wrote to the backing, and all is to be compared");
     }
+    if superblock.history_touched {
+        page.row("undo touched", "yes, what is kept has what something else wrote");
+    }
     page.row("released", if superblock.released { "yes, by a demoted primary" } else { "no" });
     for (index, generation) in superblock.lineage.iter().enumerate() {
         page.row(&format!("lineage {index}"), generation);

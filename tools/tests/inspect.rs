@@ -57,6 +57,7 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         released: false,
         replaced: false,
         touched: false,
+        history_touched: false,
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 4,

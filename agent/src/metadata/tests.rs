@@ -40,6 +40,7 @@ pub(crate) fn superblock() -> Superblock {
         released: false,
         replaced: false,
         touched: false,
+        history_touched: false,
         run: blockmirror_protocol::units::Epoch(0),
         ends: blockmirror_protocol::lineage::Ends::default(),
         agreed: 1,

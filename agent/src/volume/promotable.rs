@@ -284,6 +284,7 @@ mod tests {
             released: false,
             replaced: false,
             touched: false,
+            history_touched: false,
             run: Epoch(0),
             ends: blockmirror_protocol::lineage::Ends::default(),
             agreed: 3,

@@ -14,7 +14,8 @@
 //!  152 source host (32)     184 lineage length (4)  188 zero (4)
 //!  192 lineage: up to 64 generations of 16 bytes, newest first
 //! 1216 adopted (8)         1224 gap (8)         1232 layers (8)
-//! 1240 mode (1)  1241 released (1)  1242 replaced (1)  1243 touched (1)  1244 zero (4)
+//! 1240 mode (1)  1241 released (1)  1242 replaced (1)  1243 touched (1)
+//! 1244 history touched (1)  1245 zero (3)
 //! 1248 counter of the source's fence (8)          1256 history (8)
 //! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
 //! 1400 zero                1432 agreed (8)            1440 run (8)
@@ -31,7 +32,8 @@
 //! that was demoted in order agreed to whoever was promoted next, and had no heirs. Version 5 had a zero at 1243: that something
 //! else wrote to the backing was known to the run alone that noticed it; and zeroes from 3024 on: it did not know which hosts
 //! a promise of replicas was about, so such a promise counts for nothing. Its primaries had no
-//! heirs.
+//! heirs. Version 6 had a zero at 1244: where the copy is touched, so is its history; where a commit has followed since, nobody
+//! knows.
 
 use super::dirty_map::Base;
 use super::{
@@ -50,7 +52,7 @@ pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
 pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 /// How many heirs there are at most.
@@ -64,6 +66,8 @@ pub(super) const MAGIC: [u8; 8] = *b"BMSUPER\0";
 const CRC_AT: usize = 12;
 /// The first version that knows which hosts count for a promise.
 const COUNTED_SINCE: u32 = 6;
+/// The first version that knows whether a history is touched.
+const HISTORY_TOUCHED_SINCE: u32 = 7;
 /// The first version that has a run and ends, and says to whom the operator agreed.
 const RUN_SINCE: u32 = 4;
 
@@ -98,7 +102,8 @@ struct Raw {
     released: u8,
     replaced: u8,
     touched: u8,
-    zero_again: [u8; 4],
+    history_touched: u8,
+    zero_again: [u8; 3],
     source_counter: U64,
     history: U64,
     promise: u8,
@@ -195,6 +200,8 @@ pub struct Superblock {
     /// On a replica, whether something else wrote to the backing since all of it was last the content of a primary (X4): until
     /// a commit, for which all is compared, or the operator's word that the content is to be the volume's as it is.
     pub touched: bool,
+    /// Whether the history leads back to what something else wrote: a commit mends the copy, and not what was kept of it before.
+    pub history_touched: bool,
     /// The first epoch of this host's last run as primary: whatever it numbered before is lower.
     pub run: Epoch,
     /// On a primary, where its content ends in generations that others may be further in. Of the one that is going on, an
@@ -235,6 +242,7 @@ impl Superblock {
             released: false,
             replaced: false,
             touched: false,
+            history_touched: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 0,
@@ -252,6 +260,16 @@ impl Superblock {
     /// Something else wrote to the backing (X4). What a primary finds there is what it serves: that is the volume's content.
     pub fn note_touched(&mut self) {
         self.touched |= self.role == Role::Replica;
+        // Where the layer has no pre-image yet, an undo leaves what is there now.
+        self.history_touched |= self.touched && self.history != 0;
+    }
+
+    /// What this copy holds is kept in this layer from now on, which may be the one that keeps it already; 0 for none.
+    pub(crate) fn keep_in(&mut self, layer: u64) {
+        self.history_touched &= layer == self.history;
+        self.history_touched |= self.touched;
+        self.history = layer;
+        self.history_touched &= layer != 0;
     }
 
     /// Whether this host gave its content up, or brought it back, and has adopted nothing since (L6): what others remember
@@ -386,7 +404,8 @@ impl Superblock {
             released: self.released.into(),
             replaced: self.replaced.into(),
             touched: self.touched.into(),
-            zero_again: [0; 4],
+            history_touched: self.history_touched.into(),
+            zero_again: [0; 3],
             source_counter: U64::new(self.source.counter),
             history: U64::new(self.history),
             promise,
@@ -503,6 +522,10 @@ impl Superblock {
             released: raw.released != 0,
             replaced: raw.replaced != 0,
             touched: raw.touched != 0,
+            history_touched: match raw.version.get() < HISTORY_TOUCHED_SINCE {
+                true => raw.touched != 0 && raw.history.get() != 0,
+                false => raw.history_touched != 0,
+            },
             run,
             ends,
             agreed: if is_older { raw.fence_counter.get() } else { raw.agreed.get() },
@@ -541,6 +564,7 @@ mod tests {
             released: true,
             replaced: true,
             touched: true,
+            history_touched: true,
             run: Epoch(17),
             ends: Ends::only(GenerationId([10; 16]), Epoch(18)),
             agreed: 19,
@@ -558,7 +582,7 @@ mod tests {
             .chain(&page[1960..2032])
             .chain(&page[3024..3096]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(text, golden(include_str!("golden/superblock-6.hex")));
+        assert_eq!(text, golden(include_str!("golden/superblock-7.hex")));
         let zero = page[256..1216]
             .iter()
             .chain(&page[1272..1432])
@@ -578,10 +602,22 @@ mod tests {
     }
 
     #[test]
+    fn a_page_of_version_6_knows_that_a_history_is_touched_from_its_copy_alone() {
+        let text = include_str!("golden/superblock-6.hex");
+        let places = (0..256).chain(1216..1272).chain(1432..1464).chain(1960..2032).chain(3024..3096);
+        let mut page = page_of(text, places);
+        assert_eq!(Superblock::recover(&page), Ok((11, sample())));
+        page[1243] = 0;
+        seal(&mut page, CRC_AT);
+        let mended = Superblock { touched: false, history_touched: false, ..sample() };
+        assert_eq!(Superblock::recover(&page), Ok((11, mended)));
+    }
+
+    #[test]
     fn a_page_of_version_5_knows_of_nothing_else_that_wrote_and_not_who_counts() {
         let text = include_str!("golden/superblock-5.hex");
         let page = page_of(text, (0..256).chain(1216..1272).chain(1432..1464).chain(1960..2032));
-        let old = Superblock { given: Given::NOTHING, touched: false, ..sample() };
+        let old = Superblock { given: Given::NOTHING, touched: false, history_touched: false, ..sample() };
         assert_eq!(Superblock::recover(&page), Ok((11, old)));
     }
 
@@ -589,7 +625,13 @@ mod tests {
     fn a_page_of_version_4_has_no_heirs() {
         let text = include_str!("golden/superblock-4.hex");
         let page = page_of(text, (0..256).chain(1216..1272).chain(1432..1464));
-        let old = Superblock { heirs: Vec::new(), given: Given::NOTHING, touched: false, ..sample() };
+        let old = Superblock {
+            heirs: Vec::new(),
+            given: Given::NOTHING,
+            touched: false,
+            history_touched: false,
+            ..sample()
+        };
         assert_eq!(Superblock::recover(&page), Ok((11, old)));
     }
 
@@ -619,6 +661,7 @@ mod tests {
             replaced: false,
             given: Given::NOTHING,
             touched: false,
+            history_touched: false,
             ..sample()
         }
     }

@@ -69,7 +69,7 @@ impl StateChange {
                 }
             }
             Self::Keep(layer) => {
-                superblock.history = *layer;
+                superblock.keep_in(*layer);
                 superblock.layers = superblock.layers.max(*layer);
             }
             Self::Behind => (superblock.mode, superblock.given) = (Mode::Async, Given::NOTHING),
@@ -83,18 +83,18 @@ impl StateChange {
                 superblock.gap = *gap;
                 superblock.layers = superblock.layers.max(*gap);
                 if *keep {
-                    superblock.history = *gap;
+                    superblock.keep_in(*gap);
                 }
             }
             Self::GiveRollbackUp => {
                 if superblock.history == superblock.gap {
-                    superblock.history = 0;
+                    superblock.keep_in(0);
                     consent::give(superblock);
                 }
                 superblock.gap = 0;
             }
             Self::Forget => {
-                superblock.history = 0;
+                superblock.keep_in(0);
                 consent::give(superblock);
             }
             Self::Generation(generation) => {

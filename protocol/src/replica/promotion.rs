@@ -31,6 +31,11 @@ pub enum NotPromotable {
     /// It is the primary already.
     #[error("this host is the primary already")]
     Primary,
+    /// Something else wrote to it, and the operator has not said that it is to be the volume's content all the same (X4).
+    #[error(
+        "something else wrote to this copy, and it was not compared with a primary's since; --force promotes it as it is"
+    )]
+    Touched,
     /// So many promotions were never made: a host of the volume has told of them.
     #[error(
         "the counter of promotions or of runs is used up; a host of the volume told of promotions that never were"
@@ -102,7 +107,8 @@ pub(crate) fn record(
     superblock.role = Role::Primary;
     superblock.data = DataState::Consistent;
     superblock.position = position;
-    (superblock.gap, superblock.history) = (0, 0);
+    superblock.gap = 0;
+    superblock.keep_in(0);
     (superblock.released, superblock.replaced) = (false, false);
     // Where something else wrote to it, the operator takes it as it is.
     superblock.touched = false;

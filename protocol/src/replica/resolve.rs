@@ -74,7 +74,7 @@ pub(crate) fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, hi
         // It has all that the two have in common.
         superblock.position = superblock.stands();
     }
-    superblock.history = history;
+    superblock.keep_in(history);
     superblock.ends = Ends::default();
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
     (superblock.released, superblock.replaced) = (false, true);

@@ -46,6 +46,7 @@ pub(crate) fn superblock(generations: &str) -> Superblock {
         released: false,
         replaced: false,
         touched: false,
+        history_touched: false,
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 2,
@@ -423,6 +424,49 @@ fn that_something_else_wrote_is_known_until_a_commit() {
     let (mode, given) = (Mode::Async, Given::NOTHING);
     StateChange::Commit { position, lineage, mode, given, source }.apply(&mut it);
     assert!(!it.touched);
+}
+
+/// A commit mended the copy, an undo brought back what something else had written, and the copy counted as a good one.
+#[test]
+fn a_history_leads_back_to_what_something_else_wrote_also_after_a_commit() {
+    let commit = || StateChange::Commit {
+        position: Position::default(),
+        lineage: lineage("ba"),
+        mode: Mode::Async,
+        given: Given::NOTHING,
+        source: fence(3, 3),
+    };
+    type Change = fn(&mut Superblock);
+    let touch: Change = Superblock::note_touched;
+    let keep: Change = |it| StateChange::Keep(1).apply(it);
+    let keep_gap: Change = |it| StateChange::Begin { source: fence(3, 3), gap: 1, keep: true }.apply(it);
+    let give_up: Change = |it| resolve::record(it, lineage("a"), 1, fence(3, 3));
+    let mend: Change = |it| StateChange::Begin { source: fence(3, 3), gap: 2, keep: false }.apply(it);
+    let cases: [(&str, &[Change], bool); 7] = [
+        ("kept as it was touched", &[touch, keep], true),
+        ("the way back of a resync kept", &[touch, keep_gap], true),
+        ("given up", &[touch, give_up], true),
+        ("touched since it is kept", &[keep, mend, touch], true),
+        ("kept twice", &[touch, keep, keep], true),
+        ("never touched", &[keep], false),
+        ("forgotten", &[touch, keep, |it| StateChange::Forget.apply(it)], false),
+    ];
+    for (what, changes, is_touched) in cases {
+        let mut it = superblock("ba");
+        changes.iter().for_each(|change| change(&mut it));
+        commit().apply(&mut it);
+        assert_eq!((it.touched, it.history_touched), (false, is_touched), "{what}");
+        if it.history == 0 {
+            continue;
+        }
+        undo::begin(&mut it, &lineage("a"), lineage("o")[0]);
+        undo::record(&mut it, Position::default());
+        assert_eq!((it.touched, it.history_touched), (is_touched, false), "{what}");
+    }
+    // What is kept later is of the copy that was mended.
+    let mut it = Superblock { history: 1, history_touched: true, ..superblock("ba") };
+    StateChange::Keep(2).apply(&mut it);
+    assert!(!it.history_touched);
 }
 
 #[test]

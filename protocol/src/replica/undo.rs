@@ -3,7 +3,8 @@
 //! The host is then what it was before: its content, its generations, and so the split. Every block that is restored is
 //! durably in its maps of all peers first: their own maps of this host were cleared while it followed them. From there to
 //! the end it counts as a mixture that the same layer leads back from, so a crash in the middle leaves a replica that can
-//! be undone once more, or promoted. Nobody who overwrote it is agreed to any more ([`super::consent`]).
+//! be undone once more, or promoted. Nobody who overwrote it is agreed to any more ([`super::consent`]). Where something
+//! else wrote to what is brought back, the copy says so again (X4).
 
 use super::consent;
 use crate::dirty_map::DirtyMap;
@@ -85,6 +86,8 @@ pub(crate) fn begin(superblock: &mut Superblock, before: &[GenerationId], own: G
     superblock.gap = superblock.history;
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
     (superblock.released, superblock.replaced) = (false, true);
+    // What something else wrote before it was kept comes back as well.
+    superblock.touched |= superblock.history_touched && !planted(Bug::UndoTouched);
     consent::withdraw(superblock);
 }
 
@@ -92,7 +95,8 @@ pub(crate) fn begin(superblock: &mut Superblock, before: &[GenerationId], own: G
 pub(crate) fn record(superblock: &mut Superblock, point: Position) {
     superblock.data = DataState::Consistent;
     superblock.position = point;
-    (superblock.gap, superblock.history) = (0, 0);
+    superblock.gap = 0;
+    superblock.keep_in(0);
 }
 
 #[cfg(test)]
@@ -130,6 +134,7 @@ mod tests {
             released: false,
             replaced: false,
             touched: false,
+            history_touched: false,
             run: crate::units::Epoch(0),
             ends: crate::lineage::Ends::default(),
             agreed: 2,

@@ -168,6 +168,7 @@ impl Disk {
 
     /// A sector holds something else, durably, which nobody of ours wrote. Nothing is being written.
     pub fn replace(&mut self, sector: u64, value: Value) {
+        self.versions.remove(&sector);
         self.content.insert(sector, value);
         self.changes += 1;
         self.changed.push(sector);

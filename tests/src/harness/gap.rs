@@ -132,6 +132,11 @@ impl HistoryPoint {
         &self.possible
     }
 
+    /// Something else wrote to a sector of the disk that the layer doesn't restore.
+    pub fn something_else_wrote(&mut self, sector: u64, value: Value) {
+        self.possible.insert(sector, BTreeSet::from([value]));
+    }
+
     /// Checks that restoring gives what was there, also after a power loss.
     ///
     /// # Panics

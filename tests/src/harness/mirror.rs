@@ -73,6 +73,12 @@ impl Image {
         }
     }
 
+    /// Something else wrote to a sector.
+    fn something_else_wrote(&mut self, sector: u64, value: Value) {
+        self.base.insert(sector, value);
+        self.instead.remove(&sector);
+    }
+
     /// Checks that a power loss at this moment leaves a legal image.
     ///
     /// # Panics
@@ -196,6 +202,17 @@ impl Mirror {
         match self.image.filter(|_| is_image) {
             Some(image) => Self { data: DataState::Consistent, image: Some(image), ..Self::default() },
             None => Self::default(),
+        }
+    }
+
+    /// Something else wrote to a sector of the disk, where nothing is being written. In a gap, that is what it holds after a
+    /// rollback, too, unless its pre-image was saved before.
+    pub fn something_else_wrote(&mut self, sector: u64, value: Value, is_saved: bool) {
+        if let Some(image) = &mut self.image {
+            image.something_else_wrote(sector, value);
+        }
+        if let Some(point) = self.point.as_mut().filter(|_| !is_saved) {
+            point.image.something_else_wrote(sector, value);
         }
     }
 

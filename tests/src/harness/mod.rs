@@ -39,6 +39,6 @@ pub mod set_back;
 pub mod settings;
 mod state_folder;
 mod succession;
-mod touched;
+pub mod touched;
 mod undo;
 pub mod world;

@@ -5,7 +5,7 @@ use super::mirror::Mirror;
 use super::promises::Promises;
 use super::rewriting::Purpose;
 use super::world::{Event, World};
-use blockmirror_protocol::replica::promotion;
+use blockmirror_protocol::replica::promotion::{self, NotPromotable};
 use blockmirror_protocol::rewrite::{Candidacy, Decision, Rewrite};
 use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::units::HostId;
@@ -48,6 +48,10 @@ impl World {
             it.is_held = false;
             return;
         }
+        let superblock = it.superblock.clone();
+        self.check_counted(host, &superblock);
+        let it = &mut self.hosts[host];
+        let Shell::Replica(shell) = &mut it.shell else { unreachable!("it was looked at") };
         let decision = Decision {
             newest: Fence::default(),
             rests_on_word: it.is_promoted_on_word,
@@ -61,7 +65,17 @@ impl World {
             restored: it.layers.saved(it.superblock.gap),
         };
         let peers: Vec<HostId> = peers.into_iter().map(host_id).collect();
-        let rewrite = Rewrite::promotion(&it.superblock, &peers, candidacy).expect("it was asked");
+        let rewrite = match Rewrite::promotion(&it.superblock, &peers, candidacy) {
+            Ok(rewrite) => rewrite,
+            Err(NotPromotable::Touched) => {
+                self.note(|| format!("host {host} is not promoted without force"));
+                let it = &mut self.hosts[host];
+                (it.is_held, it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false, false);
+                it.takes_over = None;
+                return self.cut_off(host);
+            }
+            Err(error) => panic!("it was asked: {error}"),
+        };
         self.note(|| format!("host {host} is being promoted"));
         self.cut_off(host);
         for link in self.links.ids().filter(|link| link.listener == host) {
@@ -100,12 +114,15 @@ impl World {
         }
         let it = &mut self.hosts[host];
         it.is_promoted_on_word = false;
-        if let Some(expected) = it.expected.take() {
+        self.take_content(host, is_by_rule);
+        if let Some(expected) = self.hosts[host].expected.take() {
+            let it = &self.hosts[host];
             if is_by_rule && expected.primary == holder {
-                expected.all.check_known(&it.disk, host);
+                expected.all.check_known(&it.disk, host, |_| false);
             }
-            expected.promises.check_known(&it.disk, host);
+            expected.promises.check_known(&it.disk, host, |value| self.is_taken(value));
         }
+        let it = &mut self.hosts[host];
         it.promises = Promises::of(&it.disk);
         for other in &mut self.hosts {
             // Whoever was released by it may be promoted without a word until it follows this promotion. Force waits for

@@ -12,6 +12,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::adoption::{Adoption, Content};
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::rewrite::Rewrite;
+use blockmirror_protocol::succession;
 use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::HostId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,10 +54,14 @@ impl World {
             it.is_held = true;
             return self.plan(LOOK, Event::Recover(host, source, life));
         }
-        let report = shell.machine.report();
+        let position = shell.machine.report().position;
+        let (data, _) = succession::counts_as(&it.superblock);
+        let superblock = it.superblock.clone();
+        self.check_counted(source, &superblock);
+        let it = &mut self.hosts[source];
         let copy = Copy {
             sectors: it.disk.content().clone(),
-            content: Content::of(report.data, report.position, &it.superblock.lineage),
+            content: Content::of(data, position, &it.superblock.lineage),
             mirror: it.mirror.clone(),
             known_lives: it.known_lives.clone(),
         };
@@ -92,10 +97,13 @@ impl World {
         let is_image = content != Content::Mixture;
         it.known_lives = if is_image { known_lives } else { BTreeSet::new() };
         match it.superblock.role {
-            Role::Primary => it.promises = Promises::of(&it.disk),
+            Role::Primary => {
+                it.promises = Promises::of(&it.disk);
+                self.take_content(host, is_image);
+            }
             Role::Replica => it.mirror = mirror.of_recovered(is_image),
         }
-        it.adopting = Some(Adopting { source, content });
+        self.hosts[host].adopting = Some(Adopting { source, content });
         for other in &mut self.hosts {
             // What is there now is not what it told them of.
             other.heard.remove(&host);

@@ -100,6 +100,7 @@ impl Settings {
             1..=4 => Self::narrow(random, seconds),
             5..=16 => Self::calm(random, seconds),
             17..=20 => Self::guarded(random, seconds),
+            41..=42 => Self::handled(random, seconds),
             43..=51 => Self::forgetful(random, seconds),
             52..=57 => Self::rewound(random, seconds),
             58..=60 => Self::peopled(random, seconds),
@@ -267,6 +268,28 @@ impl Settings {
             members_change: true,
             has_operators: true,
             outage: Duration::from_millis(300),
+            mishaps: Some(Duration::from_millis(100)),
+            ..Self::small(random, seconds)
+        }
+    }
+
+    /// Operators change roles again and again, and something else writes to disks meanwhile: what is promoted, undone, given up
+    /// and recovered may be what nobody wrote.
+    fn handled(random: &mut Random, seconds: u64) -> Self {
+        let hosts = 2 + random.below(2) as usize;
+        Self {
+            sector_bytes: vec![512; hosts],
+            disk_delay: vec![Duration::from_millis(random.pick(&[2, 10])); 4],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(2),
+            disk_failures: 0,
+            bad_sectors: false,
+            state_failures: false,
+            has_operators: true,
+            touches: random.pick(&[2, 6]),
+            modes: vec![random.pick(&[Mode::Async, Mode::Sync, Mode::Sync]); 4],
+            flushes: 3,
+            outage: Duration::from_millis(random.pick(&[50, 300])),
             mishaps: Some(Duration::from_millis(100)),
             ..Self::small(random, seconds)
         }

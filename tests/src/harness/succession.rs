@@ -71,6 +71,7 @@ impl World {
         }
         let it = &self.hosts[host];
         let superblock = it.durable_superblock();
+        self.check_counted(host, &superblock);
         let (data, can_roll_back) = succession::counts_as(&superblock);
         let standing = Standing {
             role: superblock.role,

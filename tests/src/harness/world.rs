@@ -9,6 +9,7 @@ use super::lies::Lies;
 use super::links::{Channel, LinkId, Links};
 use super::random::Random;
 use super::settings::Settings;
+use super::touched::Foreign;
 use blockmirror_protocol::handover::Event as Came;
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::tracker::Doubt;
@@ -89,6 +90,8 @@ pub struct World {
     pub differences: Differences,
     /// The number of the last request of any application, which is also its content.
     pub last_request: u64,
+    /// What something else wrote to disks.
+    pub foreign: Foreign,
     /// Where generations were begun.
     pub generations: Generations,
     /// How many events have happened.
@@ -119,6 +122,7 @@ impl World {
             links: Links::new(hosts),
             differences: Differences::default(),
             last_request: 0,
+            foreign: Foreign::default(),
             generations: Generations::default(),
             steps: 0,
             is_rough: settings.mishaps.is_some(),
