@@ -75,6 +75,8 @@ pub enum Bug {
     CountTouched,
     /// What something else wrote to a copy before it was kept is brought back, and nobody is told (X4).
     UndoTouched,
+    /// A replica counts on a primary's word by a clock that stands still while its machine sleeps (W4).
+    SleepingWord,
     /// A primary that was demoted gives up what it had for whoever is promoted next (L6).
     AgreeToAnybody,
     /// A replica that has gone back is taken for what it was (X4).
@@ -114,7 +116,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 49] = [
+    pub const ALL: [Self; 50] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -145,6 +147,7 @@ impl Bug {
         Self::PromoteTouched,
         Self::CountTouched,
         Self::UndoTouched,
+        Self::SleepingWord,
         Self::AgreeToAnybody,
         Self::IgnoreMark,
         Self::ForgetCopied,
@@ -178,14 +181,16 @@ pub fn plant(bug: Option<Bug>) {
     PLANTED.set(bug);
 }
 
-/// Whether this bug is planted.
+/// Whether this bug is planted. Shells ask as well, for mistakes that are theirs alone to make.
 #[cfg(feature = "planted")]
-pub(crate) fn planted(bug: Bug) -> bool {
+#[must_use]
+pub fn planted(bug: Bug) -> bool {
     PLANTED.get() == Some(bug)
 }
 
 /// Whether this bug is planted: never, without the feature.
 #[cfg(not(feature = "planted"))]
-pub(crate) const fn planted(_: Bug) -> bool {
+#[must_use]
+pub const fn planted(_: Bug) -> bool {
     false
 }

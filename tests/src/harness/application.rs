@@ -9,7 +9,6 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{RequestId, Work};
-use blockmirror_protocol::units::Time;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -57,9 +56,10 @@ impl World {
         let id = RequestId(number);
         let value = if matches!(work, Work::Zero { .. }) { 0 } else { number };
         self.note(|| format!("request {number}: {work:?}"));
+        let now = self.clock(host);
         let it = &mut self.hosts[host];
         it.promises.issue(id, work, value);
-        it.application.waiting.insert(id, self.now);
+        it.application.waiting.insert(id, now.0);
         for other in &mut self.hosts {
             if let Some(expected) = other.expected.as_mut().filter(|expected| expected.primary == host) {
                 expected.promises.issue(id, work, value);
@@ -71,7 +71,6 @@ impl World {
             let blocks = range.blocks(self.settings.block_size);
             it.application.written_bytes += (blocks.end - blocks.start) * self.settings.block_size.bytes();
         }
-        let now = Time(self.now);
         it.tracker_mut().expect("the host is primary").handle_request(id, work, now);
         id
     }

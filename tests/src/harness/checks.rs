@@ -7,7 +7,6 @@ use super::world::World;
 use blockmirror_protocol::disk::activity_log::CAPACITY;
 use blockmirror_protocol::session::ReplicaState;
 use blockmirror_protocol::tracker::Tracker;
-use blockmirror_protocol::units::Time;
 use std::collections::BTreeSet;
 
 impl World {
@@ -99,7 +98,7 @@ impl World {
         let turns = (CAPACITY / self.settings.active_extents) as u32;
         if let Some((id, sent)) = self.hosts[host].application.waiting.first_key_value() {
             assert!(
-                self.now <= *sent + PATIENCE * turns,
+                self.clock(host).0 <= *sent + PATIENCE * turns,
                 "W7: request {} waits since {sent:?}: {}",
                 id.0,
                 self.describe()
@@ -130,7 +129,7 @@ impl World {
             return;
         }
         let in_sync: Vec<usize> = tracker
-            .reports(Time(self.now))
+            .reports(self.clock(host))
             .filter(|(_, report)| report.state == ReplicaState::InSync && report.lag_bytes == 0)
             .map(|(peer, _)| super::host::host_number(peer))
             .collect();

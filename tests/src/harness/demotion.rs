@@ -8,7 +8,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::handover::{End, Event as Came, Handover, Outcome, Step};
 use blockmirror_protocol::succession::{self, Candidate};
 use blockmirror_protocol::terms::Fence;
-use blockmirror_protocol::units::{HostId, Time};
+use blockmirror_protocol::units::HostId;
 use std::time::Duration;
 
 /// How long a demotion waits until all is durable, and for replicas to record that they have everything, at most.
@@ -30,15 +30,15 @@ pub struct Demotion {
 impl World {
     /// An operator demotes a primary: its device is closed first.
     pub fn demote(&mut self, host: usize, to: Option<usize>) {
-        let now = self.now;
+        let (now, clock) = (self.now, self.clock(host));
         let it = &mut self.hosts[host];
         if it.demotion.is_some() || it.superseded.is_some() {
             return;
         }
         let (life, fence) = (it.life, it.superblock.fence);
         let Some(tracker) = it.tracker_mut() else { return };
-        tracker.wait_no_more(Time(now));
-        tracker.close(Time(now));
+        tracker.wait_no_more(clock);
+        tracker.close(clock);
         let handover = Handover::new(fence, to.map(host_id));
         it.demotion = Some(Demotion { handover, until: now + CLOSE, is_asked: false });
         self.plan(CLOSE, Event::StepDown(host, life));
@@ -54,7 +54,7 @@ impl World {
 
     /// Whether a step of a host's demotion has come to its end.
     fn go_on_demoting_host(&mut self, host: usize) -> bool {
-        let (now, count) = (self.now, self.hosts.len());
+        let (now, clock, count) = (self.now, self.clock(host), self.hosts.len());
         let it = &mut self.hosts[host];
         let life = it.life;
         let demotion = it.demotion.as_ref().expect("it is being demoted");
@@ -97,7 +97,7 @@ impl World {
                 let to = demotion.handover.to();
                 let tracker = it.tracker_mut().expect("it is closed");
                 // Of those that have acknowledged everything by now.
-                tracker.release(Time(now));
+                tracker.release(clock);
                 let hosts = (0..count).map(host_id);
                 let released: Vec<_> = hosts.filter(|host| tracker.is_released(*host)).collect();
                 if is_over || to.is_some_and(|to| released.contains(&to)) {

@@ -13,7 +13,6 @@ use blockmirror_protocol::session::resync::CopyRead;
 use blockmirror_protocol::session::{self, PeerError};
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::tracker::Follower;
-use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::{Commit, Message, Refusal};
 use blockmirror_protocol::wire::{Body, FrameHeader};
 use std::time::Duration;
@@ -57,7 +56,7 @@ impl World {
         self.open(link);
         let session = self.hosts[link.dialler].superblock.session;
         let identity = self.identity(link.dialler);
-        let now = Time(self.now);
+        let now = self.clock(link.dialler);
         let tracker = self.hosts[link.dialler].tracker_mut().expect("a crash ends operations");
         tracker.handle_connected(host_id(link.listener), session, &identity, now);
     }
@@ -71,7 +70,7 @@ impl World {
         if let Message::Acknowledgement(acknowledgement) = &message {
             self.links[link].copies.retain(|number, _| *number > acknowledgement.copies);
         }
-        let now = Time(self.now);
+        let now = self.clock(link.dialler);
         if let Message::Welcome(welcome) = &message {
             let it = &mut self.hosts[link.dialler];
             // One that had forgotten it by then is at odds with the copy, and rightly so.
@@ -116,7 +115,7 @@ impl World {
         }
         self.note(|| format!("{link}: the primary lost it"));
         self.links[link].dialler_side = None;
-        let now = Time(self.now);
+        let now = self.clock(link.dialler);
         if let Some(tracker) = self.hosts[link.dialler].tracker_mut() {
             tracker.handle_disconnected(host_id(link.listener), now);
             self.plan_connect(link);

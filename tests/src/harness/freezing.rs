@@ -1,12 +1,12 @@
 //! A process is frozen for a while, as by a stopped virtual machine, and goes on as if nothing had been: what was under way has
-//! ended, and its peers may have gone on without it.
+//! ended, and its peers may have gone on without it. Where it is the machine that stopped, its clock did as well
+//! ([`super::clocks`]).
 
 use super::host::Shell;
 use super::links::Channel;
 use super::world::{Event, World};
 use blockmirror_protocol::succession;
 use blockmirror_protocol::tracker::Doubt;
-use blockmirror_protocol::units::Time;
 use std::time::Duration;
 
 /// How long it takes to ask the others who leads.
@@ -18,14 +18,25 @@ const LONGEST: Duration = Duration::from_secs(10);
 impl World {
     /// Nothing happens on a host for a while.
     pub(super) fn freeze(&mut self, host: usize) {
+        let is_up = matches!(self.hosts[host].shell, Shell::Primary(_) | Shell::Replica(_));
+        if self.hosts[host].frozen_until > self.now || !is_up {
+            return;
+        }
+        let longest = LONGEST.min(self.settings.outage * OUTAGES);
+        let time = self.random.up_to(longest) + ASKING;
+        self.freeze_for(host, time);
+    }
+
+    /// Nothing happens on a host for this time.
+    pub(super) fn freeze_for(&mut self, host: usize, time: Duration) {
         let it = &self.hosts[host];
         if it.frozen_until > self.now || !matches!(it.shell, Shell::Primary(_) | Shell::Replica(_)) {
             return;
         }
-        let longest = LONGEST.min(self.settings.outage * OUTAGES);
-        let until = self.now + self.random.up_to(longest) + ASKING;
+        let until = self.now + time;
         self.note(|| format!("host {host} is frozen until {until:?}"));
         let it = &mut self.hosts[host];
+        it.clock.sleep(self.now, until);
         it.frozen_until = until;
         let life = it.life;
         self.plan(until - self.now, Event::Thaw(host, life));
@@ -33,7 +44,7 @@ impl World {
 
     /// A host goes on: as a primary it asks who leads before it answers anything.
     pub(super) fn thaw(&mut self, host: usize, life: u64) {
-        let now = Time(self.now);
+        let now = self.clock(host);
         let it = &mut self.hosts[host];
         if life != it.life {
             return;
@@ -47,7 +58,7 @@ impl World {
 
     /// The others have said how they stand, those that could be reached.
     pub(super) fn asked(&mut self, host: usize, life: u64, doubt: Doubt) {
-        let now = Time(self.now);
+        let now = self.clock(host);
         if self.hosts[host].life != life || self.hosts[host].tracker().is_none() {
             return;
         }
@@ -78,7 +89,7 @@ impl World {
             Event::Arrival(link, _, channel) if *channel == Channel::ToDialler => link.dialler,
             Event::Arrival(link, ..) | Event::Stray(link, _) | Event::ListenerLost(link, _) => link.listener,
             Event::Start(..) | Event::Mishap | Event::Thaw(..) | Event::Asked(..) => return None,
-            Event::Restart(..) | Event::ReturnAlone(..) => return None,
+            Event::Restart(..) | Event::ReturnAlone(..) | Event::Sleep(..) => return None,
         };
         let it = &self.hosts[host];
         (it.is_up() && it.frozen_until > self.now).then_some(it.frozen_until)

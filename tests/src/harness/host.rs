@@ -3,6 +3,7 @@
 //! The superblock says which role the host starts in. What the model knows of a host outlives its agent.
 
 use super::application::Application;
+use super::clocks::Clock;
 use super::consent::Agreed;
 use super::demotion::Demotion;
 use super::disk::{Crash, Disk, DiskOperation};
@@ -96,6 +97,8 @@ pub struct Host {
     pub promoted_after: usize,
     /// Who the volume's hosts are, as far as it knows.
     pub members: Members,
+    /// What it takes for the time.
+    pub clock: Clock,
     /// Until when nothing happens here.
     pub frozen_until: Duration,
     /// Until when nothing can be written to its state folder.
@@ -202,6 +205,7 @@ impl Host {
             heard_for_promotion: Vec::new(),
             promoted_after: 0,
             members: Members::all(settings.sector_bytes.len(), number),
+            clock: Clock::default(),
             frozen_until: Duration::ZERO,
             state_fails_until: Duration::ZERO,
             state_is_full: false,
@@ -414,6 +418,7 @@ impl World {
         it.superblock_work.clear();
         it.heard.clear();
         (it.is_held, it.demotion, it.superseded) = (false, None, None);
+        it.clock.wake(self.now, it.frozen_until);
         it.frozen_until = Duration::ZERO;
         it.claims = Claims::default();
         it.doubts.clear();
@@ -478,8 +483,8 @@ impl World {
         let number = self.next_operation();
         let keeps_state = self.random.once_in(2);
         let life = self.hosts[host].life;
-        let members = self.hosts[host].members.clone();
-        let mut fresh = Host { life, members, ..Host::new(&self.settings, host) };
+        let (members, clock) = (self.hosts[host].members.clone(), self.hosts[host].clock.clone());
+        let mut fresh = Host { life, members, clock, ..Host::new(&self.settings, host) };
         if keeps_state {
             // Only its disk is another one: what the state folder says of the old one's content is of no use.
             let old = &mut self.hosts[host];

@@ -10,7 +10,6 @@ use blockmirror_protocol::session::Session;
 use blockmirror_protocol::succession::{Heard, Judgement, Succeeded, Weight};
 use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::Doubt;
-use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::{Member, Members as Told, Message, Refusal, Refused, Removal};
 use std::collections::BTreeMap;
 
@@ -199,7 +198,7 @@ impl World {
         for primary in self.primaries() {
             for other in (0..hosts).filter(|other| *other != primary) {
                 let tracker = self.hosts[primary].tracker().expect("it is primary");
-                if tracker.reports(Time(self.now)).all(|(peer, _)| peer != host_id(other)) {
+                if tracker.reports(self.clock(primary)).all(|(peer, _)| peer != host_id(other)) {
                     self.begin_session_with(primary, other);
                 }
             }
@@ -207,7 +206,8 @@ impl World {
     }
 
     fn begin_session_with(&mut self, primary: usize, host: usize) {
-        let (now, window, mode) = (Time(self.now), self.settings.window_bytes, self.settings.modes[host]);
+        let (now, window, mode) =
+            (self.clock(primary), self.settings.window_bytes, self.settings.modes[host]);
         let it = &mut self.hosts[primary];
         it.void_map(host);
         let (size, block_size) = (it.superblock.size_bytes, it.superblock.block_size);
@@ -232,7 +232,7 @@ impl World {
     /// A host is a peer no more: its sessions end, and nothing is kept for it.
     fn part_from(&mut self, host: usize, peer: usize) {
         let (link, back) = (LinkId::new(host, peer), LinkId::new(peer, host));
-        let now = Time(self.now);
+        let now = self.clock(host);
         let it = &mut self.hosts[host];
         it.heard.remove(&peer);
         let left = match &mut it.shell {
@@ -333,7 +333,7 @@ impl World {
 
     /// A member says that another host was promoted: nothing is answered until the others were asked.
     pub(super) fn hear_of(&mut self, host: usize, told: Succeeded) {
-        let now = Time(self.now);
+        let now = self.clock(host);
         let it = &mut self.hosts[host];
         if !told.fence.supersedes(it.superblock.fence) {
             // Both were promoted, and neither before the other: operators decide.
@@ -379,7 +379,8 @@ impl World {
             return self.supersede(host, told.fence);
         }
         if let Some(doubt) = doubt {
-            it.tracker_mut().expect("it was looked at").trust(doubt, Time(self.now));
+            let now = self.clock(host);
+            self.hosts[host].tracker_mut().expect("it was looked at").trust(doubt, now);
         }
     }
 

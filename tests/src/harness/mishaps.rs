@@ -8,7 +8,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
-use blockmirror_protocol::units::{SECTOR_BYTES, Time};
+use blockmirror_protocol::units::SECTOR_BYTES;
 use std::time::Duration;
 
 /// How long a link stalls at most, as often as the longest outage.
@@ -56,6 +56,9 @@ impl World {
         if self.settings.has_operators && self.random.once_in(10) {
             return self.isolate(link);
         }
+        if self.random.once_in(self.settings.sleeps) {
+            return self.sleep_apart(link);
+        }
         if self.settings.has_operators && self.random.once_in(self.settings.returns) {
             return self.return_alone(link);
         }
@@ -100,10 +103,10 @@ impl World {
     /// What happens while a host is lost, and the hosts' modes, are these for all primaries from now on, later ones included.
     pub fn choose(&mut self, loss: ReplicaLoss, modes: Vec<Mode>) {
         self.note(|| format!("the operators choose {loss:?} and {modes:?}"));
-        let now = Time(self.now);
         let by_host: Vec<_> = modes.iter().enumerate().map(|(host, mode)| (host_id(host), *mode)).collect();
         (self.settings.loss, self.settings.modes) = (loss, modes);
         for primary in self.primaries() {
+            let now = self.clock(primary);
             let tracker = self.hosts[primary].tracker_mut().expect("it is primary");
             tracker.configure(&by_host, loss, now);
         }
@@ -187,6 +190,24 @@ impl World {
                 self.plan(wait, Event::Promote(link.listener, life));
             }
         }
+    }
+
+    /// A primary and a replica don't reach each other for a while, and one of them is suspended for some of it. An operator wants
+    /// to promote the replica before they do again.
+    fn sleep_apart(&mut self, link: LinkId) {
+        let host = self.random.pick(&[link.dialler, link.listener, link.listener]);
+        let patience = self.settings.patience;
+        let (before, after) = (self.random.up_to(patience / 4), self.random.up_to(patience / 2));
+        let sleep = patience + self.random.up_to(patience);
+        self.note(|| format!("link {link} is dead for {:?}", before + sleep + after));
+        self.cut(link);
+        for link in [link, LinkId::new(link.listener, link.dialler)] {
+            self.links[link].stalled_until = self.now + before + sleep + after;
+        }
+        let life = self.hosts[host].life;
+        self.plan(before, Event::Sleep(host, life, sleep));
+        let (wait, life) = (self.random.up_to(after), self.hosts[link.listener].life);
+        self.plan(before + sleep + wait, Event::PromoteByRule(link.listener, life));
     }
 
     /// A primary is demoted and promoted again, with or without force, and from then on reaches nobody. An operator wants to

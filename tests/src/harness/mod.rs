@@ -8,6 +8,7 @@
 
 pub mod application;
 pub mod checks;
+mod clocks;
 mod consent;
 pub mod demotion;
 pub mod dialling;

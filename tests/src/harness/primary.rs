@@ -17,7 +17,7 @@ use blockmirror_protocol::session::{Identity, Session};
 use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, Follower, LocalWrite, RequestId, Tracker};
-use blockmirror_protocol::units::{GenerationId, Sequence, Time};
+use blockmirror_protocol::units::{GenerationId, Sequence};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -91,7 +91,7 @@ impl World {
     /// Opens a host's volume as primary: metadata is recovered and a generation begins. Where its agent `starts`, a host that
     /// waits for replicas also waits for a majority of the hosts.
     pub(super) fn start_primary(&mut self, host: usize, starts: bool) {
-        let peers = self.hosts[host].members.peers();
+        let (peers, now) = (self.hosts[host].members.peers(), self.clock_of_primary(host));
         self.void_other_maps(host);
         let it = &mut self.hosts[host];
         let run = it.superblock.next_run();
@@ -120,7 +120,7 @@ impl World {
             opened: it.superblock.position,
             first_epoch: it.superblock.run,
             loss: self.settings.loss,
-            opened_at: Time(self.now),
+            opened_at: now,
             patience: self.settings.patience,
             active_extents: self.settings.active_extents,
             returned: it.superblock.returned(),
@@ -128,7 +128,7 @@ impl World {
         };
         let mut tracker = Tracker::new(settings, &log, sessions);
         if starts {
-            tracker.start([], matches!(self.settings.loss, ReplicaLoss::Block { .. }), Time(self.now));
+            tracker.start([], matches!(self.settings.loss, ReplicaLoss::Block { .. }), now);
         }
         it.shell = Shell::Primary(Box::new(PrimaryShell {
             tracker,
@@ -212,7 +212,7 @@ impl World {
 
     /// A disk operation of a primary ended.
     pub(super) fn primary_disk_ended(&mut self, host: usize, id: DiskOperation, ended: Ended, fails: bool) {
-        let now = Time(self.now);
+        let now = self.clock(host);
         let it = &mut self.hosts[host];
         let Shell::Primary(shell) = &mut it.shell else { panic!("the host is primary") };
         let tracker = &mut shell.tracker;
@@ -270,7 +270,7 @@ impl World {
 
     /// A metadata write of a primary ended.
     pub(super) fn primary_file_ended(&mut self, host: usize, id: FileOperation, good: bool) {
-        let now = Time(self.now);
+        let now = self.clock(host);
         let Shell::Primary(shell) = &mut self.hosts[host].shell else { panic!("the host is primary") };
         match shell.file_work.remove(&id).expect("it is known") {
             FileWork::Log => shell.tracker.handle_log_written(good, now),

@@ -14,7 +14,7 @@ use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
 use blockmirror_protocol::terms::{DataState, Fence};
-use blockmirror_protocol::units::{Sequence, Time};
+use blockmirror_protocol::units::Sequence;
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{Members, Message, Superseded};
 use std::collections::{BTreeMap, VecDeque};
@@ -159,7 +159,7 @@ impl World {
 
     /// A replica tells its primary what it was not asked, and asks for its word.
     pub(super) fn tell(&mut self, host: usize, life: u64) {
-        let now = Time(self.now);
+        let now = self.clock(host);
         let it = &mut self.hosts[host];
         if it.life != life {
             return;

@@ -8,7 +8,6 @@ use super::world::World;
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::session::ReplicaState;
 use blockmirror_protocol::tracker::Work;
-use blockmirror_protocol::units::Time;
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -110,7 +109,7 @@ impl World {
 
     /// Begins a compare over a link.
     pub fn begin_compare(&mut self, link: LinkId) {
-        let now = Time(self.now);
+        let now = self.clock(link.dialler);
         if let Some(tracker) = self.hosts[link.dialler].tracker_mut() {
             let began = tracker.begin_compare(host_id(link.listener), now);
             self.note(|| format!("compare over {link}: {began}"));
@@ -123,9 +122,9 @@ impl World {
     /// # Panics
     /// When closing does not end, or leaves anything.
     pub fn close(&mut self) {
-        let now = Time(self.now);
         let primaries = self.primaries();
         for host in &primaries {
+            let now = self.clock(*host);
             self.hosts[*host].tracker_mut().expect("it is primary").close(now);
         }
         self.act();
@@ -141,9 +140,9 @@ impl World {
     /// How things stand, for messages.
     #[must_use]
     pub fn describe(&self) -> String {
-        let now = Time(self.now);
         let mut text = format!("at {:?}", self.now);
         for host in &self.hosts {
+            let now = self.clock(host.number);
             let waiting = host.application.waiting.len();
             let _ = write!(text, "; host {}: {waiting} wait", host.number);
             match &host.shell {
@@ -178,8 +177,8 @@ impl World {
 
     /// Whether every request is answered, every replica in sync and every disk idle.
     fn is_settled(&self) -> bool {
-        let now = Time(self.now);
         self.hosts.iter().all(|host| {
+            let now = self.clock(host.number);
             let is_in_sync = host.tracker().is_none_or(|tracker| {
                 let mut reports = tracker.reports(now);
                 reports.all(|(peer, report)| {

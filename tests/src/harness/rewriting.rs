@@ -12,7 +12,7 @@ use blockmirror_protocol::disk::{dirty_map, marker, slot_offset};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::Replica;
 use blockmirror_protocol::rewrite::{Change, Order, Part, Rewrite, TooLate};
-use blockmirror_protocol::units::{HostId, Mark, Time};
+use blockmirror_protocol::units::{HostId, Mark};
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -75,7 +75,7 @@ impl World {
 
     /// Whether nothing is lost as far as a promotion rests on the word of the primary.
     pub(super) fn holds_word(&mut self, host: usize) -> bool {
-        let now = Time(self.now);
+        let now = self.clock(host);
         let Purpose::Promotion(machine) = &self.rewriting(host).purpose else { return true };
         let is_promised = machine.is_promised(now);
         !self.hosts[host].is_promoted_on_word || is_promised
@@ -98,7 +98,7 @@ impl World {
                 self.hosts[host].superblock_written();
                 self.rewrite_is_recorded(host, change);
             }
-            let now = Time(self.now);
+            let now = self.clock(host);
             let rewriting = self.rewriting(host);
             let is_promised = match &rewriting.purpose {
                 Purpose::Promotion(machine) => machine.is_promised(now),

@@ -9,7 +9,7 @@ use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::replica::promotion;
 use blockmirror_protocol::split::Side;
 use blockmirror_protocol::terms::{Claim, DataState, Fence};
-use blockmirror_protocol::units::{GenerationId, Time};
+use blockmirror_protocol::units::GenerationId;
 use blockmirror_protocol::wire::message::Standing;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -22,7 +22,7 @@ impl World {
     /// Another host was promoted with this fence: no write is taken any more (L5). The applications close the device
     /// some time later.
     pub(super) fn supersede(&mut self, host: usize, fence: Fence) {
-        let now = Time(self.now);
+        let now = self.clock(host);
         let outage = self.settings.outage;
         let delay = self.random.up_to(outage);
         let it = &mut self.hosts[host];

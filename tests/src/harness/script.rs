@@ -9,7 +9,6 @@ use super::world::{Event, World};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::session::{ReplicaState, Report};
 use blockmirror_protocol::tracker::Work;
-use blockmirror_protocol::units::Time;
 use std::time::Duration;
 
 /// The host that is primary first.
@@ -124,7 +123,8 @@ impl World {
     #[must_use]
     pub fn report(&self, link: LinkId) -> Report {
         let tracker = self.hosts[link.dialler].tracker().expect("the host is primary");
-        let report = tracker.reports(Time(self.now)).find(|(peer, _)| *peer == host_id(link.listener));
+        let report =
+            tracker.reports(self.clock(link.dialler)).find(|(peer, _)| *peer == host_id(link.listener));
         report.expect("every host knows every other").1
     }
 

@@ -57,6 +57,9 @@ pub struct Settings {
     pub set_backs: u64,
     /// How many starts of a replica there are for one before which something else wrote to its disk; none where 0.
     pub touches: u64,
+    /// One mishap in so many is a host that is suspended while it and another one don't reach each other; 0 for none. Where there
+    /// are any, clocks stand still in each sleep, and none runs like another.
+    pub sleeps: u64,
     /// Whether most connections are lost between the recording of their session's number and the greeting.
     pub loses_greetings: bool,
     /// How many requests an application has under way.
@@ -100,6 +103,7 @@ impl Settings {
             1..=4 => Self::narrow(random, seconds),
             5..=16 => Self::calm(random, seconds),
             17..=20 => Self::guarded(random, seconds),
+            39..=40 => Self::dozing(random, seconds),
             41..=42 => Self::handled(random, seconds),
             43..=51 => Self::forgetful(random, seconds),
             52..=57 => Self::rewound(random, seconds),
@@ -135,6 +139,7 @@ impl Settings {
             returns: 0,
             set_backs: 0,
             touches: 0,
+            sleeps: 0,
             loses_greetings: false,
             concurrency: 16,
             think_time: Duration::from_millis(4),
@@ -273,6 +278,32 @@ impl Settings {
         }
     }
 
+    /// Machines that are suspended, and replicas that count on their primary's word while they don't reach it.
+    fn dozing(random: &mut Random, seconds: u64) -> Self {
+        Self {
+            sector_bytes: vec![512; 2],
+            disk_delay: vec![Duration::from_millis(2); 4],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(2),
+            disk_failures: 0,
+            bad_sectors: false,
+            choices_change: false,
+            members_change: false,
+            state_failures: false,
+            disks_are_lost: false,
+            modes: vec![Mode::Sync; 4],
+            loss: ReplicaLoss::Continue,
+            patience: Duration::from_millis(random.pick(&[200, 1000])),
+            has_operators: true,
+            sleeps: 3,
+            flushes: 3,
+            think_time: Duration::from_millis(20),
+            outage: Duration::from_millis(50),
+            mishaps: Some(Duration::from_millis(500)),
+            ..Self::small(random, seconds)
+        }
+    }
+
     /// Operators change roles again and again, and something else writes to disks meanwhile: what is promoted, undone, given up
     /// and recovered may be what nobody wrote.
     fn handled(random: &mut Random, seconds: u64) -> Self {
@@ -397,6 +428,7 @@ impl Settings {
             returns: 20,
             set_backs: 5,
             touches: 0,
+            sleeps: 0,
             loses_greetings: false,
             concurrency: 1 + random.below(16) as usize,
             think_time: random.pick(&[

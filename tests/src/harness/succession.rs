@@ -5,7 +5,6 @@ use super::host::{Shell, host_id, host_number};
 use super::links::LinkId;
 use super::world::{Event, World};
 use blockmirror_protocol::succession::{self, Candidate, Objection};
-use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::message::Standing;
 use std::time::Duration;
 
@@ -27,7 +26,7 @@ impl World {
             superblock: it.superblock.clone(),
             position: report.position,
             is_connected: report.connected,
-            is_promised: shell.machine.is_promised(Time(self.now)),
+            is_promised: shell.machine.is_promised(self.clock(host)),
         };
         if candidate.obstacle().is_some() {
             return;

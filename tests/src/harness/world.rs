@@ -1,5 +1,6 @@
 //! Virtual time: what happens next, and who is told.
 
+use super::clocks::Clock;
 use super::differences::Differences;
 use super::disk::{Crash, Data, DiskOperation};
 use super::files::FileOperation;
@@ -13,7 +14,6 @@ use super::touched::Foreign;
 use blockmirror_protocol::handover::Event as Came;
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::tracker::Doubt;
-use blockmirror_protocol::units::Time;
 use blockmirror_protocol::wire::FrameHeader;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -47,6 +47,8 @@ pub enum Event {
     Tell(usize, u64),
     /// An operator promotes a host, in this life, unless the rule objects.
     PromoteByRule(usize, u64),
+    /// A host is suspended, in this life, for this time.
+    Sleep(usize, u64, Duration),
     /// A host that was frozen, in this life, goes on.
     Thaw(usize, u64),
     /// It has asked the others who leads, which ends this doubt.
@@ -135,6 +137,9 @@ impl World {
             lies: None,
             settings,
         };
+        if world.settings.sleeps > 0 {
+            world.hosts.iter_mut().for_each(|host| host.clock = Clock::uneven(&mut world.random));
+        }
         (0..hosts).for_each(|host| world.start(host));
         world
     }
@@ -257,10 +262,10 @@ impl World {
     /// The first time-out of any primary.
     fn next_timeout(&self) -> Option<(Duration, usize)> {
         let timeouts = self.hosts.iter().filter_map(|host| {
-            let at = host.tracker()?.poll_timeout()?;
+            let at = self.when(host.number, host.tracker()?.poll_timeout()?);
             let is_frozen = host.frozen_until > self.now;
             let thawed = host.frozen_until + Duration::from_nanos(1);
-            Some((if is_frozen { at.0.max(thawed) } else { at.0 }, host.number))
+            Some((if is_frozen { at.max(thawed) } else { at }, host.number))
         });
         timeouts.min()
     }
@@ -269,7 +274,7 @@ impl World {
         self.early_timeouts = if at <= self.now { self.early_timeouts + 1 } else { 0 };
         assert!(self.early_timeouts < 100, "the time-out of host {host} stays in the past");
         self.now = self.now.max(at);
-        let now = Time(self.now);
+        let now = self.clock(host);
         self.hosts[host].tracker_mut().expect("it has a time-out").handle_timeout(now);
     }
 
@@ -303,6 +308,8 @@ impl World {
             Event::PromoteByRule(host, life) if self.hosts[host].life == life => self.promote_by_rule(host),
             Event::PromoteByRule(..) => {}
             Event::Tell(host, life) => self.tell(host, life),
+            Event::Sleep(host, life, time) if self.hosts[host].life == life => self.freeze_for(host, time),
+            Event::Sleep(..) => {}
             Event::Thaw(host, life) => self.thaw(host, life),
             Event::Asked(host, life, doubt) => self.asked(host, life, doubt),
             Event::Judge(host, life, told, doubt) => self.judge(host, life, told, doubt),
