@@ -15,6 +15,7 @@ use crate::ranges::ByteRange;
 use crate::replica::consent;
 use crate::replica::promotion::{self, NotPromotable};
 use crate::replica::undo::{self, NotUndoable};
+use crate::succession::Decision;
 use crate::terms::{DataState, Fence};
 use crate::units::{GenerationId, HostId, Mark, Position};
 use std::collections::VecDeque;
@@ -57,25 +58,12 @@ pub enum Change {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TooLate;
 
-/// That a replica is promoted, as it was decided with what the other hosts said.
-#[derive(Clone, Debug, Default)]
-pub struct Decision {
-    /// The newest fence that any host told of.
-    pub newest: Fence,
-    /// Whether nothing is lost only as long as the primary's word holds.
-    pub rests_on_word: bool,
-    /// Whether the operator wants it whatever that loses: then nobody is waited for who might be promoted as well.
-    pub is_forced: bool,
-    /// The hosts that said how they stand.
-    pub heard: Vec<HostId>,
-}
-
 /// A replica that is to be promoted.
 #[derive(Clone, Debug)]
 pub struct Candidacy {
     /// This host.
     pub host: HostId,
-    /// What was decided.
+    /// What was decided with what the others say.
     pub decision: Decision,
     /// The last epoch that is durable here; in a gap, the rollback point.
     pub position: Position,

@@ -38,6 +38,19 @@ pub struct Heard {
     pub standing: Option<Standing>,
 }
 
+/// That a replica is promoted, as it was decided with what the other hosts said.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Decision {
+    /// The newest fence that any host told of.
+    pub newest: Fence,
+    /// Whether nothing is lost only as long as the primary's word holds.
+    pub rests_on_word: bool,
+    /// Whether the operator wants it whatever that loses: then nobody is waited for who might be promoted as well.
+    pub is_forced: bool,
+    /// The hosts that said how they stand.
+    pub heard: Vec<HostId>,
+}
+
 /// Why a replica can't be promoted at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Obstacle {
@@ -186,12 +199,45 @@ impl Candidate {
         }
     }
 
+    /// Decides on its promotion, given what the others say; `is_forced` where the operator wants it whatever is objected to.
+    ///
+    /// # Errors
+    /// The objection.
+    pub fn decide(&self, others: &[Heard], is_forced: bool) -> Result<Decision, Objection> {
+        if let Some(objection) = self.objection(others).filter(|_| !is_forced) {
+            return Err(objection);
+        }
+        // Where nothing else speaks for it, only the primary's word does.
+        let without_word = Self { is_promised: false, ..self.clone() };
+        let rests_on_word = !is_forced && without_word.objection(others).is_some();
+        Ok(Decision { rests_on_word, is_forced, ..self.decision(others) })
+    }
+
+    /// Decides whether it takes over from the primary that was just demoted for it, given what all others say.
+    ///
+    /// # Errors
+    /// The objection.
+    pub fn decide_to_succeed(&self, others: &[Heard]) -> Result<Decision, Objection> {
+        match self.objection_to_succeeding(others) {
+            Some(objection) => Err(objection),
+            None => Ok(self.decision(others)),
+        }
+    }
+
+    fn decision(&self, others: &[Heard]) -> Decision {
+        let heard = others.iter().filter(|other| other.standing.is_some());
+        Decision {
+            newest: fence_to_raise(self.own, self.superblock.fence, others),
+            heard: heard.map(|other| other.host).collect(),
+            ..Decision::default()
+        }
+    }
+
     /// Why it should not take over from the primary that was just demoted for it, given what all others say: that one
     /// need not know of a host that was promoted out of its reach, and was promoted again itself where its word comes late.
     /// Nobody's silence stands against it. Whoever was released with this host is promoted by force alone while the two hand
     /// over.
-    #[must_use]
-    pub fn objection_to_succeeding(&self, others: &[Heard]) -> Option<Objection> {
+    fn objection_to_succeeding(&self, others: &[Heard]) -> Option<Objection> {
         // Its connection is that of the one that was demoted.
         let candidate = Self { is_connected: false, ..self.clone() };
         candidate.objection(others).filter(|objection| !matches!(objection, Objection::Unheard(_)))
@@ -621,8 +667,28 @@ mod tests {
             (kept, vec![silent(C)], Some(Objection::Kept)),
             (touched, vec![silent(C)], Some(Objection::Touched)),
         ] {
-            assert_eq!(candidate.objection_to_succeeding(&others), objection, "{candidate:?} {others:?}");
+            let decided = candidate.decide_to_succeed(&others);
+            assert_eq!(decided.err(), objection, "{candidate:?} {others:?}");
         }
+    }
+
+    #[test]
+    fn what_was_decided_says_what_it_rests_on() {
+        let heard = |candidate: &Candidate, is_forced| {
+            candidate.decide(&[silent(A), says(C, standing(7))], is_forced).map(|decision| {
+                assert_eq!((decision.is_forced, decision.heard), (is_forced, vec![C]));
+                decision.rests_on_word
+            })
+        };
+        let on_word = Candidate { is_promised: true, ..waiting() };
+        assert_eq!(heard(&waiting(), false), Err(Objection::Unpromised));
+        assert_eq!(heard(&on_word, false), Ok(true), "nothing else speaks for it");
+        assert_eq!(heard(&released(), false), Ok(false));
+        assert_eq!((heard(&waiting(), true), heard(&on_word, true)), (Ok(false), Ok(false)));
+        // A forced promotion, too, is newer than all that was told of.
+        let newer = Standing { fence: Fence { counter: 9, holder: C }, ..standing(7) };
+        let forced = waiting().decide(&[says(C, newer)], true).unwrap();
+        assert_eq!(forced.newest, Fence { counter: 9, holder: C });
     }
 
     /// A copy that was mounted and written was a source for others, and counted as later than a good one.

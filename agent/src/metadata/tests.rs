@@ -7,7 +7,8 @@ use crate::storage::{Engine, drain, open_with};
 use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::promise::Given;
-use blockmirror_protocol::rewrite::{Candidacy, Decision, Order, Part, Rewrite};
+use blockmirror_protocol::rewrite::{Candidacy, Order, Part, Rewrite};
+use blockmirror_protocol::succession::Decision;
 use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::units::{
     BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session as SessionNumber, VolumeId,

@@ -9,7 +9,8 @@ use crate::pre_images::{LayerError, PreImage};
 use crate::storage;
 use blockmirror_protocol::replica::promotion::NotPromotable;
 use blockmirror_protocol::replica::undo::NotUndoable;
-use blockmirror_protocol::rewrite::{Candidacy, Change, Decision, Order, Part, Rewrite, TooLate};
+use blockmirror_protocol::rewrite::{Candidacy, Change, Order, Part, Rewrite, TooLate};
+use blockmirror_protocol::succession::Decision;
 use blockmirror_protocol::units::HostId;
 use std::cell::Cell;
 

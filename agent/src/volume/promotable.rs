@@ -4,7 +4,7 @@
 use crate::config::{Name, PeerConfig, Role};
 use crate::quantity::{Seconds, clock};
 use crate::standing::Answered;
-use blockmirror_protocol::succession::{Candidate, Heard, Objection, Obstacle};
+use blockmirror_protocol::succession::{Candidate, Decision, Heard, Objection, Obstacle};
 use blockmirror_protocol::terms::{DataState, Promise};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::Standing;
@@ -55,10 +55,15 @@ impl Applicant {
         ))
     }
 
-    /// Why it should not be promoted now, given what the others say; what is not said here loses nothing.
-    pub(super) fn objection(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
-        let objection = self.candidate.objection(&heard(answers))?;
-        Some(self.with_more(self.words(objection, answers)))
+    /// Decides on its promotion, given what the others say; else why it should not be promoted now. What is not said there
+    /// loses nothing.
+    pub(super) fn decide(
+        &self,
+        answers: &[(PeerConfig, Answered)],
+        is_forced: bool,
+    ) -> Result<Decision, String> {
+        let decided = self.candidate.decide(&heard(answers), is_forced);
+        decided.map_err(|objection| self.with_more(self.words(objection, answers)))
     }
 
     /// An objection, and what a promotion by force means beside it.
@@ -91,10 +96,11 @@ impl Applicant {
         ))
     }
 
-    /// Why it should not take over from the primary that was demoted for it, given what the others say.
-    pub(super) fn objection_to_succeeding(&self, answers: &[(PeerConfig, Answered)]) -> Option<String> {
-        let objection = self.candidate.objection_to_succeeding(&heard(answers))?;
-        Some(self.with_more(self.words(objection, answers)))
+    /// Decides whether it takes over from the primary that was demoted for it, given what the others say; else why it should
+    /// not.
+    pub(super) fn decide_to_succeed(&self, answers: &[(PeerConfig, Answered)]) -> Result<Decision, String> {
+        let decided = self.candidate.decide_to_succeed(&heard(answers));
+        decided.map_err(|objection| self.with_more(self.words(objection, answers)))
     }
 
     fn words(&self, objection: Objection, answers: &[(PeerConfig, Answered)]) -> String {
@@ -310,6 +316,10 @@ mod tests {
         }
     }
 
+    fn objection(applicant: &Applicant, answers: &[(PeerConfig, Answered)]) -> Option<String> {
+        applicant.decide(answers, false).err()
+    }
+
     fn peer(name: &str, host: u8, role: Role) -> PeerConfig {
         PeerConfig::new(name.parse().unwrap(), role, HostId([host; 32]), Vec::new())
     }
@@ -345,14 +355,14 @@ mod tests {
         let touched = Some("something else wrote to it after it was closed here".to_owned());
         let mut applicant = applicant(Mode::Sync, Promise::Replicas(1));
         (applicant.touched, applicant.candidate.superblock.touched) = (touched, true);
-        let text = applicant.objection(&[says("c", 3, standing(7))]).unwrap();
+        let text = objection(&applicant, &[says("c", 3, standing(7))]).unwrap();
         assert!(text.contains("changed by something else") && text.contains("--force"), "{text}");
         // It was released when it had everything, and whoever released it has that still.
         applicant.candidate.superblock.released = true;
-        let text = applicant.objection(&[says("a", 1, standing(7))]).unwrap();
+        let text = objection(&applicant, &[says("a", 1, standing(7))]).unwrap();
         let instead = "a was the primary, was demoted, and has everything; on a: blockmirror promote data";
         assert!(text.contains(instead) && text.contains("changed by something else"), "{text}");
-        let text = applicant.objection_to_succeeding(&[]).unwrap();
+        let text = applicant.decide_to_succeed(&[]).unwrap_err();
         assert!(text.contains("changed by something else"), "{text}");
     }
 
@@ -362,14 +372,14 @@ mod tests {
         let mut applicant = applicant(Mode::Sync, Promise::Replicas(1));
         applicant.kept = Some(("a".to_owned(), NOW - 120));
         let silent_a = || vec![silent("a", 1)];
-        assert_eq!(applicant.objection(&silent_a()), None, "it was agreed to since");
+        assert_eq!(objection(&applicant, &silent_a()), None, "it was agreed to since");
         (applicant.candidate.superblock.agreed, applicant.candidate.superblock.history) = (2, 3);
         let kept = "nobody on b has agreed that a took over: what was overwritten since 01:44:40 UTC, 2m ago, is kept; on \
                     b, blockmirror undo data brings it back, and blockmirror forget data agrees";
         let force = "; then promote, or --force, which gives up what is kept";
-        assert_eq!(applicant.objection(&silent_a()), Some(format!("{kept}{force}")));
+        assert_eq!(objection(&applicant, &silent_a()), Some(format!("{kept}{force}")));
         let serving = Standing { role: superblock::Role::Primary, serves: true, ..standing(7) };
-        let text = applicant.objection(&[says("a", 1, serving)]).unwrap();
+        let text = objection(&applicant, &[says("a", 1, serving)]).unwrap();
         assert!(text.starts_with("a is the primary and reachable") && text.ends_with(kept), "{text}");
     }
 
@@ -426,7 +436,7 @@ mod tests {
             // It can't be dialled from here, but its own connection lives.
             (connected, vec![silent("a", 1)], "a is the primary and reachable"),
         ] {
-            let text = applicant.objection(&answers).unwrap_or_default();
+            let text = objection(&applicant, &answers).unwrap_or_default();
             assert!(text.contains(words), "{text:?} should say {words:?}");
         }
     }

@@ -2,7 +2,7 @@
 //! how it does is the shell's part ([`Replica::promote`]); then the volume opens anew and serves its devices.
 
 use super::changes::{Hands, Next, Then, failed, refused};
-use super::promotable::{Applicant, heard};
+use super::promotable::Applicant;
 use super::{Answer, OpenRole, Volume, refuse};
 use crate::clock::Moment;
 use crate::config::PeerConfig;
@@ -14,8 +14,7 @@ use crate::transport::ControlSender;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::Role;
-use blockmirror_protocol::rewrite::Decision;
-use blockmirror_protocol::succession::{self, Candidate};
+use blockmirror_protocol::succession::{Candidate, Decision};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Refusal, Refused, Standing, TookOver};
 use std::rc::Rc;
@@ -74,22 +73,18 @@ impl Volume {
                 applicant.candidate.is_connected = !is_left(&replica).await;
             }
             applicant.candidate.is_promised = replica.is_promised();
-            if let Some(text) = applicant.objection(&answers).filter(|_| !force) {
-                return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(refused(text)))));
-            }
-            let known = applicant.candidate.superblock.fence;
-            let newest = succession::fence_to_raise(applicant.candidate.own, known, &heard(&answers));
-            // Where nothing else speaks for it, only the primary's word does.
-            applicant.candidate.is_promised = false;
-            let rests_on_word = !force && applicant.candidate.objection(&heard(&answers)).is_some();
+            let decision = match applicant.decide(&answers, force) {
+                Ok(decision) => decision,
+                Err(text) => {
+                    return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(refused(text)))));
+                }
+            };
             let unanswered: Vec<String> = answers
                 .iter()
                 .filter(|(_, answered)| answered.is_err())
                 .map(|(peer, _)| peer.name.to_string())
                 .collect();
             let rolled_back_to = applicant.rollback_at;
-            let decision =
-                Decision { newest, rests_on_word, is_forced: force, heard: that_answered(&answers) };
             let done =
                 carry_out(&hands, replica, decision).await.map_err(|error| failed(with_causes(&error)));
             hands.end(Next::Reopen, move |role| {
@@ -117,7 +112,6 @@ impl Volume {
             Ok(replica) => replica,
             Err(failure) => return refuse(sender, Refusal::Role, failure.message),
         };
-        let superblock = replica.state().superblock();
         let applicant = self.applicant(&replica);
         // The one that was demoted for this host may be the one that nobody here has agreed to.
         if let Some(text) = applicant.kept_words() {
@@ -132,11 +126,12 @@ impl Volume {
         spawn_local(async move {
             let config = &hands.config;
             let answers = standing::ask_all(&hands.peers, config.id, &config.peers, SUCCESSION_TIME).await;
-            if let Some(text) = applicant.objection_to_succeeding(&answers) {
-                return hands.end(Next::GoOn(replica), move |_| refuse(sender, Refusal::Role, text));
-            }
-            let newest = succession::fence_to_raise(hands.own, superblock.fence, &heard(&answers));
-            let decision = Decision { newest, heard: that_answered(&answers), ..Decision::default() };
+            let decision = match applicant.decide_to_succeed(&answers) {
+                Ok(decision) => decision,
+                Err(text) => {
+                    return hands.end(Next::GoOn(replica), move |_| refuse(sender, Refusal::Role, text));
+                }
+            };
             let done = carry_out(&hands, replica, decision).await;
             hands.end(Next::Reopen, move |role| match (done, role) {
                 (_, OpenRole::Primary(primary, _)) => {
@@ -243,11 +238,6 @@ impl Volume {
             kept,
         }
     }
-}
-
-/// The hosts that said how they stand.
-fn that_answered(answers: &[(PeerConfig, Answered)]) -> Vec<HostId> {
-    answers.iter().filter(|(_, answered)| answered.is_ok()).map(|(peer, _)| peer.host).collect()
 }
 
 /// Whether one of these serves as the primary.

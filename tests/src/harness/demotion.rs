@@ -6,7 +6,7 @@ use super::host::{Host, Shell, host_id, host_number};
 use super::roles::generation;
 use super::world::{Event, World};
 use blockmirror_protocol::handover::{End, Event as Came, Handover, Outcome, Step};
-use blockmirror_protocol::succession::{self, Candidate};
+use blockmirror_protocol::succession::{self, Decision};
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use std::time::Duration;
@@ -192,7 +192,8 @@ impl World {
             Outcome::GoesOn(_) => {
                 let it = &mut self.hosts[host];
                 it.went_on_from = Some(it.superblock.fence);
-                (it.is_promoted_by_rule, it.promoted_after) = (true, host);
+                let decision = Decision { newest: it.superblock.fence, ..Decision::default() };
+                (it.decided, it.promoted_after) = (Some(decision), host);
                 self.promote(host);
             }
             // The greeting tells it whom it follows.
@@ -213,24 +214,20 @@ impl World {
             Shell::Primary(_) if self.hosts[host].superseded.is_none() => Some(Came::TookOver(fence)),
             Shell::Primary(_) => Some(Came::Refused),
             Shell::Down | Shell::Rewriting(_) => Some(Came::Unanswered),
-            Shell::Replica(shell) => {
-                let candidate = Candidate {
-                    own: host_id(host),
-                    superblock: self.hosts[host].superblock.clone(),
-                    position: shell.machine.report().position,
-                    is_connected: false,
-                    is_promised: false,
-                };
-                let takes_over = candidate.is_heir_of(host_id(primary))
-                    && candidate.objection_to_succeeding(&others).is_none();
-                (!takes_over).then_some(Came::Refused)
+            Shell::Replica(_) => {
+                let candidate = self.candidate(host).expect("it is a replica");
+                let is_heir = candidate.is_heir_of(host_id(primary));
+                let decided = candidate.decide_to_succeed(&others).ok().filter(|_| is_heir);
+                let is_refused = decided.is_none();
+                self.hosts[host].decided = decided;
+                is_refused.then_some(Came::Refused)
             }
         };
         if let Some(answer) = answer {
             return self.came_of_demotion(primary, answer, life);
         }
         let it = &mut self.hosts[host];
-        (it.is_promoted_by_rule, it.promoted_after) = (true, primary);
+        it.promoted_after = primary;
         it.takes_over = Some(fence);
         self.note(|| format!("host {host} takes over from {primary}"));
         self.promote(host);

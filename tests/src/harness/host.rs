@@ -27,7 +27,7 @@ use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
 use blockmirror_protocol::promise::Given;
-use blockmirror_protocol::succession::Claims;
+use blockmirror_protocol::succession::{Claims, Decision};
 use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::tracker::{Doubt, Tracker};
 use blockmirror_protocol::units::{CopyId, Epoch, GenerationId, HostId, Mark, VolumeId};
@@ -87,12 +87,8 @@ pub struct Host {
     pub expected: Option<Expected>,
     /// Whether nobody but its agent that runs knows that a primary was set back.
     pub must_remember: bool,
-    /// Whether the promotion that is under way was not objected to.
-    pub is_promoted_by_rule: bool,
-    /// Whether nothing but its primary's word speaks for it.
-    pub is_promoted_on_word: bool,
-    /// The hosts that were heard where it is promoted by the rule.
-    pub heard_for_promotion: Vec<HostId>,
+    /// What was decided of the promotion that is under way; nothing where an operator insists and has asked nobody yet.
+    pub decided: Option<Decision>,
     /// Who held the fence before it.
     pub promoted_after: usize,
     /// Who the volume's hosts are, as far as it knows.
@@ -200,9 +196,7 @@ impl Host {
             agreed: Agreed::up_to(u64::from(is_first)),
             expected: None,
             must_remember: false,
-            is_promoted_by_rule: false,
-            is_promoted_on_word: false,
-            heard_for_promotion: Vec::new(),
+            decided: None,
             promoted_after: 0,
             members: Members::all(settings.sector_bytes.len(), number),
             clock: Clock::default(),
@@ -428,8 +422,7 @@ impl World {
             self.rewriting_has_crashed(host, rewriting.purpose);
         }
         let it = &mut self.hosts[host];
-        (it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false);
-        it.takes_over = None;
+        (it.decided, it.takes_over) = (None, None);
         it.promises.crash();
         if crash == Crash::Power {
             it.promises.power_was_lost(&it.disk);

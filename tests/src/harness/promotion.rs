@@ -6,8 +6,8 @@ use super::promises::Promises;
 use super::rewriting::Purpose;
 use super::world::{Event, World};
 use blockmirror_protocol::replica::promotion::{self, NotPromotable};
-use blockmirror_protocol::rewrite::{Candidacy, Decision, Rewrite};
-use blockmirror_protocol::terms::{DataState, Fence};
+use blockmirror_protocol::rewrite::{Candidacy, Rewrite};
+use blockmirror_protocol::terms::DataState;
 use blockmirror_protocol::units::HostId;
 use std::time::Duration;
 
@@ -22,8 +22,7 @@ impl World {
             return;
         }
         if !matches!(self.hosts[host].shell, Shell::Replica(_)) {
-            let it = &mut self.hosts[host];
-            (it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false);
+            self.hosts[host].decided = None;
         }
         let peers = self.hosts[host].members.peers();
         let it = &mut self.hosts[host];
@@ -32,6 +31,7 @@ impl World {
             return;
         };
         if promotion::must_be_promotable(&it.superblock).is_err() {
+            it.decided = None;
             if std::mem::take(&mut it.is_held) {
                 // It was possible when its session was ended, and is no more: it goes on as a replica.
                 self.cut_off(host);
@@ -45,19 +45,19 @@ impl World {
             return self.plan(LOOK, Event::Promote(host, life));
         }
         if shell.machine.has_failed() {
-            it.is_held = false;
+            (it.is_held, it.decided) = (false, None);
             return;
         }
         let superblock = it.superblock.clone();
         self.check_counted(host, &superblock);
+        if self.hosts[host].decided.is_none() {
+            let others = self.hear_all(host);
+            let candidate = self.candidate(host).expect("it is a replica");
+            self.hosts[host].decided = Some(candidate.decide(&others, true).expect("an operator insists"));
+        }
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else { unreachable!("it was looked at") };
-        let decision = Decision {
-            newest: Fence::default(),
-            rests_on_word: it.is_promoted_on_word,
-            is_forced: !it.is_promoted_by_rule,
-            heard: std::mem::take(&mut it.heard_for_promotion),
-        };
+        let decision = it.decided.clone().expect("it was decided");
         let candidacy = Candidacy {
             host: host_id(host),
             decision,
@@ -70,8 +70,7 @@ impl World {
             Err(NotPromotable::Touched) => {
                 self.note(|| format!("host {host} is not promoted without force"));
                 let it = &mut self.hosts[host];
-                (it.is_held, it.is_promoted_by_rule, it.is_promoted_on_word) = (false, false, false);
-                it.takes_over = None;
+                (it.is_held, it.decided, it.takes_over) = (false, None, None);
                 return self.cut_off(host);
             }
             Err(error) => panic!("it was asked: {error}"),
@@ -104,7 +103,7 @@ impl World {
         let it = &mut self.hosts[host];
         // Of the superblock that says that it is promoted already.
         let holder = it.promoted_after;
-        let is_by_rule = std::mem::take(&mut it.is_promoted_by_rule);
+        let is_by_rule = it.decided.take().is_some_and(|decision| !decision.is_forced);
         if let Some(fence) = it.takes_over.take() {
             let before = &self.hosts[holder];
             assert!(
@@ -112,8 +111,6 @@ impl World {
                 "L5: host {host} takes over from {holder}, which was promoted again because nobody did"
             );
         }
-        let it = &mut self.hosts[host];
-        it.is_promoted_on_word = false;
         self.take_content(host, is_by_rule);
         if let Some(expected) = self.hosts[host].expected.take() {
             let it = &self.hosts[host];

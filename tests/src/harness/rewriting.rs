@@ -12,6 +12,7 @@ use blockmirror_protocol::disk::{dirty_map, marker, slot_offset};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::Replica;
 use blockmirror_protocol::rewrite::{Change, Order, Part, Rewrite, TooLate};
+use blockmirror_protocol::succession::Decision;
 use blockmirror_protocol::units::{HostId, Mark};
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
@@ -78,7 +79,8 @@ impl World {
         let now = self.clock(host);
         let Purpose::Promotion(machine) = &self.rewriting(host).purpose else { return true };
         let is_promised = machine.is_promised(now);
-        !self.hosts[host].is_promoted_on_word || is_promised
+        let rests_on_word = |decision: &Decision| decision.rests_on_word;
+        is_promised || !self.hosts[host].decided.as_ref().is_some_and(rests_on_word)
     }
 
     fn go_on_rewriting(&mut self, host: usize) {
@@ -226,8 +228,9 @@ impl World {
             }
             (Purpose::Promotion(_), Change::End) => {
                 // What was answered while that was being recorded for too long, it lacks.
-                let holds_word = self.holds_word(host);
-                self.hosts[host].is_promoted_by_rule &= holds_word;
+                if !self.holds_word(host) {
+                    self.hosts[host].decided = None;
+                }
                 self.promotion_is_recorded(host);
             }
             (Purpose::Adoption, Change::End) => self.hosts[host].adopting = None,

@@ -18,40 +18,41 @@ impl World {
             return;
         }
         let others = self.hear_all(host);
+        let Some(candidate) = self.candidate(host) else { return };
+        if candidate.obstacle().is_some() {
+            return;
+        }
+        let decision = match candidate.decide(&others, false) {
+            Ok(decision) => decision,
+            // He agrees at times, and looks again.
+            Err(Objection::Kept) if self.random.once_in(2) => {
+                self.forget(host);
+                let life = self.hosts[host].life;
+                return self.plan(LOOK, Event::PromoteByRule(host, life));
+            }
+            Err(_) => return,
+        };
+        self.note(|| format!("host {host} is promoted by the rule: {others:?}"));
+        let holder = self.hosts[host].superblock.fence.holder;
+        if !holder.is_none() {
+            let it = &mut self.hosts[host];
+            (it.decided, it.promoted_after) = (Some(decision), host_number(holder));
+        }
+        self.promote(host);
+    }
+
+    /// A replica that may be promoted.
+    pub(super) fn candidate(&self, host: usize) -> Option<Candidate> {
         let it = &self.hosts[host];
-        let Shell::Replica(shell) = &it.shell else { return };
+        let Shell::Replica(shell) = &it.shell else { return None };
         let report = shell.machine.report();
-        let candidate = Candidate {
+        Some(Candidate {
             own: host_id(host),
             superblock: it.superblock.clone(),
             position: report.position,
             is_connected: report.connected,
             is_promised: shell.machine.is_promised(self.clock(host)),
-        };
-        if candidate.obstacle().is_some() {
-            return;
-        }
-        match candidate.objection(&others) {
-            None => {}
-            // He agrees at times, and looks again.
-            Some(Objection::Kept) if self.random.once_in(2) => {
-                self.forget(host);
-                let life = self.hosts[host].life;
-                return self.plan(LOOK, Event::PromoteByRule(host, life));
-            }
-            Some(_) => return,
-        }
-        let on_word = Candidate { is_promised: false, ..candidate }.objection(&others).is_some();
-        self.note(|| format!("host {host} is promoted by the rule: {others:?}"));
-        let holder = self.hosts[host].superblock.fence.holder;
-        if !holder.is_none() {
-            let it = &mut self.hosts[host];
-            (it.is_promoted_by_rule, it.promoted_after) = (true, host_number(holder));
-            it.is_promoted_on_word = on_word;
-        }
-        let heard = others.iter().filter(|other| other.standing.is_some());
-        self.hosts[host].heard_for_promotion = heard.map(|other| other.host).collect();
-        self.promote(host);
+        })
     }
 
     /// Whether a host answers another one's question.
