@@ -54,9 +54,14 @@ pub enum Change {
     End,
 }
 
-/// The primary may have gone on alone, where nothing else speaks for a promotion than its word that it does not.
+/// Why a promotion that was decided on is not recorded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct TooLate;
+pub enum NotRecorded {
+    /// The primary may have gone on alone, where nothing else speaks for a promotion than its word that it does not.
+    TooLate,
+    /// Something else wrote to the copy meanwhile, and no operator insists (X4).
+    Touched,
+}
 
 /// A replica that is to be promoted.
 #[derive(Clone, Debug)]
@@ -104,6 +109,7 @@ pub struct Rewrite {
     orders: VecDeque<Order>,
     /// Layers of pre-images that lead back to nothing any more when all is done.
     ended: Vec<u64>,
+    is_touched: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -151,6 +157,7 @@ impl Rewrite {
             kind: Kind::Promotion { candidacy, level: Vec::new() },
             orders: orders.collect(),
             ended: layers(&[superblock.gap, superblock.history]),
+            is_touched: false,
         })
     }
 
@@ -170,6 +177,7 @@ impl Rewrite {
             kind: Kind::Undo(before),
             orders: orders.collect(),
             ended: layers(&[superblock.gap, layer]),
+            is_touched: false,
         })
     }
 
@@ -192,6 +200,7 @@ impl Rewrite {
         Self {
             orders: orders.collect(),
             ended: Vec::new(),
+            is_touched: false,
             kind: Kind::Adoption {
                 source: adoption.source,
                 content: adoption.content.cloned(),
@@ -201,18 +210,27 @@ impl Rewrite {
         }
     }
 
+    /// Something else wrote to the copy meanwhile.
+    pub fn note_touched(&mut self) {
+        self.is_touched = true;
+    }
+
     /// What is to be done next, once what was ordered before is durable; nothing when all is done. `is_promised`: whether the
     /// primary's word holds now ([`crate::replica::Replica::is_promised`]).
     ///
     /// # Errors
-    /// [`TooLate`]; the host is what it was.
-    pub fn next(&mut self, is_promised: bool) -> Result<Option<Order>, TooLate> {
+    /// [`NotRecorded`]; the host is what it was.
+    pub fn next(&mut self, is_promised: bool) -> Result<Option<Order>, NotRecorded> {
         if let (Kind::Promotion { candidacy, .. }, Some(Order::Write(Part::Superblock(Change::End)))) =
             (&self.kind, self.orders.front())
-            && candidacy.decision.rests_on_word
-            && !is_promised
         {
-            return Err(TooLate);
+            let Decision { rests_on_word, is_forced, .. } = candidacy.decision;
+            if rests_on_word && !is_promised {
+                return Err(NotRecorded::TooLate);
+            }
+            if self.is_touched && !is_forced {
+                return Err(NotRecorded::Touched);
+            }
         }
         Ok(self.orders.pop_front())
     }
@@ -371,9 +389,20 @@ mod tests {
     fn a_promotion_on_the_primarys_word_is_not_recorded_when_that_is_over() {
         let mut rewrite = Rewrite::promotion(&superblock("ba"), &[], candidacy(true)).unwrap();
         assert_eq!(rewrite.next(false), Ok(Some(Order::Sync)), "nothing is decided before");
-        assert_eq!(rewrite.next(false), Err(TooLate));
+        assert_eq!(rewrite.next(false), Err(NotRecorded::TooLate));
         let mut without = Rewrite::promotion(&superblock("ba"), &[], candidacy(false)).unwrap();
         assert_eq!((without.next(false), without.next(false)), (Ok(Some(Order::Sync)), Ok(Some(END))));
+    }
+
+    #[test]
+    fn a_copy_that_something_else_writes_to_while_it_is_promoted_is_not_the_primarys_unless_that_is_forced() {
+        for (candidacy, end) in [(candidacy(false), Err(NotRecorded::Touched)), (forced(true), Ok(Some(END)))]
+        {
+            let mut rewrite = Rewrite::promotion(&superblock("ba"), &[], candidacy).unwrap();
+            rewrite.note_touched();
+            assert_eq!(rewrite.next(true), Ok(Some(Order::Sync)), "nothing is decided before");
+            assert_eq!(rewrite.next(true), end);
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::pre_images::{LayerError, PreImage};
 use crate::storage;
 use blockmirror_protocol::replica::promotion::NotPromotable;
 use blockmirror_protocol::replica::undo::NotUndoable;
-use blockmirror_protocol::rewrite::{Candidacy, Change, Order, Part, Rewrite, TooLate};
+use blockmirror_protocol::rewrite::{Candidacy, Change, NotRecorded, Order, Part, Rewrite};
 use blockmirror_protocol::succession::Decision;
 use blockmirror_protocol::units::HostId;
 use std::cell::Cell;
@@ -21,6 +21,8 @@ pub struct Progress {
     pub restored_bytes: Cell<(u64, u64)>,
     /// Whether it is to stop where that is possible: the agent ends.
     pub is_over: Cell<bool>,
+    /// Whether something else was seen to write to the backing meanwhile.
+    pub is_touched: Cell<bool>,
 }
 
 /// Why a replica was not promoted.
@@ -89,7 +91,15 @@ impl Replica {
         progress: &Progress,
         unrecorded: fn(StateError) -> PromotionError,
     ) -> Result<(), PromotionError> {
-        while let Some(order) = rewrite.next(self.is_promised()).map_err(|TooLate| PromotionError::TooLate)? {
+        loop {
+            if progress.is_touched.get() {
+                rewrite.note_touched();
+            }
+            let next = rewrite.next(self.is_promised()).map_err(|error| match error {
+                NotRecorded::TooLate => PromotionError::TooLate,
+                NotRecorded::Touched => NotPromotable::Touched.into(),
+            })?;
+            let Some(order) = next else { break };
             match order {
                 Order::Write(part) => {
                     let written = self.state.rewrite(&mut rewrite, part).await;

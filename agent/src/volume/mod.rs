@@ -603,7 +603,9 @@ impl Volume {
                 replica.close().await;
                 self.reopen(Others::Known).await;
             }
-            OpenRole::Closed(_) | OpenRole::Changing(_) => {}
+            // A promotion that nobody insists on is not recorded.
+            OpenRole::Changing(change) => change.progress.is_touched.set(true),
+            OpenRole::Closed(_) => {}
         }
     }
 

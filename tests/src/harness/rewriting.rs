@@ -11,7 +11,7 @@ use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{dirty_map, marker, slot_offset};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::Replica;
-use blockmirror_protocol::rewrite::{Change, Order, Part, Rewrite, TooLate};
+use blockmirror_protocol::rewrite::{Change, NotRecorded, Order, Part, Rewrite};
 use blockmirror_protocol::succession::Decision;
 use blockmirror_protocol::units::{HostId, Mark};
 use std::collections::{BTreeSet, VecDeque};
@@ -108,7 +108,10 @@ impl World {
             };
             match rewriting.rewrite.next(is_promised) {
                 // The primary may have gone on alone.
-                Err(TooLate) => return self.take_down(host, Crash::Process),
+                Err(NotRecorded::TooLate) => return self.take_down(host, Crash::Process),
+                Err(error @ NotRecorded::Touched) => {
+                    unreachable!("nothing writes to it meanwhile: {error:?}")
+                }
                 Ok(None) => return self.rewritten(host),
                 Ok(Some(order)) => {
                     rewriting.order = Some(order);
