@@ -164,6 +164,7 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, service: Servic
         dirty_bytes: undelivered.map_or(u64::MAX, |undelivered| undelivered.bytes),
         began: generations::of_lineage(folder, &superblock.lineage),
         replaced: superblock.replaced,
+        given: Box::new(succession::counts_on(&superblock)),
         ends: superblock.ends,
         lineage: superblock.lineage,
     })

@@ -318,6 +318,7 @@ mod tests {
             began: Vec::new(),
             ends: Ends::default(),
             replaced: false,
+            given: Box::default(),
         })))
     }
 

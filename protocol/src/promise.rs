@@ -49,9 +49,6 @@ impl Given {
     /// Nothing, as to a replica that is not in the mode sync.
     pub const NOTHING: Self = Self { promise: Promise::None, counted: Vec::new() };
 
-    /// That nothing at all is answered without it.
-    pub const EVERYTHING: Self = Self { promise: Promise::Replicas(1), counted: Vec::new() };
-
     /// Whether a primary may say so.
     #[must_use]
     pub fn is_sound(&self) -> bool {
@@ -89,13 +86,25 @@ impl Given {
     }
 
     /// What another one of those that count, `peer`, was given by the same primary, as the one that was given this keeps it when
-    /// it is the primary itself: whatever it answers is here. It was given the same, unless the primary ended before both had
-    /// heard of what its operator chose last.
+    /// it is the primary itself. It was given the same, unless the primary ended before both had heard of what its operator chose
+    /// last.
     #[must_use]
     pub fn of_another(&self, peer: HostId) -> Self {
+        match self.counted.contains(&peer) {
+            true => self.kept_by(peer),
+            false => Self::NOTHING,
+        }
+    }
+
+    /// What is left of this when `host` is the primary: whatever it answers is there, if it counts.
+    #[must_use]
+    pub fn kept_by(&self, host: HostId) -> Self {
         match self.promise {
-            Promise::Replicas(replicas) if replicas > 1 && self.counted.contains(&peer) => {
-                let counted = self.counted.iter().copied().filter(|host| *host != peer).collect();
+            Promise::Replicas(replicas) if !self.counted.contains(&host) => {
+                Self { promise: Promise::Replicas(replicas), counted: self.counted.clone() }
+            }
+            Promise::Replicas(replicas) if replicas > 1 => {
+                let counted = self.counted.iter().copied().filter(|other| *other != host).collect();
                 Self { promise: Promise::Replicas(replicas - 1), counted }
             }
             _ => Self::NOTHING,

@@ -77,15 +77,16 @@ pub struct Candidacy {
 }
 
 impl Candidacy {
-    /// What another replica was given that counted with this one. One that is there hears in a moment what holds from now on, and
-    /// until then nothing is answered without it: the primary may have ended when it had told one of the two of what its operator
-    /// chose last. Of one that does not answer, and of all where the operator insists, what this one was given has to tell.
-    fn given_to(&self, peer: HostId, superblock: &Superblock) -> Given {
+    /// What another host was given by the last primary, as this one keeps it, and as far as it is known. One that was heard says
+    /// so itself: the primary may have ended when it had told one of the two of what its operator chose last. Of one that was
+    /// not, this copy's own word tells; and of all where the operator insists, as against hosts that went another way.
+    fn given_to(&self, peer: HostId, superblock: &Superblock) -> Option<Given> {
         let Decision { heard, is_forced, .. } = &self.decision;
-        match heard.contains(&peer) && !is_forced && !superblock.released {
-            true => Given::EVERYTHING,
-            false => superblock.given.of_another(peer),
+        if let Some((_, given)) = heard.iter().find(|(host, _)| *host == peer && !is_forced) {
+            return Some(given.kept_by(self.host));
         }
+        let counts = superblock.given.counted.contains(&peer);
+        counts.then(|| superblock.given.of_another(peer))
     }
 }
 
@@ -248,10 +249,10 @@ impl Rewrite {
         match &mut self.kind {
             Kind::Promotion { candidacy, level } => {
                 // Those that counted here count on this host, too; the last primary was given no word.
-                if superblock.given.counted.contains(&peer) {
-                    map.note_given(&candidacy.given_to(peer, superblock));
-                } else if peer == superblock.fence.holder {
+                if peer == superblock.fence.holder {
                     map.note_given(&Given::NOTHING);
+                } else if let Some(given) = candidacy.given_to(peer, superblock) {
+                    map.note_given(&given);
                 }
                 let Candidacy { position, restored, .. } = candidacy;
                 let map = promotion::map_for(map, superblock, peer, *position, restored);
@@ -446,18 +447,19 @@ mod tests {
             counted: counted.to_vec(),
         };
         let fence = Fence { counter: 3, holder: primary };
-        let (one, heard) = (given(1, &[PEERS[1]]), vec![PEERS[0]]);
+        let own = HostId([2; 32]);
         let unheard = Decision::default();
-        let there = Decision { heard: heard.clone(), ..Decision::default() };
-        let insisted = Decision { is_forced: true, heard, ..Decision::default() };
+        let says = |given| Decision { heard: vec![(PEERS[0], given)], ..Decision::default() };
         for (replicas, decision, kept) in [
-            (2, &unheard, one.clone()),
-            (1, &unheard, Given::NOTHING),
-            // It hears what holds in a moment; until then it may have been told of something else than this host.
-            (2, &there, Given::EVERYTHING),
-            (1, &there, Given::EVERYTHING),
-            (2, &insisted, one.clone()),
-            (1, &insisted, Given::NOTHING),
+            (2, unheard.clone(), given(1, &[PEERS[1]])),
+            (1, unheard, Given::NOTHING),
+            // It was told before what this host was not, or not yet what this host was: it knows best.
+            (1, says(given(2, &[own, PEERS[1]])), given(1, &[PEERS[1]])),
+            (2, says(given(1, &[own, PEERS[1]])), Given::NOTHING),
+            (2, says(Given::NOTHING), Given::NOTHING),
+            (1, Decision { is_forced: true, ..says(given(2, &[own, PEERS[1]])) }, Given::NOTHING),
+            // What this host answers does not count for it.
+            (1, says(given(1, &[PEERS[1]])), given(1, &[PEERS[1]])),
         ] {
             let it = Superblock { fence, given: given(replicas, &PEERS), ..superblock("ba") };
             let candidacy = Candidacy { decision: decision.clone(), ..candidacy(false) };

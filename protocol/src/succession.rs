@@ -47,8 +47,8 @@ pub struct Decision {
     pub rests_on_word: bool,
     /// Whether the operator wants it whatever that loses: then nobody is waited for who might be promoted as well.
     pub is_forced: bool,
-    /// The hosts that said how they stand.
-    pub heard: Vec<HostId>,
+    /// The hosts that said how they stand, each with what it counts on.
+    pub heard: Vec<(HostId, Given)>,
 }
 
 /// Why a replica can't be promoted at all.
@@ -225,10 +225,11 @@ impl Candidate {
     }
 
     fn decision(&self, others: &[Heard]) -> Decision {
-        let heard = others.iter().filter(|other| other.standing.is_some());
+        let counts_on = |other: &Heard| other.standing.as_ref().map(|standing| (*standing.given).clone());
+        let heard = others.iter().filter_map(|other| Some((other.host, counts_on(other)?)));
         Decision {
             newest: fence_to_raise(self.own, self.superblock.fence, others),
-            heard: heard.map(|other| other.host).collect(),
+            heard: heard.filter(|(_, given)| given.is_sound()).collect(),
             ..Decision::default()
         }
     }
@@ -256,6 +257,15 @@ pub fn counts_as(superblock: &Superblock) -> (DataState, bool) {
         }
         data => (data, superblock.gap != 0),
     }
+}
+
+/// What a host whose superblock says this counts on as a replica, as far as it could be promoted without force by that. One that
+/// was released counts on its primary no more: it hears all others before it is promoted.
+#[must_use]
+pub fn counts_on(superblock: &Superblock) -> Given {
+    let is_counting =
+        superblock.role == Role::Replica && superblock.mode == Mode::Sync && !superblock.released;
+    if is_counting { superblock.given.clone() } else { Given::NOTHING }
 }
 
 /// Whether a copy can be the source of another one, now or when it is promoted (L4).
@@ -486,6 +496,7 @@ mod tests {
             began: Vec::new(),
             ends: Ends::default(),
             replaced: false,
+            given: Box::default(),
         }
     }
 
@@ -673,18 +684,30 @@ mod tests {
     }
 
     #[test]
+    fn a_replica_in_the_mode_sync_counts_on_what_it_was_given_until_it_is_released() {
+        let counting = waiting().superblock;
+        assert_eq!(counts_on(&counting), counting.given);
+        let released = Superblock { released: true, ..counting.clone() };
+        let primary = Superblock { role: Role::Primary, ..counting.clone() };
+        for other in [released, primary, Superblock { mode: Mode::SemiSync, ..counting }] {
+            assert_eq!(counts_on(&other), Given::NOTHING, "{other:?}");
+        }
+    }
+
+    #[test]
     fn what_was_decided_says_what_it_rests_on() {
         let heard = |candidate: &Candidate, is_forced| {
             candidate.decide(&[silent(A), says(C, standing(7))], is_forced).map(|decision| {
-                assert_eq!((decision.is_forced, decision.heard), (is_forced, vec![C]));
+                assert_eq!((decision.is_forced, decision.heard), (is_forced, vec![(C, Given::NOTHING)]));
                 decision.rests_on_word
             })
         };
-        let on_word = Candidate { is_promised: true, ..waiting() };
-        assert_eq!(heard(&waiting(), false), Err(Objection::Unpromised));
+        let unpromised = candidate(Mode::Sync, Promise::WhileHeard);
+        let on_word = Candidate { is_promised: true, ..unpromised.clone() };
+        assert_eq!(heard(&unpromised, false), Err(Objection::Unpromised));
         assert_eq!(heard(&on_word, false), Ok(true), "nothing else speaks for it");
-        assert_eq!(heard(&released(), false), Ok(false));
-        assert_eq!((heard(&waiting(), true), heard(&on_word, true)), (Ok(false), Ok(false)));
+        assert_eq!((heard(&waiting(), false), heard(&released(), false)), (Ok(false), Ok(false)));
+        assert_eq!((heard(&unpromised, true), heard(&on_word, true)), (Ok(false), Ok(false)));
         // A forced promotion, too, is newer than all that was told of.
         let newer = Standing { fence: Fence { counter: 9, holder: C }, ..standing(7) };
         let forced = waiting().decide(&[says(C, newer)], true).unwrap();

@@ -304,7 +304,7 @@ impl Supervisor {
             standing: answered.ok().map(told_on),
         });
         let others = others.collect();
-        Ok(Others { own: told_on(self.own_standing(config, asker).await?), others })
+        Ok(Others { own: Box::new(told_on(self.own_standing(config, asker).await?)), others })
     }
 
     async fn config_called(&self, name: &str) -> Option<VolumeConfig> {

@@ -338,6 +338,7 @@ mod tests {
             silent_milliseconds: 0,
             ends: blockmirror_protocol::lineage::Ends::default(),
             replaced: false,
+            given: Box::default(),
         }
     }
 

@@ -170,6 +170,7 @@ mod tests {
             silent_milliseconds: 0,
             ends: Ends::default(),
             replaced: false,
+            given: Box::default(),
         }
     }
 

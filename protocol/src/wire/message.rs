@@ -421,6 +421,8 @@ pub struct Standing {
     /// On a replica, whether it has lost what a primary may have counted on it for
     /// ([`crate::disk::superblock::Superblock::replaced`]).
     pub replaced: bool,
+    /// What it counts on as a replica: whoever is promoted while it is not there keeps that word.
+    pub given: Box<Given>,
 }
 
 impl Standing {
@@ -536,7 +538,7 @@ pub struct AskOthers {
 #[derive(Clone, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
 pub struct Others {
     /// The one that answers.
-    pub own: Standing,
+    pub own: Box<Standing>,
     /// All others but the one that asks.
     pub others: Vec<Other>,
 }
@@ -707,6 +709,7 @@ fn decode_body<Body: bincode::Decode<()>>(tag: u16, bytes: &[u8]) -> Result<Body
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::terms::Promise;
 
     fn hex(bytes: &[u8]) -> String {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -747,6 +750,7 @@ mod tests {
             silent_milliseconds: 12,
             ends: Ends::only(GenerationId([9; 16]), Epoch(10)),
             replaced: true,
+            given: Box::new(Given { promise: Promise::Replicas(2), counted: vec![HostId([11; 32])] }),
         };
         let other =
             Other { name: "c".into(), host: HostId([1; 32]), addresses: vec!["c:1".into()], standing: None };
@@ -798,13 +802,14 @@ mod tests {
                  050505050505050505050505050505",
             ),
             (
-                Others { own: standing, others: vec![other] }.into(),
-                "f2000000290001000000020000000002000000000000000303030303030303030303030303030303030303030303\
-             03030303030303030301000000000000000404040404040404040404040404040404040404040404040404040404\
-             04040405000000000000000600000000000000000700000000000000010000000000000008000000000000000c00\
-             0000000000000100000000000000090909090909090909090909090909090a000000000000000101000000000000\
-             00010000000000000063010101010101010101010101010101010101010101010101010101010101010101000000\
-             000000000300000000000000633a3100",
+                Others { own: Box::new(standing), others: vec![other] }.into(),
+                "220100002900010000000200000000020000000000000003030303030303030303030303030303030303030303\
+                 030303030303030303030100000000000000040404040404040404040404040404040404040404040404040404\
+                 040404040405000000000000000600000000000000000700000000000000010000000000000008000000000000\
+                 000c000000000000000100000000000000090909090909090909090909090909090a0000000000000001020000\
+                 000200000001000000000000000b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b\
+                 010000000000000001000000000000006301010101010101010101010101010101010101010101010101010101\
+                 0101010101000000000000000300000000000000633a3100",
             ),
         ];
         for (message, bytes) in rows {

@@ -9,6 +9,7 @@
 //!
 //! | version | since | why |
 //! |---|---|---|
+//! | 9 | 0.6 | a host says what it counts on as a replica |
 //! | 8 | 0.6 | a promise that holds for ever says which hosts count for it |
 //! | 6 | 0.6 | hosts say who, where and how far they are: markers, ends of content, silent disks; replicas are promised not to be left without a word; members are removed |
 //! | 5 | 0.5 | payloads may be packed |
@@ -33,7 +34,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const ALPN: &[u8] = b"blockmirror/1";
 
 /// The oldest and the newest version of frames and messages that this code speaks.
-pub const VERSIONS: (u16, u16) = (8, 8);
+pub const VERSIONS: (u16, u16) = (9, 9);
 
 /// What a frame takes at the most besides its payload: its header, and the records of it here, in the link and in the
 /// transport, whose queues double when they grow.

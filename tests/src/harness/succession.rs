@@ -84,6 +84,7 @@ impl World {
             dirty_bytes: 0,
             began: Vec::new(),
             replaced: superblock.replaced,
+            given: Box::new(succession::counts_on(&superblock)),
             ends: superblock.ends,
             lineage: superblock.lineage,
         };

@@ -124,6 +124,7 @@ mod tests {
             silent_milliseconds: 0,
             ends: Ends::default(),
             replaced: false,
+            given: Box::default(),
         }
     }
 

@@ -274,6 +274,7 @@ impl Serving {
             began: Vec::new(),
             ends: Ends::default(),
             replaced: false,
+            given: Box::default(),
         };
         let newer = |epochs| {
             let mut standing = own.clone();
@@ -286,7 +287,7 @@ impl Serving {
             addresses: vec!["c:7447".into()],
             standing: epochs.map(newer),
         });
-        Others { others: other.into_iter().collect(), own }
+        Others { others: other.into_iter().collect(), own: Box::new(own) }
     }
 
     /// Waits for its turn, and turns the knobs that concern this message.
