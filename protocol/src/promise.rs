@@ -61,6 +61,17 @@ impl Given {
         matches!(self.promise, Promise::Replicas(_))
     }
 
+    /// Whether one that was given this may be promoted while another one that counts is silent: it takes it for certain that
+    /// nothing was answered that only silent ones have.
+    #[must_use]
+    pub fn bears_silence(&self) -> bool {
+        match self.promise {
+            Promise::WhileHeard => true,
+            Promise::Replicas(replicas) => replicas > 1,
+            Promise::None => false,
+        }
+    }
+
     /// Whether an answer without the replica is none behind its back: so many that count have all that it speaks for. Where
     /// the word holds for a time, that time decides.
     #[must_use]

@@ -380,30 +380,47 @@ fn what_a_blocked_primary_never_answered_is_no_side_of_a_split() {
 
 /// What replicas count on for ever changes with what operators choose, and each hears of it when it is resynced. They are
 /// resynced one after another: were all out of sync at once, nothing would be answered meanwhile, and nobody could be
-/// promoted (W4).
+/// promoted. And at no time may one be promoted in the silence of another that counts on more than it knows (W4).
 #[test]
 fn replicas_are_given_another_word_one_at_a_time() {
     let waits = |min_replicas| ReplicaLoss::Block { min_replicas, limit: Duration::from_secs(3) };
-    let modes = vec![Mode::Sync; 3];
-    let settings = Settings { modes: modes.clone(), loss: waits(1), ..hosts(3) };
-    let links = [REPLICA, THIRD].map(|replica| LinkId::new(PRIMARY, replica));
-    for mut world in in_sync(&settings) {
-        let given = |world: &World| [REPLICA, THIRD].map(|host| world.hosts[host].superblock.given.clone());
-        for loss in [waits(2), ReplicaLoss::Continue, waits(1)] {
-            let before = given(&world);
-            assert!(links.iter().all(|link| world.is_in_sync(*link)));
+    let modes = vec![Mode::Sync; 4];
+    let settings = Settings { modes: modes.clone(), loss: waits(1), ..hosts(4) };
+    let replicas = [REPLICA, THIRD, 3];
+    for mut world in in_sync(&settings).take(5) {
+        let promises = |world: &World| replicas.map(|host| world.hosts[host].superblock.given.promise);
+        let is_in_sync = |world: &World, host: usize| world.is_in_sync(LinkId::new(PRIMARY, host));
+        for (loss, wanted) in [
+            (waits(3), Promise::Replicas(3)),
+            (waits(2), Promise::Replicas(2)),
+            (ReplicaLoss::Continue, Promise::WhileHeard),
+            (waits(3), Promise::Replicas(3)),
+            (waits(1), Promise::Replicas(1)),
+        ] {
+            assert!(replicas.iter().all(|host| is_in_sync(&world, *host)));
             world.choose(loss, modes.clone());
             let mut waited = BTreeSet::new();
-            while given(&world).iter().zip(&before).any(|(now, before)| now == before)
-                || !links.iter().all(|link| world.is_in_sync(*link))
-            {
+            while promises(&world) != [wanted; 3] || !replicas.iter().all(|host| is_in_sync(&world, *host)) {
                 let end = world.now + Duration::from_secs(400);
                 assert!(world.step(end), "it never comes to an end: {}", world.describe());
-                let out: Vec<_> = links.iter().filter(|link| !world.is_in_sync(**link)).collect();
-                assert!(out.len() <= 1, "all are out of sync after {loss:?}");
+                let out: Vec<_> = replicas.iter().filter(|host| !is_in_sync(&world, **host)).collect();
+                assert!(out.len() <= 1, "several are out of sync after {loss:?}");
                 waited.extend(out.into_iter().copied());
+                for (one, other) in (0..3).flat_map(|one| (0..3).map(move |other| (one, other))) {
+                    let promises = promises(&world);
+                    let (own, its) = (promises[one], promises[other]);
+                    let knows = match own {
+                        // It is promoted when all others are heard, or not at all.
+                        Promise::None | Promise::Replicas(0 | 1) => true,
+                        Promise::WhileHeard => !matches!(its, Promise::Replicas(2..)),
+                        Promise::Replicas(own) => !matches!(its, Promise::Replicas(its) if its > own),
+                    };
+                    let is_candidate =
+                        is_in_sync(&world, replicas[one]) && is_in_sync(&world, replicas[other]);
+                    assert!(knows || !is_candidate, "after {loss:?}: {promises:?}");
+                }
             }
-            assert_eq!(waited.len(), 2, "each hears of it when it is resynced");
+            assert_eq!(waited.len(), 3, "each hears of it when it is resynced: {loss:?}");
         }
         world.finish();
     }

@@ -70,6 +70,21 @@ impl Session {
         self.word.want(given);
     }
 
+    /// Whether what the replica may count on is another one than when this was last asked.
+    pub(crate) fn take_change_of_word(&mut self) -> bool {
+        self.word.take_change()
+    }
+
+    /// Whether the replica may be promoted while others are silent, by something else than it was meant to be given.
+    pub(crate) fn bears_silence_unlike(&self, given: &Given) -> bool {
+        self.word.bears_silence_unlike(given)
+    }
+
+    /// Whether it may be so by a word that holds for ever.
+    pub(crate) fn bears_silence_for_ever(&self) -> bool {
+        self.word.is_for_ever() && self.word.bears_silence()
+    }
+
     /// Whether the replica follows, and has to be resynced for what it is to count on for ever, or no more: it would hear of it
     /// with the next session only.
     pub(crate) fn awaits_word(&self) -> bool {

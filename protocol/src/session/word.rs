@@ -12,6 +12,10 @@ pub(super) struct Word {
     held: Given,
     /// What the next commit gives it.
     wanted: Given,
+    /// Whether it may still count on what it was given for some time, before what it was sent since.
+    may_be_timed: bool,
+    /// Whether what it may count on is another one than when this was last asked.
+    has_changed: bool,
     /// What the map's file says, as far as that is known; and what is being written.
     file: Option<Given>,
     being_written: Option<Given>,
@@ -23,12 +27,33 @@ impl Word {
         let file = file.cloned();
         let held = file.clone().unwrap_or_default();
         // Whether the file is there is not known before it was written in this run.
-        Self { held, wanted: Given::NOTHING, file: None, being_written: None }
+        let (wanted, file, being_written) = (Given::NOTHING, None, None);
+        Self { held, wanted, may_be_timed: false, has_changed: true, file, being_written }
     }
 
     /// What it may count on is not known, and this is what it would have been given.
     pub(super) fn assume(&mut self, given: Given) {
+        self.hold(given);
+    }
+
+    fn hold(&mut self, given: Given) {
+        self.has_changed |= self.held != given;
         self.held = given;
+    }
+
+    /// Whether what it may count on is another one than when this was last asked.
+    pub(super) fn take_change(&mut self) -> bool {
+        std::mem::take(&mut self.has_changed)
+    }
+
+    /// Whether it may be promoted while others are silent, by what it may count on.
+    pub(super) fn bears_silence(&self) -> bool {
+        self.may_be_timed || self.held.bears_silence()
+    }
+
+    /// Whether it may be so by another word than this one.
+    pub(super) fn bears_silence_unlike(&self, given: &Given) -> bool {
+        self.bears_silence() && (self.may_be_timed || self.held != *given)
     }
 
     /// The next commit is to give it this.
@@ -51,9 +76,10 @@ impl Word {
         self.held != self.wanted && self.held.is_for_ever()
     }
 
-    /// Whether a new commit gives it something else that holds for ever, or takes that away.
+    /// Whether a new commit gives it something else that holds for ever, or takes that away, or gives it a word at all.
     pub(super) fn is_news(&self) -> bool {
-        self.held != self.wanted && (self.held.is_for_ever() || self.wanted.is_for_ever())
+        let is_first = self.held.promise == Promise::None;
+        self.held != self.wanted && (self.held.is_for_ever() || self.wanted.is_for_ever() || is_first)
     }
 
     /// Whether it may count on its primary's word for some time, as far as is known.
@@ -72,7 +98,7 @@ impl Word {
     pub(super) fn counts_on_nothing(&mut self) -> bool {
         let is_over = self.held.is_for_ever();
         if is_over {
-            self.held = Given::NOTHING;
+            self.hold(Given::NOTHING);
         }
         is_over
     }
@@ -86,13 +112,15 @@ impl Word {
     /// The commit is sent: it may be recorded there.
     pub(super) fn is_sent(&mut self) {
         if self.wanted.promise != Promise::None {
-            self.held = self.wanted.clone();
+            self.may_be_timed |= self.holds_for_a_time() && self.held != self.wanted;
+            self.hold(self.wanted.clone());
         }
     }
 
     /// The commit is recorded there. Gives what the map's file may say from now on.
     pub(super) fn was_recorded(&mut self) -> &Given {
-        self.held = self.wanted.clone();
+        self.has_changed |= std::mem::take(&mut self.may_be_timed);
+        self.hold(self.wanted.clone());
         &self.held
     }
 
@@ -176,5 +204,29 @@ mod tests {
         assert!(!word.allows(|_| false));
         assert_eq!(word.was_recorded(), &Given::NOTHING);
         assert!(word.allows(|_| false));
+    }
+
+    /// It was sent a word that lets nobody be silent, and may still go by the one before.
+    #[test]
+    fn one_that_may_not_have_recorded_its_new_word_may_be_promoted_by_the_old_one() {
+        let timed = Given { promise: Promise::WhileHeard, counted: Vec::new() };
+        let mut word = given(timed.clone());
+        assert!(word.take_change() && !word.take_change());
+        assert!(word.bears_silence() && !word.bears_silence_unlike(&timed));
+        word.want(for_ever(&[B]));
+        record(&mut word);
+        word.is_sent();
+        assert!(
+            word.take_change()
+                && word.bears_silence_unlike(&timed)
+                && word.bears_silence_unlike(&for_ever(&[B]))
+        );
+        word.was_recorded();
+        assert!(word.take_change() && !word.bears_silence(), "it hears all others before it is promoted");
+        let two = Given { promise: Promise::Replicas(2), counted: vec![B, C] };
+        let word = given(two.clone());
+        assert!(
+            word.bears_silence() && !word.bears_silence_unlike(&two) && word.bears_silence_unlike(&timed)
+        );
     }
 }

@@ -166,8 +166,31 @@ impl Tracker {
         }
     }
 
-    /// What this replica is to count on from its next commit on.
+    /// What this replica is to count on from its next commit on: what the operator wants of it, unless another one may be promoted
+    /// in its silence by another word. That one, as the primary, would not know what this one counts on. Then it is given what lets it
+    /// be promoted only when it hears the others, and the rest once they count on no more than they are to.
     fn given_to(&self, peer: HostId) -> Given {
+        let wanted = self.wanted_of(peer);
+        let others = || self.sessions.iter().filter(|(host, _)| **host != peer);
+        match wanted.promise {
+            Promise::Replicas(_) if wanted.bears_silence() => {
+                let is_other = |(host, session): (&HostId, &Session)| {
+                    session.bears_silence_unlike(&self.wanted_of(*host))
+                };
+                match others().any(is_other) {
+                    true => Given { promise: Promise::Replicas(1), ..wanted },
+                    false => wanted,
+                }
+            }
+            Promise::WhileHeard if others().any(|(_, session)| session.bears_silence_for_ever()) => {
+                Given::NOTHING
+            }
+            _ => wanted,
+        }
+    }
+
+    /// What the operator wants this replica to count on.
+    fn wanted_of(&self, peer: HostId) -> Given {
         let is_sync = |host: &HostId| self.sessions.get(host).is_some_and(|it| it.mode() == Mode::Sync);
         match self.promise() {
             promise if !is_sync(&peer) || promise == Promise::None => Given::NOTHING,
@@ -190,6 +213,10 @@ impl Tracker {
 
     /// Has a replica resynced that is to count on something else for ever, one at a time: the others stay in sync meanwhile.
     pub(super) fn renew_words(&mut self) {
+        let changes = self.sessions.values_mut().map(Session::take_change_of_word);
+        if changes.fold(false, |any, change| any | change) {
+            self.give_words();
+        }
         if self.sessions.values().any(Session::is_on_its_way) {
             return;
         }
