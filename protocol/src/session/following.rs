@@ -75,14 +75,15 @@ impl Session {
         self.word.take_change()
     }
 
-    /// Whether the replica may be promoted while others are silent, by something else than it was meant to be given.
-    pub(crate) fn bears_silence_unlike(&self, given: &Given) -> bool {
-        self.word.bears_silence_unlike(given)
+    /// Whether the replica may be promoted while `peer` is silent, by another word than `given`.
+    pub(crate) fn bears_silence_unlike(&self, given: &Given, peer: HostId, now: Time) -> bool {
+        let is_timed = self.may_follow() || self.promised.is_some_and(|until| now < until);
+        self.word.bears_silence_of(peer, Some(given), is_timed)
     }
 
     /// Whether it may be so by a word that holds for ever.
-    pub(crate) fn bears_silence_for_ever(&self) -> bool {
-        self.word.is_for_ever() && self.word.bears_silence()
+    pub(crate) fn bears_silence_for_ever(&self, peer: HostId) -> bool {
+        self.word.is_for_ever() && self.word.bears_silence_of(peer, None, false)
     }
 
     /// Whether the replica follows, and has to be resynced for what it is to count on for ever, or no more: it would hear of it

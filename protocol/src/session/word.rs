@@ -12,6 +12,8 @@ pub(super) struct Word {
     held: Given,
     /// What the next commit gives it.
     wanted: Given,
+    /// What the last commit that was sent gives it.
+    sent: Given,
     /// Whether it may still count on what it was given for some time, before what it was sent since.
     may_be_timed: bool,
     /// Whether what it may count on is another one than when this was last asked.
@@ -28,7 +30,8 @@ impl Word {
         let held = file.clone().unwrap_or_default();
         // Whether the file is there is not known before it was written in this run.
         let (wanted, file, being_written) = (Given::NOTHING, None, None);
-        Self { held, wanted, may_be_timed: false, has_changed: true, file, being_written }
+        let sent = Given::NOTHING;
+        Self { held, wanted, sent, may_be_timed: false, has_changed: true, file, being_written }
     }
 
     /// What it may count on is not known, and this is what it would have been given.
@@ -46,14 +49,17 @@ impl Word {
         std::mem::take(&mut self.has_changed)
     }
 
-    /// Whether it may be promoted while others are silent, by what it may count on.
-    pub(super) fn bears_silence(&self) -> bool {
-        self.may_be_timed || self.held.bears_silence()
-    }
-
-    /// Whether it may be so by another word than this one.
-    pub(super) fn bears_silence_unlike(&self, given: &Given) -> bool {
-        self.bears_silence() && (self.may_be_timed || self.held != *given)
+    /// Whether it may be promoted while `peer` is silent, by another word than `given`, if there is one. One that holds for a time
+    /// counts where `is_timed`: that time may not be over.
+    pub(super) fn bears_silence_of(&self, peer: HostId, given: Option<&Given>, is_timed: bool) -> bool {
+        let may_be_timed = self.may_be_timed && is_timed;
+        let bears_it = match self.held.promise {
+            Promise::WhileHeard => is_timed,
+            // One that it does not know is none that it waits to hear.
+            Promise::Replicas(_) => self.held.bears_silence() || !self.held.counted.contains(&peer),
+            Promise::None => false,
+        };
+        may_be_timed || bears_it && given.is_none_or(|given| self.held != *given)
     }
 
     /// The next commit is to give it this.
@@ -115,12 +121,14 @@ impl Word {
             self.may_be_timed |= self.holds_for_a_time() && self.held != self.wanted;
             self.hold(self.wanted.clone());
         }
+        self.sent = self.wanted.clone();
     }
 
     /// The commit is recorded there. Gives what the map's file may say from now on.
     pub(super) fn was_recorded(&mut self) -> &Given {
         self.has_changed |= std::mem::take(&mut self.may_be_timed);
-        self.hold(self.wanted.clone());
+        // Something else may be wanted since.
+        self.hold(self.sent.clone());
         &self.held
     }
 
@@ -206,27 +214,35 @@ mod tests {
         assert!(word.allows(|_| false));
     }
 
+    /// The operator chose something else while a commit was on its way: the word that it gave was forgotten.
+    #[test]
+    fn what_it_counts_on_is_what_it_was_sent_and_not_what_is_wanted_since() {
+        let mut word = given(Given::NOTHING);
+        word.want(for_ever(&[]));
+        record(&mut word);
+        word.is_sent();
+        word.want(Given { promise: Promise::WhileHeard, counted: Vec::new() });
+        assert_eq!(word.was_recorded(), &for_ever(&[]));
+        assert!(word.is_news() && !word.allows(|_| false), "it has to hear of that");
+    }
+
     /// It was sent a word that lets nobody be silent, and may still go by the one before.
     #[test]
     fn one_that_may_not_have_recorded_its_new_word_may_be_promoted_by_the_old_one() {
         let timed = Given { promise: Promise::WhileHeard, counted: Vec::new() };
         let mut word = given(timed.clone());
         assert!(word.take_change() && !word.take_change());
-        assert!(word.bears_silence() && !word.bears_silence_unlike(&timed));
+        assert!(word.bears_silence_of(B, None, true) && !word.bears_silence_of(B, None, false));
+        assert!(!word.bears_silence_of(B, Some(&timed), true), "it is what it is meant to be");
         word.want(for_ever(&[B]));
         record(&mut word);
         word.is_sent();
-        assert!(
-            word.take_change()
-                && word.bears_silence_unlike(&timed)
-                && word.bears_silence_unlike(&for_ever(&[B]))
-        );
+        assert!(word.take_change() && word.bears_silence_of(B, Some(&for_ever(&[B])), true));
         word.was_recorded();
-        assert!(word.take_change() && !word.bears_silence(), "it hears all others before it is promoted");
+        assert!(word.take_change() && !word.bears_silence_of(B, None, true), "it waits to hear it");
+        assert!(word.bears_silence_of(C, None, true), "which it does not know");
         let two = Given { promise: Promise::Replicas(2), counted: vec![B, C] };
         let word = given(two.clone());
-        assert!(
-            word.bears_silence() && !word.bears_silence_unlike(&two) && word.bears_silence_unlike(&timed)
-        );
+        assert!(word.bears_silence_of(B, Some(&timed), false) && !word.bears_silence_of(B, Some(&two), true));
     }
 }

@@ -129,6 +129,8 @@ pub struct Tracker {
     leading: Leading,
     /// Until when hosts that were removed may count on nothing being answered without them.
     word_of_removed: Option<Time>,
+    /// Whether any replica is given less than it is to count on, because another one counts on something else still.
+    holds_words_back: bool,
     start: Start,
     actions: VecDeque<Action>,
 }
@@ -199,6 +201,7 @@ impl Tracker {
             closing: false,
             patience,
             leading: Leading::default(),
+            holds_words_back: false,
             word_of_removed: owes_word.then(|| opened_at.after(patience)),
             start: Start::default(),
             actions: VecDeque::new(),
@@ -207,7 +210,7 @@ impl Tracker {
             tracker.await_released(&released);
         }
         tracker.assume_words();
-        tracker.give_words();
+        tracker.give_words(opened_at);
         for session in tracker.sessions.values_mut() {
             // What it confirmed last in an earlier run need not be recorded here.
             session.opened_at(newest);
@@ -422,7 +425,7 @@ impl Tracker {
         session.incarnation = self.joined;
         let peer = session.peer();
         assert!(self.sessions.insert(peer, session).is_none(), "a replica joins once");
-        self.give_words();
+        self.give_words(now);
         self.write_maps();
         self.drive(now);
     }
@@ -437,7 +440,7 @@ impl Tracker {
         }
         // It need not have heard that it was removed, and may be promoted as one that was promised something (W4).
         self.word_of_removed = self.word_of_removed.max(session.promised());
-        self.give_words();
+        self.give_words(now);
         self.free_log();
         self.begin_arrivals(now);
         self.drive(now);
@@ -483,7 +486,7 @@ impl Tracker {
                 session.set_mode(*mode);
             }
         }
-        self.give_words();
+        self.give_words(now);
         self.drive(now);
     }
 
@@ -674,7 +677,7 @@ impl Tracker {
     }
 
     fn drive_sessions(&mut self, now: Time) {
-        self.renew_words();
+        self.renew_words(now);
         self.note_left();
         let (activity, has_several) = (&self.activity, self.has_several_replicas());
         // Asked for with a commit only.

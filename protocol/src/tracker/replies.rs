@@ -169,20 +169,20 @@ impl Tracker {
     /// What this replica is to count on from its next commit on: what the operator wants of it, unless another one may be promoted
     /// in its silence by another word. That one, as the primary, would not know what this one counts on. Then it is given what lets it
     /// be promoted only when it hears the others, and the rest once they count on no more than they are to.
-    fn given_to(&self, peer: HostId) -> Given {
+    fn given_to(&self, peer: HostId, now: Time) -> Given {
         let wanted = self.wanted_of(peer);
         let others = || self.sessions.iter().filter(|(host, _)| **host != peer);
         match wanted.promise {
             Promise::Replicas(_) if wanted.bears_silence() => {
                 let is_other = |(host, session): (&HostId, &Session)| {
-                    session.bears_silence_unlike(&self.wanted_of(*host))
+                    session.bears_silence_unlike(&self.wanted_of(*host), peer, now)
                 };
                 match others().any(is_other) {
                     true => Given { promise: Promise::Replicas(1), ..wanted },
                     false => wanted,
                 }
             }
-            Promise::WhileHeard if others().any(|(_, session)| session.bears_silence_for_ever()) => {
+            Promise::WhileHeard if others().any(|(_, session)| session.bears_silence_for_ever(peer)) => {
                 Given::NOTHING
             }
             _ => wanted,
@@ -204,18 +204,26 @@ impl Tracker {
     }
 
     /// The modes, the replicas, or what is waited for are others than before: so is what replicas are to count on.
-    pub(super) fn give_words(&mut self) {
-        let given: Vec<Given> = self.sessions.keys().map(|peer| self.given_to(*peer)).collect();
+    pub(super) fn give_words(&mut self, now: Time) {
+        let given: Vec<Given> = self.sessions.keys().map(|peer| self.given_to(*peer, now)).collect();
+        let is_all = |(peer, given): (&HostId, &Given)| *given == self.wanted_of(*peer);
+        self.holds_words_back = !self.sessions.keys().zip(&given).all(is_all);
         for (session, given) in self.sessions.values_mut().zip(given) {
             session.give(given);
         }
     }
 
     /// Has a replica resynced that is to count on something else for ever, one at a time: the others stay in sync meanwhile.
-    pub(super) fn renew_words(&mut self) {
+    pub(super) fn renew_words(&mut self, now: Time) {
+        if self.closing {
+            // What is to be handed over is not resynced meanwhile.
+            return;
+        }
         let changes = self.sessions.values_mut().map(Session::take_change_of_word);
-        if changes.fold(false, |any, change| any | change) {
-            self.give_words();
+        let has_changed = changes.fold(false, |any, change| any | change);
+        // What was given for some time is over some time.
+        if has_changed || self.holds_words_back {
+            self.give_words(now);
         }
         if self.sessions.values().any(Session::is_on_its_way) {
             return;
