@@ -12,6 +12,10 @@
 //! primary keeps, in the replica's map, what it gave ([`Given`]), before it gives it, and answers nothing that breaks it
 //! before the replica has heard that it counts on nothing: it has, when it has recorded that its copy is being resynced. Or the
 //! operator says with --force that the replica is a member no more.
+//!
+//! A word may let its replica be promoted while others are silent ([`Given::bears_silence`]). That is right as long as all count on
+//! the same. So a primary gives such a word only while nobody else may be promoted by another one (`tracker/replies`), and
+//! whoever is promoted keeps what those say that it hears ([`crate::rewrite::Candidacy`]).
 
 use crate::planted::{Bug, planted};
 use crate::replica::PrimaryMisbehaved;
@@ -111,9 +115,7 @@ impl Given {
     #[must_use]
     pub fn kept_by(&self, host: HostId) -> Self {
         match self.promise {
-            Promise::Replicas(replicas) if !self.counted.contains(&host) => {
-                Self { promise: Promise::Replicas(replicas), counted: self.counted.clone() }
-            }
+            Promise::Replicas(_) if !self.counted.contains(&host) => self.clone(),
             Promise::Replicas(replicas) if replicas > 1 => {
                 let counted = self.counted.iter().copied().filter(|other| *other != host).collect();
                 Self { promise: Promise::Replicas(replicas - 1), counted }

@@ -32,8 +32,7 @@
 //! that was demoted in order agreed to whoever was promoted next, and had no heirs. Version 5 had a zero at 1243: that something
 //! else wrote to the backing was known to the run alone that noticed it; and zeroes from 3024 on: it did not know which hosts
 //! a promise of replicas was about, so such a promise counts for nothing. Its primaries had no
-//! heirs. Version 6 had a zero at 1244: where the copy is touched, so is its history; where a commit has followed since, nobody
-//! knows.
+//! heirs. Version 6 had a zero at 1244: what an older version kept counts as touched, since nothing says that it is not.
 
 use super::dirty_map::Base;
 use super::{

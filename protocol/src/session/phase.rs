@@ -1,7 +1,7 @@
 //! What a link to a replica does at the moment, and the one table of what it may do next.
 //!
-//! [`Progress`] is the only thing that changes a [`Phase`], by a [`Step`]; a step that the table does not have for a phase is a mistake in
-//! this program and panics, before anything is sent that the other side would take for something else.
+//! [`Progress`] is the only thing that changes a [`Phase`], by a [`Step`]. A step that the table does not have for a phase is a
+//! mistake in this program and panics, before anything is sent that the other side would take for something else.
 
 use crate::units::{Epoch, GenerationId, Sequence};
 

@@ -206,7 +206,17 @@ impl World {
                 }
             }
         }
-        self.replicating().into_iter().for_each(|link| self.check_equal(link));
+        for link in self.replicating() {
+            self.check_equal(link);
+            self.check_word(link);
+        }
+    }
+
+    /// A primary knows whether a replica counts on its word for ever, whatever operators chose while that was on its way (W4).
+    fn check_word(&self, link: LinkId) {
+        let given = &self.hosts[link.listener].superblock.given;
+        let is_known = self.report(link).is_promised == given.is_for_ever();
+        assert!(is_known, "W4: over {link} the replica counts on {given:?}, and its primary does not know");
     }
 
     /// A primary that was closed left nothing to do.
