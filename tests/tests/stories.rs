@@ -426,6 +426,22 @@ fn replicas_are_given_another_word_one_at_a_time() {
     }
 }
 
+/// The operator chooses otherwise while a commit with a word that holds for ever is on its way. The primary took what it was to
+/// give next for what it had given, and answered alone (W4); at rest the two are compared.
+#[test]
+fn a_word_that_is_on_its_way_is_not_forgotten_for_the_next_one() {
+    let waits = ReplicaLoss::Block { min_replicas: 1, limit: Duration::from_secs(3) };
+    let modes = vec![Mode::Sync; 2];
+    let settings = Settings { modes: modes.clone(), ..Settings::scripted() };
+    for mut world in in_sync(&settings) {
+        world.choose(waits, modes.clone());
+        world.wait_until("the commit is sent", |world| world.report(link()).is_promised);
+        assert_eq!(world.hosts[REPLICA].superblock.given.promise, Promise::None, "it has not arrived");
+        world.choose(ReplicaLoss::Continue, modes.clone());
+        world.finish();
+    }
+}
+
 /// The primary dies when it has told one replica of a new word, and not the other: the one that is promoted took the word of
 /// the other for its own one, answered without it, and that one, cut off, was promoted as if nothing could have been
 /// answered without it. Nothing that was answered is lost without force (W4).
