@@ -344,8 +344,8 @@ mod tests {
     /// Another host, that lacked it, was promoted in between, and the newest holder had followed that one.
     #[test]
     fn what_any_host_may_lack_that_was_promoted_since_is_not_lost_without_a_word() {
-        use crate::tracker::testing::{host, lagging, session, tracker};
-        let sessions = vec![session(2, Mode::Async), lagging(3)];
+        use crate::tracker::testing::{following, host, lagging, tracker};
+        let sessions = vec![following(2, Mode::Async), lagging(3)];
         let tracker = tracker(sessions, ReplicaLoss::Continue, PATIENCE);
         for (holder, counter, is_lost) in [(2, 4, false), (3, 4, true), (2, 5, true), (4, 4, true)] {
             let end = End::superseded(&tracker, OURS, Fence { counter, holder: host(holder) });

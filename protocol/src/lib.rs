@@ -7,7 +7,7 @@
 //!
 //! # The contract of a machine
 //!
-//! There are three: [`tracker::Tracker`], the primary of a volume; [`session::Session`], one replica as its primary sees it;
+//! There are three: [`tracker::Tracker`], the primary of a volume; [`peer::Peer`], one replica as its primary sees it;
 //! [`replica::Replica`], the replica of a volume. All of them are used in the same way:
 //!
 //! - `handle_*(event, now)` takes an event: a request, a message, a frame, the end of something that was asked for.
@@ -46,7 +46,7 @@
 //!
 //! 1. [`units`] and [`ranges`]: every index and count has a type. [`order`]: what overlaps waits.
 //! 2. [`tracker`], with `tracker/pipeline` and `tracker/pieces`: the path of a write, from its arrival to its answer.
-//! 3. [`session`], with `session/phase`: states of a replica; `session/stream` and `session/resync` are its two flows.
+//! 3. [`peer`], with `peer/phase`: states of a replica; `peer/stream` and `peer/resync` are its two flows.
 //! 4. [`replica`]: how what arrives becomes durable, and what is recorded when.
 //! 5. [`lineage`]: whose content counts when two hosts meet. [`terms::Fence`]: who may write.
 //! 6. [`promise`], [`succession`], [`membership`]: who may become the primary, and whose word counts.
@@ -63,12 +63,12 @@ pub mod lineage;
 pub mod membership;
 pub mod nbd;
 pub mod order;
+pub mod peer;
 pub mod planted;
 pub mod promise;
 pub mod ranges;
 pub mod replica;
 pub mod rewrite;
-pub mod session;
 pub mod split;
 pub mod succession;
 pub mod terms;

@@ -17,10 +17,10 @@ const NEVER: &[(&str, &str, &[&str])] = &[
     ("agent", "verdict", &["volume", "primary", "replica"]),
     ("agent", "volume", &["supervisor"]),
     ("agent", "control", &["supervisor"]),
-    ("protocol", "wire", &["disk", "tracker", "session", "replica"]),
-    ("protocol", "disk", &["wire", "tracker", "session", "replica"]),
+    ("protocol", "wire", &["disk", "tracker", "peer", "replica"]),
+    ("protocol", "disk", &["wire", "tracker", "peer", "replica"]),
     ("protocol", "tracker", &["replica", "rewrite", "succession"]),
-    ("protocol", "replica", &["tracker", "session"]),
+    ("protocol", "replica", &["tracker", "peer"]),
 ];
 
 /// Where the numbers of fences mean something else than who was promoted after whom.

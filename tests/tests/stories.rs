@@ -9,13 +9,13 @@
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::activity_log::{CAPACITY, Recovered};
 use blockmirror_protocol::lineage::{Relation, relation};
+use blockmirror_protocol::peer::{self, Identity, Peer, PeerError, ReplicaState};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::session::{self, Identity, PeerError, ReplicaState, Session};
 use blockmirror_protocol::terms::{DataState, Fence, Mode, Promise};
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, Tracker, Work};
 use blockmirror_protocol::units::{
-    BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, Position, Session as SessionNumber, Time,
+    BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, Position, Session, Time,
 };
 use blockmirror_protocol::wire::message::{Message, Refusal, Refused};
 use blockmirror_tests::harness::application::PATIENCE;
@@ -569,7 +569,7 @@ fn a_replica_promoted_amid_a_resync_is_what_it_was_before() {
 fn a_refused_greeting_is_not_repeated() {
     let (peer, size_bytes, block_size) = (host_id(REPLICA), 1 << 20, BlockSize::default());
     let map = DirtyMap::full(VOLUME, peer, size_bytes, block_size);
-    let session = Session::new(peer, map, size_bytes, block_size, 1 << 20, Mode::Async);
+    let replica = Peer::new(peer, map, size_bytes, block_size, 1 << 20, Mode::Async);
     let lineage = vec![GenerationId([1; 16])];
     let settings = tracker::Settings {
         size_bytes,
@@ -586,7 +586,7 @@ fn a_refused_greeting_is_not_repeated() {
         returned: None,
     };
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
-    let mut tracker = Tracker::new(settings, &log, vec![session]);
+    let mut tracker = Tracker::new(settings, &log, vec![replica]);
     let identity = Identity {
         volume: VOLUME,
         size_bytes,
@@ -601,7 +601,7 @@ fn a_refused_greeting_is_not_repeated() {
     };
     let mut now = Time::default();
     for attempt in 1..4 {
-        tracker.handle_connected(peer, SessionNumber(attempt), &identity, now);
+        tracker.handle_connected(peer, Session(attempt), &identity, now);
         assert_eq!(greetings(&mut tracker, now), 1);
         let refused = Refused { refusal: Refusal::Space, text: "there is no room".into() };
         let answer = tracker.handle_message(peer, Message::Refused(refused.clone()), now);
@@ -627,10 +627,10 @@ fn greetings(tracker: &mut Tracker, now: Time) -> usize {
         match action {
             Action::SyncLocal => tracker.handle_synced(true, now),
             Action::WriteLog { .. } => tracker.handle_log_written(true, now),
-            Action::Peer { peer, action: session::Action::WriteMap(_) } => {
-                tracker.handle_map_written(peer, true, now);
+            Action::Peer { follower, action: peer::Action::WriteMap(_) } => {
+                tracker.handle_map_written(follower, true, now);
             }
-            Action::Peer { action: session::Action::Send(Message::Hello(_)), .. } => sent += 1,
+            Action::Peer { action: peer::Action::Send(Message::Hello(_)), .. } => sent += 1,
             other => panic!("nothing else is to be done: {other:?}"),
         }
     }

@@ -11,7 +11,7 @@ use blockmirror_protocol::rewrite::{Candidacy, Order, Part, Rewrite};
 use blockmirror_protocol::succession::Decision;
 use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::units::{
-    BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session as SessionNumber, VolumeId,
+    BlockSize, CopyId, Epoch, GenerationId, Mark, Position, Sequence, Session, VolumeId,
 };
 use std::cell::Cell;
 
@@ -27,7 +27,7 @@ pub(crate) fn superblock() -> Superblock {
         block_size: BlockSize::default(),
         role: Role::Replica,
         data: DataState::Consistent,
-        session: SessionNumber(0),
+        session: Session(0),
         fence: Fence { counter: 1, holder: HostId([3; 32]) },
         position: Position::default(),
         source: Fence::default(),
@@ -58,7 +58,7 @@ fn position(epoch: u64) -> Position {
 }
 
 fn mark(epoch: u64) -> Mark {
-    Mark { position: position(epoch), session: SessionNumber(epoch), copies: 0 }
+    Mark { position: position(epoch), session: Session(epoch), copies: 0 }
 }
 
 /// Runs a test the way a volume's thread runs.
@@ -169,16 +169,16 @@ fn a_superblock_says_what_it_said_or_what_it_was_to_say() {
             async |_| changes.set(0),
             async |state| {
                 for number in 1..4 {
-                    let session = SessionNumber(number);
+                    let session = Session(number);
                     state.change_superblock(|superblock| superblock.session = session).await.unwrap();
                     assert_eq!(state.superblock().session, session);
                     changes.set(number);
                 }
             },
             async |state, _| {
-                let SessionNumber(found) = state.superblock().session;
+                let Session(found) = state.superblock().session;
                 assert!((changes.get()..=changes.get() + 1).contains(&found), "{found} after {changes:?}");
-                assert_eq!(Superblock { session: SessionNumber(0), ..state.superblock() }, superblock());
+                assert_eq!(Superblock { session: Session(0), ..state.superblock() }, superblock());
             },
         )
         .await;

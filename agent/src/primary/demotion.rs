@@ -6,7 +6,7 @@
 use super::Primary;
 use crate::metadata::StateError;
 use blockmirror_protocol::handover::End;
-use blockmirror_protocol::session::{Connection, ReplicaState};
+use blockmirror_protocol::peer::{Connection, ReplicaState};
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::{GenerationId, HostId};
 use std::time::Duration;
@@ -72,7 +72,7 @@ impl Primary {
     #[must_use]
     pub fn in_sync(&self) -> Vec<HostId> {
         let (_, reports) = self.reports();
-        let is_in_sync = |report: &blockmirror_protocol::session::Report| {
+        let is_in_sync = |report: &blockmirror_protocol::peer::Report| {
             report.connection == Connection::Connected && report.state == ReplicaState::InSync
         };
         reports.into_iter().filter(|(_, report)| is_in_sync(report)).map(|(peer, _)| peer).collect()

@@ -8,10 +8,10 @@ use super::Primary;
 use crate::config::{Compression, Mode, Name, PeerConfig};
 use crate::transport::packing::{Frame, Packer};
 use crate::transport::{Connection, FrameSender, Limit, Peers, SendError};
-use blockmirror_protocol::session::PeerError;
+use blockmirror_protocol::peer::PeerError;
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::terms::Fence;
-use blockmirror_protocol::units::{HostId, Session as SessionNumber};
+use blockmirror_protocol::units::{HostId, Session};
 use blockmirror_protocol::wire::message::{Members, Message, Parting, Refusal};
 use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
 use bytes::Bytes;
@@ -86,7 +86,7 @@ pub enum Split {
 }
 
 /// A replica and how it is reached.
-pub struct Peer {
+pub struct Link {
     host: HostId,
     name: RefCell<Name>,
     addresses: RefCell<Vec<String>>,
@@ -103,8 +103,8 @@ pub struct Peer {
     /// The replica is to be told that it is left.
     parts: Cell<bool>,
     /// Where messages of the session that is open go, and its number.
-    session: RefCell<Option<(UnboundedSender<Message>, SessionNumber)>>,
-    /// Set when [`Peer::keep_linked`] has ended.
+    session: RefCell<Option<(UnboundedSender<Message>, Session)>>,
+    /// Set when [`Link::keep_linked`] has ended.
     ended: tokio::sync::watch::Sender<bool>,
     superseded: Box<dyn Fn(Succeeded)>,
     /// Called when it is time to ask this host who the volume's hosts are.
@@ -150,8 +150,8 @@ impl LinkQueues {
     }
 }
 
-impl Peer {
-    /// A replica that is dialled by [`Peer::keep_linked`]. `superseded` is called when it knows of a newer fence than
+impl Link {
+    /// A replica that is dialled by [`Link::keep_linked`]. `superseded` is called when it knows of a newer fence than
     /// this primary's (L5), `asks` when it was met anew, or doesn't know this host: it may know of removals (X3).
     #[must_use]
     pub fn new(
@@ -225,19 +225,19 @@ impl Peer {
         }
     }
 
-    /// Ends [`Peer::keep_linked`].
+    /// Ends [`Link::keep_linked`].
     pub fn stop(&self) {
         self.stopped.set(true);
         self.changed.notify_one();
     }
 
-    /// As [`Peer::stop`]; the host, which is a peer no more, is told what was queued for it, and that it is left.
+    /// As [`Link::stop`]; the host, which is a peer no more, is told what was queued for it, and that it is left.
     pub fn part(&self) {
         self.parts.set(true);
         self.stop();
     }
 
-    /// Waits for the end of [`Peer::keep_linked`].
+    /// Waits for the end of [`Link::keep_linked`].
     pub async fn ended(&self) {
         // An error would mean that the sender is gone, which is here.
         let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
@@ -247,7 +247,7 @@ impl Peer {
         !self.stopped.get() && !self.is_doubled.get() && !self.state.borrow().paused
     }
 
-    /// Keeps a session with the replica open until [`Peer::stop`].
+    /// Keeps a session with the replica open until [`Link::stop`].
     pub async fn keep_linked(self: Rc<Self>, primary: Rc<Primary>, peers: Peers) {
         let mut pause = BACK_OFF.0;
         while !self.stopped.get() {

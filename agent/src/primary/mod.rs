@@ -23,21 +23,21 @@ use crate::troubles::{Kind, Troubles};
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::peer::resync::{COPY_BYTES, CopyContent, CopyRead};
+use blockmirror_protocol::peer::{self, CompareResult, Identity, Peer, PeerError};
 use blockmirror_protocol::promise::PATIENCE;
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
-use blockmirror_protocol::session::{self, CompareResult, Identity, PeerError, Session};
 use blockmirror_protocol::terms::{Fence, Mode};
 use blockmirror_protocol::tracker::replies::{Blocked, ReplicaLoss};
 use blockmirror_protocol::tracker::start::Heard;
 use blockmirror_protocol::tracker::{
     self, Action, Doubt, Follower, LocalWrite, RequestId, Tracker, WriteFailed,
 };
-use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Sequence, Session as SessionNumber, Time};
+use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Sequence, Session, Time};
 use blockmirror_protocol::wire::message::{Member, Members, Message};
 use bytes::Bytes;
+pub use link::{Link, LinkState, Split};
 use link::{LinkQueues, Queued};
-pub use link::{LinkState, Peer, Split};
 use requests::{how_ended, is_full};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -164,7 +164,7 @@ impl Primary {
         for (peer, mode) in config.peers.iter().map(PeerConfig::wanted) {
             let (map, file) = state.open_map_of_follower(peer).await?;
             let (size, block_size) = (superblock.size_bytes, superblock.block_size);
-            sessions.push(Session::new(peer, map, size, block_size, config.window.0, mode));
+            sessions.push(Peer::new(peer, map, size, block_size, config.window.0, mode));
             maps.insert(peer, file);
         }
         let returned = superblock.returned();
@@ -255,7 +255,7 @@ impl Primary {
 
     /// The open epoch and each replica's numbers.
     #[must_use]
-    pub fn reports(&self) -> (u64, HashMap<HostId, session::Report>) {
+    pub fn reports(&self) -> (u64, HashMap<HostId, peer::Report>) {
         let inner = self.inner.borrow();
         (inner.tracker.position().0.0, inner.tracker.reports(self.now()).collect())
     }
@@ -307,11 +307,10 @@ impl Primary {
         // One that was removed may have a map that could not be made to say so.
         let (map, file) = self.state.new_map_of_follower(peer).await?;
         let superblock = self.state.superblock();
-        let session =
-            Session::new(peer, map, superblock.size_bytes, superblock.block_size, window_bytes, mode);
+        let replica = Peer::new(peer, map, superblock.size_bytes, superblock.block_size, window_bytes, mode);
         self.drive(|inner, now| {
             inner.maps.insert(peer, file);
-            inner.tracker.add_session(session, now);
+            inner.tracker.add_peer(replica, now);
         });
         Ok(())
     }
@@ -333,7 +332,7 @@ impl Primary {
             return Ok(());
         }
         let others: Vec<HostId> = self.drive(|inner, now| {
-            inner.tracker.remove_session(peer, now);
+            inner.tracker.remove_peer(peer, now);
             inner.maps.remove(&peer);
             inner.copies.retain(|(follower, _), _| follower.host != peer);
             inner.maps.keys().copied().collect()
@@ -412,7 +411,7 @@ impl Primary {
     }
 
     /// The number of a new session, higher than any before, durably.
-    async fn next_session(self: &Rc<Self>) -> Result<SessionNumber, crate::metadata::StateError> {
+    async fn next_session(self: &Rc<Self>) -> Result<Session, crate::metadata::StateError> {
         let primary = self.clone();
         let recording = async move {
             let _one_at_a_time = primary.session_numbers.lock().await;
@@ -441,7 +440,7 @@ impl Primary {
         }
     }
 
-    fn connected(&self, peer: HostId, session: SessionNumber, identity: &Identity, queues: LinkQueues) {
+    fn connected(&self, peer: HostId, session: Session, identity: &Identity, queues: LinkQueues) {
         self.drive(|inner, now| {
             inner.links.insert(peer, queues);
             inner.tracker.handle_connected(peer, session, identity, now);
@@ -572,7 +571,7 @@ impl Primary {
                     primary.drive(|inner, now| inner.tracker.handle_digest(hold, digest, now));
                 });
             }
-            Action::Peer { peer, action } => self.carry_out_for(inner, peer, action),
+            Action::Peer { follower, action } => self.carry_out_for(inner, follower, action),
         }
     }
 
@@ -637,43 +636,44 @@ impl Primary {
         recorded.is_ok()
     }
 
-    fn carry_out_for(&self, inner: &mut Inner, peer: Follower, action: session::Action) {
+    fn carry_out_for(&self, inner: &mut Inner, follower: Follower, action: peer::Action) {
         match action {
-            session::Action::Send(message) => inner.queue(peer.host, Queued::Message(message)),
-            session::Action::SendFrame { header, request } => {
+            peer::Action::Send(message) => inner.queue(follower.host, Queued::Message(message)),
+            peer::Action::SendFrame { header, request } => {
                 let payload =
                     request.map_or_else(Bytes::new, |request| inner.frame_data(request, header.body.range()));
-                inner.queue(peer.host, Queued::Live(header.encode(&payload), payload));
+                inner.queue(follower.host, Queued::Live(header.encode(&payload), payload));
             }
-            session::Action::WriteMap(changes) => {
-                let file = inner.maps[&peer.host].clone();
+            peer::Action::WriteMap(changes) => {
+                let file = inner.maps[&follower.host].clone();
                 let primary = self.me();
                 spawn_local(async move {
                     let written = primary.state.write_map(&file, changes).await;
                     if let Err(error) = &written {
                         tracing::error!("{}", crate::words::with_causes(error));
                     }
-                    primary.drive(|inner, now| inner.tracker.handle_map_written(peer, written.is_ok(), now));
+                    primary
+                        .drive(|inner, now| inner.tracker.handle_map_written(follower, written.is_ok(), now));
                 });
             }
-            session::Action::ReadCopy { read, range, digest } => {
+            peer::Action::ReadCopy { read, range, digest } => {
                 let primary = self.me();
                 spawn_local(async move {
                     let (content, data) = primary.read_copy(range, digest).await;
                     primary.drive(|inner, now| {
-                        inner.copies.insert((peer, read), data);
+                        inner.copies.insert((follower, read), data);
                         // What it does not take up, it says to drop.
-                        inner.tracker.handle_copy_read(peer, read, content, now);
+                        inner.tracker.handle_copy_read(follower, read, content, now);
                     });
                 });
             }
-            session::Action::SendCopy { read, header } => {
-                let payload = inner.copies.remove(&(peer, read)).unwrap_or_default();
+            peer::Action::SendCopy { read, header } => {
+                let payload = inner.copies.remove(&(follower, read)).unwrap_or_default();
                 if let Some(header) = header {
-                    inner.queue(peer.host, Queued::Bulk(header.encode(&payload), payload));
+                    inner.queue(follower.host, Queued::Bulk(header.encode(&payload), payload));
                 }
             }
-            session::Action::Hold { .. } => unreachable!("the tracker carries holds out itself"),
+            peer::Action::Hold { .. } => unreachable!("the tracker carries holds out itself"),
         }
     }
 

@@ -7,7 +7,7 @@
 use super::{Replica, Split};
 use crate::transport::{ControlReceiver, ControlSender, FrameReceiver, ReceiveError, SendError};
 use blockmirror_protocol::replica::{FrameId, PrimaryMisbehaved};
-use blockmirror_protocol::units::{HostId, Session as SessionNumber};
+use blockmirror_protocol::units::{HostId, Session};
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{Hello, Members, Message, Refusal, Refused};
 use bytes::Bytes;
@@ -194,11 +194,7 @@ impl Replica {
     ///
     /// # Errors
     /// [`SessionError`] when the primary can't be heard or broke the protocol.
-    pub async fn take_frames(
-        &self,
-        session: SessionNumber,
-        mut frames: FrameReceiver,
-    ) -> Result<(), SessionError> {
+    pub async fn take_frames(&self, session: Session, mut frames: FrameReceiver) -> Result<(), SessionError> {
         let current = self.current.get();
         if self.inner.borrow().machine.session() != Some(session) {
             return Ok(());
@@ -249,7 +245,7 @@ impl Replica {
     }
 
     /// Ends the session of this number, unless a newer one took its place.
-    pub fn end_session(&self, session: SessionNumber) {
+    pub fn end_session(&self, session: Session) {
         if self.inner.borrow().machine.session() == Some(session) {
             self.disconnect();
         }
@@ -312,7 +308,7 @@ impl Replica {
 
     fn take_frame(
         &self,
-        session: SessionNumber,
+        session: Session,
         sender: HostId,
         header: FrameHeader,
         payload: Bytes,

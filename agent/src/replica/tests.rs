@@ -9,7 +9,7 @@ use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::promise::{Given, PATIENCE};
 use blockmirror_protocol::terms::{Mode, Promise};
-use blockmirror_protocol::units::{CopyId, Session as SessionNumber, Stream};
+use blockmirror_protocol::units::{CopyId, Session, Stream};
 use blockmirror_protocol::wire::VERSIONS;
 use blockmirror_protocol::wire::message::{Grant, Hello};
 use std::time::Duration;
@@ -52,7 +52,7 @@ fn hello(superblock: Superblock) -> Hello {
         block_size: superblock.block_size,
         sector_bytes: 512,
         copy: CopyId([3; 16]),
-        session: SessionNumber(1),
+        session: Session(1),
         stream: Stream(1),
         fence: superblock.fence,
         lineage: superblock.lineage,

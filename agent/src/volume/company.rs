@@ -6,7 +6,7 @@ use crate::config::PeerConfig;
 use crate::control::api::Alone;
 use crate::primary::Primary;
 use crate::quantity::unix_seconds;
-use blockmirror_protocol::session::{Connection, Report};
+use blockmirror_protocol::peer::{Connection, Report};
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;

@@ -8,7 +8,7 @@ use super::{Answer, OpenRole, Volume};
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
 use crate::device::openers::BETWEEN_LOOKS;
-use crate::primary::{Peer, Primary};
+use crate::primary::{Link, Primary};
 use crate::standing;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::Superblock;
@@ -56,7 +56,7 @@ pub struct Switched {
 struct Retiring {
     hands: Hands,
     primary: Rc<Primary>,
-    links: BTreeMap<HostId, Rc<Peer>>,
+    links: BTreeMap<HostId, Rc<Link>>,
     devices: super::devices::Devices,
 }
 

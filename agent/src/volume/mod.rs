@@ -31,14 +31,14 @@ use crate::crashes;
 use crate::holding::Holding;
 use crate::kept::Store;
 use crate::metadata::StateError;
-use crate::primary::{NotCompared, Peer, Primary};
+use crate::primary::{Link, NotCompared, Primary};
 use crate::recovery;
 use crate::replica::Replica;
 use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers};
 use crate::troubles::Troubles;
 use crate::words::with_causes;
 use awaiting::{Awaiting, Disk};
-use blockmirror_protocol::session::CompareResult;
+use blockmirror_protocol::peer::CompareResult;
 use blockmirror_protocol::succession::Claims;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::StreamPreamble;
@@ -406,7 +406,7 @@ struct Touched {
 
 enum OpenRole {
     Closed(String),
-    Primary(Rc<Primary>, BTreeMap<HostId, Rc<Peer>>),
+    Primary(Rc<Primary>, BTreeMap<HostId, Rc<Link>>),
     Replica(Rc<Replica>),
     /// The shell is in the hands of a change.
     Changing(Changing),
@@ -456,12 +456,12 @@ impl Volume {
         self.config.borrow().name.clone()
     }
 
-    fn link(&self, primary: &Rc<Primary>, peer: &PeerConfig) -> Rc<Peer> {
+    fn link(&self, primary: &Rc<Primary>, peer: &PeerConfig) -> Rc<Link> {
         primary.limit_resync(peer.host, self.resync_limit(peer));
         let (events, host) = (self.events.clone(), peer.host);
         let superseded = move |told| drop(events.send(Event::Told(told)));
         let events = self.events.clone();
-        let link = Peer::new(peer, superseded, move || drop(events.send(Event::AskMembers(host))));
+        let link = Link::new(peer, superseded, move || drop(events.send(Event::AskMembers(host))));
         link.set_doubled(self.doubled.contains(&host));
         spawn_local(link.clone().keep_linked(primary.clone(), self.surroundings.peers.clone()));
         link
@@ -474,7 +474,7 @@ impl Volume {
     }
 
     /// Tells all links who the volume's hosts are.
-    fn introduce(&self, links: &BTreeMap<HostId, Rc<Peer>>) {
+    fn introduce(&self, links: &BTreeMap<HostId, Rc<Link>>) {
         let members = self.members();
         for link in links.values() {
             link.introduce(members.clone());

@@ -48,8 +48,7 @@ use crate::promise::Held;
 use crate::ranges::ByteRange;
 use crate::terms::{DataState, Mode, Promise};
 use crate::units::{
-    EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber,
-    Stream, Time,
+    EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session, Stream, Time,
 };
 use crate::wire::FRAME_COST_BYTES;
 use crate::wire::message::{
@@ -87,7 +86,7 @@ pub struct Replica {
     link: Option<Link>,
     /// A greeting that waits for the old session to drain.
     greeting: Option<Hello>,
-    last_session: SessionNumber,
+    last_session: Session,
     /// Whether the primary greeted with the number of a session that it had opened before, and nothing was committed since:
     /// it was set back, and what it knows of this copy is of before (X4).
     primary_went_back: bool,
@@ -97,9 +96,9 @@ pub struct Replica {
     sync: Option<SyncScope>,
     marker: Marker,
     promise: Held,
-    state_changes: VecDeque<(StateChange, Option<(Message, SessionNumber)>)>,
+    state_changes: VecDeque<(StateChange, Option<(Message, Session)>)>,
     /// A commit whose extents go to the log first.
-    commit: Option<(Commit, SessionNumber)>,
+    commit: Option<(Commit, Session)>,
     writing_state: bool,
     failed: bool,
     actions: VecDeque<Action>,
@@ -107,7 +106,7 @@ pub struct Replica {
 
 #[derive(Debug)]
 struct Link {
-    session: SessionNumber,
+    session: Session,
     stream: Stream,
     /// The newest generation here, as far as this session knows.
     generation: GenerationId,
@@ -160,7 +159,7 @@ struct Copies {
 
 #[derive(Debug, Clone, Copy)]
 struct Item {
-    session: SessionNumber,
+    session: Session,
     body: Body,
     /// The epoch for which its extents are claimed in the log, or wait to be.
     claimed: Option<Epoch>,
@@ -176,7 +175,7 @@ struct Ended {
 
 #[derive(Debug)]
 struct SyncScope {
-    session: Option<SessionNumber>,
+    session: Option<Session>,
     epoch: Option<Ended>,
     copies: u64,
 }
@@ -189,7 +188,7 @@ struct Marker {
     /// The end of an epoch that it is to say.
     waiting: Option<Position>,
     /// Copies that it is to name.
-    copies: Option<(SessionNumber, u64)>,
+    copies: Option<(Session, u64)>,
     /// Whether the primary was told what it says.
     is_told: bool,
 }
@@ -210,7 +209,7 @@ impl Replica {
             items: HashMap::new(),
             link: None,
             greeting: None,
-            last_session: SessionNumber(0),
+            last_session: Session(0),
             primary_went_back: false,
             told: Epoch(0),
             sync: None,
@@ -460,7 +459,7 @@ impl Replica {
 
     /// The session that is open, if any.
     #[must_use]
-    pub fn session(&self) -> Option<SessionNumber> {
+    pub fn session(&self) -> Option<Session> {
         self.link.as_ref().map(|link| link.session)
     }
 

@@ -4,7 +4,7 @@
 use super::{Action, Purpose, Replica, StateChange};
 use crate::planted::{Bug, planted};
 use crate::terms::DataState;
-use crate::units::{Epoch, Session as SessionNumber};
+use crate::units::{Epoch, Session};
 use crate::wire::message::{Commit, Committed, Message, ReleaseRecorded, ResyncReady};
 
 impl Replica {
@@ -154,7 +154,7 @@ impl Replica {
     }
 
     /// Records a change after those before it; nothing where the replica has failed.
-    pub(super) fn change_state(&mut self, change: StateChange, answer: Option<(Message, SessionNumber)>) {
+    pub(super) fn change_state(&mut self, change: StateChange, answer: Option<(Message, Session)>) {
         if self.failed {
             return;
         }

@@ -32,7 +32,7 @@ pub(crate) fn superblock(generations: &str) -> Superblock {
         block_size: BlockSize::default(),
         role: Role::Replica,
         data: DataState::Consistent,
-        session: SessionNumber(0),
+        session: Session(0),
         fence: fence(2, 2),
         position: Position::default(),
         source: fence(2, 2),
@@ -71,7 +71,7 @@ fn hello(fence: Fence, generations: &str) -> Hello {
         block_size: BlockSize::default(),
         sector_bytes: 512,
         copy: CopyId([3; 16]),
-        session: SessionNumber(1),
+        session: Session(1),
         stream: Stream(1),
         fence,
         lineage: lineage(generations),
@@ -130,12 +130,12 @@ fn an_empty_copy_takes_any_primarys_content() {
     let welcomed = drive(&mut replica, |action| matches!(action, Action::Send(Message::Welcome(_))));
     assert!(matches!(welcomed, Action::Send(Message::Welcome(welcome)) if welcome.data == DataState::Empty));
     replica
-        .handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 1 << 20 }.into())
+        .handle_message(ResyncBegin { session: Session(1), dirty_bytes: 1 << 20 }.into())
         .expect("a resync is announced");
     drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
     replica.handle_disconnected();
     // Interrupted, it is a mixture of which the old generations say nothing.
-    let again = Hello { session: SessionNumber(2), ..hello(fence(3, 3), "ba") };
+    let again = Hello { session: Session(2), ..hello(fence(3, 3), "ba") };
     assert_eq!(replica.objection(&again), None);
 }
 
@@ -154,7 +154,7 @@ fn a_superseded_primary_is_told_so_before_histories_are_compared() {
 /// other one: they refused it for that, and it never heard of the other.
 #[test]
 fn a_superseded_primary_is_told_so_whatever_else_there_is_to_say() {
-    let late = |replica: &mut Replica| replica.last_session = SessionNumber(9);
+    let late = |replica: &mut Replica| replica.last_session = Session(9);
     let failed = |replica: &mut Replica| replica.failed = true;
     for spoil in [late as fn(&mut Replica), failed] {
         let mut replica = replica("ba");
@@ -209,7 +209,7 @@ fn a_replica_in_a_resync_knows_of_which_epoch_it_was_told() {
             replica_of(Superblock { data: DataState::Inconsistent, ..superblock("") }, Vec::new());
         let is_union = |action: &Action| matches!(action, Action::Send(Message::Union(_)));
         let greeting = |session, end: Option<u64>| Hello {
-            session: SessionNumber(session),
+            session: Session(session),
             ends: end.map_or_else(Ends::default, |end| Ends::only(generation, Epoch(end))),
             ..hello(fence(2, 2), "ba")
         };
@@ -217,7 +217,7 @@ fn a_replica_in_a_resync_knows_of_which_epoch_it_was_told() {
         let first = drive(&mut replica, is_union);
         assert_eq!(first, Action::Send(Union { ranges: Vec::new(), last: true }.into()));
         let body = Body::Write { range: ByteRange::new(0, 4096), epoch: Epoch(7), sequence: Sequence(1) };
-        let header = FrameHeader { session: SessionNumber(1), stream: Stream(1), body };
+        let header = FrameHeader { session: Session(1), stream: Stream(1), body };
         replica.handle_frame(FrameId(1), header).unwrap();
         drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
         replica.handle_applied(FrameId(1), true);
@@ -269,7 +269,7 @@ fn resyncing() -> Replica {
 }
 
 fn copy_frame(body: Body) -> FrameHeader {
-    FrameHeader { session: SessionNumber(1), stream: Stream(1), body }
+    FrameHeader { session: Session(1), stream: Stream(1), body }
 }
 
 #[test]
@@ -280,7 +280,7 @@ fn a_digest_for_a_resync_is_durable_with_the_sync_after_it() {
     assert_eq!(replica.poll_action(), Some(Action::ReadDigest { frame: FrameId(1), range }));
     assert_eq!(replica.poll_action(), None);
     replica.handle_digest(FrameId(1), Some([7; 32]));
-    let answer = CopyDigest { session: SessionNumber(1), number: 1, digest: [7; 32] };
+    let answer = CopyDigest { session: Session(1), number: 1, digest: [7; 32] };
     assert_eq!(replica.poll_action(), Some(Action::Send(answer.into())));
     assert_eq!(replica.poll_action(), Some(Action::Sync));
     assert_eq!(replica.poll_action(), None, "not before the sync has ended");
@@ -299,7 +299,7 @@ fn what_a_replica_cannot_read_differs() {
     replica.handle_frame(FrameId(1), copy_frame(Body::CopyDigest { range, number: 1 })).unwrap();
     assert_eq!(replica.poll_action(), Some(Action::ReadDigest { frame: FrameId(1), range }));
     replica.handle_digest(FrameId(1), None);
-    let answer = CopyDigest { session: SessionNumber(1), number: 1, digest: UNREADABLE };
+    let answer = CopyDigest { session: Session(1), number: 1, digest: UNREADABLE };
     assert_eq!(replica.poll_action(), Some(Action::Send(answer.into())));
     assert!(!replica.has_failed());
 }
@@ -309,7 +309,7 @@ fn in_gap() -> Replica {
     let mut replica = replica("a");
     replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
-    replica.handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 4096 }.into()).unwrap();
+    replica.handle_message(ResyncBegin { session: Session(1), dirty_bytes: 4096 }.into()).unwrap();
     drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
     replica.handle_layer_begun(Saved::Done);
     drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
@@ -355,16 +355,16 @@ fn a_replica_that_had_no_room_tries_again_with_each_greeting() {
     replica.handle_saved(Saved::Full);
     drive(&mut replica, |action| matches!(action, Action::Send(Message::Refused(_))));
     assert!(replica.report().is_full);
-    let again = Hello { session: SessionNumber(2), ..hello(fence(2, 2), "a") };
+    let again = Hello { session: Session(2), ..hello(fence(2, 2), "a") };
     assert_eq!(replica.rejection(&again), None);
     replica.greet(again).unwrap();
     drive(&mut replica, is_welcome);
     assert!(replica.report().is_full, "until there was room");
-    replica.handle_message(ResyncBegin { session: SessionNumber(2), dirty_bytes: 4096 }.into()).unwrap();
+    replica.handle_message(ResyncBegin { session: Session(2), dirty_bytes: 4096 }.into()).unwrap();
     drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
     let range = ByteRange::new(0, 4096);
     let header =
-        FrameHeader { session: SessionNumber(2), stream: Stream(1), body: Body::Copy { range, number: 1 } };
+        FrameHeader { session: Session(2), stream: Stream(1), body: Body::Copy { range, number: 1 } };
     replica.handle_frame(FrameId(2), header).unwrap();
     drive(&mut replica, |action| matches!(action, Action::SavePreImages { .. }));
     replica.handle_saved(Saved::Done);
@@ -400,7 +400,7 @@ fn in_sync() -> Replica {
 /// What the primary of the session commits a copy to.
 fn commit(position: Position, generations: &str) -> Message {
     let (lineage, active, mode) = (lineage(generations), Vec::new(), Mode::Async);
-    Commit { session: SessionNumber(1), position, lineage, active, mode, given: Given::NOTHING }.into()
+    Commit { session: Session(1), position, lineage, active, mode, given: Given::NOTHING }.into()
 }
 
 /// The next run of the agent knew of it no more.
@@ -472,7 +472,7 @@ fn a_history_leads_back_to_what_something_else_wrote_also_after_a_commit() {
 #[test]
 fn a_copy_is_behind_before_the_layer_of_a_resync_is_begun() {
     let mut replica = in_sync();
-    let begin = ResyncBegin { session: SessionNumber(1), dirty_bytes: 512 };
+    let begin = ResyncBegin { session: Session(1), dirty_bytes: 512 };
     replica.handle_message(begin.into()).unwrap();
     drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
     assert_eq!(replica.superblock.mode, Mode::Async, "there may be no layer to be had");
@@ -481,7 +481,7 @@ fn a_copy_is_behind_before_the_layer_of_a_resync_is_begun() {
 #[test]
 fn a_copy_is_behind_when_its_primary_parts_with_it() {
     let mut replica = in_sync();
-    replica.handle_message(Parting { session: SessionNumber(1), paused: true }.into()).unwrap();
+    replica.handle_message(Parting { session: Session(1), paused: true }.into()).unwrap();
     drive(&mut replica, |action| *action == Action::WriteState(StateChange::Behind));
     replica.handle_disconnected();
     replica.handle_state_written(true);
@@ -493,7 +493,7 @@ fn a_copy_is_behind_when_an_epoch_is_cut_short() {
     for cut in [true, false] {
         let mut replica = in_sync();
         let body = Body::EpochEnd { epoch: Epoch(1), sequence: Sequence(0), cut };
-        let header = FrameHeader { session: SessionNumber(1), stream: Stream(1), body };
+        let header = FrameHeader { session: Session(1), stream: Stream(1), body };
         replica.handle_frame(FrameId(1), header).unwrap();
         let is_behind = |action| action == Action::WriteState(StateChange::Behind);
         assert_eq!(std::iter::from_fn(|| replica.poll_action()).any(is_behind), cut);
@@ -506,7 +506,7 @@ fn a_generation_that_begins_while_a_commit_is_recorded_is_recorded_before_its_fi
     replica.superblock.data = DataState::Inconsistent;
     replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
-    let session = SessionNumber(1);
+    let session = Session(1);
     let position = Position { generation: lineage("a")[0], epoch: Epoch(1), sequence: Sequence(0) };
     replica.handle_message(commit(position, "a")).unwrap();
     drive(&mut replica, |action| matches!(action, Action::WriteState(StateChange::Commit { .. })));
@@ -529,7 +529,7 @@ fn a_commit_replaces_what_was_the_newest_generation_before_a_resync() {
     replica.superblock.data = DataState::Inconsistent;
     replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
-    let session = SessionNumber(1);
+    let session = Session(1);
     let position = Position { generation: lineage("c")[0], epoch: Epoch(1), sequence: Sequence(0) };
     replica.handle_message(commit(position, "cb")).unwrap();
     drive(&mut replica, |action| matches!(action, Action::Send(Message::Committed(_))));
@@ -556,7 +556,7 @@ fn a_commit_replaces_a_generation_that_came_before_its_resync() {
         drive(&mut replica, |action| matches!(action, Action::WriteState(StateChange::Generation(_))));
         replica.handle_state_written(true);
     }
-    replica.handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 4096 }.into()).unwrap();
+    replica.handle_message(ResyncBegin { session: Session(1), dirty_bytes: 4096 }.into()).unwrap();
     drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
     replica.handle_layer_begun(Saved::Done);
     drive(&mut replica, |action| matches!(action, Action::Send(Message::ResyncReady(_))));
@@ -574,7 +574,7 @@ fn the_marker_names_the_session_of_a_resync_before_anything_is_overwritten() {
     replica.superblock.data = DataState::Inconsistent;
     replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
-    let session = SessionNumber(1);
+    let session = Session(1);
     replica.handle_message(ResyncBegin { session, dirty_bytes: 4096 }.into()).unwrap();
     let mut began = Vec::new();
     while let Some(action) = replica.poll_action() {
@@ -603,7 +603,7 @@ fn the_marker_names_the_copies_that_are_durable_and_the_primary_is_told() {
     replica.superblock.data = DataState::Inconsistent;
     replica.greet(hello(fence(2, 2), "a")).unwrap();
     drive(&mut replica, is_welcome);
-    let session = SessionNumber(1);
+    let session = Session(1);
     let body = Body::Copy { range: ByteRange::new(0, 4096), number: 1 };
     replica.handle_frame(FrameId(1), FrameHeader { session, stream: Stream(1), body }).unwrap();
     drive(&mut replica, |action| matches!(action, Action::Apply { .. }));
@@ -632,7 +632,7 @@ fn a_generation_that_comes_before_the_commit_that_it_overtook_is_in_what_is_comm
         let mut replica = replica("a");
         replica.greet(hello(fence(2, 2), "a")).unwrap();
         drive(&mut replica, is_welcome);
-        let session = SessionNumber(1);
+        let session = Session(1);
         let body = Body::Generation { generation: lineage("b")[0] };
         replica.handle_frame(FrameId(1), FrameHeader { session, stream: Stream(1), body }).unwrap();
         drive(&mut replica, |action| matches!(action, Action::WriteState(StateChange::Generation(_))));
@@ -652,7 +652,7 @@ fn a_generation_that_comes_before_the_commit_that_it_overtook_is_in_what_is_comm
 /// One greeting with the fence `u64::MAX` stopped a volume for good, and so did one session with the highest number.
 #[test]
 fn a_greeting_that_leaves_no_room_for_later_primaries_is_misbehaviour() {
-    let in_session = |session| Hello { session: SessionNumber(session), ..hello(fence(2, 2), "ba") };
+    let in_session = |session| Hello { session: Session(session), ..hello(fence(2, 2), "ba") };
     let with_lineage = Hello { lineage: lineage(&"a".repeat(65)), ..hello(fence(2, 2), "ba") };
     for wrong in [
         hello(fence(3 + Fence::STEP, 3), "ba"),
@@ -677,7 +677,7 @@ fn a_greeting_that_leaves_no_room_for_later_primaries_is_misbehaviour() {
 #[test]
 fn primary_commits_an_epoch_that_leaves_no_room_for_a_next_run() {
     let commit = |epoch, active| Commit {
-        session: SessionNumber(1),
+        session: Session(1),
         position: Position { epoch: Epoch(epoch), ..Position::default() },
         lineage: lineage("a"),
         active,
@@ -711,7 +711,7 @@ fn primary_ends_an_epoch_that_leaves_no_room_for_a_next_run() {
     drive(&mut replica, is_welcome);
     let mut end = |epoch| {
         let body = Body::EpochEnd { epoch: Epoch(epoch), sequence: Sequence(1), cut: false };
-        replica.handle_frame(FrameId(1), FrameHeader { session: SessionNumber(1), stream: Stream(1), body })
+        replica.handle_frame(FrameId(1), FrameHeader { session: Session(1), stream: Stream(1), body })
     };
     end(Epoch::LIMIT - 1).expect_err("no run is so far ahead");
     end(8 << 40).expect("the next run");
@@ -814,7 +814,7 @@ fn kept() -> Replica {
 #[test]
 fn what_a_host_overwrites_that_promoted_itself_is_kept_beyond_its_commit() {
     let mut replica = kept();
-    replica.handle_message(ResyncBegin { session: SessionNumber(1), dirty_bytes: 4096 }.into()).unwrap();
+    replica.handle_message(ResyncBegin { session: Session(1), dirty_bytes: 4096 }.into()).unwrap();
     let begin = Action::WriteState(StateChange::Begin { source: fence(3, 3), gap: 1, keep: false });
     // The resync shares the layer.
     drive(&mut replica, |action| *action == begin);
@@ -873,7 +873,7 @@ fn where_there_is_no_room_to_keep_anything_the_operator_decides() {
     let mut paused = full(SpacePolicy::Pause);
     drive(&mut paused, |action| matches!(action, Action::Send(Message::Refused(_))));
     assert!(paused.report().is_full && paused.is_idle());
-    let again = || Hello { session: SessionNumber(2), ..hello(fence(3, 3), "ba") };
+    let again = || Hello { session: Session(2), ..hello(fence(3, 3), "ba") };
     paused.greet(again()).unwrap();
     drive(&mut paused, |action| matches!(action, Action::BeginLayer(_)));
     paused.handle_layer_begun(Saved::Full);
@@ -882,7 +882,7 @@ fn where_there_is_no_room_to_keep_anything_the_operator_decides() {
     drive(&mut paused, |action| *action == Action::WriteState(StateChange::Forget));
     paused.handle_state_written(true);
     let mut gone_on = full(SpacePolicy::GoOn);
-    paused.greet(Hello { session: SessionNumber(3), ..again() }).unwrap();
+    paused.greet(Hello { session: Session(3), ..again() }).unwrap();
     for replica in [&mut paused, &mut gone_on] {
         drive(replica, is_welcome);
         assert_eq!((replica.superblock.history, replica.superblock.agreed), (0, 3));

@@ -2,8 +2,8 @@
 
 use super::replies::ReplicaLoss;
 use crate::disk::activity_log::Record;
+use crate::peer;
 use crate::ranges::ByteRange;
-use crate::session;
 use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Time};
 use std::time::Duration;
 
@@ -98,12 +98,12 @@ pub enum Action {
         /// What to read.
         range: ByteRange,
     },
-    /// Something for one replica's session.
+    /// Something for one peer.
     Peer {
         /// The replica.
-        peer: Follower,
+        follower: Follower,
         /// What.
-        action: session::Action,
+        action: peer::Action,
     },
 }
 

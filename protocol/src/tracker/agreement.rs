@@ -38,13 +38,13 @@ impl Tracker {
         if self.agreement_timeout().is_some_and(|due| self.closing || now >= due) {
             self.agreement.told_at = now;
             let agreed = self.told();
-            self.sessions.values_mut().for_each(|session| session.tell_agreed(agreed));
+            self.peers.values_mut().for_each(|peer| peer.tell_agreed(agreed));
         }
     }
 
     fn advance_agreed(&mut self) {
         // One that was sent a commit may have recorded it, and be taken for an equal.
-        let follows = || self.sessions.values().filter(|session| session.may_follow());
+        let follows = || self.peers.values().filter(|peer| peer.may_follow());
         let Agreement { ended, agreed, .. } = &mut self.agreement;
         if follows().next().is_none() {
             // Whoever is committed next keeps extents of up to the last one.
@@ -54,7 +54,7 @@ impl Tracker {
         }
         // A replica to which nothing of an epoch was streamed hears nothing of its end, so writes are compared.
         let is_everywhere =
-            |last: Sequence| last <= self.local.durable && follows().all(|session| session.has_durably(last));
+            |last: Sequence| last <= self.local.durable && follows().all(|peer| peer.has_durably(last));
         while self.generations.next != Next::Left
             && ended.front().is_some_and(|(_, last)| is_everywhere(*last))
         {
@@ -71,12 +71,11 @@ impl Tracker {
     pub(super) fn agreement_timeout(&self) -> Option<Time> {
         let agreed = self.told();
         // One that is left alone keeps no log any more (X3).
-        let waits =
-            self.has_several_replicas() && self.sessions.values().any(|session| session.awaits(agreed));
+        let waits = self.has_several_replicas() && self.peers.values().any(|peer| peer.awaits(agreed));
         waits.then(|| self.agreement.told_at.after(EPOCH_TIME))
     }
 
     pub(super) fn has_several_replicas(&self) -> bool {
-        self.sessions.len() > 1
+        self.peers.len() > 1
     }
 }

@@ -1,7 +1,7 @@
 //! What is durable: syncs of the backing and the flushes that they answer, the log and the maps that must be written
 //! before something else may happen, and what follows when one of them fails (W5).
 
-use super::{Action, RequestId, Session, Tracker, WriteFailed};
+use super::{Action, Peer, RequestId, Tracker, WriteFailed};
 use crate::disk::activity_log;
 use crate::planted::{Bug, planted};
 use crate::units::{Sequence, Time};
@@ -52,14 +52,14 @@ impl Tracker {
 
     /// Everything up to this write is durable here and, for each replica, there or in its map (D1).
     pub(super) fn safe(&self) -> Sequence {
-        let sessions = self.sessions.values().map(|session| session.safe_up_to(self.last));
+        let peers = self.peers.values().map(|peer| peer.safe_up_to(self.last));
         let here = if planted(Bug::ReleaseExtentEarly) { self.last } else { self.local.durable };
-        sessions.chain([here]).min().expect("the chain is not empty")
+        peers.chain([here]).min().expect("the chain is not empty")
     }
 
     pub(super) fn write_maps(&mut self) {
-        for session in self.sessions.values_mut() {
-            session.write_map();
+        for peer in self.peers.values_mut() {
+            peer.write_map();
         }
     }
 
@@ -77,7 +77,7 @@ impl Tracker {
     /// The log may be overwritten once every map durably holds what it said, and the backing what was written then.
     pub(super) fn free_log(&mut self) {
         if !self.log_is_free {
-            self.log_is_free = self.local.opened && self.sessions.values().all(Session::is_written);
+            self.log_is_free = self.local.opened && self.peers.values().all(Peer::is_written);
             self.write_maps();
         }
     }
@@ -85,8 +85,8 @@ impl Tracker {
     /// Whether the log can't be freed, since a map that is to hold what it says can't be written at all: what waits for a
     /// record may wait for ever.
     pub(super) fn log_is_out_of_reach(&self) -> bool {
-        let is_lost = |session: &Session| session.map_is_out_of_reach() && !session.is_written();
-        !self.log_is_free && self.local.opened && self.sessions.values().any(is_lost)
+        let is_lost = |peer: &Peer| peer.map_is_out_of_reach() && !peer.is_written();
+        !self.log_is_free && self.local.opened && self.peers.values().any(is_lost)
     }
 
     pub(super) fn start_sync(&mut self) {
@@ -127,8 +127,8 @@ impl Tracker {
         if self.failed_replies.is_empty() {
             return;
         }
-        let awaited = self.sessions.values().filter(|session| !session.map_is_out_of_reach());
-        let written = awaited.filter_map(Session::first_unwritten).min();
+        let awaited = self.peers.values().filter(|peer| !peer.map_is_out_of_reach());
+        let written = awaited.filter_map(Peer::first_unwritten).min();
         let (ready, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.failed_replies)
             .into_iter()
             .partition(|(_, last)| written.is_none_or(|first| first > *last));
@@ -148,9 +148,9 @@ mod tests {
     use super::super::{Action, Follower, LocalWrite, RequestId, Tracker, Work, WriteFailed};
     use crate::dirty_map::DirtyMap;
     use crate::disk::activity_log::Recovered;
+    use crate::peer::{self, Peer};
     use crate::promise::PATIENCE;
     use crate::ranges::ByteRange;
-    use crate::session::{self, Session};
     use crate::terms::Mode;
     use crate::tracker::testing::{self, NOW, settings, tracker};
     use crate::units::{BlockSize, EXTENT_BYTES, Extent, GenerationId, HostId, Time, VolumeId};
@@ -180,7 +180,9 @@ mod tests {
             Action::BeginGeneration { .. } => tracker.handle_generation(Some(GenerationId([2; 16])), now),
             Action::TellUpTo { .. } => tracker.handle_told(true, now),
             Action::Reply { request, result } => return Some(Told::Reply(request, result)),
-            Action::Peer { peer, action: session::Action::WriteMap(_) } => return Some(Told::WriteMap(peer)),
+            Action::Peer { follower, action: peer::Action::WriteMap(_) } => {
+                return Some(Told::WriteMap(follower));
+            }
             Action::ReadDigest { .. } | Action::Peer { .. } => panic!("no replica is connected"),
         }
         None
@@ -196,15 +198,15 @@ mod tests {
         while let Some(action) = tracker.poll_action() {
             match carry_out(tracker, action, writes, syncs, NOW) {
                 Some(Told::Reply(request, result)) => replies.push((request, result)),
-                Some(Told::WriteMap(_)) => panic!("there is no peer"),
+                Some(Told::WriteMap(_)) => panic!("there is no host"),
                 None => {}
             }
         }
         replies
     }
 
-    fn with(sessions: Vec<Session>) -> Tracker {
-        tracker(sessions, ReplicaLoss::Continue, PATIENCE)
+    fn with(peers: Vec<Peer>) -> Tracker {
+        tracker(peers, ReplicaLoss::Continue, PATIENCE)
     }
 
     fn opened() -> Tracker {
@@ -244,12 +246,12 @@ mod tests {
     }
 
     /// A replica that lacks nothing, and is not connected.
-    fn away() -> Session {
+    fn away() -> Peer {
         let (host, block_size) = (HostId([2; 32]), BlockSize::default());
         let mut map = DirtyMap::full(VolumeId([1; 16]), host, EXTENT_BYTES, block_size);
         map.clear(0..EXTENT_BYTES / block_size.bytes());
         map.take_changes();
-        Session::new(host, map, EXTENT_BYTES, block_size, 1 << 20, Mode::Async)
+        Peer::new(host, map, EXTENT_BYTES, block_size, 1 << 20, Mode::Async)
     }
 
     /// The disk of the state folder gave errors while a replica was away: applications never got the error of a write
@@ -268,7 +270,7 @@ mod tests {
             while let Some(action) = tracker.poll_action() {
                 match carry_out(tracker, action, writes, true, now) {
                     Some(Told::Reply(request, result)) => replies.push((request, result)),
-                    Some(Told::WriteMap(peer)) => tracker.handle_map_written(peer, false, now),
+                    Some(Told::WriteMap(follower)) => tracker.handle_map_written(follower, false, now),
                     None => {}
                 }
             }
@@ -292,7 +294,7 @@ mod tests {
     fn a_volume_closes_whose_log_was_never_free() {
         let log = Recovered::Active { serial: 1, extents: BTreeSet::from([Extent(0)]) };
         let settings = settings(ReplicaLoss::Continue, PATIENCE);
-        let mut tracker = Tracker::new(settings, &log, vec![testing::session(1, Mode::Async)]);
+        let mut tracker = Tracker::new(settings, &log, vec![testing::following(1, Mode::Async)]);
         write(&mut tracker, 1, false);
         let (before, after) = close_without_maps(&mut tracker, LocalWrite::Written);
         assert_eq!(
@@ -313,9 +315,10 @@ mod tests {
         // Carries everything out but the writing of maps, and tells how many were to be written so far, the last one whose.
         let mut settle = |tracker: &mut Tracker| {
             while let Some(action) = tracker.poll_action() {
-                if let Some(Told::WriteMap(peer)) = carry_out(tracker, action, LocalWrite::Written, true, now)
+                if let Some(Told::WriteMap(follower)) =
+                    carry_out(tracker, action, LocalWrite::Written, true, now)
                 {
-                    maps.push(peer);
+                    maps.push(follower);
                 }
             }
             (maps.len(), maps.last().copied())
@@ -329,15 +332,15 @@ mod tests {
         };
         write(&mut tracker, 1, 0);
         tracker.handle_timeout(now);
-        let (count, peer) = settle(&mut tracker);
-        let peer = peer.expect("the replica lacks a block");
+        let (count, follower) = settle(&mut tracker);
+        let follower = follower.expect("the replica lacks a block");
         assert_eq!(count, 1);
         write(&mut tracker, 2, 4096);
         tracker.close(now);
         assert_eq!(settle(&mut tracker).0, 1, "one at a time");
-        tracker.handle_map_written(peer, true, now);
+        tracker.handle_map_written(follower, true, now);
         assert_eq!(settle(&mut tracker).0, 2);
-        tracker.handle_map_written(peer, true, now);
+        tracker.handle_map_written(follower, true, now);
         settle(&mut tracker);
         assert!(tracker.is_closed());
     }

@@ -11,7 +11,7 @@
 
 use super::pipeline::{Piece, Wait};
 use super::told::Told;
-use super::{Action, Session, Tracker};
+use super::{Action, Peer, Tracker};
 use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::units::{Epoch, GenerationId, Time};
@@ -66,10 +66,10 @@ impl Tracker {
                 let (kept, limit, epoch) =
                     (self.kept_generations(), self.generations.limit, self.epoch.number);
                 lineage::begin(&mut self.generations.lineage, generation, &kept, limit);
-                for session in self.sessions.values_mut() {
+                for peer in self.peers.values_mut() {
                     // One that left meanwhile was told nothing of the generation, and is not a part of it.
-                    session.take_left();
-                    session.handle_generation(generation, epoch);
+                    peer.take_left();
+                    peer.handle_generation(generation, epoch);
                 }
                 self.collect();
                 for piece in held {
@@ -109,24 +109,24 @@ impl Tracker {
 
     /// Replicas that left the stream make a generation wanted.
     pub(super) fn note_left(&mut self) {
-        for session in self.sessions.values_mut() {
-            if session.take_left() {
+        for peer in self.peers.values_mut() {
+            if peer.take_left() {
                 self.generations.next = Next::Left;
             }
         }
     }
 
     /// Whether a replica may be committed to the newest generation: no other one may have it and lack some of it.
-    pub(super) fn may_commit(&self, peer: crate::units::HostId) -> bool {
-        let others = || self.sessions.values().filter(|session| session.peer() != peer);
+    pub(super) fn may_commit(&self, host: crate::units::HostId) -> bool {
+        let others = || self.peers.values().filter(|peer| peer.host() != host);
         !self.generations.beginning
             && self.generations.next != Next::Left
-            && !others().any(Session::may_lag_within_newest)
+            && !others().any(Peer::may_lag_within_newest)
     }
 
     /// The generations that a peer's newest one may be, and those that maps are relative to: they are not pruned (L2).
     /// One that a peer followed by stream is its newest one, and its map is relative to an older one.
     fn kept_generations(&self) -> Vec<GenerationId> {
-        self.sessions.values().flat_map(|session| session.newest_there(&self.generations.lineage)).collect()
+        self.peers.values().flat_map(|peer| peer.newest_there(&self.generations.lineage)).collect()
     }
 }

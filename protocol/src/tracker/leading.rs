@@ -28,7 +28,7 @@ impl Tracker {
     /// This host was away, as a process that was frozen or a machine that slept: another one may lead by now. As
     /// [`Tracker::doubt`]; and what was promised holds as if it had just been asked for.
     pub fn note_absence(&mut self, now: Time) -> Doubt {
-        self.sessions.values_mut().for_each(|session| session.renew_word(now));
+        self.peers.values_mut().for_each(|peer| peer.renew_word(now));
         self.doubt(now)
     }
 
@@ -98,7 +98,7 @@ impl Tracker {
             return self.leading.withheld.push((id, sequence));
         }
         let newest = self.generations.lineage.first().copied();
-        self.sessions.values_mut().for_each(|session| session.note_answered(sequence, newest));
+        self.peers.values_mut().for_each(|peer| peer.note_answered(sequence, newest));
         self.generations.unanswered = 0;
         self.answer(id, Ok(()));
     }
@@ -108,12 +108,12 @@ impl Tracker {
 mod tests {
     use crate::terms::Mode;
     use crate::tracker::replies::ReplicaLoss;
-    use crate::tracker::testing::{NOW, answers, session, tracker, write};
+    use crate::tracker::testing::{NOW, answers, following, tracker, write};
     use crate::tracker::{RequestId, Tracker};
     use std::time::Duration;
 
     fn opened() -> Tracker {
-        let mut tracker = tracker(vec![session(1, Mode::Async)], ReplicaLoss::Continue, Duration::ZERO);
+        let mut tracker = tracker(vec![following(1, Mode::Async)], ReplicaLoss::Continue, Duration::ZERO);
         answers(&mut tracker, NOW);
         tracker
     }

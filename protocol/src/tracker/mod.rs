@@ -1,7 +1,7 @@
 //! The primary of one volume: when a write may proceed, what must be durable first, and when its reply may go out.
 //!
 //! A request is cut into pieces. A piece waits until its extents are in a durable record of the activity log (W2), then
-//! gets its sequence number and epoch (W1, W3); at that moment every replica's session streams or marks it, and it goes
+//! gets its sequence number and epoch (W1, W3); at that moment every peer streams or marks it, and it goes
 //! to the local backing as soon as nothing overlapping is under way. A request is answered when all its pieces have
 //! ended and what the modes of its replicas demand has happened there (W4, see [`replies`]).
 //!
@@ -18,15 +18,15 @@
 //! | [`Action::BeginGeneration`] | [`Tracker::handle_generation`] |
 //! | [`Action::TellUpTo`] | [`Tracker::handle_told`] |
 //! | [`Action::ReadDigest`] | [`Tracker::handle_digest`] |
-//! | [`session::Action::WriteMap`] | [`Tracker::handle_map_written`] |
-//! | [`session::Action::ReadCopy`] | [`Tracker::handle_copy_read`] |
+//! | [`peer::Action::WriteMap`] | [`Tracker::handle_map_written`] |
+//! | [`peer::Action::ReadCopy`] | [`Tracker::handle_copy_read`] |
 //!
 //! exactly once each. Payload never passes through: the shell keeps a request's data until its reply.
 //!
 //! # Bounds
 //!
 //! Requests and their pieces are bounded by the front ends; the active set by the record's size; the window of each
-//! session by its limit; copies under way by [`session::resync`]; a dirty map by what is dirty.
+//! peer by its limit; copies under way by [`peer::resync`]; a dirty map by what is dirty.
 
 mod action;
 mod agreement;
@@ -50,14 +50,12 @@ pub use leading::Doubt;
 use crate::active_set::ActiveSet;
 use crate::disk::activity_log::{CAPACITY, Recovered};
 use crate::order::Order;
+use crate::peer::resync::{CopyContent, CopyRead};
+use crate::peer::{self, Circumstances, CompareResult, Handled, Identity, Peer, PeerError, Report};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
-use crate::session::resync::{CopyContent, CopyRead};
-use crate::session::{self, Circumstances, CompareResult, Handled, Identity, PeerError, Report, Session};
 use crate::terms::Mode;
-use crate::units::{
-    EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Sequence, Session as SessionNumber, Time,
-};
+use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Sequence, Session, Time};
 use crate::wire::message::Message;
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
 use agreement::Agreement;
@@ -116,7 +114,7 @@ pub struct Tracker {
     /// Requests that are done here and wait for replicas, oldest first.
     owed: VecDeque<Owed>,
     agreement: Agreement,
-    sessions: BTreeMap<HostId, Session>,
+    peers: BTreeMap<HostId, Peer>,
     /// How many replicas have joined since the volume was opened.
     joined: u64,
     holds: HashMap<u64, (Follower, u64, ByteRange)>,
@@ -150,10 +148,10 @@ struct OpenEpoch {
 }
 
 impl Tracker {
-    /// A volume that is opened as primary. `log` is what the activity log says; `sessions` are the replicas, with their
+    /// A volume that is opened as primary. `log` is what the activity log says; `peers` are the replicas, with their
     /// maps as recovered.
     #[must_use]
-    pub fn new(settings: Settings, log: &Recovered, sessions: Vec<Session>) -> Self {
+    pub fn new(settings: Settings, log: &Recovered, peers: Vec<Peer>) -> Self {
         let Settings {
             size_bytes,
             sector_bytes,
@@ -192,7 +190,7 @@ impl Tracker {
             failed_replies: Vec::new(),
             owed: VecDeque::new(),
             agreement: Agreement::default(),
-            sessions: sessions.into_iter().map(|session| (session.peer(), session)).collect(),
+            peers: peers.into_iter().map(|peer| (peer.host(), peer)).collect(),
             joined: 0,
             holds: HashMap::new(),
             next_hold: 0,
@@ -211,23 +209,23 @@ impl Tracker {
         }
         tracker.assume_words();
         tracker.give_words(opened_at);
-        for session in tracker.sessions.values_mut() {
+        for peer in tracker.peers.values_mut() {
             // What it confirmed last in an earlier run need not be recorded here.
-            session.opened_at(newest);
-            session.set_withholds(tracker.loss.blocks());
+            peer.opened_at(newest);
+            peer.set_withholds(tracker.loss.blocks());
             // What an earlier run of the agent promised is not known any more.
-            session.keep_word(patience, Some(opened_at.after(patience)));
+            peer.keep_word(patience, Some(opened_at.after(patience)));
             match log {
                 Recovered::Active { extents, .. } => {
                     for extent in extents {
                         let start = (u64::from(extent.0) * EXTENT_BYTES).min(size_bytes);
                         let end = (start + EXTENT_BYTES).min(size_bytes);
-                        session.mark_suspect(ByteRange::between(start, end), Sequence(0));
+                        peer.mark_suspect(ByteRange::between(start, end), Sequence(0));
                     }
                 }
-                Recovered::Unsure { .. } => session.mark_suspect(ByteRange::new(0, size_bytes), Sequence(0)),
+                Recovered::Unsure { .. } => peer.mark_suspect(ByteRange::new(0, size_bytes), Sequence(0)),
             }
-            session.write_map();
+            peer.write_map();
         }
         // What an earlier run of the agent wrote and answered may still be in the disk's cache: a flush must cover it
         // (W4), and the log must remember it until it is durable (D1).
@@ -247,7 +245,7 @@ impl Tracker {
     pub fn poll_timeout(&self) -> Option<Time> {
         let epoch = self.epoch.since.map(|since| since.after(EPOCH_TIME));
         let idle = self.idle.map(|(since, _)| since.after(IDLE_TIME));
-        let sessions = self.sessions.values().filter_map(Session::poll_timeout);
+        let peers = self.peers.values().filter_map(Peer::poll_timeout);
         let full = self.full_since.map(|since| since.after(FULL_TIME));
         let waits = [
             self.reply_timeout(),
@@ -257,7 +255,7 @@ impl Tracker {
             self.held_timeout(),
         ];
         let others = [epoch, idle, full].into_iter().chain(waits);
-        sessions.chain(others.flatten()).min()
+        peers.chain(others.flatten()).min()
     }
 
     /// An application asks for something. Ranges lie inside the volume and are 512-aligned.
@@ -312,8 +310,8 @@ impl Tracker {
         let piece = self.pipeline.end(sequence);
         self.activity.give_back(piece.range.extents(), Some(sequence));
         if !written {
-            for session in self.sessions.values_mut() {
-                session.handle_failed_write(piece.range, sequence);
+            for peer in self.peers.values_mut() {
+                peer.handle_failed_write(piece.range, sequence);
             }
         }
         let freed = self.order.finish(Admitted::Write(sequence), piece.range);
@@ -327,9 +325,9 @@ impl Tracker {
     }
 
     /// A replica's map was written, or could not be.
-    pub fn handle_map_written(&mut self, peer: Follower, written: bool, now: Time) {
-        if let Some(session) = self.session_of(peer) {
-            session.handle_map_written(written, now);
+    pub fn handle_map_written(&mut self, follower: Follower, written: bool, now: Time) {
+        if let Some(peer) = self.peer_of(follower) {
+            peer.handle_map_written(written, now);
         }
         self.free_log();
         self.begin_arrivals(now);
@@ -337,13 +335,13 @@ impl Tracker {
     }
 
     /// The read of a copy has ended.
-    pub fn handle_copy_read(&mut self, peer: Follower, read: CopyRead, content: CopyContent, now: Time) {
-        match self.session_of(peer) {
-            Some(session) => session.handle_copy_read(read, content, now),
+    pub fn handle_copy_read(&mut self, follower: Follower, read: CopyRead, content: CopyContent, now: Time) {
+        match self.peer_of(follower) {
+            Some(peer) => peer.handle_copy_read(read, content, now),
             // It was removed meanwhile: what was read is dropped.
             None => {
-                let action = session::Action::SendCopy { read, header: None };
-                self.actions.push_back(Action::Peer { peer, action });
+                let action = peer::Action::SendCopy { read, header: None };
+                self.actions.push_back(Action::Peer { follower, action });
             }
         }
         self.drive(now);
@@ -351,28 +349,28 @@ impl Tracker {
 
     /// A held range was read, or could not be: its writers go on.
     pub fn handle_digest(&mut self, hold: u64, digest: Option<[u8; 32]>, now: Time) {
-        let (peer, number, range) = self.holds.remove(&hold).expect("a held range is read once");
+        let (follower, number, range) = self.holds.remove(&hold).expect("a held range is read once");
         let freed = self.order.finish(Admitted::Hold(hold), range);
         self.run(freed);
-        if let Some(session) = self.session_of(peer) {
-            session.handle_local_digest(number, digest);
+        if let Some(peer) = self.peer_of(follower) {
+            peer.handle_local_digest(number, digest);
         }
         self.drive(now);
     }
 
     /// A connection to a replica is up. `session` is higher than any before, durably.
-    pub fn handle_connected(&mut self, peer: HostId, session: SessionNumber, identity: &Identity, now: Time) {
-        self.start.hear(peer);
-        if let Some(link) = self.sessions.get_mut(&peer) {
+    pub fn handle_connected(&mut self, host: HostId, session: Session, identity: &Identity, now: Time) {
+        self.start.hear(host);
+        if let Some(link) = self.peers.get_mut(&host) {
             link.handle_connected(session, identity);
         }
         self.drive(now);
     }
 
     /// The connection to a replica is gone.
-    pub fn handle_disconnected(&mut self, peer: HostId, now: Time) {
-        if let Some(session) = self.sessions.get_mut(&peer) {
-            session.handle_disconnected(now);
+    pub fn handle_disconnected(&mut self, host: HostId, now: Time) {
+        if let Some(peer) = self.peers.get_mut(&host) {
+            peer.handle_disconnected(now);
         }
         self.drive(now);
     }
@@ -381,9 +379,9 @@ impl Tracker {
     ///
     /// # Errors
     /// [`PeerError`] when the session must end; then [`Tracker::handle_disconnected`].
-    pub fn handle_message(&mut self, peer: HostId, message: Message, now: Time) -> Result<(), PeerError> {
-        let Some(session) = self.sessions.get_mut(&peer) else { return Ok(()) };
-        if let Handled::Sector(bytes) = session.handle_message(message, self.last, now)? {
+    pub fn handle_message(&mut self, host: HostId, message: Message, now: Time) -> Result<(), PeerError> {
+        let Some(peer) = self.peers.get_mut(&host) else { return Ok(()) };
+        if let Handled::Sector(bytes) = peer.handle_message(message, self.last, now)? {
             self.order.widen_sector(bytes.into());
         }
         self.begin_arrivals(now);
@@ -400,7 +398,7 @@ impl Tracker {
         }
         if self.full_since.is_some_and(|since| now >= since.after(FULL_TIME)) {
             self.full_since = Some(now);
-            self.sessions.values_mut().for_each(Session::spill);
+            self.peers.values_mut().for_each(Peer::spill);
             self.begin_arrivals(now);
         }
         if let Some((since, before)) = self.idle
@@ -409,7 +407,7 @@ impl Tracker {
             // An epoch that a limit or a commit closed has had no sync here.
             self.local.wanted |= self.local.durable < self.last;
             self.activity.let_idle_go(before, self.safe());
-            self.sessions.values_mut().for_each(Session::save_known);
+            self.peers.values_mut().for_each(Peer::save_known);
             self.write_maps();
             self.idle = (self.activity.len() > 0).then(|| (now, self.activity.clock()));
             self.write_log(true);
@@ -418,13 +416,13 @@ impl Tracker {
     }
 
     /// A replica joined.
-    pub fn add_session(&mut self, mut session: Session, now: Time) {
-        session.keep_word(self.patience, None);
-        session.set_withholds(self.loss.blocks());
+    pub fn add_peer(&mut self, mut peer: Peer, now: Time) {
+        peer.keep_word(self.patience, None);
+        peer.set_withholds(self.loss.blocks());
         self.joined += 1;
-        session.incarnation = self.joined;
-        let peer = session.peer();
-        assert!(self.sessions.insert(peer, session).is_none(), "a replica joins once");
+        peer.incarnation = self.joined;
+        let host = peer.host();
+        assert!(self.peers.insert(host, peer).is_none(), "a replica joins once");
         self.give_words(now);
         self.write_maps();
         self.drive(now);
@@ -432,14 +430,14 @@ impl Tracker {
 
     /// A replica is one no more (X3): nothing waits for it, and what its map and window kept active is free. What is
     /// written from now on is another history than what it has (L1).
-    pub fn remove_session(&mut self, peer: HostId, now: Time) {
-        let Some(mut session) = self.sessions.remove(&peer) else { return };
-        session.handle_disconnected(now);
-        if session.take_left() {
+    pub fn remove_peer(&mut self, host: HostId, now: Time) {
+        let Some(mut peer) = self.peers.remove(&host) else { return };
+        peer.handle_disconnected(now);
+        if peer.take_left() {
             self.generations.next = generation::Next::Left;
         }
         // It need not have heard that it was removed, and may be promoted as one that was promised something (W4).
-        self.word_of_removed = self.word_of_removed.max(session.promised());
+        self.word_of_removed = self.word_of_removed.max(peer.promised());
         self.give_words(now);
         self.free_log();
         self.begin_arrivals(now);
@@ -448,42 +446,42 @@ impl Tracker {
 
     /// Compares the volume with a replica; [`Tracker::take_compared`] gives the result. Says whether it began.
     #[must_use]
-    pub fn begin_compare(&mut self, peer: HostId, now: Time) -> bool {
+    pub fn begin_compare(&mut self, host: HostId, now: Time) -> bool {
         let last = self.last;
-        let began = self.sessions.get_mut(&peer).is_some_and(|session| session.begin_compare(last));
+        let began = self.peers.get_mut(&host).is_some_and(|peer| peer.begin_compare(last));
         self.drive(now);
         began
     }
 
     /// Nobody waits for a compare with this replica any more. What of it is under way ends soon.
-    pub fn cancel_compare(&mut self, peer: HostId) {
-        if let Some(session) = self.sessions.get_mut(&peer) {
-            session.cancel_compare();
+    pub fn cancel_compare(&mut self, host: HostId) {
+        if let Some(peer) = self.peers.get_mut(&host) {
+            peer.cancel_compare();
         }
     }
 
     /// The result of a compare that has ended.
-    pub fn take_compared(&mut self, peer: HostId) -> Option<CompareResult> {
+    pub fn take_compared(&mut self, host: HostId) -> Option<CompareResult> {
         let last = self.last;
-        let result = self.sessions.get_mut(&peer)?.take_compared(last);
+        let result = self.peers.get_mut(&host)?.take_compared(last);
         self.collect();
         result
     }
 
     /// Whether a compare with this replica is under way.
     #[must_use]
-    pub fn is_comparing(&self, peer: HostId) -> bool {
-        self.sessions.get(&peer).is_some_and(Session::is_comparing)
+    pub fn is_comparing(&self, host: HostId) -> bool {
+        self.peers.get(&host).is_some_and(Peer::is_comparing)
     }
 
     /// The operator chose another mode for a replica, or what happens while one is lost. Replies go by it from now on, except
     /// where that breaks a word that holds for ever; a replica that has none hears of its mode with the next session.
     pub fn configure(&mut self, modes: &[(HostId, Mode)], loss: ReplicaLoss, now: Time) {
         self.loss = loss;
-        self.sessions.values_mut().for_each(|session| session.set_withholds(loss.blocks()));
-        for (peer, mode) in modes {
-            if let Some(session) = self.sessions.get_mut(peer) {
-                session.set_mode(*mode);
+        self.peers.values_mut().for_each(|peer| peer.set_withholds(loss.blocks()));
+        for (host, mode) in modes {
+            if let Some(peer) = self.peers.get_mut(host) {
+                peer.set_mode(*mode);
             }
         }
         self.give_words(now);
@@ -491,9 +489,9 @@ impl Tracker {
     }
 
     /// The operator chose how many bytes a second a resync of a replica may copy at most.
-    pub fn limit_resync(&mut self, peer: HostId, limit: Option<NonZeroU64>, now: Time) {
-        if let Some(session) = self.sessions.get_mut(&peer) {
-            session.set_resync_limit(limit);
+    pub fn limit_resync(&mut self, host: HostId, limit: Option<NonZeroU64>, now: Time) {
+        if let Some(peer) = self.peers.get_mut(&host) {
+            peer.set_resync_limit(limit);
         }
         self.drive(now);
     }
@@ -501,7 +499,7 @@ impl Tracker {
     /// Something else wrote to the backing, nobody knows where: all of it is compared with every replica (X4).
     pub fn doubt_everything(&mut self, now: Time) {
         let last = self.last;
-        self.sessions.values_mut().for_each(|session| session.doubt_everything(last));
+        self.peers.values_mut().for_each(|peer| peer.doubt_everything(last));
         self.write_maps();
         self.drive(now);
     }
@@ -511,20 +509,20 @@ impl Tracker {
     pub fn release(&mut self, now: Time) {
         assert!(self.closing, "a volume is released when it is being closed");
         let newest = self.generations.newest();
-        self.sessions.values_mut().for_each(|session| session.release(newest));
+        self.peers.values_mut().for_each(|peer| peer.release(newest));
         self.drive(now);
     }
 
     /// Whether this replica has recorded a release.
     #[must_use]
-    pub fn is_released(&self, peer: HostId) -> bool {
-        self.sessions.get(&peer).is_some_and(Session::is_released)
+    pub fn is_released(&self, host: HostId) -> bool {
+        self.peers.get(&host).is_some_and(Peer::is_released)
     }
 
     /// Whether this replica is in sync, and counts for its mode (W4).
     #[must_use]
-    pub fn is_in_sync(&self, peer: HostId) -> bool {
-        self.sessions.get(&peer).is_some_and(Session::is_in_sync)
+    pub fn is_in_sync(&self, host: HostId) -> bool {
+        self.peers.get(&host).is_some_and(Peer::is_in_sync)
     }
 
     /// The volume's generations, newest first.
@@ -539,7 +537,7 @@ impl Tracker {
         self.closing = true;
         self.close_epoch();
         self.local.wanted = true;
-        self.sessions.values_mut().for_each(Session::save_known);
+        self.peers.values_mut().for_each(Peer::save_known);
         self.write_maps();
         self.drive(now);
     }
@@ -553,14 +551,14 @@ impl Tracker {
             && !self.generations.beginning
             && !self.told.is_asked();
         let is_durable = self.local.opened && self.local.durable == self.last;
-        let is_done = |session: &Session| session.is_saved() || session.map_is_out_of_reach();
-        let is_saved = self.sessions.values().all(is_done) && self.activity.is_recorded();
+        let is_done = |peer: &Peer| peer.is_saved() || peer.map_is_out_of_reach();
+        let is_saved = self.peers.values().all(is_done) && self.activity.is_recorded();
         self.closing && is_idle && (is_durable && is_saved || self.local.failed)
     }
 
     /// The numbers of each replica, for status.
     pub fn reports(&self, now: Time) -> impl Iterator<Item = (HostId, Report)> + '_ {
-        self.sessions.iter().map(move |(peer, session)| (*peer, session.report(now)))
+        self.peers.iter().map(move |(host, peer)| (*host, peer.report(now)))
     }
 
     /// Whether the backing counts as failed until it is reopened (W5).
@@ -603,8 +601,8 @@ impl Tracker {
 
     fn end_epoch(&mut self) {
         let (epoch, sequence) = (self.epoch.number, self.last);
-        for session in self.sessions.values_mut() {
-            session.handle_epoch_end(epoch, sequence);
+        for peer in self.peers.values_mut() {
+            peer.handle_epoch_end(epoch, sequence);
         }
         self.note_epoch_end(epoch, sequence);
         self.epoch = OpenEpoch { number: epoch.next(), bytes: 0, since: None };
@@ -612,33 +610,33 @@ impl Tracker {
 
     /// Above which number the next session of any replica must be ([`crate::disk::superblock::Superblock::next_session`]).
     #[must_use]
-    pub fn sessions_above(&self) -> SessionNumber {
-        self.sessions.values().filter_map(Session::reused).max().unwrap_or_default()
+    pub fn sessions_above(&self) -> Session {
+        self.peers.values().filter_map(Peer::reused).max().unwrap_or_default()
     }
 
     /// Asks every connected replica to say that it is there.
     pub fn ask_marks(&mut self, now: Time) {
-        self.sessions.values_mut().for_each(Session::ask_mark);
+        self.peers.values_mut().for_each(Peer::ask_mark);
         self.drive(now);
     }
 
     /// Whether applications were answered something that this replica lacks; so for one that is not known here.
     #[must_use]
-    pub fn lacks_answered(&self, peer: HostId) -> bool {
-        self.sessions.get(&peer).is_none_or(Session::lacks_answered)
+    pub fn lacks_answered(&self, host: HostId) -> bool {
+        self.peers.get(&host).is_none_or(Peer::lacks_answered)
     }
 
     /// Whether applications were answered something that any replica lacks.
     #[must_use]
     pub fn any_lacks_answered(&self) -> bool {
-        self.sessions.values().any(Session::lacks_answered)
+        self.peers.values().any(Peer::lacks_answered)
     }
 
     /// The newest generation in which anything was answered that this replica may lack, or the one that the volume was opened
     /// with, where no more is known. Those after it were begun for nothing, also one that is just being recorded.
     #[must_use]
-    pub fn answered_generation(&self, peer: HostId) -> Option<GenerationId> {
-        let known = self.sessions.get(&peer).and_then(Session::answered_generation);
+    pub fn answered_generation(&self, host: HostId) -> Option<GenerationId> {
+        let known = self.peers.get(&host).and_then(Peer::answered_generation);
         if let Some(known) = known.filter(|known| self.generations.lineage.contains(known)) {
             return Some(known);
         }
@@ -660,7 +658,7 @@ impl Tracker {
         self.look_for_released(now);
         self.answer_withheld();
         self.settle(now);
-        self.drive_sessions(now);
+        self.drive_peers(now);
         self.end_waits(now);
         self.agree(now);
         self.look_ahead(now);
@@ -676,19 +674,19 @@ impl Tracker {
         self.collect();
     }
 
-    fn drive_sessions(&mut self, now: Time) {
+    fn drive_peers(&mut self, now: Time) {
         self.renew_words(now);
         self.note_left();
         let (activity, has_several) = (&self.activity, self.has_several_replicas());
         // Asked for with a commit only.
         let active = || if has_several { activity.extents().collect() } else { Vec::new() };
-        let may_commit: Vec<bool> = self.sessions.keys().map(|peer| self.may_commit(*peer)).collect();
+        let may_commit: Vec<bool> = self.peers.keys().map(|host| self.may_commit(*host)).collect();
         let asked_lately = self.last_asked.is_some_and(|asked| now.since(asked) < QUIET_TIME);
         let is_active = asked_lately || self.pipeline.first_under_way().is_some();
         let (mut epoch_end, mut generation) = (false, false);
         let (told_before, mut is_untold) = (self.told.end(), false);
         let opened = Some(self.opened).filter(|_| told_before.is_none());
-        for (session, may_commit) in self.sessions.values_mut().zip(may_commit) {
+        for (peer, may_commit) in self.peers.values_mut().zip(may_commit) {
             let circumstances = Circumstances {
                 application_is_active: is_active,
                 lineage: &self.generations.lineage,
@@ -698,7 +696,7 @@ impl Tracker {
                 may_commit,
                 active: &active,
             };
-            let wants = session.drive(&self.order, &circumstances, now);
+            let wants = peer.drive(&self.order, &circumstances, now);
             epoch_end |= wants.epoch_end;
             generation |= wants.generation;
             is_untold |= wants.is_untold;
@@ -712,32 +710,32 @@ impl Tracker {
         }
     }
 
-    /// The session with a replica, unless that was removed meanwhile.
-    fn session_of(&mut self, peer: Follower) -> Option<&mut Session> {
-        self.sessions.get_mut(&peer.host).filter(|session| session.incarnation == peer.incarnation)
+    /// The peer, unless it was removed meanwhile.
+    fn peer_of(&mut self, follower: Follower) -> Option<&mut Peer> {
+        self.peers.get_mut(&follower.host).filter(|peer| peer.incarnation == follower.incarnation)
     }
 
-    /// Moves the sessions' actions to the tracker's, in order.
+    /// Moves the peers' actions to the tracker's, in order.
     fn collect(&mut self) {
         let mut wanted = Vec::new();
-        for (host, session) in &mut self.sessions {
-            let peer = Follower { host: *host, incarnation: session.incarnation };
-            while let Some(action) = session.poll_action() {
+        for (host, peer) in &mut self.peers {
+            let follower = Follower { host: *host, incarnation: peer.incarnation };
+            while let Some(action) = peer.poll_action() {
                 match action {
-                    session::Action::Hold { number, range } => wanted.push((peer, number, range)),
-                    action => self.actions.push_back(Action::Peer { peer, action }),
+                    peer::Action::Hold { number, range } => wanted.push((follower, number, range)),
+                    action => self.actions.push_back(Action::Peer { follower, action }),
                 }
             }
         }
         if wanted.is_empty() {
             return;
         }
-        for (peer, number, range) in wanted {
+        for (follower, number, range) in wanted {
             let hold = self.next_hold;
             self.next_hold += 1;
-            self.holds.insert(hold, (peer, number, range));
-            let session = self.session_of(peer).expect("it asked for the hold");
-            session.handle_hold(number, range);
+            self.holds.insert(hold, (follower, number, range));
+            let peer = self.peer_of(follower).expect("it asked for the hold");
+            peer.handle_hold(number, range);
             if self.order.admit(Admitted::Hold(hold), range) {
                 self.run(vec![Admitted::Hold(hold)]);
             }

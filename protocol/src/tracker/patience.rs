@@ -6,7 +6,7 @@
 
 use super::Tracker;
 use super::pipeline::{Piece, Wait};
-use crate::session::Session;
+use crate::peer::Peer;
 use crate::units::{HostId, Time};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 impl Tracker {
     /// Whether a write must wait for a copy of what it overwrites.
     pub(super) fn wait_for_copy(&mut self, piece: Piece, now: Time) -> bool {
-        let waits = !self.closing && is_being_copied(&self.sessions, &piece, now);
+        let waits = !self.closing && is_being_copied(&self.peers, &piece, now);
         if waits {
             self.pipeline.wait(piece, Wait::Copy(now.after(PATIENCE)));
         }
@@ -26,15 +26,15 @@ impl Tracker {
 
     /// Writes whose copies are durable, or that have waited for long enough, go on.
     pub(super) fn end_waits(&mut self, now: Time) {
-        let (sessions, closing) = (&self.sessions, self.closing);
+        let (peers, closing) = (&self.peers, self.closing);
         let goes_on =
-            |piece: &Piece, until: Time| now >= until || closing || !is_being_copied(sessions, piece, now);
+            |piece: &Piece, until: Time| now >= until || closing || !is_being_copied(peers, piece, now);
         for piece in self.pipeline.take_from_copies(goes_on) {
             self.sequence(piece, now);
         }
     }
 }
 
-fn is_being_copied(sessions: &BTreeMap<HostId, Session>, piece: &Piece, now: Time) -> bool {
-    sessions.values().any(|session| session.wants_quiet(piece.range, now))
+fn is_being_copied(peers: &BTreeMap<HostId, Peer>, piece: &Piece, now: Time) -> bool {
+    peers.values().any(|peer| peer.wants_quiet(piece.range, now))
 }

@@ -2,13 +2,13 @@
 
 use super::pipeline::{Piece, Wait};
 use super::{
-    Action, Admitted, EPOCH_BYTES, PAYLOAD_LIMIT_BYTES, PIECES, RequestId, Session, Tracker, Work,
+    Action, Admitted, EPOCH_BYTES, PAYLOAD_LIMIT_BYTES, PIECES, Peer, RequestId, Tracker, Work,
     ZERO_LIMIT_BYTES,
 };
 use crate::active_set::Claim;
+use crate::peer;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
-use crate::session;
 use crate::units::{Sequence, Time};
 use std::collections::VecDeque;
 
@@ -83,7 +83,7 @@ impl Tracker {
         }
     }
 
-    /// The piece gets its place in the one order (W1), goes to every session, and to the backing when it may.
+    /// The piece gets its place in the one order (W1), goes to every peer, and to the backing when it may.
     pub(super) fn begin(&mut self, piece: Piece, now: Time) {
         if !self.wait_for_copy(piece, now) {
             self.sequence(piece, now);
@@ -100,12 +100,12 @@ impl Tracker {
         self.pipeline.sequence(piece, sequence);
         self.requests.get_mut(&piece.request).expect("a request outlives its pieces").sequence = sequence;
         let Piece { request, range, zero, fua } = piece;
-        let write = session::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
-        for session in self.sessions.values_mut() {
-            session.handle_write(write, now);
+        let write = peer::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
+        for peer in self.peers.values_mut() {
+            peer.handle_write(write, now);
         }
         self.epoch.since.get_or_insert(now);
-        self.epoch.bytes += session::frame_cost_bytes(if zero.is_some() { 0 } else { range.length });
+        self.epoch.bytes += peer::frame_cost_bytes(if zero.is_some() { 0 } else { range.length });
         self.idle.get_or_insert((now, self.activity.clock()));
         self.collect();
         if self.order.admit(Admitted::Write(sequence), range) {
@@ -118,7 +118,7 @@ impl Tracker {
 
     /// An epoch is acknowledged as a whole, so the window must hold several.
     pub(super) fn epoch_limit_bytes(&self) -> u64 {
-        let windows = self.sessions.values().filter_map(Session::window_limit_bytes);
+        let windows = self.peers.values().filter_map(Peer::window_limit_bytes);
         windows.map(|limit| limit / 4).chain([EPOCH_BYTES]).min().expect("the chain is not empty")
     }
 
@@ -138,8 +138,8 @@ impl Tracker {
                     });
                 }
                 Admitted::Hold(hold) => {
-                    let (peer, number, range) = self.holds[&hold];
-                    let wanted = self.session_of(peer).is_some_and(|session| session.wants_digest(number));
+                    let (follower, number, range) = self.holds[&hold];
+                    let wanted = self.peer_of(follower).is_some_and(|peer| peer.wants_digest(number));
                     if wanted {
                         self.actions.push_back(Action::ReadDigest { hold, range });
                     } else {

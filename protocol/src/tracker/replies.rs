@@ -7,9 +7,9 @@
 
 use super::generation::Next;
 use super::{RequestId, Tracker, WriteFailed};
+use crate::peer::{ACKNOWLEDGEMENT_DEADLINE, Peer};
 use crate::planted::{Bug, planted};
 use crate::promise::Given;
-use crate::session::{ACKNOWLEDGEMENT_DEADLINE, Session};
 use crate::terms::{Mode, Promise};
 use crate::units::{HostId, Sequence, Time};
 use std::time::Duration;
@@ -82,10 +82,10 @@ impl Tracker {
             // No replica that it could wait for comes back.
             return self.answer(request, Err(WriteFailed));
         }
-        if self.sessions.values().all(|session| session.mode() == Mode::Async)
+        if self.peers.values().all(|peer| peer.mode() == Mode::Async)
             && !self.start.is_awaited()
             && self.word().is_none_or(|until| now >= until)
-            && self.sessions.values().all(|session| session.allows(|_| false))
+            && self.peers.values().all(|peer| peer.allows(|_| false))
             && !self.holds_answer(sequence)
         {
             return self.succeed(request, sequence);
@@ -139,9 +139,9 @@ impl Tracker {
             ReplicaLoss::Block { min_replicas, limit } => (min_replicas, Some(limit)),
             ReplicaLoss::Continue => (0, None),
         };
-        let counting = self.sessions.values().filter(|session| session.mode() != Mode::Async);
-        let (in_sync, all) = counting
-            .fold((0, 0), |(in_sync, all), session| (in_sync + usize::from(session.is_in_sync()), all + 1));
+        let counting = self.peers.values().filter(|peer| peer.mode() != Mode::Async);
+        let (in_sync, all) =
+            counting.fold((0, 0), |(in_sync, all), peer| (in_sync + usize::from(peer.is_in_sync()), all + 1));
         let required = min_replicas.min(all);
         let oldest = self.owed.iter().map(|owed| now.since(owed.since)).max().unwrap_or_default();
         let promised_to = self.promised_to().filter(|_| in_sync >= required);
@@ -158,7 +158,7 @@ impl Tracker {
     /// durably, they prove nothing.
     pub(super) fn promise(&self) -> Promise {
         let ReplicaLoss::Block { min_replicas, .. } = self.loss else { return Promise::WhileHeard };
-        let count = |mode| self.sessions.values().filter(|session| session.mode() == mode).count();
+        let count = |mode| self.peers.values().filter(|peer| peer.mode() == mode).count();
         let (sync, semi_sync) = (count(Mode::Sync), count(Mode::SemiSync));
         match min_replicas.min(sync + semi_sync).saturating_sub(semi_sync) {
             0 => Promise::WhileHeard,
@@ -169,20 +169,20 @@ impl Tracker {
     /// What this replica is to count on from its next commit on: what the operator wants of it, unless another one may be promoted
     /// in its silence by another word. That one, as the primary, would not know what this one counts on. Then it is given what lets it
     /// be promoted only when it hears the others, and the rest once they count on no more than they are to.
-    fn given_to(&self, peer: HostId, now: Time) -> Given {
-        let wanted = self.wanted_of(peer);
-        let others = || self.sessions.iter().filter(|(host, _)| **host != peer);
+    fn given_to(&self, host: HostId, now: Time) -> Given {
+        let wanted = self.wanted_of(host);
+        let others = || self.peers.iter().filter(|(other, _)| **other != host);
         match wanted.promise {
             Promise::Replicas(_) if wanted.bears_silence() => {
-                let is_other = |(host, session): (&HostId, &Session)| {
-                    session.bears_silence_unlike(&self.wanted_of(*host), peer, now)
+                let is_other = |(other, peer): (&HostId, &Peer)| {
+                    peer.bears_silence_unlike(&self.wanted_of(*other), host, now)
                 };
                 match others().any(is_other) {
                     true => Given { promise: Promise::Replicas(1), ..wanted },
                     false => wanted,
                 }
             }
-            Promise::WhileHeard if others().any(|(_, session)| session.bears_silence_for_ever(peer)) => {
+            Promise::WhileHeard if others().any(|(_, peer)| peer.bears_silence_for_ever(host)) => {
                 Given::NOTHING
             }
             _ => wanted,
@@ -190,13 +190,13 @@ impl Tracker {
     }
 
     /// What the operator wants this replica to count on.
-    fn wanted_of(&self, peer: HostId) -> Given {
-        let is_sync = |host: &HostId| self.sessions.get(host).is_some_and(|it| it.mode() == Mode::Sync);
+    fn wanted_of(&self, host: HostId) -> Given {
+        let is_sync = |host: &HostId| self.peers.get(host).is_some_and(|it| it.mode() == Mode::Sync);
         match self.promise() {
-            promise if !is_sync(&peer) || promise == Promise::None => Given::NOTHING,
+            promise if !is_sync(&host) || promise == Promise::None => Given::NOTHING,
             Promise::Replicas(replicas) => {
                 let counted =
-                    self.sessions.keys().copied().filter(|host| *host != peer && is_sync(host)).collect();
+                    self.peers.keys().copied().filter(|other| *other != host && is_sync(other)).collect();
                 Given { promise: Promise::Replicas(replicas), counted }
             }
             promise => Given { promise, counted: Vec::new() },
@@ -205,11 +205,11 @@ impl Tracker {
 
     /// The modes, the replicas, or what is waited for are others than before: so is what replicas are to count on.
     pub(super) fn give_words(&mut self, now: Time) {
-        let given: Vec<Given> = self.sessions.keys().map(|peer| self.given_to(*peer, now)).collect();
-        let is_all = |(peer, given): (&HostId, &Given)| *given == self.wanted_of(*peer);
-        self.holds_words_back = !self.sessions.keys().zip(&given).all(is_all);
-        for (session, given) in self.sessions.values_mut().zip(given) {
-            session.give(given);
+        let given: Vec<Given> = self.peers.keys().map(|host| self.given_to(*host, now)).collect();
+        let is_all = |(host, given): (&HostId, &Given)| *given == self.wanted_of(*host);
+        self.holds_words_back = !self.peers.keys().zip(&given).all(is_all);
+        for (peer, given) in self.peers.values_mut().zip(given) {
+            peer.give(given);
         }
     }
 
@@ -219,27 +219,27 @@ impl Tracker {
             // What is to be handed over is not resynced meanwhile.
             return;
         }
-        let changes = self.sessions.values_mut().map(Session::take_change_of_word);
+        let changes = self.peers.values_mut().map(Peer::take_change_of_word);
         let has_changed = changes.fold(false, |any, change| any | change);
         // What was given for some time is over some time.
         if has_changed || self.holds_words_back {
             self.give_words(now);
         }
-        if self.sessions.values().any(Session::is_on_its_way) {
+        if self.peers.values().any(Peer::is_on_its_way) {
             return;
         }
-        if let Some(session) = self.sessions.values_mut().find(|session| session.awaits_word()) {
-            session.give_up();
+        if let Some(peer) = self.peers.values_mut().find(|peer| peer.awaits_word()) {
+            peer.give_up();
         }
     }
 
     /// What replicas may count on of which nothing is known is what an earlier release gave.
     pub(super) fn assume_words(&mut self) {
-        let (promise, hosts): (_, Vec<HostId>) = (self.promise(), self.sessions.keys().copied().collect());
-        for (peer, session) in &mut self.sessions {
+        let (promise, hosts): (_, Vec<HostId>) = (self.promise(), self.peers.keys().copied().collect());
+        for (host, peer) in &mut self.peers {
             // It went by all hosts that it knew.
-            let others = || hosts.iter().copied().filter(|host| host != peer).collect();
-            session.assume_given(|| match promise {
+            let others = || hosts.iter().copied().filter(|other| other != host).collect();
+            peer.assume_given(|| match promise {
                 Promise::Replicas(_) => Given { promise, counted: others() },
                 _ => Given { promise, counted: Vec::new() },
             });
@@ -255,17 +255,17 @@ impl Tracker {
     /// A replica that counts for ever on something that this answer would break, or any later one.
     fn broken_by(&self, owed: Option<Owed>) -> Option<HostId> {
         let has_it = |host: HostId| {
-            self.sessions.get(&host).is_some_and(|session| {
-                let is_settled = owed.is_none_or(|owed| owed.is_settled_by(session));
-                session.mode() == Mode::Sync && session.is_in_sync() && is_settled
+            self.peers.get(&host).is_some_and(|peer| {
+                let is_settled = owed.is_none_or(|owed| owed.is_settled_by(peer));
+                peer.mode() == Mode::Sync && peer.is_in_sync() && is_settled
             })
         };
-        self.sessions.iter().find(|(_, session)| !session.allows(has_it)).map(|(host, _)| *host)
+        self.peers.iter().find(|(_, peer)| !peer.allows(has_it)).map(|(host, _)| *host)
     }
 
     /// Until when a replica that is not in sync may count on nothing being answered without it.
     fn word(&self) -> Option<Time> {
-        let words = self.sessions.values().filter_map(Session::promised).chain(self.word_of_removed);
+        let words = self.peers.values().filter_map(Peer::promised).chain(self.word_of_removed);
         words.filter(|_| !planted(Bug::BreakWord)).max()
     }
 
@@ -294,11 +294,11 @@ impl Tracker {
             };
             return if is_over { Verdict::Fail } else { Verdict::Wait };
         }
-        let required = || self.sessions.values().filter(|session| session.mode() != Mode::Async);
-        let in_sync = required().filter(|session| session.is_in_sync()).count();
+        let required = || self.peers.values().filter(|peer| peer.mode() != Mode::Async);
+        let in_sync = required().filter(|peer| peer.is_in_sync()).count();
         let all = required().count();
         // One that was sent a commit may have recorded it: promoted, it would be taken for one that was in sync.
-        if required().any(|session| session.may_follow() && !owed.is_settled_by(session)) {
+        if required().any(|peer| peer.may_follow() && !owed.is_settled_by(peer)) {
             let is_late = now >= owed.since.after(ACKNOWLEDGEMENT_DEADLINE);
             return if is_late { Verdict::Late } else { Verdict::Wait };
         }
@@ -333,15 +333,15 @@ impl Tracker {
             ReplicaLoss::Continue => ACKNOWLEDGEMENT_DEADLINE,
         };
         let is_over = self.start.refuses || now >= owed.since.after(limit);
-        let is_lost = self.sessions.values().any(Session::map_is_out_of_reach);
+        let is_lost = self.peers.values().any(Peer::map_is_out_of_reach);
         if is_over && is_lost { Verdict::Fail } else { Verdict::Wait }
     }
 
     /// Whether an answer must wait until the map of each replica that it leaves out may say so.
     pub(super) fn holds_answer(&mut self, sequence: Sequence) -> bool {
         let (mut is_held, newest) = (false, self.generations.lineage.first().copied());
-        for session in self.sessions.values_mut() {
-            is_held |= session.holds_answer(sequence, newest);
+        for peer in self.peers.values_mut() {
+            is_held |= peer.holds_answer(sequence, newest);
         }
         is_held
     }
@@ -350,48 +350,48 @@ impl Tracker {
     fn give_late_ones_up(&mut self, now: Time) {
         let late = |owed: &&Owed| now >= owed.since.after(ACKNOWLEDGEMENT_DEADLINE);
         let late: Vec<Owed> = self.owed.iter().filter(late).copied().collect();
-        for session in self.sessions.values_mut() {
-            let counts = session.mode() != Mode::Async && session.may_follow();
-            if counts && late.iter().any(|owed| !owed.is_settled_by(session)) {
-                session.give_up();
+        for peer in self.peers.values_mut() {
+            let counts = peer.mode() != Mode::Async && peer.may_follow();
+            if counts && late.iter().any(|owed| !owed.is_settled_by(peer)) {
+                peer.give_up();
             }
         }
     }
 }
 
 impl Owed {
-    fn is_settled_by(&self, session: &Session) -> bool {
-        match session.mode() {
+    fn is_settled_by(&self, peer: &Peer) -> bool {
+        match peer.mode() {
             Mode::Async => true,
-            Mode::Sync if self.durable && !planted(Bug::AnswerEarly) => session.has_durably(self.sequence),
-            Mode::SemiSync | Mode::Sync => session.has_received(self.sequence),
+            Mode::Sync if self.durable && !planted(Bug::AnswerEarly) => peer.has_durably(self.sequence),
+            Mode::SemiSync | Mode::Sync => peer.has_received(self.sequence),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Given, Promise, Session};
+    use super::{Given, Peer, Promise};
     use crate::dirty_map::DirtyMap;
     use crate::disk::activity_log::Recovered;
     use crate::disk::dirty_map::Base;
     use crate::promise::PATIENCE;
     use crate::terms::Mode;
     use crate::tracker::replies::ReplicaLoss;
-    use crate::tracker::testing::{NOW, answers, host, session, settings, tracker, write};
+    use crate::tracker::testing::{NOW, answers, following, host, settings, tracker, write};
     use crate::tracker::{RequestId, Settings, Tracker};
     use crate::units::{BlockSize, CopyId, EXTENT_BYTES, GenerationId, VolumeId};
     use std::collections::BTreeSet;
     use std::time::Duration;
 
     /// A replica that had everything when its primary ended, and counts on this for ever.
-    fn given_for_ever(number: u8, mode: Mode, counted: &[u8]) -> Session {
+    fn given_for_ever(number: u8, mode: Mode, counted: &[u8]) -> Peer {
         let size = BlockSize::default();
         let base = Base { copy: CopyId([number; 16]), generation: GenerationId([1; 16]), adopted: 0 };
         let mut map = DirtyMap::full(VolumeId([1; 16]), host(number), EXTENT_BYTES, size).clean(base);
         let counted = counted.iter().map(|number| host(*number)).collect();
         map.note_given(&Given { promise: Promise::Replicas(1), counted });
-        Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, mode)
+        Peer::new(host(number), map, EXTENT_BYTES, size, 1 << 20, mode)
     }
 
     /// The primary went by what it was told last: the replica was promoted without force, and what was answered was gone.
@@ -413,7 +413,7 @@ mod tests {
             let failed = if loss == ReplicaLoss::Continue { vec![] } else { vec![(RequestId(1), false)] };
             assert_eq!(answers(&mut tracker, later), failed, "{loss:?} {mode:?}");
             // The operator insists.
-            tracker.remove_session(host(2), later);
+            tracker.remove_peer(host(2), later);
             answers(&mut tracker, later);
             write(&mut tracker, 2, later);
             let at_last = later.after(PATIENCE);
@@ -432,7 +432,7 @@ mod tests {
         tracker.configure(&[(host(2), Mode::Async)], ReplicaLoss::Continue, NOW);
         assert_eq!(answers(&mut tracker, NOW), []);
         // A host that joins does not count for it.
-        tracker.add_session(session(3, Mode::Sync), NOW);
+        tracker.add_peer(following(3, Mode::Sync), NOW);
         assert_eq!(answers(&mut tracker, NOW), []);
         assert_eq!(tracker.blocked(NOW).unwrap().promised_to, Some(host(2)));
     }
@@ -452,14 +452,14 @@ mod tests {
         }
     }
 
-    /// With the session the word was forgotten: the host, which need not have heard of its removal, could be promoted as one
+    /// With the peer the word was forgotten: the host, which need not have heard of its removal, could be promoted as one
     /// without which nothing is answered.
     #[test]
     fn what_was_promised_to_a_host_holds_when_it_is_removed() {
-        let mut tracker = tracker(vec![session(1, Mode::Sync)], ReplicaLoss::Continue, PATIENCE);
+        let mut tracker = tracker(vec![following(1, Mode::Sync)], ReplicaLoss::Continue, PATIENCE);
         answers(&mut tracker, NOW);
         let removed = NOW.after(Duration::from_secs(1));
-        tracker.remove_session(host(1), removed);
+        tracker.remove_peer(host(1), removed);
         assert_eq!(write(&mut tracker, 1, removed), []);
         let over = NOW.after(PATIENCE);
         assert_eq!(tracker.poll_timeout().map(|due| due <= over), Some(true), "it is thought about again");

@@ -3,7 +3,7 @@
 //! flush before a majority of the volume's hosts has spoken. Whoever knows of a promotion says so at once.
 
 use super::replies::ReplicaLoss;
-use super::{Session, Tracker, WriteFailed};
+use super::{Peer, Tracker, WriteFailed};
 use crate::planted::{Bug, planted};
 use crate::units::{HostId, Time};
 use std::collections::BTreeSet;
@@ -60,9 +60,9 @@ impl Tracker {
     /// it follows this promotion, too: those that are recorded, and whoever lacks nothing by its map. Until then nothing is
     /// written. What fills a map without a write does not say that its host lacked anything then.
     pub(super) fn await_released(&mut self, recorded: &[HostId]) {
-        let is_recorded = |peer: &HostId| recorded.contains(peer) && !planted(Bug::WriteUnfollowed);
-        let had_all = |(peer, session): &(&HostId, &Session)| session.map().is_clean() || is_recorded(peer);
-        self.start.released = self.sessions.iter().filter(had_all).map(|(peer, _)| *peer).collect();
+        let is_recorded = |host: &HostId| recorded.contains(host) && !planted(Bug::WriteUnfollowed);
+        let had_all = |(host, peer): &(&HostId, &Peer)| peer.map().is_clean() || is_recorded(host);
+        self.start.released = self.peers.iter().filter(had_all).map(|(host, _)| *host).collect();
     }
 
     /// Whoever has answered this primary's greeting has recorded that it follows it; whoever is removed is nobody's.
@@ -70,8 +70,8 @@ impl Tracker {
         if self.start.released.is_empty() {
             return;
         }
-        let sessions = &self.sessions;
-        let follows = |host: &HostId| sessions.get(host).is_none_or(Session::is_heard);
+        let peers = &self.peers;
+        let follows = |host: &HostId| peers.get(host).is_none_or(Peer::is_heard);
         self.start.released.retain(|host| !follows(host));
         if self.start.released.is_empty() {
             self.start.held_since = None;
@@ -120,8 +120,8 @@ impl Tracker {
     /// How many hosts were heard since the start.
     #[must_use]
     pub fn heard(&self) -> Heard {
-        let of = self.sessions.len() + 1;
-        let heard = self.start.heard.iter().filter(|host| self.sessions.contains_key(host)).count();
+        let of = self.peers.len() + 1;
+        let heard = self.start.heard.iter().filter(|host| self.peers.contains_key(host)).count();
         Heard { hosts: heard + 1, of, majority: of / 2 + 1, is_awaited: self.start.awaits }
     }
 
@@ -138,7 +138,7 @@ mod tests {
     use crate::ranges::ByteRange;
     use crate::terms::Mode;
     use crate::tracker::replies::ReplicaLoss;
-    use crate::tracker::testing::{NOW, answers, host, session, settings, tracker, write};
+    use crate::tracker::testing::{NOW, answers, following, host, settings, tracker, write};
     use crate::tracker::{RequestId, Settings, Tracker};
     use crate::units::{HostId, Sequence};
     use std::collections::BTreeSet;
@@ -146,8 +146,8 @@ mod tests {
 
     /// A primary with so many replicas that has just started.
     fn started(replicas: u8, loss: ReplicaLoss) -> Tracker {
-        let sessions = (1..=replicas).map(|number| session(number, Mode::Async)).collect();
-        tracker(sessions, loss, Duration::ZERO)
+        let peers = (1..=replicas).map(|number| following(number, Mode::Async)).collect();
+        tracker(peers, loss, Duration::ZERO)
     }
 
     #[test]
@@ -179,10 +179,10 @@ mod tests {
             let returned = Some(recorded.to_vec());
             let settings = Settings { returned, ..settings(ReplicaLoss::Continue, Duration::ZERO) };
             // The third lacks something.
-            let mut behind = session(3, Mode::Async);
+            let mut behind = following(3, Mode::Async);
             behind.mark_suspect(ByteRange::new(0, 4096), Sequence(0));
-            let sessions = vec![session(1, Mode::Async), session(2, Mode::Async), behind];
-            Tracker::new(settings, &log, sessions)
+            let peers = vec![following(1, Mode::Async), following(2, Mode::Async), behind];
+            Tracker::new(settings, &log, peers)
         };
         let returned = || returned_after(&[]);
         // Its map may be full for another reason, as where something else wrote to the backing here.
@@ -192,9 +192,9 @@ mod tests {
         answers(&mut tracker, NOW);
         assert_eq!(tracker.released().collect::<Vec<_>>(), [host(1), host(2)]);
         assert_eq!(write(&mut tracker, 1, NOW), []);
-        tracker.remove_session(host(1), NOW);
+        tracker.remove_peer(host(1), NOW);
         assert_eq!(answers(&mut tracker, NOW), [], "the other one may still be promoted");
-        tracker.remove_session(host(2), NOW);
+        tracker.remove_peer(host(2), NOW);
         assert_eq!(answers(&mut tracker, NOW), [(RequestId(1), true)]);
         // Nothing is waited for on the way down.
         let mut closed = returned();
@@ -207,7 +207,7 @@ mod tests {
         answers(&mut again, NOW);
         assert_eq!(write(&mut again, 1, NOW), []);
         for number in [1, 2] {
-            assert!(again.sessions[&host(number)].map().is_clean(), "{number}");
+            assert!(again.peers[&host(number)].map().is_clean(), "{number}");
         }
         // Nor is it waited for longer than the operator wants.
         let limit = Duration::from_secs(30);
@@ -229,7 +229,7 @@ mod tests {
         tracker.start([host(2)], true, NOW);
         assert_eq!(answers(&mut tracker, NOW), [(RequestId(1), true)]);
         for number in 3..6 {
-            tracker.add_session(session(number, Mode::Async), NOW);
+            tracker.add_peer(following(number, Mode::Async), NOW);
         }
         answers(&mut tracker, NOW);
         assert_eq!(write(&mut tracker, 2, NOW), [(RequestId(2), true)]);

@@ -5,8 +5,8 @@ use super::{Action, LEAST_ACTIVE_EXTENTS, LocalWrite, RequestId, Settings, Track
 use crate::dirty_map::DirtyMap;
 use crate::disk::activity_log::Recovered;
 use crate::disk::dirty_map::Base;
+use crate::peer::{self, Peer};
 use crate::ranges::ByteRange;
-use crate::session::{self, Session};
 use crate::terms::Mode;
 use crate::units::{BlockSize, CopyId, EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Time, VolumeId};
 use std::collections::BTreeSet;
@@ -19,18 +19,18 @@ pub(crate) fn host(number: u8) -> HostId {
 }
 
 /// A replica that had everything when its primary ended.
-pub(crate) fn session(number: u8, mode: Mode) -> Session {
+pub(crate) fn following(number: u8, mode: Mode) -> Peer {
     let size = BlockSize::default();
     let base = Base { copy: CopyId([number; 16]), generation: GenerationId([1; 16]), adopted: 0 };
     let map = DirtyMap::full(VolumeId([1; 16]), host(number), EXTENT_BYTES, size).clean(base);
-    Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, mode)
+    Peer::new(host(number), map, EXTENT_BYTES, size, 1 << 20, mode)
 }
 
 /// A replica whose map says that it may lack anything.
-pub(crate) fn lagging(number: u8) -> Session {
+pub(crate) fn lagging(number: u8) -> Peer {
     let size = BlockSize::default();
     let map = DirtyMap::full(VolumeId([1; 16]), host(number), EXTENT_BYTES, size);
-    Session::new(host(number), map, EXTENT_BYTES, size, 1 << 20, Mode::Async)
+    Peer::new(host(number), map, EXTENT_BYTES, size, 1 << 20, Mode::Async)
 }
 
 /// What a primary is opened with.
@@ -52,9 +52,9 @@ pub(super) fn settings(loss: ReplicaLoss, patience: Duration) -> Settings {
 }
 
 /// A primary that has just started.
-pub(crate) fn tracker(sessions: Vec<Session>, loss: ReplicaLoss, patience: Duration) -> Tracker {
+pub(crate) fn tracker(peers: Vec<Peer>, loss: ReplicaLoss, patience: Duration) -> Tracker {
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
-    Tracker::new(settings(loss, patience), &log, sessions)
+    Tracker::new(settings(loss, patience), &log, peers)
 }
 
 /// Carries out all that the tracker asks for; the answers that it gave.
@@ -77,8 +77,8 @@ pub(super) fn carry_out(tracker: &mut Tracker, action: Action, now: Time) -> Opt
         Action::BeginGeneration { .. } => tracker.handle_generation(Some(GenerationId([2; 16])), now),
         Action::TellUpTo { .. } => tracker.handle_told(true, now),
         Action::WriteLog { .. } => tracker.handle_log_written(true, now),
-        Action::Peer { peer, action: session::Action::WriteMap(_) } => {
-            tracker.handle_map_written(peer, true, now);
+        Action::Peer { follower, action: peer::Action::WriteMap(_) } => {
+            tracker.handle_map_written(follower, true, now);
         }
         Action::ReadDigest { .. } | Action::Peer { .. } => {}
     }

@@ -143,7 +143,7 @@ impl Tracker {
 
     /// Whether a write must wait until replicas may be told of its epoch.
     pub(super) fn hold_for_told(&mut self, piece: Piece) -> bool {
-        if self.sessions.is_empty() || self.told.covers(self.epoch.number) {
+        if self.peers.is_empty() || self.told.covers(self.epoch.number) {
             return false;
         }
         self.pipeline.wait(piece, Wait::Bound);
@@ -159,7 +159,7 @@ impl Tracker {
 
     /// Asks for the next bound, where one is to be recorded.
     pub(super) fn look_ahead(&mut self, now: Time) {
-        if self.sessions.is_empty() && !self.told.is_asked() && self.pipeline.awaits_bound() {
+        if self.peers.is_empty() && !self.told.is_asked() && self.pipeline.awaits_bound() {
             // Nobody is told of anything any more.
             for piece in self.pipeline.take_from_bound() {
                 self.begin_if_active(piece, now);
@@ -188,14 +188,14 @@ impl Tracker {
         let is_over = self.local.failed || self.leading.is_superseded;
         // The end of a primary waits for no more than it needs.
         let is_ending = self.closing && !self.pipeline.awaits_bound() && !self.told.is_wanted;
-        !self.sessions.is_empty() && !is_over && !is_ending && !self.generations.beginning
+        !self.peers.is_empty() && !is_over && !is_ending && !self.generations.beginning
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::replies::ReplicaLoss;
-    use super::super::testing::{NOW, answers, carry_out, host, session, tracker};
+    use super::super::testing::{NOW, answers, carry_out, following, host, tracker};
     use super::super::{RequestId, Work};
     use super::*;
     use crate::promise::PATIENCE;
@@ -259,7 +259,7 @@ mod tests {
 
     /// A primary with a replica that is away, once its disk has done what it was asked for.
     fn opened() -> Tracker {
-        let mut tracker = tracker(vec![session(2, Mode::Async)], ReplicaLoss::Continue, PATIENCE);
+        let mut tracker = tracker(vec![following(2, Mode::Async)], ReplicaLoss::Continue, PATIENCE);
         answers(&mut tracker, NOW);
         tracker
     }
@@ -317,7 +317,7 @@ mod tests {
     fn a_write_goes_on_where_nobody_is_left_to_be_told() {
         let mut tracker = waiting();
         tracker.told.asked = None;
-        tracker.remove_session(host(2), NOW);
+        tracker.remove_peer(host(2), NOW);
         assert_eq!(answers(&mut tracker, NOW), [(RequestId(3), true)]);
     }
 

@@ -5,7 +5,7 @@ use super::links::LinkId;
 use super::settings::Settings;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log::CAPACITY;
-use blockmirror_protocol::session::ReplicaState;
+use blockmirror_protocol::peer::ReplicaState;
 use blockmirror_protocol::tracker::Tracker;
 use std::collections::BTreeSet;
 

@@ -9,8 +9,8 @@ use super::mirror::Image;
 use super::primary::{DiskWork, FileWork};
 use super::world::{Event, World};
 use blockmirror_protocol::disk::dirty_map;
-use blockmirror_protocol::session::resync::CopyRead;
-use blockmirror_protocol::session::{self, PeerError};
+use blockmirror_protocol::peer::resync::CopyRead;
+use blockmirror_protocol::peer::{self, PeerError};
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::tracker::Follower;
 use blockmirror_protocol::wire::message::{Commit, Message, Refusal};
@@ -122,25 +122,25 @@ impl World {
         }
     }
 
-    /// Carries out what a session wants.
-    pub(super) fn act_session(&mut self, host: usize, peer: Follower, action: session::Action) {
-        let link = LinkId::new(host, host_number(peer.host));
+    /// Carries out what a peer wants.
+    pub(super) fn act_for_peer(&mut self, host: usize, follower: Follower, action: peer::Action) {
+        let link = LinkId::new(host, host_number(follower.host));
         match action {
-            session::Action::Send(message) => self.send_message(link, &message),
-            session::Action::SendFrame { header, request } => {
+            peer::Action::Send(message) => self.send_message(link, &message),
+            peer::Action::SendFrame { header, request } => {
                 let value = request.map_or(0, |request| self.content_of(link.dialler, request, false));
                 self.send_live(link, header, Data::Fill(value));
             }
-            session::Action::WriteMap(changes) => {
+            peer::Action::WriteMap(changes) => {
                 let name = dirty_map::file_name(host_id(link.listener));
-                self.start_primary_file(host, &name, batches_of_map(changes), FileWork::Map(peer));
+                self.start_primary_file(host, &name, batches_of_map(changes), FileWork::Map(follower));
             }
-            session::Action::ReadCopy { read, range, digest } => {
-                let id = self.start_primary_disk(host, DiskWork::Copy(peer, read, range, digest));
+            peer::Action::ReadCopy { read, range, digest } => {
+                let id = self.start_primary_disk(host, DiskWork::Copy(follower, read, range, digest));
                 self.hosts[host].disk.begin_read(id, range);
             }
-            session::Action::SendCopy { read, header } => self.send_copy(link, peer, read, header),
-            session::Action::Hold { .. } => panic!("the tracker carries out holds itself"),
+            peer::Action::SendCopy { read, header } => self.send_copy(link, follower, read, header),
+            peer::Action::Hold { .. } => panic!("the tracker carries out holds itself"),
         }
     }
 

@@ -6,7 +6,7 @@ use super::host::{Shell, host_id, host_number};
 use super::links::{Channel, LinkId, Packet};
 use super::world::{Event, World};
 use blockmirror_protocol::membership;
-use blockmirror_protocol::session::Session;
+use blockmirror_protocol::peer::Peer;
 use blockmirror_protocol::succession::{Heard, Judgement, Succeeded, Weight};
 use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::Doubt;
@@ -211,8 +211,8 @@ impl World {
         let it = &mut self.hosts[primary];
         it.void_map(host);
         let (size, block_size) = (it.superblock.size_bytes, it.superblock.block_size);
-        let session = Session::new(host_id(host), it.recover_map(host), size, block_size, window, mode);
-        it.tracker_mut().expect("it is primary").add_session(session, now);
+        let peer = Peer::new(host_id(host), it.recover_map(host), size, block_size, window, mode);
+        it.tracker_mut().expect("it is primary").add_peer(peer, now);
         self.plan_connect(LinkId::new(primary, host));
     }
 
@@ -237,7 +237,7 @@ impl World {
         it.heard.remove(&peer);
         let left = match &mut it.shell {
             Shell::Primary(shell) => {
-                shell.tracker.remove_session(host_id(peer), now);
+                shell.tracker.remove_peer(host_id(peer), now);
                 it.void_map(peer);
                 self.excuse(host, peer);
                 self.hosts[host].members.peers()

@@ -11,9 +11,9 @@ use super::world::World;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{activity_log, dirty_map};
 use blockmirror_protocol::lineage::Ends;
+use blockmirror_protocol::peer::resync::{COPY_BYTES, CopyContent, CopyRead};
+use blockmirror_protocol::peer::{Identity, Peer};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::session::resync::{COPY_BYTES, CopyContent, CopyRead};
-use blockmirror_protocol::session::{Identity, Session};
 use blockmirror_protocol::terms::Mode;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::tracker::{self, Action, Follower, LocalWrite, RequestId, Tracker};
@@ -34,7 +34,7 @@ pub(super) enum DiskWork {
 pub(super) enum FileWork {
     Log,
     Map(Follower),
-    Session(LinkId),
+    Peer(LinkId),
     /// And where what went before ended until then.
     Generation(GenerationId, Ends),
     /// What the superblock said before.
@@ -81,7 +81,7 @@ impl PrimaryShell {
     /// Whether the superblock is being written.
     pub(super) fn is_recording(&self) -> bool {
         let is_recording = |work: &FileWork| {
-            matches!(work, FileWork::Session(_) | FileWork::Generation(..) | FileWork::Told(_))
+            matches!(work, FileWork::Peer(_) | FileWork::Generation(..) | FileWork::Told(_))
         };
         self.file_work.values().any(is_recording)
     }
@@ -108,7 +108,7 @@ impl World {
         let modes = &self.settings.modes;
         let session_of = |peer| {
             let map = it.recover_map(peer);
-            Session::new(host_id(peer), map, size_bytes, block_size, window, modes[peer])
+            Peer::new(host_id(peer), map, size_bytes, block_size, window, modes[peer])
         };
         let sessions = peers.into_iter().map(session_of).collect();
         let log = it.recover_log();
@@ -206,7 +206,7 @@ impl World {
                 let id = self.start_primary_disk(host, DiskWork::Digest(hold, range));
                 self.hosts[host].disk.begin_read(id, range);
             }
-            Action::Peer { peer, action } => self.act_session(host, peer, action),
+            Action::Peer { follower, action } => self.act_for_peer(host, follower, action),
         }
     }
 
@@ -275,7 +275,7 @@ impl World {
         match shell.file_work.remove(&id).expect("it is known") {
             FileWork::Log => shell.tracker.handle_log_written(good, now),
             FileWork::Map(peer) => shell.tracker.handle_map_written(peer, good, now),
-            FileWork::Session(link) => {
+            FileWork::Peer(link) => {
                 self.session_recorded(link, good);
                 self.record_next(host);
             }
@@ -315,7 +315,7 @@ impl World {
             None => return,
             Some(SuperblockWork::Session(link)) => {
                 it.superblock.session = it.superblock.next_session(shell.tracker.sessions_above());
-                FileWork::Session(link)
+                FileWork::Peer(link)
             }
             Some(SuperblockWork::Told(end)) => {
                 let before = it.superblock.ends.clone();

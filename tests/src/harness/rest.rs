@@ -6,7 +6,7 @@ use super::host::{Shell, host_id, host_number};
 use super::links::LinkId;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log::Recovered;
-use blockmirror_protocol::session::ReplicaState;
+use blockmirror_protocol::peer::ReplicaState;
 use blockmirror_protocol::tracker::Work;
 use std::fmt::Write;
 use std::time::Duration;

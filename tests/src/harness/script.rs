@@ -6,8 +6,8 @@ use super::links::LinkId;
 use super::random::Random;
 use super::settings::Settings;
 use super::world::{Event, World};
+use blockmirror_protocol::peer::{ReplicaState, Report};
 use blockmirror_protocol::ranges::ByteRange;
-use blockmirror_protocol::session::{ReplicaState, Report};
 use blockmirror_protocol::tracker::Work;
 use std::time::Duration;
 

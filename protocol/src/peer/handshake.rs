@@ -3,17 +3,15 @@
 //! Nothing here clears a bit (D3): a handshake can only add. The replica answers a greeting after it has drained every
 //! older session, so no frame of one lands after the first read for a copy (R1).
 
-use super::{Action, Link, Progress, Session, State};
+use super::{Action, Link, Peer, Progress, State};
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock;
 use crate::lineage::{self, Ends, Relation};
+use crate::peer::resync::Resync;
+use crate::peer::stream::Window;
 use crate::planted::{Bug, planted};
-use crate::session::resync::Resync;
-use crate::session::stream::Window;
 use crate::terms::{DataState, Fence};
-use crate::units::{
-    BlockSize, CopyId, Epoch, GenerationId, Mark, Sequence, Session as SessionNumber, Stream, Time, VolumeId,
-};
+use crate::units::{BlockSize, CopyId, Epoch, GenerationId, Mark, Sequence, Session, Stream, Time, VolumeId};
 use crate::wire::VERSIONS;
 use crate::wire::message::{Hello, Member, Message, Refused, Union, Welcome};
 
@@ -73,7 +71,7 @@ pub enum PeerError {
 
 #[derive(Debug)]
 pub(super) struct Greeting {
-    session: SessionNumber,
+    session: Session,
     stream: Stream,
     fence: Fence,
     adopted: u64,
@@ -81,9 +79,9 @@ pub(super) struct Greeting {
     welcome: Option<Welcome>,
 }
 
-impl Session {
+impl Peer {
     /// A connection is up: greet the replica. `session` is higher than any before, durably.
-    pub fn handle_connected(&mut self, session: SessionNumber, identity: &Identity) {
+    pub fn handle_connected(&mut self, session: Session, identity: &Identity) {
         assert!(matches!(self.state, State::Away), "a session begins when the one before has ended");
         let stream = Stream(1);
         self.state = State::Greeting(Box::new(Greeting {
@@ -243,7 +241,7 @@ impl Session {
 impl Greeting {
     /// Whether the peer had copies in a session that this host numbered, after the last one with copies that it knows of. Of
     /// the numbers of other primaries it can't know: they are those of other fences.
-    fn forgot(&self, copied: Option<SessionNumber>, had: SessionNumber) -> bool {
+    fn forgot(&self, copied: Option<Session>, had: Session) -> bool {
         let fence_of = superblock::fence_of_session;
         copied.is_some_and(|copied| {
             had > copied && [fence_of(copied), self.fence.counter].contains(&fence_of(had))
@@ -304,7 +302,7 @@ pub(super) mod tests {
         Welcome {
             version: VERSIONS.1,
             features: 0,
-            session: SessionNumber(1),
+            session: Session(1),
             copy: CopyId([2; 16]),
             data,
             can_roll_back,
@@ -320,7 +318,7 @@ pub(super) mod tests {
     #[test]
     fn a_map_is_believed_only_for_what_the_copy_was_when_it_began() {
         let greeting = Greeting {
-            session: SessionNumber(1),
+            session: Session(1),
             stream: Stream(1),
             fence: fence(1),
             adopted: 0,

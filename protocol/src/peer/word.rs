@@ -51,12 +51,12 @@ impl Word {
 
     /// Whether it may be promoted while `peer` is silent, by another word than `given`, if there is one. One that holds for a time
     /// counts where `is_timed`: that time may not be over.
-    pub(super) fn bears_silence_of(&self, peer: HostId, given: Option<&Given>, is_timed: bool) -> bool {
+    pub(super) fn bears_silence_of(&self, other: HostId, given: Option<&Given>, is_timed: bool) -> bool {
         let may_be_timed = self.may_be_timed && is_timed;
         let bears_it = match self.held.promise {
             Promise::WhileHeard => is_timed,
             // One that it does not know is none that it waits to hear.
-            Promise::Replicas(_) => self.held.bears_silence() || !self.held.counted.contains(&peer),
+            Promise::Replicas(_) => self.held.bears_silence() || !self.held.counted.contains(&other),
             Promise::None => false,
         };
         may_be_timed || bears_it && given.is_none_or(|given| self.held != *given)

@@ -10,7 +10,7 @@
 //! A compare that nobody waits for any more begins no further step, and has ended when those under way have: a replica
 //! answers no more than a few digests at a time.
 
-use super::{Action, Link, Phase, Session, State};
+use super::{Action, Link, Peer, Phase, State};
 use crate::ranges::ByteRange;
 use crate::units::{EXTENT_BYTES, Sequence};
 use crate::wire::{Body, FrameHeader};
@@ -72,7 +72,7 @@ impl Verify {
     }
 }
 
-impl Session {
+impl Peer {
     /// Begins a compare. Says whether it did: not unless the replica is in sync and no other compare runs.
     #[must_use]
     pub(crate) fn begin_compare(&mut self, last: Sequence) -> bool {

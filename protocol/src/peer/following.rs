@@ -1,7 +1,7 @@
 //! How a replica comes to follow the newest generation, and counts: the commit, generations that begin within a session,
 //! what is agreed and released, and what it has of what was written (L1, W4, D5).
 
-use super::{Action, Circumstances, Phase, Session, State, Step, TAIL_TIME, Wants};
+use super::{Action, Circumstances, Peer, Phase, State, Step, TAIL_TIME, Wants};
 use crate::planted::{Bug, planted};
 use crate::promise::Given;
 use crate::ranges::ByteRange;
@@ -13,7 +13,7 @@ use std::num::NonZeroU64;
 use std::ops::Range;
 use std::time::Duration;
 
-impl Session {
+impl Peer {
     /// Commits when everything up to the epoch that closed after the last copy is durable on the replica.
     pub(super) fn commit(&mut self, circumstances: &Circumstances<'_>) -> Wants {
         let State::Linked(link) = &self.state else { return Wants::default() };
@@ -76,14 +76,14 @@ impl Session {
     }
 
     /// Whether the replica may be promoted while `peer` is silent, by another word than `given`.
-    pub(crate) fn bears_silence_unlike(&self, given: &Given, peer: HostId, now: Time) -> bool {
+    pub(crate) fn bears_silence_unlike(&self, given: &Given, other: HostId, now: Time) -> bool {
         let is_timed = self.may_follow() || self.promised.is_some_and(|until| now < until);
-        self.word.bears_silence_of(peer, Some(given), is_timed)
+        self.word.bears_silence_of(other, Some(given), is_timed)
     }
 
     /// Whether it may be so by a word that holds for ever.
-    pub(crate) fn bears_silence_for_ever(&self, peer: HostId) -> bool {
-        self.word.is_for_ever() && self.word.bears_silence_of(peer, None, false)
+    pub(crate) fn bears_silence_for_ever(&self, other: HostId) -> bool {
+        self.word.is_for_ever() && self.word.bears_silence_of(other, None, false)
     }
 
     /// Whether the replica follows, and has to be resynced for what it is to count on for ever, or no more: it would hear of it
@@ -336,21 +336,21 @@ mod tests {
     use crate::disk::dirty_map::Base;
     use crate::terms::{DataState, Fence};
     use crate::tracker::RequestId;
-    use crate::units::{BlockSize, CopyId, HostId, Mark, Session as SessionNumber, VolumeId};
+    use crate::units::{BlockSize, CopyId, HostId, Mark, Session, VolumeId};
     use crate::wire::VERSIONS;
     use crate::wire::message::{Acknowledgement, Committed, Union, Welcome};
 
     const PEER: HostId = HostId([2; 32]);
-    const SESSION: SessionNumber = SessionNumber(1);
+    const SESSION: Session = Session(1);
     const NOW: Time = Time(std::time::Duration::ZERO);
 
-    /// A session with a replica that lacks nothing, up to the point where the commit is sent.
-    fn committing() -> Session {
+    /// A peer that lacks nothing, up to the point where the commit is sent.
+    fn committing() -> Peer {
         let (size_bytes, block_size, copy) = (1 << 20, BlockSize::default(), CopyId([2; 16]));
         let (lineage, fence) = (vec![GenerationId([1; 16])], Fence { counter: 1, holder: HostId([1; 32]) });
         let base = Base { copy, generation: lineage[0], adopted: 0 };
         let map = DirtyMap::full(VolumeId([1; 16]), PEER, size_bytes, block_size).clean(base);
-        let mut session = Session::new(PEER, map, size_bytes, block_size, 1 << 20, Mode::Sync);
+        let mut peer = Peer::new(PEER, map, size_bytes, block_size, 1 << 20, Mode::Sync);
         let identity = Identity {
             volume: VolumeId([1; 16]),
             size_bytes,
@@ -363,7 +363,7 @@ mod tests {
             members: Vec::new(),
             ends: crate::lineage::Ends::default(),
         };
-        session.handle_connected(SESSION, &identity);
+        peer.handle_connected(SESSION, &identity);
         let welcome = Welcome {
             version: VERSIONS.1,
             features: 0,
@@ -379,11 +379,11 @@ mod tests {
             window_bytes: 1 << 20,
         };
         for message in [welcome.into(), Union { ranges: Vec::new(), last: true }.into()] {
-            session.handle_message(message, Sequence(0), NOW).unwrap();
+            peer.handle_message(message, Sequence(0), NOW).unwrap();
         }
         let position = (Epoch(1), Sequence(0));
         let (application_is_active, may_commit, active) = (false, true, &Vec::new);
-        session.commit(&Circumstances {
+        peer.commit(&Circumstances {
             application_is_active,
             lineage: &lineage,
             position,
@@ -392,28 +392,28 @@ mod tests {
             may_commit,
             active,
         });
-        session
+        peer
     }
 
     #[test]
     fn a_replica_that_was_sent_a_commit_may_follow_and_is_told_of_what_it_has_alone() {
-        let mut session = committing();
+        let mut peer = committing();
         // It may have recorded the commit, and be promoted as an equal.
-        assert!(session.may_follow() && !session.is_in_sync());
+        assert!(peer.may_follow() && !peer.is_in_sync());
         let committed = Committed { session: SESSION, position: Position::default() };
-        session.handle_message(committed.into(), Sequence(0), NOW).unwrap();
-        assert!(session.may_follow() && session.is_in_sync());
+        peer.handle_message(committed.into(), Sequence(0), NOW).unwrap();
+        assert!(peer.may_follow() && peer.is_in_sync());
         let (range, request) = (ByteRange::new(0, 512), RequestId(1));
-        session.handle_write(
+        peer.handle_write(
             LiveWrite { request, range, epoch: Epoch(2), sequence: Sequence(1), zero: None },
             NOW,
         );
         let agreed = (Epoch(2), Sequence(1));
-        assert!(!session.awaits(agreed), "its log may be the only one that names the write's extent");
-        session.handle_epoch_end(Epoch(2), Sequence(1));
+        assert!(!peer.awaits(agreed), "its log may be the only one that names the write's extent");
+        peer.handle_epoch_end(Epoch(2), Sequence(1));
         let (received, durable) = (Sequence(1), Epoch(2));
         let durable = Acknowledgement { session: SESSION, received, durable, ..Acknowledgement::default() };
-        session.handle_message(durable.into(), Sequence(1), NOW).unwrap();
-        assert!(session.awaits(agreed));
+        peer.handle_message(durable.into(), Sequence(1), NOW).unwrap();
+        assert!(peer.awaits(agreed));
     }
 }

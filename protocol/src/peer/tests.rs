@@ -1,4 +1,4 @@
-//! A session from its greeting on: what its map says and when that is durable, when a resync begins, what is told of a
+//! A peer from its greeting on: what its map says and when that is durable, when a resync begins, what is told of a
 //! generation.
 
 use super::answered::Followed;
@@ -9,21 +9,21 @@ use crate::dirty_map::MapChanges;
 use crate::disk::PAGE_BYTES;
 use crate::disk::dirty_map::Header;
 use crate::terms::DataState;
-use crate::units::{CopyId, EXTENT_BYTES, Mark, Position, Session as SessionNumber, VolumeId};
+use crate::units::{CopyId, EXTENT_BYTES, Mark, Position, Session, VolumeId};
 use crate::wire::message::{Digest, Renew, Union, Welcome};
 use std::collections::BTreeMap;
 
 const BLOCKS: u64 = 256;
 
-fn session_with(map: impl Fn(DirtyMap) -> DirtyMap) -> Session {
-    let (peer, block_size) = (HostId([2; 32]), BlockSize::default());
+fn peer_with(map: impl Fn(DirtyMap) -> DirtyMap) -> Peer {
+    let (host, block_size) = (HostId([2; 32]), BlockSize::default());
     let size_bytes = BLOCKS * block_size.bytes();
-    let map = map(DirtyMap::full(VolumeId([1; 16]), peer, size_bytes, block_size));
-    Session::new(peer, map, size_bytes, block_size, 1 << 20, Mode::Async)
+    let map = map(DirtyMap::full(VolumeId([1; 16]), host, size_bytes, block_size));
+    Peer::new(host, map, size_bytes, block_size, 1 << 20, Mode::Async)
 }
 
 /// The primary with these generations greets, and this is the answer.
-fn greet(session: &mut Session, generations: &str, welcome: Welcome) {
+fn greet(peer: &mut Peer, generations: &str, welcome: Welcome) {
     let identity = Identity {
         volume: VolumeId([1; 16]),
         size_bytes: BLOCKS * BlockSize::default().bytes(),
@@ -36,9 +36,9 @@ fn greet(session: &mut Session, generations: &str, welcome: Welcome) {
         members: Vec::new(),
         ends: crate::lineage::Ends::default(),
     };
-    session.handle_connected(welcome.session, &identity);
+    peer.handle_connected(welcome.session, &identity);
     for message in [welcome.into(), Union { ranges: Vec::new(), last: true }.into()] {
-        session.handle_message(message, Sequence(0), Time::default()).unwrap();
+        peer.handle_message(message, Sequence(0), Time::default()).unwrap();
     }
 }
 
@@ -63,22 +63,22 @@ fn relative_to(copy: u8) -> Base {
 /// each interruption began a copy of the whole volume anew.
 #[test]
 fn what_was_copied_by_a_full_map_counts_after_an_interruption() {
-    let mut session = session_with(|map| map.clean(relative_to(9)));
-    greet(&mut session, "ba", welcome(DataState::Consistent, false, fence(1), "a"));
-    assert!(session.map().is_full(), "the map was another copy's");
-    session.map.clear(0..100);
-    session.handle_disconnected(Time::default());
-    greet(&mut session, "ba", welcome(DataState::Inconsistent, false, fence(1), "a"));
-    assert_eq!(session.map().dirty_blocks(), BLOCKS - 100);
+    let mut peer = peer_with(|map| map.clean(relative_to(9)));
+    greet(&mut peer, "ba", welcome(DataState::Consistent, false, fence(1), "a"));
+    assert!(peer.map().is_full(), "the map was another copy's");
+    peer.map.clear(0..100);
+    peer.handle_disconnected(Time::default());
+    greet(&mut peer, "ba", welcome(DataState::Inconsistent, false, fence(1), "a"));
+    assert_eq!(peer.map().dirty_blocks(), BLOCKS - 100);
 }
 
 #[test]
 fn a_generation_that_begins_before_a_clean_replica_has_recorded_its_commit_is_told_to_it() {
-    let mut session = session_with(|map| map.clean(relative_to(2)));
-    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
-    session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
-    session.handle_generation(GenerationId([b'b'; 16]), Epoch(8));
-    let told = std::iter::from_fn(|| session.poll_action()).filter_map(|action| match action {
+    let mut peer = peer_with(|map| map.clean(relative_to(2)));
+    greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    peer.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
+    peer.handle_generation(GenerationId([b'b'; 16]), Epoch(8));
+    let told = std::iter::from_fn(|| peer.poll_action()).filter_map(|action| match action {
         Action::Send(Message::Commit(commit)) => Some(commit.position.generation),
         Action::SendFrame { header, .. } => match header.body {
             Body::Generation { generation } => Some(generation),
@@ -90,16 +90,16 @@ fn a_generation_that_begins_before_a_clean_replica_has_recorded_its_commit_is_to
 }
 
 /// Answers as the replica would until it is in sync. Gives how often it was told that it is passed over.
-fn bring_into_sync(session: &mut Session, epoch: Epoch) -> usize {
-    let (number, now) = (SessionNumber(1), Time::default());
+fn bring_into_sync(peer: &mut Peer, epoch: Epoch) -> usize {
+    let (number, now) = (Session(1), Time::default());
     let mut told = 0;
     for _ in 0..8 {
-        session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), now);
-        session.handle_epoch_end(epoch, Sequence(3));
-        while let Some(action) = session.poll_action() {
+        peer.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), now);
+        peer.handle_epoch_end(epoch, Sequence(3));
+        while let Some(action) = peer.poll_action() {
             let answer: Message = match action {
                 Action::WriteMap(_) => {
-                    session.handle_map_written(true, now);
+                    peer.handle_map_written(true, now);
                     continue;
                 }
                 Action::Send(Message::Alone(_)) => {
@@ -117,27 +117,27 @@ fn bring_into_sync(session: &mut Session, epoch: Epoch) -> usize {
                 }
                 _ => continue,
             };
-            session.handle_message(answer, Sequence(3), now).unwrap();
+            peer.handle_message(answer, Sequence(3), now).unwrap();
         }
     }
-    assert!(session.is_in_sync());
+    assert!(peer.is_in_sync());
     told
 }
 
 /// Only the first time in a link: at the second, what waited for the replica waited until its word was over.
 #[test]
 fn a_replica_is_told_each_time_that_it_is_passed_over() {
-    let mut session = session_with(|map| map.clean(relative_to(2)));
-    session.set_mode(Mode::Sync);
-    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
-    assert_eq!(bring_into_sync(&mut session, Epoch(8)), 0);
+    let mut peer = peer_with(|map| map.clean(relative_to(2)));
+    peer.set_mode(Mode::Sync);
+    greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    assert_eq!(bring_into_sync(&mut peer, Epoch(8)), 0);
     for epoch in [9, 10] {
-        let renew = Renew { session: SessionNumber(1), number: epoch };
-        session.handle_message(renew.into(), Sequence(3), Time::default()).unwrap();
-        assert!(session.promised.is_some());
-        session.give_up();
-        assert_eq!(bring_into_sync(&mut session, Epoch(epoch)), 1);
-        assert!(session.promised.is_none());
+        let renew = Renew { session: Session(1), number: epoch };
+        peer.handle_message(renew.into(), Sequence(3), Time::default()).unwrap();
+        assert!(peer.promised.is_some());
+        peer.give_up();
+        assert_eq!(bring_into_sync(&mut peer, Epoch(epoch)), 1);
+        assert!(peer.promised.is_none());
     }
 }
 
@@ -145,45 +145,45 @@ fn a_replica_is_told_each_time_that_it_is_passed_over() {
 /// above what the replica had: its copies of a session that is forgotten were taken for known.
 #[test]
 fn a_replica_with_copies_of_a_session_that_is_forgotten_may_differ_anywhere() {
-    let number = |counter: u64, number| SessionNumber((counter << 40) + number);
+    let number = |counter: u64, number| Session((counter << 40) + number);
     let own = fence(1).counter;
     for (copied, had, is_believed) in [
         (Some(number(own, 5)), number(own, 5), true),
         (Some(number(own, 5)), number(own, 12), false),
         // It was promoted again since it was set back.
         (Some(number(own - 1, 5)), number(own - 1, 12), false),
-        (Some(SessionNumber(0)), number(own, 1), false),
+        (Some(Session(0)), number(own, 1), false),
         // Another primary's.
         (Some(number(own - 2, 5)), number(own - 1, 12), true),
         // The map is new, or an earlier release wrote it.
         (None, number(own, 12), true),
     ] {
-        let mut session = session_with(|map| {
+        let mut peer = peer_with(|map| {
             let mut map = map.clean(relative_to(2));
             copied.into_iter().for_each(|session| map.note_copied(session));
             map
         });
         let mut welcome = welcome(DataState::Consistent, false, fence(1), "a");
         (welcome.session, welcome.mark) = (number(own, 14), Mark { session: had, ..Mark::default() });
-        greet(&mut session, "a", welcome);
-        assert_eq!(session.map().is_clean(), is_believed, "{copied:?}, {had:?}");
-        assert_eq!(session.map().copied(), Some(number(own, 14)));
+        greet(&mut peer, "a", welcome);
+        assert_eq!(peer.map().is_clean(), is_believed, "{copied:?}, {had:?}");
+        assert_eq!(peer.map().copied(), Some(number(own, 14)));
     }
 }
 
 /// No copy is sent before the map's file says that there may be some of this session.
 #[test]
 fn a_resync_begins_when_the_map_names_its_session() {
-    let mut session = session_with(|mut map| {
+    let mut peer = peer_with(|mut map| {
         map.begin_anew(relative_to(2));
         map.take_changes();
         map
     });
-    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
     let mut written = Vec::new();
     for is_written in [false, true] {
-        session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
-        for action in std::iter::from_fn(|| session.poll_action()) {
+        peer.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
+        for action in std::iter::from_fn(|| peer.poll_action()) {
             match action {
                 Action::WriteMap(changes) => written.extend(changes.header),
                 Action::Send(Message::ResyncBegin(_)) => assert!(is_written, "it begins at once"),
@@ -191,46 +191,46 @@ fn a_resync_begins_when_the_map_names_its_session() {
             }
         }
         if !is_written {
-            session.handle_map_written(true, Time::default());
+            peer.handle_map_written(true, Time::default());
         }
     }
     let header = written.first().expect("the header is written");
     let mut file = vec![0; 2 * PAGE_BYTES];
     file[header.0 as usize..][..PAGE_BYTES].copy_from_slice(&header.1[..]);
     let (_, header) = Header::recover(&file).unwrap();
-    assert_eq!(header.copied, Some(SessionNumber(1)));
-    assert!(matches!(&session.state, State::Linked(link) if link.phase() == Phase::Beginning));
+    assert_eq!(header.copied, Some(Session(1)));
+    assert!(matches!(&peer.state, State::Linked(link) if link.phase() == Phase::Beginning));
 }
 
 /// Under load some write had always been marked since the map was last written, so that a resync never began.
 #[test]
 fn a_resync_begins_when_the_replicas_union_is_durable_whatever_is_written_meanwhile() {
-    let mut session = session_with(|map| map.clean(relative_to(2)));
-    let begins = |session: &mut Session| {
-        session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
-        let mut actions = std::iter::from_fn(|| session.poll_action());
+    let mut peer = peer_with(|map| map.clean(relative_to(2)));
+    let begins = |peer: &mut Peer| {
+        peer.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
+        let mut actions = std::iter::from_fn(|| peer.poll_action());
         actions.any(|action| matches!(action, Action::Send(Message::ResyncBegin(_))))
     };
-    session.mark(7..8, Sequence(1));
-    session.write_map();
-    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
-    session.mark_suspect(ByteRange::new(0, 4096), Sequence(1));
-    assert!(!begins(&mut session));
-    session.handle_map_written(true, Time::default());
-    assert!(!begins(&mut session), "what was being written then had not all of it");
-    session.mark(8..9, Sequence(2));
-    session.handle_map_written(true, Time::default());
-    assert!(session.first_unwritten().is_some());
-    assert!(begins(&mut session));
+    peer.mark(7..8, Sequence(1));
+    peer.write_map();
+    greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    peer.mark_suspect(ByteRange::new(0, 4096), Sequence(1));
+    assert!(!begins(&mut peer));
+    peer.handle_map_written(true, Time::default());
+    assert!(!begins(&mut peer), "what was being written then had not all of it");
+    peer.mark(8..9, Sequence(2));
+    peer.handle_map_written(true, Time::default());
+    assert!(peer.first_unwritten().is_some());
+    assert!(begins(&mut peer));
 }
 
 #[test]
 fn that_everything_may_differ_takes_no_more_than_the_header() {
-    let mut session = session_with(|map| map.clean(relative_to(2)));
-    session.mark_suspect(ByteRange::new(0, BLOCKS * BlockSize::default().bytes()), Sequence(4));
-    assert_eq!(session.map().dirty_blocks(), BLOCKS);
-    assert_eq!(session.first_unwritten(), Some(Sequence(5)));
-    let changes = session.map.take_changes();
+    let mut peer = peer_with(|map| map.clean(relative_to(2)));
+    peer.mark_suspect(ByteRange::new(0, BLOCKS * BlockSize::default().bytes()), Sequence(4));
+    assert_eq!(peer.map().dirty_blocks(), BLOCKS);
+    assert_eq!(peer.first_unwritten(), Some(Sequence(5)));
+    let changes = peer.map.take_changes();
     assert!(changes.pages.is_empty() && changes.header.is_some(), "{changes:?}");
 }
 
@@ -243,20 +243,20 @@ fn nothing_is_safe_until_a_map_that_was_given_up_is_written() {
     let mut map = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), size_bytes, block_size);
     map.clear(0..255);
     map.take_changes();
-    let mut session = Session::new(HostId([2; 32]), map, size_bytes, block_size, 1 << 20, Mode::Async);
+    let mut peer = Peer::new(HostId([2; 32]), map, size_bytes, block_size, 1 << 20, Mode::Async);
     let order = Order::<u8>::new(512);
-    session.map.clear(255..256);
+    peer.map.clear(255..256);
     for second in [1, 3] {
-        session.drive(&order, &circumstances(&lineage("a")), Time(Duration::from_secs(second)));
-        session.handle_map_written(false, Time(Duration::from_secs(second)));
+        peer.drive(&order, &circumstances(&lineage("a")), Time(Duration::from_secs(second)));
+        peer.handle_map_written(false, Time(Duration::from_secs(second)));
     }
-    assert!(session.map().is_full());
-    session.mark(7..8, Sequence(5));
-    assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0));
-    session.drive(&order, &circumstances(&lineage("a")), Time(Duration::from_secs(5)));
-    assert_eq!(session.safe_up_to(Sequence(5)), Sequence(0), "the header is being written");
-    session.handle_map_written(true, Time(Duration::from_secs(5)));
-    assert_eq!(session.safe_up_to(Sequence(5)), Sequence(5));
+    assert!(peer.map().is_full());
+    peer.mark(7..8, Sequence(5));
+    assert_eq!(peer.safe_up_to(Sequence(5)), Sequence(0));
+    peer.drive(&order, &circumstances(&lineage("a")), Time(Duration::from_secs(5)));
+    assert_eq!(peer.safe_up_to(Sequence(5)), Sequence(0), "the header is being written");
+    peer.handle_map_written(true, Time(Duration::from_secs(5)));
+    assert_eq!(peer.safe_up_to(Sequence(5)), Sequence(5));
 }
 
 /// The generations that a replica follows by stream are its newest ones, and were pruned, since its map was relative to
@@ -266,71 +266,71 @@ fn a_generation_that_a_replica_followed_is_kept_while_it_is_away() {
     use crate::lineage::{self, Relation};
     let begun = |number: u8| GenerationId([number; 16]);
     let mut generations = lineage("a");
-    let mut session = session_with(|map| map.clean(relative_to(2)));
-    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
-    session.drive(&Order::<u64>::new(512), &circumstances(&generations), Time::default());
-    let committed = Committed { session: SessionNumber(1), position: Default::default() };
-    session.handle_message(committed.into(), Sequence(0), Time::default()).unwrap();
-    assert!(session.is_in_sync());
-    let mut begin = |session: &mut Session, generation, epoch| {
-        let kept: Vec<_> = session.newest_there(&generations).collect();
+    let mut peer = peer_with(|map| map.clean(relative_to(2)));
+    greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    peer.drive(&Order::<u64>::new(512), &circumstances(&generations), Time::default());
+    let committed = Committed { session: Session(1), position: Default::default() };
+    peer.handle_message(committed.into(), Sequence(0), Time::default()).unwrap();
+    assert!(peer.is_in_sync());
+    let mut begin = |peer: &mut Peer, generation, epoch| {
+        let kept: Vec<_> = peer.newest_there(&generations).collect();
         lineage::begin(&mut generations, generation, &kept, 4);
-        session.handle_generation(generation, Epoch(epoch));
+        peer.handle_generation(generation, Epoch(epoch));
         generations.clone()
     };
     // One that it has recorded, and one of which nothing is known.
     let mut followed = lineage("a");
     for (number, is_durable) in [(1, true), (2, false)] {
-        begin(&mut session, begun(number), u64::from(number) * 10);
+        begin(&mut peer, begun(number), u64::from(number) * 10);
         followed.insert(0, begun(number));
         let range = ByteRange::new(0, 4096);
         let (epoch, sequence) = (Epoch(u64::from(number) * 10), Sequence(u64::from(number)));
-        session.handle_write(
+        peer.handle_write(
             LiveWrite { request: RequestId(1), range, epoch, sequence, zero: None },
             Time::default(),
         );
-        session.handle_epoch_end(epoch, sequence);
+        peer.handle_epoch_end(epoch, sequence);
         if is_durable {
             let durable = Acknowledgement {
-                session: SessionNumber(1),
+                session: Session(1),
                 received: sequence,
                 durable: epoch,
                 copies: 0,
                 mark: Default::default(),
             };
-            session.handle_message(durable.into(), sequence, Time::default()).unwrap();
-            assert_eq!(session.base().generation, begun(1), "its map is relative to what it has");
+            peer.handle_message(durable.into(), sequence, Time::default()).unwrap();
+            assert_eq!(peer.base().generation, begun(1), "its map is relative to what it has");
         }
     }
-    session.handle_disconnected(Time::default());
+    peer.handle_disconnected(Time::default());
     for number in 3..90 {
-        let mine = begin(&mut session, begun(number), u64::from(number) * 10);
+        let mine = begin(&mut peer, begun(number), u64::from(number) * 10);
         for newest in [&followed[1..], &followed] {
             assert_eq!(lineage::relation(newest, &mine), Relation::TheirsIsNewer, "{number}");
         }
     }
     // The same after a restart of the primary, which remembers what the map's file says.
-    let map = session.map.base();
-    let restarted = session_with(|fresh| fresh.clean(map));
+    let map = peer.map.base();
+    let restarted = peer_with(|fresh| fresh.clean(map));
     let kept: Vec<_> = restarted.newest_there(&generations).collect();
     assert!(kept.contains(&begun(1)) && kept.contains(&begun(2)), "{kept:?}");
 }
 
 /// A replica in sync with so many extents, and what it asks for when it is driven.
-fn comparable(extents: u64) -> (Session, impl Fn(&mut Session) -> Vec<Action>) {
-    let (peer, block_size) = (HostId([2; 32]), BlockSize::default());
+fn comparable(extents: u64) -> (Peer, impl Fn(&mut Peer) -> Vec<Action>) {
+    let (host, block_size) = (HostId([2; 32]), BlockSize::default());
     let size_bytes = extents * EXTENT_BYTES;
-    let map = DirtyMap::full(VolumeId([1; 16]), peer, size_bytes, block_size).clean(relative_to(2));
-    let mut session = Session::new(peer, map, size_bytes, block_size, 1 << 20, Mode::Async);
-    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
-    let drive = |session: &mut Session| {
-        session.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
-        std::iter::from_fn(|| session.poll_action()).collect::<Vec<_>>()
+    let map = DirtyMap::full(VolumeId([1; 16]), host, size_bytes, block_size).clean(relative_to(2));
+    let mut peer = Peer::new(host, map, size_bytes, block_size, 1 << 20, Mode::Async);
+    greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    let drive = |peer: &mut Peer| {
+        peer.drive(&Order::<u8>::new(512), &circumstances(&lineage("a")), Time::default());
+        std::iter::from_fn(|| peer.poll_action()).collect::<Vec<_>>()
     };
-    drive(&mut session);
-    let committed = Committed { session: SessionNumber(1), position: Position::default() };
-    session.handle_message(committed.into(), Sequence(3), Time::default()).unwrap();
-    (session, drive)
+    drive(&mut peer);
+    let committed = Committed { session: Session(1), position: Position::default() };
+    peer.handle_message(committed.into(), Sequence(3), Time::default()).unwrap();
+    (peer, drive)
 }
 
 fn held(actions: Vec<Action>) -> Vec<(u64, ByteRange)> {
@@ -345,58 +345,58 @@ fn held(actions: Vec<Action>) -> Vec<(u64, ByteRange)> {
 /// the session of a primary that has more digests under way than a compare has steps.
 #[test]
 fn a_compare_that_nobody_waits_for_ends_with_what_is_under_way() {
-    let (mut session, drive) = comparable(9);
-    assert!(session.begin_compare(Sequence(3)));
-    let steps = held(drive(&mut session));
-    session.cancel_compare();
-    assert!(session.is_comparing() && !session.begin_compare(Sequence(3)), "digests are under way");
+    let (mut peer, drive) = comparable(9);
+    assert!(peer.begin_compare(Sequence(3)));
+    let steps = held(drive(&mut peer));
+    peer.cancel_compare();
+    assert!(peer.is_comparing() && !peer.begin_compare(Sequence(3)), "digests are under way");
     for (step, range) in steps {
-        assert!(session.is_comparing());
-        session.handle_hold(step, range);
-        session.handle_local_digest(step, Some([7; 32]));
-        let digest = Digest { session: SessionNumber(1), number: step, digest: [7; 32] };
-        session.handle_message(digest.into(), Sequence(3), Time::default()).unwrap();
-        assert_eq!(held(drive(&mut session)), []);
+        assert!(peer.is_comparing());
+        peer.handle_hold(step, range);
+        peer.handle_local_digest(step, Some([7; 32]));
+        let digest = Digest { session: Session(1), number: step, digest: [7; 32] };
+        peer.handle_message(digest.into(), Sequence(3), Time::default()).unwrap();
+        assert_eq!(held(drive(&mut peer)), []);
     }
-    assert!(!session.is_comparing() && session.take_compared(Sequence(3)).is_none());
-    assert!(session.begin_compare(Sequence(3)));
-    session.cancel_compare();
-    assert!(!session.is_comparing(), "nothing was under way");
+    assert!(!peer.is_comparing() && peer.take_compared(Sequence(3)).is_none());
+    assert!(peer.begin_compare(Sequence(3)));
+    peer.cancel_compare();
+    assert!(!peer.is_comparing(), "nothing was under way");
 }
 
 /// It ended at the first sector that could not be read, and said that the replica was not in sync.
 #[test]
 fn a_compare_goes_on_past_what_can_not_be_read_here_and_tells_it() {
-    let (mut session, drive) = comparable(5);
-    let (number, block_size) = (SessionNumber(1), BlockSize::default());
-    assert!(session.begin_compare(Sequence(3)));
+    let (mut peer, drive) = comparable(5);
+    let (number, block_size) = (Session(1), BlockSize::default());
+    assert!(peer.begin_compare(Sequence(3)));
     loop {
-        let held = held(drive(&mut session));
+        let held = held(drive(&mut peer));
         if held.is_empty() {
             break;
         }
         for (step, range) in held {
-            session.handle_hold(step, range);
+            peer.handle_hold(step, range);
             let extent = range.offset / EXTENT_BYTES;
-            session.handle_local_digest(step, (extent != 1 && extent != 3).then_some([7; 32]));
+            peer.handle_local_digest(step, (extent != 1 && extent != 3).then_some([7; 32]));
             let there = if extent == 4 { [8; 32] } else { [7; 32] };
             let digest = Digest { session: number, number: step, digest: there };
-            session.handle_message(digest.into(), Sequence(3), Time::default()).unwrap();
+            peer.handle_message(digest.into(), Sequence(3), Time::default()).unwrap();
         }
     }
     let extent = |number| ByteRange::new(number * EXTENT_BYTES, EXTENT_BYTES);
-    assert_eq!(session.take_compared(Sequence(3)), None, "the mark of what differs is not durable");
-    session.handle_map_written(true, Time::default());
-    let result = session.take_compared(Sequence(3)).expect("it has ended");
+    assert_eq!(peer.take_compared(Sequence(3)), None, "the mark of what differs is not durable");
+    peer.handle_map_written(true, Time::default());
+    let result = peer.take_compared(Sequence(3)).expect("it has ended");
     assert_eq!(result.unreadable, [extent(1), extent(3)]);
     assert_eq!(result.different, [extent(4)]);
     assert_eq!(result.compared_bytes, 3 * EXTENT_BYTES);
-    assert!(!session.map().is_dirty(EXTENT_BYTES / block_size.bytes()), "there is nothing to copy");
+    assert!(!peer.map().is_dirty(EXTENT_BYTES / block_size.bytes()), "there is nothing to copy");
 }
 
 /// What a map's file holds after these changes of an empty one, as the next run of a primary reads it.
-fn reread(changes: &[MapChanges], mode: Mode) -> Session {
-    let (peer, block_size) = (HostId([2; 32]), BlockSize::default());
+fn reread(changes: &[MapChanges], mode: Mode) -> Peer {
+    let (host, block_size) = (HostId([2; 32]), BlockSize::default());
     let size_bytes = BLOCKS * block_size.bytes();
     let (mut headers, mut pages) = (vec![0; 2 * PAGE_BYTES], BTreeMap::new());
     for changes in changes {
@@ -407,13 +407,13 @@ fn reread(changes: &[MapChanges], mode: Mode) -> Session {
             headers[*offset as usize..*offset as usize + PAGE_BYTES].copy_from_slice(&header[..]);
         }
     }
-    let full = DirtyMap::full(VolumeId([1; 16]), peer, size_bytes, block_size);
+    let full = DirtyMap::full(VolumeId([1; 16]), host, size_bytes, block_size);
     let map = DirtyMap::recover(&full, &headers, pages).expect("the file is whole");
-    Session::new(peer, map, size_bytes, block_size, 1 << 20, mode)
+    Peer::new(host, map, size_bytes, block_size, 1 << 20, mode)
 }
 
-fn map_changes(session: &mut Session) -> Option<MapChanges> {
-    std::iter::from_fn(|| session.poll_action()).find_map(|action| match action {
+fn map_changes(peer: &mut Peer) -> Option<MapChanges> {
+    std::iter::from_fn(|| peer.poll_action()).find_map(|action| match action {
         Action::WriteMap(changes) => Some(changes),
         _ => None,
     })
@@ -432,45 +432,45 @@ fn denial() -> Denial {
 fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
     const A: GenerationId = GenerationId([b'a'; 16]);
     let later = Some(GenerationId([b'b'; 16]));
-    let mut session = session_with(|map| map.clean(relative_to(2)));
-    (session.mode, session.denial) = (Mode::Sync, denial());
-    session.opened_at(A);
-    session.answered.follows();
-    session.note_answered(Sequence(3), Some(A));
-    session.answered.left(Followed { sent: Sequence(3), received: Sequence(3), oldest: None });
-    session.mark(7..8, Sequence(4));
-    session.write_map();
-    let mut written = vec![map_changes(&mut session).expect("it has a mark")];
-    session.handle_map_written(true, Time::default());
+    let mut peer = peer_with(|map| map.clean(relative_to(2)));
+    (peer.mode, peer.denial) = (Mode::Sync, denial());
+    peer.opened_at(A);
+    peer.answered.follows();
+    peer.note_answered(Sequence(3), Some(A));
+    peer.answered.left(Followed { sent: Sequence(3), received: Sequence(3), oldest: None });
+    peer.mark(7..8, Sequence(4));
+    peer.write_map();
+    let mut written = vec![map_changes(&mut peer).expect("it has a mark")];
+    peer.handle_map_written(true, Time::default());
     let opened = |written: &[MapChanges], mode| {
-        let mut session = reread(written, mode);
-        session.set_withholds(true);
-        session.opened_at(GenerationId([b'b'; 16]));
-        session
+        let mut peer = reread(written, mode);
+        peer.set_withholds(true);
+        peer.opened_at(GenerationId([b'b'; 16]));
+        peer
     };
-    assert!(!session.lacks_answered() && !opened(&written, Mode::Sync).lacks_answered());
+    assert!(!peer.lacks_answered() && !opened(&written, Mode::Sync).lacks_answered());
     assert_eq!(opened(&written, Mode::Sync).answered_generation(), Some(A), "b was begun for nothing");
     // What is promised in another mode does not wait for the replica.
     assert!(opened(&written, Mode::Async).lacks_answered());
 
     // Once the operator lets writes be answered without it, the file must have taken that back before the first one is.
     let next = opened(&written, Mode::Sync);
-    assert!(!session.holds_answer(Sequence(3), later), "the replica has that durably");
+    assert!(!peer.holds_answer(Sequence(3), later), "the replica has that durably");
     // In the next run a flush speaks for what was written before, which the application may have read.
-    for (mut session, last) in [(session, 4), (next, 0)] {
+    for (mut peer, last) in [(peer, 4), (next, 0)] {
         let last = Sequence(last);
-        assert!(session.holds_answer(last, later));
-        assert!(session.answered_generation().is_none());
-        assert!(map_changes(&mut session).is_some(), "the file must not say it any more");
-        session.handle_map_written(false, Time::default());
-        assert!(session.holds_answer(last, later), "the file may say it still");
-        session.map_failed = false;
-        session.write_map();
-        written.extend(map_changes(&mut session));
-        session.handle_map_written(true, Time::default());
-        assert!(!session.holds_answer(last, later));
-        session.note_answered(last, later);
-        assert!(session.lacks_answered());
+        assert!(peer.holds_answer(last, later));
+        assert!(peer.answered_generation().is_none());
+        assert!(map_changes(&mut peer).is_some(), "the file must not say it any more");
+        peer.handle_map_written(false, Time::default());
+        assert!(peer.holds_answer(last, later), "the file may say it still");
+        peer.map_failed = false;
+        peer.write_map();
+        written.extend(map_changes(&mut peer));
+        peer.handle_map_written(true, Time::default());
+        assert!(!peer.holds_answer(last, later));
+        peer.note_answered(last, later);
+        assert!(peer.lacks_answered());
         let opened = opened(&written, Mode::Sync);
         assert!(opened.lacks_answered() && opened.answered_generation().is_none());
         written.truncate(1);
@@ -482,29 +482,29 @@ fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
 #[test]
 fn before_an_answer_in_a_new_generation_the_file_knows_that_the_replica_has_it() {
     let later = GenerationId([b'b'; 16]);
-    let mut session = session_with(|map| map.clean(relative_to(2)));
-    (session.mode, session.denial) = (Mode::Sync, denial());
-    session.opened_at(GenerationId([b'a'; 16]));
-    session.mark(7..8, Sequence(1));
-    session.write_map();
-    session.handle_map_written(true, Time::default());
-    greet(&mut session, "a", welcome(DataState::Consistent, false, fence(1), "a"));
-    let State::Linked(link) = &mut session.state else { panic!("it is linked") };
+    let mut peer = peer_with(|map| map.clean(relative_to(2)));
+    (peer.mode, peer.denial) = (Mode::Sync, denial());
+    peer.opened_at(GenerationId([b'a'; 16]));
+    peer.mark(7..8, Sequence(1));
+    peer.write_map();
+    peer.handle_map_written(true, Time::default());
+    greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
+    let State::Linked(link) = &mut peer.state else { panic!("it is linked") };
     link.progress = Progress::new(true);
     let generation = GenerationId([b'a'; 16]);
     for step in [Step::Close(Epoch(1), Sequence(1)), Step::Commit(generation), Step::Committed] {
         link.progress.take(step);
     }
-    session.answered.follows();
-    session.map.confirm(CopyId([2; 16]), later);
-    while session.poll_action().is_some() {}
-    assert!(!session.holds_answer(Sequence(2), Some(GenerationId([b'a'; 16]))));
-    assert!(session.holds_answer(Sequence(2), Some(later)));
-    let changes = map_changes(&mut session).expect("the header");
+    peer.answered.follows();
+    peer.map.confirm(CopyId([2; 16]), later);
+    while peer.poll_action().is_some() {}
+    assert!(!peer.holds_answer(Sequence(2), Some(GenerationId([b'a'; 16]))));
+    assert!(peer.holds_answer(Sequence(2), Some(later)));
+    let changes = map_changes(&mut peer).expect("the header");
     let (_, header) = Header::recover(&changes.header.expect("it is new").1[..]).expect("it is whole");
     assert_eq!((header.base.generation, header.is_unanswered), (later, true));
-    session.handle_map_written(true, Time::default());
-    assert!(!session.holds_answer(Sequence(2), Some(later)));
+    peer.handle_map_written(true, Time::default());
+    assert!(!peer.holds_answer(Sequence(2), Some(later)));
 }
 
 /// What a replica has received and not made durable is gone with its session, and what it was sent may never come: an answer
@@ -513,15 +513,15 @@ fn before_an_answer_in_a_new_generation_the_file_knows_that_the_replica_has_it()
 fn an_answer_for_what_a_replica_may_lose_is_not_denied() {
     const A: GenerationId = GenerationId([b'a'; 16]);
     let left = |followed: Followed| {
-        let mut session = session_with(|map| map.clean(relative_to(2)));
-        (session.mode, session.denial) = (Mode::Sync, denial());
-        session.opened_at(A);
-        session.answered.follows();
-        session.answered.left(followed);
-        session.mark(7..8, Sequence(4));
-        session.write_map();
-        session.handle_map_written(true, Time::default());
-        session
+        let mut peer = peer_with(|map| map.clean(relative_to(2)));
+        (peer.mode, peer.denial) = (Mode::Sync, denial());
+        peer.opened_at(A);
+        peer.answered.follows();
+        peer.answered.left(followed);
+        peer.mark(7..8, Sequence(4));
+        peer.write_map();
+        peer.handle_map_written(true, Time::default());
+        peer
     };
     for (received, oldest) in [(5, Some(5)), (3, Some(4)), (3, Some(5))] {
         let oldest = oldest.map(Sequence);
@@ -531,17 +531,17 @@ fn an_answer_for_what_a_replica_may_lose_is_not_denied() {
     let all = Followed { sent: Sequence(5), received: Sequence(5), oldest: None };
     assert!(!left(all).holds_answer(Sequence(5), Some(A)));
     // It was answered in another mode, before it was promised anything.
-    let mut session = left(all);
-    session.set_mode(Mode::Async);
-    session.set_mode(Mode::Sync);
-    assert!(!session.denial.may_be_said(session.map.base(), true, false));
+    let mut peer = left(all);
+    peer.set_mode(Mode::Async);
+    peer.set_mode(Mode::Sync);
+    assert!(!peer.denial.may_be_said(peer.map.base(), true, false));
 }
 
 /// One whose answers don't wait for it may lack what was answered at any time.
 #[test]
 fn a_map_that_a_primary_in_another_mode_goes_on_with_must_not_deny_anything() {
-    let mut session = session_with(|map| map.clean(relative_to(2)));
-    session.denial = Denial::new(true, GenerationId([b'a'; 16]), false);
-    session.answered.follows();
-    assert!(session.holds_answer(Sequence(1), None));
+    let mut peer = peer_with(|map| map.clean(relative_to(2)));
+    peer.denial = Denial::new(true, GenerationId([b'a'; 16]), false);
+    peer.answered.follows();
+    assert!(peer.holds_answer(Sequence(1), None));
 }

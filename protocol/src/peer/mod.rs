@@ -22,7 +22,7 @@
 //!
 //! # What a crash leaves
 //!
-//! Bits reach the disk late. Until they do, `Session::safe_up_to` keeps their extents in the activity log (D1), and
+//! Bits reach the disk late. Until they do, `Peer::safe_up_to` keeps their extents in the activity log (D1), and
 //! a restart puts the log's extents into the map. Cleared bits that were not written are set again after a crash:
 //! the blocks are copied once more.
 
@@ -51,8 +51,7 @@ use crate::ranges::ByteRange;
 use crate::terms::Mode;
 use crate::tracker::RequestId;
 use crate::units::{
-    BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session as SessionNumber,
-    Stream, Time,
+    BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session, Stream, Time,
 };
 use crate::wire::message::{
     Acknowledgement, Committed, CopyDigest, Grant, Message, Parted, ReleaseRecorded, Renew, ResyncBegin,
@@ -85,7 +84,7 @@ const MAP_TIME: Duration = Duration::from_secs(1);
 const TAIL_BLOCKS: u64 = 256;
 const TAIL_TIME: Duration = Duration::from_secs(1);
 
-/// What the shell must do for a session.
+/// What the shell must do for a peer.
 #[derive(Debug)]
 pub enum Action {
     /// Send a control message.
@@ -97,9 +96,9 @@ pub enum Action {
         /// Where the payload comes from; none where there is none.
         request: Option<RequestId>,
     },
-    /// Write to the map's file: pages and holes, sync, header, sync; then [`Session::handle_map_written`].
+    /// Write to the map's file: pages and holes, sync, header, sync; then [`Peer::handle_map_written`].
     WriteMap(MapChanges),
-    /// Read this range of the backing; then [`Session::handle_copy_read`].
+    /// Read this range of the backing; then [`Peer::handle_copy_read`].
     ReadCopy {
         /// Names the read.
         read: CopyRead,
@@ -124,10 +123,10 @@ pub enum Action {
     },
 }
 
-/// See the module.
+/// One replica, as its primary sees it: linked or not.
 #[derive(Debug)]
-pub struct Session {
-    peer: HostId,
+pub struct Peer {
+    host: HostId,
     /// Tells it from an earlier one with the same host, which was removed; the tracker's.
     pub(crate) incarnation: u64,
     block_size: BlockSize,
@@ -178,7 +177,7 @@ pub struct Session {
     /// Whether the replica was found to have gone back, and was not in sync since (X4).
     went_back: bool,
     /// The number of a session that the replica knows and this primary, which was set back, does not.
-    reused: Option<SessionNumber>,
+    reused: Option<Session>,
     actions: VecDeque<Action>,
 }
 
@@ -191,7 +190,7 @@ enum State {
 
 #[derive(Debug)]
 struct Link {
-    session: SessionNumber,
+    session: Session,
     stream: Stream,
     window_limit_bytes: u64,
     window: Window,
@@ -243,7 +242,7 @@ impl Link {
     }
 }
 
-/// A write as a session sees it.
+/// A write as a peer sees it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LiveWrite {
     pub request: RequestId,
@@ -254,7 +253,7 @@ pub(crate) struct LiveWrite {
     pub zero: Option<bool>,
 }
 
-/// What the tracker knows that a session goes on by.
+/// What the tracker knows that a peer goes on by.
 pub(crate) struct Circumstances<'a> {
     /// Whether an application waits for the disk, or did a moment ago (R3).
     pub application_is_active: bool,
@@ -272,7 +271,7 @@ pub(crate) struct Circumstances<'a> {
     pub active: &'a dyn Fn() -> Vec<Extent>,
 }
 
-/// What a session needs from the tracker to go on.
+/// What a peer needs from the tracker to go on.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct Wants {
     /// An epoch must be closed for a commit.
@@ -290,11 +289,11 @@ impl LiveWrite {
     }
 }
 
-impl Session {
+impl Peer {
     /// A replica that is not connected, with its map as recovered or [`DirtyMap::full`].
     #[must_use]
     pub fn new(
-        peer: HostId,
+        host: HostId,
         map: DirtyMap,
         size_bytes: u64,
         block_size: BlockSize,
@@ -305,7 +304,7 @@ impl Session {
         let word = Word::new(map.given());
         let answered = Answered::new(!map.is_clean() && !denial.is_inherited());
         Self {
-            peer,
+            host,
             incarnation: 0,
             block_size,
             size_bytes,
@@ -346,7 +345,7 @@ impl Session {
         self.actions.pop_front()
     }
 
-    /// When `Session::drive` has something to do by itself.
+    /// When `Peer::drive` has something to do by itself.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
         let map = (self.map.has_changes() && !self.writing_map).then(|| self.map_written_at.after(MAP_TIME));
@@ -359,8 +358,8 @@ impl Session {
 
     /// The replica.
     #[must_use]
-    pub fn peer(&self) -> HostId {
-        self.peer
+    pub fn host(&self) -> HostId {
+        self.host
     }
 
     /// Whether it has answered a greeting of this primary: it has recorded that it follows it.

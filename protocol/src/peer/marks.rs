@@ -1,15 +1,15 @@
-//! The session's dirty map: marks, when its file is written, and what is safe meanwhile (D1).
+//! The peer's dirty map: marks, when its file is written, and what is safe meanwhile (D1).
 
-use super::{Action, Session, State};
+use super::{Action, Peer, State};
 use crate::ranges::ByteRange;
 use crate::terms::Mode;
-use crate::units::{GenerationId, Sequence, Session as SessionNumber, Time};
+use crate::units::{GenerationId, Sequence, Session, Time};
 use std::ops::Range;
 
 /// From so many failures in a row on the header of a map has failed, too.
 const HEADER_FAILURES: u32 = 3;
 
-impl Session {
+impl Peer {
     /// Everything up to this write is durable on the replica or durably in its map (D1); `last` is the newest write.
     pub(crate) fn safe_up_to(&self, last: Sequence) -> Sequence {
         let unacknowledged = match &self.state {
@@ -148,7 +148,7 @@ impl Session {
 
     /// Above which number the next session must be, once it is durable that all may differ: before, a crash would leave a map
     /// that says "clean" and a number that says that nothing was lost.
-    pub(crate) fn reused(&self) -> Option<SessionNumber> {
+    pub(crate) fn reused(&self) -> Option<Session> {
         self.reused.filter(|_| self.is_saved())
     }
 

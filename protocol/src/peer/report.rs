@@ -1,14 +1,14 @@
-//! What a session tells of itself: where the link is, what the replica has, how much is missing.
+//! What a peer tells of itself: where the link is, what the replica has, how much is missing.
 //!
 //! Nothing here says "in sync" over a map that is not empty or an acknowledgement that is late (D4).
 
-use super::{ACKNOWLEDGEMENT_DEADLINE, Phase, Session, State, Verify};
+use super::{ACKNOWLEDGEMENT_DEADLINE, Peer, Phase, State, Verify};
+use crate::peer::resync::Progress;
 use crate::ranges::ByteRange;
-use crate::session::resync::Progress;
 use crate::units::{Epoch, Time};
 use std::time::Duration;
 
-/// What a session reports to status.
+/// What a peer reports to status.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Report {
     /// Where the link is.
@@ -70,7 +70,7 @@ pub enum ReplicaState {
     OutOfSync,
 }
 
-impl Session {
+impl Peer {
     /// Bytes that may differ on the replica: the map, and what is sent but not acknowledged.
     pub(super) fn out_of_sync_bytes(&self) -> u64 {
         let map_bytes = self.map.dirty_blocks() * self.block_size.bytes();
@@ -81,7 +81,7 @@ impl Session {
         (map_bytes + unmarked_bytes).min(self.size_bytes)
     }
 
-    /// The session's numbers, for status.
+    /// The peer's numbers, for status.
     #[must_use]
     pub fn report(&self, now: Time) -> Report {
         let map_bytes = (self.map.dirty_blocks() * self.block_size.bytes()).min(self.size_bytes);
