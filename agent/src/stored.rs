@@ -8,6 +8,7 @@ use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::pre_images::{self, BATCH_LIMIT_BYTES, Batch, FIRST_BATCH};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES, Page, dirty_map, marker};
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{EXTENT_BYTES, Extent, HostId, Position};
 use rustix::fs::{SeekFrom, seek};
@@ -223,7 +224,7 @@ pub fn read_layer(path: &Path) -> io::Result<LayerFile> {
 
 /// How a layer ends whose batches' pages are whole, up to where the next one would be. A batch was durable before the
 /// next was begun, so anything behind it says that it was whole.
-fn ending(file: &File, layer: u64, batches: &[Batch], length: u64) -> io::Result<Ending> {
+fn ending(file: &File, layer: LayerId, batches: &[Batch], length: u64) -> io::Result<Ending> {
     let at = batches.last().map_or(FIRST_BATCH, Batch::end);
     let last_is_whole = match batches.last() {
         None => true,

@@ -9,6 +9,7 @@
 //! count on it, so a crash in between does no harm, and the next start does it all again.
 
 use crate::disk::superblock::{Role, Superblock};
+use crate::layers::Purpose;
 use crate::lineage::Ends;
 use crate::planted::{Bug, planted};
 use crate::promise::Given;
@@ -117,8 +118,9 @@ impl Adoption<'_> {
     /// Whatever this host has noted is of the old disk: its position, what it had in common with others, and the layers.
     fn record_replica(&self, superblock: &mut Superblock, copy: CopyId) {
         superblock.copy = copy;
-        (superblock.gap, superblock.ends) = (0, Ends::default());
-        superblock.keep_in(0);
+        superblock.layers.set(Purpose::Rollback, None);
+        superblock.ends = Ends::default();
+        superblock.keep_in(None);
         (superblock.mode, superblock.given) = (Mode::Async, Given::NOTHING);
         (superblock.released, superblock.replaced) = (false, true);
         // What something else wrote is on the old disk.

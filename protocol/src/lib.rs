@@ -39,7 +39,7 @@
 //! | session | one connection's life between two hosts for a volume; its frames carry its number |
 //! | stream, resync | live epochs; the copying of dirty blocks |
 //! | pre-image | the old content of a block, saved before it is overwritten |
-//! | layer | the pre-images since one moment: for rolling a resync back, or for undoing the loss of a split brain |
+//! | layer | the pre-images since one moment, with a purpose: rollback of a resync, or undo of what was given up (the history) |
 //! | standing | what a host durably knows of itself for a volume, as it tells others |
 //!
 //! # Where to begin
@@ -59,6 +59,7 @@ pub mod adoption;
 pub mod dirty_map;
 pub mod disk;
 pub mod handover;
+pub mod layers;
 pub mod lineage;
 pub mod membership;
 pub mod nbd;

@@ -9,6 +9,7 @@
 use crate::adoption::{Adoption, Content};
 use crate::dirty_map::DirtyMap;
 use crate::disk::superblock::{Role, Superblock};
+use crate::layers::LayerId;
 use crate::planted::{Bug, planted};
 use crate::promise::Given;
 use crate::ranges::ByteRange;
@@ -28,7 +29,7 @@ pub enum Order {
     /// Write every pre-image of this layer back.
     Restore {
         /// The layer.
-        layer: u64,
+        layer: LayerId,
     },
     /// Sync the backing (P5).
     Sync,
@@ -109,7 +110,7 @@ pub struct Rewrite {
     kind: Kind,
     orders: VecDeque<Order>,
     /// Layers of pre-images that lead back to nothing any more when all is done.
-    ended: Vec<u64>,
+    ended: Vec<LayerId>,
     is_touched: bool,
 }
 
@@ -147,7 +148,8 @@ impl Rewrite {
         if superblock.touched && !candidacy.decision.is_forced && !planted(Bug::PromoteTouched) {
             return Err(NotPromotable::Touched);
         }
-        let rollback = (superblock.data == DataState::Inconsistent).then_some(superblock.gap);
+        let layers = &superblock.layers;
+        let rollback = layers.rollback().filter(|_| superblock.data == DataState::Inconsistent);
         let orders =
             maps(peers)
                 .chain(rollback.into_iter().flat_map(|layer| {
@@ -157,7 +159,7 @@ impl Rewrite {
         Ok(Self {
             kind: Kind::Promotion { candidacy, level: Vec::new() },
             orders: orders.collect(),
-            ended: layers(&[superblock.gap, superblock.history]),
+            ended: layers.of_known_purposes_alone(),
             is_touched: false,
         })
     }
@@ -177,7 +179,7 @@ impl Rewrite {
         Ok(Self {
             kind: Kind::Undo(before),
             orders: orders.collect(),
-            ended: layers(&[superblock.gap, layer]),
+            ended: superblock.layers.of_known_purposes_alone(),
             is_touched: false,
         })
     }
@@ -309,19 +311,13 @@ impl Rewrite {
 
     /// The layers of pre-images that lead back to nothing any more when all is done.
     #[must_use]
-    pub fn ended_layers(&self) -> &[u64] {
+    pub fn ended_layers(&self) -> &[LayerId] {
         &self.ended
     }
 }
 
 fn maps(peers: &[HostId]) -> impl Iterator<Item = Order> + '_ {
     peers.iter().copied().map(|peer| Order::Write(Part::Map(peer)))
-}
-
-fn layers(numbers: &[u64]) -> Vec<u64> {
-    let mut layers: Vec<u64> = numbers.iter().copied().filter(|layer| *layer != 0).collect();
-    layers.dedup();
-    layers
 }
 
 fn raised(fence: Fence, newest: Fence) -> Fence {
@@ -331,6 +327,7 @@ fn raised(fence: Fence, newest: Fence) -> Fence {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::testing::{catalog, layer};
     use crate::replica::tests::superblock;
     use crate::terms::Promise;
     use crate::units::{Epoch, Sequence};
@@ -367,12 +364,12 @@ mod tests {
         let promotion = |superblock: &Superblock| Rewrite::promotion(superblock, &PEERS, candidacy(false));
         let consistent = superblock("ba");
         assert_eq!(orders(promotion(&consistent).unwrap()), [maps[0], maps[1], Order::Sync, END]);
-        let gap = Superblock { data: DataState::Inconsistent, gap: 5, history: 4, ..superblock("ba") };
+        let gap = Superblock { data: DataState::Inconsistent, layers: catalog(5, 4), ..superblock("ba") };
         let rollback = promotion(&gap).unwrap();
-        assert_eq!(rollback.ended_layers(), [5, 4]);
-        let restore = Order::Restore { layer: 5 };
+        assert_eq!(rollback.ended_layers(), [layer(5), layer(4)]);
+        let restore = Order::Restore { layer: layer(5) };
         assert_eq!(orders(rollback), [maps[0], maps[1], BEGIN, restore, Order::Sync, END]);
-        let mixture = Superblock { gap: 0, ..gap };
+        let mixture = Superblock { layers: catalog(0, 4), ..gap };
         assert_eq!(promotion(&mixture).unwrap_err(), NotPromotable::Inconsistent);
         let before = Before {
             lineage: Vec::new(),
@@ -380,9 +377,12 @@ mod tests {
             saved: Vec::new(),
             own: GenerationId::default(),
         };
-        let history = Superblock { history: 4, ..superblock("ba") };
+        let history = Superblock { layers: catalog(0, 4), ..superblock("ba") };
         let undo = Rewrite::undo(&history, &PEERS, before.clone()).unwrap();
-        assert_eq!(orders(undo), [maps[0], maps[1], BEGIN, Order::Restore { layer: 4 }, Order::Sync, END]);
+        assert_eq!(
+            orders(undo),
+            [maps[0], maps[1], BEGIN, Order::Restore { layer: layer(4) }, Order::Sync, END]
+        );
         assert_eq!(Rewrite::undo(&consistent, &PEERS, before).unwrap_err(), NotUndoable::NoHistory);
     }
 

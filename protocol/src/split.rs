@@ -4,6 +4,7 @@
 
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{Role, Superblock};
+use crate::layers::LayerId;
 use crate::lineage::{self, Relation};
 use crate::replica::resolve;
 use crate::succession::{self, Heard};
@@ -150,16 +151,17 @@ impl Concession {
         self.lineage.is_empty()
     }
 
-    /// Makes the superblock say so, in one durable write. `history` is the layer that keeps what the copy had
-    /// ([`resolve::keep`]); 0 for none.
-    pub fn record(&self, superblock: &mut Superblock, history: u64) {
-        resolve::record(superblock, self.lineage.clone(), history, self.winner);
+    /// Makes the superblock say so, in one durable write. `undo` is the layer that keeps what the copy had
+    /// ([`resolve::keep`]).
+    pub fn record(&self, superblock: &mut Superblock, undo: Option<LayerId>) {
+        resolve::record(superblock, self.lineage.clone(), undo, self.winner);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
     use crate::lineage::Ends;
     use crate::units::Epoch;
 
@@ -293,8 +295,11 @@ mod tests {
         yielded.superblock.adopted = 1;
         let concession = yielded.concession(&standing("ba"), Some(base));
         assert!(!concession.copies_everything());
-        concession.record(&mut yielded.superblock, 7);
-        assert_eq!((yielded.superblock.lineage, yielded.superblock.history), (lineage("a"), 7));
+        concession.record(&mut yielded.superblock, LayerId::new(7));
+        assert_eq!(
+            (yielded.superblock.lineage, yielded.superblock.layers.undo()),
+            (lineage("a"), LayerId::new(7))
+        );
         assert!(side("xa").concession(&standing("ba"), None).copies_everything());
     }
 }

@@ -92,9 +92,9 @@ impl Candidate {
     /// Why it can't be promoted, whatever that loses.
     #[must_use]
     pub fn obstacle(&self) -> Option<Obstacle> {
-        match (self.superblock.data, self.superblock.gap) {
+        match (self.superblock.data, self.superblock.layers.rollback()) {
             (DataState::Empty, _) => Some(Obstacle::Empty),
-            (DataState::Inconsistent, 0) => Some(Obstacle::Mixture),
+            (DataState::Inconsistent, None) => Some(Obstacle::Mixture),
             _ => None,
         }
     }
@@ -103,7 +103,8 @@ impl Candidate {
     /// doesn't: that is what is rolled back to.
     #[must_use]
     pub fn gives_up_what_is_kept(&self) -> bool {
-        consent::is_awaited(&self.superblock) && self.superblock.history != self.superblock.gap
+        let layers = &self.superblock.layers;
+        consent::is_awaited(&self.superblock) && layers.undo() != layers.rollback()
     }
 
     /// Whether it takes over from a primary that says that it was demoted for it: it has recorded that it has all that that
@@ -255,7 +256,7 @@ pub fn counts_as(superblock: &Superblock) -> (DataState, bool) {
         {
             (DataState::Inconsistent, false)
         }
-        data => (data, superblock.gap != 0),
+        data => (data, superblock.layers.rollback().is_some()),
     }
 }
 
@@ -426,6 +427,8 @@ pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Posit
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::testing::catalog;
+    use crate::layers::{Catalog, LayerId, Purpose};
     use crate::units::{BlockSize, CopyId, Epoch, Sequence, Session, VolumeId};
 
     fn host(number: u8) -> HostId {
@@ -455,15 +458,12 @@ mod tests {
             source: fence,
             lineage: vec![GenerationId([b'a'; 16])],
             adopted: 1,
-            gap: 0,
-            layers: 0,
-            history: 0,
+            layers: Catalog::default(),
             mode,
             given: Given { promise, counted: vec![C] },
             released: false,
             replaced: false,
             touched: false,
-            history_touched: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 3,
@@ -546,7 +546,7 @@ mod tests {
         let mut behind = waiting();
         behind.superblock.fence.counter = 2;
         let mut gap = waiting();
-        (gap.superblock.data, gap.superblock.gap) = (DataState::Inconsistent, 4);
+        (gap.superblock.data, gap.superblock.layers) = (DataState::Inconsistent, catalog(4, 0));
         let mut demoted = candidate(Mode::Async, Promise::None);
         demoted.superblock.fence.holder = host(2);
         let newer = vec![GenerationId([b'b'; 16]), GenerationId([b'a'; 16])];
@@ -568,7 +568,8 @@ mod tests {
         let mut split = waiting();
         split.superblock.lineage.insert(0, GenerationId([b'b'; 16]));
         let kept = |mut candidate: Candidate, history| {
-            (candidate.superblock.agreed, candidate.superblock.history) = (2, history);
+            candidate.superblock.agreed = 2;
+            candidate.superblock.layers.set(Purpose::Undo, LayerId::new(history));
             candidate
         };
         let unheard = |hosts: &[HostId]| Objection::Unheard(hosts.to_vec());
@@ -661,7 +662,7 @@ mod tests {
         let mut split = released();
         split.superblock.lineage.insert(0, GenerationId([b'b'; 16]));
         let mut kept = released();
-        (kept.superblock.agreed, kept.superblock.history) = (2, 3);
+        (kept.superblock.agreed, kept.superblock.layers) = (2, catalog(0, 3));
         let connected = Candidate { is_connected: true, ..released() };
         let mut touched = released();
         touched.superblock.touched = true;
@@ -718,7 +719,7 @@ mod tests {
     #[test]
     fn a_copy_that_something_else_wrote_to_is_nobodys_source() {
         for (data, gap) in [(DataState::Consistent, 0), (DataState::Inconsistent, 4)] {
-            let good = Superblock { data, gap, ..waiting().superblock };
+            let good = Superblock { data, layers: catalog(gap, 0), ..waiting().superblock };
             assert_eq!(counts_as(&good), (data, gap != 0));
             let touched = Superblock { touched: true, ..good };
             assert_eq!(counts_as(&touched), (DataState::Inconsistent, false));
@@ -736,7 +737,7 @@ mod tests {
         let mut mixture = waiting();
         mixture.superblock.data = DataState::Inconsistent;
         assert_eq!(mixture.obstacle(), Some(Obstacle::Mixture));
-        mixture.superblock.gap = 3;
+        mixture.superblock.layers = catalog(3, 0);
         assert_eq!(mixture.obstacle(), None);
         mixture.superblock.data = DataState::Empty;
         assert_eq!(mixture.obstacle(), Some(Obstacle::Empty));

@@ -268,7 +268,9 @@ fn a_resync_and_its_gap() {
         begin: |world| {
             fall_behind(world);
             world.join(link());
-            world.wait_until("the gap has begun", |world| world.hosts[REPLICA].superblock.gap != 0);
+            world.wait_until("the gap has begun", |world| {
+                world.hosts[REPLICA].superblock.layers.rollback().is_some()
+            });
         },
         go: |world| {
             overwrite(world, PRIMARY);

@@ -1,7 +1,10 @@
 //! Damaged metadata, mistakes in the configuration, disks that are full: what is concerned says so, the rest goes on.
 
 use blockmirror_agent::control::api::{PeerState, VolumeState};
-use blockmirror_protocol::disk::PAGE_BYTES;
+use blockmirror_protocol::disk::pre_images::{self, Header};
+use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::disk::{PAGE_BYTES, slot_offset};
+use blockmirror_protocol::layers::{LayerId, Purpose};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, first_difference, noise, stamped};
 use blockmirror_tests::machines::folder::Folder;
@@ -23,6 +26,13 @@ fn flip(path: &Path, range: std::ops::Range<usize>) {
     let end = range.end.min(bytes.len());
     bytes[range.start..end].iter_mut().for_each(|byte| *byte ^= 0xff);
     fs::write(path, bytes).expect("the file");
+}
+
+/// Makes the checksum of a changed page right: at 12, of all the rest.
+fn seal(page: &mut [u8]) {
+    let mut checksum = crc32fast::Hasher::new();
+    [&page[..12], &page[16..]].iter().for_each(|part| checksum.update(part));
+    page[12..16].copy_from_slice(&checksum.finalize().to_le_bytes());
 }
 
 /// The dirty map of the primary for its only replica.
@@ -81,6 +91,49 @@ fn a_damaged_superblock_is_told_in_the_status_and_the_agent_runs_on() {
     }
 }
 
+/// Opening a volume removed every layer of pre-images that it did not know, also what a later release had kept.
+#[test]
+fn a_layer_that_a_later_release_keeps_for_its_own_purpose_stays() {
+    const CATALOG: usize = 1272;
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    let replica = mirror.replica_mut();
+    replica.stop();
+    let (kept, left) = (LayerId::new(7).expect("a layer"), LayerId::new(5).expect("a layer"));
+    let bytes = fs::read(replica.state("superblock")).expect("the superblock");
+    let (serial, mut superblock) = Superblock::recover(&bytes).expect("it is whole");
+    for layer in [left, kept] {
+        let header = Header {
+            layer,
+            volume: superblock.volume,
+            copy: superblock.copy,
+            size_bytes: superblock.size_bytes,
+            block_size: superblock.block_size,
+            point: superblock.position,
+            began_unix_seconds: 1,
+            lineage: superblock.lineage.clone(),
+        };
+        fs::write(replica.state(&pre_images::file_name(layer)), header.encode()).expect("the layer");
+    }
+    superblock.layers.set(Purpose::Undo, Some(kept));
+    let mut page = superblock.encode(serial + 1);
+    // Layer, purposes, touched: for nothing that this release knows.
+    page[CATALOG + 8..CATALOG + 12].copy_from_slice(&(1_u32 << 20).to_le_bytes());
+    seal(&mut page);
+    let file = File::options().write(true).open(replica.state("superblock")).expect("the superblock");
+    file.write_all_at(&page, slot_offset(serial + 1)).expect("the superblock");
+    replica.start();
+    mirror.wait_until_in_sync();
+    let mut client = mirror.client();
+    client.write_durably(0, &stamped(1)).expect("a write");
+    mirror.replica_mut().stop();
+    let replica = mirror.replica();
+    assert!(replica.state(&pre_images::file_name(kept)).exists());
+    assert!(!replica.state(&pre_images::file_name(left)).exists(), "nothing names it");
+    let bytes = fs::read(replica.state("superblock")).expect("the superblock");
+    let (_, superblock) = Superblock::recover(&bytes).expect("it is whole");
+    assert!(superblock.layers.contains(kept) && superblock.layers.undo().is_none(), "{superblock:?}");
+}
+
 #[test]
 fn metadata_of_a_newer_release_are_left_alone_and_no_order_is_taken() {
     let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
@@ -90,11 +143,9 @@ fn metadata_of_a_newer_release_are_left_alone_and_no_order_is_taken() {
     let superblock = replica.state("superblock");
     let mut before = fs::read(&superblock).expect("the superblock");
     for slot in before.chunks_mut(PAGE_BYTES) {
-        // The magic number, the version, the checksum of all the rest.
+        // The version comes after the magic number.
         slot[8..12].copy_from_slice(&99_u32.to_le_bytes());
-        let mut checksum = crc32fast::Hasher::new();
-        [&slot[..12], &slot[16..]].iter().for_each(|part| checksum.update(part));
-        slot[12..16].copy_from_slice(&checksum.finalize().to_le_bytes());
+        seal(slot);
     }
     fs::write(&superblock, &before).expect("the superblock");
     replica.start();

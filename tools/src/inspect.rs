@@ -122,9 +122,9 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     page.row("mode", config::Mode::from(superblock.mode));
     page.row("counts on", counts_on(&superblock.given));
     page.row("adopted", format!("{} times", superblock.adopted));
-    match superblock.gap {
-        0 => page.row("rollback point", "none needed"),
-        gap => page.row("rollback point", format!("layer {gap} of pre-images")),
+    match superblock.layers.rollback() {
+        None => page.row("rollback point", "none needed"),
+        Some(layer) => page.row("rollback point", format!("layer {layer} of pre-images")),
     }
     if superblock.run.0 > 0 {
         page.row("last run", format!("from epoch {}", superblock.run.0));
@@ -132,10 +132,10 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     for (generation, epoch) in superblock.ends.iter() {
         page.row("content ends", format!("before epoch {} of generation {generation}", epoch.0));
     }
-    page.row("layers begun", superblock.layers);
-    match superblock.history {
-        0 => page.row("kept for undo", "nothing"),
-        history => page.row("kept for undo", format!("layer {history} of pre-images")),
+    page.row("layers begun", superblock.layers.last());
+    match superblock.layers.undo() {
+        None => page.row("kept for undo", "nothing"),
+        Some(layer) => page.row("kept for undo", format!("layer {layer} of pre-images")),
     }
     page.row("agreed to", format!("fences up to {}", superblock.agreed));
     for heir in &superblock.heirs {
@@ -147,7 +147,7 @@ fn superblock(file: &[u8], page: &mut Page) -> Result<(), MetadataError> {
     if superblock.touched {
         page.row("touched", "yes, something else wrote to the backing, and all is to be compared");
     }
-    if superblock.history_touched {
+    if superblock.layers.is_undo_touched() {
         page.row("undo touched", "yes, what is kept has what something else wrote");
     }
     page.row("released", if superblock.released { "yes, by a demoted primary" } else { "no" });

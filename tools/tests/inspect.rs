@@ -11,6 +11,7 @@ use blockmirror_protocol::disk::pre_images::{Batch, Entry, FIRST_BATCH};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, Key, RecoveryState, Subject};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, superblock};
+use blockmirror_protocol::layers::{Catalog, LayerId};
 use blockmirror_protocol::lineage::Ends;
 use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::ranges::ByteRange;
@@ -49,15 +50,12 @@ fn a_superblock(role: superblock::Role) -> Superblock {
         source: Fence { counter: 4, holder: HostId([9; 32]) },
         lineage: vec![GenerationId([6; 16]), GenerationId([10; 16])],
         adopted: 2,
-        gap: 3,
-        layers: 3,
-        history: 2,
+        layers: Catalog::new(3, LayerId::new(3), LayerId::new(2)),
         mode: Mode::Sync,
         given: Given::NOTHING,
         released: false,
         replaced: false,
         touched: false,
-        history_touched: false,
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 4,
@@ -320,7 +318,7 @@ state of a recovery
 /// A layer with two batches, of a block of data and 1 MiB of zeroes each, and where the second begins.
 fn a_layer() -> (Vec<u8>, usize) {
     let header = pre_images::Header {
-        layer: 11,
+        layer: LayerId::new(11).unwrap(),
         volume: VolumeId([1; 16]),
         copy: CopyId([3; 16]),
         size_bytes: BLOCKS * 4096,
@@ -337,7 +335,7 @@ fn a_layer() -> (Vec<u8>, usize) {
             Entry::of_data(ByteRange::new(serial * 4096, 4096), &data),
             Entry::of_zeroes(ByteRange::new((serial + 1) << 20, 1 << 20)),
         ];
-        let batch = Batch { layer: 11, serial, at: second as u64, entries };
+        let batch = Batch { layer: LayerId::new(11).unwrap(), serial, at: second as u64, entries };
         file.extend(batch.encode());
         file.extend(data);
     }

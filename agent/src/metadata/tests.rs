@@ -6,6 +6,7 @@ use crate::storage::faults::{Calls, Faults};
 use crate::storage::{Engine, drain, open_with};
 use blockmirror_protocol::disk::dirty_map::BLOCKS_PER_PAGE;
 use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::layers::Catalog;
 use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::rewrite::{Candidacy, Order, Part, Rewrite};
 use blockmirror_protocol::succession::Decision;
@@ -33,15 +34,12 @@ pub(crate) fn superblock() -> Superblock {
         source: Fence::default(),
         lineage: vec![GenerationId([5; 16])],
         adopted: 1,
-        gap: 0,
-        layers: 0,
-        history: 0,
+        layers: Catalog::default(),
         mode: Mode::Async,
         given: Given::NOTHING,
         released: false,
         replaced: false,
         touched: false,
-        history_touched: false,
         run: blockmirror_protocol::units::Epoch(0),
         ends: blockmirror_protocol::lineage::Ends::default(),
         agreed: 1,

@@ -6,6 +6,7 @@ use crate::storage::file::File;
 use crate::storage::{self, Storage};
 use blockmirror_protocol::disk::PAGE_BYTES;
 use blockmirror_protocol::disk::pre_images::{BATCH_LIMIT_BYTES, Batch, ENTRIES, Entry};
+use blockmirror_protocol::layers::LayerId;
 use std::rc::Rc;
 
 /// Where batches go.
@@ -28,7 +29,7 @@ pub(super) struct Batches<'a> {
 
 impl<'a> Batches<'a> {
     /// Batches of a layer, the first of which has this serial number and place.
-    pub(super) fn new(target: Target<'a>, layer: u64, serial: u64, at: u64) -> Self {
+    pub(super) fn new(target: Target<'a>, layer: LayerId, serial: u64, at: u64) -> Self {
         Self { target, next: Batch { layer, serial, at, entries: Vec::new() }, data: Vec::new() }
     }
 

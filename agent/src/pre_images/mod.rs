@@ -35,6 +35,7 @@ use crate::storage::{self, Storage};
 use crate::stored::{self, Ending};
 use blockmirror_protocol::disk::pre_images::{self, FIRST_BATCH, Header};
 use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES};
+use blockmirror_protocol::layers::LayerId;
 use std::cell::Cell;
 use std::fs;
 use std::io;
@@ -126,7 +127,7 @@ pub struct PreImages {
 
 /// A file that has the name of a layer.
 struct Found {
-    number: u64,
+    layer: LayerId,
     path: PathBuf,
     bytes: u64,
 }
@@ -179,8 +180,8 @@ impl PreImages {
     ///
     /// # Errors
     /// [`LayerError`]: there is none, it is damaged, a newer release's or another layer's, or it can't be read.
-    pub async fn open(&self, number: u64) -> Result<Layer, LayerError> {
-        let path = self.path(number);
+    pub async fn open(&self, layer: LayerId) -> Result<Layer, LayerError> {
+        let path = self.path(layer);
         let there = path.clone();
         let file = Rc::new(File::opened_when_free(move || File::open_metadata(&there)).await?);
         storage::sync(&*self.storage, &file).await?;
@@ -189,7 +190,7 @@ impl PreImages {
         let stored = read.map_err(|source| cannot("read", &path, source))?;
         let unusable = |source| LayerError::Unusable { path: path.clone(), source };
         let header = stored.header.map_err(unusable)?;
-        if header.layer != number {
+        if header.layer != layer {
             return Err(unusable(Header::foreign()));
         }
         match stored.ending {
@@ -204,30 +205,30 @@ impl PreImages {
         Ok(layer)
     }
 
-    /// Removes a layer, durably, if there is one of this number.
+    /// Removes a layer, durably, if it is there.
     ///
     /// # Errors
     /// [`LayerError`] when its file can't be removed.
-    pub async fn remove(&self, number: u64) -> Result<(), LayerError> {
-        let path = self.path(number);
+    pub async fn remove(&self, layer: LayerId) -> Result<(), LayerError> {
+        let path = self.path(layer);
         let about = path.clone();
         aside(move || durable::remove(&about)).await.map_err(|source| cannot("remove", &path, source))
     }
 
-    /// All layers and what their headers say, by number. Files without a usable header are left out, with a line in
+    /// All layers and what their headers say, in the order in which they were begun. Files without a usable header are left out, with a line in
     /// the log.
     ///
     /// # Errors
     /// [`LayerError`] when the folder can't be read.
-    pub fn list(&self) -> Result<Vec<(u64, Header)>, LayerError> {
+    pub fn list(&self) -> Result<Vec<(LayerId, Header)>, LayerError> {
         let mut layers = Vec::new();
-        for Found { number, path, .. } in self.files()? {
-            match read_header(&path, number) {
-                Ok(header) => layers.push((number, header)),
+        for Found { layer, path, .. } in self.files()? {
+            match read_header(&path, layer) {
+                Ok(header) => layers.push((layer, header)),
                 Err(error) => tracing::warn!("{}: ignored", crate::words::with_causes(&error)),
             }
         }
-        layers.sort_by_key(|(number, _)| *number);
+        layers.sort_by_key(|(layer, _)| *layer);
         Ok(layers)
     }
 
@@ -239,14 +240,6 @@ impl PreImages {
         Ok(self.files()?.iter().map(|file| file.bytes).sum())
     }
 
-    /// A number that no layer has, higher than all of them, damaged ones too. Never 0.
-    ///
-    /// # Errors
-    /// [`LayerError`] when the folder can't be read.
-    pub fn unused_number(&self) -> Result<u64, LayerError> {
-        Ok(self.files()?.iter().map(|file| file.number).max().map_or(1, |highest| highest.saturating_add(1)))
-    }
-
     fn files(&self) -> Result<Vec<Found>, LayerError> {
         self.find_files().map_err(|source| cannot("list", &self.folder, source))
     }
@@ -255,15 +248,15 @@ impl PreImages {
         let mut files = Vec::new();
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
-            if let Some(number) = entry.file_name().to_str().and_then(pre_images::layer_of) {
-                files.push(Found { number, path: entry.path(), bytes: entry.metadata()?.len() });
+            if let Some(layer) = entry.file_name().to_str().and_then(pre_images::layer_of) {
+                files.push(Found { layer, path: entry.path(), bytes: entry.metadata()?.len() });
             }
         }
         Ok(files)
     }
 
-    fn path(&self, number: u64) -> PathBuf {
-        self.folder.join(pre_images::file_name(number))
+    fn path(&self, layer: LayerId) -> PathBuf {
+        self.folder.join(pre_images::file_name(layer))
     }
 }
 
@@ -277,11 +270,11 @@ fn remove_unfinished(path: &Path) -> Result<(), LayerError> {
     }
 }
 
-fn read_header(path: &Path, number: u64) -> Result<Header, LayerError> {
+fn read_header(path: &Path, layer: LayerId) -> Result<Header, LayerError> {
     let unusable = |source| LayerError::Unusable { path: path.to_owned(), source };
     let header = stored::read_layer_header(path).map_err(|source| cannot("read", path, source))?;
     let header = header.map_err(unusable)?;
-    if header.layer == number { Ok(header) } else { Err(unusable(Header::foreign())) }
+    if header.layer == layer { Ok(header) } else { Err(unusable(Header::foreign())) }
 }
 
 fn cannot(operation: &'static str, path: &Path, source: io::Error) -> LayerError {

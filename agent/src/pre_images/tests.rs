@@ -5,6 +5,7 @@ use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
 use crate::storage::{Done, Engine, Operation, drain, open_with, write, zero};
 use blockmirror_protocol::disk::pre_images::{Batch, ENTRIES};
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{BlockSize, CopyId, Epoch, GenerationId, Position, Sequence, VolumeId};
 use std::cell::{Cell, RefCell};
@@ -22,10 +23,14 @@ fn run<T>(test: impl Future<Output = T>) -> T {
     tokio::task::LocalSet::new().block_on(&runtime, test)
 }
 
-fn header(layer: u64) -> Header {
+fn named(number: u64) -> LayerId {
+    LayerId::new(number).unwrap()
+}
+
+fn header(number: u64) -> Header {
     let position = Position { generation: GenerationId([3; 16]), epoch: Epoch(4), sequence: Sequence(5) };
     Header {
-        layer,
+        layer: named(number),
         volume: VolumeId([1; 16]),
         copy: CopyId([2; 16]),
         size_bytes: SIZE,
@@ -68,8 +73,8 @@ impl Host {
         PreImages::new(self.folder.path(), storage, BufferPool::new(16 << 20), limit_bytes)
     }
 
-    fn path(&self, layer: u64) -> PathBuf {
-        self.folder.path().join(pre_images::file_name(layer))
+    fn path(&self, number: u64) -> PathBuf {
+        self.folder.path().join(pre_images::file_name(named(number)))
     }
 
     fn content(&self) -> Vec<u8> {
@@ -134,7 +139,7 @@ fn everything_saved_is_restored_after_a_restart() {
             assert_eq!(fs::metadata(host.path(9)).unwrap().len(), bytes);
             drop(layer);
             host.overwrite_all();
-            let layer = store.open(9).await.unwrap();
+            let layer = store.open(named(9)).await.unwrap();
             assert_eq!((layer.saved().collect::<Vec<_>>(), layer.bytes()), (saved.clone(), bytes));
             assert_eq!(layer.header(), &header(9));
             host.restore(&layer).await;
@@ -200,14 +205,14 @@ fn a_batch_that_a_crash_tore_is_ignored_and_replaced() {
         assert_eq!(torn.len(), 1 + 3 * 8 + 4 * 8);
         for file in torn {
             fs::write(host.path(1), &file).unwrap();
-            let mut layer = store.open(1).await.unwrap();
+            let mut layer = store.open(named(1)).await.unwrap();
             assert_eq!(layer.saved().collect::<Vec<_>>(), [ByteRange::new(0, 2 * PAGE)]);
             // The new batch is shorter: nothing of the torn one may be taken for what follows it.
             layer.save(&host.backing, &[ByteRange::new(7 * MEBIBYTE, PAGE)]).await.unwrap();
             let (saved, bytes): (Vec<_>, _) = (layer.saved().collect(), layer.bytes());
             drop(layer);
             assert_eq!(fs::metadata(host.path(1)).unwrap().len(), bytes);
-            let layer = store.open(1).await.unwrap();
+            let layer = store.open(named(1)).await.unwrap();
             assert_eq!(layer.saved().collect::<Vec<_>>(), saved);
             let mut contents = layer.contents();
             while let Some(images) = contents.next().await.unwrap() {
@@ -237,11 +242,11 @@ fn damage_before_the_last_batch_is_never_taken_for_its_end() {
         };
         for at in [100, PAGE as usize, PAGE as usize + 60] {
             damaged(at);
-            assert!(is_unusable(store.open(1).await.err().unwrap()), "{at}");
+            assert!(is_unusable(store.open(named(1)).await.err().unwrap()), "{at}");
         }
         // The data of a batch is looked at when it is needed.
         damaged(second - 1);
-        let layer = store.open(1).await.unwrap();
+        let layer = store.open(named(1)).await.unwrap();
         assert!(is_unusable(layer.contents().next().await.err().unwrap()));
         drop(layer);
         // The second batch's page is torn, so the first was whole once; its data isn't now.
@@ -249,22 +254,22 @@ fn damage_before_the_last_batch_is_never_taken_for_its_end() {
         file[second] ^= 1;
         file[second - 1] ^= 1;
         fs::write(host.path(1), file).unwrap();
-        assert!(is_unusable(store.open(1).await.err().unwrap()));
+        assert!(is_unusable(store.open(named(1)).await.err().unwrap()));
         // No batch is as long as what stands here.
         let mut file = whole[..second].to_vec();
         file.resize(second + (4 << 20) + 1, 7);
         fs::write(host.path(1), file).unwrap();
-        assert!(is_unusable(store.open(1).await.err().unwrap()));
+        assert!(is_unusable(store.open(named(1)).await.err().unwrap()));
         // An entry beyond the volume's end.
         let (at, range) = (second as u64, ByteRange::new(SIZE, 512));
         let entries = vec![pre_images::Entry::of_zeroes(range)];
-        let batch = Batch { layer: 1, serial: 1, at, entries };
+        let batch = Batch { layer: named(1), serial: 1, at, entries };
         fs::write(host.path(1), [&whole[..second], &batch.encode()].concat()).unwrap();
-        assert!(is_unusable(store.open(1).await.err().unwrap()));
+        assert!(is_unusable(store.open(named(1)).await.err().unwrap()));
         // Another layer's file under this name.
         fs::write(host.path(2), &whole).unwrap();
         assert!(matches!(
-            store.open(2).await.err().unwrap(),
+            store.open(named(2)).await.err().unwrap(),
             LayerError::Unusable { source: MetadataError::Foreign { .. }, .. }
         ));
     });
@@ -295,7 +300,7 @@ fn a_save_without_room_leaves_the_layer_as_it_was() {
         let full = host.store(store.bytes().unwrap()).begin(header(3)).await;
         assert!(matches!(full, Err(LayerError::Full(Shortage::Limit { .. }))));
         assert!(!host.path(3).exists());
-        store.remove(1).await.unwrap();
+        store.remove(named(1)).await.unwrap();
         layer.save(&host.backing, &large).await.unwrap();
         assert_eq!(store.bytes().unwrap(), layer.bytes());
         assert_eq!(layer.bytes(), 5 * MEBIBYTE + 4 * PAGE);
@@ -342,19 +347,19 @@ fn layers_are_listed_counted_and_removed() {
     run(async {
         let host = Host::new(Engine::Automatic);
         let store = host.store(NO_LIMIT);
-        assert_eq!((store.unused_number().unwrap(), store.bytes().unwrap()), (1, 0));
+        assert_eq!(store.bytes().unwrap(), 0);
         for number in [0x10, 2] {
             drop(store.begin(header(number)).await.unwrap());
         }
         fs::write(host.path(0x20), [0; PAGE as usize]).unwrap();
         fs::write(host.path(0x21), header(5).encode()).unwrap();
         fs::write(host.folder.path().join("pre-images-x"), "not ours").unwrap();
-        assert_eq!(store.list().unwrap(), [(2, header(2)), (0x10, header(0x10))]);
-        assert_eq!((store.unused_number().unwrap(), store.bytes().unwrap()), (0x22, 4 * PAGE));
-        store.remove(2).await.unwrap();
-        store.remove(2).await.unwrap();
-        assert_eq!(store.list().unwrap(), [(0x10, header(0x10))]);
-        assert!(matches!(store.open(2).await, Err(LayerError::Open(OpenError::NotFound { .. }))));
+        assert_eq!(store.list().unwrap(), [(named(2), header(2)), (named(0x10), header(0x10))]);
+        assert_eq!(store.bytes().unwrap(), 4 * PAGE);
+        store.remove(named(2)).await.unwrap();
+        store.remove(named(2)).await.unwrap();
+        assert_eq!(store.list().unwrap(), [(named(0x10), header(0x10))]);
+        assert!(matches!(store.open(named(2)).await, Err(LayerError::Open(OpenError::NotFound { .. }))));
     });
 }
 
@@ -366,7 +371,7 @@ fn a_file_without_batches_is_replaced_and_one_with_some_is_kept() {
         for unfinished in [vec![], vec![0; 100], vec![0; PAGE as usize]] {
             fs::write(host.path(1), unfinished).unwrap();
             drop(store.begin(header(1)).await.unwrap());
-            assert_eq!(store.open(1).await.unwrap().header(), &header(1));
+            assert_eq!(store.open(named(1)).await.unwrap().header(), &header(1));
         }
         let (whole, _) = two_batches(&host, &store).await;
         assert!(matches!(store.begin(header(1)).await, Err(LayerError::Exists { .. })));
@@ -435,7 +440,7 @@ fn a_crash_after_any_storage_call_leaves_the_way_back_open() {
                 drop(store.begin(header(1)).await.unwrap());
                 continue;
             }
-            let mut layer = store.open(1).await.unwrap();
+            let mut layer = store.open(named(1)).await.unwrap();
             let missing = |range: &ByteRange| !layer.saved().any(|saved| saved.contains(*range));
             assert!(!gap.overwritten.borrow().iter().any(missing));
             // One host is rolled back at once; another goes on first, and what has a pre-image keeps it.
@@ -507,7 +512,7 @@ fn all_writes_are_durable_and_an_opened_layer_is_synced_first() {
         let mut layer = store.begin(header(1)).await.unwrap();
         layer.save(&host.backing, &[ByteRange::new(0, PAGE)]).await.unwrap();
         drop(layer);
-        drop(store.open(1).await.unwrap());
+        drop(store.open(named(1)).await.unwrap());
         assert_eq!(noting.done.take(), ["durable write", "durable write", "sync"]);
     });
 }
@@ -564,7 +569,7 @@ fn a_disk_that_is_full_leaves_the_layer_as_it_was() {
             layer.save(&host.backing, &[ByteRange::new(PAGE, MEBIBYTE)]).await.unwrap();
             drop(layer);
             host.overwrite_all();
-            let layer = store.open(1).await.unwrap();
+            let layer = store.open(named(1)).await.unwrap();
             host.restore(&layer).await;
             host.assert_restored([ByteRange::new(0, MEBIBYTE + PAGE)].into_iter());
             fs::write(disk.0.path().join("filler"), vec![1; 3 << 20]).unwrap_err();

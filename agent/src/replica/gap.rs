@@ -1,4 +1,4 @@
-//! The layers of pre-images of a replica: of the gap (P2) and of the history (L6), begun, filled and ended as the machine
+//! The layers of pre-images of a replica: to roll back to (P2) and for an undo (L6), begun, filled and ended as the machine
 //! asks. The two may be one layer; where they are two, each saves what it lacks.
 
 use super::{OpenReplicaError, Replica};
@@ -8,11 +8,10 @@ use crate::storage::file::OpenError;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::MetadataError;
 use blockmirror_protocol::disk::pre_images::Header;
-use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::Saved;
 use blockmirror_protocol::units::Position;
-use std::collections::BTreeSet;
 
 impl Replica {
     /// Makes the layer that leads back to what the backing holds now.
@@ -27,11 +26,11 @@ impl Replica {
         }
     }
 
-    /// Makes the layer after the last one, and gives its number.
-    pub(super) async fn try_begin_layer(&self, point: Position) -> Result<u64, LayerError> {
+    /// Makes the layer after the last one, and gives its name.
+    pub(super) async fn try_begin_layer(&self, point: Position) -> Result<LayerId, LayerError> {
         let superblock = self.state.superblock();
         let header = Header {
-            layer: superblock.layers + 1,
+            layer: superblock.layers.next(),
             volume: superblock.volume,
             copy: superblock.copy,
             size_bytes: superblock.size_bytes,
@@ -40,15 +39,15 @@ impl Replica {
             began_unix_seconds: crate::quantity::unix_seconds(),
             lineage: superblock.lineage.clone(),
         };
-        let number = header.layer;
+        let begun = header.layer;
         // A layer that is being removed makes room first. One that was begun for a session that was lost then, and never
         // recorded, is begun again.
         let mut layers = self.layers.lock().await;
-        layers.retain(|layer| [superblock.gap, superblock.history].contains(&layer.header().layer));
+        layers.retain(|layer| superblock.layers.contains(layer.header().layer));
         let layer = self.pre_images.begin(header).await?;
         self.note_point(&layer);
         layers.push(layer);
-        Ok(number)
+        Ok(begun)
     }
 
     /// Saves what these ranges hold, in every layer that lacks it.
@@ -101,72 +100,71 @@ impl Replica {
     }
 
     fn note_point(&self, layer: &Layer) {
-        let (number, point) = point_of(layer);
-        self.points.borrow_mut().insert(number, point);
+        let (layer, point) = point_of(layer);
+        self.points.borrow_mut().insert(layer, point);
     }
 
     /// Removes a layer that nothing needs any more.
-    pub(super) async fn end_layer(&self, number: u64) {
+    pub(super) async fn end_layer(&self, ended: LayerId) {
         let mut layers = self.layers.lock().await;
-        layers.retain(|layer| layer.header().layer != number);
-        self.points.borrow_mut().remove(&number);
-        if let Err(error) = self.pre_images.remove(number).await {
+        layers.retain(|layer| layer.header().layer != ended);
+        self.points.borrow_mut().remove(&ended);
+        if let Err(error) = self.pre_images.remove(ended).await {
             // It takes room until the volume is opened again, and no more.
             tracing::warn!("{}", with_causes(&error));
         }
     }
 
     /// When the layer was begun to which a promotion would roll back, in seconds since 1970, and how many bytes it
-    /// takes; nothing outside of a gap.
+    /// takes; nothing outside of a resync.
     #[must_use]
     pub fn rollback_point(&self) -> Option<(u64, u64)> {
-        self.points.borrow().get(&self.state.superblock().gap).copied()
+        let layer = self.state.superblock().layers.rollback()?;
+        self.points.borrow().get(&layer).copied()
     }
 
     /// The same for what is kept for undo.
     #[must_use]
     pub fn history_point(&self) -> Option<(u64, u64)> {
-        self.points.borrow().get(&self.state.superblock().history).copied()
+        let layer = self.state.superblock().layers.undo()?;
+        self.points.borrow().get(&layer).copied()
     }
 }
 
-/// A layer's number, when it was begun, in seconds since 1970, and how large it is.
-pub(super) fn point_of(layer: &Layer) -> (u64, (u64, u64)) {
+/// A layer's name, when it was begun, in seconds since 1970, and how large it is.
+pub(super) fn point_of(layer: &Layer) -> (LayerId, (u64, u64)) {
     (layer.header().layer, (layer.header().began_unix_seconds, layer.bytes()))
 }
 
-/// The layers of the gap and of the history. One that is damaged or gone is given up, durably: a copy that the primary
-/// still brings up to date is worth more than one that is not opened. What others left behind is removed then.
+/// The layers to roll back to and for an undo. One that is damaged or gone is given up, durably: a copy that the primary
+/// still brings up to date is worth more than one that is not opened. Those that the catalog does not name are removed
+/// then: one that was begun and never recorded, or one whose removal a crash cut short.
 pub(super) async fn open_layers(
     pre_images: &PreImages,
     state: &State,
 ) -> Result<Vec<Layer>, OpenReplicaError> {
-    let Superblock { gap, history, .. } = state.superblock();
+    let catalog = state.superblock().layers;
     let mut layers = Vec::new();
-    for number in BTreeSet::from([gap, history]).into_iter().filter(|number| *number != 0) {
-        match pre_images.open(number).await {
+    for named in catalog.known() {
+        match pre_images.open(named).await {
             Ok(layer) => layers.push(layer),
             Err(error) if is_lost(&error) => {
-                let what =
-                    if number == gap { "the rollback point of the resync" } else { "what was kept for undo" };
+                let what = match catalog.rollback() == Some(named) {
+                    true => "the rollback point of the resync",
+                    false => "what was kept for undo",
+                };
                 tracing::error!("{what} is given up: {}", with_causes(&error));
-                state
-                    .change_superblock(|superblock| {
-                        for layer in [&mut superblock.gap, &mut superblock.history] {
-                            *layer = if *layer == number { 0 } else { *layer };
-                        }
-                    })
-                    .await?;
-                pre_images.remove(number).await?;
+                state.change_superblock(|superblock| superblock.layers.give_up(named)).await?;
+                if !state.superblock().layers.contains(named) {
+                    pre_images.remove(named).await?;
+                }
             }
             Err(error) => return Err(error.into()),
         }
     }
-    let Superblock { gap, history, .. } = state.superblock();
-    for (number, _) in pre_images.list()? {
-        if number != gap && number != history {
-            pre_images.remove(number).await?;
-        }
+    let catalog = state.superblock().layers;
+    for (left, _) in pre_images.list()?.into_iter().filter(|(layer, _)| !catalog.contains(*layer)) {
+        pre_images.remove(left).await?;
     }
     Ok(layers)
 }
@@ -179,7 +177,7 @@ fn is_lost(error: &LayerError) -> bool {
     }
 }
 
-/// What a layer has saved.
-pub(super) fn saved_in(layers: &[Layer], number: u64) -> Vec<ByteRange> {
-    layers.iter().filter(|layer| layer.header().layer == number).flat_map(Layer::saved).collect()
+/// What a layer has saved; nothing where there is none.
+pub(super) fn saved_in(layers: &[Layer], of: Option<LayerId>) -> Vec<ByteRange> {
+    layers.iter().filter(|layer| Some(layer.header().layer) == of).flat_map(Layer::saved).collect()
 }

@@ -18,6 +18,7 @@ use crate::pre_images::{Layer, LayerError, PreImages};
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
 use crate::troubles::{Kind, Troubles};
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::replica::{self, Action, FrameId, Settings, StateChange, Stored};
@@ -55,10 +56,10 @@ pub struct Replica {
     state: Rc<State>,
     pool: BufferPool,
     pre_images: PreImages,
-    /// The layers of the gap and of the history.
+    /// The layers to roll back to and for an undo.
     layers: tokio::sync::Mutex<Vec<Layer>>,
     /// When each was begun, in seconds since 1970, and how large it is; told while they are being saved into.
-    points: RefCell<BTreeMap<u64, (u64, u64)>>,
+    points: RefCell<BTreeMap<LayerId, (u64, u64)>>,
     /// What there was no room for at the last attempt to save pre-images.
     shortage: RefCell<Option<String>>,
     /// That a history was given up, or could not be.
@@ -145,8 +146,10 @@ impl Replica {
             window_bytes: config.window.0,
             space: config.when_full.into(),
         };
-        let (saved, kept) =
-            (gap::saved_in(&layers, superblock.gap), gap::saved_in(&layers, superblock.history));
+        let (saved, kept) = (
+            gap::saved_in(&layers, superblock.layers.rollback()),
+            gap::saved_in(&layers, superblock.layers.undo()),
+        );
         let stored = Stored {
             superblock,
             mark,
@@ -459,12 +462,13 @@ impl Replica {
         let (name, superblock) = (&self.name, self.state.superblock());
         match change {
             StateChange::Keep(_) => self.tell_of_unagreed(superblock.fence.holder),
-            StateChange::Follow { fence, agrees: false } if superblock.history != 0 => {
+            StateChange::Follow { fence, agrees: false } if superblock.layers.undo().is_some() => {
                 self.tell_of_unagreed(fence.holder);
             }
-            StateChange::Begin { source, gap, keep } => {
+            StateChange::Begin { source, rollback, keep } => {
                 let bytes = inner.machine.undelivered_bytes(source.holder).unwrap_or(0);
-                let is_first = *gap == superblock.history && superblock.data == DataState::Consistent;
+                let is_first =
+                    *rollback == superblock.layers.undo() && superblock.data == DataState::Consistent;
                 let is_kept = *keep || is_first && bytes > 0 && consent::is_awaited(&superblock);
                 if !is_kept {
                     return;

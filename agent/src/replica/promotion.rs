@@ -7,6 +7,7 @@ use super::gap::saved_in;
 use crate::metadata::StateError;
 use crate::pre_images::{LayerError, PreImage};
 use crate::storage;
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::replica::promotion::NotPromotable;
 use blockmirror_protocol::replica::undo::NotUndoable;
 use blockmirror_protocol::rewrite::{Candidacy, Change, NotRecorded, Order, Part, Rewrite};
@@ -77,7 +78,7 @@ impl Replica {
     ) -> Result<(), PromotionError> {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
-        let restored = saved_in(&self.layers.lock().await, superblock.gap);
+        let restored = saved_in(&self.layers.lock().await, superblock.layers.rollback());
         let position = self.report().position;
         let candidacy = Candidacy { host, decision, position, restored };
         let rewrite = Rewrite::promotion(&superblock, peers, candidacy)?;
@@ -125,9 +126,9 @@ impl Replica {
     }
 
     /// Writes every pre-image of a layer back.
-    pub(super) async fn restore(&self, number: u64, progress: &Progress) -> Result<(), PromotionError> {
+    pub(super) async fn restore(&self, restored: LayerId, progress: &Progress) -> Result<(), PromotionError> {
         let layers = self.layers.lock().await;
-        let layer = layers.iter().find(|layer| layer.header().layer == number);
+        let layer = layers.iter().find(|layer| layer.header().layer == restored);
         let layer = layer.expect("what leads back is open");
         let total = layer.saved().map(|range| range.length).sum();
         progress.restored_bytes.set((0, total));

@@ -28,21 +28,23 @@ impl Replica {
     pub async fn yield_to(&self, concession: &Concession) -> Result<bool, PromotionError> {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
-        let is_unused = saved_in(&self.layers.lock().await, superblock.history).is_empty();
-        let history = match resolve::keep(&superblock, is_unused) {
-            Keep::Nothing => 0,
-            Keep::Layer(layer) => layer,
+        let is_unused = saved_in(&self.layers.lock().await, superblock.layers.undo()).is_empty();
+        let undo = match resolve::keep(&superblock, is_unused) {
+            Keep::Nothing => None,
+            Keep::Layer(layer) => Some(layer),
             Keep::NewLayer => {
                 storage::sync(&*self.storage, &self.backing).await?;
-                self.try_begin_layer(self.report().position).await?
+                Some(self.try_begin_layer(self.report().position).await?)
             }
         };
-        self.state.change_superblock(|superblock| concession.record(superblock, history)).await?;
+        self.state.change_superblock(|superblock| concession.record(superblock, undo)).await?;
         // What was kept before goes when the new one has taken its place, in one durable write.
-        if ![0, history].contains(&superblock.history) {
-            self.end_layer(superblock.history).await;
+        if let Some(before) =
+            superblock.layers.undo().filter(|layer| !self.state.superblock().layers.contains(*layer))
+        {
+            self.end_layer(before).await;
         }
-        Ok(history != 0)
+        Ok(undo.is_some())
     }
 
     /// Makes this copy what it was before its content was given up, durably; as for [`Replica::yield_to`] otherwise.
@@ -53,11 +55,11 @@ impl Replica {
     pub async fn undo(&self, peers: &[HostId], progress: &Progress) -> Result<(), PromotionError> {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
-        let number = undo::layer(&superblock)?;
+        let kept = undo::layer(&superblock)?;
         let own = GenerationId(key::random());
         let before = {
             let layers = self.layers.lock().await;
-            let layer = layers.iter().find(|layer| layer.header().layer == number);
+            let layer = layers.iter().find(|layer| layer.header().layer == kept);
             let layer = layer.expect("a history has a layer");
             // All of it must be good before the content that is there is given up for it.
             let mut contents = layer.contents();
@@ -86,13 +88,14 @@ impl Replica {
     #[must_use]
     pub fn has_reason_to_forget(&self) -> bool {
         let superblock = self.state.superblock();
-        superblock.history != 0 || self.report().is_full && !consent::is_given(&superblock)
+        superblock.layers.undo().is_some() || self.report().is_full && !consent::is_given(&superblock)
     }
 
     /// How many bytes were saved for undo.
     pub async fn kept_bytes(&self) -> u64 {
         let layers = self.layers.lock().await;
-        let kept = layers.iter().filter(|layer| layer.header().layer == self.state.superblock().history);
+        let kept =
+            layers.iter().filter(|layer| Some(layer.header().layer) == self.state.superblock().layers.undo());
         kept.flat_map(Layer::saved).map(|range| range.length).sum()
     }
 }

@@ -253,6 +253,7 @@ impl Applicant {
 mod tests {
     use super::*;
     use blockmirror_protocol::disk::superblock::{self, Superblock};
+    use blockmirror_protocol::layers::{Catalog, LayerId, Purpose};
     use blockmirror_protocol::promise::Given;
     use blockmirror_protocol::terms::{Fence, Mode};
     use blockmirror_protocol::units::{
@@ -282,15 +283,12 @@ mod tests {
             source: fence,
             lineage: vec![GenerationId([b'a'; 16])],
             adopted: 1,
-            gap: 0,
-            layers: 0,
-            history: 0,
+            layers: Catalog::default(),
             mode,
             given: Given { promise, counted: Vec::new() },
             released: false,
             replaced: false,
             touched: false,
-            history_touched: false,
             run: Epoch(0),
             ends: blockmirror_protocol::lineage::Ends::default(),
             agreed: 3,
@@ -374,7 +372,8 @@ mod tests {
         applicant.kept = Some(("a".to_owned(), NOW - 120));
         let silent_a = || vec![silent("a", 1)];
         assert_eq!(objection(&applicant, &silent_a()), None, "it was agreed to since");
-        (applicant.candidate.superblock.agreed, applicant.candidate.superblock.history) = (2, 3);
+        applicant.candidate.superblock.agreed = 2;
+        applicant.candidate.superblock.layers.set(Purpose::Undo, LayerId::new(3));
         let kept = "nobody on b has agreed that a took over: what was overwritten since 01:44:40 UTC, 2m ago, is kept; on \
                     b, blockmirror undo data brings it back, and blockmirror forget data agrees";
         let force = "; then promote, or --force, which gives up what is kept";
@@ -391,7 +390,8 @@ mod tests {
         let mut behind = waits();
         behind.candidate.superblock.fence.counter = 2;
         let mut gap = waits();
-        (gap.candidate.superblock.data, gap.candidate.superblock.gap) = (DataState::Inconsistent, 4);
+        gap.candidate.superblock.data = DataState::Inconsistent;
+        gap.candidate.superblock.layers.set(Purpose::Rollback, LayerId::new(4));
         gap.rollback_at = Some(NOW - 120);
         let mut demoted = applicant(Mode::Async, Promise::None);
         demoted.candidate.superblock.fence.holder = HostId([2; 32]);

@@ -96,7 +96,8 @@ async fn give_in(
         return hands.end(Next::Reopen, move |_| drop(answer.send(Err(failure))));
     }
     let Yielding { concession, resolved } = yielding;
-    let (name, kept_before) = (hands.config.name.clone(), replica.state().superblock().history != 0);
+    let (name, kept_before) =
+        (hands.config.name.clone(), replica.state().superblock().layers.undo().is_some());
     let yielded = replica.yield_to(&concession).await;
     drop(replica);
     let done = match yielded {

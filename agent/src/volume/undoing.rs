@@ -40,7 +40,7 @@ impl Volume {
     }
 
     fn undoable(&self) -> Result<Rc<Replica>, Failure> {
-        let replica = self.keeper(|replica| replica.state().superblock().history != 0)?;
+        let replica = self.keeper(|replica| replica.state().superblock().layers.undo().is_some())?;
         if replica.is_recovering() {
             return Err(refused("a recovery reads this replica; wait for its end, or interrupt it"));
         }

@@ -51,7 +51,7 @@ mod tests {
         assert_eq!(FileKind::recognise(&file), Some(FileKind::Marker));
         assert_eq!(FileKind::recognise(&file[PAGE_BYTES..PAGE_BYTES + 7]), None);
         assert_eq!(FileKind::recognise(&[]), None);
-        let (layer, serial, at) = (1, 0, pre_images::FIRST_BATCH);
+        let (layer, serial, at) = (crate::layers::testing::layer(1), 0, pre_images::FIRST_BATCH);
         let entries = vec![pre_images::Entry::of_zeroes(ByteRange::new(0, 512))];
         let batch = pre_images::Batch { layer, serial, at, entries };
         let layer = [[0; PAGE_BYTES], batch.encode()].concat();

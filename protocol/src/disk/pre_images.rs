@@ -34,6 +34,7 @@
 
 use super::superblock::LINEAGE_LIMIT;
 use super::{MetadataError, PAGE_BYTES, Page, is_sealed, seal};
+use crate::layers::LayerId;
 use crate::ranges::ByteRange;
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, Position, SECTOR_BYTES, Sequence, VolumeId};
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -113,8 +114,8 @@ const _: () = assert!(ENTRY_LIMIT_BYTES + PAGE_BYTES as u64 <= BATCH_LIMIT_BYTES
 /// What a layer is a part of, and the point that it leads back to.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Header {
-    /// The layer's number.
-    pub layer: u64,
+    /// The layer.
+    pub layer: LayerId,
     /// The volume.
     pub volume: VolumeId,
     /// The copy whose old content this is.
@@ -143,8 +144,8 @@ pub struct Entry {
 /// Some entries, which became durable together.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Batch {
-    /// The layer's number.
-    pub layer: u64,
+    /// The layer.
+    pub layer: LayerId,
     /// The batch's number in its layer, counted from 0.
     pub serial: u64,
     /// Where the batch is in the file, in bytes.
@@ -155,20 +156,20 @@ pub struct Batch {
 
 /// The file's name in the volume's state folder.
 #[must_use]
-pub fn file_name(layer: u64) -> String {
-    format!("{FILE_PREFIX}{layer:016x}")
+pub fn file_name(layer: LayerId) -> String {
+    format!("{FILE_PREFIX}{:016x}", layer.number())
 }
 
 /// The layer whose file has this name; none for another file's.
 #[must_use]
-pub fn layer_of(file_name: &str) -> Option<u64> {
-    let layer = u64::from_str_radix(file_name.strip_prefix(FILE_PREFIX)?, 16).ok()?;
+pub fn layer_of(file_name: &str) -> Option<LayerId> {
+    let layer = LayerId::new(u64::from_str_radix(file_name.strip_prefix(FILE_PREFIX)?, 16).ok()?)?;
     (self::file_name(layer) == file_name).then_some(layer)
 }
 
 /// Whether a batch later than `serial` is in the bytes that stand at `at` in a layer's file.
 #[must_use]
-pub fn is_followed(bytes: &[u8], layer: u64, serial: u64, at: u64) -> bool {
+pub fn is_followed(bytes: &[u8], layer: LayerId, serial: u64, at: u64) -> bool {
     bytes.chunks_exact(PAGE_BYTES).zip(0u64..).any(|(page, index)| {
         let place = at + index * PAGE_BYTES as u64;
         Batch::parse(page)
@@ -192,7 +193,7 @@ impl Header {
             magic: MAGIC,
             version: U32::new(VERSION),
             crc: U32::ZERO,
-            layer: U64::new(self.layer),
+            layer: U64::new(self.layer.number()),
             size_bytes: U64::new(self.size_bytes),
             volume: self.volume.0,
             copy: self.copy.0,
@@ -225,7 +226,7 @@ impl Header {
         }
         let lineage = raw.lineage.get(..raw.lineage_length.get() as usize).ok_or_else(corrupted)?;
         Ok(Self {
-            layer: raw.layer.get(),
+            layer: LayerId::new(raw.layer.get()).ok_or_else(corrupted)?,
             volume: VolumeId(raw.volume),
             copy: CopyId(raw.copy),
             size_bytes: raw.size_bytes.get(),
@@ -352,7 +353,7 @@ impl Batch {
             magic: BATCH_MAGIC,
             version: U32::new(VERSION),
             crc: U32::ZERO,
-            layer: U64::new(self.layer),
+            layer: U64::new(self.layer.number()),
             serial: U64::new(self.serial),
             at: U64::new(self.at),
             count: U32::new(self.entries.len() as u32),
@@ -367,7 +368,7 @@ impl Batch {
 
     /// Reads the page at `at`; nothing unless it is the whole page of this very batch.
     #[must_use]
-    pub fn decode(page: &[u8], layer: u64, serial: u64, at: u64) -> Option<Self> {
+    pub fn decode(page: &[u8], layer: LayerId, serial: u64, at: u64) -> Option<Self> {
         Self::parse(page).filter(|batch| (batch.layer, batch.serial, batch.at) == (layer, serial, at))
     }
 
@@ -378,7 +379,7 @@ impl Batch {
         }
         let entries = raw.entries.get(..raw.count.get() as usize)?;
         let entries = entries.iter().map(Entry::parse).collect::<Option<Vec<_>>>()?;
-        let (layer, serial, at) = (raw.layer.get(), raw.serial.get(), raw.at.get());
+        let (layer, serial, at) = (LayerId::new(raw.layer.get())?, raw.serial.get(), raw.at.get());
         Some(Self { layer, serial, at, entries }).filter(Self::is_valid)
     }
 
@@ -395,6 +396,7 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::testing::layer;
 
     const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -404,7 +406,7 @@ mod tests {
 
     fn header() -> Header {
         Header {
-            layer: 0x0102_0304,
+            layer: layer(0x0102_0304),
             volume: VolumeId([1; 16]),
             copy: CopyId([2; 16]),
             size_bytes: 1 << 30,
@@ -425,7 +427,7 @@ mod tests {
             Entry::of_zeroes(ByteRange::new(1 << 20, 1 << 20)),
             Entry::of_data(ByteRange::new(3 << 20, 2 * PAGE), &data[PAGE_BYTES..]),
         ];
-        (Batch { layer: 0x0102_0304, serial: 1, at: 3 * PAGE, entries }, data)
+        (Batch { layer: layer(0x0102_0304), serial: 1, at: 3 * PAGE, entries }, data)
     }
 
     #[test]
@@ -482,7 +484,8 @@ mod tests {
     fn another_batch_is_not_taken_for_this_one() {
         let (batch, _) = batch();
         let page = batch.encode();
-        for (layer, serial, at) in [(1, 1, 3 * PAGE), (batch.layer, 2, 3 * PAGE), (batch.layer, 1, 4 * PAGE)]
+        for (layer, serial, at) in
+            [(layer(1), 1, 3 * PAGE), (batch.layer, 2, 3 * PAGE), (batch.layer, 1, 4 * PAGE)]
         {
             assert_eq!(Batch::decode(&page, layer, serial, at), None);
         }
@@ -541,14 +544,14 @@ mod tests {
         assert!(is_followed(&tail, batch.layer, 0, PAGE));
         assert!(!is_followed(&tail, batch.layer, 1, PAGE), "the batch itself");
         assert!(!is_followed(&tail, batch.layer, 0, 2 * PAGE), "a copy of it in the data");
-        assert!(!is_followed(&tail, 1, 0, PAGE), "another layer's");
+        assert!(!is_followed(&tail, layer(1), 0, PAGE), "another layer's");
         assert!(!is_followed(&[], batch.layer, 0, PAGE));
     }
 
     #[test]
     fn a_layer_is_known_by_its_file_name() {
-        assert_eq!(file_name(0xab), "pre-images-00000000000000ab");
-        assert_eq!(layer_of(&file_name(u64::MAX)), Some(u64::MAX));
+        assert_eq!(file_name(layer(0xab)), "pre-images-00000000000000ab");
+        assert_eq!(layer_of(&file_name(layer(u64::MAX))), Some(layer(u64::MAX)));
         for name in [
             "pre-images-",
             "pre-images-ab",

@@ -13,11 +13,11 @@
 //!  120 position: generation (16), epoch (8), sequence (8)
 //!  152 source host (32)     184 lineage length (4)  188 zero (4)
 //!  192 lineage: up to 64 generations of 16 bytes, newest first
-//! 1216 adopted (8)         1224 gap (8)         1232 layers (8)
+//! 1216 adopted (8)         1224 zero (8)        1232 number of the last layer (8)
 //! 1240 mode (1)  1241 released (1)  1242 replaced (1)  1243 touched (1)
-//! 1244 history touched (1)  1245 zero (3)
-//! 1248 counter of the source's fence (8)          1256 history (8)
-//! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)          1272 zero
+//! 1244 zero (4)            1248 counter of the source's fence (8)          1256 zero (8)
+//! 1264 promise (1)  1265 zero (3)  1268 replicas of the promise (4)
+//! 1272 catalog of layers: 8 of layer (8), purposes (4): 1 rollback, 2 undo, touched (4); zeroes where there is none
 //! 1400 zero                1432 agreed (8)            1440 run (8)
 //! 1448 ends: an epoch (8) for each generation of the lineage, 0 where none is known
 //! 1960 heirs: how many (4)  1964 zero (4)       1968 up to 33 hosts (32)
@@ -33,11 +33,14 @@
 //! else wrote to the backing was known to the run alone that noticed it; and zeroes from 3024 on: it did not know which hosts
 //! a promise of replicas was about, so such a promise counts for nothing. Its primaries had no
 //! heirs. Version 6 had a zero at 1244: what an older version kept counts as touched, since nothing says that it is not.
+//! Version 7 had no catalog: at 1224 the layer to roll back to (8), at 1256 that for an undo (8), each 0 for none, and at 1244
+//! whether the latter was touched (1).
 
 use super::dirty_map::Base;
 use super::{
     MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, promise_of, raw_hosts, raw_promise, seal,
 };
+use crate::layers::{Catalog, Entry, LAYERS_LIMIT, LayerId, Purpose};
 use crate::lineage::{self, Ends};
 use crate::promise::Given;
 pub use crate::terms::Role;
@@ -51,7 +54,7 @@ pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
 pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 /// How many heirs there are at most.
@@ -65,8 +68,10 @@ pub(super) const MAGIC: [u8; 8] = *b"BMSUPER\0";
 const CRC_AT: usize = 12;
 /// The first version that knows which hosts count for a promise.
 const COUNTED_SINCE: u32 = 6;
-/// The first version that knows whether a history is touched.
-const HISTORY_TOUCHED_SINCE: u32 = 7;
+/// The first version that knows whether what an undo brings back is touched.
+const UNDO_TOUCHED_SINCE: u32 = 7;
+/// The first version that has a catalog of layers.
+const CATALOG_SINCE: u32 = 8;
 /// The first version that has a run and ends, and says to whom the operator agreed.
 const RUN_SINCE: u32 = 4;
 
@@ -95,20 +100,20 @@ struct Raw {
     zero_too: U32,
     lineage: [[u8; 16]; LINEAGE_LIMIT],
     adopted: U64,
-    gap: U64,
-    layers: U64,
+    old_rollback: U64,
+    last_layer: U64,
     mode: u8,
     released: u8,
     replaced: u8,
     touched: u8,
-    history_touched: u8,
+    old_undo_touched: u8,
     zero_again: [u8; 3],
     source_counter: U64,
-    history: U64,
+    old_undo: U64,
     promise: u8,
     zero_at_last: [u8; 3],
     promise_replicas: U32,
-    unused: [u8; 128],
+    catalog: [RawLayer; LAYERS_LIMIT],
     old_end_generation: [u8; 16],
     old_end_epoch: U64,
     old_end_until: U64,
@@ -122,6 +127,14 @@ struct Raw {
     zero_at_the_end: U32,
     counted: [[u8; 32]; MEMBERS_LIMIT],
     rest: [u8; PAGE_BYTES - 3032 - 32 * MEMBERS_LIMIT],
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct RawLayer {
+    layer: U64,
+    purposes: U32,
+    touched: U32,
 }
 
 const _: () = assert!(size_of::<Raw>() == PAGE_BYTES);
@@ -179,13 +192,8 @@ pub struct Superblock {
     pub lineage: Vec<GenerationId>,
     /// How often this copy adopted another's content; maps that were made before are void (L2).
     pub adopted: u64,
-    /// The layer of pre-images that leads back to the rollback point, while the replica is in gap mode (P2); else 0.
-    pub gap: u64,
-    /// The number of the last layer that was begun.
-    pub layers: u64,
-    /// The layer that keeps what this host had before its content was given up, so that this can be undone (L6); else 0.
-    /// It may be that of the gap as well.
-    pub history: u64,
+    /// The layers of pre-images that there are, and what each is for (P2, L6).
+    pub layers: Catalog,
     /// The mode that the replica was last committed in (W4); async from when it knows that something was replied without
     /// it.
     pub mode: Mode,
@@ -199,8 +207,6 @@ pub struct Superblock {
     /// On a replica, whether something else wrote to the backing since all of it was last the content of a primary (X4): until
     /// a commit, for which all is compared, or the operator's word that the content is to be the volume's as it is.
     pub touched: bool,
-    /// Whether the history leads back to what something else wrote: a commit mends the copy, and not what was kept of it before.
-    pub history_touched: bool,
     /// The first epoch of this host's last run as primary: whatever it numbered before is lower.
     pub run: Epoch,
     /// On a primary, where its content ends in generations that others may be further in. Of the one that is going on, an
@@ -233,15 +239,12 @@ impl Superblock {
             source: Fence::default(),
             lineage: Vec::new(),
             adopted: 0,
-            gap: 0,
-            layers: 0,
-            history: 0,
+            layers: Catalog::default(),
             mode: Mode::Async,
             given: Given::NOTHING,
             released: false,
             replaced: false,
             touched: false,
-            history_touched: false,
             run: Epoch(0),
             ends: Ends::default(),
             agreed: 0,
@@ -260,15 +263,18 @@ impl Superblock {
     pub fn note_touched(&mut self) {
         self.touched |= self.role == Role::Replica;
         // Where the layer has no pre-image yet, an undo leaves what is there now.
-        self.history_touched |= self.touched && self.history != 0;
+        if self.touched {
+            self.layers.touch_undo();
+        }
     }
 
-    /// What this copy holds is kept in this layer from now on, which may be the one that keeps it already; 0 for none.
-    pub(crate) fn keep_in(&mut self, layer: u64) {
-        self.history_touched &= layer == self.history;
-        self.history_touched |= self.touched;
-        self.history = layer;
-        self.history_touched &= layer != 0;
+    /// What this copy holds is kept in this layer from now on, which may be the one that keeps it already, or in none. A commit
+    /// mends the copy, and not what was kept of it before.
+    pub(crate) fn keep_in(&mut self, layer: Option<LayerId>) {
+        self.layers.set(Purpose::Undo, layer);
+        if self.touched {
+            self.layers.touch_undo();
+        }
     }
 
     /// Whether this host gave its content up, or brought it back, and has adopted nothing since (L6): what others remember
@@ -367,6 +373,13 @@ impl Superblock {
         for (slot, generation) in ends.iter_mut().zip(&self.lineage) {
             *slot = U64::new(self.ends.of(*generation).map_or(0, |end| end.0.max(1)));
         }
+        let mut catalog =
+            [RawLayer { layer: U64::ZERO, purposes: U32::ZERO, touched: U32::ZERO }; LAYERS_LIMIT];
+        for (slot, entry) in catalog.iter_mut().zip(self.layers.entries()) {
+            slot.layer = U64::new(entry.layer.number());
+            slot.purposes = U32::new(entry.purposes);
+            slot.touched = U32::new(entry.is_touched.into());
+        }
         let raw = Raw {
             magic: MAGIC,
             version: U32::new(VERSION),
@@ -397,20 +410,20 @@ impl Superblock {
             zero_too: U32::ZERO,
             lineage,
             adopted: U64::new(self.adopted),
-            gap: U64::new(self.gap),
-            layers: U64::new(self.layers),
+            old_rollback: U64::ZERO,
+            last_layer: U64::new(self.layers.last()),
             mode: self.mode.to_byte(),
             released: self.released.into(),
             replaced: self.replaced.into(),
             touched: self.touched.into(),
-            history_touched: self.history_touched.into(),
+            old_undo_touched: 0,
             zero_again: [0; 3],
             source_counter: U64::new(self.source.counter),
-            history: U64::new(self.history),
+            old_undo: U64::ZERO,
             promise,
             zero_at_last: [0; 3],
             promise_replicas: U32::new(replicas),
-            unused: [0; 128],
+            catalog,
             old_end_generation: [0; 16],
             old_end_epoch: U64::ZERO,
             old_end_until: U64::ZERO,
@@ -513,19 +526,12 @@ impl Superblock {
             },
             lineage: lineage.iter().map(|generation| GenerationId(*generation)).collect(),
             adopted: raw.adopted.get(),
-            gap: raw.gap.get(),
-            layers: raw.layers.get(),
-            history: raw.history.get(),
+            layers: layers_of(raw).ok_or_else(|| corrupted.clone())?,
             mode: Mode::from_byte(raw.mode).ok_or_else(|| corrupted.clone())?,
             given: Given { promise, counted: counted.iter().map(|host| HostId(*host)).collect() },
             released: raw.released != 0,
             replaced: raw.replaced != 0,
             touched: raw.touched != 0,
-            history_touched: match raw.version.get() < HISTORY_TOUCHED_SINCE {
-                // Nothing says what its copy was when it was kept.
-                true => raw.history.get() != 0,
-                false => raw.history_touched != 0,
-            },
             run,
             ends,
             agreed: if is_older { raw.fence_counter.get() } else { raw.agreed.get() },
@@ -535,9 +541,37 @@ impl Superblock {
     }
 }
 
+/// The catalog as it was recorded, or as an older version knew of layers; nothing where it contradicts itself.
+fn layers_of(raw: &Raw) -> Option<Catalog> {
+    let (version, last) = (raw.version.get(), raw.last_layer.get());
+    if version >= CATALOG_SINCE {
+        let recorded = raw.catalog.iter().filter_map(|slot| {
+            let layer = LayerId::new(slot.layer.get())?;
+            Some(Entry { layer, purposes: slot.purposes.get(), is_touched: slot.touched.get() != 0 })
+        });
+        return Catalog::recorded(last, recorded.collect());
+    }
+    let [rollback, undo] = [raw.old_rollback, raw.old_undo].map(|layer| LayerId::new(layer.get()));
+    let mut layers = Catalog::new(last, rollback, undo);
+    // Before that was known, nothing says what the copy was when it was kept.
+    if version < UNDO_TOUCHED_SINCE || raw.old_undo_touched != 0 {
+        layers.touch_undo();
+    }
+    Some(layers)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Of 15 layers the twelfth leads back, and the last one is kept for an undo.
+    fn layers(is_touched: bool) -> Catalog {
+        let mut layers = Catalog::new(15, LayerId::new(12), LayerId::new(15));
+        if is_touched {
+            layers.touch_undo();
+        }
+        layers
+    }
 
     fn sample() -> Superblock {
         Superblock {
@@ -553,9 +587,7 @@ mod tests {
             source: Fence { counter: 14, holder: HostId([9; 32]) },
             lineage: vec![GenerationId([6; 16]), GenerationId([10; 16])],
             adopted: 11,
-            gap: 12,
-            layers: 13,
-            history: 15,
+            layers: layers(true),
             mode: Mode::Sync,
             given: Given {
                 promise: Promise::Replicas(16),
@@ -564,7 +596,6 @@ mod tests {
             released: true,
             replaced: true,
             touched: true,
-            history_touched: true,
             run: Epoch(17),
             ends: Ends::only(GenerationId([10; 16]), Epoch(18)),
             agreed: 19,
@@ -577,15 +608,15 @@ mod tests {
         let page = sample().encode(11);
         let bytes = page[..256]
             .iter()
-            .chain(&page[1216..1272])
+            .chain(&page[1216..1304])
             .chain(&page[1432..1464])
             .chain(&page[1960..2032])
             .chain(&page[3024..3096]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(text, golden(include_str!("golden/superblock-7.hex")));
+        assert_eq!(text, golden(include_str!("golden/superblock-8.hex")));
         let zero = page[256..1216]
             .iter()
-            .chain(&page[1272..1432])
+            .chain(&page[1304..1432])
             .chain(&page[1464..1960])
             .chain(&page[2032..3024])
             .chain(&page[3096..]);
@@ -599,6 +630,27 @@ mod tests {
             page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
         }
         page
+    }
+
+    #[test]
+    fn a_page_of_version_7_has_no_catalog() {
+        let text = include_str!("golden/superblock-7.hex");
+        let places = (0..256).chain(1216..1272).chain(1432..1464).chain(1960..2032).chain(3024..3096);
+        let mut page = page_of(text, places);
+        assert_eq!(Superblock::recover(&page), Ok((11, sample())));
+        page[1244] = 0;
+        seal(&mut page, CRC_AT);
+        let untouched = Superblock { layers: layers(false), ..sample() };
+        assert_eq!(Superblock::recover(&page), Ok((11, untouched)));
+    }
+
+    #[test]
+    fn a_catalog_that_contradicts_itself_is_damage() {
+        let mut page = sample().encode(11);
+        let second = 1272 + 16;
+        page.copy_within(1272..1280, second);
+        seal(&mut page, CRC_AT);
+        assert_eq!(Superblock::recover(&page), Err(MetadataError::Corrupted { what: WHAT }));
     }
 
     #[test]
@@ -705,10 +757,7 @@ mod tests {
         let page = page_of(include_str!("golden/superblock-1.hex"), 0..256);
         let old = Superblock {
             adopted: 0,
-            gap: 0,
-            layers: 0,
-            history: 0,
-            history_touched: false,
+            layers: Catalog::default(),
             mode: Mode::Async,
             released: false,
             source: Fence { counter: 0, holder: HostId([9; 32]) },

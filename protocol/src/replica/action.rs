@@ -4,6 +4,7 @@ use super::{SpacePolicy, StateChange};
 use crate::dirty_map::DirtyMap;
 use crate::disk::activity_log::{self, Recovered};
 use crate::disk::superblock::Superblock;
+use crate::layers::LayerId;
 use crate::ranges::ByteRange;
 use crate::terms::DataState;
 use crate::units::{HostId, Mark, Position};
@@ -51,7 +52,7 @@ pub enum Action {
         ranges: Vec<ByteRange>,
     },
     /// The layer is needed neither to roll back nor to undo any more.
-    EndLayer(u64),
+    EndLayer(LayerId),
     /// Read and digest (BLAKE3) a range; then [`super::Replica::handle_digest`].
     ReadDigest {
         /// The frame that asked.

@@ -2,6 +2,7 @@
 
 use super::consent;
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
+use crate::layers::{LayerId, Purpose};
 use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
 use crate::promise::Given;
@@ -20,7 +21,7 @@ pub enum StateChange {
     },
     /// This layer keeps what the copy holds, or what the layer leads back to, from a primary to whom nobody has agreed
     /// (L6).
-    Keep(u64),
+    Keep(LayerId),
     /// The primary went on without this replica, which so may lack what was replied: it counts for nothing until a
     /// commit.
     Behind,
@@ -29,8 +30,8 @@ pub enum StateChange {
     Begin {
         /// The primary that resyncs.
         source: Fence,
-        /// The layer, or the one that was there already; 0 for none.
-        gap: u64,
+        /// The layer, or the one that was there already; none where there is no room for one.
+        rollback: Option<LayerId>,
         /// Whether that layer is kept after the commit: this host had written what the primary lacks (L3).
         keep: bool,
     },
@@ -69,32 +70,30 @@ impl StateChange {
                 }
             }
             Self::Keep(layer) => {
-                superblock.keep_in(*layer);
-                superblock.layers = superblock.layers.max(*layer);
+                superblock.keep_in(Some(*layer));
             }
             Self::Behind => (superblock.mode, superblock.given) = (Mode::Async, Given::NOTHING),
-            Self::Begin { source, gap, keep } => {
+            Self::Begin { source, rollback, keep } => {
                 if superblock.data == DataState::Empty && !planted(Bug::EmptyObjects) {
                     // What a copy held before it was emptied says nothing of what is in it now (L3).
                     superblock.lineage.clear();
                 }
                 superblock.data = DataState::Inconsistent;
                 superblock.source = *source;
-                superblock.gap = *gap;
-                superblock.layers = superblock.layers.max(*gap);
+                superblock.layers.set(Purpose::Rollback, *rollback);
                 if *keep {
-                    superblock.keep_in(*gap);
+                    superblock.keep_in(*rollback);
                 }
             }
             Self::GiveRollbackUp => {
-                if superblock.history == superblock.gap {
-                    superblock.keep_in(0);
+                if superblock.layers.undo() == superblock.layers.rollback() {
+                    superblock.keep_in(None);
                     consent::give(superblock);
                 }
-                superblock.gap = 0;
+                superblock.layers.set(Purpose::Rollback, None);
             }
             Self::Forget => {
-                superblock.keep_in(0);
+                superblock.keep_in(None);
                 consent::give(superblock);
             }
             Self::Generation(generation) => {
@@ -111,7 +110,7 @@ impl StateChange {
                 superblock.given.clone_from(given);
                 superblock.source = *source;
                 (superblock.replaced, superblock.touched) = (false, false);
-                superblock.gap = 0;
+                superblock.layers.set(Purpose::Rollback, None);
                 superblock.adopted += 1;
                 superblock.ends = Ends::default();
             }

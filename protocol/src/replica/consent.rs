@@ -38,11 +38,11 @@ pub fn keep(superblock: &Superblock, fence: Fence) -> Keep {
     if is_agreed_to(superblock, fence) || planted(Bug::FollowUnagreed) {
         return Keep::Nothing;
     }
-    match (superblock.data, superblock.gap, superblock.history) {
-        (DataState::Empty, _, _) | (DataState::Inconsistent, 0, 0) => Keep::Nothing,
-        (DataState::Consistent, _, 0) => Keep::NewLayer,
-        (DataState::Inconsistent, gap, 0) => Keep::Layer(gap),
-        (_, _, history) => Keep::Layer(history),
+    match (superblock.data, superblock.layers.rollback(), superblock.layers.undo()) {
+        (DataState::Empty, _, _) | (DataState::Inconsistent, None, None) => Keep::Nothing,
+        (DataState::Consistent, _, None) => Keep::NewLayer,
+        (DataState::Inconsistent, Some(rollback), None) => Keep::Layer(rollback),
+        (_, _, Some(undo)) => Keep::Layer(undo),
     }
 }
 
@@ -73,7 +73,7 @@ pub fn is_given(superblock: &Superblock) -> bool {
 /// Whether the history keeps what a primary overwrote to whom this host has not agreed.
 #[must_use]
 pub fn is_awaited(superblock: &Superblock) -> bool {
-    superblock.history != 0 && !is_given(superblock)
+    superblock.layers.undo().is_some() && !is_given(superblock)
 }
 
 /// The operator agrees to whom this host follows.
@@ -90,6 +90,8 @@ pub(super) fn withdraw(superblock: &mut Superblock) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::testing::{catalog, layer};
+    use crate::layers::{Catalog, Purpose};
     use crate::replica::tests::superblock;
     use crate::replica::{StateChange, promotion, resolve, undo};
     use crate::units::{GenerationId, Position};
@@ -107,9 +109,9 @@ mod tests {
     fn what_a_primary_overwrites_to_whom_nobody_agreed_is_kept() {
         let released = || Superblock { released: true, ..following() };
         let unagreed = || Superblock { agreed: 3, ..following() };
-        let history = || Superblock { history: 7, ..following() };
-        let gap = || Superblock { data: DataState::Inconsistent, gap: 8, ..following() };
-        let mixture = || Superblock { gap: 0, ..gap() };
+        let history = || Superblock { layers: catalog(0, 7), ..following() };
+        let gap = || Superblock { data: DataState::Inconsistent, layers: catalog(8, 0), ..following() };
+        let mixture = || Superblock { layers: Catalog::default(), ..gap() };
         let empty = || Superblock { data: DataState::Empty, ..following() };
         let handed_on = Superblock { released: true, ..unagreed() };
         let demoted = Superblock { heirs: vec![HostId([2; 32])], ..following() };
@@ -129,10 +131,15 @@ mod tests {
             ),
             ("one that was not released", demoted.clone(), fence(5, 3), Keep::NewLayer),
             ("the one after that", demoted, fence(6, 2), Keep::NewLayer),
-            ("the oldest history stays", history(), fence(5, 2), Keep::Layer(7)),
-            ("also in a resync", Superblock { history: 7, ..gap() }, fence(5, 2), Keep::Layer(7)),
+            ("the oldest history stays", history(), fence(5, 2), Keep::Layer(layer(7))),
+            (
+                "also in a resync",
+                Superblock { layers: catalog(8, 7), ..gap() },
+                fence(5, 2),
+                Keep::Layer(layer(7)),
+            ),
             ("a history that is kept for him already", history(), fence(4, 1), Keep::Nothing),
-            ("the way back of a resync", gap(), fence(5, 2), Keep::Layer(8)),
+            ("the way back of a resync", gap(), fence(5, 2), Keep::Layer(layer(8))),
             ("a mixture", mixture(), fence(5, 2), Keep::Nothing),
             ("the first content", empty(), fence(5, 2), Keep::Nothing),
         ] {
@@ -143,7 +150,8 @@ mod tests {
     /// What each change of the superblock makes of a host that follows, with a history, a primary whom nobody agreed to.
     #[test]
     fn each_word_of_the_operator_is_remembered() {
-        let unagreed = || Superblock { fence: fence(5, 2), history: 7, released: true, ..following() };
+        let unagreed =
+            || Superblock { fence: fence(5, 2), layers: catalog(0, 7), released: true, ..following() };
         let host = HostId([9; 32]);
         type Change = fn(&mut Superblock, HostId);
         let changes: [(&str, Change, u64); 11] = [
@@ -151,7 +159,7 @@ mod tests {
             (
                 "no room and no waiting for it",
                 |it, _| {
-                    it.gap = it.history;
+                    it.layers.set(Purpose::Rollback, it.layers.undo());
                     StateChange::GiveRollbackUp.apply(it);
                 },
                 5,
@@ -197,7 +205,7 @@ mod tests {
                 },
                 4,
             ),
-            ("resolve", |it, _| resolve::record(it, Vec::new(), 7, fence(6, 3)), 6),
+            ("resolve", |it, _| resolve::record(it, Vec::new(), Some(layer(7)), fence(6, 3)), 6),
             (
                 "undo",
                 |it, _| {

@@ -17,6 +17,7 @@ use super::{Action, FrameId, Replica, StateChange, consent};
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
+use crate::layers::{LayerId, Purpose};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{BlockSize, HostId};
@@ -38,15 +39,6 @@ pub enum SpacePolicy {
     GoOn,
 }
 
-/// What a layer is begun for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Purpose {
-    /// A resync that was announced.
-    Rollback,
-    /// A greeting whose holder nobody here has agreed to.
-    Undo,
-}
-
 /// How saving ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Saved {
@@ -66,8 +58,8 @@ struct Saving {
     /// The frames that wait for it.
     frames: Vec<FrameId>,
     ranges: Vec<ByteRange>,
-    /// The history when it was begun.
-    history: u64,
+    /// The layer for an undo when it was begun.
+    undo: Option<LayerId>,
 }
 
 /// See the module.
@@ -146,21 +138,22 @@ pub(super) fn runs(
 impl Replica {
     /// Whether only rolling back gives a legal image.
     pub(super) fn is_in_gap(&self) -> bool {
-        self.superblock.gap != 0
+        self.superblock.layers.rollback().is_some()
     }
 
     /// Whether overwriting must be preceded by saving.
     pub(super) fn saves(&self) -> bool {
-        self.is_in_gap() || self.superblock.history != 0 && !planted(Bug::KeepUntilCommit)
+        self.is_in_gap() || self.superblock.layers.undo().is_some() && !planted(Bug::KeepUntilCommit)
     }
 
     /// What must be saved before this range is overwritten, in whole blocks; some may come twice.
     fn missing(&self, range: ByteRange) -> Vec<ByteRange> {
-        let Superblock { block_size, size_bytes, gap, history, .. } = self.superblock;
-        let layers = [(gap, &self.gap.overwritten), (history, &self.gap.kept)];
-        let parts = layers.into_iter().filter(|(layer, _)| *layer != 0);
+        let Superblock { block_size, size_bytes, ref layers, .. } = self.superblock;
+        let rollback = layers.rollback().map(|_| &self.gap.overwritten);
+        let undo = layers.undo().map(|_| &self.gap.kept);
+        let parts = rollback.into_iter().chain(undo);
         parts
-            .flat_map(|(_, map)| map.split(range.blocks(block_size)))
+            .flat_map(|map| map.split(range.blocks(block_size)))
             .filter(|(is_saved, _)| !is_saved)
             .map(|(_, blocks)| ByteRange::of_blocks(blocks, block_size, size_bytes))
             .collect()
@@ -206,7 +199,7 @@ impl Replica {
             return frames.into_iter().for_each(|frame| self.apply(frame));
         }
         self.actions.push_back(Action::SavePreImages { ranges: merged.clone() });
-        self.gap.saving = Some(Saving { frames, ranges: merged, history: self.superblock.history });
+        self.gap.saving = Some(Saving { frames, ranges: merged, undo: self.superblock.layers.undo() });
     }
 
     pub(super) fn begin_layer(&mut self, purpose: Purpose) {
@@ -230,7 +223,7 @@ impl Replica {
         let is_wanted = greeted == Some(Keep::NewLayer);
         match begun {
             Saved::Done if is_wanted => {
-                self.change_state(StateChange::Keep(self.superblock.layers + 1), None)
+                self.change_state(StateChange::Keep(self.superblock.layers.next()), None)
             }
             Saved::Full if is_wanted && self.settings.space == SpacePolicy::GoOn => self.agree(),
             Saved::Full if is_wanted => {
@@ -244,9 +237,9 @@ impl Replica {
     }
 
     /// This layer is the history from now on.
-    pub(super) fn keeps(&mut self, layer: u64) {
-        let Superblock { block_size, size_bytes, gap, .. } = self.superblock;
-        let saved: Vec<ByteRange> = match layer == gap {
+    pub(super) fn keeps(&mut self, layer: LayerId) {
+        let Superblock { block_size, size_bytes, ref layers, .. } = self.superblock;
+        let saved: Vec<ByteRange> = match layers.rollback() == Some(layer) {
             true => runs(&self.gap.overwritten, block_size, size_bytes).collect(),
             false => Vec::new(),
         };
@@ -254,16 +247,16 @@ impl Replica {
     }
 
     fn rollback_layer_begun(&mut self, begun: Saved) {
-        let gap = match begun {
-            Saved::Done => self.superblock.layers + 1,
-            Saved::Full if self.superblock.history != 0 && !self.must_keep() => {
+        let rollback = match begun {
+            Saved::Done => Some(self.superblock.layers.next()),
+            Saved::Full if self.superblock.layers.undo().is_some() && !self.must_keep() => {
                 // What was kept makes room; then the resync that was announced begins.
                 if let Some(link) = &mut self.link {
                     link.announced = true;
                 }
                 return self.agree();
             }
-            Saved::Full if self.settings.space == SpacePolicy::GoOn => 0,
+            Saved::Full if self.settings.space == SpacePolicy::GoOn => None,
             Saved::Full => return self.pause(begun),
             Saved::Failed | Saved::Unreadable => return self.fail(),
         };
@@ -272,18 +265,18 @@ impl Replica {
         let is_undelivered =
             source.is_some_and(|host| self.undelivered_bytes(host).is_some_and(|bytes| bytes > 0));
         // What the operator gave up and then forgot is not kept once more.
-        let may_keep = self.superblock.history == 0 && !self.superblock.is_on_its_own();
-        let keep = gap != 0 && may_keep && is_undelivered;
+        let may_keep = self.superblock.layers.undo().is_none() && !self.superblock.is_on_its_own();
+        let keep = rollback.is_some() && may_keep && is_undelivered;
         if keep {
             self.gap.kept = map_of(&self.superblock, &[]);
         }
-        self.record_begin(gap, keep);
+        self.record_begin(rollback, keep);
         self.go_on();
     }
 
     /// The layer that a resync shares with the history, where nothing was overwritten since that began.
-    pub(super) fn unused_history(&self) -> Option<u64> {
-        Some(self.superblock.history).filter(|history| *history != 0 && self.gap.kept.is_clean())
+    pub(super) fn unused_history(&self) -> Option<LayerId> {
+        self.superblock.layers.undo().filter(|_| self.gap.kept.is_clean())
     }
 
     /// How much this host wrote as a primary that another one may lack, in bytes and at most; nothing where it does not
@@ -300,7 +293,7 @@ impl Replica {
     /// The operator agrees to whom this host follows. What was kept for undo is given up, durably first; nothing waits for
     /// that but what must be saved.
     pub fn agree(&mut self) {
-        let has_reason = self.superblock.history != 0 || !consent::is_given(&self.superblock);
+        let has_reason = self.superblock.layers.undo().is_some() || !consent::is_given(&self.superblock);
         if has_reason && !std::mem::replace(&mut self.gap.is_forgetting, true) {
             self.change_state(StateChange::Forget, None);
         }
@@ -317,7 +310,7 @@ impl Replica {
 
     /// The pre-images that [`Action::SavePreImages`] asked for are durable, or can't be saved.
     pub fn handle_saved(&mut self, saved: Saved) {
-        let Saving { frames, ranges, history } = self.gap.saving.take().expect("pre-images are saved once");
+        let Saving { frames, ranges, undo } = self.gap.saving.take().expect("pre-images are saved once");
         if self.failed {
             return self.forget(frames);
         }
@@ -341,13 +334,15 @@ impl Replica {
                 return self.fail();
             }
             // What was kept was given up meanwhile, which makes room.
-            Saved::Full | Saved::Unreadable if self.superblock.history != history => self.wait_again(frames),
+            Saved::Full | Saved::Unreadable if self.superblock.layers.undo() != undo => {
+                self.wait_again(frames)
+            }
             Saved::Full | Saved::Unreadable if self.must_keep() => {
                 self.forget(frames);
                 return self.pause(saved);
             }
             Saved::Full | Saved::Unreadable
-                if self.superblock.history != self.superblock.gap && self.superblock.history != 0 =>
+                if undo.is_some() && undo != self.superblock.layers.rollback() =>
             {
                 self.wait_again(frames);
                 return self.agree();
@@ -386,31 +381,31 @@ impl Replica {
     }
 
     /// A commit has ended the gap: what waited for pre-images is applied without.
-    pub(super) fn end_gap(&mut self, layer: u64) {
+    pub(super) fn end_gap(&mut self, layer: Option<LayerId>) {
         self.gap.overwritten = map_of(&self.superblock, &[]);
         self.layer_is_unused(layer);
     }
 
     /// What was kept is given up: its layer can go, unless it is that of the gap.
-    pub(super) fn history_is_forgotten(&mut self, layer: u64) {
+    pub(super) fn history_is_forgotten(&mut self, layer: Option<LayerId>) {
         self.gap.is_forgetting = false;
         self.gap.kept = map_of(&self.superblock, &[]);
         self.layer_is_unused(layer);
     }
 
     /// A layer has lost one of its uses. What waited only for it is applied without.
-    fn layer_is_unused(&mut self, layer: u64) {
+    fn layer_is_unused(&mut self, layer: Option<LayerId>) {
         if !self.saves() {
             let waiting = std::mem::take(&mut self.gap.waiting);
             waiting.into_iter().for_each(|frame| self.apply(frame));
         }
-        if layer != 0 && ![self.superblock.gap, self.superblock.history].contains(&layer) {
+        if let Some(layer) = layer.filter(|layer| !self.superblock.layers.contains(*layer)) {
             self.actions.push_back(Action::EndLayer(layer));
         }
     }
 
     /// There is no way back any more: what waited for pre-images is applied without, and the layer can go.
-    pub(super) fn rollback_is_given_up(&mut self, layer: u64) {
+    pub(super) fn rollback_is_given_up(&mut self, layer: Option<LayerId>) {
         self.gap.is_full = false;
         self.layer_is_unused(layer);
     }

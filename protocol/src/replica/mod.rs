@@ -57,7 +57,7 @@ use crate::wire::message::{
 };
 use crate::wire::{Body, FrameHeader};
 use agreement::Log;
-use gap::{Gap, Purpose};
+use gap::Gap;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// A sync is worth its time once so many bytes of copies wait for it, or when no more are under way.

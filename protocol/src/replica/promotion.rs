@@ -12,6 +12,7 @@ use super::consent;
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
+use crate::layers::Purpose;
 use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::promise::Given;
@@ -55,9 +56,9 @@ pub fn must_be_promotable(superblock: &Superblock) -> Result<(), NotPromotable> 
     if superblock.fence.raised(HostId::default()).is_none() || superblock.next_run().is_none() {
         return Err(NotPromotable::UsedUp);
     }
-    match (superblock.data, superblock.gap) {
+    match (superblock.data, superblock.layers.rollback()) {
         (DataState::Empty, _) => Err(NotPromotable::Empty),
-        (DataState::Inconsistent, 0) => Err(NotPromotable::Inconsistent),
+        (DataState::Inconsistent, None) => Err(NotPromotable::Inconsistent),
         (DataState::Consistent | DataState::Inconsistent, _) => Ok(()),
     }
 }
@@ -107,8 +108,8 @@ pub(crate) fn record(
     superblock.role = Role::Primary;
     superblock.data = DataState::Consistent;
     superblock.position = position;
-    superblock.gap = 0;
-    superblock.keep_in(0);
+    superblock.layers.set(Purpose::Rollback, None);
+    superblock.keep_in(None);
     (superblock.released, superblock.replaced) = (false, false);
     // Where something else wrote to it, the operator takes it as it is.
     superblock.touched = false;

@@ -10,9 +10,10 @@ use super::gap::runs;
 use super::resolve::Keep;
 use super::{
     Action, COPY_LIMIT_BYTES, Copies, DIGEST_COST_BYTES, DIGEST_LIMIT, DIGEST_LIMIT_BYTES, FrameId, Item,
-    Link, Marker, PrimaryMisbehaved, Purpose, Replica, StateChange,
+    Link, Marker, PrimaryMisbehaved, Replica, StateChange,
 };
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock, may_number};
+use crate::layers::Purpose;
 use crate::lineage::{self, Relation};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
@@ -176,7 +177,7 @@ impl Replica {
                 self.greeting = Some(hello);
                 return self.begin_layer(Purpose::Undo);
             }
-            Keep::Layer(layer) if layer != self.superblock.history => {
+            Keep::Layer(layer) if Some(layer) != self.superblock.layers.undo() => {
                 self.greeting = Some(hello);
                 return self.change_state(StateChange::Keep(layer), None);
             }

@@ -1,7 +1,8 @@
 //! What the replica records: markers and changes of its superblock, one after the other, each durably before what depends
 //! on it.
 
-use super::{Action, Purpose, Replica, StateChange};
+use super::{Action, Replica, StateChange};
+use crate::layers::{LayerId, Purpose};
 use crate::planted::{Bug, planted};
 use crate::terms::DataState;
 use crate::units::{Epoch, Session};
@@ -26,7 +27,7 @@ impl Replica {
         if !written {
             return self.fail();
         }
-        let (layer, history) = (self.superblock.gap, self.superblock.history);
+        let (rollback, undo) = (self.superblock.layers.rollback(), self.superblock.layers.undo());
         change.apply(&mut self.superblock);
         match change {
             StateChange::Commit { position, .. } => {
@@ -34,7 +35,7 @@ impl Replica {
                 (self.primary_went_back, self.told) = (false, Epoch(0));
                 self.maps.clear();
                 self.log_is_void();
-                self.end_gap(layer);
+                self.end_gap(rollback);
                 let session = answer.as_ref().map(|(_, session)| *session);
                 if let Some(link) = self.link.as_mut().filter(|link| Some(link.session) == session) {
                     // Those that began while this copy was being resynced were not streamed.
@@ -42,8 +43,8 @@ impl Replica {
                     link.generation_came = false;
                 }
             }
-            StateChange::GiveRollbackUp => self.rollback_is_given_up(layer),
-            StateChange::Forget => self.history_is_forgotten(history),
+            StateChange::GiveRollbackUp => self.rollback_is_given_up(rollback),
+            StateChange::Forget => self.history_is_forgotten(undo),
             StateChange::Generation(generation) => {
                 if let Some(link) = &mut self.link
                     && link.beginning
@@ -78,11 +79,11 @@ impl Replica {
         link.announced = false;
         if self.superblock.data == DataState::Consistent {
             if let Some(layer) = self.unused_history() {
-                return self.record_begin(layer, false);
+                return self.record_begin(Some(layer), false);
             }
             self.begin_layer(Purpose::Rollback);
         } else {
-            self.record_begin(self.superblock.gap, false);
+            self.record_begin(self.superblock.layers.rollback(), false);
         }
     }
 
@@ -101,7 +102,7 @@ impl Replica {
         self.state_changes.push_back((StateChange::Release, Some(answer)));
     }
 
-    pub(super) fn record_begin(&mut self, gap: u64, keep: bool) {
+    pub(super) fn record_begin(&mut self, rollback: Option<LayerId>, keep: bool) {
         let Some(link) = &self.link else { return };
         let (session, source) = (link.session, link.fence);
         // A host that errs in one of these ways is found out by the name of the session, too: it must be by its own rule.
@@ -112,7 +113,7 @@ impl Replica {
             self.marker.copies = Some((session, 0));
         }
         let answer = (ResyncReady { session }.into(), session);
-        self.change_state(StateChange::Begin { source, gap, keep }, Some(answer));
+        self.change_state(StateChange::Begin { source, rollback, keep }, Some(answer));
     }
 
     /// Records a commit once its extents are in the log.

@@ -7,6 +7,7 @@
 use super::consent;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::Superblock;
+use crate::layers::LayerId;
 use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
 use crate::terms::{Claim, DataState, Fence, Mode};
@@ -43,7 +44,7 @@ pub enum Keep {
     /// None: the host holds a mixture without a way back, or what it has may go.
     Nothing,
     /// The one that leads back to it already.
-    Layer(u64),
+    Layer(LayerId),
     /// A new one, which has to be there durably first. It takes the place of an older history.
     NewLayer,
 }
@@ -52,19 +53,24 @@ pub enum Keep {
 /// pre-image yet. What was overwritten before anybody agreed is kept on: since then the host has had nothing of its own.
 #[must_use]
 pub fn keep(superblock: &Superblock, is_unused: bool) -> Keep {
-    match (superblock.data, superblock.gap, superblock.history) {
-        (_, _, history) if consent::is_awaited(superblock) => Keep::Layer(history),
-        (DataState::Inconsistent, 0, _) | (DataState::Empty, _, _) => Keep::Nothing,
-        (DataState::Inconsistent, gap, _) => Keep::Layer(gap),
-        (DataState::Consistent, _, history) if history != 0 && is_unused => Keep::Layer(history),
+    match (superblock.data, superblock.layers.rollback(), superblock.layers.undo()) {
+        (_, _, Some(undo)) if consent::is_awaited(superblock) => Keep::Layer(undo),
+        (DataState::Inconsistent, None, _) | (DataState::Empty, _, _) => Keep::Nothing,
+        (DataState::Inconsistent, Some(rollback), _) => Keep::Layer(rollback),
+        (DataState::Consistent, _, Some(undo)) if is_unused => Keep::Layer(undo),
         (DataState::Consistent, _, _) => Keep::NewLayer,
     }
 }
 
-/// What the superblock says once a host has yielded, in one durable write. `history` is the layer that keeps what it
-/// had; 0 for none. `winner` is the fence of the host that it yields to: where it was promoted as often as that one, it
+/// What the superblock says once a host has yielded, in one durable write. `undo` is the layer that keeps what it
+/// had. `winner` is the fence of the host that it yields to: where it was promoted as often as that one, it
 /// follows it from now on (L5). A lower one stays refused.
-pub(crate) fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, history: u64, winner: Fence) {
+pub(crate) fn record(
+    superblock: &mut Superblock,
+    lineage: Vec<GenerationId>,
+    undo: Option<LayerId>,
+    winner: Fence,
+) {
     if winner.against(superblock.fence) != Claim::Older && !planted(Bug::KeepEqualFence) {
         superblock.fence = winner;
     }
@@ -74,11 +80,10 @@ pub(crate) fn record(superblock: &mut Superblock, lineage: Vec<GenerationId>, hi
         // It has all that the two have in common.
         superblock.position = superblock.stands();
     }
-    superblock.keep_in(history);
+    superblock.keep_in(undo);
     superblock.ends = Ends::default();
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
     (superblock.released, superblock.replaced) = (false, true);
-    superblock.layers = superblock.layers.max(history);
 }
 
 #[cfg(test)]
@@ -102,7 +107,7 @@ mod tests {
         ] {
             let mut superblock = crate::replica::tests::superblock("ca");
             superblock.fence = own;
-            record(&mut superblock, lineage("a"), 1, winner);
+            record(&mut superblock, lineage("a"), LayerId::new(1), winner);
             assert_eq!(superblock.fence, expected);
         }
     }
@@ -118,7 +123,7 @@ mod tests {
             Position { generation: generation(b'c'), epoch: Epoch(41), sequence: Sequence(0) };
         let stands = |superblock: &Superblock, lineage| {
             let mut yielded = superblock.clone();
-            record(&mut yielded, lineage, 1, Fence::default());
+            record(&mut yielded, lineage, LayerId::new(1), Fence::default());
             (yielded.position.generation, yielded.position.epoch)
         };
         assert_eq!(stands(&superblock, lineage("a")), (generation(b'a'), Epoch(29)));

@@ -3,6 +3,8 @@
 use super::*;
 use crate::disk::activity_log::Recovered;
 use crate::disk::superblock::Role;
+use crate::layers::Catalog;
+use crate::layers::testing::{catalog, layer};
 use crate::lineage::Ends;
 use crate::promise::Given;
 use crate::terms::Fence;
@@ -38,15 +40,12 @@ pub(crate) fn superblock(generations: &str) -> Superblock {
         source: fence(2, 2),
         lineage: lineage(generations),
         adopted: 0,
-        gap: 0,
-        layers: 0,
-        history: 0,
+        layers: Catalog::default(),
         mode: Mode::Async,
         given: Given::NOTHING,
         released: false,
         replaced: false,
         touched: false,
-        history_touched: false,
         run: Epoch(0),
         ends: Ends::default(),
         agreed: 2,
@@ -187,7 +186,7 @@ fn what_a_rollback_began_to_restore_is_told_to_the_primary_of_the_resync() {
     let saved = ByteRange::new(8192, 4096);
     for (is_rolled_back, told) in [(false, vec![]), (true, vec![saved])] {
         let mut superblock = superblock("");
-        (superblock.data, superblock.gap, superblock.layers) = (DataState::Inconsistent, 1, 1);
+        (superblock.data, superblock.layers) = (DataState::Inconsistent, catalog(1, 0));
         if is_rolled_back {
             promotion::begin(&mut superblock);
         }
@@ -409,9 +408,9 @@ fn that_something_else_wrote_is_known_until_a_commit() {
     let mut it = Superblock { touched: true, ..superblock("ba") };
     for change in [
         StateChange::Follow { fence: fence(3, 3), agrees: true },
-        StateChange::Keep(1),
+        StateChange::Keep(layer(1)),
         StateChange::Behind,
-        StateChange::Begin { source: fence(3, 3), gap: 2, keep: false },
+        StateChange::Begin { source: fence(3, 3), rollback: Some(layer(2)), keep: false },
         StateChange::GiveRollbackUp,
         StateChange::Forget,
         StateChange::Generation(lineage("c")[0]),
@@ -438,10 +437,12 @@ fn a_history_leads_back_to_what_something_else_wrote_also_after_a_commit() {
     };
     type Change = fn(&mut Superblock);
     let touch: Change = Superblock::note_touched;
-    let keep: Change = |it| StateChange::Keep(1).apply(it);
-    let keep_gap: Change = |it| StateChange::Begin { source: fence(3, 3), gap: 1, keep: true }.apply(it);
-    let give_up: Change = |it| resolve::record(it, lineage("a"), 1, fence(3, 3));
-    let mend: Change = |it| StateChange::Begin { source: fence(3, 3), gap: 2, keep: false }.apply(it);
+    let keep: Change = |it| StateChange::Keep(layer(1)).apply(it);
+    let keep_gap: Change =
+        |it| StateChange::Begin { source: fence(3, 3), rollback: Some(layer(1)), keep: true }.apply(it);
+    let give_up: Change = |it| resolve::record(it, lineage("a"), Some(layer(1)), fence(3, 3));
+    let mend: Change =
+        |it| StateChange::Begin { source: fence(3, 3), rollback: Some(layer(2)), keep: false }.apply(it);
     let cases: [(&str, &[Change], bool); 7] = [
         ("kept as it was touched", &[touch, keep], true),
         ("the way back of a resync kept", &[touch, keep_gap], true),
@@ -455,18 +456,19 @@ fn a_history_leads_back_to_what_something_else_wrote_also_after_a_commit() {
         let mut it = superblock("ba");
         changes.iter().for_each(|change| change(&mut it));
         commit().apply(&mut it);
-        assert_eq!((it.touched, it.history_touched), (false, is_touched), "{what}");
-        if it.history == 0 {
+        assert_eq!((it.touched, it.layers.is_undo_touched()), (false, is_touched), "{what}");
+        if it.layers.undo().is_none() {
             continue;
         }
         undo::begin(&mut it, &lineage("a"), lineage("o")[0]);
         undo::record(&mut it, Position::default());
-        assert_eq!((it.touched, it.history_touched), (is_touched, false), "{what}");
+        assert_eq!((it.touched, it.layers.is_undo_touched()), (is_touched, false), "{what}");
     }
     // What is kept later is of the copy that was mended.
-    let mut it = Superblock { history: 1, history_touched: true, ..superblock("ba") };
-    StateChange::Keep(2).apply(&mut it);
-    assert!(!it.history_touched);
+    let mut it = Superblock { layers: catalog(0, 1), ..superblock("ba") };
+    it.layers.touch_undo();
+    StateChange::Keep(layer(2)).apply(&mut it);
+    assert!(!it.layers.is_undo_touched());
 }
 
 #[test]
@@ -802,7 +804,7 @@ fn kept() -> Replica {
     assert!(matches!(next(&mut replica), Some(Action::BeginLayer(_))));
     assert_eq!(next(&mut replica), None, "it is not answered before");
     replica.handle_layer_begun(Saved::Done);
-    assert_eq!(next(&mut replica), Some(Action::WriteState(StateChange::Keep(1))));
+    assert_eq!(next(&mut replica), Some(Action::WriteState(StateChange::Keep(layer(1)))));
     assert_eq!(next(&mut replica), None, "durably");
     replica.handle_state_written(true);
     drive(&mut replica, is_welcome);
@@ -815,7 +817,8 @@ fn kept() -> Replica {
 fn what_a_host_overwrites_that_promoted_itself_is_kept_beyond_its_commit() {
     let mut replica = kept();
     replica.handle_message(ResyncBegin { session: Session(1), dirty_bytes: 4096 }.into()).unwrap();
-    let begin = Action::WriteState(StateChange::Begin { source: fence(3, 3), gap: 1, keep: false });
+    let begin =
+        Action::WriteState(StateChange::Begin { source: fence(3, 3), rollback: Some(layer(1)), keep: false });
     // The resync shares the layer.
     drive(&mut replica, |action| *action == begin);
     replica.handle_state_written(true);
@@ -837,7 +840,7 @@ fn what_a_host_overwrites_that_promoted_itself_is_kept_beyond_its_commit() {
             _ => panic!("{action:?}"),
         }
     }
-    assert_eq!((replica.superblock.gap, replica.superblock.history), (0, 1));
+    assert_eq!(replica.superblock.layers, catalog(0, 1));
     assert!(consent::is_awaited(&replica.superblock));
     // A live frame is saved first, where it goes beyond what was saved.
     let body = Body::Write { range: ByteRange::new(0, 8192), epoch: Epoch(1), sequence: Sequence(1) };
@@ -850,9 +853,9 @@ fn what_a_host_overwrites_that_promoted_itself_is_kept_beyond_its_commit() {
 fn a_resync_that_another_primary_goes_on_with_keeps_what_it_would_be_rolled_back_to() {
     let saved = ByteRange::new(8192, 4096);
     let mut gap = superblock("a");
-    (gap.data, gap.gap, gap.layers) = (DataState::Inconsistent, 4, 4);
+    (gap.data, gap.layers) = (DataState::Inconsistent, catalog(4, 0));
     let mut replica = greeted_unasked(gap, vec![saved]);
-    assert_eq!(next(&mut replica), Some(Action::WriteState(StateChange::Keep(4))));
+    assert_eq!(next(&mut replica), Some(Action::WriteState(StateChange::Keep(layer(4)))));
     replica.handle_state_written(true);
     drive(&mut replica, is_welcome);
     assert_eq!(next(&mut replica), None);
@@ -885,7 +888,7 @@ fn where_there_is_no_room_to_keep_anything_the_operator_decides() {
     paused.greet(Hello { session: Session(3), ..again() }).unwrap();
     for replica in [&mut paused, &mut gone_on] {
         drive(replica, is_welcome);
-        assert_eq!((replica.superblock.history, replica.superblock.agreed), (0, 3));
+        assert_eq!((replica.superblock.layers.undo(), replica.superblock.agreed), (None, 3));
     }
 }
 
@@ -899,12 +902,12 @@ fn what_is_kept_from_a_host_that_promoted_itself_is_not_given_up_for_want_of_roo
         assert!(matches!(next(&mut replica), Some(Action::SavePreImages { .. })));
         replica.handle_saved(saved);
         drive(&mut replica, |action| matches!(action, Action::Send(Message::Refused(_))));
-        assert_eq!((replica.superblock.history, replica.report().is_full), (1, true));
+        assert_eq!((replica.superblock.layers.undo(), replica.report().is_full), (Some(layer(1)), true));
         // By its operator's word it goes on.
         replica.agree();
         drive(&mut replica, |action| *action == Action::WriteState(StateChange::Forget));
         replica.handle_state_written(true);
-        assert!(!replica.must_keep() && replica.superblock.history == 0);
+        assert!(!replica.must_keep() && replica.superblock.layers.undo().is_none());
     }
 }
 
@@ -915,7 +918,7 @@ fn a_layer_for_a_greeting_that_is_gone_is_begun_again() {
     drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
     replica.handle_disconnected();
     replica.handle_layer_begun(Saved::Done);
-    assert_eq!((next(&mut replica), replica.superblock.history), (None, 0));
+    assert_eq!((next(&mut replica), replica.superblock.layers.undo()), (None, None));
     replica.greet(hello(fence(3, 3), "ba")).unwrap();
     drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
 }

@@ -10,6 +10,7 @@ use super::consent;
 use crate::dirty_map::DirtyMap;
 use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{LINEAGE_LIMIT, Role, Superblock};
+use crate::layers::{LayerId, Purpose};
 use crate::lineage;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
@@ -31,11 +32,11 @@ pub enum NotUndoable {
 ///
 /// # Errors
 /// [`NotUndoable`] when there is nothing to bring back.
-pub fn layer(superblock: &Superblock) -> Result<u64, NotUndoable> {
-    match (superblock.role, superblock.history) {
+pub fn layer(superblock: &Superblock) -> Result<LayerId, NotUndoable> {
+    match (superblock.role, superblock.layers.undo()) {
         (Role::Primary, _) => Err(NotUndoable::Primary),
-        (Role::Replica, 0) => Err(NotUndoable::NoHistory),
-        (Role::Replica, layer) => Ok(layer),
+        (Role::Replica, None) => Err(NotUndoable::NoHistory),
+        (Role::Replica, Some(layer)) => Ok(layer),
     }
 }
 
@@ -83,11 +84,11 @@ pub(crate) fn begin(superblock: &mut Superblock, before: &[GenerationId], own: G
         lineage::begin(&mut superblock.lineage, own, &[], LINEAGE_LIMIT);
     }
     superblock.data = DataState::Inconsistent;
-    superblock.gap = superblock.history;
+    superblock.layers.set(Purpose::Rollback, superblock.layers.undo());
     (superblock.mode, superblock.source) = (Mode::Async, Fence::default());
     (superblock.released, superblock.replaced) = (false, true);
     // What something else wrote before it was kept comes back as well.
-    superblock.touched |= superblock.history_touched && !planted(Bug::UndoTouched);
+    superblock.touched |= superblock.layers.is_undo_touched() && !planted(Bug::UndoTouched);
     consent::withdraw(superblock);
 }
 
@@ -95,13 +96,15 @@ pub(crate) fn begin(superblock: &mut Superblock, before: &[GenerationId], own: G
 pub(crate) fn record(superblock: &mut Superblock, point: Position) {
     superblock.data = DataState::Consistent;
     superblock.position = point;
-    superblock.gap = 0;
-    superblock.keep_in(0);
+    superblock.layers.set(Purpose::Rollback, None);
+    superblock.keep_in(None);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::Catalog;
+    use crate::layers::testing::catalog;
     use crate::units::{BlockSize, CopyId, Session, VolumeId};
 
     const B: HostId = HostId([2; 32]);
@@ -126,15 +129,12 @@ mod tests {
             source: fence,
             lineage: lineage("ba"),
             adopted: 1,
-            gap: 0,
-            layers: 3,
-            history: 3,
+            layers: catalog(0, 3),
             mode: Mode::Async,
             given: crate::promise::Given::NOTHING,
             released: false,
             replaced: false,
             touched: false,
-            history_touched: false,
             run: crate::units::Epoch(0),
             ends: crate::lineage::Ends::default(),
             agreed: 2,
@@ -148,8 +148,8 @@ mod tests {
 
     #[test]
     fn only_a_replica_with_a_history_is_undone() {
-        assert_eq!(layer(&superblock()), Ok(superblock().history));
-        let none = Superblock { history: 0, ..superblock() };
+        assert_eq!(layer(&superblock()), Ok(crate::layers::testing::layer(3)));
+        let none = Superblock { layers: Catalog::default(), ..superblock() };
         assert_eq!(layer(&none), Err(NotUndoable::NoHistory));
         let primary = Superblock { role: Role::Primary, ..superblock() };
         assert_eq!(layer(&primary), Err(NotUndoable::Primary));
@@ -159,11 +159,14 @@ mod tests {
     fn a_host_that_is_undone_is_split_again_and_a_crash_leaves_a_way_back() {
         let (mut it, own) = (superblock(), GenerationId([b'o'; 16]));
         begin(&mut it, &lineage("xa"), own);
-        assert_eq!((&it.lineage, it.data, it.gap), (&lineage("xa"), DataState::Inconsistent, 3));
+        assert_eq!(
+            (&it.lineage, it.data, it.layers.rollback()),
+            (&lineage("xa"), DataState::Inconsistent, LayerId::new(3))
+        );
         assert!(layer(&it).is_ok(), "it can be done once more");
         assert!(crate::replica::promotion::must_be_promotable(&it).is_ok());
         record(&mut it, Position::default());
-        assert_eq!((it.data, it.gap, it.history), (DataState::Consistent, 0, 0));
+        assert_eq!((it.data, it.layers.known().count()), (DataState::Consistent, 0));
         // A primary that contains all of them would take what was restored for old.
         let mut returned = superblock();
         begin(&mut returned, &lineage("a"), own);

@@ -101,7 +101,9 @@ impl World {
     fn promote_amid_resync(&mut self, host: usize, message: &Message) {
         let is_amid =
             matches!(message, Message::Acknowledgement(acknowledgement) if acknowledgement.copies > 0);
-        let may = self.is_rough && self.settings.has_operators && self.hosts[host].superblock.gap != 0;
+        let may = self.is_rough
+            && self.settings.has_operators
+            && self.hosts[host].superblock.layers.rollback().is_some();
         if is_amid && may && self.random.once_in(20) {
             let life = self.hosts[host].life;
             self.plan(Duration::ZERO, Event::Promote(host, life));

@@ -3,15 +3,16 @@
 use super::disk::{Disk, Value, sectors};
 use super::mirror::Image;
 use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::layers::{Catalog, LayerId};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{GenerationId, Position};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// One layer as the host's disk holds it: what sectors held when they were saved.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Layer {
-    /// Its number.
-    pub number: u64,
+    /// Its name.
+    pub name: LayerId,
     /// The ranges that were saved, in order.
     pub saved: Vec<ByteRange>,
     contents: BTreeMap<u64, Value>,
@@ -20,8 +21,8 @@ pub struct Layer {
 impl Layer {
     /// An empty layer.
     #[must_use]
-    pub fn new(number: u64) -> Self {
-        Self { number, ..Self::default() }
+    pub fn new(name: LayerId) -> Self {
+        Self { name, saved: Vec::new(), contents: BTreeMap::new() }
     }
 
     /// Saves what ranges held; the first pre-image of a sector counts.
@@ -53,39 +54,39 @@ impl Layer {
     }
 }
 
-/// The layers of a host, by their number.
+/// The layers of a host, by their name.
 #[derive(Clone, Debug, Default)]
-pub struct Layers(BTreeMap<u64, Layer>);
+pub struct Layers(BTreeMap<LayerId, Layer>);
 
 impl Layers {
     /// Makes an empty layer.
-    pub fn begin(&mut self, number: u64) {
-        self.0.insert(number, Layer::new(number));
+    pub fn begin(&mut self, layer: LayerId) {
+        self.0.insert(layer, Layer::new(layer));
     }
 
     /// Removes a layer.
-    pub fn end(&mut self, number: u64) {
-        self.0.remove(&number);
+    pub fn end(&mut self, layer: LayerId) {
+        self.0.remove(&layer);
     }
 
-    /// Removes all layers but these.
-    pub fn keep(&mut self, numbers: [u64; 2]) {
-        self.0.retain(|number, _| numbers.contains(number));
+    /// Removes all layers that the catalog does not name.
+    pub fn keep(&mut self, catalog: &Catalog) {
+        self.0.retain(|layer, _| catalog.contains(*layer));
     }
 
     /// A layer.
     ///
     /// # Panics
-    /// When there is none of this number.
+    /// When there is none of this name.
     #[must_use]
-    pub fn get(&self, number: u64) -> &Layer {
-        self.0.get(&number).unwrap_or_else(|| panic!("P2: there is no layer {number}"))
+    pub fn get(&self, layer: LayerId) -> &Layer {
+        self.0.get(&layer).unwrap_or_else(|| panic!("P2: there is no layer {layer}"))
     }
 
-    /// The ranges of a layer; none where the number is 0.
+    /// The ranges of a layer, if there is one.
     #[must_use]
-    pub fn saved(&self, number: u64) -> Vec<ByteRange> {
-        if number == 0 { Vec::new() } else { self.get(number).saved.clone() }
+    pub fn saved(&self, layer: Option<LayerId>) -> Vec<ByteRange> {
+        layer.map_or_else(Vec::new, |layer| self.get(layer).saved.clone())
     }
 
     /// Saves what ranges held in every layer.
@@ -100,7 +101,7 @@ impl Layers {
 #[derive(Clone, Debug)]
 pub struct HistoryPoint {
     /// The layer.
-    pub layer: u64,
+    pub layer: LayerId,
     /// The generations of that time.
     pub lineage: Vec<GenerationId>,
     /// The position of that time.
@@ -118,7 +119,7 @@ impl HistoryPoint {
         let touched = disk.touched().into_iter().chain(layer.contents.keys().copied());
         let possible = touched.map(|sector| (sector, values(disk, layer, sector)));
         Self {
-            layer: layer.number,
+            layer: layer.name,
             lineage: superblock.lineage.clone(),
             position: superblock.position,
             known_lives: lives.clone(),
@@ -167,7 +168,7 @@ fn values(disk: &Disk, layer: &Layer, sector: u64) -> BTreeSet<Value> {
 #[derive(Clone, Debug)]
 pub struct RollbackPoint {
     /// The layer that leads back to it.
-    pub layer: u64,
+    pub layer: LayerId,
     /// What is legal there.
     pub image: Image,
 }

@@ -26,6 +26,7 @@ use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
+use blockmirror_protocol::layers;
 use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::succession::{Claims, Decision};
 use blockmirror_protocol::terms::{DataState, Fence};
@@ -482,7 +483,8 @@ impl World {
             // Only its disk is another one: what the state folder says of the old one's content is of no use.
             let old = &mut self.hosts[host];
             old.recover_superblock();
-            fresh.superblock = Superblock { gap: 0, history: 0, ..old.superblock.clone() };
+            fresh.superblock = old.superblock.clone();
+            layers::Purpose::ALL.into_iter().for_each(|purpose| fresh.superblock.layers.set(purpose, None));
             (fresh.files, fresh.serial) = (std::mem::take(&mut old.files), old.serial);
             fresh.followed = std::mem::take(&mut old.followed);
             fresh.agreed = old.agreed.clone();

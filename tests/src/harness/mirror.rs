@@ -7,6 +7,7 @@ use super::disk::{Data, Disk, Value, put, sectors};
 use super::gap::{HistoryPoint, RollbackPoint};
 use super::history::History;
 use super::promises::Promises;
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::StateChange;
 use blockmirror_protocol::terms::DataState;
@@ -279,9 +280,9 @@ impl Mirror {
     /// The superblock says this durably.
     pub fn state_is_durable(&mut self, change: &StateChange) {
         match change {
-            StateChange::Begin { gap, .. } => {
+            StateChange::Begin { rollback, .. } => {
                 self.data = DataState::Inconsistent;
-                self.begin_gap(*gap);
+                self.begin_gap(*rollback);
             }
             StateChange::GiveRollbackUp => self.point = None,
             StateChange::Commit { position, .. } => {
@@ -298,9 +299,9 @@ impl Mirror {
     }
 
     /// From now on the image can only be had by rolling back, if there is a layer for it.
-    fn begin_gap(&mut self, layer: u64) {
+    fn begin_gap(&mut self, rollback: Option<LayerId>) {
         if let Some(image) = self.image.take()
-            && layer != 0
+            && let Some(layer) = rollback
         {
             self.point = Some(RollbackPoint { layer, image });
         }
@@ -310,18 +311,18 @@ impl Mirror {
     ///
     /// # Panics
     /// When nobody recorded that.
-    pub fn recovered(&mut self, data: DataState, position: Position, gap: u64) -> bool {
+    pub fn recovered(&mut self, data: DataState, position: Position, rollback: Option<LayerId>) -> bool {
         let had_commit = self.pending.is_some();
         self.data = data;
         match data {
             DataState::Consistent => self.commit_is_durable(Some(position)),
-            DataState::Inconsistent => self.begin_gap(gap),
+            DataState::Inconsistent => self.begin_gap(rollback),
             DataState::Empty => self.image = None,
         }
-        if gap == 0 {
+        if rollback.is_none() {
             self.point = None;
         }
-        assert_eq!(self.point.as_ref().map_or(0, |point| point.layer), gap, "the gap is what was recorded");
+        assert_eq!(self.point.as_ref().map(|point| point.layer), rollback, "the gap is what was recorded");
         let is_consistent = data == DataState::Consistent;
         assert_eq!(self.image.is_some(), is_consistent, "the data state is what was recorded");
         had_commit && is_consistent && self.pending.is_none()

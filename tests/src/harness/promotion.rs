@@ -62,7 +62,7 @@ impl World {
             host: host_id(host),
             decision,
             position: shell.machine.report().position,
-            restored: it.layers.saved(it.superblock.gap),
+            restored: it.layers.saved(it.superblock.layers.rollback()),
         };
         let peers: Vec<HostId> = peers.into_iter().map(host_id).collect();
         let rewrite = match Rewrite::promotion(&it.superblock, &peers, candidacy) {

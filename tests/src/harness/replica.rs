@@ -10,6 +10,7 @@ use super::world::{Event, World};
 use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{activity_log, marker, slot_offset, superblock};
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
@@ -36,7 +37,7 @@ enum FileWork {
     /// And whose link was served when it began.
     State(StateChange, Option<usize>),
     Log,
-    Layer(u64),
+    Layer(LayerId),
     /// What was read of these ranges, if they could be read.
     Saved(Vec<ByteRange>, Option<BTreeMap<u64, Value>>),
 }
@@ -67,8 +68,8 @@ impl ReplicaShell {
         let maps = host.members.peers().into_iter();
         let maps = maps.map(|peer| (host_id(peer), host.recover_map(peer)));
         let is_known = |map: &DirtyMap| !map.base().is_none();
-        let saved = host.layers.saved(superblock.gap);
-        let kept = host.layers.saved(superblock.history);
+        let saved = host.layers.saved(superblock.layers.rollback());
+        let kept = host.layers.saved(superblock.layers.undo());
         let stored = replica::Stored {
             superblock,
             mark,
@@ -143,8 +144,8 @@ impl World {
     /// What the superblock says of the data is known; a commit that became durable as the host crashed counts.
     pub(super) fn recover_mirror(&mut self, host: usize) {
         let it = &mut self.hosts[host];
-        let Superblock { data, position, gap, source, .. } = it.superblock;
-        if it.mirror.recovered(data, position, gap) {
+        let Superblock { data, position, source, .. } = it.superblock;
+        if it.mirror.recovered(data, position, it.superblock.layers.rollback()) {
             it.is_set_back = false;
             it.expected.take_if(|expected| host_id(expected.primary) != source.holder);
             it.known_lives = self.generations.lives(it.superblock.lineage.first().copied());
@@ -330,8 +331,8 @@ impl World {
                 self.start_replica_file(host, activity_log::FILE_NAME, batches, FileWork::Log);
             }
             Action::BeginLayer(_) => {
-                let number = self.hosts[host].superblock.layers + 1;
-                self.start_replica_file(host, LAYERS, VecDeque::new(), FileWork::Layer(number));
+                let layer = self.hosts[host].superblock.layers.next();
+                self.start_replica_file(host, LAYERS, VecDeque::new(), FileWork::Layer(layer));
             }
             Action::SavePreImages { ranges } => {
                 let disk = &self.hosts[host].disk;
@@ -426,10 +427,10 @@ impl World {
                 shell.machine.tell_mark();
             }
             FileWork::Log => shell.machine.handle_log_written(good),
-            FileWork::Layer(number) => {
+            FileWork::Layer(layer) => {
                 let begun = saved(good, is_full);
                 if begun == Saved::Done {
-                    it.layers.begin(number);
+                    it.layers.begin(layer);
                 }
                 shell.machine.handle_layer_begun(begun);
             }

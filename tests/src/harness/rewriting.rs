@@ -9,6 +9,7 @@ use super::world::World;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{dirty_map, marker, slot_offset};
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::Replica;
 use blockmirror_protocol::rewrite::{Change, NotRecorded, Order, Part, Rewrite};
@@ -168,7 +169,7 @@ impl World {
         self.rewrite_file(host, activity_log::FILE_NAME, log);
     }
 
-    fn restore(&mut self, host: usize, layer: u64) {
+    fn restore(&mut self, host: usize, layer: LayerId) {
         let contents = self.hosts[host].layers.get(layer).contents();
         let contents = contents.map(|(range, held)| (range, Data::Sparse(held))).collect();
         self.rewriting(host).next_restores = contents;
@@ -260,9 +261,9 @@ impl World {
         match purpose {
             Purpose::Promotion(_) if it.is_primary() => self.promotion_is_recorded(host),
             Purpose::Promotion(_) => {}
-            Purpose::Undo(point) => match (it.superblock.history, it.superblock.gap) {
-                (0, _) => self.undo_is_recorded(host, &point),
-                (history, gap) if history == gap && it.mirror.point.is_none() => {
+            Purpose::Undo(point) => match (it.superblock.layers.undo(), it.superblock.layers.rollback()) {
+                (None, _) => self.undo_is_recorded(host, &point),
+                (undo, rollback) if undo == rollback && it.mirror.point.is_none() => {
                     self.undo_is_begun(host, &point)
                 }
                 _ => {}

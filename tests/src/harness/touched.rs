@@ -11,6 +11,7 @@ use super::host::Host;
 use super::world::{Event, World};
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::succession;
 use blockmirror_protocol::terms::DataState;
 use std::collections::BTreeSet;
@@ -57,8 +58,8 @@ impl World {
         self.note(|| format!("something else writes to sector {sector} of host {host}"));
         let Host { disk, mirror, kept, layers, superblock, .. } = &mut self.hosts[host];
         disk.replace(sector, value);
-        let is_saved = |layer: u64| layer != 0 && layers.get(layer).value(sector).is_some();
-        mirror.something_else_wrote(sector, value, is_saved(superblock.gap));
+        let is_saved = |layer: LayerId| layers.get(layer).value(sector).is_some();
+        mirror.something_else_wrote(sector, value, superblock.layers.rollback().is_some_and(is_saved));
         if let Some(kept) = kept.as_mut().filter(|kept| !is_saved(kept.layer)) {
             kept.something_else_wrote(sector, value);
         }
@@ -91,7 +92,9 @@ impl World {
             // What it says is of the disk that was lost, still.
             _ if it.adopting.is_some() => return,
             (DataState::Consistent, _) => None,
-            (DataState::Inconsistent, true) => Some(it.layers.get(superblock.gap)),
+            (DataState::Inconsistent, true) => {
+                Some(it.layers.get(superblock.layers.rollback().expect("it was looked at")))
+            }
             (DataState::Inconsistent, false) | (DataState::Empty, _) => return,
         };
         let is_there = it.values(layer).any(|value| self.foreign.is_nobodys(value));

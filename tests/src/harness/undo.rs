@@ -8,6 +8,7 @@ use super::promises::Promises;
 use super::rewriting::Purpose;
 use super::roles::generation;
 use super::world::World;
+use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::{StateChange, undo};
 use blockmirror_protocol::rewrite::{Before, Rewrite};
@@ -22,41 +23,42 @@ impl Host {
             self.agrees_up_to(fence.counter);
         }
         let Self { superblock, disk, layers, .. } = self;
-        if self.kept.as_ref().is_some_and(|kept| kept.layer != superblock.history) {
+        if self.kept.as_ref().is_some_and(|kept| Some(kept.layer) != superblock.layers.undo()) {
             self.kept = None;
         }
         if matches!(change, StateChange::Begin { keep: true, .. } | StateChange::Keep(_)) {
-            let layer = layers.get(superblock.history);
+            let layer = layers.get(superblock.layers.undo().expect("it was made to say so"));
             self.kept = Some(HistoryPoint::now(disk, layer, superblock, &self.known_lives));
         }
     }
 
-    /// The layer that keeps what this host has now, before it yields; 0 for none.
-    pub(super) fn keep_what_it_has(&mut self) -> u64 {
-        let is_unused = self.layers.saved(self.superblock.history).is_empty();
-        let history = match resolve::keep(&self.superblock, is_unused) {
-            Keep::Nothing => return 0,
+    /// The layer that keeps what this host has now, before it yields.
+    pub(super) fn keep_what_it_has(&mut self) -> Option<LayerId> {
+        let is_unused = self.layers.saved(self.superblock.layers.undo()).is_empty();
+        let undo = match resolve::keep(&self.superblock, is_unused) {
+            Keep::Nothing => return None,
             Keep::Layer(layer) => layer,
             Keep::NewLayer => {
-                self.layers.begin(self.superblock.layers + 1);
-                self.superblock.layers + 1
+                let next = self.superblock.layers.next();
+                self.layers.begin(next);
+                next
             }
         };
-        if self.kept.as_ref().is_none_or(|kept| kept.layer != history) {
-            let layer = self.layers.get(history);
+        if self.kept.as_ref().is_none_or(|kept| kept.layer != undo) {
+            let layer = self.layers.get(undo);
             self.kept = Some(HistoryPoint::now(&self.disk, layer, &self.superblock, &self.known_lives));
         }
-        history
+        Some(undo)
     }
 
     /// The agent starts: what it left behind is removed, and a history that it had just begun is remembered.
     pub(super) fn recover_history(&mut self) {
         let Self { superblock, disk, layers, .. } = self;
-        layers.keep([superblock.gap, superblock.history]);
-        self.kept.take_if(|kept| kept.layer != superblock.history);
-        if superblock.history != 0 && self.kept.is_none() {
-            let layer = layers.get(superblock.history);
-            let was_gap = superblock.gap == superblock.history;
+        layers.keep(&superblock.layers);
+        self.kept.take_if(|kept| Some(kept.layer) != superblock.layers.undo());
+        if let Some(undo) = superblock.layers.undo().filter(|_| self.kept.is_none()) {
+            let layer = layers.get(undo);
+            let was_gap = superblock.layers.rollback() == Some(undo);
             assert!(layer.saved.is_empty() || was_gap, "L6: the history was begun unseen");
             self.kept = Some(HistoryPoint::now(disk, layer, superblock, &self.known_lives));
         }
@@ -68,7 +70,9 @@ impl Host {
     /// # Panics
     /// When it might not.
     pub(super) fn check_history(&self) {
-        if let Some(kept) = self.kept.as_ref().filter(|kept| kept.layer == self.superblock.history) {
+        if let Some(kept) =
+            self.kept.as_ref().filter(|kept| Some(kept.layer) == self.superblock.layers.undo())
+        {
             kept.check(&self.disk, self.layers.get(kept.layer), self.number);
         }
     }
@@ -96,7 +100,7 @@ impl World {
         let before = Before {
             lineage: point.lineage.clone(),
             point: point.position,
-            saved: it.layers.saved(point.layer),
+            saved: it.layers.saved(Some(point.layer)),
             own: generation(host, number),
         };
         let peers: Vec<HostId> = it.members.peers().into_iter().map(host_id).collect();

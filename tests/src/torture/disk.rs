@@ -142,13 +142,13 @@ pub fn superblock(host: &Host) -> Superblock {
 pub fn promotable_copy(host: &Host, to: &Path) -> Option<Superblock> {
     wait_until_free(host);
     let superblock = superblock(host);
-    let is_usable = superblock.data == DataState::Consistent || superblock.gap != 0;
+    let is_usable = superblock.data == DataState::Consistent || superblock.layers.rollback().is_some();
     if !is_usable {
         return None;
     }
     succeed("cp", &["--sparse=always", text(&host.backing()), text(to)]);
-    if superblock.gap != 0 {
-        roll_back(to, &host.state(&pre_images::file_name(superblock.gap)));
+    if let Some(layer) = superblock.layers.rollback() {
+        roll_back(to, &host.state(&pre_images::file_name(layer)));
     }
     Some(superblock)
 }

@@ -115,7 +115,7 @@ impl Torture {
         let superblock = promotable_copy(&self.sites[replica].host, &copy);
         let superblock =
             superblock.unwrap_or_else(|| panic!("{name} can't be promoted: a rollback point is missing"));
-        let rolled_back = superblock.gap != 0;
+        let rolled_back = superblock.layers.rollback().is_some();
         self.tally.rollbacks += u64::from(rolled_back);
         let whose = if rolled_back { format!("{name}, rolled back,") } else { name };
         self.check(&copy, floor, &whose);
@@ -136,7 +136,11 @@ impl Torture {
             let peers = host.status().facts.peers;
             let peer = peers.iter().find(|peer| peer.name.as_str() == site.host.name());
             let is_in_sync = peer.is_some_and(is_in_sync);
-            if is_in_sync || superblock(&site.host).gap != 0 { Ok(()) } else { Err(format!("{peer:?}")) }
+            if is_in_sync || superblock(&site.host).layers.rollback().is_some() {
+                Ok(())
+            } else {
+                Err(format!("{peer:?}"))
+            }
         });
         std::thread::sleep(self.random.up_to(MOMENT / 10));
         self.look_into_replica(replica);

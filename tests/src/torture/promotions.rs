@@ -41,7 +41,7 @@ impl Torture {
         self.wait_until_in_sync();
         self.end_load();
         // What it keeps from an earlier promotion, its operator has agreed to by now.
-        if superblock(&self.sites[chosen].host).history != 0 {
+        if superblock(&self.sites[chosen].host).layers.undo().is_some() {
             self.sites[chosen].host.succeed(&["forget", "data"]);
         }
         if self.random.once_in(3) {
