@@ -125,6 +125,59 @@ impl Given {
     }
 }
 
+/// A primary's side of the promise to one replica that holds for a time.
+#[derive(Debug)]
+pub struct Granted {
+    /// Until when the replica may count on nothing being answered without it.
+    until: Option<Time>,
+    /// For how long the next word is given.
+    patience: Duration,
+}
+
+impl Default for Granted {
+    fn default() -> Self {
+        Self { until: None, patience: PATIENCE }
+    }
+}
+
+impl Granted {
+    /// Gives the word anew, from now on. Gives for how long, in milliseconds.
+    pub fn give(&mut self, now: Time) -> u64 {
+        self.until = self.until.max(Some(now.after(self.patience)));
+        self.patience.as_millis() as u64
+    }
+
+    /// The replica has heard that it counts on nothing any more.
+    pub fn take_back(&mut self) {
+        self.until = None;
+    }
+
+    /// The replica may have this host's word from before; the next one is given for so long.
+    pub fn keep(&mut self, patience: Duration, until: Option<Time>) {
+        self.patience = patience;
+        self.until = self.until.max(until);
+    }
+
+    /// This host was away: whatever it gave holds for as long as if it had just been asked.
+    pub fn renew(&mut self, now: Time) {
+        if self.until.is_some() {
+            self.until = self.until.max(Some(now.after(self.patience)));
+        }
+    }
+
+    /// Until when it holds, unless it was taken back or never given; that may be over.
+    #[must_use]
+    pub fn until(&self) -> Option<Time> {
+        self.until
+    }
+
+    /// Whether the replica may count on it.
+    #[must_use]
+    pub fn holds(&self, now: Time) -> bool {
+        self.until.is_some_and(|until| now < until)
+    }
+}
+
 /// A replica's side of the promise. It is held in memory alone: a replica that was restarted is sure of nothing.
 #[derive(Debug, Default)]
 pub struct Held {

@@ -41,9 +41,7 @@ impl Peer {
         }
         let generation = circumstances.lineage.first().copied().unwrap_or_default();
         link.progress.take(Step::Commit(generation));
-        self.may_have_newest = true;
-        // Only the answer tells that it has it.
-        self.unconfirmed.push((generation, Epoch(u64::MAX)));
+        self.newest.offer(generation);
         let commit = Commit {
             session: link.session,
             position: circumstances.opened.unwrap_or(Position { generation, epoch, sequence }),
@@ -60,7 +58,7 @@ impl Peer {
     /// Whether the map's file says what the commit gives the replica its word on. It is written, where it does not.
     fn has_recorded_word(&mut self) -> bool {
         let Some(given) = self.word.to_record() else { return true };
-        self.map.note_given(given);
+        self.marks.map.note_given(given);
         self.write_map();
         false
     }
@@ -77,7 +75,7 @@ impl Peer {
 
     /// Whether the replica may be promoted while `peer` is silent, by another word than `given`.
     pub(crate) fn bears_silence_unlike(&self, given: &Given, other: HostId, now: Time) -> bool {
-        let is_timed = self.may_follow() || self.promised.is_some_and(|until| now < until);
+        let is_timed = self.may_follow() || self.granted.holds(now);
         self.word.bears_silence_of(other, Some(given), is_timed)
     }
 
@@ -99,7 +97,7 @@ impl Peer {
 
     /// What the replica may count on is not known, and it may be this, as it would have been given it.
     pub(crate) fn assume_given(&mut self, given: impl FnOnce() -> Given) {
-        if self.map.given().is_none() && self.mode == Mode::Sync {
+        if self.marks.map.given().is_none() && self.mode == Mode::Sync {
             self.word.assume(given());
         }
     }
@@ -112,15 +110,11 @@ impl Peer {
 
     /// A generation began, durably: what is streamed from here on, in epochs from this one on, belongs to it (L1).
     pub(crate) fn handle_generation(&mut self, generation: GenerationId, epoch: Epoch) {
-        self.may_have_newest = false;
+        // One that is being resynced records it with its commit only.
+        self.newest.began(generation, epoch, self.may_follow());
         let State::Linked(link) = &mut self.state else { return };
         // One that had everything from the beginning follows with its commit, though nothing was streamed yet.
         if link.phase().streams() || link.phase().follows() {
-            // One that is being resynced records it with its commit only.
-            self.may_have_newest = link.phase().follows();
-            if self.may_have_newest {
-                self.unconfirmed.push((generation, epoch));
-            }
             let body = Body::Generation { generation };
             let header = FrameHeader { session: link.session, stream: link.stream, body };
             self.actions.push_back(Action::SendFrame { header, request: None });
@@ -131,31 +125,21 @@ impl Peer {
     /// that one (L2).
     pub(super) fn confirm_followed(&mut self) {
         let State::Linked(link) = &self.state else { return };
-        let durable = link.durable;
-        let followed = self.unconfirmed.iter().rposition(|(_, first)| *first <= durable);
         let is_told = link.phase() == Phase::InSync && !planted(Bug::PruneFollowed);
-        if let Some(place) = followed.filter(|_| is_told) {
-            self.map.confirm(link.copy, self.unconfirmed[place].0);
-            self.unconfirmed.drain(..=place);
+        if is_told && let Some(recorded) = self.newest.recorded_by(link.durable) {
+            self.marks.map.confirm(link.copy, recorded);
         }
     }
 
     /// This primary was opened at this generation, which may be the replica's newest one too.
     pub(crate) fn opened_at(&mut self, generation: GenerationId) {
-        self.unconfirmed.push((generation, Epoch(u64::MAX)));
-        self.denial.opened_at(generation, self.map.base().generation);
+        self.newest.may_be(generation);
+        self.denial.opened_at(generation, self.marks.map.base().generation);
     }
 
-    /// Which generations of this lineage the replica's newest one may be. The one after that which the map is relative to
-    /// may have been followed in an earlier run, which ended before that was recorded.
+    /// Which generations of this lineage the replica's newest one may be.
     pub(crate) fn newest_there(&self, lineage: &[GenerationId]) -> impl Iterator<Item = GenerationId> {
-        let base = self.map.base().generation;
-        let place = lineage.iter().position(|generation| *generation == base);
-        let next =
-            place.filter(|_| !self.is_heard).and_then(|place| lineage.get(place.checked_sub(1)?)).copied();
-        let known = (!planted(Bug::PruneFollowed)).then_some(&self.unconfirmed);
-        let unconfirmed = known.into_iter().flatten().map(|(generation, _)| *generation);
-        std::iter::once(base).chain(next.filter(|_| known.is_some())).chain(unconfirmed)
+        self.newest.candidates(self.marks.map.base().generation, lineage)
     }
 
     /// Whether the replica is in sync, or may be: it was sent a commit.
@@ -203,7 +187,7 @@ impl Peer {
     pub(crate) fn wants_quiet(&self, range: ByteRange, now: Time) -> bool {
         let State::Linked(link) = &self.state else { return false };
         let is_tail = link.tail_since.is_some_and(|since| now >= since.after(TAIL_TIME));
-        let mut parts = self.map.split(range.blocks(self.block_size));
+        let mut parts = self.marks.map.split(range.blocks(self.block_size));
         // What can't be read is copied after the write, not before it.
         let waits = |mut part: Range<u64>| part.any(|block| !link.resync.is_unreadable(block));
         link.phase() == Phase::Resyncing && is_tail && parts.any(|(is_dirty, part)| is_dirty && waits(part))
@@ -244,27 +228,27 @@ impl Peer {
     pub(super) fn tell_alone(&mut self) {
         let State::Linked(link) = &mut self.state else { return };
         let is_passed_over = matches!(link.phase(), Phase::Draining | Phase::Beginning | Phase::Resyncing);
-        if self.promised.is_some() && is_passed_over && !std::mem::replace(&mut link.is_told_alone, true) {
+        if self.granted.until().is_some()
+            && is_passed_over
+            && !std::mem::replace(&mut link.is_told_alone, true)
+        {
             self.actions.push_back(Action::Send(Alone { session: link.session }.into()));
         }
     }
 
     /// Until when the replica may count on nothing being answered without it, if it is not in sync.
     pub(crate) fn promised(&self) -> Option<Time> {
-        self.promised.filter(|_| !self.may_follow())
+        self.granted.until().filter(|_| !self.may_follow())
     }
 
     /// The replica may have this host's word from before, whatever is known here.
     pub(crate) fn keep_word(&mut self, patience: Duration, until: Option<Time>) {
-        self.patience = patience;
-        self.promised = self.promised.max(until.filter(|_| self.word.holds_for_a_time()));
+        self.granted.keep(patience, until.filter(|_| self.word.holds_for_a_time()));
     }
 
     /// This host was away: whatever it promised holds for as long as if it had just been asked.
     pub(crate) fn renew_word(&mut self, now: Time) {
-        if self.promised.is_some() {
-            self.promised = self.promised.max(Some(now.after(self.patience)));
-        }
+        self.granted.renew(now);
     }
 
     /// Something is answered for all writes up to this one, in the generation `newest`.
@@ -288,7 +272,7 @@ impl Peer {
     /// Where it is known from a run before that nothing was answered that the replica lacks: the newest generation that it
     /// confirmed. Later ones were begun for nothing.
     pub(crate) fn answered_generation(&self) -> Option<GenerationId> {
-        let confirmed = Some(self.map.base().generation).filter(|generation| !generation.is_none());
+        let confirmed = Some(self.marks.map.base().generation).filter(|generation| !generation.is_none());
         confirmed.filter(|_| self.denial.is_inherited() && !self.lacks_answered())
     }
 
@@ -323,8 +307,8 @@ impl Peer {
     /// Whether the replica may have the newest generation, and yet lack some of it. What it confirmed in an earlier run
     /// need not be recorded here, so any replica may have the generation that this run began with.
     pub(crate) fn may_lag_within_newest(&self) -> bool {
-        let was_met = !self.map.base().is_none();
-        was_met && self.may_have_newest && !self.is_in_sync() && !self.map.is_clean()
+        let was_met = !self.marks.map.base().is_none();
+        was_met && self.newest.may_be_ours() && !self.is_in_sync() && !self.marks.map.is_clean()
     }
 }
 

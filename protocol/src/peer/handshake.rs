@@ -144,34 +144,29 @@ impl Peer {
                     }
                 }
                 // It says itself which one is its newest.
-                self.is_heard = true;
-                self.unconfirmed.clear();
-                self.unconfirmed.extend(welcome.lineage.first().map(|newest| (*newest, Epoch(u64::MAX))));
-                if !greeting.vouches_for(self.map.base(), &welcome) {
+                self.newest.heard(welcome.lineage.first().copied());
+                if !greeting.vouches_for(self.marks.map.base(), &welcome) {
                     // Nothing is known of what this copy holds (L2). All is dirty relative to any generation; with the
                     // copy's own, what is copied counts when the next greeting names that one still (R5).
                     let (ours, theirs) = (greeting.lineage.first(), welcome.lineage.first());
                     let generation = theirs.filter(|theirs| greeting.lineage.contains(theirs)).or(ours);
                     let generation = generation.copied().unwrap_or_default();
                     let adopted = greeting.adopted;
-                    self.map.begin_anew(Base { copy: welcome.copy, generation, adopted });
+                    let base = Base { copy: welcome.copy, generation, adopted };
+                    self.marks.begin_anew(base, last.next());
                     self.answered.forget();
-                    self.map.note_known(Mark::default());
-                    self.certain.clear(0..u64::MAX);
-                    self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
+                    self.marks.map.note_known(Mark::default());
                 }
                 // One that went back, as where its host was restored from an older copy, may differ anywhere (X4).
                 // So may one that had copies in sessions that this primary knows nothing of: it went back itself.
                 let is_reused = welcome.mark.session >= greeting.session;
                 let has_gone_back = is_reused
-                    || greeting.forgot(self.map.copied(), welcome.mark.session)
-                    || lineage::went_back(&greeting.lineage, welcome.mark, self.map.known());
+                    || greeting.forgot(self.marks.map.copied(), welcome.mark.session)
+                    || lineage::went_back(&greeting.lineage, welcome.mark, self.marks.map.known());
                 if has_gone_back && !planted(Bug::IgnoreMark) {
                     self.went_back = true;
-                    self.map.begin_anew(self.map.base());
+                    self.marks.begin_anew(self.marks.map.base(), last.next());
                     self.answered.forget();
-                    self.certain.clear(0..u64::MAX);
-                    self.unwritten = Some(self.unwritten.unwrap_or(last.next()));
                 }
                 if is_reused && superblock::may_have_numbered(greeting.fence, welcome.mark.session) {
                     // What it gets in this session would be named as what it had before, and a copy that goes back to
@@ -179,9 +174,9 @@ impl Peer {
                     self.reused = Some(welcome.mark.session);
                     return Err(PeerError::Reused);
                 }
-                self.map.note_known(welcome.mark);
+                self.marks.map.note_known(welcome.mark);
                 if planted(Bug::DropBitsAtHandshake) && welcome.data == DataState::Consistent {
-                    self.map.clear(0..u64::MAX);
+                    self.marks.map.clear(0..u64::MAX);
                 }
                 greeting.welcome = Some(welcome);
                 Ok(Handled::Sector(sector_bytes))
@@ -209,11 +204,11 @@ impl Peer {
             unreachable!("only a greeting becomes a link");
         };
         let welcome = greeting.welcome.expect("the union comes after the welcome");
-        let progress = Progress::new(self.map.is_clean());
+        let progress = Progress::new(self.marks.map.is_clean());
         self.since = now;
-        self.writing_union = false;
+        self.marks.union_comes();
         // Written with the union, before which nothing is copied.
-        self.map.note_copied(greeting.session);
+        self.marks.map.note_copied(greeting.session);
         self.state = State::Linked(Box::new(Link {
             session: greeting.session,
             stream: greeting.stream,

@@ -33,6 +33,7 @@ mod following;
 mod ground;
 mod handshake;
 mod marks;
+mod newest;
 mod pace;
 mod phase;
 mod report;
@@ -46,7 +47,7 @@ use crate::dirty_map::{DirtyMap, MapChanges};
 use crate::disk::dirty_map::Base;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
-use crate::promise::{Given, PATIENCE};
+use crate::promise::{Given, Granted};
 use crate::ranges::ByteRange;
 use crate::terms::Mode;
 use crate::tracker::RequestId;
@@ -61,6 +62,8 @@ use crate::wire::{Body, FrameHeader};
 use answered::{Answered, Followed};
 use denial::Denial;
 pub use handshake::{Handled, Identity, PeerError};
+use marks::Marks;
+use newest::Newest;
 use phase::{Phase, Progress, Step};
 pub use report::{Connection, ReplicaState, Report};
 use resync::{CopyContent, CopyRead, Resync};
@@ -76,9 +79,6 @@ use word::Word;
 
 /// How long an acknowledgement may be outstanding before the replica no longer counts as in sync (D4).
 pub const ACKNOWLEDGEMENT_DEADLINE: Duration = Duration::from_secs(5);
-
-/// How long changes of a map stay in memory, where nothing waits for them.
-const MAP_TIME: Duration = Duration::from_secs(1);
 
 /// A resync that has no more than so many blocks left to copy, for so long, asks their writers to wait (R2).
 const TAIL_BLOCKS: u64 = 256;
@@ -133,32 +133,12 @@ pub struct Peer {
     size_bytes: u64,
     window_limit_bytes: u64,
     mode: Mode,
-    map: DirtyMap,
-    /// Blocks of the map that were written, or that were compared: the others may well be the same there (R4). Forgotten
-    /// at a restart, after which all that has a bit of its own counts as written.
-    certain: DirtyMap,
-    /// The first write that was marked since the map was last handed out for writing.
-    unwritten: Option<Sequence>,
-    /// The same for what is being written now.
-    being_written: Option<Sequence>,
-    writing_map: bool,
-    /// Whether what is being written now has all that the linked replica said of itself.
-    writing_union: bool,
-    map_written_at: Time,
-    map_failed: bool,
-    /// How often in a row the map's file could not be written.
-    map_failures: u32,
+    marks: Marks,
     state: State,
     /// Whether a link that streamed was lost or broke off since this was last asked: the replica may have gone on alone,
     /// or lacks what comes now (L1).
     left: bool,
-    /// Whether the replica may have recorded the newest generation.
-    may_have_newest: bool,
-    /// Generations that the replica may have recorded since the one that the map is relative to, oldest first, each with
-    /// the first epoch in it: it has recorded that one when it has the epoch durably.
-    unconfirmed: Vec<(GenerationId, Epoch)>,
-    /// Whether the replica has said in this run which one is its newest.
-    is_heard: bool,
+    newest: Newest,
     /// What the next link's first read will be named.
     next_read: CopyRead,
     /// How many bytes a second a resync may copy at most.
@@ -166,9 +146,7 @@ pub struct Peer {
     /// The number of the next compare's first step.
     next_step: u64,
     since: Time,
-    /// Until when the replica may count on nothing being answered without it, and for how long the next word is given.
-    promised: Option<Time>,
-    patience: Duration,
+    granted: Granted,
     answered: Answered,
     denial: Denial,
     word: Word,
@@ -310,26 +288,15 @@ impl Peer {
             size_bytes,
             window_limit_bytes,
             mode,
-            certain: map.of_single_bits(),
-            map,
-            unwritten: None,
-            being_written: None,
-            writing_map: false,
-            writing_union: false,
-            map_written_at: Time::default(),
-            map_failed: false,
-            map_failures: 0,
+            marks: Marks::new(map),
             state: State::Away,
             left: false,
-            may_have_newest: true,
-            unconfirmed: Vec::new(),
-            is_heard: false,
+            newest: Newest::new(),
             next_read: CopyRead(0),
             resync_limit: None,
             next_step: 0,
             since: Time::default(),
-            promised: None,
-            patience: PATIENCE,
+            granted: Granted::default(),
             answered,
             denial,
             word,
@@ -348,12 +315,11 @@ impl Peer {
     /// When `Peer::drive` has something to do by itself.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        let map = (self.map.has_changes() && !self.writing_map).then(|| self.map_written_at.after(MAP_TIME));
         let resync = match &self.state {
             State::Linked(link) if link.phase() == Phase::Resyncing => link.resync.timeout(),
             _ => None,
         };
-        map.into_iter().chain(resync).min()
+        self.marks.timeout().into_iter().chain(resync).min()
     }
 
     /// The replica.
@@ -364,26 +330,26 @@ impl Peer {
 
     /// Whether it has answered a greeting of this primary: it has recorded that it follows it.
     pub(crate) fn is_heard(&self) -> bool {
-        self.is_heard
+        self.newest.is_heard()
     }
 
     /// The blocks that may differ.
     #[must_use]
     pub fn map(&self) -> &DirtyMap {
-        &self.map
+        &self.marks.map
     }
 
     /// A write was sequenced and is about to begin here: stream it or mark it (R1, W7).
     pub(crate) fn handle_write(&mut self, write: LiveWrite, now: Time) {
         let blocks = write.range.blocks(self.block_size);
         let State::Linked(link) = &mut self.state else {
-            return self.mark(blocks, write.sequence);
+            return self.marks.mark(blocks, write.sequence);
         };
         if !link.phase().streams() {
             link.resync.rewritten(&blocks);
-            return self.mark(blocks, write.sequence);
+            return self.marks.mark(blocks, write.sequence);
         }
-        let parts: Vec<_> = self.map.split(blocks.clone()).collect();
+        let parts: Vec<_> = self.marks.map.split(blocks.clone()).collect();
         let clean: Vec<ByteRange> = parts
             .iter()
             .filter(|(dirty, _)| !dirty || planted(Bug::SendBothVersions))
@@ -394,12 +360,12 @@ impl Peer {
         if !link.window.has_room(payload_bytes, link.window_limit_bytes) {
             self.left |= link.break_off(&mut self.answered);
             link.resync.rewritten(&blocks);
-            return self.mark(blocks, write.sequence);
+            return self.marks.mark(blocks, write.sequence);
         }
         for (_, part) in parts.into_iter().filter(|(dirty, _)| *dirty) {
             let State::Linked(link) = &mut self.state else { unreachable!("the state was matched above") };
             link.resync.rewritten(&part);
-            self.mark(part, write.sequence);
+            self.marks.mark(part, write.sequence);
         }
         for range in clean {
             self.stream(write, range, now);
@@ -409,7 +375,7 @@ impl Peer {
     /// A local write failed: what the disk holds there now is unknown, and may differ from what was streamed (W5).
     pub(crate) fn handle_failed_write(&mut self, range: ByteRange, sequence: Sequence) {
         let blocks = range.blocks(self.block_size);
-        self.certain.mark(blocks.clone());
+        self.marks.certain.mark(blocks.clone());
         self.distrust(blocks, sequence);
     }
 
@@ -421,7 +387,7 @@ impl Peer {
                 self.left |= link.break_off(&mut self.answered);
             }
         }
-        self.mark_doubtful(blocks, sequence);
+        self.marks.mark_doubtful(blocks, sequence);
     }
 
     /// Any block may differ, and none is known to (X4). `last` is the newest write.
@@ -478,7 +444,7 @@ impl Peer {
             },
         });
         if let Some(header) = header.filter(|_| planted(Bug::ClearOnSend)) {
-            self.map.clear(header.body.range().blocks(self.block_size));
+            self.marks.map.clear(header.body.range().blocks(self.block_size));
         }
         self.actions.push_back(Action::SendCopy { read, header });
     }
@@ -497,7 +463,7 @@ impl Peer {
         self.next_read = link.resync.next_read();
         if let Some((oldest, _)) = link.window.oldest().filter(|_| !planted(Bug::ForgetWindow)) {
             for range in link.window.ranges() {
-                self.mark_doubtful(range.blocks(self.block_size), oldest);
+                self.marks.mark_doubtful(range.blocks(self.block_size), oldest);
             }
         }
     }
@@ -517,7 +483,7 @@ impl Peer {
             let blocks = range.blocks(self.block_size);
             let State::Linked(link) = &mut self.state else { unreachable!("the state was matched above") };
             link.resync.rewritten(&blocks);
-            self.mark_doubtful(blocks, oldest);
+            self.marks.mark_doubtful(blocks, oldest);
         }
         self.write_map();
     }
@@ -553,10 +519,10 @@ impl Peer {
                 }
                 self.heard += 1;
                 link.received = link.received.max(received);
-                link.resync.durable(copies, &mut self.map, &mut self.certain, now)?;
+                link.resync.durable(copies, &mut self.marks.map, &mut self.marks.certain, now)?;
                 link.durable = link.durable.max(durable);
                 link.window.durable(durable);
-                self.map.note_known(mark);
+                self.marks.map.note_known(mark);
                 self.confirm_followed();
                 Ok(())
             }
@@ -564,7 +530,7 @@ impl Peer {
                 if link.phase() == Phase::Beginning {
                     link.progress.take(Step::Ready);
                     if self.word.counts_on_nothing() {
-                        self.map.note_given(&Given::NOTHING);
+                        self.marks.map.note_given(&Given::NOTHING);
                     }
                 }
                 Ok(())
@@ -579,12 +545,11 @@ impl Peer {
                     self.went_back = false;
                     self.answered.follows();
                     self.denial.follows();
-                    self.map.note_given(self.word.was_recorded());
-                    self.map.confirm(link.copy, generation);
-                    let known = Mark { position, ..self.map.known() };
-                    self.map.note_known(known);
-                    let committed = self.unconfirmed.iter().position(|(offered, _)| *offered == generation);
-                    self.unconfirmed.drain(..committed.map_or(0, |place| place + 1));
+                    self.marks.map.note_given(self.word.was_recorded());
+                    self.marks.map.confirm(link.copy, generation);
+                    let known = Mark { position, ..self.marks.map.known() };
+                    self.marks.map.note_known(known);
+                    self.newest.committed(generation);
                 }
                 Ok(())
             }
@@ -595,7 +560,7 @@ impl Peer {
                 Ok(())
             }
             Message::CopyDigest(CopyDigest { session, number, digest }) if session == link.session => {
-                link.resync.compared(number, digest, &mut self.map, &mut self.certain)
+                link.resync.compared(number, digest, &mut self.marks.map, &mut self.marks.certain)
             }
             Message::Digest(digest) if digest.session == link.session => {
                 self.handle_peer_digest(digest.number, digest.digest);
@@ -603,14 +568,13 @@ impl Peer {
             }
             Message::Renew(Renew { session, number }) if session == link.session => {
                 if link.phase() == Phase::InSync && self.mode == Mode::Sync {
-                    self.promised = self.promised.max(Some(now.after(self.patience)));
-                    let milliseconds = self.patience.as_millis() as u64;
+                    let milliseconds = self.granted.give(now);
                     self.actions.push_back(Action::Send(Grant { session, number, milliseconds }.into()));
                 }
                 Ok(())
             }
             Message::Parted(Parted { session }) if session == link.session => {
-                self.promised = None;
+                self.granted.take_back();
                 Ok(())
             }
             Message::Refused(refused) => Err(PeerError::Refused(refused)),
@@ -630,12 +594,11 @@ impl Peer {
     where
         Id: Copy + PartialEq + std::fmt::Debug,
     {
-        if now >= self.map_written_at.after(MAP_TIME) {
-            self.map_failed = false;
+        if self.marks.is_due(now) {
             self.write_map();
         }
         self.tell_alone();
-        let (is_clean, is_saved) = (self.map.is_clean(), self.is_saved());
+        let (is_clean, is_saved) = (self.marks.map.is_clean(), self.is_saved());
         let State::Linked(link) = &mut self.state else { return Wants::default() };
         if let Phase::Committing { streams: false, sent, .. } = link.phase()
             && (!is_clean || sent.is_none() && self.word.is_outdated())
@@ -651,17 +614,18 @@ impl Peer {
             }
             link.progress.take(Step::Begin);
             link.spilled = false;
-            let dirty_bytes = self.map.dirty_blocks() * self.block_size.bytes();
+            let dirty_bytes = self.marks.map.dirty_blocks() * self.block_size.bytes();
             self.actions.push_back(Action::Send(ResyncBegin { session: link.session, dirty_bytes }.into()));
         }
         if link.phase() == Phase::Resyncing {
             let waits = circumstances.application_is_active;
-            while let Some(action) = link.resync.pick(&self.map, &self.certain, order, waits, now) {
+            while let Some(action) = link.resync.pick(&self.marks.map, &self.marks.certain, order, waits, now)
+            {
                 self.actions.push_back(action);
             }
             link.tail_since =
-                (self.map.dirty_blocks() <= TAIL_BLOCKS).then(|| link.tail_since.unwrap_or(now));
-            if self.map.is_clean() && link.resync.is_idle() {
+                (self.marks.map.dirty_blocks() <= TAIL_BLOCKS).then(|| link.tail_since.unwrap_or(now));
+            if self.marks.map.is_clean() && link.resync.is_idle() {
                 link.progress.take(Step::AllCopied);
             }
         }
@@ -673,7 +637,7 @@ impl Peer {
     /// What the map is relative to.
     #[must_use]
     pub fn base(&self) -> Base {
-        self.map.base()
+        self.marks.map.base()
     }
 
     fn stream(&mut self, write: LiveWrite, range: ByteRange, now: Time) {

@@ -73,7 +73,7 @@ pub enum ReplicaState {
 impl Peer {
     /// Bytes that may differ on the replica: the map, and what is sent but not acknowledged.
     pub(super) fn out_of_sync_bytes(&self) -> u64 {
-        let map_bytes = self.map.dirty_blocks() * self.block_size.bytes();
+        let map_bytes = self.marks.map.dirty_blocks() * self.block_size.bytes();
         let unmarked_bytes = match &self.state {
             State::Linked(link) if !link.spilled => link.window.bytes(),
             _ => 0,
@@ -84,7 +84,7 @@ impl Peer {
     /// The peer's numbers, for status.
     #[must_use]
     pub fn report(&self, now: Time) -> Report {
-        let map_bytes = (self.map.dirty_blocks() * self.block_size.bytes()).min(self.size_bytes);
+        let map_bytes = (self.marks.map.dirty_blocks() * self.block_size.bytes()).min(self.size_bytes);
         let mut report = Report {
             connection: Connection::Disconnected,
             state: ReplicaState::OutOfSync,
@@ -98,7 +98,7 @@ impl Peer {
             compare: None,
             unreadable: Vec::new(),
             more_unreadable: false,
-            map_failed: self.map_failures > 0,
+            map_failed: self.marks.has_failed(),
             heard: self.heard,
             went_back: self.went_back,
             is_promised: self.word.is_for_ever(),
@@ -122,7 +122,7 @@ impl Peer {
                     Phase::Beginning | Phase::Resyncing | Phase::Committing { .. } => ReplicaState::Resyncing,
                 };
                 if link.phase() != Phase::InSync {
-                    report.resync = Some(link.resync.progress(&self.map, now));
+                    report.resync = Some(link.resync.progress(&self.marks.map, now));
                 }
                 report
             }

@@ -66,7 +66,7 @@ fn what_was_copied_by_a_full_map_counts_after_an_interruption() {
     let mut peer = peer_with(|map| map.clean(relative_to(9)));
     greet(&mut peer, "ba", welcome(DataState::Consistent, false, fence(1), "a"));
     assert!(peer.map().is_full(), "the map was another copy's");
-    peer.map.clear(0..100);
+    peer.marks.map.clear(0..100);
     peer.handle_disconnected(Time::default());
     greet(&mut peer, "ba", welcome(DataState::Inconsistent, false, fence(1), "a"));
     assert_eq!(peer.map().dirty_blocks(), BLOCKS - 100);
@@ -134,10 +134,10 @@ fn a_replica_is_told_each_time_that_it_is_passed_over() {
     for epoch in [9, 10] {
         let renew = Renew { session: Session(1), number: epoch };
         peer.handle_message(renew.into(), Sequence(3), Time::default()).unwrap();
-        assert!(peer.promised.is_some());
+        assert!(peer.granted.until().is_some());
         peer.give_up();
         assert_eq!(bring_into_sync(&mut peer, Epoch(epoch)), 1);
-        assert!(peer.promised.is_none());
+        assert!(peer.granted.until().is_none());
     }
 }
 
@@ -211,14 +211,14 @@ fn a_resync_begins_when_the_replicas_union_is_durable_whatever_is_written_meanwh
         let mut actions = std::iter::from_fn(|| peer.poll_action());
         actions.any(|action| matches!(action, Action::Send(Message::ResyncBegin(_))))
     };
-    peer.mark(7..8, Sequence(1));
+    peer.marks.mark(7..8, Sequence(1));
     peer.write_map();
     greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
     peer.mark_suspect(ByteRange::new(0, 4096), Sequence(1));
     assert!(!begins(&mut peer));
     peer.handle_map_written(true, Time::default());
     assert!(!begins(&mut peer), "what was being written then had not all of it");
-    peer.mark(8..9, Sequence(2));
+    peer.marks.mark(8..9, Sequence(2));
     peer.handle_map_written(true, Time::default());
     assert!(peer.first_unwritten().is_some());
     assert!(begins(&mut peer));
@@ -230,7 +230,7 @@ fn that_everything_may_differ_takes_no_more_than_the_header() {
     peer.mark_suspect(ByteRange::new(0, BLOCKS * BlockSize::default().bytes()), Sequence(4));
     assert_eq!(peer.map().dirty_blocks(), BLOCKS);
     assert_eq!(peer.first_unwritten(), Some(Sequence(5)));
-    let changes = peer.map.take_changes();
+    let changes = peer.marks.map.take_changes();
     assert!(changes.pages.is_empty() && changes.header.is_some(), "{changes:?}");
 }
 
@@ -245,13 +245,13 @@ fn nothing_is_safe_until_a_map_that_was_given_up_is_written() {
     map.take_changes();
     let mut peer = Peer::new(HostId([2; 32]), map, size_bytes, block_size, 1 << 20, Mode::Async);
     let order = Order::<u8>::new(512);
-    peer.map.clear(255..256);
+    peer.marks.map.clear(255..256);
     for second in [1, 3] {
         peer.drive(&order, &circumstances(&lineage("a")), Time(Duration::from_secs(second)));
         peer.handle_map_written(false, Time(Duration::from_secs(second)));
     }
     assert!(peer.map().is_full());
-    peer.mark(7..8, Sequence(5));
+    peer.marks.mark(7..8, Sequence(5));
     assert_eq!(peer.safe_up_to(Sequence(5)), Sequence(0));
     peer.drive(&order, &circumstances(&lineage("a")), Time(Duration::from_secs(5)));
     assert_eq!(peer.safe_up_to(Sequence(5)), Sequence(0), "the header is being written");
@@ -310,7 +310,7 @@ fn a_generation_that_a_replica_followed_is_kept_while_it_is_away() {
         }
     }
     // The same after a restart of the primary, which remembers what the map's file says.
-    let map = peer.map.base();
+    let map = peer.marks.map.base();
     let restarted = peer_with(|fresh| fresh.clean(map));
     let kept: Vec<_> = restarted.newest_there(&generations).collect();
     assert!(kept.contains(&begun(1)) && kept.contains(&begun(2)), "{kept:?}");
@@ -438,7 +438,7 @@ fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
     peer.answered.follows();
     peer.note_answered(Sequence(3), Some(A));
     peer.answered.left(Followed { sent: Sequence(3), received: Sequence(3), oldest: None });
-    peer.mark(7..8, Sequence(4));
+    peer.marks.mark(7..8, Sequence(4));
     peer.write_map();
     let mut written = vec![map_changes(&mut peer).expect("it has a mark")];
     peer.handle_map_written(true, Time::default());
@@ -464,7 +464,7 @@ fn what_waited_for_a_replica_is_known_to_be_unanswered_after_a_restart() {
         assert!(map_changes(&mut peer).is_some(), "the file must not say it any more");
         peer.handle_map_written(false, Time::default());
         assert!(peer.holds_answer(last, later), "the file may say it still");
-        peer.map_failed = false;
+        assert!(peer.marks.is_due(Time(Duration::from_secs(10))));
         peer.write_map();
         written.extend(map_changes(&mut peer));
         peer.handle_map_written(true, Time::default());
@@ -485,7 +485,7 @@ fn before_an_answer_in_a_new_generation_the_file_knows_that_the_replica_has_it()
     let mut peer = peer_with(|map| map.clean(relative_to(2)));
     (peer.mode, peer.denial) = (Mode::Sync, denial());
     peer.opened_at(GenerationId([b'a'; 16]));
-    peer.mark(7..8, Sequence(1));
+    peer.marks.mark(7..8, Sequence(1));
     peer.write_map();
     peer.handle_map_written(true, Time::default());
     greet(&mut peer, "a", welcome(DataState::Consistent, false, fence(1), "a"));
@@ -496,7 +496,7 @@ fn before_an_answer_in_a_new_generation_the_file_knows_that_the_replica_has_it()
         link.progress.take(step);
     }
     peer.answered.follows();
-    peer.map.confirm(CopyId([2; 16]), later);
+    peer.marks.map.confirm(CopyId([2; 16]), later);
     while peer.poll_action().is_some() {}
     assert!(!peer.holds_answer(Sequence(2), Some(GenerationId([b'a'; 16]))));
     assert!(peer.holds_answer(Sequence(2), Some(later)));
@@ -518,7 +518,7 @@ fn an_answer_for_what_a_replica_may_lose_is_not_denied() {
         peer.opened_at(A);
         peer.answered.follows();
         peer.answered.left(followed);
-        peer.mark(7..8, Sequence(4));
+        peer.marks.mark(7..8, Sequence(4));
         peer.write_map();
         peer.handle_map_written(true, Time::default());
         peer
@@ -534,7 +534,7 @@ fn an_answer_for_what_a_replica_may_lose_is_not_denied() {
     let mut peer = left(all);
     peer.set_mode(Mode::Async);
     peer.set_mode(Mode::Sync);
-    assert!(!peer.denial.may_be_said(peer.map.base(), true, false));
+    assert!(!peer.denial.may_be_said(peer.marks.map.base(), true, false));
 }
 
 /// One whose answers don't wait for it may lack what was answered at any time.
