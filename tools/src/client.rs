@@ -1,14 +1,14 @@
 //! The way to the agent: HTTP over its Unix socket, one connection per request.
 
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::{Failure, FailureKind, StatusReply};
+use blockmirror_agent::control::api::{Failure, FailureKind, StatusReply, StatusRequest};
 use blockmirror_agent::control::socket_path;
+use blockmirror_agent::control::verbs::Verb;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
-use hyper::{Method, Request, Response, body::Incoming};
+use hyper::{Request, Response, body::Incoming};
 use hyper_util::rt::TokioIo;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -36,11 +36,7 @@ impl Client {
 
     /// How things stand, for all volumes or one.
     pub async fn status(&self, volume: Option<&Name>) -> Result<StatusReply, Failure> {
-        let path = match volume {
-            Some(volume) => format!("/v1/status?volume={volume}"),
-            None => "/v1/status".to_owned(),
-        };
-        match tokio::time::timeout(STATUS_TIMEOUT, self.get(&path)).await {
+        match tokio::time::timeout(STATUS_TIMEOUT, self.ask(&volume.cloned(), &StatusRequest)).await {
             Ok(reply) => reply,
             Err(_) => {
                 let message = "the agent does not answer; look at its log: journalctl -u blockmirror-agent";
@@ -49,41 +45,17 @@ impl Client {
         }
     }
 
-    /// Asks for something.
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.request(Method::GET, path, Bytes::new()).await
-    }
-
-    /// Asks to do something, with all it takes in the path.
-    pub async fn post<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.request(Method::POST, path, Bytes::new()).await
-    }
-
-    /// Asks to do something.
-    pub async fn post_body<T: DeserializeOwned>(
-        &self,
-        path: &str,
-        body: &impl Serialize,
-    ) -> Result<T, Failure> {
+    /// Asks for something, or to do something.
+    pub async fn ask<V: Verb>(&self, subject: &V::Subject, request: &V) -> Result<V::Reply, Failure> {
         // The only values that cannot be written are paths that are not UTF-8.
-        let body =
-            serde_json::to_vec(body).map_err(|error| Failure::from_error(FailureKind::Usage, &error))?;
-        self.request(Method::POST, path, body.into()).await
-    }
-
-    async fn request<T: DeserializeOwned>(
-        &self,
-        method: Method,
-        path: &str,
-        body: Bytes,
-    ) -> Result<T, Failure> {
+        let body = request.body().map_err(|error| Failure::from_error(FailureKind::Usage, &error))?;
         let stream = self.connect().await?;
         let request = Request::builder()
-            .method(method)
-            .uri(path)
+            .method(V::METHOD)
+            .uri(V::address(subject))
             .header("host", "agent")
             .header("content-type", "application/json")
-            .body(Full::new(body))
+            .body(Full::new(body.into()))
             .expect("names and constants make a valid request");
         let response = exchange(stream, request).await.map_err(|error| {
             let lost = Failure::from_error(FailureKind::Failed, &error);

@@ -4,7 +4,8 @@
 use crate::client::Client;
 use crate::output::{Bar, Error, Output};
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::{Comparison, Failure, FailureKind};
+use blockmirror_agent::control::api::{CompareRequest, Comparison, Failure, FailureKind};
+use blockmirror_agent::control::verbs::PeerOf;
 use blockmirror_agent::quantity::{Seconds, Size};
 use clap::Args;
 use std::convert::Infallible;
@@ -28,19 +29,20 @@ pub struct Arguments {
 /// Compares, and shows how far it is meanwhile.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, peer, json } = arguments;
-    let path = format!("/v1/volumes/{name}/peers/{peer}/compare");
-    let comparison: Comparison = tokio::select! {
-        answer = client.post(&path) => answer?,
-        never = show_progress(client, &name, &peer) => match never {},
+    let subject = PeerOf { volume: name, peer };
+    let comparison = tokio::select! {
+        answer = client.ask(&subject, &CompareRequest) => answer?,
+        never = show_progress(client, &subject) => match never {},
     };
+    let PeerOf { volume, peer } = subject;
     match json {
         true => output.json(&comparison)?,
         false => output.lines(&lines(&comparison))?,
     }
     let message = match (comparison.different_bytes, comparison.unreadable_bytes) {
         (0, 0) => return Ok(()),
-        (0, _) => format!("a part of {name} can't be read here"),
-        _ => format!("{name} differs from the copy on {peer}"),
+        (0, _) => format!("a part of {volume} can't be read here"),
+        _ => format!("{volume} differs from the copy on {peer}"),
     };
     Err(Failure::new(FailureKind::Failed, message).into())
 }
@@ -64,12 +66,12 @@ fn lines(comparison: &Comparison) -> Vec<String> {
 }
 
 /// Follows the comparison in the status until it is dropped. A status that fails is left to the comparison's own answer.
-async fn show_progress(client: &Client, name: &Name, peer: &Name) -> Infallible {
-    let bar = Bar::new(&format!("comparing {name} with {peer}"));
+async fn show_progress(client: &Client, PeerOf { volume, peer }: &PeerOf) -> Infallible {
+    let bar = Bar::new(&format!("comparing {volume} with {peer}"));
     let mut second = tokio::time::interval(Duration::from_secs(1));
     loop {
         second.tick().await;
-        let Ok(reply) = client.status(Some(name)).await else { continue };
+        let Ok(reply) = client.status(Some(volume)).await else { continue };
         let peers = reply.volumes.iter().flat_map(|volume| &volume.facts.peers);
         if let Some(progress) = peers.filter(|other| other.name == *peer).find_map(|peer| peer.compare) {
             bar.show(&progress);

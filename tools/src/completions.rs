@@ -1,6 +1,7 @@
 //! `blockmirror completions`: prints a shell's completion script.
 
 use crate::CommandLine;
+use crate::client::Client;
 use crate::output::{Error, Output};
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
@@ -13,7 +14,7 @@ pub struct Arguments {
 }
 
 /// Prints the script.
-pub fn run(arguments: Arguments, output: &mut Output) -> Result<(), Error> {
+pub async fn run(arguments: Arguments, _: &Client, output: &mut Output) -> Result<(), Error> {
     let mut script = Vec::new();
     clap_complete::generate(arguments.shell, &mut CommandLine::command(), "blockmirror", &mut script);
     output.bytes(&script)?;

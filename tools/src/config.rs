@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 /// What to do with the files.
 #[derive(Subcommand)]
-pub enum Verb {
+pub enum Arguments {
     /// Report everything that is wrong in the configuration's files
     Check(CheckArguments),
 }
@@ -23,8 +23,15 @@ pub struct CheckArguments {
     config: Option<PathBuf>,
 }
 
+/// Does it.
+pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
+    match arguments {
+        Arguments::Check(arguments) => check(arguments, client, output),
+    }
+}
+
 /// Reports each mistake on a line of its own; fails if there is any.
-pub fn check(arguments: CheckArguments, client: &Client, output: &mut Output) -> Result<(), Error> {
+fn check(arguments: CheckArguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let folder = match arguments.config {
         Some(path) => ConfigFolder::new(path),
         None => offline::config_folder(client.run())?,

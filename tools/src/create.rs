@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::output::{Error, Output};
 use crate::status;
 use blockmirror_agent::config::{DeviceKind, Name};
-use blockmirror_agent::control::api::{CreateRequest, Failure, FailureKind, StatusReply};
+use blockmirror_agent::control::api::{CreateRequest, Failure, FailureKind};
 use blockmirror_agent::quantity::Size;
 use blockmirror_protocol::units::BlockSize;
 use clap::{Args, ValueEnum};
@@ -45,7 +45,7 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
         size_bytes: arguments.size.map(|size| size.0),
         block_size_bytes: arguments.block_size,
     };
-    let reply: StatusReply = client.post_body("/v1/volumes", &request).await?;
+    let reply = client.ask(&(), &request).await?;
     output.line(&format!("created {}", request.name))?;
     output.lines(&status::details(&reply.volumes))?;
     Ok(())

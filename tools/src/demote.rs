@@ -3,7 +3,7 @@
 use crate::client::Client;
 use crate::output::{Error, Output};
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::Demotion;
+use blockmirror_agent::control::api::DemoteRequest;
 use clap::Args;
 
 /// What to demote.
@@ -19,7 +19,7 @@ pub struct Arguments {
 /// Has the agent demote, and says where the volume can be promoted.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, json } = arguments;
-    let done: Demotion = client.post(&format!("/v1/volumes/{name}/demote")).await?;
+    let done = client.ask(&name, &DemoteRequest).await?;
     if json {
         return Ok(output.json(&done)?);
     }

@@ -3,7 +3,7 @@
 use crate::client::Client;
 use crate::output::{Error, Output};
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::Forgetting;
+use blockmirror_agent::control::api::ForgetRequest;
 use blockmirror_agent::quantity::Size;
 use clap::Args;
 
@@ -20,7 +20,7 @@ pub struct Arguments {
 /// Has the agent give it up, and says how much it was.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, json } = arguments;
-    let done: Forgetting = client.post(&format!("/v1/volumes/{name}/forget")).await?;
+    let done = client.ask(&name, &ForgetRequest).await?;
     if json {
         return Ok(output.json(&done)?);
     }

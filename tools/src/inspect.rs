@@ -1,6 +1,7 @@
 //! `blockmirror inspect`: prints what a file of metadata says, each copy in it, and which of them is damaged. Needs no
 //! agent, and changes nothing.
 
+use crate::client::Client;
 use crate::output::{Error, Output, aligned};
 use blockmirror_agent::config;
 use blockmirror_agent::control::api::{Failure, FailureKind};
@@ -44,7 +45,7 @@ impl Page {
 }
 
 /// Prints the file; fails when it is of no use.
-pub fn run(arguments: Arguments, output: &mut Output) -> Result<(), Error> {
+pub async fn run(arguments: Arguments, _: &Client, output: &mut Output) -> Result<(), Error> {
     let path = &arguments.file;
     let cannot = |error: io::Error| {
         Failure::new(FailureKind::Failed, format!("cannot read {}: {error}", path.display()))

@@ -4,8 +4,9 @@ use crate::client::Client;
 use crate::output::{Error, Output, warn};
 use blockmirror_agent::config::{Address, Name};
 use blockmirror_agent::control::api::{
-    Invitation, InvitationState, InvitationStatus, InvitationsReply, InviteRequest,
+    InvitationState, InvitationStatus, InvitationsReply, InvitationsRequest, InviteRequest, RevokeRequest,
 };
+use blockmirror_agent::control::verbs::InvitationOf;
 use blockmirror_agent::quantity::Seconds;
 use clap::Args;
 
@@ -41,24 +42,25 @@ fn id(text: &str) -> Result<String, String> {
 
 /// Asks the agent for a token, and prints it.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
-    let (name, json) = (&arguments.name, arguments.json);
-    if arguments.list {
-        let reply = client.get(&format!("/v1/volumes/{name}/invitations")).await?;
-        return list(&reply, json, output);
+    let Arguments { name, expires, addresses, list, revoke, json } = arguments;
+    if list {
+        let reply = client.ask(&name, &InvitationsRequest).await?;
+        return show_all(&reply, json, output);
     }
-    if let Some(id) = &arguments.revoke {
-        let reply = client.post(&format!("/v1/volumes/{name}/invitations/{id}/revoke")).await?;
+    if let Some(id) = revoke {
+        let invitation = InvitationOf { volume: name, id };
+        let reply = client.ask(&invitation, &RevokeRequest).await?;
         if !json {
+            let InvitationOf { volume, id } = invitation;
             output.line(&format!(
-                "revoked {id}; a host that joined with it stays: blockmirror remove-peer {name} HOST"
+                "revoked {id}; a host that joined with it stays: blockmirror remove-peer {volume} HOST"
             ))?;
         }
-        return list(&reply, json, output);
+        return show_all(&reply, json, output);
     }
-    let request = InviteRequest { expires_seconds: arguments.expires.0, addresses: arguments.addresses };
-    let path = format!("/v1/volumes/{}/invite", arguments.name);
-    let invitation: Invitation = client.post_body(&path, &request).await?;
-    if arguments.json {
+    let request = InviteRequest { expires_seconds: expires.0, addresses };
+    let invitation = client.ask(&name, &request).await?;
+    if json {
         return Ok(output.json(&invitation)?);
     }
     output.line(&invitation.token)?;
@@ -68,7 +70,7 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
 }
 
 /// One line for each.
-fn list(reply: &InvitationsReply, json: bool, output: &mut Output) -> Result<(), Error> {
+fn show_all(reply: &InvitationsReply, json: bool, output: &mut Output) -> Result<(), Error> {
     if json {
         return Ok(output.json(reply)?);
     }

@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::create::absolute;
 use crate::output::{Error, Output};
 use crate::{status, token};
-use blockmirror_agent::control::api::{JoinRequest, StatusReply};
+use blockmirror_agent::control::api::JoinRequest;
 use clap::Args;
 use std::path::PathBuf;
 
@@ -32,7 +32,7 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
         backing: absolute(&arguments.backing)?,
         overwrite: arguments.overwrite,
     };
-    let reply: StatusReply = client.post_body("/v1/join", &request).await?;
+    let reply = client.ask(&(), &request).await?;
     for volume in &reply.volumes {
         output.line(&format!("joined {}", volume.facts.name))?;
     }

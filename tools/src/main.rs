@@ -27,6 +27,7 @@ mod recover;
 mod release;
 mod remove_peer;
 mod resolve;
+mod resume;
 mod set_address;
 mod status;
 mod switch;
@@ -71,7 +72,7 @@ enum Verb {
     /// Stop mirroring to a peer; what it misses is marked
     Pause(pause::Arguments),
     /// Go on mirroring to a peer
-    Resume(pause::Arguments),
+    Resume(resume::Arguments),
     /// Set when writes to a volume are answered while a peer is in sync
     Mode(mode::Arguments),
     /// Set how what goes to a peer is sent: compressed or not, and how fast a resync may be
@@ -100,7 +101,7 @@ enum Verb {
     Inspect(inspect::Arguments),
     /// Look after the configuration's files
     #[command(subcommand)]
-    Config(config::Verb),
+    Config(config::Arguments),
     /// Print a shell's completion script
     Completions(completions::Arguments),
 }
@@ -128,8 +129,8 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::RemovePeer(arguments) => remove_peer::run(arguments, &client, output).await,
         Verb::Status(arguments) => status::run(arguments, &client, output).await,
         Verb::Wait(arguments) => wait::run(arguments, &client, output).await,
-        Verb::Pause(arguments) => pause::run(pause::Wish::Pause, arguments, &client, output).await,
-        Verb::Resume(arguments) => pause::run(pause::Wish::Resume, arguments, &client, output).await,
+        Verb::Pause(arguments) => pause::run(arguments, &client, output).await,
+        Verb::Resume(arguments) => resume::run(arguments, &client, output).await,
         Verb::Mode(arguments) => mode::run(arguments, &client, output).await,
         Verb::Tune(arguments) => tune::run(arguments, &client, output).await,
         Verb::SetAddress(arguments) => set_address::run(arguments, &client, output).await,
@@ -142,9 +143,9 @@ async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(),
         Verb::Release(arguments) => release::run(arguments, &client, output).await,
         Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
         Verb::Recover(arguments) => recover::run(arguments, &client, output).await,
-        Verb::Inspect(arguments) => inspect::run(arguments, output),
-        Verb::Config(config::Verb::Check(arguments)) => config::check(arguments, &client, output),
-        Verb::Completions(arguments) => completions::run(arguments, output),
+        Verb::Inspect(arguments) => inspect::run(arguments, &client, output).await,
+        Verb::Config(arguments) => config::run(arguments, &client, output).await,
+        Verb::Completions(arguments) => completions::run(arguments, &client, output).await,
     }
 }
 

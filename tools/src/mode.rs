@@ -3,7 +3,8 @@
 use crate::client::Client;
 use crate::output::{Error, Output};
 use blockmirror_agent::config::{Mode, Name};
-use blockmirror_agent::control::api::{ModeRequest, PeerStatus};
+use blockmirror_agent::control::api::ModeRequest;
+use blockmirror_agent::control::verbs::PeerOf;
 use clap::{Args, ValueEnum};
 
 /// Which mirroring, and how.
@@ -42,9 +43,9 @@ impl From<Wish> for Mode {
 /// Has the agent set the mode.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, peer, mode } = arguments;
-    let request = ModeRequest { mode: mode.into() };
-    let path = format!("/v1/volumes/{name}/peers/{peer}/mode");
-    let answer: PeerStatus = client.post_body(&path, &request).await?;
+    let subject = PeerOf { volume: name, peer };
+    let answer = client.ask(&subject, &ModeRequest { mode: mode.into() }).await?;
+    let name = subject.volume;
     output.line(&format!("{name} is mirrored to {} in the mode {}", answer.name, answer.mode))?;
     Ok(())
 }

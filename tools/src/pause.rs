@@ -1,9 +1,10 @@
-//! `blockmirror pause` and `blockmirror resume`: stop and go on mirroring with a peer.
+//! `blockmirror pause`: stops mirroring with a peer.
 
 use crate::client::Client;
 use crate::output::{Error, Output};
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::PeerStatus;
+use blockmirror_agent::control::api::PauseRequest;
+use blockmirror_agent::control::verbs::PeerOf;
 use clap::Args;
 
 /// Which mirroring.
@@ -15,27 +16,11 @@ pub struct Arguments {
     peer: Name,
 }
 
-/// What the operator wants.
-pub enum Wish {
-    /// Stop mirroring.
-    Pause,
-    /// Go on.
-    Resume,
-}
-
-/// Asks the agent to stop or go on.
-pub async fn run(
-    wish: Wish,
-    arguments: Arguments,
-    client: &Client,
-    output: &mut Output,
-) -> Result<(), Error> {
+/// Has the agent stop.
+pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, peer } = arguments;
-    let (verb, done) = match wish {
-        Wish::Pause => ("pause", "paused"),
-        Wish::Resume => ("resume", "resumed"),
-    };
-    let answer: PeerStatus = client.post(&format!("/v1/volumes/{name}/peers/{peer}/{verb}")).await?;
-    output.line(&format!("{done} {name} with {}", answer.name))?;
+    let subject = PeerOf { volume: name, peer };
+    let answer = client.ask(&subject, &PauseRequest).await?;
+    output.line(&format!("paused {} with {}", subject.volume, answer.name))?;
     Ok(())
 }

@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::output::{Error, Output, aligned};
 use crate::status::connection;
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::{PeerStatus, PeersReply};
+use blockmirror_agent::control::api::{PeerStatus, PeersRequest};
 use clap::Args;
 
 /// Of which volume.
@@ -19,7 +19,7 @@ pub struct Arguments {
 
 /// Lists the peers.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
-    let reply: PeersReply = client.get(&format!("/v1/volumes/{}/peers", arguments.name)).await?;
+    let reply = client.ask(&arguments.name, &PeersRequest).await?;
     if arguments.json {
         return Ok(output.json(&reply)?);
     }

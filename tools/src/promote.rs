@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::output::{Error, Output, warn};
 use crate::status;
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::{PromoteRequest, Promotion};
+use blockmirror_agent::control::api::PromoteRequest;
 use blockmirror_agent::quantity::clock;
 use clap::Args;
 
@@ -24,8 +24,7 @@ pub struct Arguments {
 /// Has the agent promote, and shows the volume.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, force, json } = arguments;
-    let path = format!("/v1/volumes/{name}/promote");
-    let done: Promotion = client.post_body(&path, &PromoteRequest { force }).await?;
+    let done = client.ask(&name, &PromoteRequest { force }).await?;
     if json {
         return Ok(output.json(&done)?);
     }

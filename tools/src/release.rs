@@ -27,8 +27,7 @@ pub struct Arguments {
 /// Has the agent take the device away, or does it in its place while it does not run.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, force, json } = arguments;
-    let path = format!("/v1/volumes/{name}/release");
-    let done: Release = match client.post_body(&path, &ReleaseRequest { force }).await {
+    let done = match client.ask(&name, &ReleaseRequest { force }).await {
         Err(failure) if failure.kind == FailureKind::AgentNotRunning => {
             without_agent(&name, client.run(), force)?
         }

@@ -3,7 +3,8 @@
 use crate::client::Client;
 use crate::output::{Error, Output};
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::{PeerRemoval, RemovePeerRequest};
+use blockmirror_agent::control::api::RemovePeerRequest;
+use blockmirror_agent::control::verbs::PeerOf;
 use clap::Args;
 
 /// Whom to remove.
@@ -27,8 +28,8 @@ pub struct Arguments {
 /// Has the agent remove the host, and tells who knows.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, peer, force, dry_run, json } = arguments;
-    let path = format!("/v1/volumes/{name}/peers/{peer}/remove");
-    let done: PeerRemoval = client.post_body(&path, &RemovePeerRequest { force, dry_run }).await?;
+    let subject = PeerOf { volume: name, peer };
+    let done = client.ask(&subject, &RemovePeerRequest { force, dry_run }).await?;
     if json {
         return Ok(output.json(&done)?);
     }

@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::output::{Error, Output};
 use crate::status;
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::{Resolution, ResolveRequest};
+use blockmirror_agent::control::api::ResolveRequest;
 use clap::Args;
 
 /// Whose content stays.
@@ -26,8 +26,7 @@ pub struct Arguments {
 /// Has the agent resolve the split, and says what each choice loses.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, keep, dry_run, json } = arguments;
-    let path = format!("/v1/volumes/{name}/resolve");
-    let answer: Resolution = client.post_body(&path, &ResolveRequest { keep, dry_run }).await?;
+    let answer = client.ask(&name, &ResolveRequest { keep, dry_run }).await?;
     if json {
         return Ok(output.json(&answer)?);
     }

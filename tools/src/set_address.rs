@@ -3,7 +3,8 @@
 use crate::client::Client;
 use crate::output::{Error, Output};
 use blockmirror_agent::config::{Address, Name};
-use blockmirror_agent::control::api::{AddressRequest, PeerStatus};
+use blockmirror_agent::control::api::AddressRequest;
+use blockmirror_agent::control::verbs::PeerOf;
 use clap::Args;
 
 /// Which host, and where it is.
@@ -21,8 +22,8 @@ pub struct Arguments {
 /// Has the agent set it.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, peer, addresses } = arguments;
-    let path = format!("/v1/volumes/{name}/peers/{peer}/address");
-    let answer: PeerStatus = client.post_body(&path, &AddressRequest { addresses }).await?;
+    let subject = PeerOf { volume: name, peer };
+    let answer = client.ask(&subject, &AddressRequest { addresses }).await?;
     let addresses: Vec<&str> = answer.addresses.iter().map(|address| address.as_str()).collect();
     output.line(&format!("{} is looked for at {}", answer.name, addresses.join(", ")))?;
     Ok(())

@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::output::{Error, Output};
 use crate::promote::seconds;
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::{Switch, SwitchRequest};
+use blockmirror_agent::control::api::SwitchRequest;
 use clap::Args;
 
 /// What to hand over, and to whom.
@@ -23,8 +23,7 @@ pub struct Arguments {
 /// Has the agent hand over, and says how long nobody could write.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, to, json } = arguments;
-    let path = format!("/v1/volumes/{name}/switch");
-    let done: Switch = client.post_body(&path, &SwitchRequest { to }).await?;
+    let done = client.ask(&name, &SwitchRequest { to }).await?;
     if json {
         return Ok(output.json(&done)?);
     }

@@ -3,7 +3,8 @@
 use crate::client::Client;
 use crate::output::{Error, Output};
 use blockmirror_agent::config::{Compression, Name};
-use blockmirror_agent::control::api::{PeerStatus, TuneRequest};
+use blockmirror_agent::control::api::TuneRequest;
+use blockmirror_agent::control::verbs::PeerOf;
 use blockmirror_agent::quantity::Size;
 use clap::{ArgGroup, Args, ValueEnum};
 use std::str::FromStr;
@@ -64,13 +65,13 @@ pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> 
         compression: compression.map(Compression::from),
         resync_limit_bytes: resync_limit.map(|rate| rate.0),
     };
-    let path = format!("/v1/volumes/{name}/peers/{peer}/tune");
-    let answer: PeerStatus = client.post_body(&path, &request).await?;
+    let subject = PeerOf { volume: name, peer };
+    let answer = client.ask(&subject, &request).await?;
     let limit = match answer.resync_limit_bytes {
         Some(bytes) => format!("at most {} a second", Size(bytes)),
         None => "without a limit of its own".to_owned(),
     };
-    let (peer, compression) = (answer.name, answer.compression);
+    let (name, peer, compression) = (subject.volume, answer.name, answer.compression);
     output.line(&format!("to {peer}, {name} goes with compression {compression}, a resync {limit}"))?;
     Ok(())
 }

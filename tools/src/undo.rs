@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::output::{Error, Output};
 use crate::status;
 use blockmirror_agent::config::Name;
-use blockmirror_agent::control::api::Undoing;
+use blockmirror_agent::control::api::UndoRequest;
 use blockmirror_agent::quantity::{Size, clock};
 use clap::Args;
 
@@ -21,7 +21,7 @@ pub struct Arguments {
 /// Has the agent restore it, and shows the volume.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
     let Arguments { name, json } = arguments;
-    let done: Undoing = client.post(&format!("/v1/volumes/{name}/undo")).await?;
+    let done = client.ask(&name, &UndoRequest).await?;
     if json {
         return Ok(output.json(&done)?);
     }

@@ -1,7 +1,10 @@
 //! The control socket from the outside: who gets it, and what raw requests are answered.
 
-use super::api::{FailureKind, HostStatus, STATUS_SCHEMA};
+use super::api::{Failure, FailureKind, HostStatus, STATUS_SCHEMA, StatusReply};
+use super::verbs::{CarryOut, Subject, Verb, table};
 use super::*;
+use crate::config::Name;
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Notify;
@@ -21,104 +24,46 @@ impl Drop for OnDrop {
     }
 }
 
-impl Operations for Fake {
-    async fn status(&self, volume: Option<Name>) -> Result<StatusReply, Failure> {
-        if let Some(name) = volume.filter(|name| name.as_str() != "data") {
-            return Err(Failure::no_such_volume(&name));
-        }
-        let host = HostStatus { name: "a".parse().unwrap(), fingerprint: None, version: None, listen: None };
-        Ok(StatusReply { schema: STATUS_SCHEMA.to_owned(), host, volumes: Vec::new() })
-    }
-
-    async fn create(&self, request: CreateRequest) -> Result<StatusReply, Failure> {
-        Err(Failure::new(FailureKind::Refused, format!("{} is mounted", request.backing.display())))
-    }
-
-    async fn invite(&self, _: Name, _: InviteRequest) -> Result<Invitation, Failure> {
-        Err(Failure::new(FailureKind::Failed, "no address"))
-    }
-
-    async fn invitations(&self, volume: Name) -> Result<InvitationsReply, Failure> {
-        Err(Failure::no_such_volume(&volume))
-    }
-
-    async fn revoke(&self, volume: Name, _: String) -> Result<InvitationsReply, Failure> {
-        Err(Failure::no_such_volume(&volume))
-    }
-
-    async fn remove_peer(
-        &self,
-        volume: Name,
-        peer: Name,
-        _: RemovePeerRequest,
-    ) -> Result<PeerRemoval, Failure> {
-        Err(Failure::no_such_peer(&volume, &peer))
-    }
-
-    async fn join(&self, _: JoinRequest) -> Result<StatusReply, Failure> {
-        Err(Failure::new(FailureKind::Timeout, "the primary does not answer"))
-    }
-
-    async fn peers(&self, volume: Name) -> Result<PeersReply, Failure> {
-        Err(Failure::no_such_volume(&volume))
-    }
-
-    async fn pause(&self, volume: Name, peer: Name) -> Result<PeerStatus, Failure> {
-        Err(Failure::no_such_peer(&volume, &peer))
-    }
-
-    async fn resume(&self, volume: Name, peer: Name) -> Result<PeerStatus, Failure> {
-        Err(Failure::no_such_peer(&volume, &peer))
-    }
-
-    async fn set_mode(&self, volume: Name, peer: Name, _: ModeRequest) -> Result<PeerStatus, Failure> {
-        Err(Failure::no_such_peer(&volume, &peer))
-    }
-
-    async fn tune(&self, volume: Name, peer: Name, _: TuneRequest) -> Result<PeerStatus, Failure> {
-        Err(Failure::no_such_peer(&volume, &peer))
-    }
-
-    async fn set_address(&self, volume: Name, peer: Name, _: AddressRequest) -> Result<PeerStatus, Failure> {
-        Err(Failure::no_such_peer(&volume, &peer))
-    }
-
-    async fn promote(&self, volume: Name, request: PromoteRequest) -> Result<Promotion, Failure> {
-        Err(Failure::new(FailureKind::Refused, format!("{volume} has a primary; force: {}", request.force)))
-    }
-
-    async fn demote(&self, volume: Name) -> Result<Demotion, Failure> {
-        Err(Failure::no_such_volume(&volume))
-    }
-
-    async fn switch(&self, volume: Name, request: SwitchRequest) -> Result<Switch, Failure> {
-        Err(Failure::no_such_peer(&volume, &request.to))
-    }
-
-    async fn resolve(&self, volume: Name, request: ResolveRequest) -> Result<Resolution, Failure> {
-        Err(Failure::no_such_peer(&volume, &request.keep))
-    }
-
-    async fn undo(&self, volume: Name) -> Result<Undoing, Failure> {
-        Err(Failure::no_such_volume(&volume))
-    }
-
-    async fn forget(&self, volume: Name) -> Result<Forgetting, Failure> {
-        Err(Failure::no_such_volume(&volume))
-    }
-
-    async fn release(&self, volume: Name, request: ReleaseRequest) -> Result<Release, Failure> {
-        Err(Failure::new(FailureKind::Refused, format!("{volume} is in use; force: {}", request.force)))
-    }
-
-    async fn compare(&self, volume: Name, peer: Name) -> Result<Comparison, Failure> {
-        if peer.as_str() == "endless" {
+/// Answers every verb of the table.
+impl<V: Verb> CarryOut<V> for Fake {
+    async fn carry_out(&self, subject: V::Subject, request: V) -> Result<V::Reply, Failure> {
+        let names = subject.names();
+        let said = serde_json::to_value(&request).unwrap();
+        if (V::WORD, &names[..]) == ("compare", &["data", "endless"]) {
             let _guard = OnDrop(self.comparison_was_dropped.clone());
             self.comparison_began.notify_one();
             std::future::pending::<()>().await;
         }
-        Err(Failure::no_such_peer(&volume, &peer))
+        let text = |field: &str| said[field].as_str().unwrap_or_default();
+        let name = |text: &str| text.parse::<Name>().unwrap();
+        let failure = match V::WORD {
+            "status" => match subject.query().filter(|query| query != "volume=data") {
+                None => return Ok(serde_json::from_value(status()).unwrap()),
+                Some(query) => Failure::no_such_volume(&name(query.strip_prefix("volume=").unwrap())),
+            },
+            "volumes" => Failure::new(FailureKind::Refused, format!("{} is mounted", text("backing"))),
+            "join" => Failure::new(FailureKind::Timeout, "the primary does not answer"),
+            "invite" => Failure::new(FailureKind::Failed, "no address"),
+            "promote" | "release" => {
+                let message = format!("{} is in use; force: {}", names[0], said["force"]);
+                Failure::new(FailureKind::Refused, message)
+            }
+            "switch" => Failure::no_such_peer(&name(names[0]), &name(text("to"))),
+            "resolve" => Failure::no_such_peer(&name(names[0]), &name(text("keep"))),
+            _ => match names[..] {
+                [volume, peer] => Failure::no_such_peer(&name(volume), &name(peer)),
+                _ => Failure::no_such_volume(&name(names[0])),
+            },
+        };
+        Err(failure)
     }
+}
+
+/// The status of a host without volumes.
+fn status() -> serde_json::Value {
+    let host = HostStatus { name: "a".parse().unwrap(), fingerprint: None, version: None, listen: None };
+    let reply = StatusReply { schema: STATUS_SCHEMA.to_owned(), host, volumes: Vec::new() };
+    serde_json::to_value(reply).unwrap()
 }
 
 fn record() -> AgentRecord {
@@ -209,6 +154,7 @@ async fn requests_are_checked_before_they_reach_an_operation() {
             ),
             ("GET", "/v1/volumes/DATA/peers", "", 400, "is not a name"),
             ("GET", "/v1/volumes/%2e%2e/peers", "", 400, "is not a name"),
+            ("GET", "/v1/volumes/%ff/peers", "", 400, "usage"),
             ("POST", "/v1/volumes/data/peers/b/pause", "", 404, r#"no peer \"b\" of data"#),
             ("POST", "/v1/volumes/data/peers/b/resume", "", 404, "no peer"),
             ("POST", "/v1/volumes/data/peers/b/compare", "", 404, "no peer"),
@@ -236,6 +182,33 @@ async fn requests_are_checked_before_they_reach_an_operation() {
         for (method, path, body, status, part) in table {
             let answer = ask(run, method, path, body).await;
             assert!(answer.0 == status && answer.1.contains(part), "{method} {path}: {answer:?}");
+        }
+    };
+    tokio::select! {
+        ended = socket.serve(Arc::new(Fake::default())) => panic!("the server ended: {ended:?}"),
+        () = questions => {}
+    }
+}
+
+#[test]
+fn no_two_verbs_are_asked_for_at_one_place() {
+    let mut places = BTreeSet::new();
+    for row in table() {
+        let place = (row.method.to_string(), row.pattern.clone());
+        assert!(places.insert(place), "another verb is asked for where {row:?} is");
+    }
+}
+
+#[tokio::test]
+async fn each_verb_of_the_table_is_answered() {
+    let temporary = tempfile::tempdir().unwrap();
+    let run = temporary.path();
+    let socket = ControlSocket::claim(run, &record()).unwrap();
+    let questions = async {
+        for row in table() {
+            let path = row.pattern.replace(['{', '}'], "");
+            let answer = ask(run, row.method.as_str(), &path, "").await;
+            assert!(!answer.1.contains("does not know this request"), "{row:?}: {answer:?}");
         }
     };
     tokio::select! {

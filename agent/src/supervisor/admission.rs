@@ -2,11 +2,14 @@
 
 use super::addresses::is_local;
 use super::files::{Turn, Turns, with_invitations};
+use super::operations::{Operator, finish};
 use super::{Supervisor, failed, refused};
 use crate::config::{Address, Mode, Name, PEERS_LIMIT, Role, VolumeConfig};
 use crate::control::api::{
-    Failure, INVITATION_SCHEMA, INVITATIONS_SCHEMA, Invitation, InvitationsReply, InviteRequest,
+    Failure, INVITATION_SCHEMA, INVITATIONS_SCHEMA, Invitation, InvitationsReply, InvitationsRequest,
+    InviteRequest, RevokeRequest,
 };
+use crate::control::verbs::{CarryOut, InvitationOf};
 use crate::invitations::{Invalid, InvitationError, Invitations, Now};
 use crate::token::{Secret, Token};
 use crate::transport::{CloseReason, Connection, key};
@@ -32,12 +35,32 @@ pub(super) struct Admission {
     connection: Connection,
 }
 
-impl Supervisor {
-    pub(super) async fn invite_to(
+impl CarryOut<InviteRequest> for Operator {
+    async fn carry_out(&self, volume: Name, request: InviteRequest) -> Result<Invitation, Failure> {
+        self.0.invite_to(volume, request).await
+    }
+}
+
+impl CarryOut<InvitationsRequest> for Operator {
+    async fn carry_out(&self, volume: Name, _: InvitationsRequest) -> Result<InvitationsReply, Failure> {
+        self.0.invitations_of(volume).await
+    }
+}
+
+impl CarryOut<RevokeRequest> for Operator {
+    async fn carry_out(
         &self,
-        volume: Name,
-        request: InviteRequest,
-    ) -> Result<Invitation, Failure> {
+        invitation: InvitationOf,
+        _: RevokeRequest,
+    ) -> Result<InvitationsReply, Failure> {
+        // What it let in ends, also where the tool goes away before the disk has answered.
+        let supervisor = self.0.clone();
+        finish(tokio::spawn(async move { supervisor.revoke(invitation).await })).await
+    }
+}
+
+impl Supervisor {
+    async fn invite_to(&self, volume: Name, request: InviteRequest) -> Result<Invitation, Failure> {
         let id = {
             let volumes = self.volumes.lock().await;
             volumes.get(&volume).ok_or_else(|| Failure::no_such_volume(&volume))?.config.id
@@ -202,7 +225,7 @@ impl Supervisor {
         admission.is_some_and(|admission| admission.connection.is_same(connection))
     }
 
-    pub(super) async fn invitations_of(&self, volume: Name) -> Result<InvitationsReply, Failure> {
+    async fn invitations_of(&self, volume: Name) -> Result<InvitationsReply, Failure> {
         self.config_of_name(&volume).await?;
         let listed = self.at_invitations(&volume, |invitations| Ok(invitations.list(&Now::read()))).await;
         let (invitations, _) = listed.map_err(|error| failed(with_causes(&error)))?;
@@ -210,7 +233,7 @@ impl Supervisor {
     }
 
     /// Takes an invitation back; what its bearer is just reading ends.
-    pub(super) async fn revoke(&self, volume: Name, id: String) -> Result<InvitationsReply, Failure> {
+    async fn revoke(&self, InvitationOf { volume, id }: InvitationOf) -> Result<InvitationsReply, Failure> {
         let config = self.config_of_name(&volume).await?;
         let wanted = id.clone();
         let revoked =

@@ -5,11 +5,13 @@
 
 use super::files::{self, ANSWER_TIME};
 use super::learning::Lesson;
+use super::operations::{Operator, finish};
 use super::{Entry, Supervisor, failed, refused};
 use crate::backing;
 use crate::buffer::BufferPool;
 use crate::config::{Name, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
 use crate::control::api::{CreateRequest, Failure, FailureKind, JoinRequest, StatusReply};
+use crate::control::verbs::CarryOut;
 use crate::metadata::State;
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, probe};
@@ -71,8 +73,23 @@ enum NotTaken {
     Unknown(Failure),
 }
 
+impl CarryOut<CreateRequest> for Operator {
+    async fn carry_out(&self, (): (), request: CreateRequest) -> Result<StatusReply, Failure> {
+        // A tool that goes away leaves the volume whole, not half made.
+        let supervisor = self.0.clone();
+        finish(tokio::spawn(async move { supervisor.make(request).await })).await
+    }
+}
+
+impl CarryOut<JoinRequest> for Operator {
+    async fn carry_out(&self, (): (), request: JoinRequest) -> Result<StatusReply, Failure> {
+        let supervisor = self.0.clone();
+        finish(tokio::spawn(async move { supervisor.join_with(request).await })).await
+    }
+}
+
 impl Supervisor {
-    pub(super) async fn make(&self, request: CreateRequest) -> Result<StatusReply, Failure> {
+    async fn make(&self, request: CreateRequest) -> Result<StatusReply, Failure> {
         let _one_at_a_time = self.making.lock().await;
         self.must_be_free(&request.name, &request.backing).await?;
         let block_size = match request.block_size_bytes {
@@ -105,7 +122,7 @@ impl Supervisor {
         self.set_up(config, superblock, prepared.made).await
     }
 
-    pub(super) async fn join_with(&self, request: JoinRequest) -> Result<StatusReply, Failure> {
+    async fn join_with(&self, request: JoinRequest) -> Result<StatusReply, Failure> {
         let _one_at_a_time = self.making.lock().await;
         let token = Token::parse(&request.token).map_err(|error| usage(error.to_string()))?;
         if let Some(config) = self.config_of(token.volume).await {

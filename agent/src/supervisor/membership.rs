@@ -2,12 +2,14 @@
 //! more, its connections end, and whoever asks hears of it.
 
 use super::learning::Lesson;
+use super::operations::{Operator, finish};
 use super::{Supervisor, refused};
-use crate::config::{Mode, Name, OnReplicaLoss, PeerConfig, Role, VolumeConfig};
+use crate::config::{Mode, OnReplicaLoss, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
     Connection as Link, Failure, PEER_REMOVAL_SCHEMA, PeerRemoval, PeerStatus, RemovePeerRequest,
     VolumeStatus,
 };
+use crate::control::verbs::{CarryOut, PeerOf};
 use crate::quantity::unix_seconds;
 use crate::standing;
 use crate::transport::Connection;
@@ -31,12 +33,18 @@ pub(super) struct Heard {
     fence: Option<Fence>,
 }
 
+impl CarryOut<RemovePeerRequest> for Operator {
+    async fn carry_out(&self, peer: PeerOf, request: RemovePeerRequest) -> Result<PeerRemoval, Failure> {
+        let supervisor = self.0.clone();
+        finish(tokio::spawn(async move { supervisor.remove_peer(peer, request).await })).await
+    }
+}
+
 impl Supervisor {
     /// Removes a host from a volume, or says what that would do.
-    pub(super) async fn remove_peer(
+    async fn remove_peer(
         &self,
-        volume: Name,
-        peer: Name,
+        PeerOf { volume, peer }: PeerOf,
         request: RemovePeerRequest,
     ) -> Result<PeerRemoval, Failure> {
         let removed = self.peer_of(&volume, &peer).await?;

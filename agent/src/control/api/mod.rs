@@ -7,50 +7,13 @@
 mod orders;
 mod status;
 
-pub use orders::{
-    AddressRequest, Comparison, CreateRequest, Demotion, Difference, Forgetting, Invitation, InvitationState,
-    InvitationStatus, InvitationsReply, InviteRequest, JoinRequest, ModeRequest, PeerRemoval, PeersReply,
-    PromoteRequest, Promotion, Release, ReleaseRequest, RemovePeerRequest, Resolution, ResolveRequest,
-    Resolved, Stake, Switch, SwitchRequest, TuneRequest, Undoing,
-};
-pub use status::{
-    Alone, Awaited, Better, Blocked, Connection, CopyState, DeviceStatus, Elsewhere, Errors, Grown, Health,
-    HostStatus, Hung, NetworkPath, Panics, PeerState, PeerStatus, Progress, Removed, Rollback, Shrunk,
-    StatusReply, Succession, VolumeFacts, VolumeState, VolumeStatus, WentOn,
-};
+pub use orders::*;
+pub use status::*;
 
 use crate::config::Name;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-
-/// The schema of [`StatusReply`].
-pub const STATUS_SCHEMA: &str = "blockmirror/status/v1";
-/// The schema of [`PeersReply`].
-pub const PEERS_SCHEMA: &str = "blockmirror/peers/v1";
-/// The schema of [`Invitation`].
-pub const INVITATION_SCHEMA: &str = "blockmirror/invitation/v1";
-/// The schema of [`InvitationsReply`].
-pub const INVITATIONS_SCHEMA: &str = "blockmirror/invitations/v1";
-/// The schema of [`PeerRemoval`].
-pub const PEER_REMOVAL_SCHEMA: &str = "blockmirror/peer-removal/v1";
-/// The schema of [`Comparison`].
-pub const COMPARISON_SCHEMA: &str = "blockmirror/comparison/v1";
-/// The schema of [`Promotion`].
-pub const PROMOTION_SCHEMA: &str = "blockmirror/promotion/v1";
-/// The schema of [`Demotion`].
-pub const DEMOTION_SCHEMA: &str = "blockmirror/demotion/v1";
-/// The schema of [`Switch`].
-pub const SWITCH_SCHEMA: &str = "blockmirror/switch/v1";
-/// The schema of [`Resolution`].
-pub const RESOLUTION_SCHEMA: &str = "blockmirror/resolution/v1";
-/// The schema of [`Undoing`].
-pub const UNDOING_SCHEMA: &str = "blockmirror/undoing/v1";
-/// The schema of [`Forgetting`].
-pub const FORGETTING_SCHEMA: &str = "blockmirror/forgetting/v1";
-
-/// The schema of [`Release`].
-pub const RELEASE_SCHEMA: &str = "blockmirror/release/v1";
 
 /// Why a request failed, for the program: it decides the tool's exit code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

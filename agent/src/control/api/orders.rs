@@ -21,7 +21,7 @@ pub struct CreateRequest {
     pub block_size_bytes: Option<u64>,
 }
 
-/// Asks the primary for a one-time token.
+/// Asks the primary for a one-time token. Answered by [`Invitation`].
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InviteRequest {
@@ -31,10 +31,13 @@ pub struct InviteRequest {
     pub addresses: Vec<Address>,
 }
 
+/// The schema of [`Invitation`].
+pub const INVITATION_SCHEMA: &str = "blockmirror/invitation/v1";
+
 /// A one-time token.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Invitation {
-    /// [`super::INVITATION_SCHEMA`].
+    /// [`INVITATION_SCHEMA`].
     pub schema: String,
     /// The volume that it is for.
     pub volume: Name,
@@ -46,10 +49,21 @@ pub struct Invitation {
     pub addresses: Vec<Address>,
 }
 
+/// Asks for the tokens of a volume, and what became of them. Answered by [`InvitationsReply`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct InvitationsRequest;
+
+/// Takes a token back that was not used, and ends what it lets its bearer do. Answered by [`InvitationsReply`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RevokeRequest;
+
+/// The schema of [`InvitationsReply`].
+pub const INVITATIONS_SCHEMA: &str = "blockmirror/invitations/v1";
+
 /// The invitations of a volume that are remembered.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct InvitationsReply {
-    /// [`super::INVITATIONS_SCHEMA`].
+    /// [`INVITATIONS_SCHEMA`].
     pub schema: String,
     /// The volume.
     pub volume: Name,
@@ -92,10 +106,13 @@ pub struct RemovePeerRequest {
     pub dry_run: bool,
 }
 
+/// The schema of [`PeerRemoval`].
+pub const PEER_REMOVAL_SCHEMA: &str = "blockmirror/peer-removal/v1";
+
 /// A host that is none of the volume's any more.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PeerRemoval {
-    /// [`super::PEER_REMOVAL_SCHEMA`].
+    /// [`PEER_REMOVAL_SCHEMA`].
     pub schema: String,
     /// The volume.
     pub volume: Name,
@@ -131,10 +148,13 @@ pub struct PromoteRequest {
     pub force: bool,
 }
 
+/// The schema of [`Promotion`].
+pub const PROMOTION_SCHEMA: &str = "blockmirror/promotion/v1";
+
 /// A promotion that was carried out.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Promotion {
-    /// [`super::PROMOTION_SCHEMA`].
+    /// [`PROMOTION_SCHEMA`].
     pub schema: String,
     /// The volume, as it stands now.
     pub volume: VolumeStatus,
@@ -146,10 +166,17 @@ pub struct Promotion {
     pub unanswered: Vec<String>,
 }
 
+/// Makes this primary a replica. Answered by [`Demotion`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DemoteRequest;
+
+/// The schema of [`Demotion`].
+pub const DEMOTION_SCHEMA: &str = "blockmirror/demotion/v1";
+
 /// A primary that was made a replica; nobody is the primary now.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Demotion {
-    /// [`super::DEMOTION_SCHEMA`].
+    /// [`DEMOTION_SCHEMA`].
     pub schema: String,
     /// The volume, as it stands now.
     pub volume: VolumeStatus,
@@ -167,10 +194,13 @@ pub struct SwitchRequest {
     pub to: Name,
 }
 
+/// The schema of [`Switch`].
+pub const SWITCH_SCHEMA: &str = "blockmirror/switch/v1";
+
 /// A switch that was carried out.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Switch {
-    /// [`super::SWITCH_SCHEMA`].
+    /// [`SWITCH_SCHEMA`].
     pub schema: String,
     /// The volume, as it stands on the old primary.
     pub volume: VolumeStatus,
@@ -216,10 +246,13 @@ pub struct Resolved {
     pub can_be_undone: bool,
 }
 
+/// The schema of [`Resolution`].
+pub const RESOLUTION_SCHEMA: &str = "blockmirror/resolution/v1";
+
 /// A split that was resolved, or what resolving it would lose.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Resolution {
-    /// [`super::RESOLUTION_SCHEMA`].
+    /// [`RESOLUTION_SCHEMA`].
     pub schema: String,
     /// The volume, as it stands now.
     pub volume: VolumeStatus,
@@ -243,10 +276,17 @@ pub struct Resolution {
     pub action: String,
 }
 
+/// Brings back what this host had before its content was given up. Answered by [`Undoing`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct UndoRequest;
+
+/// The schema of [`Undoing`].
+pub const UNDOING_SCHEMA: &str = "blockmirror/undoing/v1";
+
 /// A host that is again what it was before its content was given up.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Undoing {
-    /// [`super::UNDOING_SCHEMA`].
+    /// [`UNDOING_SCHEMA`].
     pub schema: String,
     /// The volume, as it stands now.
     pub volume: VolumeStatus,
@@ -256,10 +296,17 @@ pub struct Undoing {
     pub back_to: u64,
 }
 
+/// Gives up for good what could be brought back. Answered by [`Forgetting`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ForgetRequest;
+
+/// The schema of [`Forgetting`].
+pub const FORGETTING_SCHEMA: &str = "blockmirror/forgetting/v1";
+
 /// A host that keeps nothing for an undo any more.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Forgetting {
-    /// [`super::FORGETTING_SCHEMA`].
+    /// [`FORGETTING_SCHEMA`].
     pub schema: String,
     /// The volume, as it stands now.
     pub volume: VolumeStatus,
@@ -275,16 +322,27 @@ pub struct ReleaseRequest {
     pub force: bool,
 }
 
+/// The schema of [`Release`].
+pub const RELEASE_SCHEMA: &str = "blockmirror/release/v1";
+
 /// A loop device that is gone.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Release {
-    /// [`super::RELEASE_SCHEMA`].
+    /// [`RELEASE_SCHEMA`].
     pub schema: String,
     /// The volume.
     pub volume: Name,
     /// Who had it open, in words, and gets I/O errors now.
     pub users: Vec<String>,
 }
+
+/// Stops mirroring to or from a peer until [`ResumeRequest`]; what it misses is marked. Answered by [`PeerStatus`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PauseRequest;
+
+/// Goes on mirroring with a peer. Answered by [`PeerStatus`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ResumeRequest;
 
 /// Sets when writes and flushes are answered while a peer is in sync. Answered by [`PeerStatus`].
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -312,10 +370,17 @@ pub struct AddressRequest {
     pub addresses: Vec<Address>,
 }
 
+/// Asks for the other hosts of a volume. Answered by [`PeersReply`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeersRequest;
+
+/// The schema of [`PeersReply`].
+pub const PEERS_SCHEMA: &str = "blockmirror/peers/v1";
+
 /// The other hosts of a volume.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PeersReply {
-    /// [`super::PEERS_SCHEMA`].
+    /// [`PEERS_SCHEMA`].
     pub schema: String,
     /// The volume.
     pub volume: Name,
@@ -323,10 +388,18 @@ pub struct PeersReply {
     pub peers: Vec<PeerStatus>,
 }
 
+/// Compares all digests with a peer's. Answered by [`Comparison`], after as long as both hosts need to read the volume; how
+/// far it is shows in the status.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CompareRequest;
+
+/// The schema of [`Comparison`].
+pub const COMPARISON_SCHEMA: &str = "blockmirror/comparison/v1";
+
 /// What a comparison of all digests found.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Comparison {
-    /// [`super::COMPARISON_SCHEMA`].
+    /// [`COMPARISON_SCHEMA`].
     pub schema: String,
     /// The volume.
     pub volume: Name,

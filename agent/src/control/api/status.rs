@@ -7,10 +7,17 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+/// Asks how things stand, for all volumes or one. Answered by [`StatusReply`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StatusRequest;
+
+/// The schema of [`StatusReply`].
+pub const STATUS_SCHEMA: &str = "blockmirror/status/v1";
+
 /// How things stand.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct StatusReply {
-    /// [`super::STATUS_SCHEMA`].
+    /// [`STATUS_SCHEMA`].
     pub schema: String,
     /// This host.
     pub host: HostStatus,
