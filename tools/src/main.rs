@@ -1,9 +1,9 @@
 //! `blockmirror`: everything the operator types.
 //!
-//! Each verb is a file of its own. Results go to standard output, everything else to standard error; the exit code
-//! tells why a command failed: 1 failed, 2 usage, 3 agent not running, 4 no such volume, 5 refused for safety,
-//! 6 timeout, 130 interrupted. With `--json` the failure is an object, too. A reader that goes away, such as `head`, ends the
-//! command quietly.
+//! Each verb is a file of its own, and a row of the table below. Results go to standard output, everything else to standard
+//! error; the exit code tells why a command failed: 1 failed, 2 usage, 3 agent not running, 4 no such volume, 5 refused for
+//! safety, 6 timeout, 130 interrupted. With `--json` the failure is an object, too. A reader that goes away, such as `head`,
+//! ends the command quietly.
 
 #![forbid(unsafe_code)]
 
@@ -53,57 +53,74 @@ struct CommandLine {
     verb: Verb,
 }
 
-#[derive(Subcommand)]
-enum Verb {
+/// The verbs, from rows of a name and the file that has its arguments and carries it out.
+macro_rules! verbs {
+    ($($(#[$words:meta])* $verb:ident: $file:ident,)*) => {
+        #[derive(Subcommand)]
+        enum Verb {
+            $($(#[$words])* $verb($file::Arguments),)*
+        }
+
+        impl Verb {
+            async fn carry_out(self, client: &Client, output: &mut Output) -> Result<(), Error> {
+                match self {
+                    $(Self::$verb(arguments) => $file::run(arguments, client, output).await,)*
+                }
+            }
+        }
+    };
+}
+
+verbs! {
     /// Make a volume, with this host as its primary
-    Create(create::Arguments),
+    Create: create,
     /// Print a one-time token with which another host joins a volume
-    Invite(invite::Arguments),
+    Invite: invite,
     /// Make this host a replica
-    Join(join::Arguments),
+    Join: join,
     /// List the other hosts of a volume
-    Peers(peers::Arguments),
+    Peers: peers,
     /// Tell which copies are good, what is at risk and what to do
-    Status(status::Arguments),
+    Status: status,
     /// Wait until the replicas of a volume have everything
-    Wait(wait::Arguments),
+    Wait: wait,
     /// Make a host none of a volume's any more: its key is refused from then on
-    RemovePeer(remove_peer::Arguments),
+    RemovePeer: remove_peer,
     /// Stop mirroring to a peer; what it misses is marked
-    Pause(pause::Arguments),
+    Pause: pause,
     /// Go on mirroring to a peer
-    Resume(resume::Arguments),
+    Resume: resume,
     /// Set when writes to a volume are answered while a peer is in sync
-    Mode(mode::Arguments),
+    Mode: mode,
     /// Set how what goes to a peer is sent: compressed or not, and how fast a resync may be
-    Tune(tune::Arguments),
+    Tune: tune,
     /// Say where a host is that can't be found
-    SetAddress(set_address::Arguments),
+    SetAddress: set_address,
     /// Make this replica the primary: when the old one is gone, or was demoted
-    Promote(promote::Arguments),
+    Promote: promote,
     /// Make this primary a replica; nobody is the primary then
-    Demote(demote::Arguments),
+    Demote: demote,
     /// Make this primary a replica, and a replica that is in sync the primary
-    Switch(switch::Arguments),
+    Switch: switch,
     /// Give this host's content up for another's, after a split brain
-    Resolve(resolve::Arguments),
+    Resolve: resolve,
     /// Bring back what this host had before its content was given up, or another host took over
-    Undo(undo::Arguments),
+    Undo: undo,
     /// Give up for good what could be brought back, and agree to the primary
-    Forget(forget::Arguments),
+    Forget: forget,
     /// Take the loop device away on this host, rather than have it wait for the agent
-    Release(release::Arguments),
+    Release: release,
     /// Compare this host's copy with a peer's, by digests
-    Compare(compare::Arguments),
+    Compare: compare,
     /// Copy a volume's content from a peer into a disk or an image file
-    Recover(recover::Arguments),
+    Recover: recover,
     /// Print a file of metadata
-    Inspect(inspect::Arguments),
+    Inspect: inspect,
     /// Look after the configuration's files
     #[command(subcommand)]
-    Config(config::Arguments),
+    Config: config,
     /// Print a shell's completion script
-    Completions(completions::Arguments),
+    Completions: completions,
 }
 
 fn main() -> ExitCode {
@@ -113,39 +130,9 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return Error::from(error).report(json),
     };
-    match runtime.block_on(carry_out(verb, Client::new(run), Output::default())) {
+    match runtime.block_on(verb.carry_out(&Client::new(run), &mut Output::default())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => error.report(json),
-    }
-}
-
-async fn carry_out(verb: Verb, client: Client, mut output: Output) -> Result<(), Error> {
-    let output = &mut output;
-    match verb {
-        Verb::Create(arguments) => create::run(arguments, &client, output).await,
-        Verb::Invite(arguments) => invite::run(arguments, &client, output).await,
-        Verb::Join(arguments) => join::run(arguments, &client, output).await,
-        Verb::Peers(arguments) => peers::run(arguments, &client, output).await,
-        Verb::RemovePeer(arguments) => remove_peer::run(arguments, &client, output).await,
-        Verb::Status(arguments) => status::run(arguments, &client, output).await,
-        Verb::Wait(arguments) => wait::run(arguments, &client, output).await,
-        Verb::Pause(arguments) => pause::run(arguments, &client, output).await,
-        Verb::Resume(arguments) => resume::run(arguments, &client, output).await,
-        Verb::Mode(arguments) => mode::run(arguments, &client, output).await,
-        Verb::Tune(arguments) => tune::run(arguments, &client, output).await,
-        Verb::SetAddress(arguments) => set_address::run(arguments, &client, output).await,
-        Verb::Promote(arguments) => promote::run(arguments, &client, output).await,
-        Verb::Demote(arguments) => demote::run(arguments, &client, output).await,
-        Verb::Switch(arguments) => switch::run(arguments, &client, output).await,
-        Verb::Resolve(arguments) => resolve::run(arguments, &client, output).await,
-        Verb::Undo(arguments) => undo::run(arguments, &client, output).await,
-        Verb::Forget(arguments) => forget::run(arguments, &client, output).await,
-        Verb::Release(arguments) => release::run(arguments, &client, output).await,
-        Verb::Compare(arguments) => compare::run(arguments, &client, output).await,
-        Verb::Recover(arguments) => recover::run(arguments, &client, output).await,
-        Verb::Inspect(arguments) => inspect::run(arguments, &client, output).await,
-        Verb::Config(arguments) => config::run(arguments, &client, output).await,
-        Verb::Completions(arguments) => completions::run(arguments, &client, output).await,
     }
 }
 
