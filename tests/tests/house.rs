@@ -1,6 +1,8 @@
-//! The structure that ARCHITECTURE.md promises, read from the source: which parts never know each other, and that there is one
-//! comparison of fences (L5).
+//! The structure that ARCHITECTURE.md promises, read from the source: which parts never know each other, that there is one
+//! comparison of fences (L5), and that each verb of the operator is in the agent's table and in the tool.
 
+use blockmirror_agent::control::verbs::table;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -106,4 +108,33 @@ fn fences_are_compared_in_one_place() {
     let before = terms.split("pub struct Fence").next().expect("there is a beginning");
     let derived = before.rsplit("#[derive(").next().expect("it derives something");
     assert!(!derived.contains("Ord"), "an order of fences would be a second rule");
+}
+
+/// The words of some code: its names, numbers and keywords.
+fn words(code: &str) -> impl Iterator<Item = &str> {
+    code.split(|letter: char| !letter.is_alphanumeric() && letter != '_')
+}
+
+#[test]
+fn each_verb_has_a_row_and_a_client() {
+    let rows: Vec<&str> = table().iter().map(|row| row.request).collect();
+    let api = sources(&root().join("agent/src/control/api"));
+    let declared = api.iter().flat_map(|(_, code)| code.split("pub struct ").skip(1));
+    let requests = declared.filter_map(|rest| words(rest).next()).filter(|name| name.ends_with("Request"));
+    let without_row: Vec<_> = requests.filter(|name| !rows.contains(name)).collect();
+    assert!(without_row.is_empty(), "not in the table of control/verbs: {without_row:#?}");
+    let tool = sources(&root().join("tools/src"));
+    let asked: BTreeSet<&str> = tool.iter().flat_map(|(_, code)| words(code)).collect();
+    let without_client: Vec<_> = rows.iter().filter(|name| !asked.contains(*name)).collect();
+    assert!(without_client.is_empty(), "the tool never asks for these: {without_client:#?}");
+}
+
+#[test]
+fn each_file_of_the_tool_is_part_of_it() {
+    let main = fs::read_to_string(root().join("tools/src/main.rs")).expect("it is there");
+    for entry in fs::read_dir(root().join("tools/src")).expect("it is there") {
+        let path = entry.expect("it can be read").path();
+        let name = path.file_stem().expect("it has a name").display().to_string();
+        assert!(name == "main" || main.contains(&format!("\nmod {name};\n")), "{name} is no module of main");
+    }
 }
