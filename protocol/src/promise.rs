@@ -14,7 +14,7 @@
 //! operator says with --force that the replica is a member no more.
 //!
 //! A word may let its replica be promoted while others are silent ([`Given::bears_silence`]). That is right as long as all count on
-//! the same. So a primary gives such a word only while nobody else may be promoted by another one (`tracker/replies`), and
+//! the same. So a primary gives such a word only while nobody else may be promoted by another one (`tracker/words`), and
 //! whoever is promoted keeps what those say that it hears ([`crate::rewrite::Candidacy`]).
 
 use crate::planted::{Bug, planted};

@@ -28,9 +28,8 @@
 
 mod answered;
 mod denial;
-mod doubt;
+mod expected;
 mod following;
-mod ground;
 mod handshake;
 mod marks;
 mod newest;
@@ -39,6 +38,7 @@ mod phase;
 mod report;
 pub mod resync;
 mod stream;
+mod trials;
 mod unreadable;
 mod verify;
 mod word;

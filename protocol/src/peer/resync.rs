@@ -4,7 +4,7 @@
 //! under way), *reading*, *sent*, *durable on the replica*; only then are its bits cleared, except for blocks that
 //! were written after it was picked. A write that finds its block dirty only marks it and is remembered in the copy.
 //!
-//! Blocks that may well be the same on the replica are compared first (R4; `doubt` says when that pays). A comparison
+//! Blocks that may well be the same on the replica are compared first (R4; `trials` says when that pays). A comparison
 //! goes the way of a copy, with a request for the replica's digest in the place of the content: *picked*, *digested*
 //! here, *asked*, *answered*. Where the digests are the same, its bits too are cleared when it is *durable*: what the
 //! replica read may not have been. Where they differ, the blocks are certain to, and are picked again. What reads as
@@ -16,9 +16,9 @@
 //! The dirty map itself is the resumption point: what was copied is clean, so an interrupted resync goes on where it
 //! was (R5).
 
-use super::doubt::{Choice, Doubt};
-use super::ground::Ground;
+use super::expected::Expected;
 use super::pace::Pace;
+use super::trials::{Choice, Trials};
 use super::unreadable::{Cut, FIRST_WAIT, Unreadable};
 use super::{Action, PeerError, TAIL_BLOCKS};
 use crate::dirty_map::DirtyMap;
@@ -89,8 +89,8 @@ pub(super) struct Resync {
     blocked_until: Option<Time>,
     /// Until when the operator's limit holds back a copy for which there is room.
     paced_until: Option<Time>,
-    doubt: Doubt,
-    ground: Ground,
+    trials: Trials,
+    expected: Expected,
     pace: Pace,
 }
 
@@ -137,8 +137,8 @@ impl Resync {
             under_way_bytes: 0,
             unreadable: Unreadable::default(),
             blocked_until: None,
-            doubt: Doubt::default(),
-            ground: Ground::HOLE,
+            trials: Trials::default(),
+            expected: Expected::HOLE,
             pace: Pace::new(now, limit),
             paced_until: None,
         }
@@ -166,7 +166,10 @@ impl Resync {
         if self.unreadable.are_all(map) {
             return None;
         }
-        if self.under_way_bytes >= budget || count >= COPIES || matches!(self.ground, Ground::Asked { .. }) {
+        if self.under_way_bytes >= budget
+            || count >= COPIES
+            || matches!(self.expected, Expected::Asked { .. })
+        {
             return None;
         }
         // The last blocks are free: writers may be waiting for their copies (R2).
@@ -177,7 +180,7 @@ impl Resync {
         let found =
             self.find(map, order, self.cursor, u64::MAX).or_else(|| self.find(map, order, 0, self.cursor))?;
         let (mut blocks, step) = self.choose(found, certain)?;
-        let asks = self.ground.may_be_hole() && blocks.end - blocks.start > self.blocks(COPY_BYTES);
+        let asks = self.expected.may_be_hole() && blocks.end - blocks.start > self.blocks(COPY_BYTES);
         if !asks {
             let copy_bytes = self.pace.copy_bytes(application_is_active);
             let most = if step == Step::Copy { copy_bytes } else { copy_bytes.min(COMPARED_BYTES) };
@@ -190,10 +193,10 @@ impl Resync {
         self.under_way_bytes += weight_bytes;
         let id = self.next_read;
         self.next_read = CopyRead(id.0 + 1);
-        self.ground = match self.ground {
-            Ground::Piece { copies, .. } if asks => Ground::Asked { read: id, copies },
-            Ground::Piece { copies, left } => Ground::Piece { copies, left: left.saturating_sub(1) },
-            ground => ground,
+        self.expected = match self.expected {
+            Expected::Piece { copies, .. } if asks => Expected::Asked { read: id, copies },
+            Expected::Piece { copies, left } => Expected::Piece { copies, left: left.saturating_sub(1) },
+            expected => expected,
         };
         self.reading.insert(id, Copy { blocks, rewritten: Vec::new(), step, weight_bytes, picked: now });
         Some(Action::ReadCopy { read: id, range, digest: step != Step::Copy })
@@ -202,12 +205,12 @@ impl Resync {
     /// What of these blocks is copied or compared now; nothing while it is open whether to compare.
     fn choose(&mut self, found: Range<u64>, certain: &DirtyMap) -> Option<(Range<u64>, Step)> {
         let (is_certain, part) = certain.split(found.clone()).next().expect("something was found");
-        match self.doubt.choice() {
+        match self.trials.choice() {
             Choice::Copy => Some((found, Step::Copy)),
             _ if is_certain => Some((part, Step::Copy)),
             Choice::Wait => None,
             Choice::Compare => {
-                self.doubt.asked();
+                self.trials.asked();
                 Some((part, Step::Compare(None)))
             }
         }
@@ -218,7 +221,7 @@ impl Resync {
     where
         Id: std::marker::Copy + PartialEq + std::fmt::Debug,
     {
-        let mut limit = self.blocks(if self.ground.may_be_hole() { ZERO_LIMIT_BYTES } else { COPY_BYTES });
+        let mut limit = self.blocks(if self.expected.may_be_hole() { ZERO_LIMIT_BYTES } else { COPY_BYTES });
         let mut at = from;
         loop {
             let mut run = map.next_dirty(at, limit).filter(|run| run.start < until)?;
@@ -276,13 +279,13 @@ impl Resync {
         copy.step = match (copy.step, content) {
             (Step::Compare(_), CopyContent::Digest(digest)) => Step::Compare(Some(digest)),
             (Step::Compare(_), _) => {
-                self.doubt.taken_back();
+                self.trials.taken_back();
                 Step::Copy
             }
             (step, _) => step,
         };
         let picked = ByteRange::of_blocks(copy.blocks.clone(), self.block_size, self.size_bytes);
-        self.ground = self.ground.found(id, content, picked.length);
+        self.expected = self.expected.found(id, content, picked.length);
         if let CopyContent::Hole(bytes) = content {
             self.keep_hole(&mut copy, bytes)?;
         }
@@ -299,7 +302,7 @@ impl Resync {
                 return None;
             }
             CopyContent::Data => {
-                self.doubt.copied(range.length);
+                self.trials.copied(range.length);
                 self.pace.spend(range.length, now);
             }
             CopyContent::Hole(_) | CopyContent::Zero | CopyContent::Digest(_) => {}
@@ -372,7 +375,7 @@ impl Resync {
         } else if planted(Bug::ClearOnMatch) {
             map.clear(blocks);
         }
-        self.doubt.answered(is_same);
+        self.trials.answered(is_same);
         Ok(())
     }
 

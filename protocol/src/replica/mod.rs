@@ -25,7 +25,7 @@
 //! on the primary's disk. What was not acknowledged is in the primary's window or map, and comes again.
 
 mod action;
-mod agreement;
+mod activity;
 mod change;
 pub mod consent;
 mod gap;
@@ -56,8 +56,9 @@ use crate::wire::message::{
     Refusal, Refused, Release, ResyncBegin, UNREADABLE,
 };
 use crate::wire::{Body, FrameHeader};
-use agreement::Log;
+use activity::Log;
 use gap::Gap;
+use recording::{Changes, Uncommitted};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// A sync is worth its time once so many bytes of copies wait for it, or when no more are under way.
@@ -87,19 +88,13 @@ pub struct Replica {
     /// A greeting that waits for the old session to drain.
     greeting: Option<Hello>,
     last_session: Session,
-    /// Whether the primary greeted with the number of a session that it had opened before, and nothing was committed since:
-    /// it was set back, and what it knows of this copy is of before (X4).
-    primary_went_back: bool,
-    /// The last epoch of which a write came in a resync, and nothing was committed since: of how far its primary was, this copy
-    /// says nothing durable before its commit.
-    told: Epoch,
+    uncommitted: Uncommitted,
     sync: Option<SyncScope>,
     marker: Marker,
     promise: Held,
-    state_changes: VecDeque<(StateChange, Option<(Message, Session)>)>,
+    changes: Changes,
     /// A commit whose extents go to the log first.
     commit: Option<(Commit, Session)>,
-    writing_state: bool,
     failed: bool,
     actions: VecDeque<Action>,
 }
@@ -210,14 +205,12 @@ impl Replica {
             link: None,
             greeting: None,
             last_session: Session(0),
-            primary_went_back: false,
-            told: Epoch(0),
+            uncommitted: Uncommitted::default(),
             sync: None,
             marker: Marker { durable: mark, ..Marker::default() },
             promise: Held::default(),
-            state_changes: VecDeque::new(),
+            changes: Changes::default(),
             commit: None,
-            writing_state: false,
             failed: false,
             actions: VecDeque::new(),
         }
@@ -323,7 +316,7 @@ impl Replica {
     /// The primary goes on without this replica: it counts no more, durably, until a commit (W4).
     pub fn note_behind(&mut self) {
         self.promise.give_up();
-        let is_noted = self.state_changes.iter().any(|(change, _)| *change == StateChange::Behind);
+        let is_noted = self.changes.any(|change| *change == StateChange::Behind);
         if self.superblock.mode != Mode::Async && !is_noted {
             self.change_state(StateChange::Behind, None);
         }
@@ -466,8 +459,7 @@ impl Replica {
     /// Whether nothing is being written.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        let is_written =
-            self.marker.writing.is_none() && !self.writing_state && self.state_changes.is_empty();
+        let is_written = self.marker.writing.is_none() && self.changes.is_empty();
         self.order.is_idle() && self.sync.is_none() && is_written && self.gap.is_idle() && self.log.is_idle()
     }
 
@@ -618,11 +610,10 @@ impl Replica {
             if let Body::EpochEnd { epoch, sequence, cut } = body {
                 link.ended = Some(Ended { epoch, sequence, cut });
             } else if let Body::Generation { generation } = body {
-                let is_committing =
-                    self.state_changes.iter().any(|(change, _)| matches!(change, StateChange::Commit { .. }));
+                let is_committing = self.changes.any(|change| matches!(change, StateChange::Commit { .. }));
                 if self.superblock.data == DataState::Consistent || is_committing {
                     link.beginning = true;
-                    self.state_changes.push_back((StateChange::Generation(generation), None));
+                    self.changes.add(StateChange::Generation(generation), None);
                 } else {
                     // A commit that is not being recorded yet brings it.
                     (link.generation, link.generation_came) = (generation, true);
@@ -655,7 +646,7 @@ impl Replica {
         if !self.failed {
             self.failed = true;
             // What is not being recorded yet never will be.
-            self.state_changes.truncate(usize::from(self.writing_state));
+            self.changes.drop_unbegun();
             // The primary need not wait for it.
             self.take_leave();
             let text = "the replica's disk failed or is full; see the replica's log".into();

@@ -86,7 +86,7 @@ impl Replica {
     pub fn note_rejected(&mut self, hello: &Hello) {
         let is_of_before =
             hello.fence == self.superblock.fence && hello.session <= self.last_session && self.link.is_none();
-        self.primary_went_back |= is_of_before && !planted(Bug::IgnoreEnds);
+        self.uncommitted.primary_went_back |= is_of_before && !planted(Bug::IgnoreEnds);
     }
 
     /// Why a greeting is refused, if it is. One from a host that another one was promoted after has another answer.
@@ -189,9 +189,10 @@ impl Replica {
             return self.change_state(StateChange::Behind, None);
         }
         let is_behind = |told| hello.ends.iter().all(|(_, end)| end <= told);
-        let is_told_more =
-            hello.fence == self.superblock.source && self.told != Epoch(0) && is_behind(self.told);
-        self.primary_went_back |= is_told_more && !planted(Bug::IgnoreEnds);
+        let is_told_more = hello.fence == self.superblock.source
+            && self.uncommitted.told != Epoch(0)
+            && is_behind(self.uncommitted.told);
+        self.uncommitted.primary_went_back |= is_told_more && !planted(Bug::IgnoreEnds);
         self.log.is_wanted = hello.members.len() > 2 && !planted(Bug::TakeForEqual);
         self.last_session = hello.session;
         self.order.widen_sector(hello.sector_bytes.clamp(512, 1 << 16).next_power_of_two().into());
@@ -250,7 +251,7 @@ impl Replica {
         if self.is_in_gap() && source != primary {
             ranges.extend(self.gap.overwritten(block_size, size_bytes).take(UNION_LIMIT + 1));
         }
-        if ranges.len() > UNION_LIMIT || self.primary_went_back {
+        if ranges.len() > UNION_LIMIT || self.uncommitted.primary_went_back {
             ranges = vec![ByteRange::new(0, size_bytes)];
         }
         let mut parts = ranges.chunks(RANGES_PER_UNION).peekable();
@@ -303,7 +304,7 @@ impl Replica {
                 link.received = sequence;
                 link.queue.push_back((frame, header.body));
                 if self.superblock.data == DataState::Inconsistent {
-                    self.told = self.told.max(epoch);
+                    self.uncommitted.told = self.uncommitted.told.max(epoch);
                 }
                 Ok(true)
             }

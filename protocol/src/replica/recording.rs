@@ -7,6 +7,69 @@ use crate::planted::{Bug, planted};
 use crate::terms::DataState;
 use crate::units::{Epoch, Session};
 use crate::wire::message::{Commit, Committed, Message, ReleaseRecorded, ResyncReady};
+use std::collections::VecDeque;
+
+/// A message that a change is answered with once it is durable, in that session alone.
+type Answer = Option<(Message, Session)>;
+
+/// Changes of the superblock, made one after the other. They are bounded by what one session asks for.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    waiting: VecDeque<(StateChange, Answer)>,
+    /// Whether the first one is being written.
+    is_writing: bool,
+}
+
+impl Changes {
+    /// Adds one after those before it.
+    pub fn add(&mut self, change: StateChange, answer: Answer) {
+        self.waiting.push_back((change, answer));
+    }
+
+    /// The next one to write, if none is being written and this one `may` be.
+    pub fn begin(&mut self, may: impl Fn(&StateChange) -> bool) -> Option<&StateChange> {
+        let (change, _) = self.waiting.front().filter(|(change, _)| !self.is_writing && may(change))?;
+        self.is_writing = true;
+        Some(change)
+    }
+
+    /// The one that was being written is durable, or could not be written.
+    pub fn end(&mut self) -> (StateChange, Answer) {
+        assert!(std::mem::take(&mut self.is_writing), "a state is written once");
+        self.waiting.pop_front().expect("it was being written")
+    }
+
+    /// Nothing is written any more but what is being written.
+    pub fn drop_unbegun(&mut self) {
+        self.waiting.truncate(usize::from(self.is_writing));
+    }
+
+    /// Those that are not durable, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &StateChange> {
+        self.waiting.iter().map(|(change, _)| change)
+    }
+
+    /// Whether any of them is so.
+    pub fn any(&self, is_so: impl Fn(&StateChange) -> bool) -> bool {
+        self.iter().any(is_so)
+    }
+
+    /// Whether all that was to be recorded is.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+}
+
+/// What is known of the primary since the last commit, in memory alone (X4).
+#[derive(Debug, Default)]
+pub(super) struct Uncommitted {
+    /// Whether it greeted with the number of a session that it had opened before: it was set back, and what it knows of this
+    /// copy is of before.
+    pub primary_went_back: bool,
+    /// The last epoch of which a write came in a resync: of how far its primary was, this copy says nothing durable before its
+    /// commit.
+    pub told: Epoch,
+}
 
 impl Replica {
     /// The marker is durable, or could not be written.
@@ -21,9 +84,7 @@ impl Replica {
 
     /// The superblock is durable, or could not be written.
     pub fn handle_state_written(&mut self, written: bool) {
-        assert!(self.writing_state, "a state is written once");
-        self.writing_state = false;
-        let (change, answer) = self.state_changes.pop_front().expect("it was being written");
+        let (change, answer) = self.changes.end();
         if !written {
             return self.fail();
         }
@@ -32,7 +93,7 @@ impl Replica {
         match change {
             StateChange::Commit { position, .. } => {
                 self.position = position;
-                (self.primary_went_back, self.told) = (false, Epoch(0));
+                self.uncommitted = Uncommitted::default();
                 self.maps.clear();
                 self.log_is_void();
                 self.end_gap(rollback);
@@ -74,7 +135,7 @@ impl Replica {
 
     /// Begins a resync that was announced, when nothing else is being recorded.
     pub(super) fn begin_resync(&mut self) {
-        let is_busy = self.commit.is_some() || !self.state_changes.is_empty() || !self.gap.is_idle();
+        let is_busy = self.commit.is_some() || !self.changes.is_empty() || !self.gap.is_idle();
         let Some(link) = self.link.as_mut().filter(|link| link.announced && !is_busy) else { return };
         link.announced = false;
         if self.superblock.data == DataState::Consistent {
@@ -99,7 +160,7 @@ impl Replica {
         link.release = None;
         let session = link.session;
         let answer = (ReleaseRecorded { session }.into(), session);
-        self.state_changes.push_back((StateChange::Release, Some(answer)));
+        self.changes.add(StateChange::Release, Some(answer));
     }
 
     pub(super) fn record_begin(&mut self, rollback: Option<LayerId>, keep: bool) {
@@ -126,7 +187,7 @@ impl Replica {
         let Some(link) = self.link.as_ref().filter(|link| link.session == session) else { return };
         // One that began after the commit was sent may have come before it, by the other stream: one at the most. What
         // was the newest before a resync may be so old by now that the primary's lineage has no room for it.
-        let being_recorded = self.state_changes.iter().filter_map(|(change, _)| match change {
+        let being_recorded = self.changes.iter().filter_map(|change| match change {
             StateChange::Generation(generation) => Some(*generation),
             _ => None,
         });
@@ -138,7 +199,7 @@ impl Replica {
         let answer = (Committed { session, position }.into(), session);
         let source = link.fence;
         let change = StateChange::Commit { position, lineage, mode, given, source };
-        self.state_changes.push_back((change, Some(answer)));
+        self.changes.add(change, Some(answer));
     }
 
     /// Writes the marker of the last durable epoch and copies when the one before is durable.
@@ -159,19 +220,37 @@ impl Replica {
         if self.failed {
             return;
         }
-        self.state_changes.push_back((change, answer));
+        self.changes.add(change, answer);
         self.go_on();
     }
 
     pub(super) fn write_state(&mut self) {
         // A resync begins when the marker names its session.
         let names = self.marker.writing.is_some() || self.marker.copies.is_some();
-        if !self.writing_state
-            && let Some((change, _)) = self.state_changes.front()
-            && !(names && matches!(change, StateChange::Begin { .. }))
+        if let Some(change) =
+            self.changes.begin(|change| !(names && matches!(change, StateChange::Begin { .. })))
         {
-            self.writing_state = true;
             self.actions.push_back(Action::WriteState(change.clone()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_made_one_after_the_other() {
+        let mut changes = Changes::default();
+        changes.add(StateChange::Behind, None);
+        changes.add(StateChange::Forget, None);
+        assert_eq!(changes.begin(|_| false), None);
+        assert_eq!(changes.begin(|_| true), Some(&StateChange::Behind));
+        assert_eq!(changes.begin(|_| true), None, "one is being written");
+        changes.add(StateChange::Release, None);
+        changes.drop_unbegun();
+        assert_eq!(changes.iter().collect::<Vec<_>>(), [&StateChange::Behind]);
+        assert_eq!(changes.end(), (StateChange::Behind, None));
+        assert!(changes.is_empty());
     }
 }

@@ -2,7 +2,6 @@
 //! before something else may happen, and what follows when one of them fails (W5).
 
 use super::{Action, Peer, RequestId, Tracker, WriteFailed};
-use crate::disk::activity_log;
 use crate::planted::{Bug, planted};
 use crate::units::{Sequence, Time};
 
@@ -19,6 +18,18 @@ pub(super) struct Local {
     pub(super) failed: bool,
 }
 
+/// Failed requests whose error waits for the maps (W5), each with the newest write when it failed.
+#[derive(Debug, Default)]
+pub(super) struct Failures(Vec<(RequestId, Sequence)>);
+
+impl Failures {
+    /// Takes those that wait for nothing, where the first write whose mark a map lacks is this one.
+    fn take_ready(&mut self, first_unwritten: Option<Sequence>) -> Vec<RequestId> {
+        let is_ready = |last: Sequence| first_unwritten.is_none_or(|first| first > last);
+        self.0.extract_if(.., |(_, last)| is_ready(*last)).map(|(id, _)| id).collect()
+    }
+}
+
 impl Tracker {
     /// A sync of the backing has ended.
     pub fn handle_synced(&mut self, synced: bool, now: Time) {
@@ -28,7 +39,7 @@ impl Tracker {
             self.local.opened = true;
             self.free_log();
             for flush in flushes {
-                let sequence = self.requests[&flush].sequence;
+                let sequence = self.requests.of(flush).sequence;
                 self.owe(flush, sequence, true, now);
             }
         } else {
@@ -64,20 +75,17 @@ impl Tracker {
     }
 
     pub(super) fn write_log(&mut self, tidy: bool) {
-        if !self.log_is_free || self.log_failed {
-            return;
-        }
-        if let Some(serial) = self.activity.next_record(tidy) {
-            let offset = activity_log::record_offset(serial);
-            let record = Box::new(activity_log::encode(self.activity.extents(), serial));
+        if let Some((offset, record)) = self.log.next_record(tidy) {
             self.actions.push_back(Action::WriteLog { offset, record });
         }
     }
 
     /// The log may be overwritten once every map durably holds what it said, and the backing what was written then.
     pub(super) fn free_log(&mut self) {
-        if !self.log_is_free {
-            self.log_is_free = self.local.opened && self.peers.values().all(Peer::is_written);
+        if !self.log.is_free() {
+            if self.local.opened && self.peers.values().all(Peer::is_written) {
+                self.log.free();
+            }
             self.write_maps();
         }
     }
@@ -86,7 +94,7 @@ impl Tracker {
     /// record may wait for ever.
     pub(super) fn log_is_out_of_reach(&self) -> bool {
         let is_lost = |peer: &Peer| peer.map_is_out_of_reach() && !peer.is_written();
-        !self.log_is_free && self.local.opened && self.peers.values().any(is_lost)
+        !self.log.is_free() && self.local.opened && self.peers.values().any(is_lost)
     }
 
     pub(super) fn start_sync(&mut self) {
@@ -108,7 +116,7 @@ impl Tracker {
     pub(super) fn fail_backing(&mut self, now: Time) {
         self.local.failed = true;
         self.local.wanted = false;
-        self.full_since = None;
+        self.log.wait_no_more();
         for flush in std::mem::take(&mut self.local.flushes) {
             self.fail(flush);
         }
@@ -117,26 +125,22 @@ impl Tracker {
 
     /// A request failed: its error goes out when every map durably holds its blocks (W5).
     pub(super) fn fail(&mut self, id: RequestId) {
-        self.failed_replies.push((id, self.last));
+        self.failures.0.push((id, self.last));
         self.write_maps();
     }
 
     /// Answers the failed requests whose blocks every map durably holds, but for maps that can't be written at all. Marks
     /// of later writes don't hold them up.
     pub(super) fn answer_failed(&mut self) {
-        if self.failed_replies.is_empty() {
+        if self.failures.0.is_empty() {
             return;
         }
         let awaited = self.peers.values().filter(|peer| !peer.map_is_out_of_reach());
         let written = awaited.filter_map(Peer::first_unwritten).min();
-        let (ready, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.failed_replies)
-            .into_iter()
-            .partition(|(_, last)| written.is_none_or(|first| first > *last));
-        self.failed_replies = rest;
-        for (id, _) in ready {
+        for id in self.failures.take_ready(written) {
             self.answer(id, Err(WriteFailed));
         }
-        if !self.failed_replies.is_empty() {
+        if !self.failures.0.is_empty() {
             self.write_maps();
         }
     }

@@ -30,10 +30,12 @@
 
 mod action;
 mod agreement;
+mod copy_wait;
 mod durability;
 mod generation;
+mod holds;
 mod leading;
-mod patience;
+mod log;
 mod pieces;
 mod pipeline;
 pub mod replies;
@@ -43,11 +45,11 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod told;
+mod words;
 
 pub use action::{Action, Follower, LocalWrite, RequestId, Settings, Work, WriteFailed};
 pub use leading::Doubt;
 
-use crate::active_set::ActiveSet;
 use crate::disk::activity_log::{CAPACITY, Recovered};
 use crate::order::Order;
 use crate::peer::resync::{CopyContent, CopyRead};
@@ -59,27 +61,23 @@ use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Sequence
 use crate::wire::message::Message;
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
 use agreement::Agreement;
-use durability::Local;
+use durability::{Failures, Local};
 use generation::Generations;
+use holds::{Hold, Holds};
 use leading::Leading;
-use pieces::Request;
+use log::Log;
+use pieces::Requests;
 use pipeline::Pipeline;
-use replies::{Owed, ReplicaLoss};
+use replies::{ReplicaLoss, Replies};
 use start::Start;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
 use std::time::Duration;
 use told::Told;
+use words::Words;
 
 /// How long writes may stay in an open epoch, unsynced here and unacknowledged there, at most.
 const EPOCH_TIME: Duration = Duration::from_millis(250);
-/// How long an extent stays active without a write.
-const IDLE_TIME: Duration = Duration::from_secs(5);
-/// How long writes wait for replicas to acknowledge what fills the activity log.
-const FULL_TIME: Duration = Duration::from_millis(100);
-/// How long after its last request an application still counts as active, so that a resync makes way for the next one
-/// (R3): longer than most pauses between requests that wait for each other.
-const QUIET_TIME: Duration = Duration::from_millis(50);
 /// An epoch holds at most this much, in bytes (W3).
 const EPOCH_BYTES: u64 = 16 << 20;
 /// An active set that is smaller than this would be written anew all the time.
@@ -95,40 +93,23 @@ pub struct Tracker {
     told: Told,
     /// Where the content stood when the volume was opened.
     opened: Position,
-    loss: ReplicaLoss,
     order: Order<Admitted>,
-    activity: ActiveSet,
-    /// Records may be written once the maps durably hold what the log of before the restart said, and the backing
-    /// what was written before it.
-    log_is_free: bool,
-    log_failed: bool,
-    requests: HashMap<RequestId, Request>,
+    log: Log,
+    requests: Requests,
     pipeline: Pipeline,
     last: Sequence,
     epoch: OpenEpoch,
     local: Local,
-    /// When an application last asked for something.
-    last_asked: Option<Time>,
-    /// Failed requests whose error waits for the maps (W5).
-    failed_replies: Vec<(RequestId, Sequence)>,
-    /// Requests that are done here and wait for replicas, oldest first.
-    owed: VecDeque<Owed>,
+    failures: Failures,
+    replies: Replies,
+    words: Words,
     agreement: Agreement,
     peers: BTreeMap<HostId, Peer>,
     /// How many replicas have joined since the volume was opened.
     joined: u64,
-    holds: HashMap<u64, (Follower, u64, ByteRange)>,
-    next_hold: u64,
-    idle: Option<(Time, u64)>,
-    /// Since when writes wait because the active set is full.
-    full_since: Option<Time>,
+    holds: Holds,
     closing: bool,
-    patience: Duration,
     leading: Leading,
-    /// Until when hosts that were removed may count on nothing being answered without them.
-    word_of_removed: Option<Time>,
-    /// Whether any replica is given less than it is to count on, because another one counts on something else still.
-    holds_words_back: bool,
     start: Start,
     actions: VecDeque<Action>,
 }
@@ -176,31 +157,22 @@ impl Tracker {
             generations: Generations::new(lineage, lineage_limit),
             told: Told::default(),
             opened,
-            loss,
             order: Order::new(sector_bytes),
-            activity: ActiveSet::new(serial, active_extents),
-            log_is_free: false,
-            log_failed: false,
-            requests: HashMap::new(),
+            log: Log::new(serial, active_extents),
+            requests: Requests::default(),
             pipeline: Pipeline::default(),
-            last_asked: None,
             last: Sequence(0),
             epoch: OpenEpoch { number: first_epoch, bytes: 0, since: None },
             local: Local::default(),
-            failed_replies: Vec::new(),
-            owed: VecDeque::new(),
+            failures: Failures::default(),
+            replies: Replies::new(loss),
+            words: Words::new(patience, owes_word.then(|| opened_at.after(patience))),
             agreement: Agreement::default(),
             peers: peers.into_iter().map(|peer| (peer.host(), peer)).collect(),
             joined: 0,
-            holds: HashMap::new(),
-            next_hold: 0,
-            idle: None,
-            full_since: None,
+            holds: Holds::default(),
             closing: false,
-            patience,
             leading: Leading::default(),
-            holds_words_back: false,
-            word_of_removed: owes_word.then(|| opened_at.after(patience)),
             start: Start::default(),
             actions: VecDeque::new(),
         };
@@ -212,7 +184,7 @@ impl Tracker {
         for peer in tracker.peers.values_mut() {
             // What it confirmed last in an earlier run need not be recorded here.
             peer.opened_at(newest);
-            peer.set_withholds(tracker.loss.blocks());
+            peer.set_withholds(loss.blocks());
             // What an earlier run of the agent promised is not known any more.
             peer.keep_word(patience, Some(opened_at.after(patience)));
             match log {
@@ -244,9 +216,7 @@ impl Tracker {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
         let epoch = self.epoch.since.map(|since| since.after(EPOCH_TIME));
-        let idle = self.idle.map(|(since, _)| since.after(IDLE_TIME));
         let peers = self.peers.values().filter_map(Peer::poll_timeout);
-        let full = self.full_since.map(|since| since.after(FULL_TIME));
         let waits = [
             self.reply_timeout(),
             self.agreement_timeout(),
@@ -254,7 +224,7 @@ impl Tracker {
             self.told_timeout(),
             self.held_timeout(),
         ];
-        let others = [epoch, idle, full].into_iter().chain(waits);
+        let others = [epoch].into_iter().chain(self.log.timeouts()).chain(waits);
         peers.chain(others.flatten()).min()
     }
 
@@ -265,10 +235,7 @@ impl Tracker {
             Work::Flush => ByteRange::default(),
         };
         assert!(rest.end() <= self.size_bytes, "front ends check ranges");
-        self.last_asked = Some(now);
-        let request = Request { work, rest, pieces: 0, failed: false, sequence: self.last };
-        let known = self.requests.insert(id, request);
-        assert!(known.is_none(), "a request has a name of its own");
+        self.requests.begin(id, work, rest, self.last, now);
         if self.leading.is_superseded {
             self.answer(id, Err(WriteFailed));
         } else if self.local.failed {
@@ -286,19 +253,18 @@ impl Tracker {
 
     /// An application reads, which is none of the tracker's business but for resyncs: they make way (R3).
     pub fn note_read(&mut self, now: Time) {
-        self.last_asked = Some(now);
+        self.requests.note_asked(now);
     }
 
     /// A record of the activity log is durable, or could not be written.
     pub fn handle_log_written(&mut self, written: bool, now: Time) {
         if written || planted(Bug::GoOnUnrecorded) {
-            self.activity.record_written();
+            self.log.record_written();
             for piece in self.pipeline.take_claimed() {
                 self.begin_if_active(piece, now);
             }
         } else {
-            // Without its log the volume can't take writes: nothing would remember them (W2).
-            self.log_failed = true;
+            self.log.fail();
             self.fail_backing(now);
         }
         self.drive(now);
@@ -308,7 +274,7 @@ impl Tracker {
     pub fn handle_local_written(&mut self, sequence: Sequence, ended: LocalWrite, now: Time) {
         let written = ended == LocalWrite::Written;
         let piece = self.pipeline.end(sequence);
-        self.activity.give_back(piece.range.extents(), Some(sequence));
+        self.log.give_back(piece.range.extents(), Some(sequence));
         if !written {
             for peer in self.peers.values_mut() {
                 peer.handle_failed_write(piece.range, sequence);
@@ -349,7 +315,7 @@ impl Tracker {
 
     /// A held range was read, or could not be: its writers go on.
     pub fn handle_digest(&mut self, hold: u64, digest: Option<[u8; 32]>, now: Time) {
-        let (follower, number, range) = self.holds.remove(&hold).expect("a held range is read once");
+        let Hold { follower, number, range } = self.holds.end(hold);
         let freed = self.order.finish(Admitted::Hold(hold), range);
         self.run(freed);
         if let Some(peer) = self.peer_of(follower) {
@@ -396,20 +362,16 @@ impl Tracker {
             self.local.wanted = true;
             self.write_maps();
         }
-        if self.full_since.is_some_and(|since| now >= since.after(FULL_TIME)) {
-            self.full_since = Some(now);
+        if self.log.is_full_for_long(now) {
             self.peers.values_mut().for_each(Peer::spill);
             self.begin_arrivals(now);
         }
-        if let Some((since, before)) = self.idle
-            && now >= since.after(IDLE_TIME)
-        {
+        if self.log.has_idled(now) {
             // An epoch that a limit or a commit closed has had no sync here.
             self.local.wanted |= self.local.durable < self.last;
-            self.activity.let_idle_go(before, self.safe());
+            self.log.let_idle_go(self.safe(), now);
             self.peers.values_mut().for_each(Peer::save_known);
             self.write_maps();
-            self.idle = (self.activity.len() > 0).then(|| (now, self.activity.clock()));
             self.write_log(true);
         }
         self.drive(now);
@@ -417,8 +379,8 @@ impl Tracker {
 
     /// A replica joined.
     pub fn add_peer(&mut self, mut peer: Peer, now: Time) {
-        peer.keep_word(self.patience, None);
-        peer.set_withholds(self.loss.blocks());
+        peer.keep_word(self.words.patience, None);
+        peer.set_withholds(self.replies.loss.blocks());
         self.joined += 1;
         peer.incarnation = self.joined;
         let host = peer.host();
@@ -437,7 +399,7 @@ impl Tracker {
             self.generations.next = generation::Next::Left;
         }
         // It need not have heard that it was removed, and may be promoted as one that was promised something (W4).
-        self.word_of_removed = self.word_of_removed.max(peer.promised());
+        self.words.of_removed = self.words.of_removed.max(peer.promised());
         self.give_words(now);
         self.free_log();
         self.begin_arrivals(now);
@@ -477,7 +439,7 @@ impl Tracker {
     /// The operator chose another mode for a replica, or what happens while one is lost. Replies go by it from now on, except
     /// where that breaks a word that holds for ever; a replica that has none hears of its mode with the next session.
     pub fn configure(&mut self, modes: &[(HostId, Mode)], loss: ReplicaLoss, now: Time) {
-        self.loss = loss;
+        self.replies.loss = loss;
         self.peers.values_mut().for_each(|peer| peer.set_withholds(loss.blocks()));
         for (host, mode) in modes {
             if let Some(peer) = self.peers.get_mut(host) {
@@ -552,7 +514,7 @@ impl Tracker {
             && !self.told.is_asked();
         let is_durable = self.local.opened && self.local.durable == self.last;
         let is_done = |peer: &Peer| peer.is_saved() || peer.map_is_out_of_reach();
-        let is_saved = self.peers.values().all(is_done) && self.activity.is_recorded();
+        let is_saved = self.peers.values().all(is_done) && self.log.is_recorded();
         self.closing && is_idle && (is_durable && is_saved || self.local.failed)
     }
 
@@ -590,7 +552,7 @@ impl Tracker {
     /// How many extents are active.
     #[must_use]
     pub fn active_extents(&self) -> usize {
-        self.activity.len()
+        self.log.len()
     }
 
     fn close_epoch(&mut self) {
@@ -645,11 +607,11 @@ impl Tracker {
     }
 
     fn answer(&mut self, id: RequestId, result: Result<(), WriteFailed>) {
-        self.requests.remove(&id).expect("a request is answered once");
+        self.requests.end(id);
         self.actions.push_back(Action::Reply { request: id, result });
     }
 
-    /// Whatever can go on goes on.
+    /// Begins what nothing stands in the way of any more, after each event.
     fn drive(&mut self, now: Time) {
         self.local.wanted |= self.closing && self.local.durable < self.last;
         self.start_sync();
@@ -666,7 +628,7 @@ impl Tracker {
             if self.log_is_out_of_reach() && !self.local.failed {
                 self.fail_backing(now);
             }
-            self.activity.let_idle_go(u64::MAX, self.safe());
+            self.log.let_go(self.safe());
             // What was marked when the links ended: nothing comes later that it could be written with.
             self.write_maps();
         }
@@ -677,12 +639,11 @@ impl Tracker {
     fn drive_peers(&mut self, now: Time) {
         self.renew_words(now);
         self.note_left();
-        let (activity, has_several) = (&self.activity, self.has_several_replicas());
+        let (log, has_several) = (&self.log, self.has_several_replicas());
         // Asked for with a commit only.
-        let active = || if has_several { activity.extents().collect() } else { Vec::new() };
+        let active = || if has_several { log.extents().collect() } else { Vec::new() };
         let may_commit: Vec<bool> = self.peers.keys().map(|host| self.may_commit(*host)).collect();
-        let asked_lately = self.last_asked.is_some_and(|asked| now.since(asked) < QUIET_TIME);
-        let is_active = asked_lately || self.pipeline.first_under_way().is_some();
+        let is_active = self.requests.were_asked_lately(now) || self.pipeline.first_under_way().is_some();
         let (mut epoch_end, mut generation) = (false, false);
         let (told_before, mut is_untold) = (self.told.end(), false);
         let opened = Some(self.opened).filter(|_| told_before.is_none());
@@ -731,9 +692,7 @@ impl Tracker {
             return;
         }
         for (follower, number, range) in wanted {
-            let hold = self.next_hold;
-            self.next_hold += 1;
-            self.holds.insert(hold, (follower, number, range));
+            let hold = self.holds.begin(Hold { follower, number, range });
             let peer = self.peer_of(follower).expect("it asked for the hold");
             peer.handle_hold(number, range);
             if self.order.admit(Admitted::Hold(hold), range) {

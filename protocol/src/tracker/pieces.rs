@@ -1,5 +1,6 @@
 //! The path of a write through the tracker: cut into pieces, extents claimed, sequenced, sent on its way, ended.
 
+use super::holds::Hold;
 use super::pipeline::{Piece, Wait};
 use super::{
     Action, Admitted, EPOCH_BYTES, PAYLOAD_LIMIT_BYTES, PIECES, Peer, RequestId, Tracker, Work,
@@ -10,7 +11,12 @@ use crate::peer;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{Sequence, Time};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+/// How long after its last request an application still counts as active, so that a resync makes way for the next one
+/// (R3): longer than most pauses between requests that wait for each other.
+const QUIET_TIME: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 pub(super) struct Request {
@@ -23,10 +29,52 @@ pub(super) struct Request {
     pub(super) sequence: Sequence,
 }
 
+/// The requests that are not answered, by their names.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    open: HashMap<RequestId, Request>,
+    /// When an application last asked for something, be it a read.
+    asked_at: Option<Time>,
+}
+
+impl Requests {
+    /// An application asks for something, of which nothing is done yet.
+    pub fn begin(&mut self, id: RequestId, work: Work, rest: ByteRange, last: Sequence, now: Time) {
+        self.note_asked(now);
+        let request = Request { work, rest, pieces: 0, failed: false, sequence: last };
+        assert!(self.open.insert(id, request).is_none(), "a request has a name of its own");
+    }
+
+    /// An application asks for something.
+    pub fn note_asked(&mut self, now: Time) {
+        self.asked_at = Some(now);
+    }
+
+    /// Whether an application asked for something so lately that it may well ask again (R3).
+    pub fn were_asked_lately(&self, now: Time) -> bool {
+        self.asked_at.is_some_and(|asked| now.since(asked) < QUIET_TIME)
+    }
+
+    /// One that is not answered: it outlives its pieces.
+    pub fn of(&mut self, id: RequestId) -> &mut Request {
+        self.open.get_mut(&id).expect("it is not answered")
+    }
+
+    /// One is answered.
+    pub fn end(&mut self, id: RequestId) {
+        self.open.remove(&id).expect("a request is answered once");
+    }
+
+    /// Whether all are answered.
+    pub fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+}
+
 impl Tracker {
     /// Makes pieces of a request, as many as may be under way.
     pub(super) fn cut(&mut self, id: RequestId) {
-        let request = self.requests.get_mut(&id).expect("the request is known");
+        let request = self.requests.of(id);
         let (zero, fua, limit) = match request.work {
             Work::Write { fua, .. } => (None, fua, u64::from(PAYLOAD_LIMIT_BYTES)),
             Work::Zero { may_unmap, fua, .. } => (Some(may_unmap), fua, ZERO_LIMIT_BYTES),
@@ -51,17 +99,15 @@ impl Tracker {
                 self.done_piece(piece.request, false, now);
                 continue;
             }
-            match self.activity.claim(piece.range.extents(), self.safe()) {
+            match self.log.claim(piece.range.extents(), self.safe(), now) {
                 Claim::Full => {
                     // Room comes when the oldest extents' writes are durable here and there (D1).
                     self.close_epoch();
                     self.local.wanted = true;
                     self.write_maps();
-                    self.full_since.get_or_insert(now);
                     break;
                 }
                 claim => {
-                    self.full_since = None;
                     self.pipeline.take_first_arrived();
                     match claim {
                         Claim::Wait if !planted(Bug::SkipLog) => self.pipeline.wait(piece, Wait::Record),
@@ -76,7 +122,7 @@ impl Tracker {
     pub(super) fn begin_if_active(&mut self, piece: Piece, now: Time) {
         if self.local.failed || self.leading.is_superseded {
             self.give_piece_up(piece, now);
-        } else if self.activity.are_active(piece.range.extents()) {
+        } else if self.log.are_active(piece.range.extents()) {
             self.begin(piece, now);
         } else {
             self.pipeline.wait(piece, Wait::Record);
@@ -98,7 +144,7 @@ impl Tracker {
         let sequence = self.last.next();
         self.last = sequence;
         self.pipeline.sequence(piece, sequence);
-        self.requests.get_mut(&piece.request).expect("a request outlives its pieces").sequence = sequence;
+        self.requests.of(piece.request).sequence = sequence;
         let Piece { request, range, zero, fua } = piece;
         let write = peer::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
         for peer in self.peers.values_mut() {
@@ -106,7 +152,7 @@ impl Tracker {
         }
         self.epoch.since.get_or_insert(now);
         self.epoch.bytes += peer::frame_cost_bytes(if zero.is_some() { 0 } else { range.length });
-        self.idle.get_or_insert((now, self.activity.clock()));
+        self.log.is_used(now);
         self.collect();
         if self.order.admit(Admitted::Write(sequence), range) {
             self.run(vec![Admitted::Write(sequence)]);
@@ -138,12 +184,12 @@ impl Tracker {
                     });
                 }
                 Admitted::Hold(hold) => {
-                    let (follower, number, range) = self.holds[&hold];
+                    let Hold { follower, number, range } = self.holds.of(hold);
                     let wanted = self.peer_of(follower).is_some_and(|peer| peer.wants_digest(number));
                     if wanted {
                         self.actions.push_back(Action::ReadDigest { hold, range });
                     } else {
-                        self.holds.remove(&hold);
+                        self.holds.end(hold);
                         admitted.extend(self.order.finish(Admitted::Hold(hold), range));
                     }
                 }
@@ -164,12 +210,12 @@ impl Tracker {
 
     /// A piece that has its extents is carried out no more.
     pub(super) fn give_piece_up(&mut self, piece: Piece, now: Time) {
-        self.activity.give_back(piece.range.extents(), None);
+        self.log.give_back(piece.range.extents(), None);
         self.done_piece(piece.request, false, now);
     }
 
     pub(super) fn done_piece(&mut self, id: RequestId, written: bool, now: Time) {
-        let request = self.requests.get_mut(&id).expect("a request outlives its pieces");
+        let request = self.requests.of(id);
         request.pieces -= 1;
         request.failed |= !written;
         if request.failed {

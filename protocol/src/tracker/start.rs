@@ -101,7 +101,7 @@ impl Tracker {
 
     /// When what waits for hosts that were released fails.
     pub(super) fn held_timeout(&self) -> Option<Time> {
-        let ReplicaLoss::Block { limit, .. } = self.loss else { return None };
+        let ReplicaLoss::Block { limit, .. } = self.replies.loss else { return None };
         let is_over = self.local.failed || self.leading.is_superseded;
         self.start.held_since.filter(|_| !is_over).map(|since| since.after(limit))
     }
@@ -212,7 +212,7 @@ mod tests {
         // Nor is it waited for longer than the operator wants.
         let limit = Duration::from_secs(30);
         let mut blocked = returned();
-        blocked.loss = ReplicaLoss::Block { min_replicas: 1, limit };
+        blocked.replies.loss = ReplicaLoss::Block { min_replicas: 1, limit };
         answers(&mut blocked, NOW);
         assert_eq!(write(&mut blocked, 1, NOW), []);
         assert_eq!(blocked.poll_timeout(), Some(NOW.after(limit)));

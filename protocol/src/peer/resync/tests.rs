@@ -18,7 +18,7 @@ impl Harness {
     /// Where there are no holes, as is known.
     fn new() -> Self {
         let mut harness = Self::of(BLOCKS);
-        harness.resync.ground = Ground::Data;
+        harness.resync.expected = Expected::Data;
         harness
     }
 
@@ -207,7 +207,7 @@ fn a_hole_brings_no_trial_nearer() {
 fn a_write_in_a_large_range_narrows_it_no_further_than_a_copy() {
     let mut harness = Harness::of(4 * BLOCKS);
     harness.certain.mark(0..4 * BLOCKS);
-    harness.resync.ground = Ground::HOLE;
+    harness.resync.expected = Expected::HOLE;
     let mut order = Order::<u8>::new(512);
     let _ = order.admit(1, ByteRange::new(3 * COPY_BYTES, 4096));
     let picked = harness.resync.pick(&harness.map, &harness.certain, &order, false, Time::default());
@@ -378,7 +378,7 @@ fn a_read_that_failed_beside_a_write_to_its_block_is_made_again_at_once() {
 fn a_disk_that_reads_nothing_costs_bounded_memory_and_is_left_alone_between_attempts() {
     let blocks = 16 * BLOCKS;
     let mut harness = Harness::of(blocks);
-    harness.resync.ground = Ground::Data;
+    harness.resync.expected = Expected::Data;
     harness.certain.mark(0..blocks);
     let mut now = Time::default();
     for _ in 0..8 {

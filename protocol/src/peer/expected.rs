@@ -12,7 +12,7 @@ const LONGEST_GAP: usize = 32;
 
 /// See the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ground {
+pub(super) enum Expected {
     /// A long stretch of data.
     Data,
     /// Data, with so many copies `left` before a hole is asked for; they were `copies` altogether.
@@ -21,7 +21,7 @@ pub(super) enum Ground {
     Asked { read: CopyRead, copies: usize },
 }
 
-impl Ground {
+impl Expected {
     /// A hole was found, or nothing is known: the next copy asks.
     pub(super) const HOLE: Self = Self::Piece { copies: 0, left: 0 };
 

@@ -28,7 +28,7 @@ pub(super) enum Choice {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Doubt {
+pub(super) struct Trials {
     /// Whether the last comparisons paid.
     is_worthwhile: bool,
     /// Comparisons under way.
@@ -41,7 +41,7 @@ pub(super) struct Doubt {
     next_pause_bytes: u64,
 }
 
-impl Default for Doubt {
+impl Default for Trials {
     /// Nothing is known.
     fn default() -> Self {
         Self {
@@ -55,7 +55,7 @@ impl Default for Doubt {
     }
 }
 
-impl Doubt {
+impl Trials {
     pub(super) fn choice(&self) -> Choice {
         if self.pause_bytes > 0 {
             Choice::Copy
@@ -106,16 +106,16 @@ mod tests {
 
     /// Picks so many bytes of doubtful blocks of a replica that differs where `differs` says, one after the other, and
     /// gives how many of the picks were comparisons.
-    fn comparisons(doubt: &mut Doubt, differs: impl Fn(u64) -> bool, picks: u64) -> u64 {
+    fn comparisons(trials: &mut Trials, differs: impl Fn(u64) -> bool, picks: u64) -> u64 {
         (0..picks)
-            .filter(|pick| match doubt.choice() {
+            .filter(|pick| match trials.choice() {
                 Choice::Compare => {
-                    doubt.asked();
-                    doubt.answered(!differs(*pick));
+                    trials.asked();
+                    trials.answered(!differs(*pick));
                     true
                 }
                 Choice::Copy => {
-                    doubt.copied(1 << 20);
+                    trials.copied(1 << 20);
                     false
                 }
                 Choice::Wait => panic!("nothing is under way"),
@@ -125,26 +125,26 @@ mod tests {
 
     #[test]
     fn a_new_disk_is_hardly_asked_about() {
-        let asked = comparisons(&mut Doubt::default(), |_| true, 1 << 20);
+        let asked = comparisons(&mut Trials::default(), |_| true, 1 << 20);
         assert!(asked < 300, "{asked} comparisons for a tebibyte");
     }
 
     #[test]
     fn a_copy_that_is_good_but_for_its_beginning_is_asked_about() {
-        let asked = comparisons(&mut Doubt::default(), |pick| pick < 16, 10_000);
+        let asked = comparisons(&mut Trials::default(), |pick| pick < 16, 10_000);
         assert_eq!(asked, 10_000 - 64);
     }
 
     #[test]
     fn no_more_than_a_trial_is_asked_before_the_first_answers() {
-        let mut doubt = Doubt::default();
+        let mut trials = Trials::default();
         for _ in 0..TRIAL {
-            assert_eq!(doubt.choice(), Choice::Compare);
-            doubt.asked();
+            assert_eq!(trials.choice(), Choice::Compare);
+            trials.asked();
         }
-        assert_eq!(doubt.choice(), Choice::Wait);
+        assert_eq!(trials.choice(), Choice::Wait);
         // What reads as zeroes here tells nothing.
-        doubt.taken_back();
-        assert_eq!(doubt.choice(), Choice::Compare);
+        trials.taken_back();
+        assert_eq!(trials.choice(), Choice::Compare);
     }
 }
