@@ -16,10 +16,16 @@ pub struct Arguments {
     peer: Name,
 }
 
+impl Arguments {
+    /// The peer, as the agent is told of it.
+    pub fn peer(self) -> PeerOf {
+        PeerOf { volume: self.name, peer: self.peer }
+    }
+}
+
 /// Has the agent stop.
 pub async fn run(arguments: Arguments, client: &Client, output: &mut Output) -> Result<(), Error> {
-    let Arguments { name, peer } = arguments;
-    let subject = PeerOf { volume: name, peer };
+    let subject = arguments.peer();
     let answer = client.ask(&subject, &PauseRequest).await?;
     output.line(&format!("paused {} with {}", subject.volume, answer.name))?;
     Ok(())
