@@ -6,7 +6,8 @@
 //! - *undo*: what this host had before its content was given up (L6).
 //!
 //! One layer may have both. A purpose that this release does not know is one that a later release gave: such a layer is
-//! neither opened nor removed here, and stays in the catalog.
+//! neither opened nor removed here, and stays in the catalog. There are always two places more than such layers, so that any
+//! release can begin one to roll back to and one for an undo.
 //!
 //! The catalog is a part of the superblock, so a layer gets and loses its purpose in the same durable write that says what
 //! the content is. A crash before that write leaves a file that no entry names; its number is given again.
@@ -15,6 +16,9 @@ use std::num::NonZeroU64;
 
 /// How many layers a copy has at most.
 pub const LAYERS_LIMIT: usize = 8;
+
+/// How many of them may have a purpose that this release does not know.
+const LATER_LIMIT: usize = LAYERS_LIMIT - Purpose::ALL.len();
 
 /// Names a layer of a copy. Numbers grow, and none is given twice to layers that had a purpose.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -77,7 +81,8 @@ pub(crate) struct Entry {
 pub struct Catalog {
     /// The number of the last layer that had a purpose.
     last: u64,
-    /// At most [`LAYERS_LIMIT`]; each has a purpose, and each purpose that is known is that of one layer at most.
+    /// At most [`LAYERS_LIMIT`], of which [`LATER_LIMIT`] at most have a purpose that is not known; each has a purpose, and each
+    /// purpose that is known is that of one layer at most.
     entries: Vec<Entry>,
 }
 
@@ -93,15 +98,16 @@ impl Catalog {
 
     /// The catalog as it was recorded; nothing where it contradicts itself.
     pub(crate) fn recorded(last: u64, entries: Vec<Entry>) -> Option<Self> {
+        let known = Purpose::ALL.iter().fold(0, |all, purpose| all | purpose.bit());
         let is_sound = |(place, entry): (usize, &Entry)| {
-            let known = Purpose::ALL.iter().fold(0, |all, purpose| all | purpose.bit());
             let others = || entries[..place].iter();
             entry.purposes != 0
                 && entry.layer.number() <= last
                 && others().all(|other| other.layer != entry.layer)
                 && others().all(|other| other.purposes & entry.purposes & known == 0)
         };
-        let sound = entries.len() <= LAYERS_LIMIT && entries.iter().enumerate().all(is_sound);
+        let later = entries.iter().filter(|entry| entry.purposes & !known != 0).count();
+        let sound = later <= LATER_LIMIT && entries.iter().enumerate().all(is_sound);
         sound.then_some(Self { last, entries })
     }
 
@@ -166,8 +172,6 @@ impl Catalog {
 
     /// From now on this layer is the one of this purpose, or none is. Whichever had it loses it.
     ///
-    /// # Panics
-    /// When there are too many layers of other purposes.
     pub fn set(&mut self, purpose: Purpose, layer: Option<LayerId>) {
         if self.of(purpose) == layer {
             return;
@@ -184,7 +188,10 @@ impl Catalog {
         match self.entries.iter_mut().find(|entry| entry.layer == layer) {
             Some(entry) => entry.purposes |= purpose.bit(),
             None => {
-                assert!(self.entries.len() < LAYERS_LIMIT, "a layer is begun where there is room for it");
+                assert!(
+                    self.entries.len() < LAYERS_LIMIT,
+                    "two places are left for the purposes that are known"
+                );
                 self.entries.push(Entry { layer, purposes: purpose.bit(), is_touched: false });
             }
         }
@@ -269,6 +276,21 @@ mod tests {
         assert_eq!(catalog.entries(), [entry(4, 4), entry(5, 8), entry(6, 4)]);
     }
 
+    /// A catalog with no room for a way back would have ended the process at the next resync.
+    #[test]
+    fn there_is_room_for_a_way_back_however_much_a_later_release_keeps() {
+        let later = (1..=6).map(|number| {
+            let layer = LayerId::new(number).unwrap();
+            Entry { layer, purposes: if number < 3 { 4 | 1 << (number - 1) } else { 4 }, is_touched: false }
+        });
+        let mut catalog = Catalog::recorded(9, later.collect()).unwrap();
+        catalog.set(Purpose::Undo, layer(10));
+        catalog.set(Purpose::Rollback, layer(11));
+        assert_eq!((catalog.undo(), catalog.rollback()), (layer(10), layer(11)));
+        assert_eq!(catalog.entries().len(), LAYERS_LIMIT);
+        assert_eq!(Catalog::recorded(11, catalog.entries().to_vec()), Some(catalog));
+    }
+
     #[test]
     fn a_catalog_that_contradicts_itself_is_none() {
         let entry =
@@ -278,7 +300,8 @@ mod tests {
             (9, vec![entry(10, 1)]),
             (9, vec![entry(1, 1), entry(1, 2)]),
             (9, vec![entry(1, 1), entry(2, 3)]),
-            (9, (1..=9).map(|number| entry(number, 4)).collect()),
+            (9, (1..=7).map(|number| entry(number, 4)).collect()),
+            (9, (1..=7).map(|number| entry(number, if number == 1 { 5 } else { 4 })).collect()),
         ] {
             assert_eq!(Catalog::recorded(last, entries.clone()), None, "{entries:?}");
         }

@@ -69,9 +69,7 @@ impl StateChange {
                     consent::give(superblock);
                 }
             }
-            Self::Keep(layer) => {
-                superblock.keep_in(Some(*layer));
-            }
+            Self::Keep(layer) => superblock.keep_in(Some(*layer)),
             Self::Behind => (superblock.mode, superblock.given) = (Mode::Async, Given::NOTHING),
             Self::Begin { source, rollback, keep } => {
                 if superblock.data == DataState::Empty && !planted(Bug::EmptyObjects) {
