@@ -32,27 +32,32 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("it is in the workspace").to_owned()
 }
 
-/// Every source file below a folder, by its path in the repository, without comments and without its tests.
-fn sources(folder: &Path) -> Vec<(String, String)> {
+/// Every file below a folder that is text, by its path in the repository.
+fn all(folder: &Path) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).expect("it is there") {
         let path = entry.expect("it can be read").path();
         if path.is_dir() {
-            found.extend(sources(&path));
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            let name = path.strip_prefix(root()).expect("it is below").display().to_string();
-            let text = fs::read_to_string(&path).expect("it is text");
-            let is_test =
-                name.contains("/tests/") || name.ends_with("tests.rs") || name.ends_with("testing.rs");
-            let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
-            let is_code = |line: &&str| !line.trim_start().starts_with("//");
-            let code = text.lines().filter(is_code).collect::<Vec<_>>().join("\n");
-            if !is_test {
-                found.push((name, code));
-            }
+            found.extend(all(&path));
+        } else if let Ok(text) = fs::read_to_string(&path) {
+            found.push((path.strip_prefix(root()).expect("it is below").display().to_string(), text));
         }
     }
     found
+}
+
+/// Every source file below a folder, without comments and without its tests.
+fn sources(folder: &Path) -> Vec<(String, String)> {
+    let is_test =
+        |name: &str| name.contains("/tests/") || name.ends_with("tests.rs") || name.ends_with("testing.rs");
+    let is_code = |line: &&str| !line.trim_start().starts_with("//");
+    let files = all(folder).into_iter().filter(|(name, _)| name.ends_with(".rs") && !is_test(name));
+    files
+        .map(|(name, text)| {
+            let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+            (name, text.lines().filter(is_code).collect::<Vec<_>>().join("\n"))
+        })
+        .collect()
 }
 
 /// The parts of its crate that some code names.
@@ -137,4 +142,54 @@ fn each_file_of_the_tool_is_part_of_it() {
         let name = path.file_stem().expect("it has a name").display().to_string();
         assert!(name == "main" || main.contains(&format!("\nmod {name};\n")), "{name} is no module of main");
     }
+}
+
+/// What a path in a document may stand for: `a/{b,c}` for two.
+fn expanded(span: &str) -> Vec<String> {
+    let Some((before, rest)) = span.split_once('{') else { return vec![span.to_owned()] };
+    let Some((names, after)) = rest.split_once('}') else { return Vec::new() };
+    names.split(',').flat_map(|name| expanded(&format!("{before}{}{after}", name.trim()))).collect()
+}
+
+/// Names of code outlived the code in it: of a type that had another name, and of files that were moved.
+#[test]
+fn what_the_architecture_names_is_there() {
+    let page = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("it is there");
+    let code: Vec<_> =
+        ["protocol", "agent", "tools", "tests", "scripts"].map(|name| all(&root().join(name))).concat();
+    // Within a crate's folder the sources are in another one.
+    let is_path = |name: &str| {
+        let name = name.trim_end_matches('/');
+        let within = name.split_once('/').map(|(first, rest)| format!("{first}/src/{rest}"));
+        [Some(name.to_owned()), within].into_iter().flatten().any(|name| {
+            let ends = [format!("/{name}"), format!("/{name}.rs"), format!("/{name}/mod.rs")];
+            code.iter().any(|(file, _)| {
+                let file = format!("/{file}");
+                ends.iter().any(|end| file.ends_with(end.as_str())) || file.contains(&format!("/{name}/"))
+            })
+        })
+    };
+    let is_item = |name: &str| {
+        let (of, item) = name.rsplit_once("::").expect("it has two parts");
+        let (of, item) = (of.rsplit("::").next().unwrap_or(of), words(item).next().unwrap_or_default());
+        let owns = |code: &str| {
+            let begins = ["struct ", "enum ", "trait ", "impl ", "for "];
+            begins.iter().any(|begin| code.split(begin).skip(1).any(|rest| words(rest).next() == Some(of)))
+        };
+        let is_type = of.starts_with(char::is_uppercase);
+        code.iter().any(|(file, code)| {
+            let is_there = if is_type { owns(code) } else { file.contains(&format!("/{of}")) };
+            is_there && words(code).any(|word| word == item)
+        })
+    };
+    let is_name = |text: &str| text.chars().all(|letter| letter.is_alphanumeric() || "_/:".contains(letter));
+    let spans = page.split('`').skip(1).step_by(2).flat_map(expanded).filter(|span| is_name(span));
+    let stale: BTreeSet<String> = spans
+        .filter(|span| !span.starts_with('/'))
+        .filter(|span| match span.contains("::") {
+            true => !is_item(span) && !is_path(&span.replace("::", "/")),
+            false => span.contains('/') && !is_path(span),
+        })
+        .collect();
+    assert!(stale.is_empty(), "ARCHITECTURE.md names what is not there: {stale:#?}");
 }
