@@ -132,8 +132,8 @@ impl DirtyMap {
         map
     }
 
-    /// The map as its file says. `pages` are all pages of the file that hold data, by their page number; pages that
-    /// are missing are clean.
+    /// The map as its file says; all dirty where a newer header may have been there. `pages` are all pages of the file that hold
+    /// data, by their page number; pages that are missing are clean.
     ///
     /// # Errors
     /// [`MetadataError`] when the header is damaged, newer than ours, or not this volume's and peer's. The caller
@@ -143,6 +143,7 @@ impl DirtyMap {
         header: &[u8],
         pages: impl IntoIterator<Item = (u64, Box<Page>)>,
     ) -> Result<Self, MetadataError> {
+        let is_unsure = Header::is_unsure(header);
         let (serial, header) = Header::recover(header)?;
         let ours = &expected.header;
         if (header.volume, header.peer, header.blocks, header.block_size)
@@ -165,6 +166,10 @@ impl DirtyMap {
             if page < map.header.full_from.min(page_count(map.header.blocks)) {
                 map.insert(page, Box::new(bits));
             }
+        }
+        if is_unsure {
+            // Nor is it known that nothing of it was answered.
+            map.begin_anew(map.header.base);
         }
         Ok(map)
     }
@@ -675,6 +680,35 @@ mod tests {
         let holes: Vec<_> = changes.holes.iter().map(|hole| hole.offset..hole.end()).collect();
         assert_eq!(holes, [page(0), page_offset(2)..page_offset(pages)]);
         assert!(!map.has_changes());
+    }
+
+    /// The newest header said that all is dirty, and went bad: by the one before, written when all was clean, nothing differed any
+    /// more, on disks that did.
+    #[test]
+    fn a_header_that_is_not_whole_makes_everything_dirty() {
+        let size_bytes = 1 << 30;
+        let full = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), size_bytes, BlockSize::default());
+        let base = Base { copy: CopyId([3; 16]), generation: GenerationId([4; 16]), adopted: 5 };
+        let expected = DirtyMap::full(VolumeId([1; 16]), HostId([2; 32]), size_bytes, BlockSize::default());
+        let mut map = full.clean(base);
+        let mut file = vec![0; 2 * PAGE_BYTES];
+        let write = |map: &mut DirtyMap, file: &mut Vec<u8>| {
+            let (offset, page) = map.take_changes().header.expect("it has changed");
+            file[offset as usize..offset as usize + PAGE_BYTES].copy_from_slice(&page[..]);
+            offset as usize
+        };
+        write(&mut map, &mut file);
+        assert_eq!(DirtyMap::recover(&expected, &file, []).unwrap().dirty_blocks(), 0, "the first one");
+        map.begin_anew(base);
+        let newest = write(&mut map, &mut file);
+        assert_eq!(DirtyMap::recover(&expected, &file, []).unwrap().dirty_blocks(), size_bytes / 4096);
+        file[newest + 300] ^= 1;
+        let mut found = DirtyMap::recover(&expected, &file, []).unwrap();
+        assert_eq!((found.dirty_blocks(), found.base()), (size_bytes / 4096, base));
+        // The next header takes the place of the damaged one.
+        assert_eq!(write(&mut found, &mut file), newest);
+        let whole = DirtyMap::recover(&expected, &file, []).unwrap();
+        assert_eq!((Header::is_unsure(&file), whole.dirty_blocks()), (false, size_bytes / 4096));
     }
 
     #[test]

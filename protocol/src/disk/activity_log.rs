@@ -145,10 +145,10 @@ pub fn recover(file: &[u8]) -> Result<Recovered, MetadataError> {
         }
     }
     let Some((serial, extents)) = newest else { return Ok(Recovered::Unsure { serial: 0 }) };
-    let next = record_offset(serial + 1) as usize;
+    let next = record_offset(serial.wrapping_add(1)) as usize;
     let after = file.get(next..next + RECORD_BYTES);
     if after.is_none_or(|after| !matches!(decode(after), Ok(Some(_)))) {
-        return Ok(Recovered::Unsure { serial: serial + 1 });
+        return Ok(Recovered::Unsure { serial: serial.saturating_add(1) });
     }
     Ok(match extents {
         Some(extents) => Recovered::Active { serial, extents },
@@ -282,5 +282,14 @@ mod tests {
         assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: 18 }));
         file[record_offset(19) as usize..][..RECORD_BYTES].copy_from_slice(&encode(set(&[3]), 19));
         assert_eq!(recover(&file), Ok(Recovered::Active { serial: 19, extents: set(&[3]) }));
+    }
+
+    /// A record whose number is the last one there is ended the process: the place of the next one was counted too far.
+    #[test]
+    fn a_record_with_the_highest_number_makes_everything_suspect() {
+        let mut file = vec![0; FILE_BYTES as usize];
+        let place = record_offset(u64::MAX) as usize;
+        file[place..place + RECORD_BYTES].copy_from_slice(&encode([], u64::MAX));
+        assert_eq!(recover(&file), Ok(Recovered::Unsure { serial: u64::MAX }));
     }
 }

@@ -4,6 +4,11 @@
 //! stays a hole in the file. A page that is neither zero nor whole counts as dirty throughout, so torn and damaged
 //! pages cost time, never data; the activity log covers bits that were not written yet (D1).
 //!
+//! A write of a header that was torn leaves the one before, which nothing newer relied on yet. It can't be told from a header that
+//! was durable and went bad later, and the one before that may say of blocks that they are clean which the newer one called dirty. So
+//! where a slot is neither zero nor whole, every block counts as dirty ([`Header::is_unsure`]). The next header goes to that slot.
+//! Zeroes are taken for a slot that was never written: every header is synced, so no file system gives them back for one.
+//!
 //! From `full_from` on, every block is dirty and the pages are not looked at: so a map of a volume of any size begins
 //! as one header. Raising `full_from` is written only after the pages below it.
 //!
@@ -222,6 +227,14 @@ impl Header {
     /// [`MetadataError`] when neither slot is whole, or a newer release wrote one.
     pub fn recover(file: &[u8]) -> Result<(u64, Self), MetadataError> {
         newest_of_two(WHAT, file, |slot| Self::decode(slot).transpose())
+    }
+
+    /// Whether a newer header than the one that was recovered from these pages may have been there: any block may be dirty.
+    #[must_use]
+    pub fn is_unsure(file: &[u8]) -> bool {
+        let is_damaged =
+            |slot: &[u8]| slot.iter().any(|byte| *byte != 0) && matches!(Self::decode(slot), Ok(None));
+        file.chunks_exact(PAGE_BYTES).take(2).any(is_damaged)
     }
 
     fn decode(slot: &[u8]) -> Result<Option<(u64, Self)>, MetadataError> {
