@@ -75,6 +75,8 @@ pub(crate) fn record(
         superblock.fence = winner;
     }
     superblock.agreed = superblock.agreed.max(winner.counter);
+    // They had everything of what is given up, and were to be promoted after another fence.
+    superblock.heirs.clear();
     superblock.lineage = lineage;
     if !superblock.lineage.contains(&superblock.position.generation) {
         // It has all that the two have in common.
