@@ -1,5 +1,5 @@
-//! What a copy says of itself is changed while nothing else goes on here: a replica is promoted, what was given up is brought
-//! back, or another backing took the place of the one before.
+//! What a copy says of itself is changed while nothing else goes on here: a replica is promoted, its content is given up for
+//! another host's, what was given up is brought back, or another backing took the place of the one before.
 //!
 //! A [`Rewrite`] gives one [`Order`] at a time. The shell carries it out, durably, before it asks for the next one. What is to
 //! be written it gets from here: [`Rewrite::map`] for a map, [`Rewrite::change`] for the superblock. So no step can be left
@@ -15,7 +15,9 @@ use crate::promise::Given;
 use crate::ranges::ByteRange;
 use crate::replica::consent;
 use crate::replica::promotion::{self, NotPromotable};
+use crate::replica::resolve::{self, Keep};
 use crate::replica::undo::{self, NotUndoable};
+use crate::split::Concession;
 use crate::succession::Decision;
 use crate::terms::{DataState, Fence};
 use crate::units::{GenerationId, HostId, Mark, Position};
@@ -26,6 +28,8 @@ use std::collections::VecDeque;
 pub enum Order {
     /// Write a part of the metadata.
     Write(Part),
+    /// Make this layer, durably and empty, which leads back to what the backing holds.
+    BeginLayer(LayerId),
     /// Write every pre-image of this layer back.
     Restore {
         /// The layer.
@@ -122,6 +126,11 @@ enum Kind {
         level: Vec<HostId>,
     },
     Undo(Before),
+    Resolution {
+        concession: Concession,
+        /// The layer that keeps what the copy had.
+        undo: Option<LayerId>,
+    },
     Adoption {
         source: Option<HostId>,
         content: Option<Content>,
@@ -182,6 +191,28 @@ impl Rewrite {
             ended: superblock.layers.of_known_purposes_alone(),
             is_touched: false,
         })
+    }
+
+    /// Gives a copy's content up for another host's, and keeps it for an undo where there is anything to keep (L6).
+    /// `is_unused`: whether the layer that there is for an undo, if any, has no pre-image yet. What was kept before goes with
+    /// the write that names the new layer.
+    #[must_use]
+    pub fn resolution(superblock: &Superblock, concession: Concession, is_unused: bool) -> Self {
+        let (undo, begun) = match resolve::keep(superblock, is_unused) {
+            Keep::Nothing => (None, None),
+            Keep::Layer(layer) => (Some(layer), None),
+            Keep::NewLayer => (Some(superblock.layers.next()), Some(superblock.layers.next())),
+        };
+        // What the layer leads back to is durable before it is there.
+        let begun = begun.into_iter().flat_map(|layer| [Order::Sync, Order::BeginLayer(layer)]);
+        let mut after = superblock.clone();
+        concession.record(&mut after, undo);
+        Self {
+            orders: begun.chain([Order::Write(Part::Superblock(Change::End))]).collect(),
+            ended: superblock.layers.known().filter(|layer| !after.layers.contains(*layer)).collect(),
+            is_touched: false,
+            kind: Kind::Resolution { concession, undo },
+        }
     }
 
     /// Has a host with these peers say what is known of a backing that took the place of another (L4, X4). `fresh` is random.
@@ -264,6 +295,7 @@ impl Rewrite {
                 map
             }
             Kind::Undo(Before { lineage, saved, .. }) => undo::map_for(map, superblock, peer, lineage, saved),
+            Kind::Resolution { .. } => unreachable!("no map is another one when a host yields"),
             Kind::Adoption { source, content, vouched, .. } => {
                 let base = map.base();
                 if *source == Some(peer) {
@@ -301,6 +333,8 @@ impl Rewrite {
                 undo::begin(superblock, lineage, *own)
             }
             (Kind::Undo(Before { point, .. }), Change::End) => undo::record(superblock, *point),
+            (Kind::Resolution { .. }, Change::Begin) => unreachable!("it is one write"),
+            (Kind::Resolution { concession, undo }, Change::End) => concession.record(superblock, *undo),
             (Kind::Adoption { .. }, Change::Begin) => superblock.replaced = true,
             (Kind::Adoption { source, content, vouched, fresh }, Change::End) => {
                 let adoption = Adoption { source: *source, content: content.as_ref() };

@@ -109,6 +109,10 @@ impl Replica {
                         _ => error.into(),
                     })?;
                 }
+                Order::BeginLayer(layer) => {
+                    let begun = self.try_begin_layer(self.report().position).await?;
+                    assert_eq!(begun, layer, "nothing else begins a layer meanwhile");
+                }
                 Order::Restore { layer } => self.restore(layer, progress).await?,
                 Order::Sync => storage::sync(&*self.storage, &self.backing).await?,
             }

@@ -4,10 +4,8 @@ use super::Replica;
 use super::gap::saved_in;
 use super::promotion::{Progress, PromotionError};
 use crate::pre_images::Layer;
-use crate::storage;
 use crate::transport::key;
 use blockmirror_protocol::replica::consent;
-use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::undo;
 use blockmirror_protocol::rewrite::{Before, Rewrite};
 use blockmirror_protocol::split::Concession;
@@ -29,22 +27,9 @@ impl Replica {
         self.must_be_sound()?;
         let superblock = self.state.superblock();
         let is_unused = saved_in(&self.layers.lock().await, superblock.layers.undo()).is_empty();
-        let undo = match resolve::keep(&superblock, is_unused) {
-            Keep::Nothing => None,
-            Keep::Layer(layer) => Some(layer),
-            Keep::NewLayer => {
-                storage::sync(&*self.storage, &self.backing).await?;
-                Some(self.try_begin_layer(self.report().position).await?)
-            }
-        };
-        self.state.change_superblock(|superblock| concession.record(superblock, undo)).await?;
-        // What was kept before goes when the new one has taken its place, in one durable write.
-        if let Some(before) =
-            superblock.layers.undo().filter(|layer| !self.state.superblock().layers.contains(*layer))
-        {
-            self.end_layer(before).await;
-        }
-        Ok(undo.is_some())
+        let rewrite = Rewrite::resolution(&superblock, concession.clone(), is_unused);
+        self.rewrite(rewrite, &Progress::default(), PromotionError::State).await?;
+        Ok(self.state.superblock().layers.undo().is_some())
     }
 
     /// Makes this copy what it was before its content was given up, durably; as for [`Replica::yield_to`] otherwise.

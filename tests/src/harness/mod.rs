@@ -31,6 +31,7 @@ pub mod promotion;
 pub mod random;
 pub mod recovery;
 pub mod replica;
+mod resolution;
 pub mod rest;
 pub mod rewriting;
 pub mod roles;

@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 /// Stands for the files of pre-images: only when a write to them ends matters.
-const LAYERS: &str = "pre-images";
+pub(super) const LAYERS: &str = "pre-images";
 
 #[derive(Debug)]
 enum DiskWork {

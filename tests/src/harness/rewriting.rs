@@ -1,10 +1,12 @@
-//! A host says something else of itself, order by order, while nothing else goes on there: it is promoted, undone, or takes
-//! another disk for its own ([`blockmirror_protocol::rewrite`]). A crash between any two orders leaves what it left.
+//! A host says something else of itself, order by order, while nothing else goes on there: it is promoted, gives its content
+//! up, is undone, or takes another disk for its own ([`blockmirror_protocol::rewrite`]). A crash between any two orders leaves what it left.
 
 use super::disk::{Crash, Data, DiskOperation, Ended};
 use super::files::{Batch, FileOperation, batches_of_map};
 use super::gap::HistoryPoint;
 use super::host::{Shell, host_number};
+use super::replica::LAYERS;
+use super::resolution::Yielding;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
@@ -25,6 +27,8 @@ pub enum Purpose {
     Promotion(Box<Replica>),
     /// What it was before its content was given up.
     Undo(HistoryPoint),
+    /// A replica of the host that its content is given up for.
+    Resolution(Box<Yielding>),
     /// What another host's copy was.
     Adoption,
 }
@@ -42,6 +46,8 @@ pub struct Rewriting {
     /// Pre-images that are written back after the one that is under way.
     next_restores: VecDeque<(ByteRange, Data)>,
     writing: Option<FileOperation>,
+    /// The layer that is being made, which is what is written.
+    begun: Option<LayerId>,
     disk: BTreeSet<DiskOperation>,
 }
 
@@ -56,6 +62,7 @@ impl Rewriting {
             next_writes: VecDeque::new(),
             next_restores: VecDeque::new(),
             writing: None,
+            begun: None,
             disk: BTreeSet::new(),
         }
     }
@@ -105,7 +112,7 @@ impl World {
             let rewriting = self.rewriting(host);
             let is_promised = match &rewriting.purpose {
                 Purpose::Promotion(machine) => machine.is_promised(now),
-                Purpose::Undo(_) | Purpose::Adoption => true,
+                Purpose::Undo(_) | Purpose::Resolution(_) | Purpose::Adoption => true,
             };
             match rewriting.rewrite.next(is_promised) {
                 // The primary may have gone on alone.
@@ -134,6 +141,10 @@ impl World {
                 it.superblock = said;
                 let batches = it.superblock_batches();
                 self.rewrite_file(host, superblock::FILE_NAME, batches);
+            }
+            Order::BeginLayer(layer) => {
+                self.rewriting(host).begun = Some(layer);
+                self.rewrite_file(host, LAYERS, VecDeque::new());
             }
             Order::Restore { layer } => self.restore(host, layer),
             Order::Sync => {
@@ -197,7 +208,11 @@ impl World {
 
     /// A metadata write of a rewrite ended.
     pub(super) fn rewriting_file_ended(&mut self, host: usize, good: bool) {
-        self.rewriting(host).writing = None;
+        let rewriting = self.rewriting(host);
+        rewriting.writing = None;
+        if let Some(layer) = rewriting.begun.take().filter(|_| good) {
+            self.hosts[host].layers.begin(layer);
+        }
         self.end_of_operation(host, good);
     }
 
@@ -237,8 +252,12 @@ impl World {
                 }
                 self.promotion_is_recorded(host);
             }
+            (Purpose::Resolution(yielding), Change::End) => {
+                let yielding = yielding.clone();
+                self.resolution_is_recorded(host, &yielding);
+            }
             (Purpose::Adoption, Change::End) => self.hosts[host].adopting = None,
-            (Purpose::Promotion(_) | Purpose::Adoption, Change::Begin) => {}
+            (Purpose::Promotion(_) | Purpose::Resolution(_) | Purpose::Adoption, Change::Begin) => {}
         }
     }
 
@@ -249,7 +268,7 @@ impl World {
         };
         match rewriting.purpose {
             Purpose::Promotion(_) => self.promoted(host),
-            Purpose::Undo(_) => self.start(host),
+            Purpose::Undo(_) | Purpose::Resolution(_) => self.start(host),
             Purpose::Adoption => self.open_volume(host),
         }
     }
@@ -268,8 +287,11 @@ impl World {
                 }
                 _ => {}
             },
+            Purpose::Resolution(yielding) if yielding.is_said_by(&it.superblock) => {
+                self.resolution_is_recorded(host, &yielding);
+            }
             // It is done again from the beginning.
-            Purpose::Adoption => {}
+            Purpose::Resolution(_) | Purpose::Adoption => {}
         }
     }
 }

@@ -1,17 +1,14 @@
 //! Operators see to one primary that everybody can follow; and a primary that learns of another one steps down.
 
 use super::disk::Crash;
-use super::host::{Host, Shell, host_id, host_number};
+use super::host::{Host, Shell, host_number};
 use super::mirror::Mirror;
 use super::world::{Event, World};
 use blockmirror_protocol::handover::End;
 use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::replica::promotion;
-use blockmirror_protocol::split::Side;
 use blockmirror_protocol::terms::{Claim, DataState, Fence};
 use blockmirror_protocol::units::GenerationId;
-use blockmirror_protocol::wire::message::Standing;
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// How long operators look for one primary that everybody can follow.
@@ -151,73 +148,6 @@ impl World {
     /// Whether a replica has what its primary lacks, because that was set back (X4).
     fn is_beyond(&self, host: usize, primary: usize) -> bool {
         self.hosts[primary].superblock.ends.lacks(self.hosts[host].mark().position)
-    }
-
-    /// An operator resolves a split, if there is one: the host's own content goes for that of the other one (L6). What
-    /// others say of themselves is late or never comes; then nothing happens.
-    pub(super) fn resolve(&mut self, host: usize, keep: usize) {
-        if self.hosts[host].members.is_removed() || self.hosts[host].demotion.is_some() {
-            return;
-        }
-        let Shell::Replica(shell) = &self.hosts[host].shell else { return };
-        let position = shell.machine.report().position;
-        let side = Side { own: host_id(host), superblock: self.hosts[host].superblock.clone(), position };
-        let others = self.hear_all(host);
-        match side.yields_to(host_id(keep), &others) {
-            Ok(winner) => self.yield_to(&side, keep, winner),
-            Err(objection) => self.note(|| format!("host {host} does not yield to {keep}: {objection:?}")),
-        }
-    }
-
-    /// A host's content goes for that of another one that stood so when it was asked.
-    fn yield_to(&mut self, side: &Side, keep: usize, winner: &Standing) {
-        let host = host_number(side.own);
-        self.check_split(host, keep, winner);
-        self.note(|| format!("host {host} yields to {keep}"));
-        self.crash(host, Crash::Process);
-        let it = &mut self.hosts[host];
-        it.recover_superblock();
-        self.recover_mirror(host);
-        let it = &mut self.hosts[host];
-        let base = it.recover_map(keep).base();
-        let history = it.keep_what_it_has();
-        let concession = side.concession(winner, Some(base));
-        concession.record(&mut it.superblock, history);
-        let fence = winner.fence;
-        it.followed.insert(fence.counter, fence.holder);
-        it.agrees_up_to(fence.counter);
-        it.expected = None;
-        it.write_superblock_now();
-        let known = match concession.copies_everything() {
-            true => BTreeSet::new(),
-            false => &self.hosts[host].known_lives & &self.hosts[keep].known_lives,
-        };
-        self.hosts[host].known_lives = known;
-        let it = &self.hosts[host].superblock;
-        assert!(
-            fence.against(it.fence) == Claim::Older || !fence.is_refused_by(it.fence),
-            "L6: host {host} gave its content up for that of {keep}, and refuses it all the same"
-        );
-        self.start(host);
-    }
-
-    /// A host is at odds with a primary only where it was promoted as often, or has been through a generation that the
-    /// primary has not (L2, L3): a primary that has heard of a copy's newest generation knows it for as long as it runs.
-    fn check_split(&self, host: usize, primary: usize, winner: &Standing) {
-        let it = &self.hosts[host].superblock;
-        let is_met = self.hosts[primary].heard.get(&host) == Some(&it.copy);
-        // What a host that was set back follows may be so old that the primary has no room for it any more.
-        let is_set_back = self.hosts[host].is_set_back || self.hosts[primary].is_set_back;
-        if winner.fence.against(it.fence) == Claim::Rival || !is_met || is_set_back {
-            return;
-        }
-        let (Some(newest), Some(own)) = (winner.lineage.first(), it.lineage.first()) else {
-            panic!("L3: host {host} and {primary} are at odds, and one of them has no content")
-        };
-        assert!(
-            !self.generations.contains(*newest, *own),
-            "L2: host {host} has nothing that {primary} lacks, and yet is refused"
-        );
     }
 
     /// No fence belongs to two hosts that take writes, and nobody follows two hosts of one fence (L5).

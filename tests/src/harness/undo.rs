@@ -8,8 +8,6 @@ use super::promises::Promises;
 use super::rewriting::Purpose;
 use super::roles::generation;
 use super::world::World;
-use blockmirror_protocol::layers::LayerId;
-use blockmirror_protocol::replica::resolve::{self, Keep};
 use blockmirror_protocol::replica::{StateChange, undo};
 use blockmirror_protocol::rewrite::{Before, Rewrite};
 use blockmirror_protocol::units::HostId;
@@ -30,25 +28,6 @@ impl Host {
             let layer = layers.get(superblock.layers.undo().expect("it was made to say so"));
             self.kept = Some(HistoryPoint::now(disk, layer, superblock, &self.known_lives));
         }
-    }
-
-    /// The layer that keeps what this host has now, before it yields.
-    pub(super) fn keep_what_it_has(&mut self) -> Option<LayerId> {
-        let is_unused = self.layers.saved(self.superblock.layers.undo()).is_empty();
-        let undo = match resolve::keep(&self.superblock, is_unused) {
-            Keep::Nothing => return None,
-            Keep::Layer(layer) => layer,
-            Keep::NewLayer => {
-                let next = self.superblock.layers.next();
-                self.layers.begin(next);
-                next
-            }
-        };
-        if self.kept.as_ref().is_none_or(|kept| kept.layer != undo) {
-            let layer = self.layers.get(undo);
-            self.kept = Some(HistoryPoint::now(&self.disk, layer, &self.superblock, &self.known_lives));
-        }
-        Some(undo)
     }
 
     /// The agent starts: what it left behind is removed, and a history that it had just begun is remembered.
