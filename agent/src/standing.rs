@@ -8,7 +8,7 @@ use crate::config::{Name, PeerConfig, VolumeConfig};
 use crate::generations;
 use crate::stored;
 use crate::transport::Peers;
-use crate::volume::{HUNG, Service};
+use crate::volume::Service;
 use crate::words::with_name;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::lineage;
@@ -168,20 +168,4 @@ pub fn read(folder: &Path, config: &VolumeConfig, asker: HostId, service: Servic
         ends: superblock.ends,
         lineage: superblock.lineage,
     })
-}
-
-/// Whether a primary that stands so hangs: it serves nobody, and what it was told to do may still be done some day.
-#[must_use]
-pub fn hangs(standing: &Standing) -> bool {
-    standing.role == Role::Primary && !standing.serves && silent(standing) >= HUNG
-}
-
-/// Whether a primary has just stopped answering: it may be slow, or about to hang.
-#[must_use]
-pub fn hesitates(standing: &Standing) -> bool {
-    standing.role == Role::Primary && standing.serves && standing.silent_milliseconds > 0
-}
-
-fn silent(standing: &Standing) -> Duration {
-    Duration::from_millis(standing.silent_milliseconds)
 }

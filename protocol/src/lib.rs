@@ -59,6 +59,7 @@ pub mod adoption;
 pub mod dirty_map;
 pub mod disk;
 pub mod handover;
+pub mod inquiry;
 pub mod layers;
 pub mod lineage;
 pub mod membership;

@@ -204,7 +204,7 @@ impl Candidate {
     ///
     /// # Errors
     /// The objection.
-    pub fn decide(&self, others: &[Heard], is_forced: bool) -> Result<Decision, Objection> {
+    pub(crate) fn decide(&self, others: &[Heard], is_forced: bool) -> Result<Decision, Objection> {
         if let Some(objection) = self.objection(others).filter(|_| !is_forced) {
             return Err(objection);
         }
@@ -425,7 +425,7 @@ pub fn is_later(standing: &Standing, generations: &[GenerationId], marker: Posit
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::layers::testing::catalog;
     use crate::layers::{Catalog, LayerId, Purpose};
@@ -482,7 +482,8 @@ mod tests {
         released
     }
 
-    fn standing(epoch: u64) -> Standing {
+    /// How a replica stands that follows host A, whose last epoch there is this one.
+    pub(crate) fn standing(epoch: u64) -> Standing {
         Standing {
             role: Role::Replica,
             data: DataState::Consistent,

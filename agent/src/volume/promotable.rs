@@ -4,6 +4,7 @@
 use crate::config::{Name, PeerConfig, Role};
 use crate::quantity::{Seconds, clock};
 use crate::standing::Answered;
+use blockmirror_protocol::inquiry::Known;
 use blockmirror_protocol::succession::{Candidate, Decision, Heard, Objection, Obstacle};
 use blockmirror_protocol::terms::{DataState, Promise};
 use blockmirror_protocol::units::HostId;
@@ -60,9 +61,9 @@ impl Applicant {
     pub(super) fn decide(
         &self,
         answers: &[(PeerConfig, Answered)],
-        is_forced: bool,
+        known: Known,
     ) -> Result<Decision, String> {
-        let decided = self.candidate.decide(&heard(answers), is_forced);
+        let decided = known.decide(&self.candidate, &heard(answers));
         decided.map_err(|objection| self.with_more(self.words(objection, answers)))
     }
 
@@ -253,9 +254,11 @@ impl Applicant {
 mod tests {
     use super::*;
     use blockmirror_protocol::disk::superblock::{self, Superblock};
+    use blockmirror_protocol::inquiry::Inquiry;
     use blockmirror_protocol::layers::{Catalog, LayerId, Purpose};
     use blockmirror_protocol::promise::Given;
     use blockmirror_protocol::terms::{Fence, Mode};
+    use blockmirror_protocol::units::Time;
     use blockmirror_protocol::units::{
         BlockSize, CopyId, Epoch, GenerationId, Position, Sequence, Session, VolumeId,
     };
@@ -315,7 +318,8 @@ mod tests {
     }
 
     fn objection(applicant: &Applicant, answers: &[(PeerConfig, Answered)]) -> Option<String> {
-        applicant.decide(answers, false).err()
+        let known = Inquiry::new(false, Time::default()).handle_watched(applicant.candidate.is_connected);
+        applicant.decide(answers, known).err()
     }
 
     fn peer(name: &str, host: u8, role: Role) -> PeerConfig {

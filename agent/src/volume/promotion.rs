@@ -2,21 +2,20 @@
 //! how it does is the shell's part ([`Replica::promote`]); then the volume opens anew and serves its devices.
 
 use super::changes::{Hands, Next, Then, failed, refused};
-use super::promotable::Applicant;
+use super::promotable::{Applicant, heard};
 use super::{Answer, OpenRole, Volume, refuse};
 use crate::clock::Moment;
-use crate::config::PeerConfig;
 use crate::control::api::Failure;
 use crate::quantity::unix_seconds;
 use crate::replica::{PromotionError, Replica};
-use crate::standing::{self, Answered};
+use crate::standing;
 use crate::transport::ControlSender;
 use crate::words::with_causes;
 use blockmirror_protocol::disk::marker;
-use blockmirror_protocol::disk::superblock::Role;
+use blockmirror_protocol::inquiry::{Inquiry, Next as Inquired};
 use blockmirror_protocol::succession::{Candidate, Decision};
-use blockmirror_protocol::units::HostId;
-use blockmirror_protocol::wire::message::{Refusal, Refused, Standing, TookOver};
+use blockmirror_protocol::units::{HostId, Time};
+use blockmirror_protocol::wire::message::{Refusal, Refused, TookOver};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::task::spawn_local;
@@ -28,8 +27,6 @@ const SUCCESSION_TIME: Duration = Duration::from_secs(1);
 /// How long it takes at most until a dead connection is noticed, and how often that is looked at.
 const SILENCE_TIME: Duration = Duration::from_secs(10);
 const LOOK_TIME: Duration = Duration::from_millis(100);
-/// How long a primary is watched whose disk has just stopped answering, until it counts as hung or goes on.
-const HESITATION_TIME: Duration = Duration::from_secs(10);
 
 /// A promotion that was carried out.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -61,19 +58,21 @@ impl Volume {
         spawn_local(async move {
             let config = &hands.config;
             let mut answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
-            while !force && began.elapsed() < HESITATION_TIME && is_any(&answers, standing::hesitates) {
-                tokio::time::sleep(LOOK_TIME).await;
-                answers = standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
-            }
-            if is_any(&answers, standing::hangs) {
-                // Its connection lives, and says nothing of its disk.
-                applicant.candidate.is_connected = false;
-            }
-            if applicant.candidate.is_connected && !force && !is_any_primary(&answers) {
-                applicant.candidate.is_connected = !is_left(&replica).await;
-            }
+            let inquiry = Inquiry::new(force, Time::default());
+            let known = loop {
+                let now = Time(began.elapsed());
+                match inquiry.handle_answers(&heard(&answers), applicant.candidate.is_connected, now) {
+                    Inquired::Ask => {
+                        tokio::time::sleep(LOOK_TIME).await;
+                        answers =
+                            standing::ask_all(&hands.peers, config.id, &config.peers, STANDING_TIME).await;
+                    }
+                    Inquired::Watch => break inquiry.handle_watched(!is_left(&replica).await),
+                    Inquired::Decide(known) => break known,
+                }
+            };
             applicant.candidate.is_promised = replica.is_promised();
-            let decision = match applicant.decide(&answers, force) {
+            let decision = match applicant.decide(&answers, known) {
                 Ok(decision) => decision,
                 Err(text) => {
                     return hands.end(Next::GoOn(replica), move |_| drop(answer.send(Err(refused(text)))));
@@ -238,15 +237,6 @@ impl Volume {
             kept,
         }
     }
-}
-
-/// Whether one of these serves as the primary.
-fn is_any_primary(answers: &[(PeerConfig, Answered)]) -> bool {
-    is_any(answers, |standing| standing.role == Role::Primary && standing.serves)
-}
-
-fn is_any(answers: &[(PeerConfig, Answered)], is_so: impl Fn(&Standing) -> bool) -> bool {
-    answers.iter().filter_map(|(_, answered)| answered.as_ref().ok()).any(is_so)
 }
 
 /// Whether the connected primary, which does not answer, turns out to be gone: a dead connection is noticed late.

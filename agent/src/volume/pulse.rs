@@ -17,7 +17,7 @@ const BEAT: Duration = Duration::from_millis(250);
 const NEWS: Duration = Duration::from_secs(1);
 /// What takes longer counts as hung: nothing is waited for any more that depends on it. A connected replica that is
 /// silent for as long counts as lost.
-pub(crate) const HUNG: Duration = Duration::from_secs(5);
+pub(crate) const HUNG: Duration = blockmirror_protocol::inquiry::HUNG;
 
 /// What does not answer, and for how long.
 #[derive(Clone, Debug, PartialEq, Eq)]

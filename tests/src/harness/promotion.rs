@@ -53,7 +53,8 @@ impl World {
         if self.hosts[host].decided.is_none() {
             let others = self.hear_all(host);
             let candidate = self.candidate(host).expect("it is a replica");
-            self.hosts[host].decided = Some(candidate.decide(&others, true).expect("an operator insists"));
+            let known = self.inquire(host, true, &others);
+            self.hosts[host].decided = Some(known.decide(&candidate, &others).expect("an operator insists"));
         }
         let it = &mut self.hosts[host];
         let Shell::Replica(shell) = &mut it.shell else { unreachable!("it was looked at") };

@@ -4,7 +4,8 @@
 use super::host::{Shell, host_id, host_number};
 use super::links::LinkId;
 use super::world::{Event, World};
-use blockmirror_protocol::succession::{self, Candidate, Objection};
+use blockmirror_protocol::inquiry::{Inquiry, Known, Next};
+use blockmirror_protocol::succession::{self, Candidate, Heard, Objection};
 use blockmirror_protocol::wire::message::Standing;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ impl World {
         if candidate.obstacle().is_some() {
             return;
         }
-        let decision = match candidate.decide(&others, false) {
+        let decision = match self.inquire(host, false, &others).decide(&candidate, &others) {
             Ok(decision) => decision,
             // He agrees at times, and looks again.
             Err(Objection::Kept) if self.random.once_in(2) => {
@@ -39,6 +40,17 @@ impl World {
             (it.decided, it.promoted_after) = (Some(decision), host_number(holder));
         }
         self.promote(host);
+    }
+
+    /// What is known before a promotion is decided. A connection that is dead is noticed at once or never, so that watching it
+    /// changes nothing.
+    pub(super) fn inquire(&self, host: usize, is_forced: bool, others: &[Heard]) -> Known {
+        let is_connected = self.candidate(host).is_some_and(|candidate| candidate.is_connected);
+        let inquiry = Inquiry::new(is_forced, self.clock(host));
+        match inquiry.handle_answers(others, is_connected, self.clock(host)) {
+            Next::Decide(known) => known,
+            Next::Ask | Next::Watch => inquiry.handle_watched(is_connected),
+        }
     }
 
     /// A replica that may be promoted.
