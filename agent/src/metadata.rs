@@ -18,7 +18,7 @@ use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{
     MetadataError, PAGE_BYTES, Page, activity_log, dirty_map, marker, slot_offset, superblock,
 };
-use blockmirror_protocol::promise::Given;
+use blockmirror_protocol::given::Given;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::rewrite::{Part, Rewrite};
 use blockmirror_protocol::units::{GenerationId, HostId, Mark};

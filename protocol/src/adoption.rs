@@ -9,10 +9,10 @@
 //! count on it, so a crash in between does no harm, and the next start does it all again.
 
 use crate::disk::superblock::{Role, Superblock};
+use crate::given::Given;
 use crate::layers::Purpose;
 use crate::lineage::Ends;
 use crate::planted::{Bug, planted};
-use crate::promise::Given;
 use crate::succession::is_later;
 use crate::terms::{DataState, Fence, Mode};
 use crate::units::{CopyId, Epoch, GenerationId, HostId, Mark, Position};

@@ -10,7 +10,7 @@ use crate::disk::dirty_map::{
     BLOCKS_PER_PAGE, Base, Bits, Header, WORDS_PER_PAGE, decode_bits, encode_bits, page_count, page_offset,
 };
 use crate::disk::{PAGE_BYTES, Page, slot_offset};
-use crate::promise::Given;
+use crate::given::Given;
 use crate::ranges::ByteRange;
 use crate::units::{BlockSize, CopyId, GenerationId, HostId, Mark, Session, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};

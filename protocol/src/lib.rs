@@ -58,6 +58,7 @@ mod active_set;
 pub mod adoption;
 pub mod dirty_map;
 pub mod disk;
+pub mod given;
 pub mod handover;
 pub mod inquiry;
 pub mod layers;

@@ -6,9 +6,6 @@
 
 use crate::units::{Epoch, GenerationId, Mark, Position};
 
-/// How many low bits of an epoch's number count within one run of a primary; the rest count the runs.
-pub(crate) const RUN_BITS: u32 = 40;
-
 /// No host misses more runs of primaries than this: an epoch further ahead is a mistake or a lie.
 const RUN_STEP: u64 = 1 << 16;
 
@@ -66,7 +63,7 @@ impl Ends {
     /// that is no epoch in which anything was written.
     #[must_use]
     pub fn lacks(&self, position: Position) -> bool {
-        let run = |epoch: Epoch| epoch.0 >> RUN_BITS;
+        let run = |epoch: Epoch| epoch.0 >> Epoch::RUN_BITS;
         let is_written = run(position.epoch) == run(position.epoch.next());
         self.of(position.generation).is_some_and(|end| {
             position.epoch >= end && is_written && (run(end) == 0 || run(end) == run(position.epoch))
@@ -150,15 +147,15 @@ pub fn later(lineage: &[GenerationId], one: Position, other: Position) -> Positi
 /// So no two runs, on whichever hosts, use the same number within a generation: one position never names two histories.
 #[must_use]
 pub fn first_epoch_after(before: Epoch) -> Option<Epoch> {
-    let run = (before.0 >> RUN_BITS) + 1;
-    Some(Epoch(run.checked_shl(RUN_BITS)?))
-        .filter(|epoch| epoch.0 < Epoch::LIMIT && epoch.0 >> RUN_BITS == run)
+    let run = (before.0 >> Epoch::RUN_BITS) + 1;
+    Some(Epoch(run.checked_shl(Epoch::RUN_BITS)?))
+        .filter(|epoch| epoch.0 < Epoch::LIMIT && epoch.0 >> Epoch::RUN_BITS == run)
 }
 
 /// Whether a copy that got to `known` may be told of this epoch. One that has followed nobody yet may be told of any.
 #[must_use]
 pub fn may_follow(known: Epoch, epoch: Epoch) -> bool {
-    known == Epoch(0) || epoch.0 >> RUN_BITS <= (known.0 >> RUN_BITS) + RUN_STEP
+    known == Epoch(0) || epoch.0 >> Epoch::RUN_BITS <= (known.0 >> Epoch::RUN_BITS) + RUN_STEP
 }
 
 #[cfg(test)]
@@ -193,7 +190,7 @@ mod tests {
     #[test]
     fn a_content_lacks_what_came_after_its_end() {
         let generation = |byte| GenerationId([byte; 16]);
-        let run = 1 << RUN_BITS;
+        let run = 1 << Epoch::RUN_BITS;
         let mut ends = Ends::only(generation(b'b'), Epoch(9));
         ends.set(generation(b'c'), Epoch(run + 20));
         ends.set(generation(b'b'), Epoch(1));

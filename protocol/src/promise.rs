@@ -9,18 +9,15 @@
 //!
 //! A word that holds for ever says which hosts count for it. It outlives what the operator changes on the primary, of which a
 //! replica that is away hears nothing: that replies go on, or wait for fewer; modes; hosts that join or are removed. So the
-//! primary keeps, in the replica's map, what it gave ([`Given`]), before it gives it, and answers nothing that breaks it
+//! primary keeps, in the replica's map, what it gave ([`crate::given::Given`]), before it gives it, and answers nothing that breaks it
 //! before the replica has heard that it counts on nothing: it has, when it has recorded that its copy is being resynced. Or the
 //! operator says with --force that the replica is a member no more.
 //!
-//! A word may let its replica be promoted while others are silent ([`Given::bears_silence`]). That is right as long as all count on
+//! A word may let its replica be promoted while others are silent ([`crate::given::Given::bears_silence`]). That is right as long as all count on
 //! the same. So a primary gives such a word only while nobody else may be promoted by another one (`tracker/words`), and
 //! whoever is promoted keeps what those say that it hears ([`crate::rewrite::Candidacy`]).
 
-use crate::planted::{Bug, planted};
-use crate::replica::PrimaryMisbehaved;
-use crate::terms::{MEMBERS_LIMIT, Promise};
-use crate::units::{HostId, Session, Time};
+use crate::units::{Session, Time};
 use crate::wire::message::{Grant, Renew};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -39,91 +36,9 @@ const LONGEST: Duration = Duration::from_secs(600);
 /// More questions than this wait for no answer.
 const ASKED: usize = 16;
 
-/// What a primary has given a replica its word on, and counts with; see the module.
-#[derive(Clone, PartialEq, Eq, Debug, Default, bincode::Encode, bincode::Decode)]
-pub struct Given {
-    /// The promise.
-    pub promise: Promise,
-    /// Where it holds for ever: the other replicas that count for it, at most [`MEMBERS_LIMIT`]. Whatever is answered is
-    /// durable on so many of these, or on the one that it is given to.
-    pub counted: Vec<HostId>,
-}
-
-impl Given {
-    /// Nothing, as to a replica that is not in the mode sync.
-    pub const NOTHING: Self = Self { promise: Promise::None, counted: Vec::new() };
-
-    /// Whether a primary may say so.
-    #[must_use]
-    pub fn is_sound(&self) -> bool {
-        self.counted.len() <= MEMBERS_LIMIT
-    }
-
-    /// Whether it holds until the replica hears otherwise.
-    #[must_use]
-    pub fn is_for_ever(&self) -> bool {
-        matches!(self.promise, Promise::Replicas(_))
-    }
-
-    /// Whether one that was given this may be promoted while another one that counts is silent: it takes it for certain that
-    /// nothing was answered that only silent ones have.
-    #[must_use]
-    pub fn bears_silence(&self) -> bool {
-        match self.promise {
-            Promise::WhileHeard => true,
-            Promise::Replicas(replicas) => replicas > 1,
-            Promise::None => false,
-        }
-    }
-
-    /// Whether an answer without the replica is none behind its back: so many that count have all that it speaks for. Where
-    /// the word holds for a time, that time decides.
-    #[must_use]
-    pub fn allows(&self, has_it: impl Fn(HostId) -> bool) -> bool {
-        match self.promise {
-            Promise::Replicas(replicas) => {
-                let there = self.counted.iter().filter(|host| has_it(**host)).count();
-                there >= replicas as usize || planted(Bug::ForgetPromise)
-            }
-            Promise::None | Promise::WhileHeard => true,
-        }
-    }
-
-    /// Which of those that count may have something that the replica lacks, as far as it hears: those that are not usable.
-    /// Nothing where they are too few for an answer.
-    #[must_use]
-    pub fn in_doubt(&self, is_usable: impl Fn(HostId) -> bool) -> Vec<HostId> {
-        let unusable: Vec<HostId> = self.counted.iter().copied().filter(|host| !is_usable(*host)).collect();
-        match self.promise {
-            Promise::Replicas(replicas) if unusable.len() < replicas as usize => Vec::new(),
-            _ => unusable,
-        }
-    }
-
-    /// What another one of those that count, `peer`, was given by the same primary, as the one that was given this keeps it when
-    /// it is the primary itself. It was given the same, unless the primary ended before both had heard of what its operator chose
-    /// last.
-    #[must_use]
-    pub fn of_another(&self, peer: HostId) -> Self {
-        match self.counted.contains(&peer) {
-            true => self.kept_by(peer),
-            false => Self::NOTHING,
-        }
-    }
-
-    /// What is left of this when `host` is the primary: whatever it answers is there, if it counts.
-    #[must_use]
-    pub fn kept_by(&self, host: HostId) -> Self {
-        match self.promise {
-            Promise::Replicas(_) if !self.counted.contains(&host) => self.clone(),
-            Promise::Replicas(replicas) if replicas > 1 => {
-                let counted = self.counted.iter().copied().filter(|other| *other != host).collect();
-                Self { promise: Promise::Replicas(replicas - 1), counted }
-            }
-            _ => Self::NOTHING,
-        }
-    }
-}
+/// A word that is given for longer than any primary gives it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TooLong;
 
 /// A primary's side of the promise to one replica that holds for a time.
 #[derive(Debug)]
@@ -202,11 +117,11 @@ impl Held {
     /// The primary gave its word.
     ///
     /// # Errors
-    /// [`PrimaryMisbehaved`] where that is for longer than any primary gives it.
-    pub fn granted(&mut self, grant: &Grant) -> Result<(), PrimaryMisbehaved> {
+    /// [`TooLong`] where that is for longer than any primary gives it.
+    pub fn granted(&mut self, grant: &Grant) -> Result<(), TooLong> {
         let time = Duration::from_millis(grant.milliseconds);
         if time > LONGEST {
-            return Err(PrimaryMisbehaved("it promises for longer than primaries do"));
+            return Err(TooLong);
         }
         if let Some(place) = self.asked.iter().position(|(number, _)| *number == grant.number) {
             let (_, asked) = self.asked.drain(..=place).next_back().expect("it was found there");

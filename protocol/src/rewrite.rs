@@ -9,9 +9,9 @@
 use crate::adoption::{Adoption, Content};
 use crate::dirty_map::DirtyMap;
 use crate::disk::superblock::{Role, Superblock};
+use crate::given::Given;
 use crate::layers::LayerId;
 use crate::planted::{Bug, planted};
-use crate::promise::Given;
 use crate::ranges::ByteRange;
 use crate::replica::consent;
 use crate::replica::promotion::{self, NotPromotable};

@@ -3,10 +3,10 @@
 //! are made elsewhere.
 
 use crate::disk::superblock::{Role, Superblock};
+use crate::given::Given;
 use crate::lineage::{self, Ends, Relation};
 use crate::membership;
 use crate::planted::{Bug, planted};
-use crate::promise::Given;
 use crate::replica::consent;
 use crate::terms::{DataState, Fence, Mode, Promise};
 use crate::units::{GenerationId, HostId, Position};

@@ -145,7 +145,7 @@ pub enum Promise {
     None,
     /// It does not as long as its word holds that the replica asked for last.
     WhileHeard,
-    /// It never does without so many of the replicas that count for it ([`crate::promise::Given`]).
+    /// It never does without so many of the replicas that count for it ([`crate::given::Given`]).
     Replicas(u32),
 }
 

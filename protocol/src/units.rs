@@ -132,12 +132,18 @@ number!(
 
 impl Epoch {
     /// Epochs of other hosts are below this.
-    pub const LIMIT: u64 = u64::MAX << crate::lineage::RUN_BITS;
+    pub const LIMIT: u64 = u64::MAX << Self::RUN_BITS;
+    /// How many low bits of the number count within one run of a primary; the rest count the runs.
+    pub(crate) const RUN_BITS: u32 = 40;
 }
 
 number!(
     /// The place of a write in a volume's one order (W1), counted from 1.
     Sequence(u64)
+);
+number!(
+    /// Names a request of a front end.
+    RequestId(u64)
 );
 number!(
     /// One connection's life between two hosts for a volume; every frame carries it.

@@ -2,7 +2,7 @@
 //! comparison of fences (L5), and that each verb of the operator is in the agent's table and in the tool.
 
 use blockmirror_agent::control::verbs::table;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -113,6 +113,86 @@ fn fences_are_compared_in_one_place() {
     let before = terms.split("pub struct Fence").next().expect("there is a beginning");
     let derived = before.rsplit("#[derive(").next().expect("it derives something");
     assert!(!derived.contains("Ord"), "an order of fences would be a second rule");
+}
+
+/// Parts that know each other in both directions, be it through others. None may come to it.
+const CIRCLES: &[(&str, &[&[&str]])] = &[
+    ("protocol", &[]),
+    ("agent", &[&["control", "crashes", "process"], &["standing", "volume"]]),
+    ("tools", &[]),
+];
+
+/// Which parts of a crate each part names.
+fn arrows_of(name: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let mut arrows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (file, code) in sources(&root().join(name).join("src")) {
+        let rest = file.strip_prefix(&format!("{name}/src/")).unwrap_or(&file).to_owned();
+        let part = rest.split('/').next().unwrap_or_default().trim_end_matches(".rs").to_owned();
+        let others = named(&code).filter(|other| *other != part).map(str::to_owned);
+        arrows.entry(part.clone()).or_default().extend(others);
+    }
+    arrows
+}
+
+/// All parts that one leads to.
+fn reached(arrows: &BTreeMap<String, BTreeSet<String>>, from: &str) -> BTreeSet<String> {
+    let (mut found, mut left) = (BTreeSet::new(), vec![from.to_owned()]);
+    while let Some(part) = left.pop() {
+        let others = arrows.get(&part).into_iter().flatten().filter(|other| arrows.contains_key(*other));
+        left.extend(others.filter(|other| found.insert((*other).clone())).cloned().collect::<Vec<_>>());
+    }
+    found
+}
+
+#[test]
+fn no_part_leads_back_to_itself() {
+    for (name, known) in CIRCLES {
+        let arrows = arrows_of(name);
+        let mut circles = BTreeSet::new();
+        for part in arrows.keys() {
+            let there = reached(&arrows, part);
+            if there.contains(part) {
+                let back = there.into_iter().filter(|other| reached(&arrows, other).contains(part));
+                circles.insert(back.collect::<Vec<_>>());
+            }
+        }
+        let known: BTreeSet<Vec<String>> =
+            known.iter().map(|circle| circle.iter().map(|part| (*part).to_owned()).collect()).collect();
+        println!(
+            "{name}: {} parts, {} arrows",
+            arrows.len(),
+            arrows.values().map(BTreeSet::len).sum::<usize>()
+        );
+        assert_eq!(circles, known, "{name}");
+    }
+}
+
+/// How many fields of the three machines are bare: a number, a flag, a time or a container, which any of their methods may set.
+const BARE: &[(&str, &str, usize)] = &[
+    ("protocol/src/tracker/mod.rs", "pub struct Tracker {", 6),
+    ("protocol/src/peer/mod.rs", "pub struct Peer {", 10),
+    ("protocol/src/replica/mod.rs", "pub struct Replica {", 5),
+];
+
+#[test]
+fn machines_are_made_of_types_that_own_their_state() {
+    let bare_types = ["bool", "u32", "u64", "usize", "Time", "Duration", "Sequence", "Epoch", "Session"];
+    let containers = ["Vec<", "VecDeque<", "BTreeMap<", "BTreeSet<", "HashMap<", "HashSet<"];
+    for (file, begins, limit) in BARE {
+        let code = fs::read_to_string(root().join(file)).expect("it is there");
+        let fields = code.split(begins).nth(1).and_then(|rest| rest.split("\n}").next());
+        let fields = fields.expect("the machine stands there").lines().map(str::trim);
+        let types = fields.filter(|line| !line.starts_with("//")).filter_map(|line| line.split_once(": "));
+        let types: Vec<_> = types.map(|(field, of)| (field, of.trim_end_matches(','))).collect();
+        assert!(types.len() > *limit, "{file}: {types:?}");
+        let is_bare = |of: &str| {
+            let of = of.strip_prefix("Option<").and_then(|of| of.strip_suffix('>')).unwrap_or(of);
+            bare_types.contains(&of) || containers.iter().any(|container| of.starts_with(container))
+        };
+        let bare: Vec<_> = types.iter().filter(|(_, of)| is_bare(of)).map(|(field, _)| field).collect();
+        println!("{file}: {} fields, bare: {bare:?}", types.len());
+        assert!(bare.len() <= *limit, "{file}: {bare:?}");
+    }
 }
 
 /// The words of some code: its names, numbers and keywords.

@@ -8,7 +8,7 @@ use blockmirror_agent::transport::{
 };
 use blockmirror_protocol::disk::marker;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
-use blockmirror_protocol::promise::Given;
+use blockmirror_protocol::given::Given;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::units::{Epoch, GenerationId, Position, Sequence, Session, Stream, VolumeId};

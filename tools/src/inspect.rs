@@ -12,7 +12,7 @@ use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker, pre_images};
-use blockmirror_protocol::promise::Given;
+use blockmirror_protocol::given::Given;
 use blockmirror_protocol::terms::{DataState, Fence, Promise};
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Extent, Position};
 use clap::Args;

@@ -11,9 +11,9 @@ use blockmirror_protocol::disk::pre_images::{Batch, Entry, FIRST_BATCH};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, Key, RecoveryState, Subject};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, superblock};
+use blockmirror_protocol::given::Given;
 use blockmirror_protocol::layers::{Catalog, LayerId};
 use blockmirror_protocol::lineage::Ends;
-use blockmirror_protocol::promise::Given;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::terms::{DataState, Fence, Mode};
 use blockmirror_protocol::units::{

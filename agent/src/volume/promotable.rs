@@ -254,9 +254,9 @@ impl Applicant {
 mod tests {
     use super::*;
     use blockmirror_protocol::disk::superblock::{self, Superblock};
+    use blockmirror_protocol::given::Given;
     use blockmirror_protocol::inquiry::Inquiry;
     use blockmirror_protocol::layers::{Catalog, LayerId, Purpose};
-    use blockmirror_protocol::promise::Given;
     use blockmirror_protocol::terms::{Fence, Mode};
     use blockmirror_protocol::units::Time;
     use blockmirror_protocol::units::{

@@ -32,7 +32,7 @@
 use super::{
     MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, promise_of, raw_hosts, raw_promise, seal,
 };
-use crate::promise::Given;
+use crate::given::Given;
 use crate::terms::MEMBERS_LIMIT;
 use crate::units::{
     BlockSize, CopyId, Epoch, GenerationId, HostId, Mark, Position, Sequence, Session, VolumeId,

@@ -40,9 +40,9 @@ use super::dirty_map::Base;
 use super::{
     MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, promise_of, raw_hosts, raw_promise, seal,
 };
+use crate::given::Given;
 use crate::layers::{Catalog, Entry, LAYERS_LIMIT, LayerId, Purpose};
 use crate::lineage::{self, Ends};
-use crate::promise::Given;
 pub use crate::terms::Role;
 use crate::terms::{DataState, Fence, MEMBERS_LIMIT, Mode, Promise};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
@@ -484,7 +484,7 @@ impl Superblock {
         }
         let old_end = GenerationId(raw.old_end_generation);
         // One that a run has settled is told from what followed by the number of its own.
-        let is_told = raw.old_end_until.get() == 0 || raw.old_end_epoch.get() >> lineage::RUN_BITS != 0;
+        let is_told = raw.old_end_until.get() == 0 || raw.old_end_epoch.get() >> Epoch::RUN_BITS != 0;
         if !old_end.is_none() && is_told {
             ends.set(old_end, Epoch(raw.old_end_epoch.get().max(1)));
         }

@@ -2,8 +2,8 @@
 //! what is agreed and released, and what it has of what was written (L1, W4, D5).
 
 use super::{Action, Circumstances, Peer, Phase, State, Step, TAIL_TIME, Wants};
+use crate::given::Given;
 use crate::planted::{Bug, planted};
-use crate::promise::Given;
 use crate::ranges::ByteRange;
 use crate::terms::Mode;
 use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Time};
@@ -319,7 +319,7 @@ mod tests {
     use crate::dirty_map::DirtyMap;
     use crate::disk::dirty_map::Base;
     use crate::terms::{DataState, Fence};
-    use crate::tracker::RequestId;
+    use crate::units::RequestId;
     use crate::units::{BlockSize, CopyId, HostId, Mark, Session, VolumeId};
     use crate::wire::VERSIONS;
     use crate::wire::message::{Acknowledgement, Committed, Union, Welcome};

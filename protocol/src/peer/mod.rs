@@ -45,12 +45,13 @@ mod word;
 
 use crate::dirty_map::{DirtyMap, MapChanges};
 use crate::disk::dirty_map::Base;
+use crate::given::Given;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
-use crate::promise::{Given, Granted};
+use crate::promise::Granted;
 use crate::ranges::ByteRange;
 use crate::terms::Mode;
-use crate::tracker::RequestId;
+use crate::units::RequestId;
 use crate::units::{
     BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session, Stream, Time,
 };

@@ -1,7 +1,7 @@
 //! What the replica may count on (W4), and when it may be given something else: [`Given`] is in its map's file before it is
 //! given, and stays there until the replica has heard otherwise.
 
-use crate::promise::Given;
+use crate::given::Given;
 use crate::terms::Promise;
 use crate::units::HostId;
 

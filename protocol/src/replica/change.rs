@@ -2,10 +2,10 @@
 
 use super::consent;
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
+use crate::given::Given;
 use crate::layers::{LayerId, Purpose};
 use crate::lineage::{self, Ends};
 use crate::planted::{Bug, planted};
-use crate::promise::Given;
 use crate::terms::{DataState, Fence, Mode};
 use crate::units::{GenerationId, Position};
 

@@ -44,7 +44,7 @@ use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
 use crate::lineage;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
-use crate::promise::Held;
+use crate::promise::{Held, TooLong};
 use crate::ranges::ByteRange;
 use crate::terms::{DataState, Mode, Promise};
 use crate::units::{
@@ -295,7 +295,10 @@ impl Replica {
                 self.part();
                 Ok(())
             }
-            Message::Grant(grant) if grant.session == session => self.promise.granted(&grant),
+            Message::Grant(grant) if grant.session == session => {
+                let granted = self.promise.granted(&grant);
+                granted.map_err(|TooLong| PrimaryMisbehaved("it promises for longer than primaries do"))
+            }
             Message::AskMark(AskMark { session: theirs }) if theirs == session => {
                 self.acknowledge();
                 Ok(())

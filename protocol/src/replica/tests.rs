@@ -3,10 +3,10 @@
 use super::*;
 use crate::disk::activity_log::Recovered;
 use crate::disk::superblock::Role;
+use crate::given::Given;
 use crate::layers::Catalog;
 use crate::layers::testing::{catalog, layer};
 use crate::lineage::Ends;
-use crate::promise::Given;
 use crate::terms::Fence;
 use crate::units::{BlockSize, CopyId, GenerationId, HostId, Stream, VolumeId};
 use crate::wire::VERSIONS;

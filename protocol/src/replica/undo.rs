@@ -131,7 +131,7 @@ mod tests {
             adopted: 1,
             layers: catalog(0, 3),
             mode: Mode::Async,
-            given: crate::promise::Given::NOTHING,
+            given: crate::given::Given::NOTHING,
             released: false,
             replaced: false,
             touched: false,

@@ -4,12 +4,9 @@ use super::replies::ReplicaLoss;
 use crate::disk::activity_log::Record;
 use crate::peer;
 use crate::ranges::ByteRange;
+pub use crate::units::RequestId;
 use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Time};
 use std::time::Duration;
-
-/// Names a request of a front end.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct RequestId(pub u64);
 
 /// What an application asks for. Reads change nothing and don't come here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -5,9 +5,9 @@
 
 use super::Tracker;
 use super::replies::{Owed, ReplicaLoss};
+use crate::given::Given;
 use crate::peer::Peer;
 use crate::planted::{Bug, planted};
-use crate::promise::Given;
 use crate::terms::{Mode, Promise};
 use crate::units::{HostId, Time};
 use std::time::Duration;

@@ -4,8 +4,8 @@
 //! Tags are given here by hand and never reused, so that the order of the variants means nothing. The receiver limits
 //! the length to [`LIMIT_BYTES`] before it reads a body.
 
+use crate::given::Given;
 use crate::lineage::Ends;
-use crate::promise::Given;
 use crate::ranges::ByteRange;
 use crate::terms::{DataState, Fence, Mode, Role};
 use crate::units::{
