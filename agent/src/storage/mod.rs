@@ -18,7 +18,6 @@ mod job;
 mod kernel;
 pub mod probe;
 pub mod ring;
-mod slots;
 mod tally;
 #[cfg(test)]
 mod tests;

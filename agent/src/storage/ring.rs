@@ -23,12 +23,12 @@
 
 use super::file::File;
 use super::job::{Job, Step};
-use super::slots::Slots;
 use super::{Done, Operation, Outcome, Storage, UnderWay, kernel};
 use crate::buffer::BufferPool;
 use crate::busy_poll;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{Builder, IoUring, Probe, cqueue, opcode, squeue};
+use slab::Slab;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -163,7 +163,7 @@ impl Storage for Ring {
 
     fn oldest(&self) -> Option<UnderWay> {
         let queues = self.shared.queues.borrow();
-        let jobs = queues.jobs.values().map(|(job, _)| job);
+        let jobs = queues.jobs.iter().map(|(_, (job, _))| job);
         jobs.min_by_key(|job| job.moved()).map(Job::under_way)
     }
 
@@ -190,13 +190,13 @@ impl Shared {
         for (done, outcome) in finished {
             done(outcome);
         }
-        if self.queues.borrow().jobs.len() > 0 {
+        if !self.queues.borrow().jobs.is_empty() {
             return Poll::Pending;
         }
         for idle in self.idle.take() {
             idle();
         }
-        let may_end = self.driver.closing.get() && self.queues.borrow().jobs.len() == 0;
+        let may_end = self.driver.closing.get() && self.queues.borrow().jobs.is_empty();
         if may_end { Poll::Ready(()) } else { Poll::Pending }
     }
 }
@@ -247,7 +247,7 @@ fn check_operations(ring: &IoUring) -> Result<(), RingError> {
 /// The jobs, and where each of them is.
 struct Queues {
     ring: IoUring,
-    jobs: Slots<(Job, Done)>,
+    jobs: Slab<(Job, Done)>,
     /// Jobs whose next step is to be made.
     waiting: VecDeque<usize>,
     /// How many steps the kernel has, or is about to get.
@@ -261,7 +261,7 @@ impl Queues {
     fn new(ring: IoUring) -> Self {
         Self {
             ring,
-            jobs: Slots::default(),
+            jobs: Slab::new(),
             waiting: VecDeque::new(),
             in_flight: 0,
             finished: Vec::new(),
@@ -297,7 +297,7 @@ impl Queues {
         let mut copied = 0;
         while self.in_flight < COMPLETIONS as usize && copied < BYTES_ON_THE_SPOT {
             let Some(&index) = self.waiting.front() else { return };
-            let (job, _) = self.jobs.get_mut(index);
+            let (job, _) = &mut self.jobs[index];
             match job.step() {
                 None => self.go_on(index),
                 Some(step) if job.is_in_memory() => {
@@ -322,7 +322,7 @@ impl Queues {
 
     /// A step of a job ended: the next one waits for its turn, or the job is done.
     fn go_on(&mut self, index: usize) {
-        let (job, _) = self.jobs.get_mut(index);
+        let (job, _) = &mut self.jobs[index];
         if job.step().is_some() {
             self.waiting.push_back(index);
         } else {
@@ -369,7 +369,7 @@ impl Queues {
                 result => Ok(result as usize),
             };
             self.in_flight -= 1;
-            let (job, _) = self.jobs.get_mut(index);
+            let (job, _) = &mut self.jobs[index];
             job.ended(result);
             self.go_on(index);
         }

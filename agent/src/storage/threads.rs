@@ -5,11 +5,11 @@
 
 use super::file::File;
 use super::job::{Job, Step};
-use super::slots::Slots;
 use super::{Done, Operation, Storage, UnderWay, kernel};
 use crate::buffer::BufferPool;
 use crate::busy_poll;
 use crate::crashes::Worker;
+use slab::Slab;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
@@ -36,7 +36,7 @@ pub struct Threads {
 struct Shared {
     work: Arc<Work>,
     threads: RefCell<Vec<JoinHandle<()>>>,
-    done: RefCell<Slots<Done>>,
+    done: RefCell<Slab<Done>>,
     /// No longer than what the callers have under way.
     finished: RefCell<UnboundedReceiver<(usize, Job)>>,
     idle: RefCell<Vec<Box<dyn FnOnce()>>>,
@@ -165,13 +165,13 @@ impl Shared {
             let done = self.done.borrow_mut().remove(index);
             done(job.finish());
         }
-        if self.done.borrow().len() > 0 {
+        if !self.done.borrow().is_empty() {
             return Poll::Pending;
         }
         for idle in self.idle.take() {
             idle();
         }
-        let may_end = self.closing.get() && self.done.borrow().len() == 0;
+        let may_end = self.closing.get() && self.done.borrow().is_empty();
         if may_end { Poll::Ready(()) } else { Poll::Pending }
     }
 

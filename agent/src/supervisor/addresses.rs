@@ -32,7 +32,7 @@ pub(super) fn is_local(address: IpAddr) -> bool {
     }
 }
 
-/// The addresses of all interfaces that are up (getifaddrs(3)).
+/// The addresses of all interfaces that are up (getifaddrs(3)), which none of the crates in use asks for.
 fn interface_addresses() -> Vec<IpAddr> {
     let mut list: *mut libc::ifaddrs = std::ptr::null_mut();
     // SAFETY: the call fills `list` with a list that is ours until freeifaddrs below.

@@ -24,6 +24,7 @@ use crate::device::row::Row;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
 use blockmirror_protocol::nbd::Malformed;
 use blockmirror_protocol::nbd::transmission::{CommandKind, Failure, REQUEST_BYTES, RequestHeader};
+use slab::Slab;
 use std::cell::RefCell;
 use std::future::Future;
 use std::io;
@@ -200,7 +201,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn is_at_limit(&self) -> bool {
-        self.submitted.count + self.outgoing.len() >= REQUEST_LIMIT || self.memory.bytes() >= BYTE_LIMIT
+        self.submitted.count() + self.outgoing.len() >= REQUEST_LIMIT || self.memory.bytes() >= BYTE_LIMIT
     }
 
     /// Gives back the memory of replies that are written.
@@ -318,7 +319,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
-                Stuck::Ended if sent && self.submitted.count == 0 => {
+                Stuck::Ended if sent && self.submitted.count() == 0 => {
                     // The client has left, so it does not matter what becomes of the goodbye.
                     let _ = ready!(Pin::new(&mut self.socket).poll_shutdown(cx));
                     return Poll::Ready(Ok(()));
@@ -353,31 +354,25 @@ impl<S> Drop for Connection<S> {
 /// The requests that the volume has, each under the key that the volume knows it by.
 #[derive(Default)]
 struct Submitted {
-    slots: Vec<Option<RequestHeader>>,
-    free: Vec<usize>,
-    count: usize,
+    requests: Slab<RequestHeader>,
     bytes: u64,
 }
 
 impl Submitted {
     fn insert(&mut self, request: RequestHeader) -> u64 {
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
-        self.slots[slot] = Some(request);
-        self.count += 1;
         self.bytes += memory_bytes(&request);
-        slot as u64
+        self.requests.insert(request) as u64
     }
 
+    /// Takes a request out that the volume has answered, which it does once.
     fn remove(&mut self, key: u64) -> RequestHeader {
-        let slot = key as usize;
-        let request = self.slots[slot].take().expect("the volume answers each request once");
-        self.free.push(slot);
-        self.count -= 1;
+        let request = self.requests.remove(key as usize);
         self.bytes -= memory_bytes(&request);
         request
+    }
+
+    fn count(&self) -> usize {
+        self.requests.len()
     }
 }
 

@@ -58,7 +58,7 @@ pub(super) struct Blocks {
 
 struct Free {
     class: Class,
-    /// The last one is used next.
+    /// The last one is used next. No slab: the blocks lie in shared memory, and a successor finds some in use.
     indices: Vec<usize>,
     /// Which blocks have memory, and how many of the free ones do.
     has_memory: Vec<bool>,

@@ -153,6 +153,7 @@ pub struct Table {
     memory: Arc<Memory>,
     blocks: Arc<Blocks>,
     held: Vec<Held>,
+    /// No slab: a request may have any slot of the memory that a predecessor left, and there are never more.
     free: Vec<Slot>,
     next_sequence: u64,
     /// Where the next payload is read into.
