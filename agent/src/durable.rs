@@ -1,10 +1,11 @@
-//! Small files that are replaced whole: after a crash a file has its old content or its new one, never a mixture.
+//! Small files that are replaced whole: a reader finds the old content or the new one, never a mixture.
 //!
-//! The new content goes to a file beside the old one, is made durable, and takes the name in one step; the folder is
-//! synced last, so that success means the name is durable too. A crash may leave the file beside, which the next
-//! write removes. Files are readable by their owner alone: what is kept this way is secret.
+//! The new content goes to a file beside the old one and takes the name in one step. Where it is to outlive a crash of the
+//! system, it is made durable before that, and the folder is synced last, so that success means the name is durable too.
+//! A crash may leave the file beside, which nobody reads. Files are readable by their owner alone, unless the function's
+//! name says otherwise: much of what is kept this way is secret.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -14,8 +15,35 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// The kernel's error; the file then has its old content or, where only the last step failed, its new one.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let beside = write_beside(path, content)?;
-    std::fs::rename(beside, path)?;
+    Beside::write(path, content, Readers::Owner)?.publish_durably()
+}
+
+/// As [`replace`], with a file that others may read, as far as the process's mask lets them.
+///
+/// # Errors
+/// As [`replace`].
+pub fn replace_for_all_to_read(path: &Path, content: &[u8]) -> io::Result<()> {
+    Beside::write(path, content, Readers::Others)?.publish_durably()
+}
+
+/// As [`replace_for_all_to_read`], for what is of no use after the system has restarted: nothing is synced.
+///
+/// # Errors
+/// The kernel's error; the file then has its old content.
+pub fn replace_until_restart(path: &Path, content: &[u8]) -> io::Result<()> {
+    Beside::write(path, content, Readers::Others)?.publish()
+}
+
+/// Creates the file at `path` unless there is one already.
+///
+/// # Errors
+/// `AlreadyExists` where there is one, which is left as it is; otherwise the kernel's error.
+pub fn create(path: &Path, content: &[u8]) -> io::Result<()> {
+    let beside = Beside::write(path, content, Readers::Owner)?;
+    beside.file.sync_all()?;
+    let linked = fs::hard_link(&beside.path, path);
+    fs::remove_file(&beside.path)?;
+    linked?;
     sync_folder_of(path)
 }
 
@@ -24,42 +52,87 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// What the kernel said.
 pub fn remove(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
+    match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed.and_then(|()| sync_folder_of(path)),
     }
 }
 
-/// Creates the file at `path` unless there is one already.
+/// Makes durable which names there are in the folder of a file.
 ///
 /// # Errors
-/// `AlreadyExists` where there is one, which is left as it is; otherwise the kernel's error.
-pub fn create(path: &Path, content: &[u8]) -> io::Result<()> {
-    let beside = write_beside(path, content)?;
-    let linked = std::fs::hard_link(&beside, path);
-    std::fs::remove_file(&beside)?;
-    linked?;
-    sync_folder_of(path)
-}
-
-/// Two processes never share the file beside, so neither can publish the other's half-written content.
-fn write_beside(path: &Path, content: &[u8]) -> io::Result<PathBuf> {
-    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-    name.push(format!(".new-{}", std::process::id()));
-    let beside = path.with_file_name(name);
-    // Whatever is there, left by a crash or put there by somebody who may write to the folder, is neither followed nor
-    // written to.
-    remove(&beside)?;
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
-    file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    Ok(beside)
-}
-
-fn sync_folder_of(path: &Path) -> io::Result<()> {
+/// What the kernel said.
+pub fn sync_folder_of(path: &Path) -> io::Result<()> {
+    // The folder of a relative path of one part is the empty path.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(folder)?.sync_all()
+}
+
+/// Who may read a file besides its owner.
+#[derive(Clone, Copy)]
+enum Readers {
+    Owner,
+    Others,
+}
+
+/// New content beside the file whose place it is to take. Until it is published, what was there before is as it was.
+pub struct Beside<'a> {
+    file: File,
+    path: PathBuf,
+    place: &'a Path,
+}
+
+impl<'a> Beside<'a> {
+    /// New content that is of no use after the system has restarted, for a caller who does something with the file before it is
+    /// published.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub fn until_restart(place: &'a Path, content: &[u8]) -> io::Result<Self> {
+        Self::write(place, content, Readers::Others)
+    }
+
+    /// Two processes never share the file beside, so neither can publish the other's half-written content.
+    fn write(place: &'a Path, content: &[u8], readers: Readers) -> io::Result<Self> {
+        let mut name = place.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        name.push(format!(".new-{}", std::process::id()));
+        let path = place.with_file_name(name);
+        // Whatever is there, left by a crash or put there by somebody who may write to the folder, is neither followed nor
+        // written to.
+        remove(&path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true);
+        let mut file = match readers {
+            Readers::Owner => options.mode(0o600).open(&path)?,
+            Readers::Others => options.open(&path)?,
+        };
+        if matches!(readers, Readers::Owner) {
+            file.set_permissions(fs::Permissions::from_mode(0o600))?;
+        }
+        file.write_all(content)?;
+        Ok(Self { file, path, place })
+    }
+
+    /// The file, open for reading and writing.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// It takes its place. A crash of the system may leave the place empty, or with a part of the content.
+    ///
+    /// # Errors
+    /// The kernel's error; what was there before is there still.
+    pub fn publish(self) -> io::Result<()> {
+        fs::rename(&self.path, self.place)
+    }
+
+    fn publish_durably(self) -> io::Result<()> {
+        self.file.sync_all()?;
+        let place = self.place;
+        self.publish()?;
+        sync_folder_of(place)
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! second since 1970. Nothing but words depends on it. So it is written behind the back of whoever begins a generation,
 //! without a sync; where a crash took a line, the time is not known.
 
+use crate::durable;
 use crate::quantity::unix_seconds;
 use blockmirror_protocol::units::GenerationId;
 use std::collections::HashMap;
@@ -28,7 +29,7 @@ pub fn note(folder: &Path, generation: GenerationId) -> io::Result<()> {
     if known.len() > LIMIT_BYTES {
         let newer = &known[known.len() / 2..];
         let line = newer.iter().position(|byte| *byte == b'\n').map_or(newer.len(), |end| end + 1);
-        std::fs::write(&path, &newer[line..])?;
+        durable::replace(&path, &newer[line..])?;
     }
     let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
     // One write, so that two of them don't mix.

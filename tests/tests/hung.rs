@@ -228,19 +228,17 @@ fn a_state_folder_that_hangs_stops_only_who_needs_it() {
 /// The file of a volume was written under the lock that status and the stop of the agent need.
 #[test]
 fn a_configuration_that_hangs_stops_only_who_changes_it() {
-    require!("root", "qemu-storage-daemon");
-    let mirror = Mirror::new(8 * MIB, "nbd", &["b"]);
-    let Mirror { primary: mut host, replicas, folder } = mirror;
-    let file = Hanging::new(&folder, "a/config/volumes/.data.toml.new", 4096);
-    file.stall();
+    require!("root", "mkfs.ext4", "fsfreeze");
+    let (mut mirror, mounted) = with_config_disk(&["b"]);
+    let frozen = Frozen::new(mounted.path());
+    let host = &mirror.primary;
     let waiting: Vec<Running> = (0..3).map(|_| host.begin(&["pause", "data", "b"])).collect();
     host.refuse(&["pause", "data", "b"], 1, &["config/volumes/data.toml does not answer"]);
     assert_eq!(host.status().state, VolumeState::Healthy);
     let mut client = Client::connect(&host.socket()).expect("it is served");
     client.write_durably(0, &[1; 4096]).expect("it is written");
-    drop((client, waiting));
-    host.stop();
-    drop((file, replicas));
+    drop((client, waiting, frozen));
+    mirror.primary.stop();
 }
 
 /// A file system that writes nothing as long as this lives.

@@ -4,10 +4,11 @@
 //! A crash in the middle leaves the old file, and a leftover that is not read and that the next save overwrites.
 
 use super::{AgentConfig, Contradiction, Mistake, Name, VolumeConfig};
+use crate::durable::{replace_for_all_to_read, sync_folder_of};
 use serde::de::DeserializeOwned;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// What a saved volume's file begins with.
@@ -135,7 +136,7 @@ impl ConfigFolder {
             toml::to_string(volume).map_err(|source| Mistake::Unwritable { path: path.clone(), source })?;
         let folder = self.volumes_path();
         create_folder(&folder).map_err(|source| io_mistake("create", &folder, source))?;
-        replace(&folder, &path, format!("{HEADER}{text}").as_bytes())
+        replace_for_all_to_read(&path, format!("{HEADER}{text}").as_bytes())
             .map_err(|source| io_mistake("write", &path, source))
     }
 }
@@ -179,21 +180,5 @@ fn create_folder(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    path.parent().map_or(Ok(()), sync_folder)
-}
-
-fn replace(folder: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
-    let name = path.file_name().expect("a volume's file has a name").to_string_lossy();
-    let beside = folder.join(format!(".{name}.new"));
-    let mut file = fs::File::create(&beside)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
-    sync_folder(folder)
-}
-
-fn sync_folder(path: &Path) -> io::Result<()> {
-    // The parent of a relative path of one part is the empty path.
-    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-    fs::File::open(path)?.sync_all()
+    sync_folder_of(path)
 }

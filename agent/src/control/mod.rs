@@ -10,6 +10,7 @@ pub mod api;
 mod server;
 pub mod verbs;
 
+use crate::durable;
 use crate::process::open_lock;
 use api::AgentRecord;
 use rustix::fs::{FlockOperation, Mode, fchmod, flock};
@@ -115,9 +116,7 @@ fn lock(run: &Path) -> Result<File, ControlError> {
 }
 
 fn write_record(path: &Path, record: &AgentRecord) -> io::Result<()> {
-    let beside = path.with_extension("json.new");
-    std::fs::write(&beside, serde_json::to_vec_pretty(record)?)?;
-    std::fs::rename(&beside, path)
+    durable::replace_until_restart(path, &serde_json::to_vec_pretty(record)?)
 }
 
 /// Listens at `path` in place of whatever socket is there.

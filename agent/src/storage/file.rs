@@ -14,6 +14,7 @@ use super::users::{self, User};
 use super::zeroing::can_punch_beyond;
 use super::{Tally, Writes, claim, direct};
 use crate::blocking::blocking;
+use crate::durable::sync_folder_of;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::SECTOR_BYTES;
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, fallocate, seek, statx};
@@ -577,8 +578,7 @@ fn create(path: &Path, fill: impl FnOnce(&mut fs::File) -> io::Result<()>) -> Re
         io::ErrorKind::AlreadyExists => OpenError::Exists { path: path.to_path_buf() },
         _ => about.cannot("create")(error),
     })?;
-    let made =
-        fill(&mut file).and_then(|()| file.sync_all()).and_then(|()| fs::File::open(folder)?.sync_all());
+    let made = fill(&mut file).and_then(|()| file.sync_all()).and_then(|()| sync_folder_of(path));
     if made.is_err() {
         // What went wrong first is what matters; the file that couldn't be made may also refuse to be removed.
         let _ = fs::remove_file(path);

@@ -9,9 +9,10 @@
 //! Each field is right by itself at each instant. A text follows, which says what the page is of.
 
 use super::job::Step;
+use crate::durable::Beside;
 use rustix::mm::{MapFlags, ProtFlags, mlock, mmap, munmap};
 use std::ffi::c_void;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::Path;
 use std::ptr::{NonNull, null_mut};
@@ -74,18 +75,15 @@ impl Tally {
         content.extend_from_slice(of.as_bytes());
         assert!(content.len() < PAGE_BYTES, "a name is shorter than a page");
         content.resize(PAGE_BYTES, 0);
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(".new");
-        fs::write(&beside, content)?;
-        let file = File::options().read(true).write(true).open(&beside)?;
+        let beside = Beside::until_restart(path, &content)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at a place of the kernel's choice replaces nothing.
-        let start = unsafe { mmap(null_mut(), PAGE_BYTES, protection, MapFlags::SHARED, &file, 0) }?;
+        let start = unsafe { mmap(null_mut(), PAGE_BYTES, protection, MapFlags::SHARED, beside.file(), 0) }?;
         let page = NonNull::new(start.cast::<Page>()).ok_or(io::ErrorKind::OutOfMemory)?;
         let tally = Self { page };
         // SAFETY: this is the mapping. Where its page may not be locked it may be read from the file once more.
         let _ = unsafe { mlock(start, PAGE_BYTES) };
-        fs::rename(&beside, path)?;
+        beside.publish()?;
         Ok(tally)
     }
 
