@@ -7,7 +7,7 @@
 use crate::config::{Name, PeerConfig, VolumeConfig};
 use crate::generations;
 use crate::stored;
-use crate::transport::Peers;
+use crate::transport::{AskError, Peers};
 use crate::volume::Service;
 use crate::words::with_name;
 use blockmirror_protocol::disk::superblock::Role;
@@ -113,7 +113,7 @@ pub async fn ask(peers: &Peers, volume: VolumeId, peer: &PeerConfig, limit: Dura
     let conversation = converse(peers, peer, AskStanding { volume }.into());
     match tokio::time::timeout(limit, conversation).await {
         Err(_) => Err("it does not answer".to_owned()),
-        Ok(Err(text)) => Err(text),
+        Ok(Err(error)) => Err(with_name(&error, peer.host, &peer.name)),
         Ok(Ok(Message::Standing(standing))) => Ok(standing),
         Ok(Ok(Message::Refused(no))) => Err(no.text),
         Ok(Ok(_)) => Err("it answered with something else; is it of another version?".to_owned()),
@@ -123,19 +123,19 @@ pub async fn ask(peers: &Peers, volume: VolumeId, peer: &PeerConfig, limit: Dura
 /// Puts a question to a host, which may be put twice, and gives its answer.
 ///
 /// # Errors
-/// What became of the connection, in words.
-async fn converse(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, String> {
-    let answered = peers.ask(peer.host, &addresses(peer), &message).await;
-    answered.map(|(_, answer)| answer).map_err(|error| with_name(&error, peer.host, &peer.name))
+/// [`AskError`].
+async fn converse(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, AskError> {
+    let (_, answer) = peers.ask(peer.host, &addresses(peer), &message).await?;
+    Ok(answer)
 }
 
 /// Tells a host to do something, once, and gives its answer.
 ///
 /// # Errors
-/// What became of the connection, in words: the host may have done it all the same.
-pub async fn order(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, String> {
-    let answered = peers.ask_once(peer.host, &addresses(peer), &message).await;
-    answered.map(|(_, answer)| answer).map_err(|error| with_name(&error, peer.host, &peer.name))
+/// [`AskError`]: the host may have done it all the same.
+pub async fn order(peers: &Peers, peer: &PeerConfig, message: Message) -> Result<Message, AskError> {
+    let (_, answer) = peers.ask_once(peer.host, &addresses(peer), &message).await?;
+    Ok(answer)
 }
 
 fn addresses(peer: &PeerConfig) -> Vec<String> {

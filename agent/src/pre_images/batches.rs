@@ -1,9 +1,9 @@
 //! Batches on their way to the end of a layer's file, one durable after the other.
 
-use super::{SaveError, Shortage, is_no_space};
+use super::{SaveError, Shortage};
 use crate::buffer::{Buffer, BufferPool};
 use crate::storage::file::File;
-use crate::storage::{self, Storage};
+use crate::storage::{self, Cause, Storage};
 use blockmirror_protocol::disk::PAGE_BYTES;
 use blockmirror_protocol::disk::pre_images::{BATCH_LIMIT_BYTES, Batch, ENTRIES, Entry};
 use blockmirror_protocol::layers::LayerId;
@@ -59,12 +59,14 @@ impl<'a> Batches<'a> {
             return Err(Shortage::Limit { limit_bytes: self.target.limit_bytes }.into());
         }
         let content = self.content().freeze();
-        storage::write(storage, file, self.next.at, content, true).await.map_err(
-            |error| match is_no_space(&error.source) {
-                true => Shortage::Disk { path: file.path().to_owned(), source: error.source }.into(),
-                false => SaveError::Storage(error),
-            },
-        )?;
+        storage::write(storage, file, self.next.at, content, true).await.map_err(|error| {
+            match error.cause() {
+                Cause::NoSpace => {
+                    Shortage::Disk { path: file.path().to_owned(), source: error.source }.into()
+                }
+                Cause::Absent | Cause::Other => SaveError::Storage(error),
+            }
+        })?;
         let Batch { layer, serial, .. } = self.next;
         self.next = Batch { layer, serial: serial + 1, at: self.next.end(), entries: Vec::new() };
         self.data.clear();

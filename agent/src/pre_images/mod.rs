@@ -31,7 +31,7 @@ pub use layer::{Contents, Layer, PreImage};
 use crate::buffer::BufferPool;
 use crate::durable;
 use crate::storage::file::{File, OpenError};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Cause, Storage};
 use crate::stored::{self, Ending};
 use blockmirror_protocol::disk::pre_images::{self, FIRST_BATCH, Header};
 use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES};
@@ -164,7 +164,7 @@ impl PreImages {
         let about = path.clone();
         let made = aside(move || File::create_metadata(about, FIRST_BATCH)).await;
         let file = Rc::new(made.map_err(|error| match error {
-            OpenError::Io { path, source, .. } if is_no_space(&source) => {
+            OpenError::Io { path, source, .. } if Cause::of(&source) == Cause::NoSpace => {
                 Shortage::Disk { path, source }.into()
             }
             error => LayerError::Open(error),
@@ -279,10 +279,6 @@ fn read_header(path: &Path, layer: LayerId) -> Result<Header, LayerError> {
 
 fn cannot(operation: &'static str, path: &Path, source: io::Error) -> LayerError {
     LayerError::Io { operation, path: path.to_owned(), source }
-}
-
-fn is_no_space(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 /// Does what waits for the file system without keeping the volume's thread.

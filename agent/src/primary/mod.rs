@@ -18,7 +18,7 @@ use crate::device::{Answer, Errno, Reply};
 use crate::metadata::State;
 use crate::quantity::unix_seconds;
 use crate::storage::file::File;
-use crate::storage::{self, Operation, Storage};
+use crate::storage::{self, Cause, Operation, Storage};
 use crate::troubles::{Kind, Troubles};
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
@@ -38,7 +38,7 @@ use blockmirror_protocol::wire::message::{Member, Members, Message};
 use bytes::Bytes;
 pub use link::{Link, LinkState, Split};
 use link::{LinkQueues, Queued};
-use requests::{how_ended, is_full};
+use requests::how_ended;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
@@ -695,7 +695,7 @@ impl Primary {
             // A zeroing makes no sync, so what it fails for is its own.
             let has_own_reason = is_zero || primary.backing.is_direct();
             let ended = how_ended(&outcome, durable, has_own_reason);
-            let found_no_room = outcome.as_ref().is_err_and(is_full);
+            let found_no_room = outcome.as_ref().is_err_and(|error| error.cause() == Cause::NoSpace);
             let written = primary.note(outcome);
             if written && is_zero && durable {
                 // A zeroing has no durable form of its own.

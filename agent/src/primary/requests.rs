@@ -4,7 +4,7 @@
 use super::{Inner, Pending, Primary};
 use crate::content::allocation;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
-use crate::storage::{self, Operation};
+use crate::storage::{self, Cause, Operation};
 use crate::troubles::Kind;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::tracker::{LocalWrite, RequestId, Work};
@@ -121,14 +121,11 @@ pub(super) fn how_ended(outcome: &storage::Outcome, durable: bool, has_own_reaso
         Ok(_) => LocalWrite::Written,
         // The kernel doesn't tell whether a durable write or its sync failed. A full disk is the former, but for the
         // cache: its sync tells of earlier writes that found no room, and tells it once.
-        Err(error) if durable && !(has_own_reason && is_full(error)) => LocalWrite::NotDurable,
+        Err(error) if durable && !(has_own_reason && error.cause() == Cause::NoSpace) => {
+            LocalWrite::NotDurable
+        }
         Err(_) => LocalWrite::Failed,
     }
-}
-
-/// Whether an operation failed because there was no room for it.
-pub(super) fn is_full(error: &storage::Error) -> bool {
-    matches!(error.source.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 /// A reply that goes out after the call that caused it has returned.

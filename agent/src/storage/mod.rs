@@ -10,6 +10,7 @@
 //! submitted there, and their outcomes arrive there.
 
 mod calls;
+mod cause;
 mod claim;
 mod direct;
 pub mod faults;
@@ -31,6 +32,7 @@ use crate::buffer::Buffer;
 use blockmirror_protocol::ranges::ByteRange;
 use bytes::Bytes;
 pub use calls::{drain, read, sync, write, zero};
+pub use cause::Cause;
 use file::File;
 use ring::Ring;
 use std::io;
@@ -93,6 +95,14 @@ pub struct Error {
     pub offset: u64,
     /// What the kernel said.
     pub source: io::Error,
+}
+
+impl Error {
+    /// What kind of thing went wrong.
+    #[must_use]
+    pub fn cause(&self) -> Cause {
+        Cause::of(&self.source)
+    }
 }
 
 /// A call to the kernel that has not come back yet.

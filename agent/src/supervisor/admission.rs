@@ -332,7 +332,10 @@ impl Supervisor {
         .await?;
         let handle = self.handle_of(&config.name).await?;
         let added = handle.answer(|answer| Ask::AddPeer(peer, answer)).await;
-        let added = added.unwrap_or_else(|| Err("the volume's thread has ended".to_owned())).map_err(failed);
+        let added = match added {
+            Some(added) => added.map_err(|error| failed(with_causes(&error))),
+            None => Err(failed("the volume's thread has ended")),
+        };
         if added.is_err() && is_new {
             // Nothing of it is left there, so nothing of it is left here.
             let removed = config.removal_of(host).cloned();

@@ -7,6 +7,7 @@
 use super::connection::Connection;
 use super::endpoint::Dialler;
 use super::tls;
+use crate::words::with_causes;
 use blockmirror_protocol::units::HostId;
 use std::fmt;
 use std::io;
@@ -89,12 +90,7 @@ impl fmt::Display for Joined<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, attempt) in self.0.iter().enumerate() {
             let separator = if index == 0 { "" } else { "; " };
-            write!(f, "{separator}{}: {}", attempt.address, attempt.error)?;
-            let mut source = std::error::Error::source(&attempt.error);
-            while let Some(error) = source {
-                write!(f, ": {error}")?;
-                source = error.source();
-            }
+            write!(f, "{separator}{}: {}", attempt.address, with_causes(&attempt.error))?;
         }
         Ok(())
     }

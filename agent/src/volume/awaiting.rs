@@ -12,16 +12,16 @@ use crate::buffer::BufferPool;
 use crate::config::VolumeConfig;
 use crate::control::api::{Awaited, Grown, Hung, Panics, Shrunk};
 use crate::storage::file::{Access, File, OpenError};
-use crate::storage::{self, Storage, UnderWay};
+use crate::storage::{self, Cause, Storage, UnderWay};
 use crate::system;
-use crate::volume::opening::Others;
+use crate::volume::opening::{NotOpened, Others};
 use crate::words::with_causes;
 use blockmirror_protocol::ranges::ByteRange;
 use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -55,9 +55,9 @@ pub(super) enum Unopened {
     Panicked(Panics, String),
 }
 
-impl From<String> for Unopened {
-    fn from(text: String) -> Self {
-        Self::Failed(text)
+impl From<NotOpened> for Unopened {
+    fn from(error: NotOpened) -> Self {
+        Self::Failed(with_causes(&error))
     }
 }
 
@@ -69,6 +69,13 @@ impl Unopened {
             }
         }
     }
+}
+
+/// A disk that is there, and silent.
+#[derive(Debug, thiserror::Error)]
+#[error("{} does not answer", path.display())]
+pub(super) struct NoAnswer {
+    path: PathBuf,
 }
 
 /// What a volume that is not open waits for.
@@ -231,11 +238,11 @@ impl Volume {
     }
 
     /// Why nothing can be handed over: the disk does not answer.
-    pub(super) async fn must_answer(&self, limit: Duration) -> Result<(), String> {
+    pub(super) async fn must_answer(&self, limit: Duration) -> Result<(), NoAnswer> {
         let Some(disk) = &self.disk else { return Ok(()) };
         match disk.answers(limit).await {
             true => Ok(()),
-            false => Err(format!("{} does not answer", disk.backing.path().display())),
+            false => Err(NoAnswer { path: disk.backing.path().to_owned() }),
         }
     }
 }
@@ -254,7 +261,7 @@ fn look(config: &VolumeConfig, state_folder: &Path) -> Result<File, Looked> {
     }
     let file = File::open_backing(path, Access::ReadWrite).map_err(|error| match error {
         error if error.is_claimed() => Looked::Claimed(error),
-        OpenError::Io { source, .. } if is_absence(&source) => {
+        OpenError::Io { source, .. } if Cause::of(&source) == Cause::Absent => {
             Looked::Unopened(Unopened::Awaited(format!("{} is a device without a disk", path.display())))
         }
         error => Looked::Unopened(Unopened::Failed(with_causes(&error))),
@@ -280,10 +287,6 @@ fn not_there(path: &Path) -> Option<String> {
     let is_empty =
         status.file_type().is_block_device() && system::size_bytes(status.rdev()).unwrap_or(0) == 0;
     is_empty.then(|| format!("{} is a device without a disk", path.display()))
-}
-
-fn is_absence(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM))
 }
 
 /// An open backing, to see whether it answers.

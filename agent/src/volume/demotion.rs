@@ -10,7 +10,7 @@ use crate::control::api::Failure;
 use crate::device::openers::BETWEEN_LOOKS;
 use crate::primary::{Link, Primary};
 use crate::standing;
-use crate::words::with_causes;
+use crate::words::{with_causes, with_name};
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::handover::{Event as Came, Handover, Outcome, Reason, Step};
 use blockmirror_protocol::replica::consent;
@@ -163,10 +163,10 @@ impl Volume {
     /// as udev does with each device that was closed after a write, is waited for; whoever stays is named at once.
     async fn vacate(&mut self, since: Option<Instant>) -> Result<(), NotNow> {
         self.demotable().map_err(NotNow::Refused)?;
-        if let Err(text) = self.must_answer(ANSWER_TIME).await {
+        if let Err(silent) = self.must_answer(ANSWER_TIME).await {
             let volume = self.name();
             return Err(NotNow::Refused(refused(format!(
-                "{text}, so nothing can be handed over in order; on a replica: blockmirror promote {volume}"
+                "{silent}, so nothing can be handed over in order; on a replica: blockmirror promote {volume}"
             ))));
         }
         let mut users = self.devices.users().await;
@@ -301,7 +301,7 @@ async fn take_over(hands: &Hands, peer: &PeerConfig) -> (Came, String) {
         }
         Ok(Ok(Message::Refused(no))) => (Came::Refused, no.text),
         Ok(Ok(_)) => (Came::Unanswered, "it answered with something else".to_owned()),
-        Ok(Err(text)) => (Came::Unanswered, text),
+        Ok(Err(error)) => (Came::Unanswered, with_name(&error, peer.host, &peer.name)),
         Err(_) => (Came::Unanswered, "it does not answer".to_owned()),
     }
 }

@@ -134,7 +134,7 @@ pub enum Ask {
     /// A host is a peer no more: nothing is kept for it. Answered when it was told, if it could be.
     Part(HostId, oneshot::Sender<()>),
     /// A replica joined.
-    AddPeer(PeerConfig, oneshot::Sender<Result<(), String>>),
+    AddPeer(PeerConfig, oneshot::Sender<Result<(), NotAdded>>),
     /// The configuration changed: peers were paused or resumed, or have other addresses or modes.
     Configure(Box<VolumeConfig>),
     /// Others reach this host at these addresses now.
@@ -161,6 +161,29 @@ pub enum Ask {
     TakeOver(HostId, ControlSender),
     /// Stop serving, in order.
     Stop(oneshot::Sender<()>),
+}
+
+/// Why a host that joined is not mirrored to.
+#[derive(Debug, thiserror::Error)]
+pub enum NotAdded {
+    /// What there was of it goes first.
+    #[error("this host is just being removed from the volume; try again in a moment")]
+    BeingRemoved,
+    /// This host is no primary that counts.
+    #[error("another host was promoted; use a token that it made")]
+    Superseded,
+    /// This host is no primary.
+    #[error("only a primary takes replicas in")]
+    Replica,
+    /// The volume is not open, for this reason.
+    #[error("the primary's volume is not open: {0}")]
+    Closed(String),
+    /// The volume's role is just being changed.
+    #[error("the primary is just {0}; try again later")]
+    Changing(&'static str),
+    /// There is no map for it.
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 /// What a volume serves to applications.
@@ -637,25 +660,23 @@ impl Volume {
     }
 
     /// Sees to it that a host that joined is mirrored to.
-    async fn add_peer(&mut self, peer: PeerConfig) -> Result<(), String> {
+    async fn add_peer(&mut self, peer: PeerConfig) -> Result<(), NotAdded> {
         match &self.role {
             OpenRole::Primary(_, links) if links.contains_key(&peer.host) => return Ok(()),
             OpenRole::Primary(primary, _) if primary.has_peer(peer.host) => {
-                return Err(
-                    "this host is just being removed from the volume; try again in a moment".to_owned()
-                );
+                return Err(NotAdded::BeingRemoved);
             }
             OpenRole::Primary(primary, _) if primary.superseded().is_some() => {
-                return Err("another host was promoted; use a token that it made".to_owned());
+                return Err(NotAdded::Superseded);
             }
             OpenRole::Primary(..) => {}
-            OpenRole::Replica(_) => return Err("only a primary takes replicas in".to_owned()),
-            OpenRole::Closed(text) => return Err(format!("the primary's volume is not open: {text}")),
+            OpenRole::Replica(_) => return Err(NotAdded::Replica),
+            OpenRole::Closed(text) => return Err(NotAdded::Closed(text.clone())),
             OpenRole::Changing(change) => {
-                return Err(format!("the primary is just {}; try again later", change.words));
+                return Err(NotAdded::Changing(change.words));
             }
         }
-        self.link_new(&peer).await.map_err(|error| with_causes(&error))
+        Ok(self.link_new(&peer).await?)
     }
 
     /// Sees to it that every host of the configuration is mirrored to: the save of one that joined may have come later than

@@ -9,20 +9,19 @@ use super::changes::Event;
 use super::promotable::heard;
 use super::{Learned, OpenRole, Touched, Volume};
 use crate::adoption;
-use crate::backing;
+use crate::backing::{self, BackingError};
 use crate::blocking::blocking;
 use crate::config::VolumeConfig;
 use crate::crashes;
 use crate::export::Export;
 use crate::holding::{Holding, Notes, SMALLER};
-use crate::metadata::State;
+use crate::metadata::{State, StateError};
 use crate::primary::Primary;
-use crate::replica::Replica;
+use crate::replica::{OpenReplicaError, Replica};
 use crate::standing;
 use crate::storage::file::File;
 use crate::storage::{self, Storage};
 use crate::volume::devices::{Devices, give_up_loop};
-use crate::words::with_causes;
 use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::handover::End;
@@ -30,7 +29,8 @@ use blockmirror_protocol::succession;
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::task::spawn_local;
@@ -46,6 +46,37 @@ pub(super) enum Others {
     Told(Fence),
     /// Whatever they could say is taken into account already.
     Known,
+}
+
+/// Why a volume can't be opened, though all of it is there.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotOpened {
+    /// The kernel lets this process have neither io_uring nor threads.
+    #[error("no storage can be had")]
+    NoStorage(#[source] io::Error),
+    /// The state folder can't be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The state folder is that of another volume.
+    #[error(
+        "the configuration names another id, size or block size than the state in {folder}", folder = folder.display()
+    )]
+    Foreign {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// The backing is not the one that the volume had.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    /// The backing can't be read.
+    #[error(transparent)]
+    Unreadable(#[from] storage::Error),
+    /// Nobody could tell later whether something else wrote to the backing.
+    #[error("cannot note that the backing is open")]
+    Unnoted(#[source] io::Error),
+    /// The replica can't go on from what its state says.
+    #[error(transparent)]
+    Replica(#[from] OpenReplicaError),
 }
 
 impl Volume {
@@ -77,12 +108,12 @@ impl Volume {
             let text = format!("it ended the agent {} times in a row ({})", panics.times, panics.last);
             return Err(Unopened::Panicked(panics, text));
         }
-        let storage = storage::open().map_err(|error| format!("no storage can be had: {error}"))?;
+        let storage = storage::open().map_err(NotOpened::NoStorage)?;
         self.storage_kind = storage.kind().to_owned();
         self.storages.add(storage.clone());
         let state = State::open(&self.surroundings.state_folder, storage.clone(), self.pool.clone())
             .await
-            .map_err(|error| with_causes(&error))?;
+            .map_err(NotOpened::from)?;
         self.must_belong(&state.superblock())?;
         let config = self.config.borrow().clone();
         let backing = self.find_backing(&config).await;
@@ -129,7 +160,7 @@ impl Volume {
         backing: &Rc<File>,
         state: &State,
         is_new: bool,
-    ) -> Result<(), String> {
+    ) -> Result<(), NotOpened> {
         let notes = self.notes();
         if is_new {
             // What was noticed was of the old one.
@@ -138,9 +169,7 @@ impl Volume {
         let compared = match is_new {
             true => None,
             false if self.awaiting.shrunk().is_some() => Some(SMALLER.to_owned()),
-            false => Holding::compare(&notes, storage, backing, &self.pool)
-                .await
-                .map_err(|error| with_causes(&error))?,
+            false => Holding::compare(&notes, storage, backing, &self.pool).await?,
         };
         if let Some(words) = compared {
             let (name, path) = (self.name(), backing.path().display());
@@ -151,15 +180,14 @@ impl Volume {
             *self.touched.borrow_mut() = Some(Touched { words, is_due: true });
         }
         if self.touched.borrow().as_ref().is_some_and(|touched| touched.is_due) {
-            state.log_everything().await.map_err(|error| with_causes(&error))?;
-            let noted = state.change_superblock(Superblock::note_touched).await;
-            noted.map_err(|error| with_causes(&error))?;
+            state.log_everything().await?;
+            state.change_superblock(Superblock::note_touched).await?;
             self.touched.borrow_mut().iter_mut().for_each(|touched| touched.is_due = false);
         }
         let events = self.events.clone();
         let touched = move |words| drop(events.send(Event::Touched(words)));
         let held = Holding::begin(notes, storage.clone(), backing.clone(), self.pool.clone(), touched).await;
-        self.holding = held.map_err(|error| format!("cannot note that the backing is open: {error}"))?;
+        self.holding = held.map_err(NotOpened::Unnoted)?;
         Ok(())
     }
 
@@ -169,19 +197,18 @@ impl Volume {
         Notes::new(state_folder, run_folder, self.name().as_str())
     }
 
-    fn must_belong(&self, superblock: &Superblock) -> Result<(), String> {
+    fn must_belong(&self, superblock: &Superblock) -> Result<(), NotOpened> {
         let config = self.config.borrow();
         if (superblock.volume, superblock.size_bytes, superblock.block_size)
             == (config.id, config.size_bytes, config.block_size)
         {
             return Ok(());
         }
-        let folder = self.surroundings.state_folder.display();
-        Err(format!("the configuration names another id, size or block size than the state in {folder}"))
+        Err(NotOpened::Foreign { folder: self.surroundings.state_folder.clone() })
     }
 
     /// Records that this host is a replica, where another one was promoted since. Tells which of them said how they stand.
-    async fn yield_to_others(&self, state: &State, others: Others) -> Result<Vec<HostId>, String> {
+    async fn yield_to_others(&self, state: &State, others: Others) -> Result<Vec<HostId>, NotOpened> {
         let superblock = state.superblock();
         let config = self.config.borrow().clone();
         let mut spoke = Vec::new();
@@ -202,10 +229,7 @@ impl Volume {
         let Some(fence) = newer else { return Ok(spoke) };
         let holder = self.name_of(fence.holder);
         tracing::warn!(volume = %config.name, "{holder} was promoted since; this host is a replica now");
-        state
-            .change_superblock(|superblock| End::found(superblock, fence).record(superblock, None))
-            .await
-            .map_err(|error| with_causes(&error))?;
+        state.change_superblock(|superblock| End::found(superblock, fence).record(superblock, None)).await?;
         Ok(spoke)
     }
 
@@ -244,13 +268,11 @@ impl Volume {
         backing: Rc<File>,
         state: State,
         started: Option<Vec<HostId>>,
-    ) -> Result<OpenRole, String> {
+    ) -> Result<OpenRole, NotOpened> {
         if let Some(shortfall) = config.shortfall() {
             tracing::warn!(volume = %config.name, "{shortfall}; all there are will do until then");
         }
-        let primary = Primary::open(storage, backing, state, self.pool.clone(), config)
-            .await
-            .map_err(|error| with_causes(&error))?;
+        let primary = Primary::open(storage, backing, state, self.pool.clone(), config).await?;
         primary.count_in(self.troubles.clone());
         if let Some(heard) = started {
             primary.start(heard, config.awaits_majority());
@@ -296,13 +318,11 @@ impl Volume {
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
         state: State,
-    ) -> Result<OpenRole, String> {
+    ) -> Result<OpenRole, NotOpened> {
         let superblock = state.superblock();
         let folder = &self.surroundings.state_folder;
         let replica =
-            Replica::open(storage.clone(), backing.clone(), state, self.pool.clone(), folder, config)
-                .await
-                .map_err(|error| with_causes(&error))?;
+            Replica::open(storage.clone(), backing.clone(), state, self.pool.clone(), folder, config).await?;
         replica.count_in(self.troubles.clone());
         let export = Export::new(storage.clone(), backing.clone(), self.pool.clone(), superblock.size_bytes);
         export.count_in(self.troubles.clone());
@@ -314,19 +334,19 @@ impl Volume {
 
 /// Where the backing took the place of another one, makes the metadata say what is known of its content. Says whether it
 /// did.
-async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<bool, String> {
+async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<bool, NotOpened> {
     let (there, path) = (folder.to_owned(), config.backing.clone());
-    let compared =
-        blocking(move || backing::compare(&there, &path)).await.map_err(|error| with_causes(&error))?;
+    let compared = blocking(move || backing::compare(&there, &path)).await?;
     let record = |identity: String| {
         let there = folder.to_owned();
-        async move {
-            blocking(move || backing::record(&there, &identity)).await.map_err(|error| with_causes(&error))
-        }
+        async move { blocking(move || backing::record(&there, &identity)).await }
     };
     let (identity, recovered) = match compared {
         backing::Match::Same => return Ok(false),
-        backing::Match::Renamed { identity } => return record(identity).await.map(|()| false),
+        backing::Match::Renamed { identity } => {
+            record(identity).await?;
+            return Ok(false);
+        }
         backing::Match::Adopted { identity, recovered } => (identity, recovered),
     };
     let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
@@ -337,7 +357,8 @@ async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<bo
              `blockmirror resolve {} --keep` says so there", config.name
         );
     }
-    adoption::adopt(state, &peers, recovered.as_ref()).await.map_err(|error| with_causes(&error))?;
+    adoption::adopt(state, &peers, recovered.as_ref()).await?;
     // Only now: a crash before this does it all again.
-    record(identity).await.map(|()| true)
+    record(identity).await?;
+    Ok(true)
 }

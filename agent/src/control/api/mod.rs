@@ -11,6 +11,7 @@ pub use orders::*;
 pub use status::*;
 
 use crate::config::Name;
+use crate::words::with_causes;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -68,13 +69,7 @@ impl Failure {
     /// The failure that an error and its sources tell: their messages in one clause.
     #[must_use]
     pub fn from_error(kind: FailureKind, error: &dyn std::error::Error) -> Self {
-        let mut message = error.to_string();
-        let mut source = error.source();
-        while let Some(error) = source {
-            message = format!("{message}: {error}");
-            source = error.source();
-        }
-        Self { kind, message }
+        Self::new(kind, with_causes(error))
     }
 
     /// This host has no volume of that name.
