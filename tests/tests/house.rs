@@ -195,6 +195,16 @@ fn machines_are_made_of_types_that_own_their_state() {
     }
 }
 
+#[test]
+fn front_ends_are_registered_and_named_nowhere_else() {
+    let names_one = |code: &str| code.contains("device::nbd") || code.contains("device::loopback");
+    let agent = sources(&root().join("agent/src"));
+    let others =
+        agent.iter().filter(|(file, code)| !file.starts_with("agent/src/device/") && names_one(code));
+    let others: Vec<_> = others.map(|(file, _)| file).collect();
+    assert!(others.is_empty(), "device::front_end is the place to name them: {others:#?}");
+}
+
 /// The words of some code: its names, numbers and keywords.
 fn words(code: &str) -> impl Iterator<Item = &str> {
     code.split(|letter: char| !letter.is_alphanumeric() && letter != '_')

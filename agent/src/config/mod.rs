@@ -168,6 +168,9 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
+    /// All of them, in the order in which status tells of them.
+    pub const ALL: [Self; 2] = [Self::Nbd, Self::Loop];
+
     /// What a volume gets when nothing was said.
     #[must_use]
     pub fn defaults() -> Vec<Self> {

@@ -4,6 +4,7 @@
 //! once through the request's [`Reply`], in any order. Everything runs on the volume's own thread: no front end waits
 //! for another core between a socket and the disk.
 
+pub mod front_end;
 pub mod loopback;
 #[cfg(test)]
 pub mod memory;

@@ -15,34 +15,23 @@
 //! behind it: none of this happens on a volume's thread.
 
 use super::loopback::loop_device::LoopDevice;
-use super::nbd::Client;
 use crate::blocking::blocking;
 use crate::system::{self, Holder, Process};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long those are waited for who have a device open and may be gone in a moment.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take to find out who has a device open.
+const LOOK_TIME: Duration = Duration::from_secs(5);
 /// How often they are looked for.
 pub const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
-/// Who has a volume's loop device open, or is one of these clients of its NBD servers; nobody twice.
-///
-/// Not for looking at often: where nobody has the loop device, it is claimed for a moment, and whoever mounts it in
-/// that moment is told that it is busy.
-pub async fn openers(loop_device: Option<PathBuf>, clients: Vec<Client>) -> Vec<String> {
-    blocking(move || {
-        let mut found = loop_device.map_or_else(Vec::new, |node| of_device(&node));
-        found.extend(clients.into_iter().filter_map(of_client));
-        unique(found)
-    })
-    .await
-}
-
-fn unique(found: impl IntoIterator<Item = String>) -> Vec<String> {
+/// All of these, nobody twice.
+pub(super) fn unique(found: impl IntoIterator<Item = String>) -> Vec<String> {
     let mut openers: Vec<String> = Vec::new();
     for opener in found {
         if !openers.contains(&opener) {
@@ -57,9 +46,9 @@ fn unique(found: impl IntoIterator<Item = String>) -> Vec<String> {
 pub struct Users {
     /// Who stays until it is told to go, in words.
     pub staying: Vec<String>,
-    /// Who has the loop device open, perhaps just for a moment.
+    /// Who has the device open, perhaps just for a moment.
     pub passing: Vec<String>,
-    /// Where there are none: the loop device, claimed. Nobody else can mount it or use it for another device until this is
+    /// Where there are none: the device of the kernel, claimed. Nobody else can mount it or use it for another device until this is
     /// dropped.
     pub claim: Option<Claim>,
 }
@@ -85,19 +74,16 @@ impl Users {
     }
 }
 
-/// A loop device that is held exclusively.
+/// A device that is held exclusively.
 #[derive(Debug)]
 pub struct Claim(pub File);
 
-/// As [`openers`], told apart; and where there are none, the loop device is claimed.
-pub async fn look(loop_device: Option<PathBuf>, clients: Vec<Client>) -> Users {
+/// Who has a device of the kernel open. Where nobody has, and `may_claim`, it is claimed: whoever mounts it meanwhile is told that
+/// it is busy. So this is not for looking at often.
+pub async fn look(node: PathBuf, may_claim: bool) -> Users {
     blocking(move || {
-        let mut users =
-            Users { staying: unique(clients.into_iter().filter_map(of_client)), ..Users::default() };
-        let Some(node) = loop_device else { return users };
-        users.staying.extend(lasting(&node));
-        users.passing = passing(&node);
-        if users.is_nobody() {
+        let mut users = Users { staying: lasting(&node), passing: passing(&node), claim: None };
+        if may_claim && users.is_nobody() {
             match claim(&node) {
                 Ok(claim) => users.claim = claim,
                 Err(Busy) => users.passing.push(OUT_OF_SIGHT.to_owned()),
@@ -108,6 +94,33 @@ pub async fn look(loop_device: Option<PathBuf>, clients: Vec<Client>) -> Users {
         users
     })
     .await
+}
+
+/// The same, soon: a device that does not answer counts as used (L5).
+pub async fn look_soon(node: PathBuf, may_claim: bool) -> Users {
+    soon(look(node, may_claim)).await
+}
+
+/// Who uses something, soon; where that can't be found out it counts as used (L5).
+pub async fn soon(looking: impl Future<Output = Users>) -> Users {
+    let untold = || "perhaps in use, which cannot be told: the device does not answer".to_owned();
+    let looked = tokio::time::timeout(LOOK_TIME, looking).await;
+    looked.unwrap_or_else(|_| Users { staying: vec![untold()], ..Users::default() })
+}
+
+/// How long those who may be gone in a moment have been waited for.
+#[must_use]
+pub fn waited(since: Option<Instant>) -> Duration {
+    since.map_or(Duration::ZERO, |since| since.elapsed())
+}
+
+/// Since when those are waited for who have the device open; the first time, the log says for whom.
+#[must_use]
+pub fn wait_for(volume: &str, users: &[String], since: Option<Instant>) -> Instant {
+    since.unwrap_or_else(|| {
+        tracing::info!(%volume, "waiting for those who have the device open: {}", users.join(", "));
+        Instant::now()
+    })
 }
 
 /// Users of a block device who stay: not those who have it open, perhaps just for a moment. Blocks.
@@ -131,14 +144,6 @@ pub fn passing(node: &Path) -> Vec<String> {
         Ok(parts) => parts.iter().flat_map(Part::processes).collect(),
         Err(error) => vec![unknown(&error)],
     }
-}
-
-fn of_device(node: &Path) -> Vec<String> {
-    let found = visible(node);
-    if found.is_empty() && claim(node).is_err() {
-        return vec![OUT_OF_SIGHT.to_owned()];
-    }
-    found
 }
 
 const OUT_OF_SIGHT: &str =
@@ -238,19 +243,10 @@ impl Part {
     }
 }
 
-fn in_words(process: Process) -> String {
+/// A process in words.
+pub(super) fn in_words(process: Process) -> String {
     match process.name() {
         Some(name) => format!("{name} (pid {})", process.0),
         None => format!("pid {}", process.0),
-    }
-}
-
-/// Nothing where the client is this process itself.
-fn of_client(client: Client) -> Option<String> {
-    match client {
-        Client::Process(Some(id)) if id.cast_unsigned() == std::process::id() => None,
-        Client::Process(Some(id)) => Some(format!("NBD client {}", in_words(Process(id.cast_unsigned())))),
-        Client::Process(None) => Some("NBD client in a container".to_owned()),
-        Client::Address(address) => Some(format!("NBD client {address}")),
     }
 }

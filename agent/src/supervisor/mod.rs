@@ -16,9 +16,9 @@ mod operations;
 mod strangers;
 
 use crate::blocking::blocking;
-use crate::config::{Address, ConfigFolder, Mistake, Mode, Name, PeerConfig, VolumeConfig};
+use crate::config::{Address, ConfigFolder, DeviceKind, Mistake, Mode, Name, PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
-use crate::device::loopback;
+use crate::device::front_end::{self, Site};
 use crate::kept::Store;
 use crate::quantity::Seconds;
 use crate::transport::{Endpoint, Limit, Peers, key};
@@ -195,16 +195,15 @@ impl Supervisor {
             let is_known = known.iter().any(|config| config.name.as_str() == name)
                 || self.lock_mistakes().keys().any(|mistaken| mistaken.as_str() == name);
             if !is_known {
-                let options = loopback::Options {
+                let site = Site {
                     name,
                     volume: [0; 16],
                     run_folder: self.folders.run.clone(),
                     device_folder: self.folders.devices.clone(),
                     store: self.store.clone(),
                 };
-                let give_up =
-                    move || loopback::give_up(&options, "there is no such volume on this host any more");
-                blocking(give_up).await;
+                let why = "there is no such volume on this host any more";
+                blocking(move || front_end::give_up(&DeviceKind::ALL, &site, why)).await;
             }
         }
     }

@@ -9,7 +9,7 @@ use super::membership::pass_on;
 use super::opening::Others;
 use super::pulse::HUNG;
 use super::{Answer, OpenRole, Volume, refuse};
-use crate::config::{PeerConfig, VolumeConfig};
+use crate::config::{DeviceKind, PeerConfig, VolumeConfig};
 use crate::control::api::{Failure, FailureKind};
 use crate::primary::Primary;
 use crate::replica::{Progress, Replica};
@@ -49,8 +49,8 @@ pub(super) enum Event {
     SessionEnded,
     /// A volume that could not be opened tries again, if this was its last attempt.
     TryAgain(u32),
-    /// A loop device that could not be served is tried again, if this was the last attempt.
-    StartLoop(u32),
+    /// A device that could not be served is tried again, if this was the last attempt.
+    StartDevice(DeviceKind, u32),
     /// It is time to ask that host who the volume's hosts are.
     AskMembers(HostId),
     /// A host that was removed was left: it may have joined again meanwhile.
@@ -206,7 +206,7 @@ impl Volume {
             Event::Superseded(fence) => self.supersede(fence).await,
             Event::LookForOpeners => self.look_for_openers().await,
             Event::TryAgain(attempt) => self.try_again(attempt).await,
-            Event::StartLoop(attempt) => self.start_loop_again(attempt).await,
+            Event::StartDevice(kind, attempt) => self.start_device_again(kind, attempt).await,
             Event::SessionEnded => self.look_whom_it_follows(),
             Event::Demote(answer, since) => self.demote(answer, since).await,
             Event::Switch(host, answer, since) => self.switch(host, answer, since).await,
@@ -377,10 +377,8 @@ impl Volume {
     async fn look_for_openers(&mut self) {
         let OpenRole::Primary(primary, _) = &self.role else { return };
         let Some(fence) = primary.superseded() else { return };
-        let mut users = self.devices.users().await;
-        let openers = users.words();
+        let openers = self.devices.hold().await.words();
         if openers.is_empty() {
-            self.devices.hold(users.claim.take());
             return self.become_replica();
         }
         if openers != self.openers {

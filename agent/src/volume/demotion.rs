@@ -2,12 +2,12 @@
 //! here they are carried out, and said in words. The devices are stopped before the first of them.
 
 use super::changes::{Event, Hands, Next, close, failed, refused};
-use super::devices::{NotNow, wait_for, waited};
+use super::devices::NotNow;
 use super::promotable::heard;
 use super::{Answer, OpenRole, Volume};
 use crate::config::PeerConfig;
 use crate::control::api::Failure;
-use crate::device::openers::BETWEEN_LOOKS;
+use crate::device::openers::{BETWEEN_LOOKS, wait_for, waited};
 use crate::primary::{Link, Primary};
 use crate::standing;
 use crate::words::{with_causes, with_name};
@@ -66,7 +66,7 @@ impl Volume {
         match self.vacate(since).await {
             Ok(()) => {}
             Err(NotNow::InUse(users)) => {
-                let since = wait_for(&self.name(), &users, since);
+                let since = wait_for(self.name().as_str(), &users, since);
                 return self.later(BETWEEN_LOOKS, Event::Demote(answer, Some(since)));
             }
             Err(NotNow::Refused(failure)) => return drop(answer.send(Err(failure))),
@@ -102,7 +102,7 @@ impl Volume {
         match self.vacate(since).await {
             Ok(()) => {}
             Err(NotNow::InUse(users)) => {
-                let since = wait_for(&self.name(), &users, since);
+                let since = wait_for(self.name().as_str(), &users, since);
                 return self.later(BETWEEN_LOOKS, Event::Switch(to, answer, Some(since)));
             }
             Err(NotNow::Refused(failure)) => return drop(answer.send(Err(failure))),
@@ -169,9 +169,8 @@ impl Volume {
                 "{silent}, so nothing can be handed over in order; on a replica: blockmirror promote {volume}"
             ))));
         }
-        let mut users = self.devices.users().await;
+        let users = self.devices.hold().await;
         if users.is_nobody() {
-            self.devices.hold(users.claim.take());
             return Ok(());
         }
         if users.may_pass(waited(since)) {

@@ -584,8 +584,7 @@ impl Volume {
         if let OpenRole::Primary(primary, _) = &self.role {
             if primary.superseded().is_none() {
                 // Before anything fails because of the end.
-                let name = self.name();
-                self.devices.leave(&self.surroundings, &name).await;
+                self.devices.leave().await;
             }
             // The front ends may hold writes back until those before are answered.
             primary.wait_no_more();

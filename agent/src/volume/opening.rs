@@ -21,7 +21,7 @@ use crate::replica::{OpenReplicaError, Replica};
 use crate::standing;
 use crate::storage::file::File;
 use crate::storage::{self, Storage};
-use crate::volume::devices::{Devices, give_up_loop};
+use crate::volume::devices::{Devices, give_up_devices};
 use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
 use blockmirror_protocol::handover::End;
@@ -128,13 +128,13 @@ impl Volume {
         let config = self.config.borrow().clone();
         if state.superblock().role == Role::Replica {
             // Whoever waits at a device that was kept gets an error, also where the disk is not there.
-            give_up_loop(&config, &self.surroundings, "this host is a replica now").await;
+            give_up_devices(&config, &self.surroundings, "this host is a replica now").await;
         }
         let backing = backing?;
         let is_new = adopt(&config, &self.surroundings.state_folder, &state).await?;
         if is_new {
             // A file system that goes on over other content destroys it.
-            give_up_loop(&config, &self.surroundings, "the volume's content is another one now").await;
+            give_up_devices(&config, &self.surroundings, "the volume's content is another one now").await;
         }
         self.hold(&storage, &backing, &state, is_new).await?;
         self.disk = Some(Disk::new(storage.clone(), backing.clone(), self.pool.clone()));
@@ -286,7 +286,7 @@ impl Volume {
         self.introduce(&links);
         self.ask_after_absences(&primary);
         self.devices = Devices::start(config, &self.surroundings, primary.clone(), &self.pool).await;
-        self.await_loop();
+        self.await_devices();
         Ok(OpenRole::Primary(primary, links))
     }
 

@@ -67,7 +67,7 @@ impl Volume {
             OpenRole::Replica(replica) => (replica.state().superblock(), replica.report().position, None),
             OpenRole::Primary(primary, _) => {
                 let is_superseded = primary.superseded().is_some();
-                let openers = if is_superseded { Some(self.devices.openers().await) } else { None };
+                let openers = if is_superseded { Some(self.devices.users().await.words()) } else { None };
                 let superblock = Superblock { role: Role::Primary, ..primary.state().superblock() };
                 (superblock, Position::default(), openers)
             }

@@ -49,7 +49,7 @@ impl Volume {
         let config = self.config.borrow().clone();
         let mut facts = VolumeFacts {
             storage: Some(self.storage_kind.clone()).filter(|kind| !kind.is_empty()),
-            devices: self.devices.statuses().await,
+            devices: self.devices.statuses(),
             health: self.health().await,
             backing_users: self.backing_users().await,
             peers: Vec::new(),

@@ -2,7 +2,7 @@
 
 use crate::harness::{Harness, NAME, has, run, succeed};
 use blockmirror_agent::device::Geometry;
-use blockmirror_agent::device::openers::openers;
+use blockmirror_agent::device::nbd::in_words;
 use blockmirror_protocol::ranges::ByteRange;
 use std::path::Path;
 
@@ -245,8 +245,7 @@ fn who_has_the_volume_open_is_told_in_words() {
     let mut local = open(&harness.uri());
     let mut remote = open(&harness.tcp_uri());
     let (unix, tcp) = harness.look(|served| (served.unix.clients(), served.tcp.clients()));
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let found = runtime.block_on(openers(None, [&unix[..], &unix, &tcp].concat()));
+    let found = in_words([&unix[..], &unix, &tcp].concat());
     for client in [&mut local, &mut remote] {
         drop(client.stdin.take());
         client.wait().expect("it ends with its input");

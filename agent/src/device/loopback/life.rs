@@ -5,7 +5,8 @@
 use super::in_flight::TakeOverError;
 use super::kernel::MAX_TRANSFER_BYTES;
 use super::loop_device::{AttachError, LoopDevice};
-use super::{Options, mounts};
+use super::mounts;
+use crate::device::front_end::Site;
 use crate::device::openers::{self, Claim};
 use crate::kept::{Descriptors, Store};
 use crate::words::with_causes;
@@ -158,16 +159,16 @@ impl Place {
 
 /// The device that an earlier agent left, if it can be gone on with: its session lives, and a loop device is attached to its
 /// file. What is left of another is ended.
-pub(super) fn find_kept(options: &Options) -> Result<Option<(Place, LoopDevice, Descriptors)>, StartError> {
-    let Some(kept) = options.store.get(&options.name) else { return Ok(None) };
-    let place = Place::new(&options.name, &options.run_folder, &options.device_folder)?;
+pub(super) fn find_kept(site: &Site) -> Result<Option<(Place, LoopDevice, Descriptors)>, StartError> {
+    let Some(kept) = site.store.get(&site.name) else { return Ok(None) };
+    let place = Place::new(&site.name, &site.run_folder, &site.device_folder)?;
     if lives(&kept)
         && let Some(device) = place.device()?
     {
         return Ok(Some((place, device, kept)));
     }
     drop(kept);
-    end_kept(&place, &options.store);
+    end_kept(&place, &site.store);
     Ok(None)
 }
 
@@ -187,17 +188,17 @@ fn end_kept(place: &Place, store: &Store) {
 
 /// Gives up the device that an earlier agent left of a volume that is to have none on this host, and logs `why`: its users
 /// get errors. Does nothing where none is kept. Blocks.
-pub fn give_up(options: &Options, why: &str) {
-    let volume = &options.name;
-    if !options.store.holds(volume) {
+pub fn give_up(site: &Site, why: &str) {
+    let volume = &site.name;
+    if !site.store.holds(volume) {
         return;
     }
     tracing::warn!(
         volume,
         "the loop device that the last agent left is taken away: {why}; its users get i/o errors"
     );
-    let ended = Place::new(volume, &options.run_folder, &options.device_folder).and_then(|place| {
-        end_kept(&place, &options.store);
+    let ended = Place::new(volume, &site.run_folder, &site.device_folder).and_then(|place| {
+        end_kept(&place, &site.store);
         clean_up(&place)
     });
     if let Err(error) = ended {
@@ -207,8 +208,8 @@ pub fn give_up(options: &Options, why: &str) {
 
 /// Who uses the device that an earlier agent left, in words. Does not open it. Blocks.
 #[must_use]
-pub fn users_of_kept(options: &Options) -> Vec<String> {
-    let place = Place::new(&options.name, &options.run_folder, &options.device_folder);
+pub fn users_of_kept(site: &Site) -> Vec<String> {
+    let place = Place::new(&site.name, &site.run_folder, &site.device_folder);
     let device = place.and_then(|place| place.device()).ok().flatten();
     device.map_or_else(Vec::new, |device| openers::visible(&device.path()))
 }
@@ -272,11 +273,8 @@ pub(super) fn link_again(place: &Place, device: LoopDevice) -> Vec<LoopDevice> {
 
 /// Cleans up, makes the mount point and mounts. From here on the returned `/dev/fuse` must be served. Gives the loop
 /// devices of earlier runs, too, that somebody has open still.
-pub(super) fn mount(
-    options: &Options,
-    read_only: bool,
-) -> Result<(Place, File, Vec<LoopDevice>), StartError> {
-    let place = Place::new(&options.name, &options.run_folder, &options.device_folder)?;
+pub(super) fn mount(site: &Site, read_only: bool) -> Result<(Place, File, Vec<LoopDevice>), StartError> {
+    let place = Place::new(&site.name, &site.run_folder, &site.device_folder)?;
     let stale = clean_up(&place)?;
     let point = &place.mount_point;
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(point);

@@ -28,12 +28,15 @@ mod layout;
 mod life;
 pub mod loop_device;
 mod mounts;
+mod presence;
 
 #[cfg(test)]
 mod tests;
 
 pub use life::{LeftBehind, StartError, StopError, clean_up_stale, give_up, users_of_kept};
+pub use presence::Presence;
 
+use super::front_end::Site;
 use super::openers::Claim;
 use super::{Geometry, Volume};
 use crate::blocking::blocking;
@@ -57,26 +60,9 @@ const DETACH_TIME: Duration = Duration::from_secs(15);
 /// How long requests that are under way may take when the agent ends.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
 
-/// Where a device is to appear.
-#[derive(Clone)]
-pub struct Options {
-    /// The volume's name, usable as a file name.
-    pub name: String,
-    /// The volume.
-    pub volume: [u8; 16],
-    /// The folder for `NAME.fuse`, the file that the FUSE session is mounted on; made where it is missing.
-    pub run_folder: PathBuf,
-    /// The folder for the link `NAME`; made where it is missing.
-    pub device_folder: PathBuf,
-    /// Where what outlives the process is kept.
-    pub store: Arc<Store>,
-}
-
-impl Options {
-    fn identity(&self, geometry: Geometry) -> Identity {
-        let Geometry { size_bytes, read_only, .. } = geometry;
-        Identity { volume: self.volume, size_bytes, read_only }
-    }
+fn identity(site: &Site, geometry: Geometry) -> Identity {
+    let Geometry { size_bytes, read_only, .. } = geometry;
+    Identity { volume: site.volume, size_bytes, read_only }
 }
 
 /// A volume that is served as a loop device. [`stop`](Self::stop) it, or [`leave`](Self::leave) it to the next agent: dropped
@@ -139,38 +125,34 @@ impl Loopback {
     ///
     /// # Errors
     /// [`StartError`]. Nothing is left then, but for [`StartError::TakeOver`]: the device that is there stays as it is.
-    pub async fn start(
-        options: &Options,
-        volume: Rc<dyn Volume>,
-        pool: BufferPool,
-    ) -> Result<Self, StartError> {
-        let there = options.clone();
+    pub async fn start(site: &Site, volume: Rc<dyn Volume>, pool: BufferPool) -> Result<Self, StartError> {
+        let there = site.clone();
         if let Some((place, device, kept)) = blocking(move || life::find_kept(&there)).await? {
-            let gone_on = Self::go_on(options, place, device, kept, volume.clone(), pool.clone()).await;
+            let gone_on = Self::go_on(site, place, device, kept, volume.clone(), pool.clone()).await;
             let Err(StartError::TakeOver(TakeOverError::Other(what))) = gone_on else { return gone_on };
-            let there = options.clone();
+            let there = site.clone();
             blocking(move || life::give_up(&there, what)).await;
         }
-        Self::make(options, volume, pool).await
+        Self::make(site, volume, pool).await
     }
 
     /// Serves a device that an earlier agent left.
     async fn go_on(
-        options: &Options,
+        site: &Site,
         place: Place,
         device: LoopDevice,
         kept: Descriptors,
         volume: Rc<dyn Volume>,
         pool: BufferPool,
     ) -> Result<Self, StartError> {
-        let identity = options.identity(volume.geometry());
+        let identity = identity(site, volume.geometry());
         let Descriptors { session, table } = kept;
         let (table, left) = blocking(move || Table::take_over(table, identity)).await?;
         let unanswered = left.iter().filter(|request| request.is_awaited).count();
         let server = fuse::Server::new(session.into(), table, left, volume, pool);
         let server = server.map_err(|source| StartError::io("watch", Path::new("/dev/fuse"), source))?;
         server.make_public();
-        let store = options.store.clone();
+        let store = site.store.clone();
         let serving = Serving::start(server.clone(), place.name.clone(), store.clone());
         let there = place.clone();
         let stale = blocking(move || life::link_again(&there, device)).await;
@@ -184,11 +166,11 @@ impl Loopback {
     }
 
     /// Makes a device.
-    async fn make(options: &Options, volume: Rc<dyn Volume>, pool: BufferPool) -> Result<Self, StartError> {
+    async fn make(site: &Site, volume: Rc<dyn Volume>, pool: BufferPool) -> Result<Self, StartError> {
         let geometry = volume.geometry();
-        let (read_only, identity) = (geometry.read_only, options.identity(geometry));
-        let (options, store) = (options.clone(), options.store.clone());
-        let (place, fuse, stale) = blocking(move || life::mount(&options, read_only)).await?;
+        let (read_only, identity) = (geometry.read_only, identity(site, geometry));
+        let (site, store) = (site.clone(), site.store.clone());
+        let (place, fuse, stale) = blocking(move || life::mount(&site, read_only)).await?;
         let made = match Table::new(identity) {
             Ok(table) => fuse::Server::new(fuse, table, Vec::new(), volume, pool)
                 .map_err(|source| StartError::io("watch", Path::new("/dev/fuse"), source)),
@@ -252,6 +234,12 @@ impl Loopback {
     /// kernel's requests make no sense. Then nothing is left to do but to [`stop`](Self::stop) it.
     pub async fn ended(&self) {
         self.serving.ended().await;
+    }
+
+    /// The same, without waiting for it.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.serving.ended.has_changed().is_err()
     }
 
     /// Whether the device outlives this process.

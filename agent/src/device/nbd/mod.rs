@@ -14,6 +14,7 @@
 
 mod budget;
 mod connection;
+mod exports;
 mod input;
 mod negotiate;
 mod outgoing;
@@ -24,6 +25,7 @@ mod tests;
 mod tls;
 mod unix_socket;
 
+pub use exports::{Exports, in_words};
 pub use tls::{Tls, TlsError};
 
 use super::Volume;

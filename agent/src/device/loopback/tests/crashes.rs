@@ -1,8 +1,8 @@
 //! What a killed agent leaves, and how the next one deals with it.
 
 use super::{
-    Attachment, Folders, Mounted, Orders, Served, exercise_file_system, memory, obstacle, options_in,
-    require, run, serve, text,
+    Attachment, Folders, Mounted, Orders, Served, exercise_file_system, memory, obstacle, require, run,
+    serve, site_in, text,
 };
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader};
@@ -17,12 +17,12 @@ const CRASHING_FOLDER: &str = "BLOCKMIRROR_TEST_CRASHING_FOLDER";
 #[test]
 fn serves_until_it_is_killed() {
     let Ok(folder) = std::env::var(CRASHING_FOLDER) else { return };
-    let options = options_in(Path::new(&folder));
+    let site = site_in(Path::new(&folder));
     let (started, wait) = mpsc::channel();
     let (_stop, stopped) = oneshot::channel();
     let (_questions, asked) = tokio::sync::mpsc::unbounded_channel();
     let orders = Orders { stopped, asked, report_end: mpsc::channel().0 };
-    let thread = std::thread::spawn(move || serve(options, memory(), &started, orders));
+    let thread = std::thread::spawn(move || serve(site, memory(), &started, orders));
     let (device, _) = wait.recv().expect("an answer").expect("a device");
     println!("\ndevice {}", device.display());
     let _ = thread.join();

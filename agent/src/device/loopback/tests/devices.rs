@@ -1,7 +1,7 @@
 //! What applications do with the device, and what the volume gets to see of it.
 
 use super::super::in_flight::Table;
-use super::super::{fuse, life};
+use super::super::{fuse, identity, life};
 use super::{Folders, MIB, SIZE_BYTES, Served, exercise_file_system, memory, obstacle, require, run, text};
 use crate::blocking::blocking;
 use crate::buffer::BufferPool;
@@ -200,8 +200,8 @@ fn a_flush_in_a_devices_first_moment_is_one_where_something_was_written() {
     let seen = memory.clone();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let flushes = tokio::task::LocalSet::new().block_on(&runtime, async {
-        let (place, fuse, _) = life::mount(&folders.options(), false).expect("it is mounted");
-        let table = Table::new(folders.options().identity(memory.geometry())).expect("a table");
+        let (place, fuse, _) = life::mount(&folders.site(), false).expect("it is mounted");
+        let table = Table::new(identity(&folders.site(), memory.geometry())).expect("a table");
         let server = fuse::Server::new(fuse, table, Vec::new(), Rc::new(memory), BufferPool::new(4 << 20));
         let server = server.expect("the runtime watches it");
         let served = server.clone();

@@ -32,7 +32,7 @@ fn a_device_that_is_served_is_not_started_again_nor_cleaned_up() {
 fn a_link_that_cannot_be_made_leaves_nothing() {
     require!();
     let (folders, memory) = (Folders::new(), memory());
-    let foreign = folders.options().device_folder.join("data");
+    let foreign = folders.site().device_folder.join("data");
     fs::create_dir_all(&foreign).expect("a folder where the link should be");
     let error = Served::start(&folders, &memory).err().expect("a refusal");
     assert!(matches!(error, StartError::Io { operation: "make the link", .. }), "{error:?}");

@@ -12,8 +12,9 @@ mod opened;
 pub(in crate::device::loopback) use deaths::pass;
 
 use super::loop_device::LoopDevice;
-use super::{Loopback, Options, StartError, StopError, clean_up_stale, mounts};
+use super::{Loopback, StartError, StopError, clean_up_stale, mounts};
 use crate::buffer::BufferPool;
+use crate::device::front_end::Site;
 use crate::device::memory::Memory;
 use crate::device::openers;
 use crate::kept::Store;
@@ -70,8 +71,8 @@ fn text(path: &Path) -> &str {
 }
 
 /// A device in this folder that does not outlive its process.
-fn options_in(folder: &Path) -> Options {
-    Options {
+fn site_in(folder: &Path) -> Site {
+    Site {
         name: "data".to_owned(),
         volume: [7; 16],
         run_folder: folder.join("run"),
@@ -90,9 +91,9 @@ impl Folders {
         Self { folder: tempfile::tempdir().expect("a temporary folder") }
     }
 
-    fn options(&self) -> Options {
+    fn site(&self) -> Site {
         let folder = self.folder.path();
-        options_in(folder)
+        site_in(folder)
     }
 
     fn mount_point(&self) -> PathBuf {
@@ -100,7 +101,7 @@ impl Folders {
     }
 
     fn clean_up(&self) -> Result<(), StartError> {
-        let Options { name, run_folder, device_folder, .. } = self.options();
+        let Site { name, run_folder, device_folder, .. } = self.site();
         clean_up_stale(&name, &run_folder, &device_folder)
     }
 
@@ -113,7 +114,7 @@ impl Folders {
         );
         let devices = LoopDevice::all_attached_to(&point).expect("/sys/block");
         left.extend(devices.iter().map(|device| device.path().display().to_string()));
-        for path in [point, self.options().device_folder.join("data")] {
+        for path in [point, self.site().device_folder.join("data")] {
             // A file under a dead mount is there, but says nothing about itself.
             let missing = fs::symlink_metadata(&path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
             left.extend((!missing).then(|| path.display().to_string()));
@@ -160,13 +161,13 @@ struct Served {
 
 impl Served {
     fn start(folders: &Folders, memory: &Memory) -> Result<Self, StartError> {
-        let (options, memory) = (folders.options(), memory.clone());
+        let (site, memory) = (folders.site(), memory.clone());
         let (started, wait) = mpsc::channel();
         let (stop, stopped) = oneshot::channel();
         let (report_end, ended) = mpsc::channel();
         let (questions, asked) = tokio::sync::mpsc::unbounded_channel();
         let orders = Orders { stopped, asked, report_end };
-        let thread = std::thread::spawn(move || serve(options, memory, &started, orders));
+        let thread = std::thread::spawn(move || serve(site, memory, &started, orders));
         let (device, link) = wait.recv().expect("the serving thread starts or says why not")?;
         Ok(Self { device, link, ended, questions, stop: Some(stop), thread: Some(thread) })
     }
@@ -237,12 +238,12 @@ struct Orders {
     report_end: mpsc::Sender<()>,
 }
 
-fn serve(options: Options, memory: Memory, started: &Started, orders: Orders) -> Stopped {
+fn serve(site: Site, memory: Memory, started: &Started, orders: Orders) -> Stopped {
     let Orders { stopped, mut asked, report_end } = orders;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let pool = BufferPool::new(64 << 20);
     tokio::task::LocalSet::new().block_on(&runtime, async {
-        let loopback = match Loopback::start(&options, Rc::new(memory), pool).await {
+        let loopback = match Loopback::start(&site, Rc::new(memory), pool).await {
             Ok(loopback) => loopback,
             Err(error) => {
                 started.send(Err(error)).expect("the test waits");
@@ -256,10 +257,10 @@ fn serve(options: Options, memory: Memory, started: &Started, orders: Orders) ->
             while let Some(question) = asked.recv().await {
                 match question {
                     Question::Openers(answer) => {
-                        let _ = answer.send(openers::openers(Some(loopback.path()), Vec::new()).await);
+                        let _ = answer.send(openers::look(loopback.path(), true).await.words());
                     }
                     Question::Claim(answer) => {
-                        let users = openers::look(Some(loopback.path()), Vec::new()).await;
+                        let users = openers::look(loopback.path(), true).await;
                         let is_free = users.is_nobody();
                         claim = users.claim.filter(|_| is_free);
                         let _ = answer.send(claim.is_some());

@@ -1,7 +1,7 @@
 //! Who has a loop device open: file systems, processes, other devices.
 
 use super::{Folders, MIB, Mounted, Served, memory, obstacle, require, run, text};
-use crate::device::openers::openers;
+use crate::device::openers::look;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -179,7 +179,7 @@ fn swap_space_and_parts_of_other_devices_are_named() {
 #[test]
 fn a_device_that_is_not_there_counts_as_perhaps_used() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-    let found = runtime.block_on(openers(Some("/dev/no such device".into()), Vec::new()));
+    let found = runtime.block_on(look("/dev/no such device".into(), true)).words();
     assert!(!found.is_empty() && found[0].starts_with("perhaps in use"), "{found:?}");
 }
 
@@ -198,7 +198,7 @@ fn nobody_can_mount_a_claimed_device_while_it_is_taken_away_and_who_just_looks_i
         || Command::new("mount").args([text(&device), text(at.path())]).status().expect("mount(8) starts");
     assert!(!mounts().success(), "the device is claimed");
     let stopping = std::thread::spawn(move || served.stop());
-    while std::fs::symlink_metadata(folders.options().device_folder.join("data")).is_ok() {
+    while std::fs::symlink_metadata(folders.site().device_folder.join("data")).is_ok() {
         std::thread::yield_now();
     }
     assert!(!mounts().success(), "the device is being taken away");
