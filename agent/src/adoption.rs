@@ -1,8 +1,8 @@
 //! A backing took the place of another: what [`blockmirror_protocol::adoption`] says of it is written to the volume's
 //! metadata.
 
-use crate::backing::Recovered;
-use crate::metadata::{State, StateError};
+use crate::state::backing::Recovered;
+use crate::state::metadata::{State, StateError};
 use crate::transport::key;
 use blockmirror_protocol::adoption::Adoption;
 use blockmirror_protocol::rewrite::{Order, Rewrite};
@@ -27,7 +27,7 @@ pub async fn adopt(state: &State, peers: &[HostId], recovered: Option<&Recovered
 mod tests {
     use super::*;
     use crate::buffer::BufferPool;
-    use crate::metadata::tests::superblock;
+    use crate::state::metadata::tests::superblock;
     use crate::storage;
     use blockmirror_protocol::adoption::Content;
     use blockmirror_protocol::disk::activity_log::Recovered as Log;

@@ -5,8 +5,8 @@
 //! are both in the middle of a change, ask each other and must not wait for each other.
 
 use crate::config::{Name, PeerConfig, VolumeConfig};
-use crate::generations;
-use crate::stored;
+use crate::state::generations;
+use crate::state::stored;
 use crate::transport::{AskError, Peers};
 use crate::volume::Service;
 use crate::words::with_name;

@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 const NEVER: &[(&str, &str, &[&str])] = &[
     ("agent", "device", &["transport"]),
     ("agent", "transport", &["device", "storage", "primary", "replica", "volume"]),
-    ("agent", "storage", &["device", "transport", "primary", "replica", "volume"]),
+    ("agent", "storage", &["state", "device", "transport", "primary", "replica", "volume"]),
     ("agent", "primary", &["replica"]),
     ("agent", "replica", &["primary"]),
     ("agent", "export", &["primary", "replica"]),
-    ("agent", "pre_images", &["primary", "replica"]),
+    ("agent", "state", &["device", "transport", "primary", "replica", "volume"]),
     ("agent", "content", &["primary", "replica"]),
     ("agent", "verdict", &["volume", "primary", "replica"]),
     ("agent", "volume", &["supervisor"]),

@@ -6,7 +6,7 @@ use crate::output::{Error, Output, aligned};
 use blockmirror_agent::config;
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::quantity::Size;
-use blockmirror_agent::stored::{self, Ending, LayerFile, MapFile};
+use blockmirror_agent::state::stored::{self, Ending, LayerFile, MapFile};
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};

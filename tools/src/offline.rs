@@ -8,8 +8,8 @@ use blockmirror_agent::control::api::{
 };
 use blockmirror_agent::control::record_path;
 use blockmirror_agent::device::loopback::LeftBehind;
-use blockmirror_agent::holding::EARLIER;
-use blockmirror_agent::stored::{self, Stored};
+use blockmirror_agent::state::holding::EARLIER;
+use blockmirror_agent::state::stored::{self, Stored};
 use blockmirror_agent::verdict;
 use std::io;
 use std::path::{Path, PathBuf};

@@ -117,7 +117,7 @@ enum LinkError {
     #[error(transparent)]
     Connect(#[from] std::sync::Arc<crate::transport::ConnectError>),
     #[error(transparent)]
-    State(#[from] crate::metadata::StateError),
+    State(#[from] crate::state::metadata::StateError),
     #[error(transparent)]
     Lost(#[from] crate::transport::Lost),
     #[error(transparent)]

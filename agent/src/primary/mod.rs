@@ -15,8 +15,8 @@ use crate::buffer::{BufferPool, is_zero};
 use crate::config::{PeerConfig, VolumeConfig};
 use crate::content::{Reads, digest};
 use crate::device::{Answer, Errno, Reply};
-use crate::metadata::State;
 use crate::quantity::unix_seconds;
+use crate::state::metadata::State;
 use crate::storage::file::File;
 use crate::storage::{self, Cause, Operation, Storage};
 use crate::troubles::{Kind, Troubles};
@@ -143,15 +143,15 @@ impl Primary {
     /// before says goes to the maps of all replicas (D1).
     ///
     /// # Errors
-    /// [`crate::metadata::StateError`] when the metadata can't be read or written.
+    /// [`crate::state::metadata::StateError`] when the metadata can't be read or written.
     pub async fn open(
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
         state: State,
         pool: BufferPool,
         config: &VolumeConfig,
-    ) -> Result<Rc<Self>, crate::metadata::StateError> {
-        let run = state.superblock().next_run().ok_or(crate::metadata::StateError::UsedUp)?;
+    ) -> Result<Rc<Self>, crate::state::metadata::StateError> {
+        let run = state.superblock().next_run().ok_or(crate::state::metadata::StateError::UsedUp)?;
         state.change_superblock(|superblock| superblock.begin_run(run)).await?;
         let superblock = state.superblock();
         let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
@@ -297,13 +297,13 @@ impl Primary {
     /// A replica joined: its blocks are all dirty.
     ///
     /// # Errors
-    /// [`crate::metadata::StateError`] when its map can't be made.
+    /// [`crate::state::metadata::StateError`] when its map can't be made.
     pub async fn add_peer(
         &self,
         peer: HostId,
         mode: Mode,
         window_bytes: u64,
-    ) -> Result<(), crate::metadata::StateError> {
+    ) -> Result<(), crate::state::metadata::StateError> {
         // One that was removed may have a map that could not be made to say so.
         let (map, file) = self.state.new_map_of_follower(peer).await?;
         let superblock = self.state.superblock();
@@ -326,8 +326,8 @@ impl Primary {
     /// its peers are.
     ///
     /// # Errors
-    /// [`crate::metadata::StateError`] when its map can't be written; the next start tries again.
-    pub async fn remove_peer(&self, peer: HostId) -> Result<(), crate::metadata::StateError> {
+    /// [`crate::state::metadata::StateError`] when its map can't be written; the next start tries again.
+    pub async fn remove_peer(&self, peer: HostId) -> Result<(), crate::state::metadata::StateError> {
         if self.retired.get() {
             return Ok(());
         }
@@ -411,7 +411,7 @@ impl Primary {
     }
 
     /// The number of a new session, higher than any before, durably.
-    async fn next_session(self: &Rc<Self>) -> Result<Session, crate::metadata::StateError> {
+    async fn next_session(self: &Rc<Self>) -> Result<Session, crate::state::metadata::StateError> {
         let primary = self.clone();
         let recording = async move {
             let _one_at_a_time = primary.session_numbers.lock().await;

@@ -3,7 +3,7 @@
 use super::*;
 use crate::content::allocation;
 use crate::device::{Command, Request, Volume};
-use crate::metadata::tests::superblock;
+use crate::state::metadata::tests::superblock;
 use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
 use crate::storage::{Engine, open_with};

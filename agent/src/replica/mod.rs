@@ -13,8 +13,8 @@ mod undo;
 use crate::buffer::BufferPool;
 use crate::clock::Moment;
 use crate::config::{Name, VolumeConfig};
-use crate::metadata::State;
-use crate::pre_images::{Layer, LayerError, PreImages};
+use crate::state::metadata::State;
+use crate::state::pre_images::{Layer, LayerError, PreImages};
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
 use crate::troubles::{Kind, Troubles};
@@ -108,7 +108,7 @@ type Outgoing = (UnboundedSender<Message>, Rc<Cell<usize>>);
 pub enum OpenReplicaError {
     /// Its metadata.
     #[error(transparent)]
-    State(#[from] crate::metadata::StateError),
+    State(#[from] crate::state::metadata::StateError),
     /// Its pre-images, without which it can't be rolled back.
     #[error(transparent)]
     PreImages(#[from] LayerError),
@@ -494,7 +494,7 @@ impl Replica {
         );
     }
 
-    async fn write_state(&self, change: StateChange) -> Result<(), crate::metadata::StateError> {
+    async fn write_state(&self, change: StateChange) -> Result<(), crate::state::metadata::StateError> {
         self.state.change_superblock(|superblock| change.apply(superblock)).await
     }
 
@@ -509,7 +509,7 @@ impl Replica {
         false
     }
 
-    fn note_state(&self, outcome: Result<(), crate::metadata::StateError>) -> bool {
+    fn note_state(&self, outcome: Result<(), crate::state::metadata::StateError>) -> bool {
         let Err(error) = outcome else { return true };
         self.keep_error(&error);
         false

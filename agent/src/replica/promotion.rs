@@ -4,8 +4,8 @@
 
 use super::Replica;
 use super::gap::saved_in;
-use crate::metadata::StateError;
-use crate::pre_images::{LayerError, PreImage};
+use crate::state::metadata::StateError;
+use crate::state::pre_images::{LayerError, PreImage};
 use crate::storage;
 use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::replica::promotion::NotPromotable;

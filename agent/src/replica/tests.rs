@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::clock::tests::sleep_like_a_machine;
-use crate::metadata::tests::superblock;
+use crate::state::metadata::tests::superblock;
 use crate::storage::file::Access;
 use crate::storage::{Engine, open_with};
 use blockmirror_protocol::disk::superblock::Superblock;

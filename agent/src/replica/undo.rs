@@ -3,7 +3,7 @@
 use super::Replica;
 use super::gap::saved_in;
 use super::promotion::{Progress, PromotionError};
-use crate::pre_images::Layer;
+use crate::state::pre_images::Layer;
 use crate::transport::key;
 use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::replica::undo;

@@ -10,7 +10,7 @@ use crate::control::api::{
     InviteRequest, RevokeRequest,
 };
 use crate::control::verbs::{CarryOut, InvitationOf};
-use crate::invitations::{Invalid, InvitationError, Invitations, Now};
+use crate::state::invitations::{Invalid, InvitationError, Invitations, Now};
 use crate::token::{Secret, Token};
 use crate::transport::{CloseReason, Connection, key};
 use crate::volume::Ask;

@@ -6,7 +6,7 @@
 
 use super::Supervisor;
 use crate::config::Name;
-use crate::invitations::{InvitationError, Invitations};
+use crate::state::invitations::{InvitationError, Invitations};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;

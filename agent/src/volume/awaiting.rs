@@ -7,10 +7,10 @@
 
 use super::changes::Event;
 use super::{OpenRole, Volume};
-use crate::backing::{self, BackingError};
 use crate::buffer::BufferPool;
 use crate::config::VolumeConfig;
 use crate::control::api::{Awaited, Grown, Hung, Panics, Shrunk};
+use crate::state::backing::{self, BackingError};
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, Cause, Storage, UnderWay};
 use crate::system;

@@ -7,11 +7,11 @@ use crate::control::api::{
     Blocked, Connection, Health, NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, Succession,
     VolumeFacts,
 };
-use crate::holding::EARLIER;
 use crate::primary::{LinkState, Split};
 use crate::quantity::{Size, per_cent, unix_seconds};
 use crate::replica::Replica;
-use crate::stored::{self, Stored};
+use crate::state::holding::EARLIER;
+use crate::state::stored::{self, Stored};
 use crate::system;
 use crate::transport;
 use crate::words::with_name;

@@ -6,7 +6,7 @@ use crate::machines::content::first_difference;
 use crate::machines::host::Host;
 use crate::machines::patience::{DEADLINE, until};
 use crate::machines::programs::{run, succeed, text};
-use blockmirror_agent::stored::{self, Ending};
+use blockmirror_agent::state::stored::{self, Ending};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, pre_images};
 use blockmirror_protocol::terms::DataState;

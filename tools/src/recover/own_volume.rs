@@ -4,9 +4,9 @@
 use crate::client::Client;
 use crate::offline;
 use crate::output::warn;
-use blockmirror_agent::backing::{self, BackingError};
 use blockmirror_agent::config::{Role, VolumeConfig};
 use blockmirror_agent::control::api::{Failure, FailureKind};
+use blockmirror_agent::state::backing::{self, BackingError};
 use blockmirror_agent::system;
 use blockmirror_protocol::adoption::Content;
 use blockmirror_protocol::disk::superblock::{self, Superblock};

@@ -2,7 +2,7 @@
 
 use super::host::{Host, VOLUME};
 use super::*;
-use blockmirror_agent::backing;
+use blockmirror_agent::state::backing;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::units::{BlockSize, CopyId};
 use blockmirror_protocol::wire::message::{Refusal, Refused};

@@ -8,10 +8,10 @@
 use crate::blocking::blocking;
 use crate::buffer::BufferPool;
 use crate::durable;
-use crate::generations;
+use crate::state::generations;
+use crate::state::stored;
 use crate::storage::file::{File, OpenError};
 use crate::storage::{self, Storage};
-use crate::stored;
 use blockmirror_protocol::dirty_map::{DirtyMap, MapChanges};
 use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::Superblock;

@@ -30,9 +30,9 @@ pub use layer::{Contents, Layer, PreImage};
 
 use crate::buffer::BufferPool;
 use crate::durable;
+use crate::state::stored::{self, Ending};
 use crate::storage::file::{File, OpenError};
 use crate::storage::{self, Cause, Storage};
-use crate::stored::{self, Ending};
 use blockmirror_protocol::disk::pre_images::{self, FIRST_BATCH, Header};
 use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES};
 use blockmirror_protocol::layers::LayerId;
