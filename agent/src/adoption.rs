@@ -2,7 +2,7 @@
 //! metadata.
 
 use crate::state::backing::Recovered;
-use crate::state::metadata::{State, StateError};
+use crate::state::{StateError, Unrecovered};
 use crate::transport::key;
 use blockmirror_protocol::adoption::Adoption;
 use blockmirror_protocol::rewrite::{Order, Rewrite};
@@ -12,7 +12,11 @@ use blockmirror_protocol::units::HostId;
 ///
 /// # Errors
 /// [`StateError`] when it can't be read or written.
-pub async fn adopt(state: &State, peers: &[HostId], recovered: Option<&Recovered>) -> Result<(), StateError> {
+pub async fn adopt(
+    state: &Unrecovered,
+    peers: &[HostId],
+    recovered: Option<&Recovered>,
+) -> Result<(), StateError> {
     let content = recovered.and_then(|recovered| recovered.content.as_ref());
     let adoption = Adoption { source: recovered.map(|recovered| recovered.source), content };
     let mut rewrite = Rewrite::adoption(&state.superblock(), peers, adoption, key::random());
@@ -27,6 +31,8 @@ pub async fn adopt(state: &State, peers: &[HostId], recovered: Option<&Recovered
 mod tests {
     use super::*;
     use crate::buffer::BufferPool;
+    use crate::state;
+    use crate::state::holding::Compared;
     use crate::state::metadata::tests::superblock;
     use crate::storage;
     use blockmirror_protocol::adoption::Content;
@@ -57,23 +63,25 @@ mod tests {
             let run = Epoch(900);
             let before = Superblock { role, lineage, position: position(7, 900), run, ..superblock() };
             let storage = storage::open().unwrap();
-            let state =
-                State::create(folder.path(), storage, BufferPool::new(1 << 20), &before).await.unwrap();
+            let pool = BufferPool::new(1 << 20);
+            let new =
+                Unrecovered::create(folder.path(), storage.clone(), pool.clone(), &before).await.unwrap();
+            let state = new.recover(&Compared::anew()).await.unwrap().state;
             for peer in [SOURCE, OTHER] {
                 let (map, file) = state.open_map(peer).await.unwrap();
                 let copy = CopyId([8; 16]);
                 let mut map = map.clean(Base { copy, generation: generation(6), adopted: 1 });
                 state.write_map(&file, map.take_changes()).await.unwrap();
             }
-            state.recover_marker().await.unwrap();
             state.write_marker(Mark { position: position(7, 950), ..Mark::default() }).await.unwrap();
+            drop(state);
             let recovered = Recovered { source: SOURCE, content };
-            adopt(&state, &[SOURCE, OTHER], Some(&recovered)).await.unwrap();
+            let old = Unrecovered::open(folder.path(), storage, pool).await.unwrap();
+            adopt(&old, &[SOURCE, OTHER], Some(&recovered)).await.unwrap();
+            let state::Recovered { state, log, mark } = old.recover(&Compared::anew()).await.unwrap();
             let (source, _) = state.open_map(SOURCE).await.unwrap();
             let (other, _) = state.open_map(OTHER).await.unwrap();
-            let marker = state.recover_marker().await.unwrap().position;
-            let log = state.recover_log().await.unwrap();
-            (state.superblock(), marker, log, [source.is_full(), other.is_full()])
+            (state.superblock(), mark.position, log, [source.is_full(), other.is_full()])
         })
     }
 

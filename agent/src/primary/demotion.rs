@@ -4,7 +4,7 @@
 //! leaves no primary rather than two. The devices have been stopped by then, or fail every write.
 
 use super::Primary;
-use crate::state::metadata::StateError;
+use crate::state::StateError;
 use blockmirror_protocol::handover::End;
 use blockmirror_protocol::peer::{Connection, ReplicaState};
 use blockmirror_protocol::terms::Fence;

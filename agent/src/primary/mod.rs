@@ -16,11 +16,11 @@ use crate::config::{PeerConfig, VolumeConfig};
 use crate::content::{Reads, digest};
 use crate::device::{Answer, Errno, Reply};
 use crate::quantity::unix_seconds;
-use crate::state::metadata::State;
+use crate::state::{Recovered, State};
 use crate::storage::file::File;
 use crate::storage::{self, Cause, Operation, Storage};
 use crate::troubles::{Kind, Troubles};
-use blockmirror_protocol::disk::activity_log::Recovered;
+use blockmirror_protocol::disk::activity_log;
 use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::peer::resync::{COPY_BYTES, CopyContent, CopyRead};
@@ -143,21 +143,21 @@ impl Primary {
     /// before says goes to the maps of all replicas (D1).
     ///
     /// # Errors
-    /// [`crate::state::metadata::StateError`] when the metadata can't be read or written.
+    /// [`crate::state::StateError`] when the metadata can't be read or written.
     pub async fn open(
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
-        state: State,
+        recovered: Recovered,
         pool: BufferPool,
         config: &VolumeConfig,
-    ) -> Result<Rc<Self>, crate::state::metadata::StateError> {
-        let run = state.superblock().next_run().ok_or(crate::state::metadata::StateError::UsedUp)?;
+    ) -> Result<Rc<Self>, crate::state::StateError> {
+        let Recovered { state, log, mark: _ } = recovered;
+        let run = state.superblock().next_run().ok_or(crate::state::StateError::UsedUp)?;
         state.change_superblock(|superblock| superblock.begin_run(run)).await?;
         let superblock = state.superblock();
         let hosts: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
         state.void_other_maps(&hosts).await?;
-        let log = state.recover_log().await?;
-        if let Recovered::Unsure { .. } = log {
+        if let activity_log::Recovered::Unsure { .. } = log {
             tracing::warn!("the activity log's newest record is not whole: all blocks count as dirty");
         }
         let (mut sessions, mut maps) = (Vec::new(), HashMap::new());
@@ -297,13 +297,13 @@ impl Primary {
     /// A replica joined: its blocks are all dirty.
     ///
     /// # Errors
-    /// [`crate::state::metadata::StateError`] when its map can't be made.
+    /// [`crate::state::StateError`] when its map can't be made.
     pub async fn add_peer(
         &self,
         peer: HostId,
         mode: Mode,
         window_bytes: u64,
-    ) -> Result<(), crate::state::metadata::StateError> {
+    ) -> Result<(), crate::state::StateError> {
         // One that was removed may have a map that could not be made to say so.
         let (map, file) = self.state.new_map_of_follower(peer).await?;
         let superblock = self.state.superblock();
@@ -326,8 +326,8 @@ impl Primary {
     /// its peers are.
     ///
     /// # Errors
-    /// [`crate::state::metadata::StateError`] when its map can't be written; the next start tries again.
-    pub async fn remove_peer(&self, peer: HostId) -> Result<(), crate::state::metadata::StateError> {
+    /// [`crate::state::StateError`] when its map can't be written; the next start tries again.
+    pub async fn remove_peer(&self, peer: HostId) -> Result<(), crate::state::StateError> {
         if self.retired.get() {
             return Ok(());
         }
@@ -411,7 +411,7 @@ impl Primary {
     }
 
     /// The number of a new session, higher than any before, durably.
-    async fn next_session(self: &Rc<Self>) -> Result<Session, crate::state::metadata::StateError> {
+    async fn next_session(self: &Rc<Self>) -> Result<Session, crate::state::StateError> {
         let primary = self.clone();
         let recording = async move {
             let _one_at_a_time = primary.session_numbers.lock().await;

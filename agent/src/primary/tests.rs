@@ -3,6 +3,8 @@
 use super::*;
 use crate::content::allocation;
 use crate::device::{Command, Request, Volume};
+use crate::state::Unrecovered;
+use crate::state::holding::Compared;
 use crate::state::metadata::tests::superblock;
 use crate::storage::faults::{Calls, Faults};
 use crate::storage::file::Access;
@@ -36,9 +38,10 @@ async fn open(folder: &Path) -> (Rc<Primary>, Rc<Faults>) {
     let superblock = Superblock { role: Role::Primary, size_bytes: SIZE_BYTES, ..superblock() };
     let storage = open_with(Engine::Automatic).expect("a storage");
     let pool = BufferPool::new(1 << 20);
-    let state = State::create(&folder.join("state"), storage.clone(), pool.clone(), &superblock).await;
+    let state = Unrecovered::create(&folder.join("state"), storage.clone(), pool.clone(), &superblock).await;
+    let state = state.expect("a state folder").recover(&Compared::anew()).await.expect("it is whole");
     let faults = Faults::new(storage);
-    let primary = Primary::open(faults.clone(), backing, state.expect("a state folder"), pool, &config).await;
+    let primary = Primary::open(faults.clone(), backing, state, pool, &config).await;
     (primary.expect("a volume"), faults)
 }
 

@@ -2,7 +2,7 @@
 //! asks. The two may be one layer; where they are two, each saves what it lacks.
 
 use super::{OpenReplicaError, Replica};
-use crate::state::metadata::State;
+use crate::state::State;
 use crate::state::pre_images::{Layer, LayerError, PreImages, SaveError, Shortage};
 use crate::storage::file::OpenError;
 use crate::words::with_causes;

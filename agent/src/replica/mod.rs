@@ -13,8 +13,8 @@ mod undo;
 use crate::buffer::BufferPool;
 use crate::clock::Moment;
 use crate::config::{Name, VolumeConfig};
-use crate::state::metadata::State;
 use crate::state::pre_images::{Layer, LayerError, PreImages};
+use crate::state::{Recovered, State};
 use crate::storage::file::File;
 use crate::storage::{self, Operation, Storage};
 use crate::troubles::{Kind, Troubles};
@@ -108,7 +108,7 @@ type Outgoing = (UnboundedSender<Message>, Rc<Cell<usize>>);
 pub enum OpenReplicaError {
     /// Its metadata.
     #[error(transparent)]
-    State(#[from] crate::state::metadata::StateError),
+    State(#[from] crate::state::StateError),
     /// Its pre-images, without which it can't be rolled back.
     #[error(transparent)]
     PreImages(#[from] LayerError),
@@ -131,12 +131,12 @@ impl Replica {
     pub async fn open(
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
-        state: State,
+        recovered: Recovered,
         pool: BufferPool,
         folder: &Path,
         config: &VolumeConfig,
     ) -> Result<Rc<Self>, OpenReplicaError> {
-        let mark = state.recover_marker().await?;
+        let Recovered { state, log, mark } = recovered;
         let peers: Vec<HostId> = config.peers.iter().map(|peer| peer.host).collect();
         let pre_images = PreImages::new(folder, storage.clone(), pool.clone(), config.pre_images.0);
         let layers = gap::open_layers(&pre_images, &state).await?;
@@ -150,14 +150,7 @@ impl Replica {
             gap::saved_in(&layers, superblock.layers.rollback()),
             gap::saved_in(&layers, superblock.layers.undo()),
         );
-        let stored = Stored {
-            superblock,
-            mark,
-            log: state.recover_log().await?,
-            maps: state.valid_maps(&peers).await?,
-            saved,
-            kept,
-        };
+        let stored = Stored { superblock, mark, log, maps: state.valid_maps(&peers).await?, saved, kept };
         let points = layers.iter().map(gap::point_of).collect();
         let machine = replica::Replica::new(settings, stored);
         Ok(Rc::new_cyclic(|me| Self {
@@ -494,7 +487,7 @@ impl Replica {
         );
     }
 
-    async fn write_state(&self, change: StateChange) -> Result<(), crate::state::metadata::StateError> {
+    async fn write_state(&self, change: StateChange) -> Result<(), crate::state::StateError> {
         self.state.change_superblock(|superblock| change.apply(superblock)).await
     }
 
@@ -509,7 +502,7 @@ impl Replica {
         false
     }
 
-    fn note_state(&self, outcome: Result<(), crate::state::metadata::StateError>) -> bool {
+    fn note_state(&self, outcome: Result<(), crate::state::StateError>) -> bool {
         let Err(error) = outcome else { return true };
         self.keep_error(&error);
         false

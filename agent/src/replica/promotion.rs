@@ -4,7 +4,7 @@
 
 use super::Replica;
 use super::gap::saved_in;
-use crate::state::metadata::StateError;
+use crate::state::StateError;
 use crate::state::pre_images::{LayerError, PreImage};
 use crate::storage;
 use blockmirror_protocol::layers::LayerId;

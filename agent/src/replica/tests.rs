@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::clock::tests::sleep_like_a_machine;
+use crate::state::Unrecovered;
+use crate::state::holding::Compared;
 use crate::state::metadata::tests::superblock;
 use crate::storage::file::Access;
 use crate::storage::{Engine, open_with};
@@ -39,8 +41,8 @@ async fn open(folder: &Path) -> Rc<Replica> {
     let superblock = Superblock { size_bytes: SIZE_BYTES, mode: Mode::Sync, given, ..superblock() };
     let storage = open_with(Engine::Automatic).expect("a storage");
     let pool = BufferPool::new(1 << 20);
-    let state = State::create(&folder.join("state"), storage.clone(), pool.clone(), &superblock).await;
-    let state = state.expect("a state folder");
+    let state = Unrecovered::create(&folder.join("state"), storage.clone(), pool.clone(), &superblock).await;
+    let state = state.expect("a state folder").recover(&Compared::anew()).await.expect("it is whole");
     Replica::open(storage, backing, state, pool, folder, &config).await.expect("a volume")
 }
 

@@ -53,7 +53,7 @@ const WRITTEN: &str = "something else wrote to it while it was open here";
 /// The same of one of which an earlier run of the agent found it, as the superblock says.
 pub const EARLIER: &str = "found by an earlier run of the agent";
 /// The same of one that something else made smaller: what was beyond its end is gone.
-pub const SMALLER: &str = "it was smaller for a while";
+const SMALLER: &str = "it was smaller for a while";
 
 /// How often it is looked whether this host writes.
 const LOOK_TIME: Duration = Duration::from_millis(250);
@@ -165,8 +165,40 @@ impl Notes {
     }
 }
 
+/// That a backing was compared with what is noted of it, and what was noticed: no role is opened before that was done.
+#[derive(Debug)]
+pub struct Compared {
+    touched: Option<String>,
+}
+
+impl Compared {
+    /// Of a backing that has just taken the place of another: the metadata says what is known of it.
+    #[must_use]
+    pub fn anew() -> Self {
+        Self { touched: None }
+    }
+
+    /// Of one that something else made smaller.
+    #[must_use]
+    pub fn smaller() -> Self {
+        Self { touched: Some(SMALLER.to_owned()) }
+    }
+
+    /// With what was noticed before and not recorded yet, in words, where nothing is noticed now.
+    #[must_use]
+    pub fn or_earlier(self, touched: Option<String>) -> Self {
+        Self { touched: self.touched.or(touched) }
+    }
+
+    /// That something else wrote to it, in words.
+    #[must_use]
+    pub fn touched(&self) -> Option<&str> {
+        self.touched.as_deref()
+    }
+}
+
 impl Holding {
-    /// Compares what the backing looked like before it was opened with the notes. Says in words what was noticed.
+    /// Compares what the backing looked like before it was opened with the notes.
     ///
     /// # Errors
     /// When the backing can't be read.
@@ -175,19 +207,22 @@ impl Holding {
         storage: &Rc<dyn Storage>,
         backing: &Rc<File>,
         pool: &BufferPool,
-    ) -> Result<Option<String>, storage::Error> {
-        let Some((boot, looks)) = boot().zip(backing.found().and_then(looks_of)) else { return Ok(None) };
+    ) -> Result<Compared, storage::Error> {
+        let Some((boot, looks)) = boot().zip(backing.found().and_then(looks_of)) else {
+            return Ok(Compared { touched: None });
+        };
         let (read, of) = (notes.clone(), looks.clone());
         let noted = blocking(move || read_notes(&read, &of)).await;
         if let Some(words) = judge(&noted, &looks, &boot) {
-            return Ok(Some(words));
+            return Ok(Compared { touched: Some(words) });
         }
         if let Noted::Closed { digest: before, .. } = &noted
             && *before != digest(storage, backing, pool).await?
         {
-            return Ok(Some("its content is not what it was when it was closed here".to_owned()));
+            let words = "its content is not what it was when it was closed here".to_owned();
+            return Ok(Compared { touched: Some(words) });
         }
-        Ok(None)
+        Ok(Compared { touched: None })
     }
 
     /// Notes that the backing is held from now on. `touched` is called once it is noticed that something else writes.

@@ -80,7 +80,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError`] when a file exists already or can't be written.
-    pub async fn create(
+    pub(super) async fn create(
         folder: &Path,
         storage: Rc<dyn Storage>,
         pool: BufferPool,
@@ -114,7 +114,11 @@ impl State {
     ///
     /// # Errors
     /// [`StateError`] when a file is missing or the superblock is damaged.
-    pub async fn open(folder: &Path, storage: Rc<dyn Storage>, pool: BufferPool) -> Result<Self, StateError> {
+    pub(super) async fn open(
+        folder: &Path,
+        storage: Rc<dyn Storage>,
+        pool: BufferPool,
+    ) -> Result<Self, StateError> {
         let superblock_file = open_file(folder.join(superblock::FILE_NAME)).await?;
         let (bytes, unread) = read(&*storage, &superblock_file, &pool, superblock::FILE_BYTES).await;
         let superblock = Superblock::recover(&bytes).map_err(|source| match (source, unread) {
@@ -160,7 +164,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError`] when it is newer than this release.
-    pub async fn recover_log(&self) -> Result<activity_log::Recovered, StateError> {
+    pub(super) async fn recover_log(&self) -> Result<activity_log::Recovered, StateError> {
         let (bytes, _) = read(&*self.storage, &self.log_file, &self.pool, activity_log::FILE_BYTES).await;
         let recovered =
             activity_log::recover(&bytes).map_err(|source| metadata_error(&self.folder, source))?;
@@ -178,7 +182,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError`] when the log can't be read or written.
-    pub async fn log_everything(&self) -> Result<(), StateError> {
+    pub(super) async fn log_everything(&self) -> Result<(), StateError> {
         let (activity_log::Recovered::Active { serial, .. } | activity_log::Recovered::Unsure { serial }) =
             self.recover_log().await?;
         let record = activity_log::encode_everything(serial + 1);
@@ -196,7 +200,7 @@ impl State {
     ///
     /// # Errors
     /// [`StateError`] when it is newer than this release.
-    pub async fn recover_marker(&self) -> Result<Mark, StateError> {
+    pub(super) async fn recover_marker(&self) -> Result<Mark, StateError> {
         let (bytes, _) = read(&*self.storage, &self.marker_file, &self.pool, marker::FILE_BYTES).await;
         match marker::recover(&bytes) {
             Ok((serial, mark)) => {

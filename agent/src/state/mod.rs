@@ -10,6 +10,8 @@
 //! | `invitations.toml` | who may join | the supervisor, by [`invitations`] |
 //! | `panics`, `heard` | panics for which the volume stays closed; when a primary last heard of another host | `crashes`; `volume/company` |
 //!
+//! Whoever opens a volume gets an [`Unrecovered`] state, and a role is opened with a [`Recovered`] one alone.
+//!
 //! [`stored`] reads the first two rows and changes nothing, also while their owner writes. Nothing in here knows a role's machine
 //! or a connection.
 
@@ -19,4 +21,8 @@ pub mod holding;
 pub mod invitations;
 pub mod metadata;
 pub mod pre_images;
+mod recovered;
 pub mod stored;
+
+pub use metadata::{State, StateError};
+pub use recovered::{Recovered, Unrecovered};

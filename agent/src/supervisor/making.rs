@@ -11,8 +11,8 @@ use crate::buffer::BufferPool;
 use crate::config::{Name, Role, VOLUME_LIMIT_BYTES, VolumeConfig};
 use crate::control::api::{CreateRequest, Failure, FailureKind, JoinRequest, StatusReply};
 use crate::control::verbs::CarryOut;
+use crate::state::Unrecovered;
 use crate::state::backing;
-use crate::state::metadata::State;
 use crate::storage::file::{Access, File, OpenError};
 use crate::storage::{self, probe};
 use crate::token::Token;
@@ -450,7 +450,7 @@ fn write_state(folder: &Path, superblock: &Superblock) -> Result<(), Failure> {
     let local = tokio::task::LocalSet::new();
     runtime.block_on(local.run_until(async {
         let storage = storage::open().map_err(|error| failed(format!("no storage can be had: {error}")))?;
-        let created = State::create(folder, storage, BufferPool::new(1 << 20), superblock).await;
+        let created = Unrecovered::create(folder, storage, BufferPool::new(1 << 20), superblock).await;
         created.map(|_| ()).map_err(|error| failed(with_causes(&error)))
     }))
 }

@@ -17,8 +17,8 @@ use crate::primary::Primary;
 use crate::replica::{OpenReplicaError, Replica};
 use crate::standing;
 use crate::state::backing::{self, BackingError};
-use crate::state::holding::{Holding, Notes, SMALLER};
-use crate::state::metadata::{State, StateError};
+use crate::state::holding::{Compared, Holding, Notes};
+use crate::state::{Recovered, StateError, Unrecovered};
 use crate::storage::file::File;
 use crate::storage::{self, Storage};
 use crate::volume::devices::{Devices, give_up_devices};
@@ -111,7 +111,7 @@ impl Volume {
         let storage = storage::open().map_err(NotOpened::NoStorage)?;
         self.storage_kind = storage.kind().to_owned();
         self.storages.add(storage.clone());
-        let state = State::open(&self.surroundings.state_folder, storage.clone(), self.pool.clone())
+        let state = Unrecovered::open(&self.surroundings.state_folder, storage.clone(), self.pool.clone())
             .await
             .map_err(NotOpened::from)?;
         self.must_belong(&state.superblock())?;
@@ -136,13 +136,13 @@ impl Volume {
             // A file system that goes on over other content destroys it.
             give_up_devices(&config, &self.surroundings, "the volume's content is another one now").await;
         }
-        self.hold(&storage, &backing, &state, is_new).await?;
+        let state = self.hold(&storage, &backing, state, is_new).await?;
         self.disk = Some(Disk::new(storage.clone(), backing.clone(), self.pool.clone()));
         self.first_size.set(self.first_size.get().or(Some(backing.size_bytes())));
         if !backing.is_direct() {
             tracing::warn!(volume = %config.name, "the backing refuses direct I/O; it is written through the cache");
         }
-        match state.superblock().role {
+        match state.state.superblock().role {
             Role::Primary => {
                 let started = is_start.then_some(heard);
                 Ok(self.open_primary(&config, storage, backing, state, started).await?)
@@ -152,43 +152,42 @@ impl Volume {
     }
 
     /// Finds out whether something else wrote to the backing since it was open here, which means that any block may differ
-    /// (X4), and notes that it is open. A replica's superblock says so before the notes say anything else. Of one that `is_new`
-    /// the metadata says that already.
+    /// (X4), recovers the state, and notes that the backing is open. A replica's superblock says what was found before the notes
+    /// say anything else. Of one that `is_new` the metadata says that already.
     async fn hold(
         &mut self,
         storage: &Rc<dyn Storage>,
         backing: &Rc<File>,
-        state: &State,
+        state: Unrecovered,
         is_new: bool,
-    ) -> Result<(), NotOpened> {
+    ) -> Result<Recovered, NotOpened> {
         let notes = self.notes();
         if is_new {
             // What was noticed was of the old one.
             *self.touched.borrow_mut() = None;
         }
         let compared = match is_new {
-            true => None,
-            false if self.awaiting.shrunk().is_some() => Some(SMALLER.to_owned()),
+            true => Compared::anew(),
+            false if self.awaiting.shrunk().is_some() => Compared::smaller(),
             false => Holding::compare(&notes, storage, backing, &self.pool).await?,
         };
-        if let Some(words) = compared {
+        if let Some(words) = compared.touched() {
             let (name, path) = (self.name(), backing.path().display());
             tracing::warn!(
                 volume = %name,
                 "{path}: {words}; all of it is compared before anything counts as in sync"
             );
-            *self.touched.borrow_mut() = Some(Touched { words, is_due: true });
+            *self.touched.borrow_mut() = Some(Touched { words: words.to_owned(), is_due: true });
         }
-        if self.touched.borrow().as_ref().is_some_and(|touched| touched.is_due) {
-            state.log_everything().await?;
-            state.change_superblock(Superblock::note_touched).await?;
-            self.touched.borrow_mut().iter_mut().for_each(|touched| touched.is_due = false);
-        }
+        let due =
+            self.touched.borrow().as_ref().filter(|touched| touched.is_due).map(|due| due.words.clone());
+        let state = state.recover(&compared.or_earlier(due)).await?;
+        self.touched.borrow_mut().iter_mut().for_each(|touched| touched.is_due = false);
         let events = self.events.clone();
         let touched = move |words| drop(events.send(Event::Touched(words)));
         let held = Holding::begin(notes, storage.clone(), backing.clone(), self.pool.clone(), touched).await;
         self.holding = held.map_err(NotOpened::Unnoted)?;
-        Ok(())
+        Ok(state)
     }
 
     /// Where this host notes what the backing looks like.
@@ -208,7 +207,7 @@ impl Volume {
     }
 
     /// Records that this host is a replica, where another one was promoted since. Tells which of them said how they stand.
-    async fn yield_to_others(&self, state: &State, others: Others) -> Result<Vec<HostId>, NotOpened> {
+    async fn yield_to_others(&self, state: &Unrecovered, others: Others) -> Result<Vec<HostId>, NotOpened> {
         let superblock = state.superblock();
         let config = self.config.borrow().clone();
         let mut spoke = Vec::new();
@@ -266,7 +265,7 @@ impl Volume {
         config: &VolumeConfig,
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
-        state: State,
+        state: Recovered,
         started: Option<Vec<HostId>>,
     ) -> Result<OpenRole, NotOpened> {
         if let Some(shortfall) = config.shortfall() {
@@ -317,14 +316,14 @@ impl Volume {
         config: &VolumeConfig,
         storage: Rc<dyn Storage>,
         backing: Rc<File>,
-        state: State,
+        state: Recovered,
     ) -> Result<OpenRole, NotOpened> {
-        let superblock = state.superblock();
+        let size_bytes = state.state.superblock().size_bytes;
         let folder = &self.surroundings.state_folder;
         let replica =
             Replica::open(storage.clone(), backing.clone(), state, self.pool.clone(), folder, config).await?;
         replica.count_in(self.troubles.clone());
-        let export = Export::new(storage.clone(), backing.clone(), self.pool.clone(), superblock.size_bytes);
+        let export = Export::new(storage.clone(), backing.clone(), self.pool.clone(), size_bytes);
         export.count_in(self.troubles.clone());
         self.ask_members_later();
         self.devices = Devices::start_export(config, &self.surroundings, export, &self.pool).await;
@@ -334,7 +333,7 @@ impl Volume {
 
 /// Where the backing took the place of another one, makes the metadata say what is known of its content. Says whether it
 /// did.
-async fn adopt(config: &VolumeConfig, folder: &Path, state: &State) -> Result<bool, NotOpened> {
+async fn adopt(config: &VolumeConfig, folder: &Path, state: &Unrecovered) -> Result<bool, NotOpened> {
     let (there, path) = (folder.to_owned(), config.backing.clone());
     let compared = blocking(move || backing::compare(&there, &path)).await?;
     let record = |identity: String| {
