@@ -5,9 +5,9 @@
 //! The hook writes a line into the volume's state folder, or the agent's, before the process ends. The lines go when the volume
 //! has been open for a while, or the agent has run so long. A power cut or a kill leaves none, so these count for nothing.
 
-use crate::control::api::Panics;
 use crate::durable;
 use crate::words::printable;
+use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -27,6 +27,17 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(64);
 pub const QUIET_TIME: Duration = Duration::from_secs(600);
 /// No line is longer, in characters.
 const LINE_LIMIT: usize = 500;
+
+/// How a volume ended the agent, which is a mistake in the program.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Panics {
+    /// How often in a row.
+    pub times: usize,
+    /// The last, in words.
+    pub last: String,
+    /// The file that remembers it: without it the volume is opened again.
+    pub notes: PathBuf,
+}
 
 thread_local! {
     static FOLDER: RefCell<Option<Arc<Path>>> = const { RefCell::new(None) };

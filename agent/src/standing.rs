@@ -8,7 +8,6 @@ use crate::config::{Name, PeerConfig, VolumeConfig};
 use crate::state::generations;
 use crate::state::stored;
 use crate::transport::{AskError, Peers};
-use crate::volume::Service;
 use crate::words::with_name;
 use blockmirror_protocol::disk::superblock::Role;
 use blockmirror_protocol::lineage;
@@ -18,6 +17,15 @@ use blockmirror_protocol::wire::message::{AskMembers, AskStanding, Members, Mess
 use std::path::Path;
 use std::time::Duration;
 use tokio::task::JoinSet;
+
+/// What a volume serves to applications.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// Whether they can write.
+    pub serves: bool,
+    /// For how long what they are served from has not answered, or was missed; zero where it is there.
+    pub silent: Duration,
+}
 
 /// What a peer answered, or why it didn't, in words.
 pub type Answered = Result<Standing, String>;

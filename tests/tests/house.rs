@@ -115,13 +115,6 @@ fn fences_are_compared_in_one_place() {
     assert!(!derived.contains("Ord"), "an order of fences would be a second rule");
 }
 
-/// Parts that know each other in both directions, be it through others. None may come to it.
-const CIRCLES: &[(&str, &[&[&str]])] = &[
-    ("protocol", &[]),
-    ("agent", &[&["control", "crashes", "process"], &["standing", "volume"]]),
-    ("tools", &[]),
-];
-
 /// Which parts of a crate each part names.
 fn arrows_of(name: &str) -> BTreeMap<String, BTreeSet<String>> {
     let mut arrows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -146,24 +139,15 @@ fn reached(arrows: &BTreeMap<String, BTreeSet<String>>, from: &str) -> BTreeSet<
 
 #[test]
 fn no_part_leads_back_to_itself() {
-    for (name, known) in CIRCLES {
+    for name in ["protocol", "agent", "tools"] {
         let arrows = arrows_of(name);
-        let mut circles = BTreeSet::new();
-        for part in arrows.keys() {
-            let there = reached(&arrows, part);
-            if there.contains(part) {
-                let back = there.into_iter().filter(|other| reached(&arrows, other).contains(part));
-                circles.insert(back.collect::<Vec<_>>());
-            }
-        }
-        let known: BTreeSet<Vec<String>> =
-            known.iter().map(|circle| circle.iter().map(|part| (*part).to_owned()).collect()).collect();
         println!(
             "{name}: {} parts, {} arrows",
             arrows.len(),
             arrows.values().map(BTreeSet::len).sum::<usize>()
         );
-        assert_eq!(circles, known, "{name}");
+        let circles: Vec<_> = arrows.keys().filter(|part| reached(&arrows, part).contains(*part)).collect();
+        assert!(circles.is_empty(), "{name}: {circles:?}");
     }
 }
 

@@ -32,6 +32,7 @@ use crate::kept::Store;
 use crate::primary::{Link, NotCompared, Primary};
 use crate::recovery;
 use crate::replica::Replica;
+use crate::standing::Service;
 use crate::state::StateError;
 use crate::state::holding::Holding;
 use crate::transport::{Connection, ControlReceiver, ControlSender, FrameReceiver, Peers};
@@ -184,15 +185,6 @@ pub enum NotAdded {
     /// There is no map for it.
     #[error(transparent)]
     State(#[from] StateError),
-}
-
-/// What a volume serves to applications.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Service {
-    /// Whether they can write.
-    pub serves: bool,
-    /// For how long what they are served from has not answered, or was missed; zero where it is there.
-    pub silent: Duration,
 }
 
 /// A running volume, for other threads.

@@ -7,6 +7,7 @@
 mod orders;
 mod status;
 
+pub use crate::crashes::Panics;
 pub use orders::*;
 pub use status::*;
 

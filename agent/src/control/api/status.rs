@@ -3,6 +3,7 @@
 use crate::config::{
     Address, Compression, DeviceKind, Mode, Name, PeerConfig, RemovedConfig, Role, VolumeConfig,
 };
+use crate::crashes::Panics;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -199,17 +200,6 @@ pub struct Awaited {
     pub what: String,
     /// For how long.
     pub seconds: u64,
-}
-
-/// How a volume ended the agent, which is a mistake in the program.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Panics {
-    /// How often in a row.
-    pub times: usize,
-    /// The last, in words.
-    pub last: String,
-    /// The file that remembers it: without it the volume is opened again.
-    pub notes: PathBuf,
 }
 
 /// A backing that has become smaller than the volume: what was beyond its end is not there.
