@@ -112,11 +112,27 @@ pub enum Bug {
     /// A primary that was demoted and promoted again writes before those follow it that had everything, and does not know
     /// after a restart whom it waited for (W4).
     WriteUnfollowed,
+    /// A page of a map that a crash tore counts as clean (D1).
+    TornPageIsClean,
+    /// A write of metadata that hangs is taken for done (W2).
+    TakeHungForDone,
+    /// A replica tells of a marker that is only being written (P3).
+    TellUnmarked,
+    /// A replica that acknowledges nothing holds up whoever writes for as long as it likes (W7).
+    AwaitLateReplica,
+    /// A replica is said to be in sync, however late its acknowledgements are (D4).
+    OverlookLag,
+    /// Where the newest record of the activity log is not whole, the one before it counts (D1).
+    TrustOlderRecord,
+    /// What a compare finds is told, and not marked (D4).
+    TellUnmarkedDifference,
+    /// Where one header of a map is not whole, the other one counts, whatever it says (D1).
+    TrustOlderHeader,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 50] = [
+    pub const ALL: [Self; 58] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -167,6 +183,14 @@ impl Bug {
         Self::CountRecovered,
         Self::GoOnUnanswered,
         Self::WriteUnfollowed,
+        Self::TornPageIsClean,
+        Self::TakeHungForDone,
+        Self::TellUnmarked,
+        Self::AwaitLateReplica,
+        Self::OverlookLag,
+        Self::TrustOlderRecord,
+        Self::TellUnmarkedDifference,
+        Self::TrustOlderHeader,
     ];
 }
 

@@ -11,6 +11,7 @@
 //! answers no more than a few digests at a time.
 
 use super::{Action, Link, Peer, Phase, State};
+use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
 use crate::units::{EXTENT_BYTES, Sequence};
 use crate::wire::{Body, FrameHeader};
@@ -201,6 +202,9 @@ impl Peer {
             Read::Digest(_) => {
                 verify.different.push(range);
                 // No write is to blame, so nothing is safe until the mark is durable.
+                if planted(Bug::TellUnmarkedDifference) {
+                    return;
+                }
                 self.distrust(range.blocks(self.block_size), Sequence(1));
             }
         }

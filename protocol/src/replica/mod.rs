@@ -589,7 +589,10 @@ impl Replica {
     /// What is durable here, as the next greeting will hear.
     fn mark(&self) -> Mark {
         let Superblock { lineage, position, .. } = &self.superblock;
-        let marked = self.marker.durable;
+        let marked = match self.marker.writing {
+            Some(writing) if planted(Bug::TellUnmarked) => writing,
+            _ => self.marker.durable,
+        };
         Mark { position: lineage::later(lineage, *position, marked.position), ..marked }
     }
 

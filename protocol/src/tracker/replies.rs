@@ -201,7 +201,8 @@ impl Tracker {
         let all = required().count();
         // One that was sent a commit may have recorded it: promoted, it would be taken for one that was in sync.
         if required().any(|peer| peer.may_follow() && !owed.is_settled_by(peer)) {
-            let is_late = now >= owed.since.after(ACKNOWLEDGEMENT_DEADLINE);
+            let is_late =
+                now >= owed.since.after(ACKNOWLEDGEMENT_DEADLINE) && !planted(Bug::AwaitLateReplica);
             return if is_late { Verdict::Late } else { Verdict::Wait };
         }
         if let ReplicaLoss::Block { min_replicas, limit } = self.replies.loss

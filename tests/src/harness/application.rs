@@ -89,10 +89,11 @@ impl World {
         it.application.waiting.remove(&id).expect("a request is answered once");
         let may_wait =
             matches!(self.settings.loss, ReplicaLoss::Block { .. }) || self.settings.choices_change;
-        let Settings { disk_failures, state_failures, bad_sectors, .. } = self.settings;
+        let Settings { disk_failures, state_failures, bad_sectors, hangs, .. } = self.settings;
         // What waits for others fails when the primary is demoted.
         let is_ending = it.superseded.is_some() || it.demotion.is_some();
-        let may_fail = disk_failures > 0 || state_failures || bad_sectors || is_ending || may_wait;
+        let may_fail =
+            disk_failures > 0 || state_failures || bad_sectors || hangs > 0 || is_ending || may_wait;
         assert!(
             good || may_fail,
             "a request fails only with a disk, or when another host is or may be promoted"

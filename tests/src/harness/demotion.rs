@@ -70,7 +70,7 @@ impl World {
             Ok(Step::Record(by)) => {
                 // Changes of the superblock are made one after the other.
                 let is_recording = matches!(&it.shell, Shell::Primary(shell) if shell.is_recording());
-                if now < it.state_fails_until || is_recording {
+                if now < it.state_is_out_until() || is_recording {
                     return false;
                 }
                 let tracker = it.tracker().expect("it is not recorded yet");

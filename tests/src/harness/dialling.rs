@@ -68,7 +68,9 @@ impl World {
         self.note(|| format!("{link} back: {message:?}"));
         self.promote_amid_resync(link.listener, &message);
         if let Message::Acknowledgement(acknowledgement) = &message {
-            self.links[link].copies.retain(|number, _| *number > acknowledgement.copies);
+            let it = &mut self.links[link];
+            it.copies.retain(|number, _| *number > acknowledgement.copies);
+            while it.unacknowledged.pop_front_if(|(epoch, _)| *epoch <= acknowledgement.durable).is_some() {}
         }
         let now = self.clock(link.dialler);
         if let Message::Welcome(welcome) = &message {
@@ -180,7 +182,12 @@ impl World {
             self.hosts[link.dialler].history.record(sequence, range, data.clone());
             let both = self.links[link].copies.values().find(|copy| copy.overlaps(range));
             assert_eq!(both, None, "R1: {range:?} is streamed over {link} while a copy of it is on its way");
-            let connection = self.links[link].connection;
+            let now = self.now;
+            let it = &mut self.links[link];
+            if it.unacknowledged.back().is_none_or(|(last, _)| *last < epoch) {
+                it.unacknowledged.push_back((epoch, now));
+            }
+            let connection = it.connection;
             self.hosts[link.listener].mirror.frame_is_sent((connection, epoch.0), sequence, range, &data);
         }
         self.send_frame(link, Channel::Live, header, data);

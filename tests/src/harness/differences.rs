@@ -133,7 +133,7 @@ impl World {
         let known = self.differences.sectors.entry(link).or_default();
         let mut grown = Vec::new();
         for sector in changed.into_iter().filter(|sector| volume.contains(sector)) {
-            if !differs(here, there, sector) {
+            if there.is_rotten(sector) || !differs(here, there, sector) {
                 known.remove(&sector);
             } else if known.insert(sector) {
                 grown.push(sector);

@@ -135,6 +135,8 @@ pub struct Disk {
     lost: Vec<u64>,
     /// Sectors that can't be read until they are written.
     bad: BTreeSet<u64>,
+    /// Sectors that have rotted, whatever was written to them since.
+    rotten: BTreeSet<u64>,
 }
 
 impl Disk {
@@ -151,6 +153,7 @@ impl Disk {
             changed: Vec::new(),
             lost: Vec::new(),
             bad: BTreeSet::new(),
+            rotten: BTreeSet::new(),
         }
     }
 
@@ -172,6 +175,29 @@ impl Disk {
         self.content.insert(sector, value);
         self.changes += 1;
         self.changed.push(sector);
+    }
+
+    /// A sector rots: it holds something else, and nobody knows.
+    pub fn rot(&mut self, sector: u64, value: Value) {
+        self.replace(sector, value);
+        self.rotten.insert(sector);
+    }
+
+    /// Whether a sector has rotted.
+    #[must_use]
+    pub fn is_rotten(&self, sector: u64) -> bool {
+        self.rotten.contains(&sector)
+    }
+
+    /// Whether any has.
+    #[must_use]
+    pub fn has_rotten(&self) -> bool {
+        !self.rotten.is_empty()
+    }
+
+    /// What has rotted is mended.
+    pub fn forget_rotten(&mut self) {
+        self.rotten.clear();
     }
 
     /// What reads give: the sectors that are not zero.

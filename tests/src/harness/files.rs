@@ -71,6 +71,19 @@ impl Files {
         });
     }
 
+    /// The offsets of a file's pages that hold data.
+    #[must_use]
+    pub fn offsets(&self, name: &str) -> Vec<u64> {
+        let pages = self.files.get(name).into_iter().flatten();
+        pages.filter(|(_, page)| page.iter().any(|byte| *byte != 0)).map(|(offset, _)| *offset).collect()
+    }
+
+    /// Bits of a page change by themselves.
+    pub fn flip(&mut self, name: &str, offset: u64, byte: usize, bits: u8) {
+        self.changes += 1;
+        self.files.entry(name.into()).or_default().entry(offset).or_insert([0; PAGE_BYTES])[byte] ^= bits;
+    }
+
     /// The names of all files.
     #[must_use]
     pub fn names(&self) -> Vec<String> {

@@ -89,7 +89,7 @@ impl World {
             Event::Arrival(link, _, channel) if *channel == Channel::ToDialler => link.dialler,
             Event::Arrival(link, ..) | Event::Stray(link, _) | Event::ListenerLost(link, _) => link.listener,
             Event::Start(..) | Event::Mishap | Event::Thaw(..) | Event::Asked(..) => return None,
-            Event::Restart(..) | Event::ReturnAlone(..) | Event::Sleep(..) => return None,
+            Event::Restart(..) | Event::Crash(..) | Event::ReturnAlone(..) | Event::Sleep(..) => return None,
         };
         let it = &self.hosts[host];
         (it.is_up() && it.frozen_until > self.now).then_some(it.frozen_until)

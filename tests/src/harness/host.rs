@@ -9,6 +9,7 @@ use super::demotion::Demotion;
 use super::disk::{Crash, Disk, DiskOperation};
 use super::files::{Batch, FileOperation, Files, Step};
 use super::gap::{HistoryPoint, Layers};
+use super::hanging::Hangs;
 use super::history::History;
 use super::links::LinkId;
 use super::membership::Members;
@@ -28,6 +29,7 @@ use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
 use blockmirror_protocol::given::Given;
 use blockmirror_protocol::layers;
+use blockmirror_protocol::planted::{Bug, planted};
 use blockmirror_protocol::succession::{Claims, Decision};
 use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::tracker::{Doubt, Tracker};
@@ -102,6 +104,8 @@ pub struct Host {
     pub state_fails_until: Duration,
     /// Whether that is for want of room.
     pub state_is_full: bool,
+    /// What of it hangs.
+    pub hangs: Hangs,
     /// What it was told of promotions in this life.
     pub claims: Claims,
     /// Why it does not know whether it leads, as a primary that has asked the others.
@@ -204,6 +208,7 @@ impl Host {
             frozen_until: Duration::ZERO,
             state_fails_until: Duration::ZERO,
             state_is_full: false,
+            hangs: Hangs::default(),
             claims: Claims::default(),
             doubts: BTreeSet::new(),
             is_held: false,
@@ -311,6 +316,12 @@ impl Host {
         map
     }
 
+    /// Whether there is a file of the map for another host, and neither of its headers is whole.
+    pub(super) fn map_is_damaged(&self, peer: usize) -> bool {
+        let header = self.files.bytes(&dirty_map::file_name(host_id(peer)), 2 * PAGE_BYTES as u64);
+        header.iter().any(|byte| *byte != 0) && dirty_map::Header::recover(&header).is_err()
+    }
+
     /// The map of a peer that a primary begins to send to: where there is none that holds, all may differ.
     pub(super) fn begin_map(&mut self, peer: usize) {
         if self.recover_map(peer).base().is_none() {
@@ -379,11 +390,12 @@ impl World {
         if self.hosts[host].is_up() {
             self.crash(host, Crash::Process);
         }
-        if self.state_fails(host) {
+        if self.state_is_out(host) {
             // The agent waits for it (X6).
-            let delay = self.hosts[host].state_fails_until - self.now;
+            let delay = self.hosts[host].state_is_out_until() - self.now;
             return self.plan_start(host, delay);
         }
+        self.rot(host);
         let it = &mut self.hosts[host];
         it.start_is_planned = false;
         it.life += 1;
@@ -412,6 +424,7 @@ impl World {
         let it = &mut self.hosts[host];
         it.superblock_work.clear();
         it.heard.clear();
+        it.hangs.crash();
         (it.is_held, it.demotion, it.superseded) = (false, None, None);
         it.clock.wake(self.now, it.frozen_until);
         it.frozen_until = Duration::ZERO;
@@ -504,7 +517,7 @@ impl World {
 
     /// A disk operation of a host ended.
     pub(super) fn disk_ended(&mut self, host: usize, id: DiskOperation) {
-        let fails = self.fails();
+        let fails = self.fails() | self.hosts[host].hangs.disk_has_failed(id);
         let it = &mut self.hosts[host];
         let Some(ended) = it.disk.end(id, fails, &mut self.random) else { return };
         it.ended_operations += 1;
@@ -519,18 +532,23 @@ impl World {
     /// A batch of a metadata write of a host ended.
     pub(super) fn file_ended(&mut self, host: usize, id: FileOperation) {
         let fails = self.fails() || self.state_fails(host);
+        let is_taken_for_done = planted(Bug::TakeHungForDone) && self.state_hangs(host);
         let it = &mut self.hosts[host];
+        let fails = fails | it.hangs.file_has_failed(id) | is_taken_for_done;
         let step = it.files.step(id, fails, &mut self.random);
         it.ended_operations += u64::from(step.is_some());
         match step {
             None => {}
             Some(Step::More) => self.plan_file(host, id),
-            Some(Step::Done(good)) => match it.shell {
-                Shell::Down => panic!("a crash ends operations"),
-                Shell::Rewriting(_) => self.rewriting_file_ended(host, good),
-                Shell::Primary(_) => self.primary_file_ended(host, id, good),
-                Shell::Replica(_) => self.replica_file_ended(host, id, good),
-            },
+            Some(Step::Done(good)) => {
+                let good = good || is_taken_for_done;
+                match it.shell {
+                    Shell::Down => panic!("a crash ends operations"),
+                    Shell::Rewriting(_) => self.rewriting_file_ended(host, good),
+                    Shell::Primary(_) => self.primary_file_ended(host, id, good),
+                    Shell::Replica(_) => self.replica_file_ended(host, id, good),
+                }
+            }
         }
     }
 

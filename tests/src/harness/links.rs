@@ -10,6 +10,7 @@ use super::random::Random;
 use super::world::{Event, World};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::terms::Fence;
+use blockmirror_protocol::units::Epoch;
 use blockmirror_protocol::wire::FrameHeader;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -90,6 +91,9 @@ pub struct Link {
     pub copied_bytes: u64,
     /// Copies that were sent on this connection and are not known to be durable, by number.
     pub copies: BTreeMap<u64, ByteRange>,
+    /// Epochs of which live frames were sent on this connection and that are not known to be durable, with when the first of
+    /// them was.
+    pub unacknowledged: VecDeque<(Epoch, Duration)>,
     /// Bytes that the listener was asked to compare on this connection.
     pub compared_bytes: u64,
     /// Bytes that were dirty when its first resync began.

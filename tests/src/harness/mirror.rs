@@ -128,6 +128,10 @@ impl Image {
         let next = self.frames.first_key_value().map_or(&[][..], |(_, frames)| frames);
         let possible = restored.map_or_else(|| disk.possible(sector), |value| vec![value]);
         for value in possible {
+            if disk.is_rotten(sector) {
+                // Nobody can know.
+                continue;
+            }
             let is_lost = || self.instead.get(&sector).is_some_and(|values| values.contains(&value));
             let is_next = || {
                 next.iter().any(|(range, data)| sectors(*range).contains(&sector) && data.at(sector) == value)

@@ -36,6 +36,9 @@ impl World {
             let host = self.random.pick(&[primary, link.listener]);
             return self.set_back(host);
         }
+        if self.random.once_in(self.settings.hangs) {
+            return self.hang(primary, link.listener);
+        }
         if self.random.once_in(20) {
             let host = self.random.pick(&[primary, link.listener]);
             return self.freeze(host);

@@ -184,6 +184,7 @@ impl World {
             }
             Action::WriteLocal { sequence, request, range, zero, durable } => {
                 let data = Data::Fill(self.content_of(host, request, zero.is_some()));
+                self.check_recorded(host, range);
                 self.hosts[host].history.record(sequence, range, data.clone());
                 let id = self.start_primary_disk(host, DiskWork::Write(sequence, range, durable));
                 self.hosts[host].disk.write(id, range, &data, durable);

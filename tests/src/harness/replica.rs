@@ -15,7 +15,7 @@ use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
 use blockmirror_protocol::terms::{DataState, Fence};
-use blockmirror_protocol::units::Sequence;
+use blockmirror_protocol::units::{HostId, Sequence};
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{Members, Message, Superseded};
 use std::collections::{BTreeMap, VecDeque};
@@ -67,14 +67,16 @@ impl ReplicaShell {
             replica::Settings { sector_bytes: host.disk.sector_bytes() as u32, window_bytes, space };
         let maps = host.members.peers().into_iter();
         let maps = maps.map(|peer| (host_id(peer), host.recover_map(peer)));
-        let is_known = |map: &DirtyMap| !map.base().is_none();
+        // A damaged one may have said anything.
+        let is_known =
+            |peer: HostId, map: &DirtyMap| !map.base().is_none() || host.map_is_damaged(host_number(peer));
         let saved = host.layers.saved(superblock.layers.rollback());
         let kept = host.layers.saved(superblock.layers.undo());
         let stored = replica::Stored {
             superblock,
             mark,
             log: host.recover_log(),
-            maps: maps.filter(|(_, map)| is_known(map)).collect(),
+            maps: maps.filter(|(peer, map)| is_known(*peer, map)).collect(),
             saved,
             kept,
         };
@@ -361,6 +363,9 @@ impl World {
 
     /// What a replica's machine says goes back on the connection that it serves, or nowhere.
     fn answer(&mut self, host: usize, message: &Message) {
+        if let Message::Acknowledgement(acknowledgement) = message {
+            self.check_marked(host, acknowledgement.mark);
+        }
         let Some(speaker) = self.replica_shell(host).speaker else { return };
         let served = self.links[speaker].listener_side;
         let mirror = &mut self.hosts[host].mirror;

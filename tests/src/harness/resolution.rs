@@ -48,7 +48,8 @@ impl World {
     /// An operator resolves a split, if there is one: the host's own content goes for that of the other one (L6). What
     /// others say of themselves is late or never comes; then nothing happens.
     pub(super) fn resolve(&mut self, host: usize, keep: usize) {
-        if self.hosts[host].members.is_removed() || self.hosts[host].demotion.is_some() {
+        let is_busy = self.hosts[host].demotion.is_some() || self.state_hangs(host);
+        if self.hosts[host].members.is_removed() || is_busy {
             return;
         }
         let Shell::Replica(shell) = &self.hosts[host].shell else { return };

@@ -12,7 +12,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 /// How long the hosts have to come to rest once nothing goes wrong any more.
-const SETTLING: Duration = Duration::from_secs(400);
+pub(super) const SETTLING: Duration = Duration::from_secs(400);
 /// How many sectors that can't be read are overwritten at a time, at most.
 const OVERWRITTEN: usize = 8;
 /// How long closing may take.
@@ -27,6 +27,7 @@ impl World {
         (self.is_rough, self.is_busy) = (false, false);
         for host in &mut self.hosts {
             host.state_fails_until = host.state_fails_until.min(self.now);
+            host.hangs.end(self.now);
         }
         for link in self.links.ids() {
             self.links[link].stalled_until = self.now;
@@ -164,7 +165,7 @@ impl World {
     }
 
     /// The links from primaries that run to all others.
-    fn replicating(&self) -> Vec<LinkId> {
+    pub(super) fn replicating(&self) -> Vec<LinkId> {
         self.primaries().into_iter().flat_map(|host| self.links.of_dialler(host)).collect()
     }
 
@@ -226,7 +227,7 @@ impl World {
         self.check_recovered(host);
         let log = self.hosts[host].recover_log();
         assert!(
-            matches!(&log, Recovered::Active { extents, .. } if extents.is_empty()),
+            matches!(&log, Recovered::Active { extents, .. } if extents.is_empty()) || self.settings.rots > 0,
             "closing leaves an empty log, not {log:?}"
         );
         for link in self.links.of_dialler(host) {

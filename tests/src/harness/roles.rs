@@ -40,9 +40,9 @@ impl World {
     /// A primary that is superseded becomes a replica.
     pub(super) fn step_down_if_superseded(&mut self, host: usize, life: u64) {
         let number = self.next_operation();
-        if self.state_fails(host) {
+        if self.state_is_out(host) {
             // It takes no writes; it becomes a replica when it can record that.
-            let delay = self.hosts[host].state_fails_until - self.now;
+            let delay = self.hosts[host].state_is_out_until() - self.now;
             return self.plan(delay, Event::StepDown(host, life));
         }
         let it = &self.hosts[host];

@@ -37,6 +37,11 @@ pub struct Settings {
     pub members_change: bool,
     /// Whether state folders fail for a while.
     pub state_failures: bool,
+    /// One mishap in so many is a disk or a state folder that hangs; 0 for none.
+    pub hangs: u64,
+    /// How many starts of a host there are for one before which a page of its metadata rots; none where 0. Where there are any,
+    /// sectors of copies rot in the end.
+    pub rots: u64,
     /// Whether disks are lost, and their content is recovered from other hosts.
     pub disks_are_lost: bool,
     /// One save of pre-images in so many finds no room; 0 for none.
@@ -103,6 +108,8 @@ impl Settings {
             1..=4 => Self::narrow(random, seconds),
             5..=16 => Self::calm(random, seconds),
             17..=20 => Self::guarded(random, seconds),
+            29..=32 => Self::rotten(random, seconds),
+            33..=38 => Self::hanging(random, seconds),
             39..=40 => Self::dozing(random, seconds),
             41..=42 => Self::handled(random, seconds),
             43..=51 => Self::forgetful(random, seconds),
@@ -129,6 +136,8 @@ impl Settings {
             choices_change: false,
             members_change: false,
             state_failures: false,
+            hangs: 0,
+            rots: 0,
             disks_are_lost: false,
             space_failures: 0,
             space: SpacePolicy::Pause,
@@ -231,6 +240,56 @@ impl Settings {
             duration: Duration::from_secs(seconds * 10),
             mishaps: Some(Duration::from_secs(random.pick(&[1, 4]))),
             ..Self::narrow(random, seconds)
+        }
+    }
+
+    /// Metadata that rots while hosts are down, on hosts whose marks are only in their maps when they start, since they rest for long;
+    /// and copies that rot in the end.
+    fn rotten(random: &mut Random, seconds: u64) -> Self {
+        Self {
+            sector_bytes: vec![512; 2 + random.below(2) as usize],
+            bad_sectors: false,
+            disks_are_lost: false,
+            members_change: false,
+            state_failures: random.once_in(2),
+            rots: random.pick(&[2, 4]),
+            set_backs: 0,
+            has_operators: random.once_in(2),
+            outage: Duration::from_millis(random.pick(&[300, 10_000])),
+            ..Self::calm(random, seconds)
+        }
+    }
+
+    /// Disks and state folders that hang for longer than deadlines, on hosts that otherwise seldom fail. The world's time is long
+    /// enough for the deadlines to pass.
+    fn hanging(random: &mut Random, seconds: u64) -> Self {
+        let hosts = 2 + random.below(2) as usize;
+        Self {
+            sector_bytes: vec![512; hosts],
+            disk_delay: vec![Duration::from_millis(random.pick(&[2, 10])); 4],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(2),
+            disk_failures: 0,
+            bad_sectors: false,
+            choices_change: false,
+            members_change: false,
+            state_failures: false,
+            disks_are_lost: false,
+            hangs: 2,
+            modes: vec![random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync, Mode::Sync]); 4],
+            loss: random.pick(&[
+                ReplicaLoss::Continue,
+                ReplicaLoss::Continue,
+                ReplicaLoss::Block { min_replicas: 1, limit: Duration::from_secs(2) },
+            ]),
+            patience: Duration::from_millis(random.pick(&[200, 1000])),
+            has_operators: random.once_in(3),
+            flushes: 3,
+            think_time: Duration::from_millis(random.pick(&[50, 400])),
+            outage: Duration::from_millis(random.pick(&[50, 300])),
+            duration: Duration::from_secs(seconds * 10),
+            mishaps: Some(Duration::from_secs(random.pick(&[2, 8, 20, 20]))),
+            ..Self::small(random, seconds)
         }
     }
 
@@ -412,6 +471,8 @@ impl Settings {
             choices_change: random.once_in(4),
             members_change: random.once_in(4),
             state_failures: random.once_in(4),
+            hangs: 0,
+            rots: 0,
             disks_are_lost: random.once_in(3),
             space_failures: random.pick(&[0, 0, 20]),
             space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),

@@ -23,6 +23,11 @@ impl World {
         self.plan(time, Event::StepDown(host, life));
     }
 
+    /// Whether nothing comes of what is written to a host's state folder just now.
+    pub(super) fn state_is_out(&self, host: usize) -> bool {
+        self.hosts[host].state_is_out_until() > self.now
+    }
+
     /// Whether nothing can be written to a host's state folder just now.
     pub(super) fn state_fails(&self, host: usize) -> bool {
         self.hosts[host].state_fails_until > self.now

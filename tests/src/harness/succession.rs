@@ -78,7 +78,8 @@ impl World {
 
     /// What a host says of itself when another one asks; nothing where it can't be reached.
     pub(super) fn hear(&mut self, asker: usize, host: usize) -> Option<Standing> {
-        if !self.reaches(asker, host) || !self.hosts[host].members.contains(asker) {
+        let is_heard = self.reaches(asker, host) && !self.state_hangs(host);
+        if !is_heard || !self.hosts[host].members.contains(asker) {
             return None;
         }
         let it = &self.hosts[host];

@@ -62,7 +62,7 @@ impl World {
     pub fn undo(&mut self, host: usize) -> bool {
         let it = &self.hosts[host];
         let is_replica = matches!(it.shell, Shell::Replica(_));
-        if !is_replica || undo::layer(&it.superblock).is_err() || it.has_failed() || self.state_fails(host) {
+        if !is_replica || undo::layer(&it.superblock).is_err() || it.has_failed() || self.state_is_out(host) {
             return false;
         }
         self.crash(host, Crash::Process);

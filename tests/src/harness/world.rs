@@ -12,6 +12,7 @@ use super::random::Random;
 use super::settings::Settings;
 use super::touched::Foreign;
 use blockmirror_protocol::handover::Event as Came;
+use blockmirror_protocol::peer::CompareResult;
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::wire::FrameHeader;
@@ -63,6 +64,8 @@ pub enum Event {
     ReturnAlone(LinkId),
     /// A host's agent ends and starts.
     Restart(usize),
+    /// A host crashes, in this life.
+    Crash(usize, u64, Crash),
     /// The second host hears that the first one was demoted for it, in this life.
     TakeOver(usize, usize, u64),
     /// The second host, which takes over from the first one, looks whether it is the primary.
@@ -110,6 +113,8 @@ pub struct World {
     early_timeouts: u32,
     /// Which host lies, if one does.
     pub lies: Option<Lies>,
+    /// What compares with copies that have rotted came to.
+    pub(super) compared: BTreeMap<LinkId, CompareResult>,
 }
 
 impl World {
@@ -135,6 +140,7 @@ impl World {
             operations: 0,
             early_timeouts: 0,
             lies: None,
+            compared: BTreeMap::new(),
             settings,
         };
         if world.settings.sleeps > 0 {
@@ -166,6 +172,7 @@ impl World {
         self.settle();
         self.think_again();
         self.compare_all();
+        self.rot_and_compare();
         self.close();
     }
 
@@ -282,6 +289,9 @@ impl World {
         if let Some(until) = self.is_frozen(&event) {
             return self.plan(until - self.now, event);
         }
+        if let Some(until) = self.is_hung(&event) {
+            return self.plan_at(until, event);
+        }
         match event {
             Event::Request(host) => self.next_request(host),
             Event::Mishap => self.next_mishap(),
@@ -305,6 +315,7 @@ impl World {
             Event::LoseTwo(lost, host, life) => self.lose_two(lost, host, life),
             Event::ReturnAlone(link) => self.has_returned(link),
             Event::Restart(host) => self.take_down(host, Crash::Process),
+            Event::Crash(host, life, crash) => self.crash_amid(host, life, crash),
             Event::PromoteByRule(host, life) if self.hosts[host].life == life => self.promote_by_rule(host),
             Event::PromoteByRule(..) => {}
             Event::Tell(host, life) => self.tell(host, life),
