@@ -7,7 +7,8 @@
 //! `cargo test -p blockmirror-tests --features planted --test stories`
 
 use blockmirror_protocol::dirty_map::DirtyMap;
-use blockmirror_protocol::disk::activity_log::{CAPACITY, Recovered};
+use blockmirror_protocol::disk::activity_log::{self, CAPACITY, Recovered};
+use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::lineage::{Relation, relation};
 use blockmirror_protocol::peer::{self, Identity, Peer, PeerError, ReplicaState};
 use blockmirror_protocol::ranges::ByteRange;
@@ -25,7 +26,7 @@ use blockmirror_tests::harness::host::{VOLUME, host_id};
 use blockmirror_tests::harness::links::{Link, LinkId};
 use blockmirror_tests::harness::random::Random;
 use blockmirror_tests::harness::script::{PRIMARY, REPLICA, link, write};
-use blockmirror_tests::harness::settings::Settings;
+use blockmirror_tests::harness::settings::{Settings, lineage_limit};
 use blockmirror_tests::harness::world::World;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -36,6 +37,8 @@ const CHANCES: u64 = 20;
 const LOG_IS_IDLE: u64 = 20_000;
 /// A third host, where there is one.
 const THIRD: usize = 2;
+/// And a fourth one.
+const FOURTH: usize = 3;
 
 const MEBIBYTE: u64 = 1 << 20;
 /// How many blocks a resync copies that something happens in the middle of, and how far they are apart.
@@ -925,4 +928,155 @@ fn a_host_that_was_away_hears_of_a_removal_before_it_listens_to_the_removed_one(
         world.wait_until("it follows", |world| world.is_in_sync(LinkId::new(REPLICA, PRIMARY)));
         world.finish();
     }
+}
+
+/// One replica follows all the time, and in its session more generations begin than any lineage has room for, because another one
+/// comes and goes. A third one is away meanwhile. Its generation is what its primary's map is relative to, so that goes on naming
+/// it: when the third one is back it is copied what it lacks, and nobody takes it for equal or for unrelated (L2).
+#[test]
+fn more_generations_than_a_lineage_holds_begin_while_a_replica_is_away() {
+    for mut world in in_sync(&hosts(4)).take(3) {
+        let (away, restless) = (LinkId::new(PRIMARY, THIRD), LinkId::new(PRIMARY, FOURTH));
+        write_here_and_there(&mut world, PRIMARY);
+        let before = world.hosts[THIRD].superblock.lineage[0];
+        world.part(away);
+        world.wait_until("its primary knows", |world| !world.is_in_sync(away));
+        let session = world.links[link()].connection;
+        let begun = begin_generations(&mut world, restless, LINEAGE_LIMIT as u64 + 8);
+        let lineage = &world.hosts[PRIMARY].superblock.lineage;
+        assert!(begun.len() > LINEAGE_LIMIT && lineage.len() <= lineage_limit(4), "{}", begun.len());
+        assert!(lineage.contains(&before), "the generation of the one that is away is named still");
+        assert_eq!(world.links[link()].connection, session, "the first one has followed all the time");
+        world.check_equal(link());
+        let (at, now) = (&world.hosts[REPLICA].superblock, &world.hosts[PRIMARY].superblock);
+        assert_eq!(at.lineage.first(), now.lineage.first());
+        world.join(away);
+        world.wait_until("it follows", |world| world.is_in_sync(away));
+        let copied_bytes = world.links[away].copied_bytes;
+        assert!((1..world.settings.size_bytes / 2).contains(&copied_bytes), "{copied_bytes}");
+        world.check_equal(away);
+        world.finish();
+    }
+}
+
+/// Reported of others: "unrelated data" after several promotions, because those that had taken turns named a few generations only,
+/// and none that the one had which was away. Here two hosts take turns, and the third one comes back and is copied what it lacks by
+/// itself (L3). Where they took more turns than a lineage has room for, nothing tells any more what the third one had: then it is
+/// taken for nothing, neither for equal nor for new, until an operator decides whose content counts (rule 10 of L3).
+#[test]
+fn a_host_that_was_away_for_several_promotions_is_no_stranger() {
+    for (turns, is_known) in [(4, true), (lineage_limit(3) as u64 + 5, false)] {
+        for mut world in in_sync(&hosts(3)).take(5) {
+            write_here_and_there(&mut world, PRIMARY);
+            world.crash(THIRD, Crash::Power);
+            for turn in 0..turns {
+                let (from, to) = if turn % 2 == 0 { (PRIMARY, REPLICA) } else { (REPLICA, PRIMARY) };
+                let link = LinkId::new(from, to);
+                world.ask(from, write(turn * APART, 4096));
+                world.wait_until("all is there", |world| {
+                    world.is_in_sync(link) && world.report(link).lag_bytes == 0
+                });
+                world.step_aside(from, None);
+                world.wait_until("nobody is primary", |world| {
+                    world.primaries().is_empty() && matches!(world.hosts[from].shell, Shell::Replica(_))
+                });
+                world.take_over(to);
+            }
+            let before = world.hosts[THIRD].superblock.lineage.clone();
+            let primary = world.primaries()[0];
+            let back = LinkId::new(primary, THIRD);
+            world.start_all();
+            match is_known {
+                true => world.wait_until("it follows", |world| world.is_in_sync(back)),
+                false => {
+                    world.pass(10_000);
+                    assert!(!world.is_in_sync(back) && world.links[back].copied_bytes == 0);
+                    assert_eq!(world.hosts[THIRD].superblock.lineage, before);
+                }
+            }
+            world.finish();
+        }
+    }
+}
+
+/// Reported of others: a new peer that inherited "in sync", when the primary crashed and nothing of its activity log was left. What
+/// was under way is known to nobody then, and the new peer never had it. Without its log a primary says of nobody that it has
+/// everything before all was looked at (D1, D4).
+#[test]
+fn a_new_peer_is_not_in_sync_after_a_crash_without_an_activity_log() {
+    for mut world in in_sync(&hosts(3)) {
+        let joined = LinkId::new(PRIMARY, THIRD);
+        write_here_and_there(&mut world, PRIMARY);
+        world.replace(THIRD);
+        world.wait_until("it has everything", |world| world.is_in_sync(joined));
+        world.hold_up(joined);
+        world.ask(PRIMARY, write(20 * MEBIBYTE, 8192));
+        let moment = world.random.up_to(Duration::from_millis(20));
+        world.run_until(world.now + moment);
+        world.crash(PRIMARY, Crash::Power);
+        world.hosts[PRIMARY].files.remove(activity_log::FILE_NAME);
+        assert_eq!(world.hosts[PRIMARY].recover_log(), Recovered::Unsure { serial: 0 });
+        // The agent makes it whole before it goes on.
+        for (serial, record) in activity_log::ring_after(0, true) {
+            let offset = activity_log::record_offset(serial);
+            world.hosts[PRIMARY].files.write_now(activity_log::FILE_NAME, offset, &record);
+        }
+        world.start(PRIMARY);
+        world.act();
+        for host in [REPLICA, THIRD] {
+            let report = world.report(LinkId::new(PRIMARY, host));
+            assert_eq!(
+                (report.state, report.map_bytes),
+                (ReplicaState::OutOfSync, world.settings.size_bytes)
+            );
+        }
+        world.join(joined);
+        world.wait_until("all was looked at", |world| world.is_in_sync(joined));
+        world.check_equal(joined);
+        world.finish();
+    }
+}
+
+/// The same where the primary ends, and the one that has followed for so long is promoted. Of more generations than it has room for
+/// it knows the newest ones, since nobody tells it which of them others may be at. So it takes the one that was away for nothing, until
+/// an operator decides (rule 10 of L3).
+#[test]
+fn a_replica_that_followed_for_long_takes_a_host_that_was_away_for_nothing() {
+    for (rounds, is_known) in [(8, true), (LINEAGE_LIMIT as u64 + 8, false)] {
+        for mut world in in_sync(&hosts(4)).take(3) {
+            let (away, restless) = (LinkId::new(PRIMARY, THIRD), LinkId::new(PRIMARY, FOURTH));
+            write_here_and_there(&mut world, PRIMARY);
+            world.crash(THIRD, Crash::Power);
+            world.wait_until("its primary knows", |world| !world.is_in_sync(away));
+            begin_generations(&mut world, restless, rounds);
+            world.crash(PRIMARY, Crash::Power);
+            world.take_over(REPLICA);
+            world.ask(REPLICA, write(0, 4096));
+            let back = LinkId::new(REPLICA, THIRD);
+            world.start(THIRD);
+            world.act();
+            match is_known {
+                true => world.wait_until("it follows", |world| world.is_in_sync(back)),
+                false => {
+                    world.pass(10_000);
+                    assert!(!world.is_in_sync(back) && world.links[back].copied_bytes == 0);
+                }
+            }
+            world.finish();
+        }
+    }
+}
+
+/// A replica comes and goes, and each time a generation begins. Gives them.
+fn begin_generations(world: &mut World, restless: LinkId, rounds: u64) -> BTreeSet<GenerationId> {
+    let mut begun = BTreeSet::new();
+    for round in 0..rounds {
+        world.cut(restless);
+        world.wait_until("it is lost", |world| !world.is_in_sync(restless));
+        world.ask(PRIMARY, write(round * APART, 4096));
+        world.wait_until("it is answered", |world| world.hosts[PRIMARY].application.waiting.is_empty());
+        world.wait_until("it follows again", |world| world.is_in_sync(restless));
+        begun.extend(world.hosts[PRIMARY].superblock.lineage.first().copied());
+    }
+    begun
 }
