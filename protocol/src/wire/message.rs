@@ -608,6 +608,9 @@ macro_rules! messages {
         })*
 
         impl Message {
+            /// The tags of all messages, in ascending order.
+            pub const TAGS: &[u16] = &[$($tag),*];
+
             /// The message's bytes: length, tag, body.
             ///
             /// # Errors
