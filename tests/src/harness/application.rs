@@ -92,8 +92,13 @@ impl World {
         let Settings { disk_failures, state_failures, bad_sectors, hangs, .. } = self.settings;
         // What waits for others fails when the primary is demoted.
         let is_ending = it.superseded.is_some() || it.demotion.is_some();
-        let may_fail =
-            disk_failures > 0 || state_failures || bad_sectors || hangs > 0 || is_ending || may_wait;
+        let may_fail = disk_failures > 0
+            || state_failures
+            || bad_sectors
+            || hangs > 0
+            || is_ending
+            || may_wait
+            || self.lies.is_some();
         assert!(
             good || may_fail,
             "a request fails only with a disk, or when another host is or may be promoted"
@@ -110,7 +115,9 @@ impl World {
     /// What was answered, replicas that count in sync mode must have too if they are promoted (W4).
     fn expect(&mut self, host: usize, id: RequestId, work: Work, good: bool) {
         let is_flush = work == Work::Flush;
-        for peer in (0..self.hosts.len()).filter(|peer| *peer != host) {
+        let honest = |peer: &usize| *peer != host && !self.is_liar(*peer);
+        let peers: Vec<usize> = (0..self.hosts.len()).filter(honest).collect();
+        for peer in peers {
             let is_sync = self.settings.modes[peer] == Mode::Sync;
             let counts = is_sync
                 && self.hosts[host].tracker().is_some_and(|tracker| tracker.is_in_sync(host_id(peer)));

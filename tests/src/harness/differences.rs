@@ -65,7 +65,11 @@ impl World {
     /// Takes in what has changed on the disks, and checks that it may.
     pub(super) fn absorb(&mut self) {
         let changed: Vec<Vec<u64>> = self.hosts.iter_mut().map(|host| host.disk.take_changed()).collect();
+        let liar = (0..self.hosts.len()).find(|host| self.is_liar(*host));
         for (host, changed) in self.hosts.iter_mut().zip(&changed) {
+            if Some(host.number) == liar {
+                continue;
+            }
             if host.is_primary() {
                 host.promises.check_changed(&host.disk, changed);
             } else if let Some(image) = &mut host.mirror.image {
@@ -149,6 +153,9 @@ impl World {
         let fence = here.superblock.fence;
         let is_united = self.links[link].united_by == Some(fence) && there.superblock.fence == fence;
         if sectors.is_empty() || !is_united || !memory.knows(here, there) {
+            return;
+        }
+        if self.lies.as_ref().is_some_and(|lies| lies.is_of(link.listener)) {
             return;
         }
         for sector in sectors {

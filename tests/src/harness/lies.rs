@@ -1,5 +1,8 @@
 //! A member that lies (X1): at times what it sends is changed, repeated, or sent to another than it was meant for, with any
-//! numbers. Nobody keeps a promise to it or by it, so only one thing is checked in such a world: that no rule's code panics.
+//! numbers. Nobody keeps a promise to it or by it. Where it may be the primary, only one thing is checked: that no rule's code panics.
+//!
+//! Beside a replica that lies ([`World::lying_beside`]), the honest hosts keep every promise to each other: all is checked there but
+//! what that replica has, and what others take it for.
 
 use super::links::{Channel, LinkId, Packet};
 use super::random::Random;
@@ -7,9 +10,12 @@ use super::settings::Settings;
 use super::world::World;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{Epoch, GenerationId, Sequence, Session, Stream};
-use blockmirror_protocol::wire::message::Message;
+use blockmirror_protocol::wire::message::{Message, Standing};
 use blockmirror_protocol::wire::{Body, FrameHeader};
+use std::time::Duration;
 
+/// How many hosts there are beside one that lies, with it.
+const HOSTS: usize = 3;
 /// How many packets of before are remembered, to be sent again.
 const REMEMBERED: usize = 256;
 /// Where a message's bytes begin, behind their length.
@@ -20,7 +26,16 @@ const PREFIX_BYTES: usize = 4;
 pub struct Lies {
     liar: usize,
     times: u64,
+    /// Whether all is checked that honest hosts promise each other.
+    is_beside: bool,
     sent: Vec<(Channel, Packet)>,
+}
+
+impl Lies {
+    /// Whether it is this host that lies beside honest ones.
+    pub(super) fn is_of(&self, host: usize) -> bool {
+        self.is_beside && self.liar == host
+    }
 }
 
 impl World {
@@ -32,8 +47,52 @@ impl World {
         let liar = random.below(settings.sector_bytes.len() as u64) as usize;
         let times = random.pick(&[2, 10, 50]);
         let mut world = Self::new(settings, random);
-        world.lies = Some(Lies { liar, times, sent: Vec::new() });
+        world.lies = Some(Lies { liar, times, is_beside: false, sent: Vec::new() });
         world
+    }
+
+    /// The world of a seed, in which the last of three hosts lies, which is a replica, and no operator has a hand in anything.
+    #[must_use]
+    pub fn lying_beside(seed: u64, seconds: u64) -> Self {
+        let mut random = Random::new(seed);
+        let settings = Settings::random(&mut random, seconds);
+        let settings = Settings {
+            sector_bytes: vec![512; HOSTS],
+            disk_delay: vec![Duration::from_millis(random.pick(&[2, 10])); HOSTS],
+            has_operators: false,
+            choices_change: false,
+            members_change: false,
+            disks_are_lost: false,
+            set_backs: 0,
+            touches: 0,
+            sleeps: 0,
+            rots: 0,
+            hangs: 0,
+            ..settings
+        };
+        let times = random.pick(&[2, 10, 50]);
+        let mut world = Self::new(settings, random);
+        world.lies = Some(Lies { liar: HOSTS - 1, times, is_beside: true, sent: Vec::new() });
+        world
+    }
+
+    /// Whether this host is one that nobody can promise anything of.
+    pub(super) fn is_liar(&self, host: usize) -> bool {
+        self.lies.as_ref().is_some_and(|lies| lies.is_of(host))
+    }
+
+    /// What a host is heard to say of itself: nothing where that is no message.
+    pub(super) fn lie_of_standing(&mut self, host: usize, standing: Standing) -> Option<Standing> {
+        let times = self.lies.as_ref().filter(|lies| lies.liar == host).map_or(0, |lies| lies.times);
+        if !self.is_rough || !self.random.once_in(times) {
+            return Some(standing);
+        }
+        let bytes = Message::from(standing).encode().expect("it is short");
+        let changed = changed_message(bytes, &mut self.random)?;
+        match Message::decode(&changed[PREFIX_BYTES..]) {
+            Ok(Message::Standing(standing)) => Some(standing),
+            _ => None,
+        }
     }
 
     /// What arrives in place of a packet: nothing where it is none that a connection would let through.

@@ -484,6 +484,9 @@ impl World {
 
     /// What a primary answered in a life of its own is given up by an operator's word only (L1, L3).
     fn check_lives(&self, host: usize, primary: usize) {
+        if self.is_liar(host) || self.is_liar(primary) {
+            return;
+        }
         let (mine, primary) = (&self.hosts[host].known_lives, &self.hosts[primary]);
         let lineages = (&self.hosts[host].superblock.lineage, &primary.superblock.lineage);
         if lineage::relation(lineages.0, lineages.1) == Relation::Unrelated {

@@ -104,6 +104,9 @@ impl World {
     /// A host is at odds with a primary only where it was promoted as often, or has been through a generation that the
     /// primary has not (L2, L3): a primary that has heard of a copy's newest generation knows it for as long as it runs.
     fn check_split(&self, host: usize, primary: usize, winner: &Standing) {
+        if self.is_liar(host) || self.is_liar(primary) {
+            return;
+        }
         let it = &self.hosts[host].superblock;
         let is_met = self.hosts[primary].heard.get(&host) == Some(&it.copy);
         // What a host that was set back follows may be so old that the primary has no room for it any more.

@@ -104,7 +104,9 @@ impl World {
             .copied()
             .reduce(|newest, host| if fence_of(host).supersedes(fence_of(newest)) { host } else { newest });
         let Some(primary) = newest else {
-            let can_be = |host: &usize| promotion::must_be_promotable(&self.hosts[*host].superblock).is_ok();
+            let can_be = |host: &usize| {
+                promotion::must_be_promotable(&self.hosts[*host].superblock).is_ok() && !self.is_liar(*host)
+            };
             let candidates: Vec<usize> = (0..self.hosts.len()).filter(can_be).collect();
             let host = self.random.pick(&candidates);
             self.promote(host);

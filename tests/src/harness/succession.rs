@@ -101,6 +101,7 @@ impl World {
             ends: superblock.ends,
             lineage: superblock.lineage,
         };
-        Some(standing).filter(|_| !self.random.once_in(8))
+        let heard = Some(standing).filter(|_| !self.random.once_in(8));
+        heard.and_then(|standing| self.lie_of_standing(host, standing))
     }
 }
