@@ -2,7 +2,7 @@
 //!
 //! The new content goes to a file beside the old one and takes the name in one step. Where it is to outlive a crash of the
 //! system, it is made durable before that, and the folder is synced last, so that success means the name is durable too.
-//! A crash may leave the file beside, which nobody reads. Files are readable by their owner alone, unless the function's
+//! A crash may leave the file beside, which nobody reads; what fails leaves none, since there may be no room. Files are readable by their owner alone, unless the function's
 //! name says otherwise: much of what is kept this way is secret.
 
 use std::fs::{self, File, OpenOptions};
@@ -41,9 +41,8 @@ pub fn replace_until_restart(path: &Path, content: &[u8]) -> io::Result<()> {
 pub fn create(path: &Path, content: &[u8]) -> io::Result<()> {
     let beside = Beside::write(path, content, Readers::Owner)?;
     beside.file.sync_all()?;
-    let linked = fs::hard_link(&beside.path, path);
-    fs::remove_file(&beside.path)?;
-    linked?;
+    fs::hard_link(&beside.path, path)?;
+    drop(beside);
     sync_folder_of(path)
 }
 
@@ -75,11 +74,13 @@ enum Readers {
     Others,
 }
 
-/// New content beside the file whose place it is to take. Until it is published, what was there before is as it was.
+/// New content beside the file whose place it is to take. Until it is published, what was there before is as it was. Dropped,
+/// it is gone.
 pub struct Beside<'a> {
     file: File,
     path: PathBuf,
     place: &'a Path,
+    is_published: bool,
 }
 
 impl<'a> Beside<'a> {
@@ -102,15 +103,16 @@ impl<'a> Beside<'a> {
         remove(&path)?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true);
-        let mut file = match readers {
+        let file = match readers {
             Readers::Owner => options.mode(0o600).open(&path)?,
             Readers::Others => options.open(&path)?,
         };
+        let mut beside = Self { file, path, place, is_published: false };
         if matches!(readers, Readers::Owner) {
-            file.set_permissions(fs::Permissions::from_mode(0o600))?;
+            beside.file.set_permissions(fs::Permissions::from_mode(0o600))?;
         }
-        file.write_all(content)?;
-        Ok(Self { file, path, place })
+        beside.file.write_all(content)?;
+        Ok(beside)
     }
 
     /// The file, open for reading and writing.
@@ -123,8 +125,10 @@ impl<'a> Beside<'a> {
     ///
     /// # Errors
     /// The kernel's error; what was there before is there still.
-    pub fn publish(self) -> io::Result<()> {
-        fs::rename(&self.path, self.place)
+    pub fn publish(mut self) -> io::Result<()> {
+        fs::rename(&self.path, self.place)?;
+        self.is_published = true;
+        Ok(())
     }
 
     fn publish_durably(self) -> io::Result<()> {
@@ -132,6 +136,15 @@ impl<'a> Beside<'a> {
         let place = self.place;
         self.publish()?;
         sync_folder_of(place)
+    }
+}
+
+impl Drop for Beside<'_> {
+    fn drop(&mut self) {
+        if !self.is_published {
+            // What is left takes room, and is in nobody's way.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -163,6 +176,15 @@ mod tests {
         std::fs::hard_link(&other, &beside).unwrap();
         replace(&path, b"another").unwrap();
         assert_eq!(std::fs::read(&other).unwrap(), b"of somebody else");
+    }
+
+    #[test]
+    fn what_can_not_take_its_place_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::create_dir(&path).unwrap();
+        assert!(replace(&path, b"content").is_err());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the folder alone");
     }
 
     #[test]

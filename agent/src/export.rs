@@ -12,7 +12,7 @@ use crate::troubles::Troubles;
 use std::rc::Rc;
 use tokio::task::spawn_local;
 
-/// See the module.
+/// A replica's content, as front ends read it.
 pub struct Export {
     storage: Rc<dyn Storage>,
     backing: Rc<File>,

@@ -18,7 +18,7 @@ pub enum Kind {
     Copy,
 }
 
-/// The errors of one volume. See the module.
+/// The errors of one volume. Errors that applications got, since the volume was opened.
 #[derive(Default)]
 pub struct Troubles(RefCell<Option<Noted>>);
 

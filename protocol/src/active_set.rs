@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// How many places are freed at once, so that a workload of cold extents does not write a record for each.
 const BATCH: usize = 64;
 
-/// See the module.
+/// The extents that may hold such writes.
 #[derive(Debug)]
 pub(crate) struct ActiveSet {
     /// How many extents there may be, but for adopted ones.

@@ -16,7 +16,7 @@ use crate::units::{BlockSize, CopyId, GenerationId, HostId, Mark, Session, Volum
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-/// See the module.
+/// The blocks that may differ on one peer, as memory holds them.
 #[derive(Debug)]
 pub struct DirtyMap {
     header: Header,

@@ -41,7 +41,7 @@ impl Given {
         }
     }
 
-    /// Whether an answer without the replica is none behind its back: so many that count have all that it speaks for. Where
+    /// Whether an answer without the replica keeps the word: so many that count have all that it speaks for. Where
     /// the word holds for a time, that time decides.
     #[must_use]
     pub fn allows(&self, has_it: impl Fn(HostId) -> bool) -> bool {

@@ -102,7 +102,7 @@ pub enum Reason {
     Refused,
 }
 
-/// See the module.
+/// A primary that is being demoted, perhaps for another host.
 #[derive(Debug)]
 pub struct Handover {
     /// The fence of this primary.

@@ -35,7 +35,7 @@ pub struct Known {
     is_connected: bool,
 }
 
-/// See the module.
+/// A promotion that is asked for and not decided.
 #[derive(Clone, Copy, Debug)]
 pub struct Inquiry {
     is_forced: bool,

@@ -10,7 +10,8 @@
 //! release can begin one to roll back to and one for an undo.
 //!
 //! The catalog is a part of the superblock, so a layer gets and loses its purpose in the same durable write that says what
-//! the content is. A crash before that write leaves a file that no entry names; its number is given again.
+//! the content is. A crash before that write leaves a file that no
+//! entry names; it is removed at the next start, or the next layer takes its number.
 
 use std::num::NonZeroU64;
 
@@ -76,7 +77,7 @@ pub(crate) struct Entry {
     pub is_touched: bool,
 }
 
-/// See the module.
+/// The layers of a copy.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Catalog {
     /// The number of the last layer that had a purpose.

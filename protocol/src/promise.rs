@@ -1,4 +1,5 @@
-//! What a replica in the mode sync is promised: that nothing is answered without it behind its back (W4).
+//! What a replica in the mode sync is promised: its primary answers no write without it before the replica knows that it does, or
+//! the time of the promise is over (W4).
 //!
 //! A replica that is out of its primary's reach can't see whether that one goes on alone. So the primary binds itself. Where
 //! the operator chose that it goes on, it does so only when the replica has heard of it, or when the time has passed for

@@ -1,5 +1,5 @@
-//! What a copy says of itself is changed while nothing else goes on here: a replica is promoted, its content is given up for
-//! another host's, what was given up is brought back, or another backing took the place of the one before.
+//! The durable steps of a change of role, in their order, while all other I/O on this copy is stopped: a replica is promoted, its
+//! content is given up for another host's, what was given up is brought back, or another backing took the place of the one before.
 //!
 //! A [`Rewrite`] gives one [`Order`] at a time. The shell carries it out, durably, before it asks for the next one. What is to
 //! be written it gets from here: [`Rewrite::map`] for a map, [`Rewrite::change`] for the superblock. So no step can be left
@@ -108,7 +108,7 @@ pub struct Before {
     pub own: GenerationId,
 }
 
-/// See the module.
+/// A change of what a copy says of itself, and how far it is.
 #[derive(Clone, Debug)]
 pub struct Rewrite {
     kind: Kind,

@@ -1,7 +1,7 @@
 //! The terms in which hosts speak of a volume: who may write, who plays which part, what a copy holds, when a write is
 //! answered. What is on disk and what is on the wire is made of them.
 //!
-//! Fences are compared here alone (L5): [`Fence::against`] is the rule, and there is no order of fences beside it.
+//! Which promotion is newer is told here alone (L5): [`Fence::against`] is the rule, and there is no order of fences beside it.
 
 use crate::planted::{Bug, planted};
 use crate::units::HostId;

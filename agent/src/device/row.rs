@@ -7,7 +7,7 @@
 /// The longest row.
 const LONGEST: usize = 8;
 
-/// See the module.
+/// How many of the requests that wait go on together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Row {
     taken: usize,

@@ -121,7 +121,7 @@ pub struct Notes {
     tally: PathBuf,
 }
 
-/// See the module. Lives on the volume's thread.
+/// A backing that is open here, and what is noted of it meanwhile. Lives on the volume's thread.
 pub struct Holding {
     notes: Notes,
     storage: Rc<dyn Storage>,

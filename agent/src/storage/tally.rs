@@ -50,7 +50,7 @@ impl Sectors {
     }
 }
 
-/// See the module. Any thread may count.
+/// How much was written to one backing, in mapped memory. Any thread may count.
 #[derive(Debug)]
 pub struct Tally {
     page: NonNull<Page>,

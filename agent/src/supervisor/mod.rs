@@ -58,7 +58,7 @@ pub struct Folders {
     pub devices: PathBuf,
 }
 
-/// See the module.
+/// The agent's volumes, and what they share.
 pub struct Supervisor {
     me: Weak<Self>,
     folders: Folders,

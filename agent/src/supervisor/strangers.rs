@@ -11,7 +11,7 @@ const MOST: usize = 64;
 /// How many of them from one address of IPv4, or one network of IPv6 as a host has it.
 const FROM_ONE: usize = 8;
 
-/// See the module. Clones are handles to the same places.
+/// How many connections of unknown hosts there are, by address. Clones are handles to the same places.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Strangers(Arc<Mutex<HashMap<u128, usize>>>);
 

@@ -180,7 +180,7 @@ pub struct Superblock {
     pub data: DataState,
     /// The last session that this host opened as primary.
     pub session: Session,
-    /// Who may write.
+    /// The newest promotion that this host knows of: its holder may write.
     pub fence: Fence,
     /// On a replica, the position that it last adopted by a commit; on a primary, where its content stood when it was
     /// opened.

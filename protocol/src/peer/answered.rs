@@ -30,7 +30,7 @@ impl Followed {
     }
 }
 
-/// See the module.
+/// What applications were answered that the replica may lack.
 #[derive(Debug)]
 pub(super) struct Answered {
     /// The newest write that an answer spoke for.

@@ -1,5 +1,5 @@
-//! What a map's file says of answers: that nothing of what it marks was answered, and in which generation the last answer was
-//! at most. It is for the next run of this primary, which would take all marks for answered (see [`super::answered`]).
+//! A flag in the header of a map's file: no write that it marks was answered, and none in a generation after the one that it
+//! names. It is for the next run of this primary, which would take all marks for answered (see [`super::answered`]).
 //!
 //! It is said of a replica that answers wait for, as long as that is so. Before the first answer that leaves the replica out,
 //! or is in a later generation, the file takes it back, durably; and it stays taken back until the replica follows again.
@@ -17,7 +17,7 @@ struct Said {
     generation: GenerationId,
 }
 
-/// See the module.
+/// What the map's file says of answers.
 #[derive(Debug)]
 pub(super) struct Denial {
     /// Whether the primary waits for replicas in the mode sync rather than going on without them.

@@ -10,7 +10,7 @@ use super::resync::{CopyContent, CopyRead};
 /// After a gap of so many copies without a hole, none is asked for until one is found.
 const LONGEST_GAP: usize = 32;
 
-/// See the module.
+/// What a resync expects where it copies next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Expected {
     /// A long stretch of data.

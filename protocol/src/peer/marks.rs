@@ -19,7 +19,7 @@ const MAP_TIME: Duration = Duration::from_secs(1);
 /// From so many failures in a row on the header of a map has failed, too.
 const HEADER_FAILURES: u32 = 3;
 
-/// See the module.
+/// The dirty map of a replica, in memory and in its file.
 #[derive(Debug)]
 pub(super) struct Marks {
     pub map: DirtyMap,

@@ -6,7 +6,7 @@
 use crate::planted::{Bug, planted};
 use crate::units::{Epoch, GenerationId};
 
-/// See the module.
+/// The newest generation of a replica, as far as it is known.
 #[derive(Debug)]
 pub(super) struct Newest {
     /// Whether it may be the primary's newest one.

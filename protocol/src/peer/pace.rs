@@ -26,7 +26,7 @@ const BUSY_TIME: Duration = Duration::from_millis(5);
 /// How long a stretch the rate is measured over.
 const RATE_WINDOW: Duration = Duration::from_secs(2);
 
-/// See the module.
+/// How much a resync may copy now.
 #[derive(Debug)]
 pub(super) struct Pace {
     done_bytes: u64,

@@ -5,7 +5,7 @@
 
 use crate::units::{Epoch, GenerationId, Sequence};
 
-/// See the module; [`super`] draws the phases.
+/// How far a link is on its way to being in sync; [`super`] draws the phases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Nothing is streamed, and what was streamed is waited for.

@@ -69,7 +69,7 @@ pub struct Progress {
     pub rate_bytes: u64,
 }
 
-/// See the module.
+/// The copies for one link that are picked, read, sent, or not durable there.
 #[derive(Debug)]
 pub(super) struct Resync {
     block_size: BlockSize,

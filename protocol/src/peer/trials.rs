@@ -26,7 +26,7 @@ pub(super) enum Choice {
     Wait,
 }
 
-/// See the module.
+/// What comparisons of doubtful blocks have shown lately.
 #[derive(Debug)]
 pub(super) struct Trials {
     /// Whether the last comparisons paid.

@@ -20,7 +20,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// How many unreadable blocks, and how many halves that are still to be read, are remembered.
 const LIMIT: usize = 1024;
 
-/// See the module.
+/// Blocks that could not be read, and when they are tried again.
 #[derive(Debug, Default)]
 pub(super) struct Unreadable {
     /// Parts of ranges whose read failed, start to end; disjoint. No read crosses an edge of one.

@@ -5,7 +5,7 @@ use crate::given::Given;
 use crate::terms::Promise;
 use crate::units::HostId;
 
-/// See the module.
+/// What a replica may count on, as it is wanted, sent, recorded and held.
 #[derive(Debug)]
 pub(super) struct Word {
     /// What the replica may count on, at the most.

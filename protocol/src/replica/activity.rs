@@ -18,7 +18,7 @@ use crate::ranges::ByteRange;
 use crate::units::{EXTENT_BYTES, Epoch, Extent, Sequence};
 use std::collections::BTreeSet;
 
-/// See the module.
+/// A replica's own activity log.
 #[derive(Debug)]
 pub(super) struct Log {
     set: ActiveSet,

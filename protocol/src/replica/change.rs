@@ -9,7 +9,7 @@ use crate::planted::{Bug, planted};
 use crate::terms::{DataState, Fence, Mode};
 use crate::units::{GenerationId, Position};
 
-/// See the module.
+/// A change of the superblock.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum StateChange {
     /// A primary greeted: lower fences are refused from now on, and nobody was demoted for us any more (L5).

@@ -17,9 +17,8 @@
 //! - whom it follows when its operator says so (`forget`), or when there was no room to keep anything and the operator had
 //!   chosen that resyncs go on then.
 //!
-//! An `undo` takes that back: whoever overwrites what was brought back has it kept once more. A program that promotes by
-//! itself has a word of its own only where this host asks it: then that program's word is the operator's, and is given by
-//! [`super::Replica::agree`].
+//! An `undo` takes that back: whoever overwrites what was brought back has it kept once more. A program that
+//! promotes by itself counts as the operator where this host asks it, and tells so by [`super::Replica::agree`].
 
 use super::change::StateChange;
 use super::resolve::Keep;

@@ -62,7 +62,7 @@ struct Saving {
     undo: Option<LayerId>,
 }
 
-/// See the module.
+/// What is saved of the content before it is overwritten.
 #[derive(Debug)]
 pub(super) struct Gap {
     /// Blocks with a pre-image: those that may differ from the rollback point.

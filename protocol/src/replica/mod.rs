@@ -72,7 +72,7 @@ const DIGEST_COST_BYTES: u64 = 16 << 10;
 /// No primary compares more extents at the same time.
 const DIGEST_LIMIT: usize = 4;
 
-/// See the module.
+/// A volume on its replica.
 #[derive(Debug)]
 pub struct Replica {
     settings: Settings,

@@ -9,7 +9,7 @@ use super::{EPOCH_TIME, Tracker};
 use crate::units::{Epoch, Sequence, Time};
 use std::collections::VecDeque;
 
-/// See the module.
+/// Up to which epoch all who follow have everything durably.
 #[derive(Debug, Default)]
 pub(super) struct Agreement {
     /// Epochs that ended and are not agreed, with their last writes.

@@ -27,7 +27,7 @@ pub(super) enum Next {
     Left,
 }
 
-/// See the module.
+/// The volume's generations, and what the next one waits for.
 #[derive(Debug)]
 pub(super) struct Generations {
     pub(super) lineage: Vec<GenerationId>,

@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Doubt(u64);
 
-/// See the module.
+/// Whether this primary leads still, and what is kept back until that is known.
 #[derive(Debug, Default)]
 pub(super) struct Leading {
     /// Another host may write now: nothing is taken any more.
@@ -32,7 +32,7 @@ impl Tracker {
         self.doubt(now)
     }
 
-    /// Another host may lead. Nothing is answered well until [`Tracker::trust`] has ended each such doubt.
+    /// Another host may lead. Answers that would tell of success are withheld until [`Tracker::trust`] has ended each such doubt.
     pub fn doubt(&mut self, now: Time) -> Doubt {
         let doubt = Doubt(self.leading.begun);
         self.leading.begun += 1;

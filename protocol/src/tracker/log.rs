@@ -15,7 +15,7 @@ const IDLE_TIME: Duration = Duration::from_secs(5);
 /// How long writes wait for replicas to acknowledge what fills the activity log.
 const FULL_TIME: Duration = Duration::from_millis(100);
 
-/// See the module.
+/// A primary's activity log.
 #[derive(Debug)]
 pub(super) struct Log {
     set: ActiveSet,

@@ -85,7 +85,7 @@ pub const LEAST_ACTIVE_EXTENTS: usize = 128;
 /// How many pieces of one request may be under way, so that a request of 4 GiB doesn't starve others (W6).
 const PIECES: u32 = 16;
 
-/// A volume on its primary. See the module.
+/// A volume on its primary.
 #[derive(Debug)]
 pub struct Tracker {
     size_bytes: u64,

@@ -56,7 +56,7 @@ impl Tracker {
         self.drive(now);
     }
 
-    /// This host was demoted in order and promoted again. Who had everything then may count as one that lacks nothing, until
+    /// This host was demoted in order and promoted again. Whoever had everything then could be promoted without force, until
     /// it follows this promotion, too: those that are recorded, and whoever lacks nothing by its map. Until then nothing is
     /// written. What fills a map without a write does not say that its host lacked anything then.
     pub(super) fn await_released(&mut self, recorded: &[HostId]) {

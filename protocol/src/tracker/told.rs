@@ -1,4 +1,5 @@
-//! How far replicas may be told of the newest generation (X4).
+//! Up to which epoch of the newest generation replicas may be told, recorded before they are, so that a primary that is set back
+//! is found out (X4).
 //!
 //! A primary whose disks are all set back to what they were some time ago can't know that by itself: nothing on them tells
 //! of what came after. Its replicas can, where they are further than it ever was. So it records ahead up to which epoch of
@@ -23,7 +24,7 @@ const SHORT_TIME: Duration = Duration::from_secs(1);
 /// At most so many epochs are told ahead.
 const STEP_LIMIT: u64 = 1 << 20;
 
-/// See the module.
+/// How far replicas may be told of the newest generation.
 #[derive(Debug)]
 pub(super) struct Told {
     /// The first epoch that no replica may be told of; nothing where the newest generation is not of this run, in which

@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Instant;
 
-/// See the module.
+/// A volume with a replica, both served by agents of ours.
 pub struct Mirror {
     /// The primary, which serves the volume `data` over NBD.
     pub primary: Agent,

@@ -15,7 +15,7 @@ use std::time::Duration;
 /// How long the daemon may take to answer a command.
 const SILENCE: Duration = Duration::from_secs(20);
 
-/// See the module. In this order: the daemon goes before what it writes to.
+/// QEMU's mirror job, from one image to another. In this order: the daemon goes before what it writes to.
 pub struct QemuMirror {
     /// How to connect.
     pub uri: String,

@@ -21,7 +21,7 @@ struct Memory {
     maps: BTreeMap<usize, DirtyMap>,
 }
 
-/// For each link from a primary, the sectors that may hold one thing here and another there. See the module.
+/// For each link from a primary, the sectors that may hold one thing here and another there. What may differ between copies, and who must know of it.
 #[derive(Debug, Default)]
 pub struct Differences {
     sectors: BTreeMap<LinkId, BTreeSet<u64>>,

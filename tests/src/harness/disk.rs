@@ -120,7 +120,7 @@ pub enum Crash {
     Power,
 }
 
-/// See the module.
+/// One host's backing.
 #[derive(Clone, Debug, Default)]
 pub struct Disk {
     sector_bytes: u64,

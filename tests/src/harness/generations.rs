@@ -4,7 +4,7 @@
 use blockmirror_protocol::units::GenerationId;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// See the module.
+/// All generations that were begun, by their names.
 #[derive(Debug, Default)]
 pub struct Generations(BTreeMap<GenerationId, Begun>);
 

@@ -6,7 +6,7 @@ use blockmirror_protocol::units::Sequence;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
-/// See the module.
+/// What a primary wrote, in its one order.
 #[derive(Debug, Default)]
 pub struct History {
     base: BTreeMap<u64, Value>,

@@ -53,7 +53,7 @@ pub enum Shell {
     Rewriting(Box<Rewriting>),
 }
 
-/// See the module.
+/// One host: what is on its disks, and what runs on it.
 #[derive(Debug)]
 pub struct Host {
     /// Its number.

@@ -72,7 +72,7 @@ struct Queue {
     window_bytes: u64,
 }
 
-/// One link. See the module.
+/// One link. One link from a dialling host to a listening one.
 #[derive(Debug, Default)]
 pub struct Link {
     /// Which connection this is or was; no two of a world have the same, and later ones are higher.

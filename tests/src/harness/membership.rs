@@ -13,7 +13,7 @@ use blockmirror_protocol::tracker::Doubt;
 use blockmirror_protocol::wire::message::{Member, Members as Told, Message, Refusal, Refused, Removal};
 use std::collections::BTreeMap;
 
-/// What a host knows of the others' memberships, by their numbers. See the module.
+/// What a host knows of the others' memberships, by their numbers. One host's list of the volume's hosts.
 #[derive(Clone, Debug)]
 pub struct Members {
     own: usize,

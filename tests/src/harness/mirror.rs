@@ -20,7 +20,7 @@ pub type EpochKey = (u64, u64);
 /// Live frames as they were sent, by their epoch.
 type Frames = BTreeMap<EpochKey, Vec<(ByteRange, Data)>>;
 
-/// What a consistent replica may hold. See the module.
+/// What a consistent replica may hold. What a legal image of the volume may hold.
 #[derive(Clone, Debug)]
 pub struct Image {
     base: BTreeMap<u64, Value>,
@@ -144,7 +144,7 @@ impl Image {
     }
 }
 
-/// What the model knows of one replica. See the module.
+/// What the model knows of one replica. What a replica's disk must hold, as the model knows it.
 #[derive(Clone, Debug)]
 pub struct Mirror {
     /// What the superblock says durably, as far as the agent knows.

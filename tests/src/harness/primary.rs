@@ -41,7 +41,7 @@ pub(super) enum FileWork {
     Told(Ends),
 }
 
-/// See the module.
+/// The shell of a primary, and what it has under way.
 #[derive(Debug)]
 pub struct PrimaryShell {
     /// The machine.

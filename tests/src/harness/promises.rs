@@ -16,7 +16,7 @@ struct Entry {
     durable: bool,
 }
 
-/// What each sector of the primary may hold, as an application can know it. See the module.
+/// What each sector of the primary may hold, as an application can know it. What applications were answered, and so what must be there.
 #[derive(Clone, Debug, Default)]
 pub struct Promises {
     clock: u64,

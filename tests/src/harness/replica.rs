@@ -42,7 +42,7 @@ enum FileWork {
     Saved(Vec<ByteRange>, Option<BTreeMap<u64, Value>>),
 }
 
-/// See the module.
+/// The shell of a replica, and what it has under way.
 #[derive(Debug)]
 pub struct ReplicaShell {
     /// The machine.

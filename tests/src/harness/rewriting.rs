@@ -33,7 +33,7 @@ pub enum Purpose {
     Adoption,
 }
 
-/// See the module.
+/// A rewrite that is under way, and what of it.
 #[derive(Debug)]
 pub struct Rewriting {
     rewrite: Rewrite,

@@ -10,7 +10,7 @@ use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::BlockSize;
 use std::time::Duration;
 
-/// See the module.
+/// How a world is, before anything happens in it.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The volume's size in bytes.

@@ -78,7 +78,7 @@ pub enum Event {
     StepDown(usize, u64),
 }
 
-/// See the module.
+/// All hosts, their links, and the time.
 #[derive(Debug)]
 pub struct World {
     /// What the seed decided.

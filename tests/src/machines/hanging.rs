@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// One at a time: programs that look at all loop devices wait for one that hangs.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// See the module. Needs root and `qemu-storage-daemon`. The server goes on, and ends, when this is dropped: before the
+/// A file system whose calls can be made to hang. Needs root and `qemu-storage-daemon`. The server goes on, and ends, when this is dropped: before the
 /// hosts that may wait for it.
 pub struct Hanging {
     _alone: MutexGuard<'static, ()>,

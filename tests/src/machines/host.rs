@@ -18,7 +18,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 /// How large the file system for a configuration is.
 const CONFIG_BYTES: u64 = 16 << 20;
 
-/// See the module. The agent is killed when it is dropped.
+/// One agent with its folders, started and stopped by a test. The agent is killed when it is dropped.
 pub struct Host {
     name: String,
     folder: PathBuf,

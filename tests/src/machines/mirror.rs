@@ -6,7 +6,7 @@ use super::host::Host;
 use super::nbd::Client;
 use blockmirror_agent::control::api::{Connection, PeerState, PeerStatus, VolumeState};
 
-/// See the module. Hosts go before the folder that they are in.
+/// A primary and its replicas. Hosts go before the folder that they are in.
 pub struct Mirror {
     /// The primary.
     pub primary: Host,

@@ -7,7 +7,7 @@ use crate::machines::programs::succeed;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// See the module. Dropped, it is gone; the hosts in it go before.
+/// A network namespace of a test. Dropped, it is gone; the hosts in it go before.
 pub struct Network {
     hub: Namespace,
     hosts: BTreeMap<String, Namespace>,

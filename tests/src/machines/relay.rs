@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Large enough that nothing is lost before the relay has read it.
 const BUFFER_BYTES: usize = 8 << 20;
 
-/// See the module.
+/// A link between two agents that a test can cut.
 pub struct Relay {
     shared: Arc<Shared>,
     address: SocketAddr,

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 /// What lies in the store, with its names.
 type Stored = Arc<Mutex<Vec<(String, OwnedFd)>>>;
 
-/// See the module.
+/// What stands for systemd beside one agent.
 pub struct Systemd {
     socket: PathBuf,
     stored: Stored,

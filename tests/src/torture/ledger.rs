@@ -36,7 +36,7 @@ struct History {
     changes: Vec<Change>,
 }
 
-/// See the module.
+/// What the writer was promised.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     now: Moment,

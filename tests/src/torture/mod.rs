@@ -106,7 +106,7 @@ pub struct Tally {
     pub records: u64,
 }
 
-/// See the module. What uses the devices goes before the hosts, and those before the folder.
+/// One run: its hosts, its file system, and who writes to it. What uses the devices goes before the hosts, and those before the folder.
 pub struct Torture {
     load: Option<Load>,
     mounted: Option<FileSystem>,

@@ -15,7 +15,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// See the module.
+/// The volume of a stopped agent on this host, for which a backing is recovered.
 pub struct OwnVolume {
     /// Its state folder.
     folder: PathBuf,

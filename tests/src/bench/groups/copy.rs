@@ -45,7 +45,7 @@ struct Copying<'a> {
     size_bytes: u64,
 }
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When something can't be set up, or the bench is interrupted.

@@ -24,7 +24,7 @@ const RESYNC: Quantity = Quantity::new("resync of one block", Unit::Seconds);
 const DIRTY_BYTES: u64 = 1 << 40;
 const FEWEST: u64 = 1000;
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When it can't be set up, or the bench is interrupted.

@@ -14,7 +14,7 @@ const WITHOUT: &str = "without a resync";
 /// How often the application writes, per second: rarely enough that it is not a load by itself.
 const RATE: u32 = 500;
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When it can't be set up, or the bench is interrupted.

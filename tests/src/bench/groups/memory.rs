@@ -25,7 +25,7 @@ const NOTICED: Duration = Duration::from_secs(60);
 /// Memory beyond that of an agent whose replica answers, as a multiple of the window.
 const GROWTH: Quantity = Quantity::new("growth / window", Unit::Times);
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When it can't be set up, or the bench is interrupted.

@@ -21,7 +21,7 @@ const BOTH: &str = "fio, both files";
 /// How long the replica takes to have everything when the writer has ended.
 const DRAINED: Quantity = Quantity::detail("drained after", Unit::Seconds);
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When ours can't be set up, or the bench is interrupted.

@@ -22,7 +22,7 @@ const WRITES: &str = "random writes";
 /// How many bytes the link carried for each byte that was dirty.
 const CARRIED: Quantity = Quantity::new("carried / dirty", Unit::Times);
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When it can't be set up, or the bench is interrupted.

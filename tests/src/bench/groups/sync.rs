@@ -27,7 +27,7 @@ const WRITE: Quantity = Quantity::new("write p50", Unit::Seconds);
 const ROUND_TRIP: Quantity = Quantity::new("round trip p50", Unit::Seconds);
 const PINGS: usize = 2000;
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When ours can't be set up, or the bench is interrupted.

@@ -18,7 +18,7 @@ const OPEN: Quantity = Quantity::new("until all are open", Unit::Seconds);
 const STATUS: Quantity = Quantity::new("blockmirror status", Unit::Seconds);
 const LOAD: Quantity = Quantity::new("part of a core", Unit::Times);
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When it can't be set up, or the bench is interrupted.

@@ -20,7 +20,7 @@ const ONE_WAY_MILLISECONDS: u32 = 20;
 const TURNS_OF_FIO: u64 = 5;
 const SPEED: Quantity = Quantity::new("speed", Unit::BytesPerSecond);
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When it can't be set up, or the bench is interrupted.

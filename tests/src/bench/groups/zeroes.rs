@@ -13,7 +13,7 @@ const DENSE: &str = "the data alone";
 /// How much data there is in one place, in bytes.
 const PIECE_BYTES: u64 = 1 << 20;
 
-/// See the module.
+/// Measures the group, and reports it.
 ///
 /// # Errors
 /// When it can't be set up, or the bench is interrupted.

@@ -48,7 +48,7 @@ impl Class {
     }
 }
 
-/// See the module.
+/// The blocks of a table's memory that are taken, and those that are free.
 pub(super) struct Blocks {
     memory: Arc<Memory>,
     free: Mutex<[Free; 2]>,

@@ -21,7 +21,7 @@ use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// See the module.
+/// The mapped memory of a table, which a later process maps as well.
 pub(super) struct Memory {
     file: OwnedFd,
     start: NonNull<u8>,
