@@ -26,6 +26,8 @@ pub struct Agent {
     run: PathBuf,
     listen: SocketAddr,
     namespace: Option<String>,
+    /// Where its programs are, if they are those of another release.
+    programs: Option<PathBuf>,
 }
 
 impl Agent {
@@ -67,7 +69,18 @@ impl Agent {
         let settings = format!("name = \"{name}\"\nadvertise = [\"{listen}\"]\n");
         fs::write(home.join("config/agent.toml"), settings)?;
         let namespace = namespace.map(str::to_owned);
-        Ok(Self { server: None, name: name.to_owned(), home, run, listen, namespace })
+        Ok(Self { server: None, name: name.to_owned(), home, run, listen, namespace, programs: None })
+    }
+
+    /// The same, with programs of another release, which are in this folder.
+    #[must_use]
+    pub fn of_release(mut self, programs: &Path) -> Self {
+        self.programs = Some(programs.to_owned());
+        self
+    }
+
+    fn program(&self, name: &str) -> PathBuf {
+        self.programs.as_ref().map_or_else(|| own(name), |folder| folder.join(name))
     }
 
     /// Sets one of the agent's own settings, a text, before it is started.
@@ -84,7 +97,7 @@ impl Agent {
     /// # Errors
     /// When it doesn't come up.
     pub fn begin(&mut self) -> Result<()> {
-        let mut agent = self.within(own("blockmirror-agent"));
+        let mut agent = self.within(self.program("blockmirror-agent"));
         for folder in ["config", "state"] {
             agent.arg(format!("--{folder}")).arg(self.home.join(folder));
         }
@@ -131,7 +144,7 @@ impl Agent {
     /// # Errors
     /// When it fails; with what the agent said.
     pub fn tool(&self, arguments: &[&str]) -> Result<String> {
-        let mut tool = self.within(own("blockmirror"));
+        let mut tool = self.within(self.program("blockmirror"));
         say(tool.arg("--run").arg(&self.run).args(arguments)).with_context(|| {
             let said = self.server.as_ref().map(Server::said).unwrap_or_default();
             format!("the agent {} said: {said}", self.name)

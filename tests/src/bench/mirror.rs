@@ -39,6 +39,21 @@ impl Mirror {
         Self::of(agents, source, target)
     }
 
+    /// The same, by programs of another release.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn of_release(
+        bench: &Bench,
+        place: &Place,
+        programs: &Path,
+        source: &Path,
+        target: &Path,
+    ) -> Result<(Self, FirstSync)> {
+        let agent = |name| Ok::<_, anyhow::Error>(Agent::prepare(bench, place, name)?.of_release(programs));
+        Self::of([agent("before-a")?, agent("before-b")?], source, target)
+    }
+
     /// The same, in a network of its own whose traffic can be counted.
     ///
     /// # Errors

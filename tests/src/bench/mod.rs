@@ -44,6 +44,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Set from outside, for instance by a signal: what runs comes to its end.
 pub static IS_OVER: AtomicBool = AtomicBool::new(false);
 
+/// What an earlier release is called that is measured beside this one.
+pub const BEFORE: &str = "blockmirror before";
+
 /// A run. Folders go last, with all mounts and loop devices in them.
 pub struct Bench {
     /// How to measure.
@@ -200,6 +203,13 @@ impl Bench {
         self.report.borrow_mut().outcomes.push(outcome.clone());
         processes::go_on()?;
         Ok(outcome)
+    }
+
+    /// Keeps the bar against an earlier release, where one was measured beside this one. `ratio` is of what should be large.
+    pub fn bar_to_before(&self, about: impl Into<String>, ratio: Option<f64>) {
+        if self.settings.before.is_some() {
+            self.bar(about, BEFORE, Wanted::AtLeast(0.97), ratio);
+        }
     }
 
     /// Keeps a bar, and tells what was reached.

@@ -25,6 +25,9 @@ pub struct Settings {
     /// The size of volumes that are written to
     #[arg(long, default_value = "1G")]
     pub size: Size,
+    /// Measure an earlier release beside this one, in the groups nbd, replica and sync: the folder with its programs
+    #[arg(long, value_name = "FOLDER")]
+    pub before: Option<PathBuf>,
     /// Where backings on the disk are made
     #[arg(long, value_name = "FOLDER", default_value = "target/bench")]
     pub folder: PathBuf,

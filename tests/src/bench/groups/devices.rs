@@ -4,7 +4,6 @@
 //! All servers run all the time and have a file of their own; only one of them has a client at a time. Before a turn
 //! the page cache forgets that server's file, so that reads come from the disk whoever serves them.
 
-use crate::bench::Bench;
 use crate::bench::agent::Agent;
 use crate::bench::comparison::{Contestant, Part};
 use crate::bench::fio::{Extent, Job, Target, measure};
@@ -12,6 +11,7 @@ use crate::bench::loops::{LoopDevice, nbdfuse, qemu_fuse};
 use crate::bench::peers::{missing, nbd_server, nbdkit, qemu_nbd};
 use crate::bench::place::{Place, drop_cache, is_cached};
 use crate::bench::report::Wanted;
+use crate::bench::{BEFORE, Bench};
 use anyhow::{Context, Result};
 use std::any::Any;
 use std::path::{Path, PathBuf};
@@ -123,6 +123,15 @@ fn nbd_servers(bench: &Bench, place: &Place) -> Result<FrontEnds> {
         let target = Target::Nbd(agent.uri("data"));
         Ok((agent, target))
     })?;
+    if let Some(programs) = &bench.settings.before {
+        all.add((BEFORE, Part::Aside, Passing::Through), &[], at, |file| {
+            let mut agent = Agent::prepare(bench, place, "before-a")?.of_release(programs);
+            agent.begin()?;
+            agent.create("data", file, "nbd")?;
+            let target = Target::Nbd(agent.uri("data"));
+            Ok((agent, target))
+        })?;
+    }
     let cached = |name| (name, Part::Peer, Passing::Cached);
     all.add(("qemu-nbd", Part::Peer, Passing::Through), &["qemu-nbd"], at, |file| {
         let export = qemu_nbd(bench, place, "qemu", file)?;
@@ -208,6 +217,9 @@ fn compare(bench: &Bench, group: &'static str, place: &Place, front_ends: &Front
         let measure =
             best.map_or_else(|| "the best peer".to_owned(), |(_, name)| format!("{name}, the best peer"));
         bench.bar(&about, measure, Wanted::AtLeast(wanted), best.map(|(ratio, _)| ratio));
+        if group == "nbd" {
+            bench.bar_to_before(&about, table.ratio_to(BEFORE));
+        }
         let limit = if group == "loop" { PLAIN_LOOP } else { THE_FILE };
         bench.bar(about, limit, Wanted::Told, table.ratio_to(limit));
     }

@@ -4,7 +4,6 @@
 //! A write that was only marked, since the window was full, was not mirrored: a turn after which the replica is not in
 //! sync counts for nothing. How long the replica takes to have the rest is told beside the rate.
 
-use crate::bench::Bench;
 use crate::bench::comparison::{Contestant, Part};
 use crate::bench::fio::{Extent, Job, Target, measure};
 use crate::bench::mirror::Mirror;
@@ -13,6 +12,7 @@ use crate::bench::place::Place;
 use crate::bench::qemu_mirror::QemuMirror;
 use crate::bench::quantity::{Quantity, Unit};
 use crate::bench::report::Wanted;
+use crate::bench::{BEFORE, Bench};
 use anyhow::Result;
 use std::time::Instant;
 
@@ -46,16 +46,27 @@ fn compare(bench: &Bench, place: &Place) -> Result<()> {
             QemuMirror::start(bench, place, &near, &far).map_err(|error| format!("{error:#}"))
         }
     };
+    let before = match &bench.settings.before {
+        Some(programs) => {
+            let source = place.filled("before-primary.img", size_bytes)?;
+            Some(Mirror::of_release(bench, place, programs, &source, &place.path("before-replica.img"))?.0)
+        }
+        None => None,
+    };
+    let turn_of = |mirror: &Mirror, job: &Job| {
+        let measured = measure(job, &[mirror.target()], extent)?;
+        let fell_behind = mirror.fell_behind()?;
+        let began = Instant::now();
+        mirror.primary.wait_until_in_sync()?;
+        Ok(measured.turn(job).with(DRAINED, began.elapsed().as_secs_f64()).unless(fell_behind))
+    };
     for job in Job::writing() {
         let files =
             both.each_ref().map(|path| Target::File { path: path.clone(), is_direct: place.is_direct });
-        let mut contestants = vec![Contestant::new("blockmirror", Part::Ours, || {
-            let measured = measure(&job, &[mirror.target()], extent)?;
-            let fell_behind = mirror.fell_behind()?;
-            let began = Instant::now();
-            mirror.primary.wait_until_in_sync()?;
-            Ok(measured.turn(&job).with(DRAINED, began.elapsed().as_secs_f64()).unless(fell_behind))
-        })];
+        let mut contestants = vec![Contestant::new("blockmirror", Part::Ours, || turn_of(&mirror, &job))];
+        if let Some(before) = &before {
+            contestants.push(Contestant::new(BEFORE, Part::Aside, || turn_of(before, &job)));
+        }
         contestants.push(match &qemu {
             Ok(qemu) => Contestant::new(QEMU, Part::Peer, || {
                 Ok(measure(&job, &[Target::Nbd(qemu.uri.clone())], extent)?.turn(&job))
@@ -70,6 +81,7 @@ fn compare(bench: &Bench, place: &Place) -> Result<()> {
         let outcome = bench.compare("replica", place.name(), job.words(), contestants)?;
         let table = outcome.table(job.quantity());
         let about = format!("replica, {}: {}", place.name(), job.words());
+        bench.bar_to_before(&about, table.ratio_to(BEFORE));
         // Without a disk there is nothing that both wait for, and fio has no processes to pass data between.
         let of_both = if place.is_disk() { Wanted::AtLeast(0.9) } else { Wanted::Told };
         bench.bar(&about, "fio writing both files at once", of_both, table.ratio_to(BOTH));

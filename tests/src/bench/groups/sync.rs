@@ -4,7 +4,6 @@
 //! The parts that it is made of are measured in the same turns: a write and a flush of a file on this disk, the same of
 //! two files at once, since both copies are on one disk here, and the transport's round trip by raw quinn.
 
-use crate::bench::Bench;
 use crate::bench::comparison::{Contestant, Outcome, Part, Turn};
 use crate::bench::fio::{Extent, Job, Measured, Pattern, Target, measure};
 use crate::bench::mirror::Mirror;
@@ -13,6 +12,7 @@ use crate::bench::quantity::{Quantity, Unit};
 use crate::bench::quic::RawQuic;
 use crate::bench::report::Wanted;
 use crate::bench::statistics::{Summary, ratio};
+use crate::bench::{BEFORE, Bench};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
 
@@ -52,12 +52,16 @@ fn turn(measured: &Measured) -> Turn {
 fn compare(bench: &Bench, place: &Place) -> Result<Outcome> {
     let (size_bytes, extent) = (bench.settings.size.0, Extent::Seconds(bench.settings.seconds));
     let source = place.filled("primary.img", size_bytes)?;
-    let (mut mirror, _) = Mirror::new(bench, place, &source, &place.path("replica.img"))?;
-    // A volume that is in this mode when it is opened lives on the transport's thread.
-    mirror.primary.tool(&["mode", "data", "b", "sync"])?;
-    mirror.primary.wait_until_in_sync()?;
-    mirror.start_again()?;
-    let mirror = mirror;
+    let (mirror, _) = Mirror::new(bench, place, &source, &place.path("replica.img"))?;
+    let mirror = in_mode_sync(mirror)?;
+    let before = match &bench.settings.before {
+        Some(programs) => {
+            let source = place.filled("before-primary.img", size_bytes)?;
+            let target = place.path("before-replica.img");
+            Some(in_mode_sync(Mirror::of_release(bench, place, programs, &source, &target)?.0)?)
+        }
+        None => None,
+    };
     let file = |path: PathBuf| Target::File { path, is_direct: place.is_direct };
     let both = [file(place.filled("near.img", size_bytes)?), file(place.filled("far.img", size_bytes)?)];
     let quic = RawQuic::start(bench)?;
@@ -67,15 +71,15 @@ fn compare(bench: &Bench, place: &Place) -> Result<Outcome> {
         let flushing = measure(&flushes(), targets, extent)?;
         Ok(turn(&flushing).with(WRITE, measure(&writes, targets, extent)?.p50))
     };
-    let in_mode = |mode: &str| -> Result<Turn> {
-        mirror.primary.tool(&["mode", "data", "b", mode])?;
+    let in_mode = |mirror: &Mirror, mode: &str| -> Result<Turn> {
+        mirror.primary.tool(&["mode", "data", mirror.replica.name(), mode])?;
         mirror.primary.wait_until_in_sync()?;
         let turn = both_jobs(&[mirror.target()])?;
         Ok(turn.unless(mirror.fell_behind()?))
     };
-    let contestants = vec![
-        Contestant::new(OURS, Part::Ours, || in_mode("sync")),
-        Contestant::new(ASYNC, Part::Limit, || in_mode("async")),
+    let mut contestants = vec![
+        Contestant::new(OURS, Part::Ours, || in_mode(&mirror, "sync")),
+        Contestant::new(ASYNC, Part::Limit, || in_mode(&mirror, "async")),
         Contestant::new(LOCAL, Part::Limit, || both_jobs(&both[..1])),
         Contestant::new(BOTH, Part::Limit, || both_jobs(&both)),
         Contestant::new(PING, Part::Limit, || {
@@ -83,13 +87,32 @@ fn compare(bench: &Bench, place: &Place) -> Result<Outcome> {
             Ok(Turn::new([(ROUND_TRIP, times.median)]))
         }),
     ];
+    if let Some(before) = &before {
+        contestants.insert(1, Contestant::new(BEFORE, Part::Aside, || in_mode(before, "sync")));
+    }
     bench.compare("sync", place.name(), "4 KiB random writes and flushes, depth 1", contestants)
+}
+
+/// A volume that is in this mode when it is opened lives on the transport's thread.
+fn in_mode_sync(mut mirror: Mirror) -> Result<Mirror> {
+    mirror.primary.tool(&["mode", "data", mirror.replica.name(), "sync"])?;
+    mirror.primary.wait_until_in_sync()?;
+    mirror.start_again()?;
+    Ok(mirror)
+}
+
+fn ratio_of(one: Option<f64>, other: Option<f64>) -> Option<f64> {
+    ratio(one?, other?)
 }
 
 fn bars(bench: &Bench, place: &Place, outcome: &Outcome) {
     let median = |quantity, contestant| outcome.table(quantity).median(contestant);
     let round_trip = median(ROUND_TRIP, PING);
     let about = |what: &str| format!("sync, {}: {what}", place.name());
+    for (what, quantity) in [("flush p50", FLUSH), ("write p50", WRITE)] {
+        let ratio = ratio_of(median(quantity, BEFORE), median(quantity, OURS));
+        bench.bar_to_before(about(&format!("{what}, as a rate")), ratio);
+    }
     let flush = |local| {
         // The remote disk is as fast as this one, so that of the two the one behind the round trip is the later.
         ratio(median(FLUSH, OURS)?, round_trip? + median(FLUSH, local)?)
