@@ -177,6 +177,10 @@ impl World {
         }
         self.note(|| format!("host {host} has stepped down"));
         self.start(host);
+        if !self.hosts[host].is_up() {
+            // Its agent waits for the state folder, and whoever demoted it hears no more.
+            return false;
+        }
         self.hosts[host].demotion = demotion;
         self.came(host, Came::Released(released))
     }

@@ -62,7 +62,7 @@ impl World {
             has_operators: false,
             choices_change: false,
             members_change: false,
-            disks_are_lost: false,
+            disk_losses: 0,
             set_backs: 0,
             touches: 0,
             sleeps: 0,

@@ -43,7 +43,7 @@ impl World {
             let host = self.random.pick(&[primary, link.listener]);
             return self.freeze(host);
         }
-        if self.settings.disks_are_lost && self.random.once_in(8) {
+        if self.random.once_in(self.settings.disk_losses) {
             return self.lose_disk(primary, link.listener);
         }
         if self.settings.members_change && self.random.once_in(8) {
@@ -180,7 +180,7 @@ impl World {
         }
         let others: Vec<usize> =
             (0..self.hosts.len()).filter(|host| ![link.dialler, link.listener].contains(host)).collect();
-        if self.settings.disks_are_lost && !others.is_empty() && self.random.once_in(2) {
+        if self.settings.disk_losses > 0 && !others.is_empty() && self.random.once_in(2) {
             let third = self.random.pick(&others);
             self.plan(wait * 9 / 10, Event::LoseTwo([link.dialler, third], link.listener, life));
         }

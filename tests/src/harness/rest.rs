@@ -4,10 +4,11 @@ use super::application::PATIENCE;
 use super::disk::Crash;
 use super::host::{Shell, host_id, host_number};
 use super::links::LinkId;
-use super::world::World;
+use super::world::{Event, World};
 use blockmirror_protocol::disk::activity_log::Recovered;
 use blockmirror_protocol::peer::ReplicaState;
 use blockmirror_protocol::tracker::Work;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -29,13 +30,22 @@ impl World {
             host.state_fails_until = host.state_fails_until.min(self.now);
             host.hangs.end(self.now);
         }
-        for link in self.links.ids() {
-            self.links[link].stalled_until = self.now;
-        }
+        self.end_stalls();
         let end = self.now + SETTLING;
         self.reunite();
         self.make_room();
         self.come_to_rest(end);
+    }
+
+    /// No link stalls any more: what is on its way comes now, in the order in which it was sent.
+    fn end_stalls(&mut self) {
+        let now = self.now;
+        let stalled: BTreeSet<_> =
+            self.links.ids().filter(|link| self.links[*link].stalled_until > now).collect();
+        self.bring_forward(|event| matches!(event, Event::Arrival(link, ..) if stalled.contains(link)));
+        for link in self.links.ids() {
+            self.links[link].stalled_until = now;
+        }
     }
 
     /// An operator has second thoughts about what was given up, and then decides for one of the two again.

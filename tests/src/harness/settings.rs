@@ -42,8 +42,8 @@ pub struct Settings {
     /// How many starts of a host there are for one before which a page of its metadata rots; none where 0. Where there are any,
     /// sectors of copies rot in the end.
     pub rots: u64,
-    /// Whether disks are lost, and their content is recovered from other hosts.
-    pub disks_are_lost: bool,
+    /// One mishap in so many is a disk that is lost, whose content is recovered from another host; 0 for none.
+    pub disk_losses: u64,
     /// One save of pre-images in so many finds no room; 0 for none.
     pub space_failures: u64,
     /// What replicas do then.
@@ -103,7 +103,7 @@ impl Settings {
     /// What this seed decides.
     #[must_use]
     pub fn random(random: &mut Random, seconds: u64) -> Self {
-        match random.below(64) {
+        match random.below(72) {
             0 => Self::wide(random, seconds),
             1..=4 => Self::narrow(random, seconds),
             5..=16 => Self::calm(random, seconds),
@@ -116,6 +116,7 @@ impl Settings {
             52..=57 => Self::rewound(random, seconds),
             58..=60 => Self::peopled(random, seconds),
             61..=63 => Self::paired(random, seconds),
+            64..=71 => Self::recovered(random, seconds),
             _ => Self::small(random, seconds),
         }
     }
@@ -138,7 +139,7 @@ impl Settings {
             state_failures: false,
             hangs: 0,
             rots: 0,
-            disks_are_lost: false,
+            disk_losses: 0,
             space_failures: 0,
             space: SpacePolicy::Pause,
             modes: vec![Mode::Async; 4],
@@ -186,7 +187,7 @@ impl Settings {
         }
     }
 
-    /// A few extents and hot blocks, few requests, and something goes wrong all the time: most worlds are like this,
+    /// A few extents and hot blocks, few requests, and something goes wrong all the time: many kinds of world begin like this,
     /// since what breaks a rule is seldom long.
     fn small(random: &mut Random, seconds: u64) -> Self {
         let size_bytes = match random.below(3) {
@@ -249,7 +250,7 @@ impl Settings {
         Self {
             sector_bytes: vec![512; 2 + random.below(2) as usize],
             bad_sectors: false,
-            disks_are_lost: false,
+            disk_losses: 0,
             members_change: false,
             state_failures: random.once_in(2),
             rots: random.pick(&[2, 4]),
@@ -274,7 +275,7 @@ impl Settings {
             choices_change: false,
             members_change: false,
             state_failures: false,
-            disks_are_lost: false,
+            disk_losses: 0,
             hangs: 2,
             modes: vec![random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync, Mode::Sync]); 4],
             loss: random.pick(&[
@@ -293,6 +294,29 @@ impl Settings {
         }
     }
 
+    /// Disks of primaries and replicas are lost again and again, of what has left the activity log as well: three hosts at least, for
+    /// what one that was recovered knows of a third.
+    fn recovered(random: &mut Random, seconds: u64) -> Self {
+        let base = if random.once_in(2) { Self::calm(random, seconds) } else { Self::small(random, seconds) };
+        let hosts = 3 + random.below(2) as usize;
+        Self {
+            sector_bytes: vec![512; hosts],
+            disk_delay: vec![Duration::from_millis(random.pick(&[2, 30])); 4],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(2),
+            disk_failures: 0,
+            bad_sectors: false,
+            choices_change: false,
+            members_change: false,
+            state_failures: false,
+            disk_losses: random.pick(&[2, 3]),
+            set_backs: 0,
+            loss: ReplicaLoss::Continue,
+            has_operators: true,
+            ..base
+        }
+    }
+
     /// Nothing is answered without another host, and hosts and disks are lost: what a promotion may count on others for.
     fn guarded(random: &mut Random, seconds: u64) -> Self {
         let choices_change = random.once_in(2);
@@ -305,7 +329,7 @@ impl Settings {
             link_delay: Duration::from_millis(2),
             disk_failures: 0,
             bad_sectors: false,
-            disks_are_lost: true,
+            disk_losses: 8,
             modes: vec![Mode::Sync; 4],
             loss: ReplicaLoss::Block { min_replicas: 1, limit: Duration::from_millis(100) },
             has_operators: true,
@@ -328,7 +352,7 @@ impl Settings {
             disk_failures: 0,
             bad_sectors: false,
             state_failures: false,
-            disks_are_lost: false,
+            disk_losses: 0,
             members_change: true,
             has_operators: true,
             outage: Duration::from_millis(300),
@@ -349,7 +373,7 @@ impl Settings {
             choices_change: false,
             members_change: false,
             state_failures: false,
-            disks_are_lost: false,
+            disk_losses: 0,
             modes: vec![Mode::Sync; 4],
             loss: ReplicaLoss::Continue,
             patience: Duration::from_millis(random.pick(&[200, 1000])),
@@ -393,7 +417,7 @@ impl Settings {
             choices_change: false,
             members_change: false,
             state_failures: false,
-            disks_are_lost: false,
+            disk_losses: 0,
             loss: ReplicaLoss::Continue,
             has_operators: false,
             set_backs: 2,
@@ -421,7 +445,8 @@ impl Settings {
     /// Hosts that are set back in the middle of long resyncs, of what has left the activity log, and primaries that use the
     /// numbers of sessions up since.
     fn forgetful(random: &mut Random, seconds: u64) -> Self {
-        Self {
+        let seconds = random.pick(&[seconds, seconds.div_ceil(3)]);
+        let it = Self {
             sector_bytes: vec![512; 2],
             disk_delay: vec![Duration::from_millis(random.pick(&[30, 200])); 4],
             loses_greetings: true,
@@ -430,7 +455,8 @@ impl Settings {
             outage: Duration::from_millis(random.pick(&[50, 300])),
             mishaps: Some(Duration::from_millis(random.pick(&[300, 1000]))),
             ..Self::calm(random, seconds).with_set_backs()
-        }
+        };
+        Self { set_backs: random.pick(&[1, 1, 2]), ..it }
     }
 
     /// Two hosts whose operators change roles and go separate ways: each may be a primary that the other one knows nothing of.
@@ -473,7 +499,7 @@ impl Settings {
             state_failures: random.once_in(4),
             hangs: 0,
             rots: 0,
-            disks_are_lost: random.once_in(3),
+            disk_losses: random.pick(&[0, 0, 8]),
             space_failures: random.pick(&[0, 0, 20]),
             space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),
             modes: (0..4).map(|_| random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync])).collect(),

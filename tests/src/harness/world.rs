@@ -193,6 +193,12 @@ impl World {
         self.events.insert((at.max(self.now), self.planned), event);
     }
 
+    /// Planned events like this happen now, in the order in which they were planned.
+    pub(super) fn bring_forward(&mut self, is_like_this: impl Fn(&Event) -> bool) {
+        let events: Vec<_> = self.events.extract_if(.., |_, event| is_like_this(event)).collect();
+        self.events.extend(events.into_iter().map(|((_, planned), event)| ((self.now, planned), event)));
+    }
+
     /// A number that names an operation, a connection or a copy; later ones are higher.
     pub fn next_operation(&mut self) -> u64 {
         self.operations += 1;
