@@ -13,7 +13,7 @@
 //! - `handle_*(event, now)` takes an event: a request, a message, a frame, the end of something that was asked for.
 //! - `poll_action()` hands out what the shell must do, until there is nothing: write, sync, send, answer. What is finished
 //!   comes back as an event, once. The table at the head of each machine says which.
-//! - `poll_timeout()` says when to call `handle_timeout` if nothing else happens before.
+//! - `poll_timeout()` says when to call `handle_timeout` if nothing else happens before. A replica has none: it waits for nothing.
 //!
 //! An order that must be kept is a value, never a comment: what may only happen after something durable is not handed out
 //! before that was reported as durable. Payload never passes through: machines handle names and ranges, the shell holds the

@@ -1,4 +1,4 @@
-//! What is checked after every step.
+//! What is checked after every step. What has changed on the disks, and whether it may have, is checked in [`super::differences`].
 
 use super::application::PATIENCE;
 use super::links::LinkId;
