@@ -7,13 +7,20 @@ use std::sync::Once;
 /// How long a program may take, in seconds; then it is ended, and its test fails.
 const TIME_SECONDS: &str = "180";
 
-/// The path of one of this workspace's programs, as built from its present state.
+/// Where programs of an earlier release are that take the place of this workspace's.
+const EARLIER: &str = "BLOCKMIRROR_PROGRAMS";
+
+/// The path of one of this workspace's programs, as built from its present state; or of an earlier release's where the environment
+/// says so.
 ///
 /// # Panics
 /// When they can't be built.
 #[must_use]
 pub fn own(name: &str) -> PathBuf {
     static BUILT: Once = Once::new();
+    if let Some(folder) = std::env::var_os(EARLIER) {
+        return PathBuf::from(folder).join(name);
+    }
     // Tests lie in TARGET/PROFILE/deps, programs in TARGET/PROFILE.
     let own = std::env::current_exe().expect("a process has a path");
     let folder = own.parent().expect("a program lies in a folder");
