@@ -108,7 +108,7 @@ impl Settings {
             1..=4 => Self::narrow(random, seconds),
             5..=16 => Self::calm(random, seconds),
             17..=20 => Self::guarded(random, seconds),
-            29..=32 => Self::rotten(random, seconds),
+            21..=24 | 29..=32 => Self::rotten(random, seconds),
             33..=38 => Self::hanging(random, seconds),
             39..=40 => Self::dozing(random, seconds),
             41..=42 => Self::handled(random, seconds),
