@@ -89,3 +89,63 @@ impl Given {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: HostId = HostId([1; 32]);
+    const B: HostId = HostId([2; 32]);
+    const C: HostId = HostId([3; 32]);
+
+    fn of(replicas: u32, counted: &[HostId]) -> Given {
+        Given { promise: Promise::Replicas(replicas), counted: counted.to_vec() }
+    }
+
+    fn while_heard() -> Given {
+        Given { promise: Promise::WhileHeard, counted: Vec::new() }
+    }
+
+    #[test]
+    fn an_answer_keeps_the_word_where_enough_that_count_have_it() {
+        for (given, there, expected) in [
+            (of(1, &[A, B]), vec![B], true),
+            (of(2, &[A, B]), vec![B], false),
+            (of(2, &[A, B]), vec![A, B], true),
+            (of(1, &[A, B]), vec![C], false),
+            (while_heard(), vec![], true),
+            (Given::NOTHING, vec![], true),
+        ] {
+            assert_eq!(given.allows(|host| there.contains(&host)), expected, "{given:?} {there:?}");
+        }
+    }
+
+    #[test]
+    fn those_are_in_doubt_of_whom_an_answer_may_be() {
+        for (given, usable, expected) in [
+            // One of them has it, and it may be the silent one.
+            (of(1, &[A, B]), vec![A], vec![B]),
+            // Two have it, and one alone is silent.
+            (of(2, &[A, B]), vec![A], vec![]),
+            (of(2, &[A, B]), vec![], vec![A, B]),
+            (of(1, &[A, B]), vec![A, B], vec![]),
+        ] {
+            assert_eq!(given.in_doubt(|host| usable.contains(&host)), expected, "{given:?} {usable:?}");
+        }
+        let bears =
+            [of(1, &[A, B]), of(2, &[A, B]), while_heard(), Given::NOTHING].map(|it| it.bears_silence());
+        assert_eq!(bears, [false, true, true, false]);
+    }
+
+    #[test]
+    fn a_primary_that_counted_is_one_less_to_count_on() {
+        assert_eq!(of(2, &[A, B]).kept_by(A), of(1, &[B]));
+        assert_eq!(of(1, &[A, B]).kept_by(A), Given::NOTHING, "whatever it answers is there");
+        assert_eq!(of(2, &[A, B]).kept_by(C), of(2, &[A, B]), "it does not count");
+        assert_eq!(while_heard().kept_by(A), Given::NOTHING);
+        assert_eq!(
+            (of(2, &[A, B]).of_another(B), of(2, &[A, B]).of_another(C)),
+            (of(1, &[A]), Given::NOTHING)
+        );
+    }
+}
