@@ -10,8 +10,7 @@
 //! release can begin one to roll back to and one for an undo.
 //!
 //! The catalog is a part of the superblock, so a layer gets and loses its purpose in the same durable write that says what
-//! the content is. A crash before that write leaves a file that no
-//! entry names; it is removed at the next start, or the next layer takes its number.
+//! the content is. A crash before that write leaves a file that no entry names; it is removed at the next start, or the next layer takes its number.
 
 use std::num::NonZeroU64;
 
@@ -172,7 +171,6 @@ impl Catalog {
     }
 
     /// From now on this layer is the one of this purpose, or none is. Whichever had it loses it.
-    ///
     pub fn set(&mut self, purpose: Purpose, layer: Option<LayerId>) {
         if self.of(purpose) == layer {
             return;

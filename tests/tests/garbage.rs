@@ -55,11 +55,13 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(layout) }
     }
 
+    // SAFETY: the caller keeps to the contract of the same function of the system's allocator.
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
         // SAFETY: the caller keeps to the contract of the same function.
         unsafe { System.dealloc(place, layout) }
     }
 
+    // SAFETY: the caller keeps to the contract of the same function of the system's allocator.
     unsafe fn realloc(&self, place: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         LARGEST.set(LARGEST.get().max(size));
         // SAFETY: the caller keeps to the contract of the same function.

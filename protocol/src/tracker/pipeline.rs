@@ -34,7 +34,7 @@ impl Turn {
     const LAST: Self = Self(u64::MAX);
 }
 
-/// Where a piece is. Where a piece is, with what it waits for.
+/// Where a piece is, with what it waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Place {
     /// The active set may have no room for its extents; or nothing is begun yet.
@@ -64,7 +64,7 @@ pub(super) enum Wait {
     Bound,
 }
 
-/// The pieces of all requests. All pieces of writes that have not ended, each in one place.
+/// All pieces of writes that have not ended, each in one place.
 #[derive(Debug, Default)]
 pub(super) struct Pipeline {
     pieces: BTreeMap<Place, Piece>,
