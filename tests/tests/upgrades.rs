@@ -1,5 +1,5 @@
-//! Volumes that earlier releases left, as their agents were killed: in each role, and in the middle of a resync, a promotion,
-//! a resolution and an undo. This release opens them and goes on (`tests/state_folders`).
+//! Volumes that earlier releases left, as their agents were killed: in each role, in the middle of a resync, a promotion and an
+//! undo, and after a split. This release opens them and goes on (`tests/state_folders`).
 //!
 //! Each archive is the folders of two hosts, `a` and `b`, that the programs of that release made:
 //! `BLOCKMIRROR_PROGRAMS=FOLDER STATE_FOLDERS=superblock-7 cargo test -p blockmirror-tests --test upgrades -- --ignored make`.
@@ -8,6 +8,7 @@
 
 use blockmirror_agent::config::Role;
 use blockmirror_agent::control::api::{CopyState, VolumeState};
+use blockmirror_agent::state::backing;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::terms::DataState;
 use blockmirror_tests::machines::content::{BLOCK_BYTES, stamp_of, stamped};
@@ -18,13 +19,12 @@ use blockmirror_tests::machines::nbd::Client;
 use blockmirror_tests::machines::patience::until;
 use blockmirror_tests::machines::programs::{succeed, text};
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 const SIZE_BYTES: u64 = 16 << 20;
 const BLOCKS: u64 = SIZE_BYTES / BLOCK_BYTES;
-/// What was written before anything happened, then on `a` alone, and then on `b` after it was promoted. Each blocks of its own.
+/// The stamps of what was written before anything happened, then on `a` alone, and then on `b` after it was promoted.
 const BEFORE: u64 = 1;
 const ON_A: u64 = 2;
 const ON_B: u64 = 3;
@@ -55,7 +55,7 @@ fn archive(release: &str, moment: Moment) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("state_folders").join(name)
 }
 
-/// Writes a stamp to one block of three, each stamp to blocks of its own.
+/// Writes a stamp to its blocks, and flushes.
 fn write(host: &Host, stamp: u64) {
     let mut client =
         until("the volume is served", || Client::connect(&host.socket()).map_err(|error| error.to_string()));
@@ -216,7 +216,8 @@ impl Pair {
             let words =
                 [("FOLDER", text(folder.path())), ("ADDRESS_A", to_a.as_str()), ("ADDRESS_B", to_b.as_str())];
             replace(&host.path("config/volumes/data.toml"), &words);
-            fs::write(host.state("backing"), identity(&host.backing())).expect("a file");
+            let identity = backing::identity(&host.backing()).expect("a backing");
+            backing::record(&host.path("state/data"), &identity).expect("a record");
         }
         Self { a, b, _folder: folder }
     }
@@ -225,14 +226,6 @@ impl Pair {
         self.a.start();
         self.b.start();
     }
-}
-
-/// The record of an image's backing (`agent/state/backing`).
-fn identity(image: &Path) -> String {
-    let status = image.metadata().expect("a backing");
-    let born =
-        status.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
-    format!("image {} of {}.{:09}\n", status.ino(), born.as_secs(), born.subsec_nanos())
 }
 
 /// Goes on from that moment until the two are in sync again, with what must be there. Gives who is the primary, and what was written.

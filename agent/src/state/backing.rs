@@ -280,7 +280,10 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> B
 }
 
 /// What tells a file or disk from others.
-fn identity(path: &Path) -> io::Result<String> {
+///
+/// # Errors
+/// The kernel's, when it can't be looked at.
+pub fn identity(path: &Path) -> io::Result<String> {
     let status = std::fs::metadata(path)?;
     if !status.is_file() {
         return Ok(disk_identity(status.rdev()).unwrap_or_else(|| at_path(path)));
