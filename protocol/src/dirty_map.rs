@@ -31,6 +31,8 @@ pub struct DirtyMap {
     unwritten_below: u64,
     /// The sum of the pages' counts.
     dirty_in_pages: u64,
+    /// Whether the newest that its file said is gone.
+    is_lost: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -94,6 +96,7 @@ impl DirtyMap {
             changed: BTreeSet::new(),
             unwritten_below: 0,
             dirty_in_pages: 0,
+            is_lost: false,
         }
     }
 
@@ -126,18 +129,18 @@ impl DirtyMap {
     pub fn clean(self, base: Base) -> Self {
         let full_from = page_count(self.header.blocks);
         let header = Header { base, known: Mark::default(), is_unanswered: false, full_from, ..self.header };
-        let mut map = Self { header, pages: BTreeMap::new(), dirty_in_pages: 0, ..self };
+        let mut map = Self { header, pages: BTreeMap::new(), dirty_in_pages: 0, is_lost: false, ..self };
         // Whatever the file holds is overwritten.
         map.forget_written();
         map
     }
 
-    /// The map as its file says; all dirty where a newer header may have been there. `pages` are all pages of the file that hold
-    /// data, by their page number; pages that are missing are clean.
+    /// The map as its file says; a lost one where a newer header may have been there ([`DirtyMap::is_lost`]). `pages` are all pages
+    /// of the file that hold data, by their page number; pages that are missing are clean.
     ///
     /// # Errors
     /// [`MetadataError`] when the header is damaged, newer than ours, or not this volume's and peer's. The caller
-    /// begins anew with [`DirtyMap::full`].
+    /// begins anew with [`DirtyMap::full`], which is lost where anything was there.
     pub fn recover(
         expected: &Self,
         header: &[u8],
@@ -160,6 +163,7 @@ impl DirtyMap {
             changed: BTreeSet::new(),
             unwritten_below: 0,
             dirty_in_pages: 0,
+            is_lost: false,
         };
         for (page, bytes) in pages {
             let Some(bits) = decode_bits(page, &bytes) else { continue };
@@ -168,10 +172,24 @@ impl DirtyMap {
             }
         }
         if is_unsure {
-            // Nor is it known that nothing of it was answered.
-            map.begin_anew(map.header.base);
+            map.header.given = None;
+            map.begin_anew(Base::default());
+            return Ok(map.lost());
         }
         Ok(map)
+    }
+
+    /// The same map where what its file said can't be read any more.
+    #[must_use]
+    pub fn lost(self) -> Self {
+        Self { is_lost: true, ..self }
+    }
+
+    /// Whether the newest that its file said is gone: it is full, relative to nothing, and may have been relative to what this copy
+    /// is now, so nobody may take it for one that is of no concern.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.is_lost
     }
 
     /// The blocks that are dirty by a bit of their own, not because all from some page on are, as a map for memory alone.
@@ -187,6 +205,7 @@ impl DirtyMap {
             changed: BTreeSet::new(),
             unwritten_below: 0,
             dirty_in_pages: self.dirty_in_pages,
+            is_lost: false,
         }
     }
 
@@ -704,11 +723,14 @@ mod tests {
         assert_eq!(DirtyMap::recover(&expected, &file, []).unwrap().dirty_blocks(), size_bytes / 4096);
         file[newest + 300] ^= 1;
         let mut found = DirtyMap::recover(&expected, &file, []).unwrap();
-        assert_eq!((found.dirty_blocks(), found.base()), (size_bytes / 4096, base));
+        assert_eq!(
+            (found.dirty_blocks(), found.base(), found.is_lost()),
+            (size_bytes / 4096, Base::default(), true)
+        );
         // The next header takes the place of the damaged one.
         assert_eq!(write(&mut found, &mut file), newest);
         let whole = DirtyMap::recover(&expected, &file, []).unwrap();
-        assert_eq!((Header::is_unsure(&file), whole.dirty_blocks()), (false, size_bytes / 4096));
+        assert_eq!((whole.is_lost(), whole.dirty_blocks()), (false, size_bytes / 4096));
     }
 
     #[test]

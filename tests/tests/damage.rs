@@ -214,6 +214,30 @@ fn a_damaged_map_makes_everything_be_copied() {
     all_is_copied_after(|host| flip(&map_of(host), 0..usize::MAX));
 }
 
+/// A map that can't be read was taken, at a promotion, for that of a host that nothing was written without: the two were said to be
+/// in sync, and differed (D1).
+#[test]
+fn a_primary_that_returns_with_a_damaged_map_copies_everything() {
+    for damaged in [0..PAGE_BYTES, PAGE_BYTES..2 * PAGE_BYTES, 0..2 * PAGE_BYTES] {
+        let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+        mirror.replica().link().cut();
+        mirror.wait_until_lost("b");
+        for stamp in 1..=8 {
+            mirror.client().write_durably(stamp * MIB, &stamped(stamp)).expect("a write");
+        }
+        let host = &mut mirror.primary;
+        host.succeed(&["demote", "data"]);
+        host.stop();
+        flip(&map_of(host), damaged.clone());
+        host.start();
+        host.succeed(&["promote", "data", "--force"]);
+        let left = mirror.peer("b").out_of_sync_bytes;
+        assert_eq!(left, Some(16 * MIB), "everything may differ, with bytes {damaged:?} damaged");
+        mirror.replica().link().mend();
+        mirror.assert_identical();
+    }
+}
+
 #[test]
 fn a_missing_map_makes_everything_be_copied() {
     all_is_copied_after(|host| fs::remove_file(map_of(host)).expect("a file"));

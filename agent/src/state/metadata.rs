@@ -224,12 +224,28 @@ impl State {
         Ok(())
     }
 
-    /// The map of one peer as its file says, or full where there is none or it is damaged or can't be read, and the file.
+    /// The map of one peer as its file says, or full where there is none, or lost where that is damaged or can't be read, and the file.
     ///
     /// # Errors
     /// [`StateError`] when the file can't be opened or made, or is newer than this release.
     pub async fn open_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
-        let (map, file, _) = self.recover_map(peer).await?;
+        let superblock = self.superblock();
+        let mut full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
+        full.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
+        let path = self.folder.join(dirty_map::file_name(peer));
+        let there = path.clone();
+        let found = blocking(move || match there.exists() {
+            true => Ok(None),
+            false => File::create_metadata(&there, dirty_map::page_offset(0)).map(Some),
+        });
+        if let Some(made) = found.await? {
+            return Ok((full, Rc::new(made)));
+        }
+        let file = open_file(path.clone()).await?;
+        let there = path.clone();
+        let stored = blocking(move || stored::read_map(&there)).await;
+        let map = map_of(full, &path, stored, superblock.adopted)
+            .map_err(|source| metadata_error(&self.folder, source))?;
         Ok((map, file))
     }
 
@@ -260,28 +276,6 @@ impl State {
         self.open_map(peer).await
     }
 
-    /// The same, and whether the file was damaged.
-    async fn recover_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>, bool), StateError> {
-        let superblock = self.superblock();
-        let mut full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
-        full.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
-        let path = self.folder.join(dirty_map::file_name(peer));
-        let there = path.clone();
-        let found = blocking(move || match there.exists() {
-            true => Ok(None),
-            false => File::create_metadata(&there, dirty_map::page_offset(0)).map(Some),
-        });
-        if let Some(made) = found.await? {
-            return Ok((full, Rc::new(made), false));
-        }
-        let file = open_file(path.clone()).await?;
-        let there = path.clone();
-        let stored = blocking(move || stored::read_map(&there)).await;
-        let (map, is_damaged) = map_of(full, &path, stored, superblock.adopted)
-            .map_err(|source| metadata_error(&self.folder, source))?;
-        Ok((map, file, is_damaged))
-    }
-
     /// The maps of these peers, where there are any that still hold. A damaged one may have said anything, so it is full.
     ///
     /// # Errors
@@ -290,8 +284,8 @@ impl State {
         let mut maps = BTreeMap::new();
         for peer in peers {
             if self.folder.join(dirty_map::file_name(*peer)).exists() {
-                let (map, _, is_damaged) = self.recover_map(*peer).await?;
-                if is_damaged || !map.base().is_none() {
+                let (map, _) = self.open_map(*peer).await?;
+                if map.is_lost() || !map.base().is_none() {
                     maps.insert(*peer, map);
                 }
             }
@@ -390,32 +384,35 @@ async fn read(
     (bytes, first_error)
 }
 
-/// What the file of a peer's map says, and whether it is damaged; then `full` is all that is known.
+/// What the file of a peer's map says; `full`, lost, where that can't be read.
 fn map_of(
     full: DirtyMap,
     path: &Path,
     stored: std::io::Result<stored::MapFile>,
     adopted: u64,
-) -> Result<(DirtyMap, bool), MetadataError> {
+) -> Result<DirtyMap, MetadataError> {
     let recovered = match stored {
         Ok(stored) => DirtyMap::recover(&full, &stored.header, stored.pages),
         Err(error) => {
             tracing::warn!(path = %path.display(), "the map can't be read, so all blocks count as dirty: {error}");
-            return Ok((full, true));
+            return Ok(full.lost());
         }
     };
     match recovered {
         Ok(mut map) => {
+            if map.is_lost() {
+                tracing::warn!(path = %path.display(), "the map's newest header is damaged: all blocks count as dirty");
+            }
             if map.base().adopted != adopted {
                 // What this copy adopted since is not in it (L2).
                 map.begin_anew(full.base());
             }
-            Ok((map, false))
+            Ok(map)
         }
         Err(error @ MetadataError::TooNew { .. }) => Err(error),
         Err(damage) => {
             tracing::warn!(path = %path.display(), "{damage}: all blocks count as dirty");
-            Ok((full, true))
+            Ok(full.lost())
         }
     }
 }

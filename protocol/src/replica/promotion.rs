@@ -74,7 +74,9 @@ pub(crate) fn map_for(
     restored: &[ByteRange],
 ) -> DirtyMap {
     let (base, adopted) = (map.base(), superblock.adopted);
-    if base.is_none() || base.adopted != adopted {
+    if map.is_lost() {
+        map.begin_anew(superblock.base_of_everything());
+    } else if base.is_none() || base.adopted != adopted {
         let generation = superblock.lineage.first().copied().unwrap_or_default();
         map = map.clean(Base { generation, adopted, ..Base::default() });
         if peer == superblock.source.holder && position.generation == generation {
@@ -167,5 +169,15 @@ mod tests {
         // Nothing of the newest generation is durable here: others may have it in any state.
         let older = Position { generation: superblock.lineage[1], ..position };
         assert_eq!(known(host(2), older), Position::default());
+    }
+
+    /// A map that could not be read was taken for that of a host that nothing was written without: what the two differed in, nobody
+    /// knew any more (D1).
+    #[test]
+    fn a_map_that_is_lost_says_that_all_may_differ() {
+        let superblock = crate::replica::tests::superblock("ba");
+        let lost = DirtyMap::full(VolumeId([1; 16]), HostId([3; 32]), 1 << 20, BlockSize::default()).lost();
+        let map = map_for(lost, &superblock, HostId([3; 32]), Position::default(), &[]);
+        assert!(map.is_full() && map.base() == superblock.base_of_everything());
     }
 }

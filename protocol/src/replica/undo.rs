@@ -60,7 +60,7 @@ pub(crate) fn map_for(
         let is_consistent = superblock.data == DataState::Consistent;
         let is_adopted = is_consistent && !is_before && superblock.source.holder == peer;
         let fork = before.iter().find(|generation| superblock.lineage.contains(generation));
-        match fork.filter(|_| is_adopted) {
+        match fork.filter(|_| is_adopted && !map.is_lost()) {
             Some(fork) => map = map.clean(Base { generation: *fork, adopted, ..Base::default() }),
             None => {
                 let generation = before.last().copied().unwrap_or_default();
@@ -190,6 +190,7 @@ mod tests {
         assert!(of(void(), &yielded, B).is_full());
         let mixture = Superblock { data: DataState::Inconsistent, ..adopted.clone() };
         assert!(of(void(), &mixture, B).is_full());
+        assert!(of(void().lost(), &adopted, B).is_full(), "it may have been of what was adopted");
         let mut kept = map(Base { generation: GenerationId([b'x'; 16]), adopted: 1, ..Base::default() });
         kept.mark(0..1);
         let kept = of(kept, &adopted, HostId([3; 32]));

@@ -309,17 +309,16 @@ impl Host {
         let header = self.files.bytes(&name, 2 * PAGE_BYTES as u64);
         let pages = self.files.pages_from(&name, 2 * PAGE_BYTES as u64);
         let adopted = self.superblock.adopted;
-        let mut map = DirtyMap::recover(&fresh, &header, pages).unwrap_or(fresh);
+        let is_there = header.iter().any(|byte| *byte != 0);
+        let mut map = match DirtyMap::recover(&fresh, &header, pages) {
+            Ok(map) => map,
+            Err(_) if is_there => fresh.lost(),
+            Err(_) => fresh,
+        };
         if map.base().adopted != adopted {
             map.begin_anew(Base { adopted, ..Base::default() });
         }
         map
-    }
-
-    /// Whether there is a file of the map for another host, and neither of its headers is whole.
-    pub(super) fn map_is_damaged(&self, peer: usize) -> bool {
-        let header = self.files.bytes(&dirty_map::file_name(host_id(peer)), 2 * PAGE_BYTES as u64);
-        header.iter().any(|byte| *byte != 0) && dirty_map::Header::recover(&header).is_err()
     }
 
     /// The map of a peer that a primary begins to send to: where there is none that holds, all may differ.

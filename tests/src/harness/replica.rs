@@ -7,7 +7,6 @@ use super::links::{Channel, LinkId, Packet};
 use super::primary::digest;
 use super::promises::{Expected, Promises};
 use super::world::{Event, World};
-use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::superblock::Superblock;
 use blockmirror_protocol::disk::{activity_log, marker, slot_offset, superblock};
 use blockmirror_protocol::layers::LayerId;
@@ -15,7 +14,7 @@ use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
 use blockmirror_protocol::terms::{DataState, Fence};
-use blockmirror_protocol::units::{HostId, Sequence};
+use blockmirror_protocol::units::Sequence;
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{Members, Message, Superseded};
 use std::collections::{BTreeMap, VecDeque};
@@ -67,16 +66,14 @@ impl ReplicaShell {
             replica::Settings { sector_bytes: host.disk.sector_bytes() as u32, window_bytes, space };
         let maps = host.members.peers().into_iter();
         let maps = maps.map(|peer| (host_id(peer), host.recover_map(peer)));
-        // A damaged one may have said anything.
-        let is_known =
-            |peer: HostId, map: &DirtyMap| !map.base().is_none() || host.map_is_damaged(host_number(peer));
         let saved = host.layers.saved(superblock.layers.rollback());
         let kept = host.layers.saved(superblock.layers.undo());
         let stored = replica::Stored {
             superblock,
             mark,
             log: host.recover_log(),
-            maps: maps.filter(|(peer, map)| is_known(*peer, map)).collect(),
+            // A lost one may have said anything.
+            maps: maps.filter(|(_, map)| map.is_lost() || !map.base().is_none()).collect(),
             saved,
             kept,
         };

@@ -392,8 +392,8 @@ fn a_peers_map_that_cannot_be_read_is_full() {
     let superblock = superblock();
     let full = || DirtyMap::full(superblock.volume, PEERS[0], superblock.size_bytes, superblock.block_size);
     let unreadable = Err(std::io::Error::from_raw_os_error(libc::EIO));
-    let (map, is_damaged) = map_of(full(), Path::new("map"), unreadable, superblock.adopted).unwrap();
-    assert!(map.is_full() && is_damaged);
+    let map = map_of(full(), Path::new("map"), unreadable, superblock.adopted).unwrap();
+    assert!(map.is_full() && map.is_lost());
 }
 
 /// A host wrote without a peer that was removed, forgot that, and was followed by nobody's map when that one came back with a
