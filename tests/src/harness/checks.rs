@@ -21,6 +21,7 @@ impl World {
         self.check_fences();
         for host in 0..self.hosts.len() {
             if self.hosts[host].is_primary() {
+                self.note_waiting(host);
                 self.check_bounds(host);
                 self.check_hanging(host);
                 self.check_recovered_by_chance(host);
@@ -96,18 +97,21 @@ impl World {
         }
     }
 
+    /// One that was released may be out of reach for longer than any deadline, and must know before anything is answered (W4).
+    fn note_waiting(&mut self, host: usize) {
+        let waits = |tracker: &Tracker| tracker.released().next().is_some();
+        if self.hosts[host].tracker().is_some_and(waits) {
+            self.hosts[host].waited_at = self.now;
+        }
+    }
+
     /// No request waits for ever, and what is on its way is bounded (W7).
     fn check_bounds(&self, host: usize) {
-        // One that was released may be out of reach for longer than that, and must know before anything is answered (W4).
-        let waits_for_released = |tracker: &Tracker| tracker.released().next().is_some();
-        if self.hosts[host].tracker().is_some_and(waits_for_released) {
-            return;
-        }
         // Requests of 4 GiB take turns in a small activity log.
         let turns = (CAPACITY / self.settings.active_extents) as u32;
         if let Some((id, sent)) = self.hosts[host].application.waiting.first_key_value() {
             assert!(
-                self.clock(host).0 <= *sent + PATIENCE * turns,
+                self.clock(host).0 <= *sent.max(&self.hosts[host].waited_at) + PATIENCE * turns,
                 "W7: request {} waits since {sent:?}: {}",
                 id.0,
                 self.describe()

@@ -150,11 +150,12 @@ impl World {
     /// Whatever hangs on other hosts, a request is answered when the deadlines have passed (W7, X5).
     fn check_answered_in_time(&self, host: usize) {
         let it = &self.hosts[host];
-        let Some(tracker) = it.tracker() else { return };
+        if it.tracker().is_none() {
+            return;
+        }
         let is_ending = it.superseded.is_some() || it.demotion.is_some() || it.has_failed();
-        let waits_for_released = tracker.released().next().is_some();
         let Some((id, sent)) = it.application.waiting.first_key_value() else { return };
-        if is_ending || waits_for_released {
+        if is_ending {
             return;
         }
         let limit = match self.settings.loss {
@@ -163,7 +164,7 @@ impl World {
         };
         let deadlines = ACKNOWLEDGEMENT_DEADLINE + self.settings.patience + limit;
         let own = it.hangs.disk_until.max(it.state_is_out_until()).max(it.frozen_until);
-        let since = own.max(*sent);
+        let since = own.max(*sent).max(it.waited_at);
         assert!(
             self.now <= since + deadlines + SLACK,
             "W7: request {} waits since {sent:?}, and nothing has hung on host {host} since {own:?}: {}",

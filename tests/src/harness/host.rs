@@ -68,6 +68,9 @@ pub struct Host {
     pub life: u64,
     /// Whether a start is planned.
     pub start_is_planned: bool,
+    /// When it waited last, as a primary, for one that it had released: nothing is answered before that one follows (W4), which may take
+    /// for longer than any deadline.
+    pub waited_at: Duration,
     /// How many operations of its disk and its files have ended.
     pub ended_operations: u64,
     /// What runs.
@@ -190,6 +193,7 @@ impl Host {
             superblock,
             life: 0,
             start_is_planned: false,
+            waited_at: Duration::ZERO,
             ended_operations: 0,
             shell: Shell::Down,
             application: Application::default(),
