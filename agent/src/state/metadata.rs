@@ -231,21 +231,20 @@ impl State {
     pub async fn open_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
         let superblock = self.superblock();
         let mut full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
-        full.begin_anew(Base { adopted: superblock.adopted, ..Base::default() });
+        let adopted = superblock.adopted;
+        let relative_to_nothing = Base { adopted, ..Base::default() };
+        full.begin_anew(relative_to_nothing);
         let path = self.folder.join(dirty_map::file_name(peer));
-        let there = path.clone();
-        let found = blocking(move || match there.exists() {
-            true => Ok(None),
-            false => File::create_metadata(&there, dirty_map::page_offset(0)).map(Some),
-        });
-        if let Some(made) = found.await? {
-            return Ok((full, Rc::new(made)));
+        if !path.exists() {
+            // A file whose header has yet to be written would be a damaged one after a crash.
+            let folder = self.folder.clone();
+            blocking(move || replace_map(&folder, peer, &superblock, relative_to_nothing, None)).await?;
         }
         let file = open_file(path.clone()).await?;
         let there = path.clone();
         let stored = blocking(move || stored::read_map(&there)).await;
-        let map = map_of(full, &path, stored, superblock.adopted)
-            .map_err(|source| metadata_error(&self.folder, source))?;
+        let map =
+            map_of(full, &path, stored, adopted).map_err(|source| metadata_error(&self.folder, source))?;
         Ok((map, file))
     }
 
@@ -262,7 +261,8 @@ impl State {
         let superblock = self.superblock();
         // What it was given its word on is not known.
         let folder = self.folder.clone();
-        blocking(move || replace_map(&folder, peer, &superblock, None)).await?;
+        let base = superblock.base_of_everything();
+        blocking(move || replace_map(&folder, peer, &superblock, base, None)).await?;
         self.open_map(peer).await
     }
 
@@ -272,7 +272,8 @@ impl State {
     /// [`StateError`] when the file can't be written or opened.
     pub async fn new_map_of_follower(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
         let (folder, superblock) = (self.folder.clone(), self.superblock());
-        blocking(move || replace_map(&folder, peer, &superblock, Some(&Given::NOTHING))).await?;
+        let base = superblock.base_of_everything();
+        blocking(move || replace_map(&folder, peer, &superblock, base, Some(&Given::NOTHING))).await?;
         self.open_map(peer).await
     }
 
@@ -451,14 +452,15 @@ fn folder_error(folder: &Path, source: std::io::Error) -> StateError {
     StateError::Folder { folder: folder.to_owned(), source }
 }
 
+/// A peer's map that says that all may differ, in the place of what is there, durably and whole.
 fn replace_map(
     folder: &Path,
     peer: HostId,
     superblock: &Superblock,
+    base: Base,
     given: Option<&Given>,
 ) -> Result<(), StateError> {
     let Superblock { volume, size_bytes, block_size, .. } = *superblock;
-    let base = superblock.base_of_everything();
     let file = DirtyMap::file_of_everything(volume, peer, size_bytes, block_size, base, given);
     durable::replace(&folder.join(dirty_map::file_name(peer)), &file)
         .map_err(|source| folder_error(folder, source))
@@ -480,7 +482,8 @@ fn void_maps(folder: &Path, superblock: &Superblock, peers: &[HostId]) -> Result
             header.full_from == 0 && header.base.adopted == superblock.adopted && !header.is_unanswered;
         if !is_void || header.base.is_none() {
             tracing::info!(map = %name, "all may differ from a host that is no peer any more");
-            replace_map(folder, header.peer, superblock, Some(&Given::NOTHING))?;
+            let base = superblock.base_of_everything();
+            replace_map(folder, header.peer, superblock, base, Some(&Given::NOTHING))?;
         }
     }
     Ok(())
