@@ -197,10 +197,10 @@ fn is_about(line: &str, identity: &str) -> bool {
     line == identity || line.split_once(INTO).is_some_and(|(_, target)| target == identity)
 }
 
-/// Whether the state folder is of a volume that was opened: not what an attempt to make one has left.
+/// Whether the state folder is of a volume that was opened, or can't be looked into: not what an attempt to make one has left.
 #[must_use]
 pub fn is_on_record(state_folder: &Path) -> bool {
-    state_folder.join(FILE_NAME).exists()
+    state_folder.join(FILE_NAME).try_exists().unwrap_or(true)
 }
 
 /// Removes the record, durably: the volume did not come to be.

@@ -224,21 +224,24 @@ impl State {
         Ok(())
     }
 
-    /// The map of one peer as its file says, or full where there is none, or lost where that is damaged or can't be read, and the file.
+    /// The map of one peer, and its file, which is made where there is none: full then, and lost where what it says is damaged
+    /// or can't be read.
     ///
     /// # Errors
     /// [`StateError`] when the file can't be opened or made, or is newer than this release.
     pub async fn open_map(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
-        let superblock = self.superblock();
-        let mut full = DirtyMap::full(superblock.volume, peer, superblock.size_bytes, superblock.block_size);
-        let adopted = superblock.adopted;
-        let relative_to_nothing = Base { adopted, ..Base::default() };
-        full.begin_anew(relative_to_nothing);
+        let Superblock { volume, size_bytes, block_size, adopted, .. } = self.superblock();
+        let base = Base { adopted, ..Base::default() };
+        let mut full = DirtyMap::full(volume, peer, size_bytes, block_size);
+        full.begin_anew(base);
         let path = self.folder.join(dirty_map::file_name(peer));
-        if !path.exists() {
-            // A file whose header has yet to be written would be a damaged one after a crash.
-            let folder = self.folder.clone();
-            blocking(move || replace_map(&folder, peer, &superblock, relative_to_nothing, None)).await?;
+        if !self.has_map(peer).await? {
+            // Its header comes with it: one without would be a damaged map after a crash.
+            let content = DirtyMap::file_of_everything(volume, peer, size_bytes, block_size, base, None);
+            let made = path.clone();
+            blocking(move || durable::create(&made, &content))
+                .await
+                .map_err(|source| folder_error(&self.folder, source))?;
         }
         let file = open_file(path.clone()).await?;
         let there = path.clone();
@@ -246,6 +249,13 @@ impl State {
         let map =
             map_of(full, &path, stored, adopted).map_err(|source| metadata_error(&self.folder, source))?;
         Ok((map, file))
+    }
+
+    /// Whether there is a file of a peer's map. One that can't be looked for is not one that isn't there: it may say what this copy
+    /// wrote without the peer (D1).
+    async fn has_map(&self, peer: HostId) -> Result<bool, StateError> {
+        let path = self.folder.join(dirty_map::file_name(peer));
+        blocking(move || path.try_exists()).await.map_err(|source| folder_error(&self.folder, source))
     }
 
     /// The same for a primary. Where there is none that holds, it says durably that all may differ, so that this host knows
@@ -261,8 +271,7 @@ impl State {
         let superblock = self.superblock();
         // What it was given its word on is not known.
         let folder = self.folder.clone();
-        let base = superblock.base_of_everything();
-        blocking(move || replace_map(&folder, peer, &superblock, base, None)).await?;
+        blocking(move || replace_map(&folder, peer, &superblock, None)).await?;
         self.open_map(peer).await
     }
 
@@ -272,8 +281,7 @@ impl State {
     /// [`StateError`] when the file can't be written or opened.
     pub async fn new_map_of_follower(&self, peer: HostId) -> Result<(DirtyMap, Rc<File>), StateError> {
         let (folder, superblock) = (self.folder.clone(), self.superblock());
-        let base = superblock.base_of_everything();
-        blocking(move || replace_map(&folder, peer, &superblock, base, Some(&Given::NOTHING))).await?;
+        blocking(move || replace_map(&folder, peer, &superblock, Some(&Given::NOTHING))).await?;
         self.open_map(peer).await
     }
 
@@ -284,7 +292,7 @@ impl State {
     pub async fn valid_maps(&self, peers: &[HostId]) -> Result<BTreeMap<HostId, DirtyMap>, StateError> {
         let mut maps = BTreeMap::new();
         for peer in peers {
-            if self.folder.join(dirty_map::file_name(*peer)).exists() {
+            if self.has_map(*peer).await? {
                 let (map, _) = self.open_map(*peer).await?;
                 if map.is_lost() || !map.base().is_none() {
                     maps.insert(*peer, map);
@@ -457,10 +465,10 @@ fn replace_map(
     folder: &Path,
     peer: HostId,
     superblock: &Superblock,
-    base: Base,
     given: Option<&Given>,
 ) -> Result<(), StateError> {
     let Superblock { volume, size_bytes, block_size, .. } = *superblock;
+    let base = superblock.base_of_everything();
     let file = DirtyMap::file_of_everything(volume, peer, size_bytes, block_size, base, given);
     durable::replace(&folder.join(dirty_map::file_name(peer)), &file)
         .map_err(|source| folder_error(folder, source))
@@ -482,8 +490,7 @@ fn void_maps(folder: &Path, superblock: &Superblock, peers: &[HostId]) -> Result
             header.full_from == 0 && header.base.adopted == superblock.adopted && !header.is_unanswered;
         if !is_void || header.base.is_none() {
             tracing::info!(map = %name, "all may differ from a host that is no peer any more");
-            let base = superblock.base_of_everything();
-            replace_map(folder, header.peer, superblock, base, Some(&Given::NOTHING))?;
+            replace_map(folder, header.peer, superblock, Some(&Given::NOTHING))?;
         }
     }
     Ok(())

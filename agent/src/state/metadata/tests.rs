@@ -322,6 +322,21 @@ fn a_damaged_map_may_have_said_anything() {
     });
 }
 
+/// A file that could not be looked for was taken for one that was not there.
+#[test]
+fn a_map_that_cannot_be_looked_for_is_not_replaced() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = open_with(Engine::Automatic).unwrap();
+        let state = State::create(folder.path(), storage, pool(), &superblock()).await.unwrap();
+        let path = folder.path().join(dirty_map::file_name(PEERS[0]));
+        std::os::unix::fs::symlink(&path, &path).unwrap();
+        assert!(matches!(state.open_map(PEERS[0]).await, Err(StateError::Folder { .. })));
+        assert!(matches!(state.valid_maps(&PEERS).await, Err(StateError::Folder { .. })));
+        assert!(path.is_symlink(), "what is there stays");
+    });
+}
+
 /// Media give errors rather than flipped bits, and one in the older of two slots kept a volume closed whose newer one was
 /// whole.
 #[test]
