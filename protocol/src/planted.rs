@@ -128,11 +128,13 @@ pub enum Bug {
     TellUnmarkedDifference,
     /// Where one header of a map is not whole, the other one counts, whatever it says (D1).
     TrustOlderHeader,
+    /// Where the newest slot of a superblock is not whole, the older one counts, whatever its twin says (W4, L5, L6).
+    ForgetTwins,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 58] = [
+    pub const ALL: [Self; 59] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -191,6 +193,7 @@ impl Bug {
         Self::TrustOlderRecord,
         Self::TellUnmarkedDifference,
         Self::TrustOlderHeader,
+        Self::ForgetTwins,
     ];
 }
 

@@ -1,8 +1,9 @@
 //! Damaged metadata, mistakes in the configuration, disks that are full: what is concerned says so, the rest goes on.
 
+use blockmirror_agent::config::Role;
 use blockmirror_agent::control::api::{PeerState, VolumeState};
 use blockmirror_protocol::disk::pre_images::{self, Header};
-use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::disk::superblock::{self, Superblock};
 use blockmirror_protocol::disk::{PAGE_BYTES, slot_offset};
 use blockmirror_protocol::layers::{LayerId, Purpose};
 use blockmirror_tests::harness::random::Random;
@@ -70,7 +71,7 @@ fn an_unknown_key_keeps_its_volume_away_and_no_other() {
 #[test]
 fn a_damaged_superblock_is_told_in_the_status_and_the_agent_runs_on() {
     for damage in [
-        |path: &Path| flip(path, 0..8192),
+        |path: &Path| flip(path, 0..superblock::FILE_BYTES as usize),
         |path: &Path| {
             File::options().write(true).open(path).and_then(|file| file.set_len(100)).expect("a file")
         },
@@ -162,6 +163,28 @@ fn metadata_of_a_newer_release_are_left_alone_and_no_order_is_taken() {
     replica.refuse(&["resolve", "data", "--keep", "a"], 5, &words);
     replica.refuse(&["undo", "data"], 5, &words);
     assert!(fs::read(&superblock).expect("the superblock") == before, "nothing was changed");
+}
+
+/// Of two slots, the newest that went bad was taken for one that was torn: the host was a replica again.
+#[test]
+fn a_promotion_is_remembered_whichever_page_of_the_superblock_goes_bad() {
+    let mut mirror = Mirror::new(16 * MIB, "nbd", &["b"]);
+    mirror.primary.kill();
+    let host = mirror.replica_mut();
+    host.succeed(&["promote", "data", "--force"]);
+    for page in 0..superblock::FILE_BYTES as usize / PAGE_BYTES {
+        host.kill();
+        flip(&host.state("superblock"), page * PAGE_BYTES..(page + 1) * PAGE_BYTES);
+        host.start();
+        let status = host.status();
+        assert_eq!(
+            (status.facts.role, status.facts.backing_error.clone()),
+            (Role::Primary, None),
+            "{status:?}"
+        );
+        let mut client = Client::connect(&host.socket()).expect("it serves its device");
+        client.write_durably(0, &stamped(page as u64 + 1)).expect("a write");
+    }
 }
 
 #[test]

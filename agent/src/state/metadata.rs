@@ -25,6 +25,9 @@ use blockmirror_protocol::units::{GenerationId, HostId, Mark};
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -67,6 +70,8 @@ pub struct State {
     storage: Rc<dyn Storage>,
     pool: BufferPool,
     superblock_file: Rc<File>,
+    /// Whether its file has room for the twins of its slots.
+    has_twins: bool,
     log_file: Rc<File>,
     marker_file: Rc<File>,
     superblock: RefCell<(u64, Superblock)>,
@@ -95,7 +100,11 @@ impl State {
         write_page(&*storage, &marker_file, slot_offset(1), &marker::encode(Mark::default(), 1)).await?;
         // The superblock comes last: a folder with one is complete.
         let file = File::create_metadata(folder.join(superblock::FILE_NAME), superblock::FILE_BYTES)?;
-        write_page(&*storage, &Rc::new(file), slot_offset(1), &superblock.encode(1)).await?;
+        let file = Rc::new(file);
+        for place in superblock::places(1) {
+            write_page(&*storage, &file, place, &superblock.encode(1)).await?;
+        }
+        drop(file);
         drop(marker_file);
         Self::open(folder, storage, pool).await
     }
@@ -119,17 +128,27 @@ impl State {
         storage: Rc<dyn Storage>,
         pool: BufferPool,
     ) -> Result<Self, StateError> {
-        let superblock_file = open_file(folder.join(superblock::FILE_NAME)).await?;
+        let path = folder.join(superblock::FILE_NAME);
+        let lengthened = path.clone();
+        let has_twins = blocking(move || make_room_for_twins(&lengthened)).await;
+        if let Err(error) = &has_twins {
+            tracing::warn!(%error, "there is no room to keep {} twice; it is kept once", path.display());
+        }
+        let superblock_file = open_file(path).await?;
         let (bytes, unread) = read(&*storage, &superblock_file, &pool, superblock::FILE_BYTES).await;
         let superblock = Superblock::recover(&bytes).map_err(|source| match (source, unread) {
             (MetadataError::Corrupted { .. }, Some(error)) => StateError::Storage(error),
             (source, _) => metadata_error(folder, source),
         })?;
+        if let (Ok(()), Some((place, page))) = (&has_twins, Superblock::missing_twin(&bytes)) {
+            write_page(&*storage, &superblock_file, place, &page).await?;
+        }
         Ok(Self {
             folder: folder.to_owned(),
             superblock_file,
             log_file: open_file(folder.join(activity_log::FILE_NAME)).await?,
             marker_file: open_file(folder.join(marker::FILE_NAME)).await?,
+            has_twins: has_twins.is_ok(),
             superblock: RefCell::new(superblock),
             changing: tokio::sync::Mutex::default(),
             marker_serial: RefCell::new(0),
@@ -154,7 +173,9 @@ impl State {
         let (serial, mut superblock) = self.superblock.borrow().clone();
         change(&mut superblock);
         let page = superblock.encode(serial + 1);
-        write_page(&*self.storage, &self.superblock_file, slot_offset(serial + 1), &page).await?;
+        for place in superblock::places(serial + 1).into_iter().take(if self.has_twins { 2 } else { 1 }) {
+            write_page(&*self.storage, &self.superblock_file, place, &page).await?;
+        }
         *self.superblock.borrow_mut() = (serial + 1, superblock);
         Ok(())
     }
@@ -439,6 +460,16 @@ async fn write_ring(
         newest = serial;
     }
     Ok(newest)
+}
+
+/// Makes the file of a superblock longer, durably, where an earlier release made it: with its slots alone.
+fn make_room_for_twins(path: &Path) -> io::Result<()> {
+    if fs::metadata(path).is_ok_and(|status| status.len() == superblock::TWINS) {
+        let file = fs::File::options().write(true).open(path)?;
+        file.write_all_at(&[0; (superblock::FILE_BYTES - superblock::TWINS) as usize], superblock::TWINS)?;
+        file.sync_all()?;
+    }
+    Ok(())
 }
 
 async fn write_page(

@@ -80,9 +80,18 @@ fn newest_of_two<Value>(
     bytes: &[u8],
     decode: impl Fn(&[u8]) -> Option<Result<(u64, Value), MetadataError>>,
 ) -> Result<(u64, Value), MetadataError> {
-    let slots = bytes.chunks_exact(PAGE_BYTES).take(2);
-    let whole: Vec<_> = slots.filter_map(decode).collect::<Result<_, _>>()?;
-    whole.into_iter().max_by_key(|(serial, _)| *serial).ok_or(MetadataError::Corrupted { what })
+    newest(what, &bytes[..bytes.len().min(2 * PAGE_BYTES)], decode)
+}
+
+/// Picks the newest whole copy among these pages; of several, the first.
+fn newest<Value>(
+    what: &'static str,
+    bytes: &[u8],
+    decode: impl Fn(&[u8]) -> Option<Result<(u64, Value), MetadataError>>,
+) -> Result<(u64, Value), MetadataError> {
+    let pages = bytes.chunks_exact(PAGE_BYTES);
+    let whole: Vec<_> = pages.filter_map(decode).collect::<Result<_, _>>()?;
+    whole.into_iter().rev().max_by_key(|(serial, _)| *serial).ok_or(MetadataError::Corrupted { what })
 }
 
 /// Where the copy with this serial number goes: the slots take turns.

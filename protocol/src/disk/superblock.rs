@@ -1,8 +1,9 @@
 //! `superblock`: who this copy is, what it holds, and whose history it follows.
 //!
-//! Two slots of one page each; the copy with serial number n goes to slot n mod 2, so a torn write leaves the one
-//! before. Losing the newest copy is safe for the data state because "inconsistent" is durable before the first copy
-//! is written, and "consistent" is recorded only after everything is durable.
+//! Two slots of one page each, and then their twins: what has serial number n goes to slot n mod 2 and to its twin, so a torn
+//! write leaves what was before. A change is reported as durable when both are: of what somebody relies on, one page may go bad.
+//! Without a twin, a slot that went bad was taken for one that was torn, and the copy went back by a change: whom it follows,
+//! whom its operator agreed to, what it was promised (W4, L5, L6).
 //!
 //! ```text
 //!    0 magic "BMSUPER\0"      8 version (4)      12 CRC-32 of the rest (4)
@@ -34,15 +35,16 @@
 //! a promise of replicas was about, so such a promise counts for nothing. Its primaries had no
 //! heirs. Version 6 had a zero at 1244: what an older version kept counts as touched, since nothing says that it is not.
 //! Version 7 had no catalog: at 1224 the layer to roll back to (8), at 1256 that for an undo (8), each 0 for none, and at 1244
-//! whether the latter was touched (1).
+//! whether the latter was touched (1). Version 8 had no twins: a file that ends after the slots is made longer when it is opened.
 
 use super::dirty_map::Base;
 use super::{
-    MetadataError, PAGE_BYTES, Page, is_sealed, newest_of_two, promise_of, raw_hosts, raw_promise, seal,
+    MetadataError, PAGE_BYTES, Page, is_sealed, newest, promise_of, raw_hosts, raw_promise, seal, slot_offset,
 };
 use crate::given::Given;
 use crate::layers::{Catalog, Entry, LAYERS_LIMIT, LayerId, Purpose};
 use crate::lineage::{self, Ends};
+use crate::planted::{Bug, planted};
 pub use crate::terms::Role;
 use crate::terms::{DataState, Fence, MEMBERS_LIMIT, Mode, Promise};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, HostId, Position, Sequence, Session, VolumeId};
@@ -52,9 +54,11 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// The file's name in the volume's state folder.
 pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
-pub const FILE_BYTES: u64 = 2 * PAGE_BYTES as u64;
+pub const FILE_BYTES: u64 = 4 * PAGE_BYTES as u64;
 /// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 8;
+pub const VERSION: u32 = 9;
+/// Where the slots end, and their twins begin.
+pub const TWINS: u64 = 2 * PAGE_BYTES as u64;
 /// How many generations a lineage holds at most.
 pub const LINEAGE_LIMIT: usize = 64;
 /// How many heirs there are at most.
@@ -355,7 +359,7 @@ impl Superblock {
         self.ends.set(newest, end);
     }
 
-    /// The page to write at [`super::slot_offset`] of `serial`.
+    /// The page to write at both [`places`] of `serial`.
     ///
     /// # Panics
     /// When there are more generations, heirs or hosts that count than there is room for.
@@ -457,7 +461,26 @@ impl Superblock {
     /// # Errors
     /// [`MetadataError`] when neither slot is whole, or a newer release wrote one.
     pub fn recover(file: &[u8]) -> Result<(u64, Self), MetadataError> {
-        newest_of_two(WHAT, file, |slot| Self::decode(slot).transpose())
+        let length = if planted(Bug::ForgetTwins) { TWINS } else { FILE_BYTES };
+        let pages = &file[..file.len().min(length as usize)];
+        newest(WHAT, pages, |slot| Self::decode(slot).transpose())
+    }
+
+    /// The place in bytes where the newest one is to be as well and isn't, and the page that belongs there. A crash came before it was
+    /// written, or that page went bad; until it is there again, one more page that goes bad takes a change back.
+    ///
+    /// `file`: what the whole file says; none is missing of a shorter one, or where no page is whole.
+    #[must_use]
+    pub fn missing_twin(file: &[u8]) -> Option<(u64, Page)> {
+        let (serial, _) = Self::recover(file).ok()?;
+        let [slot, twin] = places(serial).map(|place| {
+            let page: Option<&Page> = file.get(place as usize..).and_then(|rest| rest.first_chunk());
+            page.map(|page| (place, page))
+        });
+        let (slot, twin) = (slot?, twin?);
+        let is_newest = |page: &Page| matches!(Self::decode(page), Ok(Some((found, _))) if found == serial);
+        let (from, to) = if is_newest(slot.1) { (slot, twin) } else { (twin, slot) };
+        (from.1 != to.1).then_some((to.0, *from.1))
     }
 
     fn decode(slot: &[u8]) -> Result<Option<(u64, Self)>, MetadataError> {
@@ -560,6 +583,13 @@ fn layers_of(raw: &Raw) -> Option<Catalog> {
     Some(layers)
 }
 
+/// Where what has this serial number goes, in bytes: its slot and the twin of that.
+#[must_use]
+pub fn places(serial: u64) -> [u64; 2] {
+    let slot = slot_offset(serial);
+    [slot, TWINS + slot]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -613,7 +643,7 @@ mod tests {
             .chain(&page[1960..2032])
             .chain(&page[3024..3096]);
         let text: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(text, golden(include_str!("golden/superblock-8.hex")));
+        assert_eq!(text, golden(include_str!("golden/superblock-9.hex")));
         let zero = page[256..1216]
             .iter()
             .chain(&page[1304..1432])
@@ -630,6 +660,13 @@ mod tests {
             page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
         }
         page
+    }
+
+    #[test]
+    fn a_page_of_version_8_says_the_same() {
+        let text = include_str!("golden/superblock-8.hex");
+        let places = (0..256).chain(1216..1304).chain(1432..1464).chain(1960..2032).chain(3024..3096);
+        assert_eq!(Superblock::recover(&page_of(text, places)), Ok((11, sample())));
     }
 
     #[test]
@@ -780,6 +817,54 @@ mod tests {
             torn[PAGE_BYTES + torn_at] ^= 1;
             assert_eq!(Superblock::recover(&torn), Ok((4, old.clone())), "{torn_at}");
         }
+    }
+
+    #[test]
+    fn the_newest_goes_on_where_any_one_page_went_bad() {
+        let (old, new) = (sample(), Superblock { data: DataState::Consistent, ..sample() });
+        let mut file = vec![0; FILE_BYTES as usize];
+        for (superblock, serial) in [(&old, 4), (&new, 5)] {
+            for place in places(serial) {
+                file[place as usize..][..PAGE_BYTES].copy_from_slice(&superblock.encode(serial));
+            }
+        }
+        assert_eq!(Superblock::recover(&file), Ok((5, new.clone())));
+        for page in 0..4 {
+            let mut bad = file.clone();
+            bad[page * PAGE_BYTES + 100] ^= 1;
+            assert_eq!(Superblock::recover(&bad), Ok((5, new.clone())), "page {page}");
+        }
+        assert_eq!(Superblock::missing_twin(&file), None);
+        let without_twins = &file[..TWINS as usize];
+        assert_eq!(Superblock::missing_twin(without_twins), None);
+        assert_eq!(Superblock::recover(without_twins), Ok((5, new)), "as version 8 left it");
+    }
+
+    #[test]
+    fn a_page_that_is_missing_is_the_other_one_of_the_newest() {
+        let (old, new) = (sample(), Superblock { data: DataState::Consistent, ..sample() });
+        let mut file = vec![0; FILE_BYTES as usize];
+        let mut write = |place: u64, page: &Page| {
+            file[place as usize..][..PAGE_BYTES].copy_from_slice(page);
+            Superblock::missing_twin(&file)
+        };
+        let [slot, twin] = places(4);
+        assert_eq!(
+            write(slot, &old.encode(4)),
+            Some((twin, old.encode(4))),
+            "a crash came between, or none had twins"
+        );
+        assert_eq!(write(twin, &old.encode(4)), None);
+        let [slot, twin] = places(5);
+        assert_eq!(write(slot, &new.encode(5)), Some((twin, new.encode(5))));
+        assert_eq!(
+            write(twin, &old.encode(5)),
+            Some((twin, new.encode(5))),
+            "one that failed, and was written anew"
+        );
+        assert_eq!(write(twin, &new.encode(5)), None);
+        assert_eq!(write(slot, &[7; PAGE_BYTES]), Some((slot, new.encode(5))), "the slot went bad");
+        assert_eq!(Superblock::missing_twin(&[7; FILE_BYTES as usize]), None, "nothing is whole");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use blockmirror_protocol::dirty_map::DirtyMap;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::superblock::{self, Role, Superblock};
-use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map, slot_offset};
+use blockmirror_protocol::disk::{PAGE_BYTES, dirty_map};
 use blockmirror_protocol::given::Given;
 use blockmirror_protocol::layers;
 use blockmirror_protocol::planted::{Bug, planted};
@@ -355,7 +355,8 @@ impl Host {
     pub(super) fn superblock_batches(&self) -> VecDeque<Batch> {
         let serial = self.serial + 1;
         let page = Box::new(self.superblock.encode(serial));
-        VecDeque::from([vec![(slot_offset(serial), Some(page))]])
+        let [slot, twin] = superblock::places(serial);
+        VecDeque::from([vec![(slot, Some(page.clone()))], vec![(twin, Some(page))]])
     }
 
     /// The superblock was written.
@@ -367,7 +368,9 @@ impl Host {
     pub(super) fn write_superblock_now(&mut self) {
         self.serial += 1;
         let page = self.superblock.encode(self.serial);
-        self.files.write_now(superblock::FILE_NAME, slot_offset(self.serial), &page);
+        for place in superblock::places(self.serial) {
+            self.files.write_now(superblock::FILE_NAME, place, &page);
+        }
     }
 
     pub(super) fn recover_superblock(&mut self) {
@@ -375,12 +378,20 @@ impl Host {
         (self.serial, self.superblock) = Superblock::recover(&bytes).expect("a superblock is whole");
     }
 
-    /// What the superblock's file says.
+    /// The newest superblock is there twice again.
+    pub(super) fn write_missing_twin(&mut self) {
+        let bytes = self.files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
+        if let Some((place, page)) = Superblock::missing_twin(&bytes) {
+            self.files.write_now(superblock::FILE_NAME, place, &page);
+        }
+    }
+
     /// How far it is, as its metadata says durably.
     pub(super) fn mark(&self) -> Mark {
         super::set_back::mark_of(&self.files)
     }
 
+    /// What the superblock's file says.
     pub(super) fn durable_superblock(&self) -> Superblock {
         let bytes = self.files.bytes(superblock::FILE_NAME, superblock::FILE_BYTES);
         Superblock::recover(&bytes).expect("a superblock is whole").1
@@ -403,6 +414,7 @@ impl World {
         it.start_is_planned = false;
         it.life += 1;
         it.recover_superblock();
+        it.write_missing_twin();
         let (life, role) = (it.life, it.superblock.role);
         self.note(|| format!("host {host} starts its life {life} as {role:?}"));
         match self.hosts[host].adopting.clone() {

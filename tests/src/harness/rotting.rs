@@ -1,10 +1,9 @@
 //! Bits that rot in what was durable, and are found when a host starts: one page of its metadata does not fit its checksum any more.
 //! At the end some rot in copies at rest, which only a compare can find.
 //!
-//! What each format survives is said in `protocol::disk`: that the older slot of a superblock is lost, and either one of a marker; and
-//! any record of the activity log or page of a map, which then make dirty whatever they stood for. A superblock whose newest slot rots
-//! goes back by one change, which nothing notices: that is left out here. Never is a difference forgotten: that is what
-//! [`super::differences`] insists on before the host goes on.
+//! What each format survives is said in `protocol::disk`: that a page of a superblock is lost where its twin is whole, and either slot
+//! of a marker; and any record of the activity log or page of a map, which then make dirty whatever they stood for. Never is a
+//! difference forgotten: that is what [`super::differences`] insists on before the host goes on.
 
 use super::files::Files;
 use super::host::host_id;
@@ -35,12 +34,13 @@ fn may_rot(files: &Files, name: &str) -> Vec<u64> {
     match name {
         superblock::FILE_NAME => {
             let (bytes, _) = slots(superblock::FILE_BYTES);
-            let serial = |page: &[u8]| Superblock::recover(page).map(|(serial, _)| serial).ok();
-            let pages: Vec<Option<u64>> = bytes.chunks_exact(PAGE_BYTES).map(serial).collect();
-            match pages[..] {
-                [Some(first), Some(second)] => vec![if first < second { 0 } else { PAGE_BYTES as u64 }],
-                _ => Vec::new(),
-            }
+            let serial = |page: &[u8]| Superblock::recover(page).map_or(0, |(serial, _)| serial);
+            let pages: Vec<u64> = bytes.chunks_exact(PAGE_BYTES).map(serial).collect();
+            let newest = pages.iter().max().copied().unwrap_or_default();
+            let is_twice = pages.iter().filter(|serial| **serial == newest).count() == 2;
+            // What was torn is not there twice, and no more of it goes bad.
+            let may = is_twice && pages.iter().all(|serial| *serial > 0);
+            (0..).step_by(PAGE_BYTES).take(if may { pages.len() } else { 0 }).collect()
         }
         marker::FILE_NAME if slots(marker::FILE_BYTES).1 => vec![0, PAGE_BYTES as u64],
         activity_log::FILE_NAME => (0..activity_log::FILE_BYTES).step_by(PAGE_BYTES).collect(),

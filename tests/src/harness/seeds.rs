@@ -11,7 +11,7 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 /// The seeds whose worlds are run whenever everything is checked.
-pub const CHECKED: Range<u64> = 1..5001;
+pub const CHECKED: Range<u64> = 1..6501;
 /// How long mishaps and requests go on in those, in seconds.
 pub const CHECKED_SECONDS: u64 = 4;
 

@@ -349,26 +349,34 @@ fn a_page_that_cannot_be_read_is_a_damaged_one() {
         state.write_marker(mark(2)).await.unwrap();
         drop(state);
         drain(&*storage).await;
-        // The superblock's two slots, the marker's, the eight places of the log.
-        for unreadable in 0..12 {
+        // The superblock's two slots and their twins, the marker's slots, the eight places of the log.
+        for unreadable in 0..14 {
             let faults = Faults::new(storage.clone());
             faults.fail(Calls::Reads, unreadable + 1, libc::EIO);
-            let opened = State::open(folder.path(), faults, pool()).await;
-            if unreadable == 1 {
-                // The only slot that was ever written: the error is told, and not called damage.
-                assert!(matches!(opened, Err(StateError::Storage(_))));
-                continue;
-            }
-            let state = opened.unwrap();
+            let state = State::open(folder.path(), faults, pool()).await.unwrap();
             assert_eq!(state.superblock(), superblock());
             let marker = state.recover_marker().await.unwrap();
             assert!([mark(1), mark(2), Mark::default()].contains(&marker), "{marker:?}");
             let is_unsure =
                 matches!(state.recover_log().await.unwrap(), activity_log::Recovered::Unsure { .. });
-            assert!(unreadable >= 4 || !is_unsure, "{unreadable}");
+            assert!(unreadable >= 6 || !is_unsure, "{unreadable}");
             drop(state);
             drain(&*storage).await;
         }
+        // Nothing else of the superblock was ever written, and its twin is damaged: the error is told, and not called damage.
+        let [slot, twin] = superblock::places(1);
+        let file =
+            std::fs::File::options().write(true).open(folder.path().join(superblock::FILE_NAME)).unwrap();
+        file.write_all_at(b"damaged", twin).unwrap();
+        let faults = Faults::new(storage.clone());
+        faults.fail(Calls::Reads, 1 + slot / PAGE_BYTES as u64, libc::EIO);
+        let opened = State::open(folder.path(), faults, pool()).await;
+        assert!(matches!(opened, Err(StateError::Storage(_))));
+        drain(&*storage).await;
+        // Opened, it is there twice again.
+        drop(State::open(folder.path(), storage.clone(), pool()).await.unwrap());
+        let bytes = std::fs::read(folder.path().join(superblock::FILE_NAME)).unwrap();
+        assert_eq!(bytes[slot as usize..][..PAGE_BYTES], bytes[twin as usize..][..PAGE_BYTES]);
     });
 }
 
