@@ -78,15 +78,18 @@ fn recognise(path: &Path) -> io::Result<Option<FileKind>> {
     Ok(FileKind::recognise(&start))
 }
 
-/// Tells of both slots of a file, and gives what the newest whole one says.
+/// Tells of the slots of a file, and of their twins where it has any; gives what the newest whole one says.
 fn newest<Value>(
     file: &[u8],
     page: &mut Page,
     recover: impl Fn(&[u8]) -> Result<(u64, Value), MetadataError>,
 ) -> Result<Value, MetadataError> {
     let newest = recover(file);
-    for slot in 0..2 {
-        let bytes = file.get(slot * PAGE_BYTES..(slot + 1) * PAGE_BYTES);
+    for (index, label) in ["slot 0", "slot 1", "twin 0", "twin 1"].into_iter().enumerate() {
+        let bytes = file.get(index * PAGE_BYTES..(index + 1) * PAGE_BYTES);
+        if index >= 2 && bytes.is_none() {
+            break;
+        }
         let text = match bytes.map(|bytes| (bytes, recover(bytes))) {
             None => "missing".to_owned(),
             Some((_, Ok((serial, _)))) => match &newest {
@@ -97,7 +100,7 @@ fn newest<Value>(
             Some((_, Err(MetadataError::TooNew { found, .. }))) => format!("of the newer version {found}"),
             Some(_) => "damaged".to_owned(),
         };
-        page.row(&format!("slot {slot}"), text);
+        page.row(label, text);
     }
     newest.map(|(_, value)| value)
 }
