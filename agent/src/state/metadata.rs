@@ -23,11 +23,8 @@ use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::rewrite::{Part, Rewrite};
 use blockmirror_protocol::units::{GenerationId, HostId, Mark};
 use bytes::Bytes;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -70,8 +67,8 @@ pub struct State {
     storage: Rc<dyn Storage>,
     pool: BufferPool,
     superblock_file: Rc<File>,
-    /// Whether its file has room for the twins of its slots.
-    has_twins: bool,
+    /// Whether the newest is there twice. If not, its twin is tried again with each change.
+    has_twin: Cell<bool>,
     log_file: Rc<File>,
     marker_file: Rc<File>,
     superblock: RefCell<(u64, Superblock)>,
@@ -128,27 +125,27 @@ impl State {
         storage: Rc<dyn Storage>,
         pool: BufferPool,
     ) -> Result<Self, StateError> {
-        let path = folder.join(superblock::FILE_NAME);
-        let lengthened = path.clone();
-        let has_twins = blocking(move || make_room_for_twins(&lengthened)).await;
-        if let Err(error) = &has_twins {
-            tracing::warn!(%error, "there is no room to keep {} twice; it is kept once", path.display());
-        }
-        let superblock_file = open_file(path).await?;
-        let (bytes, unread) = read(&*storage, &superblock_file, &pool, superblock::FILE_BYTES).await;
+        let superblock_file = open_file(folder.join(superblock::FILE_NAME)).await?;
+        let length = superblock_file.size_bytes().min(superblock::FILE_BYTES);
+        let (bytes, unread) =
+            read(&*storage, &superblock_file, &pool, length - length % PAGE_BYTES as u64).await;
         let superblock = Superblock::recover(&bytes).map_err(|source| match (source, unread) {
             (MetadataError::Corrupted { .. }, Some(error)) => StateError::Storage(error),
             (source, _) => metadata_error(folder, source),
         })?;
-        if let (Ok(()), Some((place, page))) = (&has_twins, Superblock::missing_twin(&bytes)) {
-            write_page(&*storage, &superblock_file, place, &page).await?;
+        let made = make_twin(&*storage, &superblock_file, bytes).await;
+        if let Err(error) = &made {
+            tracing::warn!(
+                "the superblock can't be kept twice, and is kept once: {}",
+                crate::words::with_causes(error)
+            );
         }
         Ok(Self {
             folder: folder.to_owned(),
             superblock_file,
             log_file: open_file(folder.join(activity_log::FILE_NAME)).await?,
             marker_file: open_file(folder.join(marker::FILE_NAME)).await?,
-            has_twins: has_twins.is_ok(),
+            has_twin: Cell::new(made.is_ok()),
             superblock: RefCell::new(superblock),
             changing: tokio::sync::Mutex::default(),
             marker_serial: RefCell::new(0),
@@ -173,8 +170,17 @@ impl State {
         let (serial, mut superblock) = self.superblock.borrow().clone();
         change(&mut superblock);
         let page = superblock.encode(serial + 1);
-        for place in superblock::places(serial + 1).into_iter().take(if self.has_twins { 2 } else { 1 }) {
-            write_page(&*self.storage, &self.superblock_file, place, &page).await?;
+        let [slot, twin] = superblock::places(serial + 1);
+        write_page(&*self.storage, &self.superblock_file, slot, &page).await?;
+        if self.has_twin.get() {
+            write_page(&*self.storage, &self.superblock_file, twin, &page).await?;
+        } else {
+            // At the place of either, so that the next change has room as well.
+            let mut is_there = true;
+            for place in [superblock::TWINS, superblock::TWINS + PAGE_BYTES as u64] {
+                is_there &= write_page(&*self.storage, &self.superblock_file, place, &page).await.is_ok();
+            }
+            self.has_twin.set(is_there);
         }
         *self.superblock.borrow_mut() = (serial + 1, superblock);
         Ok(())
@@ -462,14 +468,17 @@ async fn write_ring(
     Ok(newest)
 }
 
-/// Makes the file of a superblock longer, durably, where an earlier release made it: with its slots alone.
-fn make_room_for_twins(path: &Path) -> io::Result<()> {
-    if fs::metadata(path).is_ok_and(|status| status.len() == superblock::TWINS) {
-        let file = fs::File::options().write(true).open(path)?;
-        file.write_all_at(&[0; (superblock::FILE_BYTES - superblock::TWINS) as usize], superblock::TWINS)?;
-        file.sync_all()?;
+/// Sees to it that the newest superblock is there twice, and that there is room for all its changes: an earlier release made the
+/// file for its slots alone. `bytes`: what it says.
+async fn make_twin(storage: &dyn Storage, file: &Rc<File>, mut bytes: Vec<u8>) -> Result<(), storage::Error> {
+    while bytes.len() < superblock::FILE_BYTES as usize {
+        write_page(storage, file, bytes.len() as u64, &[0; PAGE_BYTES]).await?;
+        bytes.resize(bytes.len() + PAGE_BYTES, 0);
     }
-    Ok(())
+    match Superblock::missing_twin(&bytes) {
+        Some((place, page)) => write_page(storage, file, place, &page).await,
+        None => Ok(()),
+    }
 }
 
 async fn write_page(

@@ -35,7 +35,7 @@
 //! a promise of replicas was about, so such a promise counts for nothing. Its primaries had no
 //! heirs. Version 6 had a zero at 1244: what an older version kept counts as touched, since nothing says that it is not.
 //! Version 7 had no catalog: at 1224 the layer to roll back to (8), at 1256 that for an undo (8), each 0 for none, and at 1244
-//! whether the latter was touched (1). Version 8 had no twins: a file that ends after the slots is made longer when it is opened.
+//! whether the latter was touched (1). Version 8 had no twins: the file ended after the slots.
 
 use super::dirty_map::Base;
 use super::{
@@ -459,7 +459,7 @@ impl Superblock {
     /// Reads the file: the newest whole copy and its serial number.
     ///
     /// # Errors
-    /// [`MetadataError`] when neither slot is whole, or a newer release wrote one.
+    /// [`MetadataError`] when no slot or twin is whole, or a newer release wrote one.
     pub fn recover(file: &[u8]) -> Result<(u64, Self), MetadataError> {
         let length = if planted(Bug::ForgetTwins) { TWINS } else { FILE_BYTES };
         let pages = &file[..file.len().min(length as usize)];

@@ -337,6 +337,44 @@ fn a_map_that_cannot_be_looked_for_is_not_replaced() {
     });
 }
 
+/// The state folder of an earlier release, on a disk that is full.
+#[test]
+fn a_superblock_that_there_is_no_room_for_twice_is_kept_once_until_there_is() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(superblock::FILE_NAME);
+        let storage = open_with(Engine::Automatic).unwrap();
+        drop(State::create(folder.path(), storage.clone(), pool(), &superblock()).await.unwrap());
+        drain(&*storage).await;
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(superblock::TWINS).unwrap();
+        let faults = Faults::new(storage.clone());
+        faults.fail(Calls::Writes, 1, libc::ENOSPC);
+        let state = State::open(folder.path(), faults.clone(), pool()).await.unwrap();
+        assert_eq!(state.superblock(), superblock());
+        // The slot is written, and its twin is not.
+        faults.fail(Calls::Writes, 2, libc::ENOSPC);
+        state.change_superblock(|superblock| superblock.agreed = 7).await.unwrap();
+        assert_eq!((state.superblock().agreed, state.has_twin.get()), (7, false));
+        // There is room again.
+        state.change_superblock(|superblock| superblock.agreed = 8).await.unwrap();
+        assert!(state.has_twin.get());
+        let bytes = std::fs::read(&path).unwrap();
+        let [slot, twin] = superblock::places(3).map(|place| &bytes[place as usize..][..PAGE_BYTES]);
+        assert_eq!(slot, twin);
+        // From now on a change is durable when both are.
+        faults.fail(Calls::Writes, 2, libc::ENOSPC);
+        assert!(state.change_superblock(|superblock| superblock.agreed = 9).await.is_err());
+        assert_eq!(state.superblock().agreed, 8);
+        drop(state);
+        drain(&*storage).await;
+        let state = State::open(folder.path(), storage.clone(), pool()).await.unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), superblock::FILE_BYTES);
+        drop(state);
+        drain(&*storage).await;
+    });
+}
+
 /// Media give errors rather than flipped bits, and one in the older of two slots kept a volume closed whose newer one was
 /// whole.
 #[test]
@@ -365,9 +403,10 @@ fn a_page_that_cannot_be_read_is_a_damaged_one() {
         }
         // Nothing else of the superblock was ever written, and its twin is damaged: the error is told, and not called damage.
         let [slot, twin] = superblock::places(1);
-        let file =
-            std::fs::File::options().write(true).open(folder.path().join(superblock::FILE_NAME)).unwrap();
-        file.write_all_at(b"damaged", twin).unwrap();
+        let path = folder.path().join(superblock::FILE_NAME);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[twin as usize..][..7].copy_from_slice(b"damaged");
+        std::fs::write(&path, bytes).unwrap();
         let faults = Faults::new(storage.clone());
         faults.fail(Calls::Reads, 1 + slot / PAGE_BYTES as u64, libc::EIO);
         let opened = State::open(folder.path(), faults, pool()).await;
