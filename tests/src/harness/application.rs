@@ -122,7 +122,12 @@ impl World {
             let counts = is_sync
                 && self.hosts[host].tracker().is_some_and(|tracker| tracker.is_in_sync(host_id(peer)));
             let promises = &self.hosts[host].promises;
-            let fresh = || Expected { primary: host, promises: promises.clone(), all: promises.clone() };
+            let fresh = || Expected {
+                primary: host,
+                promises: promises.clone(),
+                all: promises.clone(),
+                is_outdated: false,
+            };
             // One that was promoted meanwhile, or undone, follows nobody, which this primary may not know.
             let (leader, it) = (&self.hosts[host].superblock, &self.hosts[peer]);
             let relation = lineage::relation(&leader.lineage, &it.superblock.lineage);

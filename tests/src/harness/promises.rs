@@ -39,6 +39,8 @@ pub struct Expected {
     pub promises: Promises,
     /// All that it promised: what must be there where nothing objected to the promotion.
     pub all: Promises,
+    /// Whether that primary's content is another one since: what it commits the replica to is not this.
+    pub is_outdated: bool,
 }
 
 impl Promises {

@@ -107,6 +107,8 @@ impl World {
         for other in &mut self.hosts {
             // What is there now is not what it told them of.
             other.heard.remove(&host);
+            let promised = other.expected.iter_mut().filter(|expected| expected.primary == host);
+            promised.for_each(|expected| expected.is_outdated = true);
         }
         for link in self.links.ids().filter(|link| [link.dialler, link.listener].contains(&host)) {
             self.links[link].united_by = None;

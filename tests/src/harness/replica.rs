@@ -111,7 +111,8 @@ impl Host {
     pub(super) fn expects_all(&mut self) {
         let promises = Promises::of(&self.disk);
         let primary = host_number(self.superblock.fence.holder);
-        self.expected = Some(Expected { primary, promises: promises.clone(), all: promises });
+        self.expected =
+            Some(Expected { primary, promises: promises.clone(), all: promises, is_outdated: false });
     }
 }
 
@@ -458,7 +459,8 @@ impl World {
                     }
                     if matches!(change, StateChange::Commit { .. }) {
                         (it.is_set_back, it.must_remember) = (false, false);
-                        it.expected.take_if(|expected| Some(expected.primary) != source);
+                        it.expected
+                            .take_if(|expected| Some(expected.primary) != source || expected.is_outdated);
                     }
                     self.learn_lives(host, &change);
                 }
