@@ -18,7 +18,8 @@ pub async fn adopt(
     recovered: Option<&Recovered>,
 ) -> Result<(), StateError> {
     let content = recovered.and_then(|recovered| recovered.content.as_ref());
-    let adoption = Adoption { source: recovered.map(|recovered| recovered.source), content };
+    let is_absent = recovered.is_some_and(|recovered| recovered.is_absent);
+    let adoption = Adoption { source: recovered.map(|recovered| recovered.source), content, is_absent };
     let mut rewrite = Rewrite::adoption(&state.superblock(), peers, adoption, key::random());
     while let Ok(Some(order)) = rewrite.next(true) {
         let Order::Write(part) = order else { unreachable!("the new backing is as it is to be") };
@@ -75,7 +76,7 @@ mod tests {
             }
             state.write_marker(Mark { position: position(7, 950), ..Mark::default() }).await.unwrap();
             drop(state);
-            let recovered = Recovered { source: SOURCE, content };
+            let recovered = Recovered { source: SOURCE, content, is_absent: false };
             let old = Unrecovered::open(folder.path(), storage, pool).await.unwrap();
             adopt(&old, &[SOURCE, OTHER], Some(&recovered)).await.unwrap();
             let state::Recovered { state, log, mark } = old.recover(&Compared::anew()).await.unwrap();

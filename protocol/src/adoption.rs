@@ -8,6 +8,8 @@
 //! What the copy is comes last. What is written before ([`crate::rewrite`]) only says that less is known and that nobody may
 //! count on it, so a crash in between does no harm, and the next start does it all again.
 
+use crate::dirty_map::DirtyMap;
+use crate::disk::dirty_map::Base;
 use crate::disk::superblock::{Role, Superblock};
 use crate::given::Given;
 use crate::layers::Purpose;
@@ -62,6 +64,8 @@ pub struct Adoption<'a> {
     pub source: Option<HostId>,
     /// What that was; nothing where an earlier release recovered it.
     pub content: Option<&'a Content>,
+    /// Whether nothing of it is on the backing yet: a primary serves it from the source, and fills the backing meanwhile (S4).
+    pub is_absent: bool,
 }
 
 impl Adoption<'_> {
@@ -71,13 +75,37 @@ impl Adoption<'_> {
         self.source == Some(peer) || planted(Bug::KeepMaps)
     }
 
+    /// A primary's map for a host.
+    #[must_use]
+    pub fn map_for(&self, peer: HostId, superblock: &Superblock, mut map: DirtyMap) -> DirtyMap {
+        let base = map.base();
+        match self.content {
+            // Whatever this host had that the source lacks is on the old disk. The two have the same as long as all is absent.
+            Some(Content::Image { position, lineage }) if self.is_absent && self.source == Some(peer) => {
+                let generation = lineage.first().copied().unwrap_or_default();
+                let base = Base { copy: CopyId::default(), generation, adopted: superblock.adopted };
+                let mut map = map.clean(base);
+                map.note_known(Mark { position: *position, ..Mark::default() });
+                map
+            }
+            _ => {
+                if !self.keeps_map(peer) {
+                    map.begin_anew(base);
+                }
+                map
+            }
+        }
+    }
+
     /// On a replica, how far it is: to be written once everything counts as active in its log, for what the source had begun of
     /// its next epoch is here as well (D5). Nothing where it holds no image.
     #[must_use]
     pub fn mark(&self) -> Option<Mark> {
         match self.content {
-            Some(Content::Image { position, .. }) => Some(Mark { position: *position, ..Mark::default() }),
-            Some(Content::Mixture) | None => None,
+            Some(Content::Image { position, .. }) if !self.is_absent => {
+                Some(Mark { position: *position, ..Mark::default() })
+            }
+            Some(Content::Image { .. } | Content::Mixture) | None => None,
         }
     }
 
@@ -87,6 +115,10 @@ impl Adoption<'_> {
         match superblock.role {
             Role::Primary if planted(Bug::ClaimLost) => {}
             Role::Primary => self.record_primary(superblock, vouched, GenerationId(fresh)),
+            // Only a primary serves what is not here.
+            Role::Replica if self.is_absent => {
+                Self { content: None, ..*self }.record_replica(superblock, CopyId(fresh));
+            }
             Role::Replica => self.record_replica(superblock, CopyId(fresh)),
         }
     }
@@ -112,6 +144,10 @@ impl Adoption<'_> {
                 Some(known) => drop(superblock.lineage.drain(..known)),
                 None => superblock.lineage = vec![fresh],
             },
+        }
+        match self.is_absent {
+            true => superblock.note_absent(),
+            false => superblock.note_filled(),
         }
     }
 
@@ -156,7 +192,7 @@ mod tests {
     }
 
     fn adopted(role: Role, content: Option<&Content>, vouched: u8) -> Superblock {
-        let adoption = Adoption { source: Some(SOURCE), content };
+        let adoption = Adoption { source: Some(SOURCE), content, is_absent: false };
         let before = superblock("cba");
         let mut superblock = Superblock { role, run: Epoch(900), adopted: 1, touched: true, ..before };
         adoption.record(&mut superblock, GenerationId([vouched; 16]), FRESH);
@@ -194,7 +230,7 @@ mod tests {
         let before = superblock("ba");
         let mut primary = Superblock { role: Role::Primary, ..before };
         let expected = primary.clone();
-        let adoption = Adoption { source: None, content: None };
+        let adoption = Adoption { source: None, content: None, is_absent: false };
         adoption.record(&mut primary, GenerationId::default(), FRESH);
         assert_eq!(primary, expected);
         assert!(!adoption.keeps_map(SOURCE), "what others lack of it is not known");
@@ -212,7 +248,10 @@ mod tests {
         for content in [Some(Content::Mixture), None] {
             let after = adopted(Role::Replica, content.as_ref(), 0);
             assert_eq!((after.data, after.lineage, after.copy), (DataState::Empty, vec![], CopyId(FRESH)));
-            assert_eq!(Adoption { source: Some(SOURCE), content: content.as_ref() }.mark(), None);
+            assert_eq!(
+                Adoption { source: Some(SOURCE), content: content.as_ref(), is_absent: false }.mark(),
+                None
+            );
         }
     }
 }

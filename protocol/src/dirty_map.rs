@@ -374,6 +374,13 @@ impl DirtyMap {
         self.pages.get(&page).is_some_and(|page| page.bits[bit / 64] >> (bit % 64) & 1 == 1)
     }
 
+    /// The bits of a page, by its number.
+    #[must_use]
+    pub fn bits_of(&self, page: u64) -> Bits {
+        let full = if page >= self.header.full_from { u64::MAX } else { 0 };
+        self.pages.get(&page).map_or([full; WORDS_PER_PAGE], |page| *page.bits)
+    }
+
     /// Whether the file lacks anything of what memory holds.
     #[must_use]
     pub fn has_changes(&self) -> bool {

@@ -8,6 +8,7 @@
 
 use crate::disk::superblock::{Role, Superblock};
 use crate::planted::{Bug, planted};
+use crate::rebuild::Progress;
 use crate::replica::promotion;
 use crate::terms::Fence;
 use crate::tracker::Tracker;
@@ -100,6 +101,18 @@ pub enum Reason {
     UnreleasedAndSilent,
     /// It refused.
     Refused,
+}
+
+/// Whether a primary may be demoted in order, perhaps for another host. One whose own copy lacks something (S4) is no image, so it can't
+/// be promoted again: not where it is to take over itself what another host does not, and not while it alone has what the source
+/// lacks. With a source that is lost to it there is nothing to wait for.
+///
+/// # Errors
+/// The host that has what is absent here.
+pub fn may_begin(tracker: &Tracker, to: Option<HostId>) -> Result<(), HostId> {
+    let Some(Progress { source, is_source_lost, .. }) = tracker.rebuild() else { return Ok(()) };
+    let may_end = is_source_lost || tracker.is_in_sync(source);
+    if to.is_none() && may_end { Ok(()) } else { Err(source) }
 }
 
 /// A primary that is being demoted, perhaps for another host.

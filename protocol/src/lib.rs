@@ -40,6 +40,7 @@
 //! | stream, resync | live epochs; the copying of dirty blocks |
 //! | pre-image | the old content of a block, saved before it is overwritten |
 //! | layer | the pre-images since one moment, with a purpose: rollback of a resync, or undo of what was given up (the history) |
+//! | absent block | a block of a primary whose content is not on its backing, and comes from a replica |
 //! | standing | what a host durably knows of itself for a volume, as it tells others |
 //!
 //! # Where to begin
@@ -70,8 +71,10 @@ pub mod peer;
 pub mod planted;
 pub mod promise;
 pub mod ranges;
+pub mod rebuild;
 pub mod replica;
 pub mod rewrite;
+pub mod source;
 pub mod split;
 pub mod succession;
 pub mod terms;

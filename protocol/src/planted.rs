@@ -130,11 +130,25 @@ pub enum Bug {
     TrustOlderHeader,
     /// Where the newest slot of a superblock is not whole, the older one counts, whatever its twin says (W4, L5, L6).
     ForgetTwins,
+    /// What was fetched is written also where something newer was written meanwhile (S4).
+    LandOverNewer,
+    /// A write to an absent block is answered before its bit is cleared in the file (S4).
+    AnswerAbsent,
+    /// An absent block's bit is cleared before its content is durable (S4).
+    ClearAbsentEarly,
+    /// A resync copies absent blocks as they are on the primary's disk (S4).
+    CopyAbsent,
+    /// A primary of which something is absent becomes a replica whose copy counts as its new primary knows it (S4).
+    DemoteAbsent,
+    /// A copy is lent to a primary whose promotion the replica has not recorded (S4, L5).
+    LendUnfollowed,
+    /// What came to be here is read after the sync that was to cover it has failed (S4, W5).
+    ReadUnsynced,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 59] = [
+    pub const ALL: [Self; 66] = [
         Self::ClearOnSend,
         Self::NextEpochEarly,
         Self::SkipLog,
@@ -194,6 +208,13 @@ impl Bug {
         Self::TellUnmarkedDifference,
         Self::TrustOlderHeader,
         Self::ForgetTwins,
+        Self::LandOverNewer,
+        Self::AnswerAbsent,
+        Self::ClearAbsentEarly,
+        Self::CopyAbsent,
+        Self::DemoteAbsent,
+        Self::LendUnfollowed,
+        Self::ReadUnsynced,
     ];
 }
 

@@ -46,6 +46,8 @@ pub enum Part {
     Map(HostId),
     /// The activity log, which says that everything may be active, and then this marker.
     Mark(Mark),
+    /// The file of absent blocks, which says that all are, and that this host has them.
+    Absent(HostId),
     /// The superblock, after [`Rewrite::change`].
     Superblock(Change),
 }
@@ -134,6 +136,8 @@ enum Kind {
     Adoption {
         source: Option<HostId>,
         content: Option<Content>,
+        /// Whether nothing of it is here yet.
+        is_absent: bool,
         /// The generation that a primary's map for the source is relative to.
         vouched: GenerationId,
         fresh: [u8; 16],
@@ -225,9 +229,14 @@ impl Rewrite {
     ) -> Self {
         let peers = if superblock.role == Role::Primary { peers } else { &[] };
         let mark = adoption.mark().filter(|_| superblock.role == Role::Replica);
+        // Before any map says that the source lacks nothing.
+        let absent = adoption.source.filter(|_| adoption.is_absent && superblock.role == Role::Primary);
+        let absent = absent.map(|source| Order::Write(Part::Absent(source)));
         // Before it says that it is less far, it says that nobody may count on it.
         let first = mark.map(|_| Order::Write(Part::Superblock(Change::Begin)));
-        let orders = maps(peers)
+        let orders = absent
+            .into_iter()
+            .chain(maps(peers))
             .chain(first)
             .chain(mark.map(|mark| Order::Write(Part::Mark(mark))))
             .chain([Order::Write(Part::Superblock(Change::End))]);
@@ -238,6 +247,7 @@ impl Rewrite {
             kind: Kind::Adoption {
                 source: adoption.source,
                 content: adoption.content.cloned(),
+                is_absent: adoption.is_absent,
                 vouched: GenerationId::default(),
                 fresh,
             },
@@ -296,15 +306,13 @@ impl Rewrite {
             }
             Kind::Undo(Before { lineage, saved, .. }) => undo::map_for(map, superblock, peer, lineage, saved),
             Kind::Resolution { .. } => unreachable!("no map is another one when a host yields"),
-            Kind::Adoption { source, content, vouched, .. } => {
+            Kind::Adoption { source, content, is_absent, vouched, .. } => {
                 let base = map.base();
                 if *source == Some(peer) {
                     *vouched = base.generation;
                 }
-                if !(Adoption { source: *source, content: content.as_ref() }).keeps_map(peer) {
-                    map.begin_anew(base);
-                }
-                map
+                let adoption = Adoption { source: *source, content: content.as_ref(), is_absent: *is_absent };
+                adoption.map_for(peer, superblock, map)
             }
         }
     }
@@ -336,8 +344,8 @@ impl Rewrite {
             (Kind::Resolution { .. }, Change::Begin) => unreachable!("it is one write"),
             (Kind::Resolution { concession, undo }, Change::End) => concession.record(superblock, *undo),
             (Kind::Adoption { .. }, Change::Begin) => superblock.replaced = true,
-            (Kind::Adoption { source, content, vouched, fresh }, Change::End) => {
-                let adoption = Adoption { source: *source, content: content.as_ref() };
+            (Kind::Adoption { source, content, is_absent, vouched, fresh }, Change::End) => {
+                let adoption = Adoption { source: *source, content: content.as_ref(), is_absent: *is_absent };
                 adoption.record(superblock, *vouched, *fresh);
             }
         }
@@ -550,7 +558,7 @@ mod tests {
     fn an_adopted_primary_keeps_the_map_of_the_source_and_a_replica_writes_its_mark_first() {
         let content =
             Content::Image { position: candidacy(false).position, lineage: superblock("ba").lineage };
-        let adoption = Adoption { source: Some(PEERS[0]), content: Some(&content) };
+        let adoption = Adoption { source: Some(PEERS[0]), content: Some(&content), is_absent: false };
         let replica = Rewrite::adoption(&superblock("ba"), &PEERS, adoption, [1; 16]);
         assert_eq!(orders(replica), [BEGIN, Order::Write(Part::Mark(adoption.mark().unwrap())), END]);
         let primary = Superblock { role: Role::Primary, ..superblock("ba") };

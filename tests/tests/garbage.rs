@@ -5,7 +5,7 @@
 //! again for half of the inputs: what a disk gives back may well be whole and nonsense.
 
 use blockmirror_protocol::disk::{
-    PAGE_BYTES, activity_log, dirty_map, marker, pre_images, recovery, superblock,
+    PAGE_BYTES, absent, activity_log, dirty_map, marker, pre_images, recovery, superblock,
 };
 use blockmirror_protocol::given::Given;
 use blockmirror_protocol::layers::LayerId;
@@ -184,6 +184,33 @@ const PARSERS: &[Parser] = &[
         },
     },
     Parser {
+        place: ("disk/absent.rs", "recover"),
+        samples: || vec![[absent_header().encode(), absent_header().encode()].concat()],
+        seal: Some(12),
+        read: |bytes| {
+            if let Ok(found) = absent::Header::recover(bytes) {
+                reads_back(found, |header| absent::Header::recover(&header.encode()).ok());
+            }
+        },
+    },
+    Parser {
+        place: ("disk/absent.rs", "decode"),
+        samples: || vec![absent::encode(3, 7, &[0xf0; dirty_map::WORDS_PER_PAGE]).to_vec()],
+        seal: Some(4),
+        read: |bytes| {
+            let Some(page) = bytes.first_chunk::<PAGE_BYTES>() else { return };
+            // Of a page that was never written, there is nothing to read back.
+            if let Ok(found) = absent::decode(3, [page, page])
+                && found.serial > 0
+            {
+                reads_back(found, |read| {
+                    let page = absent::encode(3, read.serial, &read.bits);
+                    absent::decode(3, [&page, &page]).ok()
+                });
+            }
+        },
+    },
+    Parser {
         place: ("disk/marker.rs", "recover"),
         samples: || vec![[marker::encode(mark(), 2), marker::encode(mark(), 1)].concat()],
         seal: Some(12),
@@ -314,6 +341,11 @@ fn superblock() -> superblock::Superblock {
         heirs: vec![HostId([6; 32])],
         ..superblock::Superblock::empty(VOLUME, COPY, 1 << 30, BlockSize::default())
     }
+}
+
+fn absent_header() -> absent::Header {
+    let block_size = BlockSize::default();
+    absent::Header { volume: VolumeId([1; 16]), source: HostId([2; 32]), blocks: 99, block_size }
 }
 
 fn map_header() -> dirty_map::Header {
@@ -478,6 +510,10 @@ fn all_messages() -> Vec<Message> {
         message::Parted { session }.into(),
         message::Alone { session }.into(),
         message::AskMark { session }.into(),
+        message::Fetch { session, number: 1, range: ByteRange::new(512, 1024), is_awaited: true }.into(),
+        message::FetchFailed { session, number: 1 }.into(),
+        message::Fetching { volume, session, is_awaited: true }.into(),
+        message::Lend { volume, fence: Fence { counter: 2, holder: host } }.into(),
         message::AskOthers { name: name.clone(), secret: None }.into(),
         message::Others {
             own: Box::new(standing()),

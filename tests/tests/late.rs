@@ -50,8 +50,8 @@ fn an_image_that_comes_late_is_taken_up_on_both_sides() {
     fs::rename(&image, &away).expect("a name");
     mirror.primary.start();
     assert_awaits(&mirror.primary, &image);
-    let advice = format!("blockmirror recover data --from {}", mirror.replica().link().address());
-    assert!(mirror.primary.status().action.contains(&advice), "{:?}", mirror.primary.status());
+    let advice = "if it is lost: blockmirror rebuild data --backing PATH --from b";
+    assert!(mirror.primary.status().action.contains(advice), "{:?}", mirror.primary.status());
     fs::rename(&away, &image).expect("a name");
     mirror.primary.wait_until("it is served again", is_healthy);
     assert_eq!(mirror.primary.status().facts.health.awaited, None);

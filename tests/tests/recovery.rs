@@ -102,12 +102,11 @@ fn an_empty_backing_under_the_old_name_is_not_taken_for_the_volume() {
     let status = mirror.primary.status();
     assert!(status.facts.backing_error.is_some(), "{status:?}");
     let address = mirror.replica().link().address().to_string();
-    let advice = format!("blockmirror recover data --from {address} --to PATH");
-    assert!(status.action.contains(&advice), "{status:?}");
+    assert!(status.action.contains("blockmirror rebuild data --backing PATH --from b"), "{status:?}");
     let replica = fs::read(mirror.replica().backing()).expect("the replica's backing");
     assert!(replica.iter().any(|byte| *byte != 0), "nothing was copied from the empty disk");
 
-    // What it advises works, into the new disk.
+    // Fetching it first works as well, into the new disk.
     mirror.primary.succeed(&["recover", "data", "--from", &address, "--to", text(&backing)]);
     mirror.primary.stop();
     mirror.primary.start();

@@ -587,6 +587,7 @@ fn a_refused_greeting_is_not_repeated() {
         active_extents: CAPACITY,
         owes_word: false,
         returned: None,
+        absent: None,
     };
     let log = Recovered::Active { serial: 0, extents: BTreeSet::new() };
     let mut tracker = Tracker::new(settings, &log, vec![replica]);

@@ -6,12 +6,12 @@ use crate::output::{Error, Output, aligned};
 use blockmirror_agent::config;
 use blockmirror_agent::control::api::{Failure, FailureKind};
 use blockmirror_agent::quantity::Size;
-use blockmirror_agent::state::stored::{self, Ending, LayerFile, MapFile};
+use blockmirror_agent::state::stored::{self, AbsentFile, Ending, LayerFile, MapFile};
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::{self, Header};
 use blockmirror_protocol::disk::recovery::{CHUNK_BYTES, RecoveryState};
 use blockmirror_protocol::disk::superblock::{Role, Superblock};
-use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, marker, pre_images};
+use blockmirror_protocol::disk::{FileKind, MetadataError, PAGE_BYTES, absent, marker, pre_images};
 use blockmirror_protocol::given::Given;
 use blockmirror_protocol::terms::{DataState, Fence, Promise};
 use blockmirror_protocol::units::{BlockSize, EXTENT_BYTES, Extent, Position};
@@ -60,6 +60,9 @@ pub async fn run(arguments: Arguments, _: &Client, output: &mut Output) -> Resul
         FileKind::Marker => ("marker", epoch_marker(&fs::read(path).map_err(cannot)?, &mut page)),
         FileKind::ActivityLog => ("activity log", log(&fs::read(path).map_err(cannot)?, &mut page)),
         FileKind::DirtyMap => ("dirty map", map(&stored::read_map(path).map_err(cannot)?, &mut page)),
+        FileKind::Absent => {
+            ("map of absent blocks", absent_blocks(&stored::read_absent(path).map_err(cannot)?, &mut page))
+        }
         FileKind::PreImages => {
             ("layer of pre-images", pre_images(stored::read_layer(path).map_err(cannot)?, &mut page))
         }
@@ -273,7 +276,27 @@ fn map(file: &MapFile, page: &mut Page) -> Result<(), MetadataError> {
         runs.add_bits(number * dirty_map::BLOCKS_PER_PAGE, bits);
     }
     runs.add(header.full_from.saturating_mul(dirty_map::BLOCKS_PER_PAGE)..header.blocks);
-    runs.show(header.block_size, page);
+    runs.show("dirty", header.block_size, page);
+    Ok(())
+}
+
+fn absent_blocks(file: &AbsentFile, page: &mut Page) -> Result<(), MetadataError> {
+    let header = absent::Header::recover(&file.header)?;
+    page.row("volume", header.volume);
+    page.row("source", header.source);
+    page.row("blocks", format!("{} of {}", header.blocks, Size(header.block_size.bytes())));
+    let (mut runs, mut damaged, mut at) = (Runs { blocks: header.blocks, ..Runs::default() }, 0, 0);
+    for (number, pair) in &file.pages {
+        let read = absent::decode(*number, [&pair[0], &pair[1]])?;
+        damaged += usize::from(read.missing.is_some());
+        let blocks = absent::blocks_of(*number, header.blocks);
+        runs.add(at..blocks.start);
+        runs.add_bits(blocks.start, &read.bits);
+        at = blocks.end;
+    }
+    runs.add(at..header.blocks);
+    page.row("pages", format!("{} written, {damaged} of them whole once only", file.pages.len()));
+    runs.show("absent", header.block_size, page);
     Ok(())
 }
 
@@ -322,9 +345,9 @@ impl Runs {
         }
     }
 
-    fn show(&self, block_size: BlockSize, page: &mut Page) {
+    fn show(&self, what: &str, block_size: BlockSize, page: &mut Page) {
         let bytes = |blocks: u64| blocks.saturating_mul(block_size.bytes());
-        page.row("dirty", format!("{} blocks, {}", self.dirty, Size(bytes(self.dirty))));
+        page.row(what, format!("{} blocks, {}", self.dirty, Size(bytes(self.dirty))));
         for run in self.kept.iter().take(SHOWN) {
             page.row("run", format!("{} at byte {}", Size(bytes(run.end - run.start)), bytes(run.start)));
         }

@@ -23,6 +23,7 @@ mod output;
 mod pause;
 mod peers;
 mod promote;
+mod rebuild;
 mod recover;
 mod release;
 mod remove_peer;
@@ -112,6 +113,8 @@ verbs! {
     Release: release,
     /// Compare this host's copy with a peer's, by digests
     Compare: compare,
+    /// Give this primary another disk: it serves from a replica at once, and is filled meanwhile
+    Rebuild: rebuild,
     /// Copy a volume's content from a peer into a disk or an image file
     Recover: recover,
     /// Print a file of metadata

@@ -251,6 +251,22 @@ fn release_says_who_has_the_device_open_still() {
 }
 
 #[test]
+fn rebuild_says_from_whom_the_volume_is_served() {
+    let agent = Agent::start(healthy());
+    let expected = "data is served from b from now on, and copied to /dev/new meanwhile\nc did not say how up to date it is: \
+                    if it has later content, it keeps that, and is in a split with this host\nhow far it is: blockmirror \
+                    status data\n";
+    let arguments = ["rebuild", "data", "--backing", "/dev/new", "--from", "b"];
+    assert_eq!(agent.tool(&arguments), good(expected));
+    let json: serde_json::Value =
+        serde_json::from_str(&agent.tool(&[&arguments[..], &["--json"]].concat()).output).unwrap();
+    assert_eq!((&json["schema"], &json["source"]), (&"blockmirror/rebuilding/v1".into(), &"b".into()));
+    assert_eq!(agent.tool(&["rebuild", "nope", "--backing", "/dev/new", "--overwrite"]).code, 4);
+    let asked = ["data /dev/new b false", "data /dev/new b false", "nope /dev/new  true"];
+    assert_eq!(agent.asked(), asked.map(|asked| format!("rebuild {asked}")));
+}
+
+#[test]
 fn undo_and_forget_say_how_much_came_back_or_went() {
     let agent = Agent::start(healthy());
     let ended = agent.tool(&["undo", "data"]);

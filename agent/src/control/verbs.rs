@@ -270,4 +270,5 @@ verbs! {
     UndoRequest:        POST "undo",        Name         => Undoing;
     ForgetRequest:      POST "forget",      Name         => Forgetting;
     ReleaseRequest:     POST "release",     Name         => Release;
+    RebuildRequest:     POST "rebuild",     Name         => Rebuilding;
 }

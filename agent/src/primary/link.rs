@@ -12,7 +12,7 @@ use blockmirror_protocol::peer::PeerError;
 use blockmirror_protocol::succession::Succeeded;
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::{HostId, Session};
-use blockmirror_protocol::wire::message::{Members, Message, Parting, Refusal};
+use blockmirror_protocol::wire::message::{Fetching, Members, Message, Parting, Refusal};
 use blockmirror_protocol::wire::{HEADER_BYTES, StreamKind, StreamPreamble};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
@@ -113,7 +113,7 @@ pub struct Link {
 
 /// Why a link ended.
 #[derive(Debug, thiserror::Error)]
-enum LinkError {
+pub(super) enum LinkError {
     #[error(transparent)]
     Connect(#[from] std::sync::Arc<crate::transport::ConnectError>),
     #[error(transparent)]
@@ -361,7 +361,10 @@ impl Link {
             }
             // Both were promoted, and neither before the other.
             PeerError::Superseded(_) => state.split = Some(Split::Brain),
-            PeerError::Misbehaved(_) | PeerError::Incompatible(_) | PeerError::Reused => {}
+            PeerError::Misbehaved(_)
+            | PeerError::Incompatible(_)
+            | PeerError::Reused
+            | PeerError::SourceChanged => {}
         }
     }
 
@@ -380,7 +383,7 @@ impl Link {
         // Behind the greeting.
         primary.tell(self.host, members);
         let volume = identity.volume;
-        let is_parting = Cell::new(false);
+        let (is_parting, linked) = (Cell::new(false), Notify::new());
         let receive = async {
             loop {
                 let message = receiver.receive().await?;
@@ -395,6 +398,7 @@ impl Link {
                     return Ok(());
                 }
                 if is_union {
+                    linked.notify_one();
                     let mut state = self.state.borrow_mut();
                     *state = LinkState { paused: state.paused, ..LinkState::default() };
                     (self.asks)();
@@ -416,11 +420,32 @@ impl Link {
         };
         let preamble = |kind| StreamPreamble { volume, session, kind };
         let no_limit = Limit::default();
+        let connection_of_fetches = &connection;
         let live = self.send_frames(&connection, preamble(StreamKind::Live), &mut sources.live, &no_limit);
         let limit = peers.resync_limit();
         let bulk = self.send_frames(&connection, preamble(StreamKind::Bulk), &mut sources.bulk, limit);
+        let is_source = primary.rebuild().is_some_and(|rebuild| rebuild.source == self.host);
+        let fetching = async {
+            if !is_source {
+                return std::future::pending().await;
+            }
+            // Before, the replica knows nothing of the session.
+            linked.notified().await;
+            if !primary.may_fetch_from(self.host) {
+                // It is of a release that has nothing to answer: all else goes on.
+                return std::future::pending().await;
+            }
+            let take = |is_awaited| async move {
+                let (mut sender, receiver) = connection_of_fetches.open_control().await?;
+                sender.send(&Fetching { volume, session, is_awaited }.into()).await?;
+                primary.take_fetched(session, receiver.into_frames()).await?;
+                Ok::<(), LinkError>(())
+            };
+            tokio::try_join!(take(true), take(false)).map(|_| ())
+        };
         let ended: Result<(), LinkError> = tokio::select! {
             ended = receive => ended,
+            ended = fetching => ended,
             ended = send_messages => ended,
             ended = after_a_word(live) => ended,
             ended = after_a_word(bulk) => ended,

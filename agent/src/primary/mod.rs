@@ -5,6 +5,7 @@
 //! here waits, and nothing decides.
 
 mod demotion;
+mod filling;
 mod link;
 mod requests;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use crate::troubles::{Kind, Troubles};
 use blockmirror_protocol::disk::activity_log;
 use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::disk::superblock::Superblock;
+use blockmirror_protocol::handover;
 use blockmirror_protocol::peer::resync::{COPY_BYTES, CopyContent, CopyRead};
 use blockmirror_protocol::peer::{self, CompareResult, Identity, Peer, PeerError};
 use blockmirror_protocol::promise::PATIENCE;
@@ -36,6 +38,7 @@ use blockmirror_protocol::tracker::{
 use blockmirror_protocol::units::{Epoch, GenerationId, HostId, Sequence, Session, Time};
 use blockmirror_protocol::wire::message::{Member, Members, Message};
 use bytes::Bytes;
+use filling::Filling;
 pub use link::{Link, LinkState, Split};
 use link::{LinkQueues, Queued};
 use requests::how_ended;
@@ -96,6 +99,7 @@ struct Inner {
     maps: HashMap<HostId, Rc<File>>,
     links: HashMap<HostId, LinkQueues>,
     copies: HashMap<(Follower, CopyRead), Bytes>,
+    filling: Filling,
     compares: HashMap<HostId, oneshot::Sender<Option<CompareResult>>>,
     /// Held by whoever compares with a replica.
     compare_turns: HashMap<HostId, Rc<tokio::sync::Mutex<()>>>,
@@ -168,6 +172,7 @@ impl Primary {
             maps.insert(peer, file);
         }
         let returned = superblock.returned();
+        let (absent, filling) = Filling::open(&state).await?;
         let settings = tracker::Settings {
             size_bytes: superblock.size_bytes,
             sector_bytes: backing.alignment(),
@@ -181,6 +186,7 @@ impl Primary {
             active_extents: config.active_extents(),
             owes_word: config.may_owe_word(unix_seconds()),
             returned,
+            absent,
         };
         let tracker = Tracker::new(settings, &log, sessions);
         let primary = Rc::new_cyclic(|me| Self {
@@ -198,6 +204,7 @@ impl Primary {
                 maps,
                 links: HashMap::new(),
                 copies: HashMap::new(),
+                filling,
                 compares: HashMap::new(),
                 compare_turns: HashMap::new(),
             }),
@@ -460,6 +467,20 @@ impl Primary {
         handled
     }
 
+    /// How far the rebuild of this host's copy is, while there is one (S4).
+    #[must_use]
+    pub fn rebuild(&self) -> Option<blockmirror_protocol::rebuild::Progress> {
+        self.inner.borrow().tracker.rebuild()
+    }
+
+    /// Whether this primary may be demoted in order, perhaps for another host.
+    ///
+    /// # Errors
+    /// As [`handover::may_begin`].
+    pub fn may_be_demoted(&self, to: Option<HostId>) -> Result<(), HostId> {
+        handover::may_begin(&self.inner.borrow().tracker, to)
+    }
+
     /// Feeds the tracker an event, then carries out what it asks for.
     fn drive<Output>(&self, event: impl FnOnce(&mut Inner, Time) -> Output) -> Output {
         let mut inner = self.inner.borrow_mut();
@@ -553,7 +574,15 @@ impl Primary {
                 let synced = primary.note(outcome);
                 primary.drive(|inner, now| inner.tracker.handle_synced(synced, now));
             }),
+            Action::ReadLocal { request } => self.read_filled(inner, request),
+            Action::Land { landing, part, is_zero } => self.land(inner, landing, part, is_zero),
+            Action::DropFetched(fetch) => inner.filling.drop_fetched(fetch),
+            Action::WriteAbsent(changes) => self.write_absent(inner, changes),
+            Action::Filled => self.filled(),
             Action::Reply { request, result } => {
+                if inner.filling.fail_read(request) {
+                    return;
+                }
                 let pending = inner.requests.remove(&request).expect("a request is answered once");
                 let answer = match result {
                     Ok(()) => Ok(Answer::Done),

@@ -4,6 +4,7 @@
 use super::{Inner, Pending, Primary};
 use crate::content::allocation;
 use crate::device::{Answer, Command, Errno, Geometry, Reply, Request, Volume};
+use crate::storage::file::Part;
 use crate::storage::{self, Cause, Operation};
 use crate::troubles::Kind;
 use blockmirror_protocol::ranges::ByteRange;
@@ -63,19 +64,30 @@ impl Primary {
             inner.tracker.is_in_doubt()
         };
         if is_in_doubt {
-            let primary = self.me();
-            spawn_local(async move {
-                match primary.settles().await {
-                    true => primary.read(range, reply, cookie),
-                    false => reply.complete(cookie, Err(Errno(libc::EIO))),
-                }
-            });
+            return self.read_when_settled(range, reply, cookie);
+        }
+        if !self.reads_at_once(range, &reply, cookie) {
             return;
         }
+        self.read_backing(range, reply, cookie);
+    }
+
+    pub(super) fn read_backing(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
         let length = usize::try_from(range.length).expect("front ends limit reads");
         let operation = Operation::Read { offset: range.offset, buffer: self.pool.take(length) };
         self.submit(&self.backing, operation, move |primary, outcome| {
             reply.complete(cookie, primary.reads.answer(outcome));
+        });
+    }
+
+    /// A read that goes on when it is known that this host leads.
+    pub(super) fn read_when_settled(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
+        let primary = self.me();
+        spawn_local(async move {
+            match primary.settles().await {
+                true => primary.read(range, reply, cookie),
+                false => reply.complete(cookie, Err(Errno(libc::EIO))),
+            }
         });
     }
 
@@ -95,6 +107,11 @@ impl Primary {
     }
 
     fn answer_allocation(&self, range: ByteRange, reply: Rc<dyn Reply>, cookie: u64) {
+        if self.inner.borrow().tracker.is_missing(range) {
+            // What is absent is no hole.
+            let whole = Part { length: range.length, hole: false };
+            return Later(reply).complete(cookie, Ok(Answer::Allocation(vec![whole])));
+        }
         let backing = self.backing.clone();
         spawn_local(async move { reply.complete(cookie, allocation(&backing, range).await) });
     }
@@ -129,7 +146,7 @@ pub(super) fn how_ended(outcome: &storage::Outcome, durable: bool, has_own_reaso
 }
 
 /// A reply that goes out after the call that caused it has returned.
-struct Later(Rc<dyn Reply>);
+pub(super) struct Later(pub(super) Rc<dyn Reply>);
 
 impl Reply for Later {
     fn complete(&self, cookie: u64, answer: Result<Answer, Errno>) {

@@ -3,6 +3,7 @@
 //! After a failure of the backing the machine takes nothing any more (W5). The next greeting finds
 //! [`Replica::has_failed`], and the volume's thread opens the backing anew.
 
+mod content;
 mod gap;
 mod promotion;
 mod session;
@@ -97,11 +98,17 @@ struct Inner {
     machine: replica::Replica,
     next_frame: u64,
     payloads: HashMap<FrameId, Bytes>,
-    /// Where messages of the session go, and how many of them wait to be sent.
     outgoing: Option<Outgoing>,
 }
 
-type Outgoing = (UnboundedSender<Message>, Rc<Cell<usize>>);
+/// Where what the machine wants sent goes in a session.
+struct Outgoing {
+    messages: UnboundedSender<Message>,
+    /// How many of them wait to be sent.
+    unread: Rc<Cell<usize>>,
+    /// What a primary lacks of its own copy.
+    answers: content::Answers,
+}
 
 /// Why a replica can't be opened.
 #[derive(Debug, thiserror::Error)]
@@ -415,13 +422,21 @@ impl Replica {
                     });
                 });
             }
+            Action::SendContent { session, number, range, is_awaited } => {
+                let Some(queue) = inner.outgoing.as_ref().map(|outgoing| outgoing.answers.queue(is_awaited))
+                else {
+                    return;
+                };
+                let me = self.me();
+                spawn_local(async move { me.read_content(session, number, range, &queue).await });
+            }
             Action::Send(message) => {
-                if let Some((outgoing, unread)) = &inner.outgoing {
+                if let Some(Outgoing { messages, unread, .. }) = &inner.outgoing {
                     // A session whose sender is gone is just ending; so is one whose primary doesn't read, which the
                     // sender finds.
                     if unread.get() <= session::UNREAD_LIMIT {
                         unread.set(unread.get() + 1);
-                        drop(outgoing.send(message));
+                        drop(messages.send(message));
                     }
                 }
             }

@@ -4,7 +4,8 @@
 //! newer greeting takes the place of an older session at once; the machine answers it only when everything of the old one
 //! has ended (R1).
 
-use super::{Replica, Split};
+use super::content::Answers;
+use super::{Outgoing, Replica, Split};
 use crate::transport::{ControlReceiver, ControlSender, FrameReceiver, ReceiveError, SendError};
 use blockmirror_protocol::replica::{FrameId, PrimaryMisbehaved};
 use blockmirror_protocol::units::{HostId, Session};
@@ -104,12 +105,12 @@ impl Replica {
         let session = self.take_over();
         self.paused_there.set(false);
         self.greeter.set(Some(receiver.peer()));
-        let (outgoing, mut source) = unbounded_channel();
+        let (messages, mut source) = unbounded_channel();
         let unread = Rc::new(Cell::new(0));
         self.since.set(Instant::now());
         let members = hello.members.clone();
         self.drive(|inner| {
-            inner.outgoing = Some((outgoing, unread.clone()));
+            inner.outgoing = Some(Outgoing { messages, unread: unread.clone(), answers: Answers::default() });
             inner.machine.handle_message(hello.into())
         })?;
         self.accused.borrow_mut().take_if(|(host, _)| *host == receiver.peer());
@@ -230,10 +231,10 @@ impl Replica {
     /// Ends the session that is being served, if any, and tells the primary why.
     pub fn dismiss(&self, no: Refused) {
         self.drive(|inner| {
-            if let Some((outgoing, unread)) = &inner.outgoing {
+            if let Some(Outgoing { messages, unread, .. }) = &inner.outgoing {
                 unread.set(unread.get() + 1);
                 // A session that is ending by itself hears nothing any more.
-                drop(outgoing.send(no.into()));
+                drop(messages.send(no.into()));
             }
         });
     }
@@ -296,7 +297,7 @@ impl Replica {
         session
     }
 
-    async fn is_superseded(&self, session: u64) {
+    pub(super) async fn is_superseded(&self, session: u64) {
         loop {
             let told = self.superseded.notified();
             if self.current.get() != session {

@@ -74,7 +74,11 @@ fn a_primarys_word_is_over_after_a_sleep_that_is_longer() {
         let replica = open(folder.path()).await;
         let (outgoing, mut source) = tokio::sync::mpsc::unbounded_channel();
         replica.drive(|inner| {
-            inner.outgoing = Some((outgoing, Rc::default()));
+            inner.outgoing = Some(Outgoing {
+                messages: outgoing,
+                unread: Rc::default(),
+                answers: super::content::Answers::default(),
+            });
             inner.machine.handle_message(hello(replica.state.superblock()).into()).expect("it is taken");
         });
         let answer = source.recv().await.expect("it answers");

@@ -29,6 +29,8 @@ const FILE_NAME: &str = "backing";
 const RECOVERED: &str = "recovered from ";
 /// What it begins with as long as the recovery is not complete.
 const RECOVERING: &str = "being recovered from ";
+/// What the line of a rebuild begins with: nothing of the content is there yet, and it is served from the source.
+const REBUILT: &str = "to be rebuilt from ";
 /// What stands between the source and what its copy was; earlier releases did not say that.
 const HOLDING: &str = " holding ";
 /// What its copy was where it was no legal image of the volume.
@@ -110,6 +112,8 @@ pub struct Recovered {
     pub source: HostId,
     /// What that was; nothing where an earlier release recovered it.
     pub content: Option<Content>,
+    /// Whether nothing of it is on the backing yet (S4).
+    pub is_absent: bool,
 }
 
 /// What was recovered, as the record says it.
@@ -173,17 +177,20 @@ pub fn compare(state_folder: &Path, backing: &Path) -> Result<Match, BackingErro
 
 /// Whether a line is about a recovery into this file or disk. Earlier releases did not say into what.
 fn is_into(line: &str, identity: &str) -> bool {
-    (line.starts_with(RECOVERED) || line.starts_with(RECOVERING))
+    [RECOVERED, RECOVERING, REBUILT].iter().any(|what| line.starts_with(what))
         && line.split_once(INTO).is_none_or(|(_, target)| target == identity)
 }
 
 /// Whom the content of a finished recovery is from, and what it is. What can't be read of that is not known.
 fn recovered(line: &str) -> Option<Recovered> {
-    let rest = line.strip_prefix(RECOVERED)?;
+    let (rest, is_absent) = match line.strip_prefix(REBUILT) {
+        Some(rest) => (rest, true),
+        None => (line.strip_prefix(RECOVERED)?, false),
+    };
     let from = rest.split_once(INTO).map_or(rest, |(from, _)| from);
     let (source, content) = from.split_once(HOLDING).unwrap_or((from, ""));
     let source = HostId::from_hex(source).unwrap_or_default();
-    Some(Recovered { source, content: content_of(content) })
+    Some(Recovered { source, content: content_of(content), is_absent })
 }
 
 /// Whether a file or disk is one that the record names. One that can't be looked at is none.
@@ -257,7 +264,33 @@ pub fn record_recovery(
     )
 }
 
+/// Records durably that a file or disk is to hold what a peer does, and is served from there until then.
+///
+/// # Errors
+/// [`BackingError::Io`] when the record can't be read or written, or the target not looked at.
+pub fn record_rebuild(
+    state_folder: &Path,
+    target: &Path,
+    source: HostId,
+    content: &Content,
+) -> Result<(), BackingError> {
+    record_recovering(state_folder, target, &format!("{REBUILT}{source}{HOLDING}{}{INTO}", text_of(content)))
+}
+
 /// Puts a line about the target in the place of whatever the record says of it.
+/// A file or disk that [`record_rebuild`] named is not taken after all.
+///
+/// # Errors
+/// As [`record_rebuild`].
+pub fn forget_rebuild(state_folder: &Path, target: &Path) -> Result<(), BackingError> {
+    let path = state_folder.join(FILE_NAME);
+    let recorded = std::fs::read_to_string(&path).map_err(io_error("read", &path))?;
+    let identity = identity(target).map_err(io_error("look at", target))?;
+    let is_it = |line: &str| line.starts_with(REBUILT) && is_into(line, &identity);
+    let lines: Vec<&str> = recorded.lines().filter(|line| !is_it(line)).collect();
+    record(state_folder, &lines.join("\n"))
+}
+
 fn record_recovering(state_folder: &Path, target: &Path, what: &str) -> Result<(), BackingError> {
     let path = state_folder.join(FILE_NAME);
     let recorded = match std::fs::read_to_string(&path) {
@@ -385,7 +418,7 @@ mod tests {
             assert_eq!(compare(folder.path(), &moved).unwrap(), Match::Same, "it was not written to");
             let source = HostId([source; 32]);
             record_recovery(folder.path(), &backing, source, &Content::Mixture).unwrap();
-            let recovered = Some(Recovered { source, content: Some(Content::Mixture) });
+            let recovered = Some(Recovered { source, content: Some(Content::Mixture), is_absent: false });
             assert_eq!(
                 compare(folder.path(), &backing).unwrap(),
                 Match::Adopted { identity: super::identity(&backing).unwrap(), recovered }

@@ -154,6 +154,14 @@ impl State {
         })
     }
 
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(super) fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
     /// What the superblock says.
     #[must_use]
     pub fn superblock(&self) -> Superblock {
@@ -340,6 +348,7 @@ impl State {
                 let mut map = rewrite.map(&self.superblock(), peer, map);
                 self.write_map(&file, map.take_changes()).await
             }
+            Part::Absent(source) => self.begin_absent(source).await,
             Part::Mark(mark) => {
                 self.log_everything().await?;
                 self.recover_marker().await?;
@@ -393,7 +402,7 @@ impl State {
     }
 }
 
-async fn open_file(path: PathBuf) -> Result<Rc<File>, StateError> {
+pub(super) async fn open_file(path: PathBuf) -> Result<Rc<File>, StateError> {
     Ok(Rc::new(File::opened_when_free(move || File::open_metadata(&path)).await?))
 }
 
@@ -492,11 +501,11 @@ async fn write_page(
     storage::write(storage, file, offset, buffer.freeze(), true).await
 }
 
-fn metadata_error(folder: &Path, source: MetadataError) -> StateError {
+pub(super) fn metadata_error(folder: &Path, source: MetadataError) -> StateError {
     StateError::Metadata { folder: folder.to_owned(), source }
 }
 
-fn folder_error(folder: &Path, source: std::io::Error) -> StateError {
+pub(super) fn folder_error(folder: &Path, source: std::io::Error) -> StateError {
     StateError::Folder { folder: folder.to_owned(), source }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! | file | what it holds | who may write it |
 //! |---|---|---|
-//! | `superblock`, `activity-log`, `marker`, `map-*` | who this copy is, what may differ, how far it is | the volume's thread, by [`metadata`] |
+//! | `superblock`, `activity-log`, `marker`, `map-*`, `absent` | who this copy is, what may differ, how far it is, what of it is not here | the volume's thread, by [`metadata`] |
 //! | `pre-images-*` | what was overwritten that may be wanted back | the volume's thread, by [`pre_images`] |
 //! | `held` | whether the backing is open, and how it looked when it was closed | the volume's thread, by [`holding`] |
 //! | `backing` | which disk or image the volume has | whoever opens it, and a recovery into another one, by [`backing`] |
@@ -15,6 +15,7 @@
 //! [`stored`] reads the first two rows and changes nothing, also while their owner writes. Nothing in here knows a role's machine
 //! or a connection.
 
+mod absent;
 pub mod backing;
 pub mod generations;
 pub mod holding;

@@ -7,7 +7,7 @@ use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::dirty_map::Base;
 use blockmirror_protocol::disk::pre_images::{self, BATCH_LIMIT_BYTES, Batch, FIRST_BATCH};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
-use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES, Page, dirty_map, marker};
+use blockmirror_protocol::disk::{MetadataError, PAGE_BYTES, Page, absent, dirty_map, marker};
 use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::units::{EXTENT_BYTES, Extent, HostId, Position};
@@ -54,6 +54,14 @@ pub struct MapFile {
     pub header: Vec<u8>,
     /// The pages of bits that are not all zero, by their number.
     pub pages: Vec<(u64, Box<Page>)>,
+}
+
+/// The file of absent blocks.
+pub struct AbsentFile {
+    /// The header and its twin.
+    pub header: Vec<u8>,
+    /// The pages of bits of which anything was written, by their number, each with its twin.
+    pub pages: Vec<(u64, Box<[Page; 2]>)>,
 }
 
 /// The file of a layer of pre-images.
@@ -180,6 +188,30 @@ pub fn read_map(path: &Path) -> io::Result<MapFile> {
         offset = at + PAGE_BYTES as u64;
     }
     Ok(MapFile { header, pages })
+}
+
+/// Reads the file of absent blocks, of which most is holes.
+///
+/// # Errors
+/// What the kernel said.
+pub fn read_absent(path: &Path) -> io::Result<AbsentFile> {
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let first = absent::places(0)[0];
+    let header = read_up_to(&file, ByteRange::new(0, first), length)?;
+    let (mut pages, mut offset) = (Vec::new(), first);
+    while let Some(data) = next_data(&file, offset)? {
+        let page = (data - first) / (2 * PAGE_BYTES as u64);
+        let [at, twin] = absent::places(page);
+        let mut pair = Box::new([[0; PAGE_BYTES]; 2]);
+        for (place, bytes) in [at, twin].into_iter().zip(&mut pair[..]) {
+            let there = read_up_to(&file, ByteRange::new(place, PAGE_BYTES as u64), length)?;
+            bytes[..there.len()].copy_from_slice(&there);
+        }
+        pages.push((page, pair));
+        offset = twin + PAGE_BYTES as u64;
+    }
+    Ok(AbsentFile { header, pages })
 }
 
 /// Reads the header of a layer of pre-images.

@@ -12,7 +12,8 @@ use crate::words::with_causes;
 use blockmirror_protocol::disk::superblock::LINEAGE_LIMIT;
 use blockmirror_protocol::units::{HostId, VolumeId};
 use blockmirror_protocol::wire::message::{
-    AskOthers, AskStanding, Hello, Message, Other, Others, Recover, Refusal, Refused, Standing, TakeOver,
+    AskOthers, AskStanding, Fetching, Hello, Lend, Message, Other, Others, Recover, Refusal, Refused,
+    Standing, TakeOver,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -183,6 +184,10 @@ impl Supervisor {
             Ok(Ok(message @ (Message::ReadContent(_) | Message::AskDigest(_)))) => {
                 self.take_read(message, &connection, sender, receiver).await
             }
+            Ok(Ok(Message::Lend(lend))) => self.take_lending(lend, &connection, sender).await,
+            Ok(Ok(Message::Fetching(fetching))) => {
+                self.take_fetching(fetching, &connection, sender, receiver).await
+            }
             Ok(Ok(Message::AskOthers(ask))) => match self.others(ask, &connection).await {
                 Ok(others) => return sender.end_with(others, Some(receiver)),
                 Err(no) => Err((no, sender)),
@@ -349,6 +354,38 @@ impl Supervisor {
         let connection = connection.clone();
         self.hand_on(&config, sender, |sender| Ask::Recover(recover.accept_inconsistent, sender, connection))
             .await
+    }
+
+    async fn take_lending(
+        &self,
+        lend: Lend,
+        connection: &Connection,
+        sender: ControlSender,
+    ) -> Result<(), No> {
+        let Some(config) = self.config_of(lend.volume).await else { return Err((unknown_volume(), sender)) };
+        let peer = connection.peer();
+        if !self.may_be_heard(&config, Some(lend.fence), connection).await {
+            return Err((unknown_key(&config, peer), sender));
+        }
+        let connection = connection.clone();
+        self.hand_on(&config, sender, |sender| Ask::Lend(lend.fence, sender, connection)).await
+    }
+
+    async fn take_fetching(
+        &self,
+        fetching: Fetching,
+        connection: &Connection,
+        sender: ControlSender,
+        receiver: ControlReceiver,
+    ) -> Result<(), No> {
+        let Some(config) = self.config_of(fetching.volume).await else {
+            return Err((unknown_volume(), sender));
+        };
+        let peer = connection.peer();
+        if !is_member(&config, peer) {
+            return Err((unknown_key(&config, peer), sender));
+        }
+        self.hand_on(&config, sender, |sender| Ask::Fetching(fetching, sender, receiver)).await
     }
 
     async fn take_read(

@@ -43,9 +43,9 @@ const PATH_TIME: Duration = Duration::from_secs(2);
 const OPENING_TIME: Duration = Duration::from_secs(30);
 
 /// A backing that was looked at, and made where it was missing.
-struct Prepared {
-    size_bytes: u64,
-    made: bool,
+pub(super) struct Prepared {
+    pub(super) size_bytes: u64,
+    pub(super) made: bool,
 }
 
 /// Why a primary has not said that this host has joined.
@@ -371,7 +371,7 @@ impl Supervisor {
 
 /// Looks at a path for the operator, who is told when it takes too long: a disk or a server that hangs must not hold up
 /// what else the agent is asked for. The thread that waits for it is left behind.
-async fn in_time<T: Send + 'static>(
+pub(super) async fn in_time<T: Send + 'static>(
     path: &Path,
     look: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
@@ -386,7 +386,7 @@ async fn in_time<T: Send + 'static>(
 
 /// Whether two paths lead to one file. Of another volume's backing that hangs the name alone is compared; the claim on
 /// an open backing is what keeps two volumes apart.
-async fn is_same(one: &Path, other: PathBuf) -> bool {
+pub(super) async fn is_same(one: &Path, other: PathBuf) -> bool {
     let (one, named_so) = (one.to_owned(), one == other);
     let look = move || match (one.canonicalize(), other.canonicalize()) {
         (Ok(one), Ok(other)) => one == other,
@@ -397,7 +397,7 @@ async fn is_same(one: &Path, other: PathBuf) -> bool {
 }
 
 /// Looks at a backing, and makes an image file where there is none and the size is known.
-fn prepare(path: &Path, wanted: Option<u64>) -> Result<Prepared, Failure> {
+pub(super) fn prepare(path: &Path, wanted: Option<u64>) -> Result<Prepared, Failure> {
     if let Some(bytes) = wanted
         && (bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) || bytes > VOLUME_LIMIT_BYTES)
     {
@@ -427,7 +427,7 @@ fn prepare(path: &Path, wanted: Option<u64>) -> Result<Prepared, Failure> {
 }
 
 /// A replica's backing is overwritten whole, so it must hold nothing, or the operator must say so.
-fn must_be_blank(path: &Path, overwrite: bool) -> Result<(), Failure> {
+pub(super) fn must_be_blank(path: &Path, overwrite: bool) -> Result<(), Failure> {
     let file = File::open_backing(path, Access::ReadWrite).map_err(|error| refused(with_causes(&error)))?;
     let found = probe::what_is_on(&file)
         .map_err(|error| failed(format!("cannot look at {}: {error}", path.display())))?;

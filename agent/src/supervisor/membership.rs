@@ -3,6 +3,7 @@
 
 use super::learning::Lesson;
 use super::operations::{Operator, finish};
+use super::rebuilding::must_not_be_source;
 use super::{Supervisor, refused};
 use crate::config::{Mode, OnReplicaLoss, PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
@@ -50,6 +51,8 @@ impl Supervisor {
         let removed = self.peer_of(&volume, &peer).await?;
         let status = self.one_status(&volume).await?;
         let blocks = self.config_of_name(&volume).await?.on_replica_loss == OnReplicaLoss::Block;
+        // By force as well: what is absent would be nowhere.
+        must_not_be_source(&status, &peer)?;
         if let Some(text) = objection(&status, &removed, blocks).filter(|_| !request.force) {
             return Err(refused(text));
         }

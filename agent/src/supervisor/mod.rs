@@ -13,6 +13,7 @@ mod making;
 mod meeting;
 mod membership;
 mod operations;
+mod rebuilding;
 mod strangers;
 
 use crate::blocking::blocking;

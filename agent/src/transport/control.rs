@@ -38,6 +38,11 @@ impl ControlSender {
         self.stream.flush().await
     }
 
+    /// Waits until the peer listens no more, or the connection is lost.
+    pub fn refused(&self) -> impl Future<Output = SendError> + 'static + use<> {
+        self.stream.refused()
+    }
+
     /// Ends the stream and waits until the peer's host has everything, so that the connection may be closed.
     ///
     /// # Errors
@@ -69,6 +74,13 @@ impl ControlSender {
     #[must_use]
     pub fn into_frames(self) -> FrameSender {
         self.stream.set_priority(Priority::Bulk);
+        FrameSender::new(self.stream)
+    }
+
+    /// As [`ControlSender::into_frames`], for what an application waits for.
+    #[must_use]
+    pub fn into_awaited_frames(self) -> FrameSender {
+        self.stream.set_priority(Priority::Live);
         FrameSender::new(self.stream)
     }
 }

@@ -14,7 +14,7 @@ pub(super) fn awaiting(facts: &VolumeFacts) -> Judgement {
         Role::Replica => "this copy is kept up again when it comes",
     };
     let verdict = format!("awaiting: {}, for {}; {consequence}", awaited.what, Seconds(awaited.seconds));
-    let action = match (facts.role, primary::recovery_of(facts)) {
+    let action = match (facts.role, primary::rebuild_of(facts)) {
         (Role::Primary, Some(recovery)) => {
             format!("bring it back and it is taken up by itself; if it is lost: {recovery}")
         }
@@ -29,7 +29,7 @@ pub(super) fn shrunk(facts: &VolumeFacts) -> Judgement {
     let (backing, volume_bytes) = (facts.backing.display(), shrunk.volume_bytes);
     let verdict = format!("failed: {}", shrinkage(facts, shrunk));
     let again = format!("make {backing} {volume_bytes} bytes long again and it is opened by itself");
-    let action = match (facts.role, primary::recovery_of(facts)) {
+    let action = match (facts.role, primary::rebuild_of(facts)) {
         (Role::Replica, _) => format!("{again}; what differs then is copied"),
         // It would be the source of all others, also of what is lost.
         (Role::Primary, Some(recovery)) => {

@@ -115,6 +115,7 @@ pub fn misconfigured(name: Name, mistake: String) -> VolumeStatus {
         block_size_bytes: 0,
         backing: PathBuf::new(),
         backing_error: None,
+        rebuild: None,
         touched: None,
         backing_users: Vec::new(),
         storage: None,

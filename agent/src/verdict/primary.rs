@@ -3,9 +3,9 @@
 use super::{Judgement, NO_ACTION, elsewhere, is_in_sync, is_usable, link, listed, progress, reason};
 use crate::config::Role;
 use crate::control::api::{
-    Alone, Blocked, Connection, CopyState, PeerState, PeerStatus, VolumeFacts, VolumeState,
+    Alone, Blocked, Connection, CopyState, PeerState, PeerStatus, Rebuild, VolumeFacts, VolumeState,
 };
-use crate::quantity::{Seconds, Size, clock};
+use crate::quantity::{Seconds, Size, clock, per_cent};
 
 pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     let (covering, lacking): (Vec<&PeerStatus>, Vec<&PeerStatus>) =
@@ -16,12 +16,21 @@ pub(super) fn judge(facts: &VolumeFacts) -> Judgement {
     if let Some(error) = &facts.backing_error {
         return failed(facts, error, &covering, &lacking);
     }
+    let mirrored = mirrored(facts, &covering, &lacking);
+    match &facts.rebuild {
+        Some(rebuild) => rebuilding(facts, rebuild, mirrored),
+        None => mirrored,
+    }
+}
+
+/// How well the replicas cover it.
+fn mirrored(facts: &VolumeFacts, covering: &[&PeerStatus], lacking: &[&PeerStatus]) -> Judgement {
     if covering.is_empty() && lacking.is_empty() {
         let verdict = "at risk: no replica has joined; this host has the only copy";
         return Judgement::new(VolumeState::Degraded, verdict, format!("blockmirror invite {}", facts.name));
     }
     let clauses: Vec<String> =
-        covered_by(&covering).into_iter().chain(lacking.iter().map(|peer| lack(peer))).collect();
+        covered_by(covering).into_iter().chain(lacking.iter().map(|peer| lack(peer))).collect();
     let is_split = lacking.iter().any(|peer| peer.state == Some(PeerState::SplitBrain));
     let (state, word) = match (lacking.is_empty(), lacking.iter().all(|peer| is_being_copied_to(peer))) {
         _ if is_split => (VolumeState::SplitBrain, "split brain"),
@@ -126,6 +135,69 @@ fn waiting(blocked: &Blocked) -> String {
         None => format!(
             "writes wait until {required} {replicas} in sync{so_far}{fail} (on_replica_loss); {those}; "
         ),
+    }
+}
+
+/// This host's disk is being filled from a replica. `mirrored`: what is said of the volume otherwise.
+fn rebuilding(facts: &VolumeFacts, rebuild: &Rebuild, mirrored: Judgement) -> Judgement {
+    let Rebuild { source, missing_bytes, is_reached, waiting, unreadable_bytes, .. } = rebuild;
+    let volume = &facts.name;
+    let here = facts.size_bytes.saturating_sub(*missing_bytes);
+    let share = per_cent(here, facts.size_bytes);
+    let of = format!("{share} % ({} of {}) is on this host's disk", Size(here), Size(facts.size_bytes));
+    let requests = match waiting {
+        0 => "none waits now".to_owned(),
+        1 => "1 waits".to_owned(),
+        several => format!("{several} wait"),
+    };
+    if rebuild.is_unrecorded {
+        let verdict = format!(
+            "blocked: the state folder can't be written, where it is recorded which blocks are on this host's new disk: flushes \
+             wait, and writes to the others; {of}"
+        );
+        let action = "mend the state folder; it goes on by itself".to_owned();
+        return Judgement::new(VolumeState::Degraded, verdict, action);
+    }
+    if rebuild.is_source_lost {
+        let verdict = format!(
+            "blocked: the copy of {source} is not the one any more that this host's new disk is being filled from; reads of the rest \
+             wait: {requests}; {of}"
+        );
+        let action = format!(
+            "blockmirror rebuild {volume} --backing PATH --from HOST --overwrite, or stop this agent, and on a replica: blockmirror \
+             promote {volume}"
+        );
+        return Judgement::new(VolumeState::Degraded, verdict, action);
+    }
+    if !is_reached {
+        let peer = facts.peers.iter().find(|peer| peer.name.as_str() == source);
+        let why = peer.and_then(|peer| peer.error.as_ref());
+        let why = why.map(|error| format!(" ({error})")).unwrap_or_default();
+        let verdict = format!(
+            "blocked: {source} is not connected{why}, and alone has what this host's new disk lacks: reads of that wait for it; \
+             {requests}; {of}"
+        );
+        return Judgement::new(VolumeState::Degraded, verdict, format!("start {source}, or reach it"));
+    }
+    let lost = match unreadable_bytes {
+        0 => String::new(),
+        bytes => format!("; {} of the rest can't be read there: what needs them fails", Size(*bytes)),
+    };
+    let said = format!(
+        "the volume is served from {source} as far as it is not here yet; {of}; without {source} the rest is lost{lost}"
+    );
+    match (mirrored.state, lost.is_empty()) {
+        (VolumeState::Healthy | VolumeState::Syncing, true) => {
+            Judgement::new(VolumeState::Syncing, format!("rebuilding: {said}"), NO_ACTION.to_owned())
+        }
+        (VolumeState::Healthy | VolumeState::Syncing, false) => {
+            let action =
+                format!("on {source}: check the disk; what is overwritten here whole is not needed any more");
+            Judgement::new(VolumeState::Degraded, format!("rebuilding: {said}"), action)
+        }
+        (state, _) => {
+            Judgement::new(state, format!("{}; rebuilding: {said}", mirrored.verdict), mirrored.action)
+        }
     }
 }
 
@@ -241,9 +313,9 @@ fn failed(facts: &VolumeFacts, error: &str, covering: &[&PeerStatus], lacking: &
     let unheard = || lacking.iter().copied().filter(|peer| peer.data.is_none());
     let silent = unheard().min_by_key(|peer| peer.out_of_sync_bytes.unwrap_or(u64::MAX));
     let (action, clause) = match (covered_by(covering), fullest, silent) {
-        (Some(clause), ..) => (recovery(facts, covering[0]), clause),
+        (Some(clause), ..) => (rebuild_from(facts, covering[0]), clause),
         (None, Some(peer), _) => {
-            (recovery(facts, peer), format!("{} has a usable copy; {}", peer.name, worth(peer)))
+            (rebuild_from(facts, peer), format!("{} has a usable copy; {}", peer.name, worth(peer)))
         }
         (None, None, Some(peer)) => {
             let clause = match peer.out_of_sync_bytes {
@@ -251,7 +323,7 @@ fn failed(facts: &VolumeFacts, error: &str, covering: &[&PeerStatus], lacking: &
                 Some(bytes) => format!("{} lacked {} when it was last heard of", peer.name, Size(bytes)),
                 None => format!("what {} holds is not known here now", peer.name),
             };
-            (format!("check the disk; if it is lost: {}", recovery(facts, peer)), clause)
+            (format!("check the disk; if it is lost: {}", rebuild_from(facts, peer)), clause)
         }
         (None, None, None) => {
             let action = match facts.health.is_closed {
@@ -268,16 +340,15 @@ fn failed(facts: &VolumeFacts, error: &str, covering: &[&PeerStatus], lacking: &
     Judgement::new(VolumeState::Failed, verdict, action)
 }
 
-/// The command that fetches the content from the replica that has the most of it, if one may have a usable copy.
-pub(super) fn recovery_of(facts: &VolumeFacts) -> Option<String> {
+/// The command that goes on from a replica's copy with another disk. One that is not usable is refused then.
+fn rebuild_from(facts: &VolumeFacts, peer: &PeerStatus) -> String {
+    format!("blockmirror rebuild {} --backing PATH --from {}", facts.name, peer.name)
+}
+
+/// The command that goes on from the replica that has the most, if one may have a usable copy.
+pub(super) fn rebuild_of(facts: &VolumeFacts) -> Option<String> {
     let replicas = facts.peers.iter().filter(|peer| peer.role == Role::Replica);
     let usable = replicas.filter(|peer| peer.data.is_none() || is_usable(peer.data));
     let best = usable.min_by_key(|peer| peer.out_of_sync_bytes.unwrap_or(u64::MAX))?;
-    Some(recovery(facts, best))
-}
-
-/// The command that fetches the content from a replica, which refuses to give out what is not usable.
-fn recovery(facts: &VolumeFacts, peer: &PeerStatus) -> String {
-    let address = peer.addresses.first().map_or_else(|| peer.name.to_string(), ToString::to_string);
-    format!("blockmirror recover {} --from {address} --to PATH", facts.name)
+    Some(rebuild_from(facts, best))
 }

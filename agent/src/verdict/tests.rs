@@ -5,7 +5,7 @@ use crate::config::{Compression, DeviceKind, Mode};
 use crate::control::api::Resolved;
 use crate::control::api::{
     Alone, Awaited, Better, Blocked, DeviceStatus, Elsewhere, Errors, FailureKind, Grown, Health, HostStatus,
-    Hung, Panics, Rollback, STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession, WentOn,
+    Hung, Panics, Rebuild, Rollback, STATUS_SCHEMA, Shrunk, Stake, StatusReply, Succession, WentOn,
 };
 
 fn peer(name: &str, role: Role) -> PeerStatus {
@@ -71,6 +71,7 @@ fn facts(role: Role, peers: Vec<PeerStatus>) -> VolumeFacts {
         epoch: Some(12),
         succession: Succession::default(),
         blocked: None,
+        rebuild: None,
         health: Health::default(),
         touched: None,
         backing_users: Vec::new(),
@@ -313,7 +314,7 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
         (
             vec![unusable.clone(), replica("c")],
             "failed: the backing /dev/vdb has failed (input/output error); c holds an identical copy",
-            "blockmirror recover data --from c:7447 --to PATH",
+            "blockmirror rebuild data --backing PATH --from c",
         ),
         (
             vec![
@@ -322,12 +323,12 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
                 away("d", Connection::Paused, 4096),
             ],
             "failed: the backing /dev/vdb has failed (input/output error); d has a usable copy; 4K not copied yet",
-            "blockmirror recover data --from d:7447 --to PATH",
+            "blockmirror rebuild data --backing PATH --from d",
         ),
         (
             vec![unusable.clone(), PeerStatus { data: None, ..away("c", Connection::Disconnected, 0) }],
             "failed: the backing /dev/vdb has failed (input/output error); c had everything when it was last heard of",
-            "check the disk; if it is lost: blockmirror recover data --from c:7447 --to PATH",
+            "check the disk; if it is lost: blockmirror rebuild data --backing PATH --from c",
         ),
         (
             vec![unusable],
@@ -337,6 +338,73 @@ fn a_failed_primary_says_first_that_it_failed_and_where_the_data_is() {
     ] {
         check(failed(peers), VolumeState::Failed, verdict, action);
     }
+}
+
+#[test]
+fn a_primary_whose_disk_is_filled_says_from_whom_and_what_stands_in_the_way() {
+    let rebuild = || Rebuild {
+        source: "b".to_owned(),
+        missing_bytes: 75 << 30,
+        is_reached: true,
+        waiting: 0,
+        unreadable_bytes: 0,
+        is_unrecorded: false,
+        is_source_lost: false,
+    };
+    let with = |rebuild, peers| VolumeFacts { rebuild: Some(rebuild), ..facts(Role::Primary, peers) };
+    let said = "the volume is served from b as far as it is not here yet; 25 % (25G of 100G) is on this host's disk; without b the \
+                rest is lost";
+    let of = "25 % (25G of 100G) is on this host's disk";
+    let split = PeerStatus { state: Some(PeerState::SplitBrain), ..away("c", Connection::Connecting, 0) };
+    for (facts, state, verdict, action) in [
+        (with(rebuild(), vec![replica("b")]), VolumeState::Syncing, format!("rebuilding: {said}"), "none"),
+        (
+            with(Rebuild { unreadable_bytes: 4096, ..rebuild() }, vec![replica("b")]),
+            VolumeState::Degraded,
+            format!("rebuilding: {said}; 4K of the rest can't be read there: what needs them fails"),
+            "on b: check the disk; what is overwritten here whole is not needed any more",
+        ),
+        (
+            with(
+                Rebuild { is_reached: false, waiting: 2, ..rebuild() },
+                vec![away("b", Connection::Disconnected, 0)],
+            ),
+            VolumeState::Degraded,
+            format!(
+                "blocked: b is not connected, and alone has what this host's new disk lacks: reads of that wait for it; 2 wait; {of}"
+            ),
+            "start b, or reach it",
+        ),
+        (
+            with(Rebuild { is_unrecorded: true, ..rebuild() }, vec![replica("b")]),
+            VolumeState::Degraded,
+            format!(
+                "blocked: the state folder can't be written, where it is recorded which blocks are on this host's new disk: \
+                 flushes wait, and writes to the others; {of}"
+            ),
+            "mend the state folder; it goes on by itself",
+        ),
+        (
+            with(
+                Rebuild { is_source_lost: true, is_reached: false, ..rebuild() },
+                vec![away("b", Connection::Connecting, 0)],
+            ),
+            VolumeState::Degraded,
+            format!(
+                "blocked: the copy of b is not the one any more that this host's new disk is being filled from; reads of the \
+                 rest wait: none waits now; {of}"
+            ),
+            "blockmirror rebuild data --backing PATH --from HOST --overwrite, or stop this agent, and on a replica: blockmirror \
+             promote data",
+        ),
+    ] {
+        check(facts, state, &verdict, action);
+    }
+    // What else is wrong comes first.
+    let status = running(with(rebuild(), vec![replica("b"), split]));
+    assert_eq!(status.state, VolumeState::SplitBrain);
+    assert!(status.verdict.starts_with("split brain: "), "{}", status.verdict);
+    assert!(status.verdict.ends_with(&format!("; rebuilding: {said}")), "{}", status.verdict);
 }
 
 /// A restart of the agent was advised, though it tries by itself, and the disk was named where something else was wrong.
@@ -377,7 +445,7 @@ fn a_disk_whose_size_has_changed_is_named_with_both_sizes_and_with_what_to_do() 
         ),
         (
             shrunk(Role::Primary, vec![away("b", Connection::Disconnected, 0)]),
-            "with a disk of 16777216 bytes or more: blockmirror recover data --from b:7447 --to PATH; only where nothing \
+            "with a disk of 16777216 bytes or more: blockmirror rebuild data --backing PATH --from b; only where nothing \
              was lost: make /dev/vdb 16777216 bytes long again and it is opened by itself",
         ),
         (
@@ -475,7 +543,7 @@ fn a_disk_that_is_not_there_or_does_not_answer_is_named() {
         with(awaits(), Role::Primary, vec![away("b", Connection::Disconnected, 0)]),
         VolumeState::Awaiting,
         "awaiting: /dev/vdb is not there, for 20s; the device is served when it comes",
-        "bring it back and it is taken up by itself; if it is lost: blockmirror recover data --from b:7447 --to PATH",
+        "bring it back and it is taken up by itself; if it is lost: blockmirror rebuild data --backing PATH --from b",
     );
     check(
         with(awaits(), Role::Replica, vec![peer("a", Role::Primary)]),

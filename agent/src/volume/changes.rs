@@ -33,7 +33,7 @@ const LOOK_TIME: Duration = Duration::from_secs(1);
 /// How long hosts may take to say what they know of a promotion: the one itself, and whether the others removed anybody.
 const CONFIRM_TIME: Duration = Duration::from_secs(2);
 /// How long a superseded primary may take to make durable what it knows.
-const CLOSE_TIME: Duration = Duration::from_secs(10);
+pub(super) const CLOSE_TIME: Duration = Duration::from_secs(10);
 /// How long a change may take to end when the agent does.
 const END_TIME: Duration = Duration::from_secs(30);
 

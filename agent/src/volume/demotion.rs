@@ -63,7 +63,7 @@ struct Retiring {
 impl Volume {
     /// `since` is since when it waits for those who have the device open, where it has waited already.
     pub(super) async fn demote(&mut self, answer: Answer<Demoted>, since: Option<Instant>) {
-        match self.vacate(since).await {
+        match self.vacate(None, since).await {
             Ok(()) => {}
             Err(NotNow::InUse(users)) => {
                 let since = wait_for(self.name().as_str(), &users, since);
@@ -94,12 +94,12 @@ impl Volume {
 
     /// `since` is as for [`Volume::demote`].
     pub(super) async fn switch(&mut self, to: HostId, answer: Answer<Switched>, since: Option<Instant>) {
-        let ready = self.demotable().and_then(|()| self.may_take_over(to));
+        let ready = self.demotable(Some(to)).and_then(|()| self.may_take_over(to));
         let peer = match ready {
             Ok(peer) => peer,
             Err(failure) => return drop(answer.send(Err(failure))),
         };
-        match self.vacate(since).await {
+        match self.vacate(Some(to), since).await {
             Ok(()) => {}
             Err(NotNow::InUse(users)) => {
                 let since = wait_for(self.name().as_str(), &users, since);
@@ -131,8 +131,8 @@ impl Volume {
         });
     }
 
-    /// Whether this primary can be demoted, if nobody uses its devices.
-    fn demotable(&self) -> Result<(), Failure> {
+    /// Whether this primary can be demoted, perhaps for another host, if nobody uses its devices.
+    fn demotable(&self, to: Option<HostId>) -> Result<(), Failure> {
         let volume = self.name();
         let primary = match &self.role {
             OpenRole::Primary(primary, _) => primary,
@@ -156,13 +156,20 @@ impl Volume {
                  on a replica: blockmirror promote {volume}"
             )));
         }
+        if let Err(source) = primary.may_be_demoted(to) {
+            let source = self.name_of(source);
+            return Err(refused(format!(
+                "this host's disk is being filled from {source}, and is no image of the volume before its end: blockmirror wait \
+                 {volume} --for in-sync, then again; or stop this agent, and on {source}: blockmirror promote {volume}"
+            )));
+        }
         Ok(())
     }
 
     /// Sees to it that nobody uses this primary's devices, nor will until they are stopped (L5). Whoever just looks at one,
     /// as udev does with each device that was closed after a write, is waited for; whoever stays is named at once.
-    async fn vacate(&mut self, since: Option<Instant>) -> Result<(), NotNow> {
-        self.demotable().map_err(NotNow::Refused)?;
+    async fn vacate(&mut self, to: Option<HostId>, since: Option<Instant>) -> Result<(), NotNow> {
+        self.demotable(to).map_err(NotNow::Refused)?;
         if let Err(silent) = self.must_answer(ANSWER_TIME).await {
             let volume = self.name();
             return Err(NotNow::Refused(refused(format!(

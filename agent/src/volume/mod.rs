@@ -15,6 +15,7 @@ mod opening;
 mod promotable;
 mod promotion;
 mod pulse;
+mod rebuilding;
 mod recoveries;
 mod resolution;
 mod resolvable;
@@ -41,9 +42,12 @@ use crate::words::with_causes;
 use awaiting::{Awaiting, Disk};
 use blockmirror_protocol::peer::CompareResult;
 use blockmirror_protocol::succession::Claims;
+use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::StreamPreamble;
-use blockmirror_protocol::wire::message::{Hello, Member, Members, Message, Refusal, Refused, Removal};
+use blockmirror_protocol::wire::message::{
+    Fetching, Hello, Member, Members, Message, Refusal, Refused, Removal,
+};
 use changes::{Changing, Event};
 pub use demotion::{Demoted, Switched};
 use devices::Devices;
@@ -124,12 +128,16 @@ pub enum Ask {
     Serves(oneshot::Sender<Service>),
     /// A primary greets.
     Session(Box<Hello>, ControlSender, ControlReceiver),
+    /// A primary opened a stream for the answers to what it fetches.
+    Fetching(Fetching, ControlSender, ControlReceiver),
     /// A primary opened a stream of frames.
     Frames(StreamPreamble, FrameReceiver),
     /// Whether a recovery could begin; whether inconsistent content is wanted too.
     MayRecover(bool, oneshot::Sender<Result<(), Refused>>),
     /// A recovery begins; whether inconsistent content is wanted too.
     Recover(bool, ControlSender, Connection),
+    /// A primary with this fence goes on from this host's copy.
+    Lend(Fence, ControlSender, Connection),
     /// A recovery reads.
     Read(Message, ControlSender, ControlReceiver),
     /// A host is a peer no more: nothing is kept for it. Answered when it was told, if it could be.
@@ -156,6 +164,10 @@ pub enum Ask {
     Undo(Answer<Undone>),
     /// Give up for good what could be brought back; says how many bytes that were.
     Forget(Answer<u64>),
+    /// Whether this primary may take another disk, also where its copy is a good one.
+    MayRebuild(bool, Answer<()>),
+    /// Take the disk that the configuration names now.
+    Rebuild(Answer<()>),
     /// Take the loop device away, or only if nobody uses it; says who had it open.
     Release(bool, Answer<Vec<String>>),
     /// The primary, this host, was demoted for this one.
@@ -541,14 +553,16 @@ impl Volume {
         match ask {
             Ask::Facts(answer) => drop(answer.send(self.facts().await)),
             Ask::Serves(answer) => self.tell_service(answer),
-            Ask::Session(hello, sender, receiver) => self.begin_session(*hello, sender, receiver).await,
+            Ask::Session(greeting, sender, receiver) => self.begin_session(*greeting, sender, receiver).await,
+            Ask::Fetching(fetching, sender, receiver) => self.answer_fetches(fetching, sender, receiver),
             Ask::Frames(preamble, frames) => self.take_frames(preamble, frames),
             Ask::MayRecover(accept_inconsistent, answer) => {
-                drop(answer.send(self.recoverable(accept_inconsistent).map(|_| ())));
+                drop(answer.send(self.recoverable(accept_inconsistent, None).map(|_| ())));
             }
             Ask::Recover(accept_inconsistent, sender, connection) => {
                 self.begin_recovery(accept_inconsistent, sender, connection).await;
             }
+            Ask::Lend(fence, sender, connection) => self.lend(fence, sender, connection).await,
             Ask::Read(first, sender, receiver) => self.read_for_recovery(first, sender, receiver),
             Ask::Part(host, answer) => self.part(host, answer),
             Ask::AddPeer(peer, answer) => drop(answer.send(self.add_peer(peer).await)),
@@ -565,6 +579,8 @@ impl Volume {
             Ask::Resolve(keep, dry_run, answer) => self.resolve(keep, dry_run, answer).await,
             Ask::Undo(answer) => self.undo(answer),
             Ask::Forget(answer) => self.forget(answer),
+            Ask::MayRebuild(overwrite, answer) => drop(answer.send(self.may_rebuild(overwrite).await)),
+            Ask::Rebuild(answer) => self.rebuild(answer).await,
             Ask::Release(force, answer) => self.release(force, answer, None).await,
             Ask::TakeOver(host, sender) => self.take_over(host, sender),
             Ask::Stop(_) => unreachable!("the loop takes it"),

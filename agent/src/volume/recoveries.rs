@@ -6,10 +6,11 @@
 use super::{OpenRole, Volume, refuse};
 use crate::recovery;
 use crate::replica::{Recovery, Replica};
+use crate::storage;
 use crate::transport::{CloseReason, Connection, ControlReceiver, ControlSender};
 use crate::words::with_causes;
 use blockmirror_protocol::succession;
-use blockmirror_protocol::terms::DataState;
+use blockmirror_protocol::terms::{DataState, Fence};
 use blockmirror_protocol::units::HostId;
 use blockmirror_protocol::wire::message::{Message, Recovering, Refusal, Refused};
 use std::rc::Rc;
@@ -30,8 +31,12 @@ pub(super) struct Ending {
 }
 
 impl Volume {
-    /// The replica, if its content can be read now.
-    pub(super) fn recoverable(&self, accept_inconsistent: bool) -> Result<Rc<Replica>, Refused> {
+    /// The replica, if its content can be read now, or when no session of this primary is open.
+    pub(super) fn recoverable(
+        &self,
+        accept_inconsistent: bool,
+        primary: Option<HostId>,
+    ) -> Result<Rc<Replica>, Refused> {
         let no = |refusal, text| Err(Refused { refusal, text });
         let replica = match &self.role {
             OpenRole::Replica(replica) => replica,
@@ -67,7 +72,7 @@ impl Volume {
             };
             return no(Refusal::Backing, format!("{text}; {advice}"));
         }
-        if replica.is_served() {
+        if replica.is_served() && (primary.is_none() || replica.greeter() != primary) {
             let text = "the primary is connected and writes to this replica; stop it or pause the link first";
             return no(Refusal::Busy, text.to_owned());
         }
@@ -80,11 +85,46 @@ impl Volume {
         sender: ControlSender,
         connection: Connection,
     ) {
-        let replica = match self.recoverable(accept_inconsistent) {
+        let replica = match self.recoverable(accept_inconsistent, None) {
             Ok(replica) => replica,
             Err(no) => return refuse(sender, no.refusal, no.text),
         };
         let guard = replica.begin_recovery().await;
+        self.keep_writers_away(replica, guard, sender, connection).await;
+    }
+
+    /// A primary with this fence has lost its disk, and goes on from this host's copy. A session of its own ends for that.
+    pub(super) async fn lend(&mut self, fence: Fence, sender: ControlSender, connection: Connection) {
+        let replica = match self.recoverable(false, Some(connection.peer())) {
+            Ok(replica) => replica,
+            Err(no) => return refuse(sender, no.refusal, no.text),
+        };
+        if replica.is_served() {
+            replica.disconnect();
+        }
+        let guard = replica.begin_recovery().await;
+        match replica.lend(fence).await {
+            Ok(true) => self.keep_writers_away(replica, guard, sender, connection).await,
+            Ok(false) => {
+                let text = "this host could not record for whom its copy is; see its log";
+                refuse(sender, Refusal::Backing, text.to_owned());
+            }
+            Err(answer) => sender.end_with(answer, None),
+        }
+    }
+
+    /// Tells what the copy is, and keeps primaries away until whoever asked for that is gone.
+    async fn keep_writers_away(
+        &mut self,
+        replica: Rc<Replica>,
+        guard: Recovery,
+        sender: ControlSender,
+        connection: Connection,
+    ) {
+        // Who reads it goes on from there, so nothing of it may be lost here (P5).
+        if let Err(error) = storage::sync(&**replica.storage(), replica.backing()).await {
+            return refuse(sender, Refusal::Backing, with_causes(&error));
+        }
         let superblock = replica.state().superblock();
         let info = Recovering {
             volume: superblock.volume,
@@ -161,8 +201,10 @@ async fn serve_recovery(
     };
     tracing::info!(%peer, "a recovery reads this replica");
     let no = if sender.send(&info.into()).await.is_ok() {
+        let refused = sender.refused();
         tokio::select! {
             _ = connection.closed() => None,
+            _ = refused => None,
             no = ending => Some(no),
             () = source.is_idle_for(IDLE_TIME) => {
                 let text = "nothing was read for too long, so this host goes on; the same command goes on, too";

@@ -8,7 +8,7 @@ use crate::words::{with_causes, with_name};
 use blockmirror_protocol::replica::PrimaryMisbehaved;
 use blockmirror_protocol::wire::StreamPreamble;
 use blockmirror_protocol::wire::message::Members;
-use blockmirror_protocol::wire::message::{Hello, Refusal, Superseded};
+use blockmirror_protocol::wire::message::{Fetching, Hello, Refusal, Superseded};
 use std::cell::RefCell;
 use std::convert::Infallible;
 use std::time::Duration;
@@ -136,6 +136,28 @@ impl Volume {
             }
             drop(replica);
             drop(events.send(Event::SessionEnded));
+        });
+    }
+
+    /// A primary opened a stream for the answers to what it fetches.
+    pub(super) fn answer_fetches(
+        &self,
+        fetching: Fetching,
+        sender: ControlSender,
+        receiver: ControlReceiver,
+    ) {
+        // Dropped, it tells the primary that nothing comes.
+        let OpenRole::Replica(replica) = &self.role else { return };
+        if replica.greeter() != Some(receiver.peer()) {
+            return;
+        }
+        let replica = replica.clone();
+        spawn_local(async move {
+            // The session notices by itself that its connection is gone.
+            if let Err(error) = replica.answer_fetches(fetching, sender).await {
+                tracing::debug!("{}", with_causes(&error));
+            }
+            drop(receiver);
         });
     }
 

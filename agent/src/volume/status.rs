@@ -4,8 +4,8 @@ use super::{Changing, OpenRole, Volume};
 use crate::blocking::blocking;
 use crate::config::{PeerConfig, Role, VolumeConfig};
 use crate::control::api::{
-    Blocked, Connection, Health, NetworkPath, PeerState, PeerStatus, Progress, Removed, Rollback, Succession,
-    VolumeFacts,
+    Blocked, Connection, Health, NetworkPath, PeerState, PeerStatus, Progress, Rebuild, Removed, Rollback,
+    Succession, VolumeFacts,
 };
 use crate::primary::{LinkState, Split};
 use crate::quantity::{Size, per_cent, unix_seconds};
@@ -17,9 +17,11 @@ use crate::transport;
 use crate::words::with_name;
 use blockmirror_protocol::disk::superblock::{Role as SuperblockRole, Superblock};
 use blockmirror_protocol::peer::{Connection as Link, ReplicaState, Report};
+use blockmirror_protocol::rebuild;
 use blockmirror_protocol::replica::consent;
 use blockmirror_protocol::tracker;
-use blockmirror_protocol::units::Time;
+use blockmirror_protocol::units::{HostId, Time};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -43,6 +45,19 @@ impl Volume {
             }
         }
         facts
+    }
+
+    fn rebuild_facts(&self, rebuild: rebuild::Progress, reports: &HashMap<HostId, Report>) -> Rebuild {
+        let is_linked = |report: &Report| report.connection == Link::Connected;
+        Rebuild {
+            source: self.name_of(rebuild.source),
+            missing_bytes: rebuild.missing_bytes,
+            is_reached: reports.get(&rebuild.source).is_some_and(is_linked),
+            waiting: rebuild.waiting,
+            unreadable_bytes: rebuild.unreadable_bytes,
+            is_unrecorded: rebuild.is_unrecorded,
+            is_source_lost: rebuild.is_source_lost,
+        }
     }
 
     async fn facts_of_role(&self) -> VolumeFacts {
@@ -90,6 +105,7 @@ impl Volume {
                 facts.succession.own_name = Some(self.surroundings.own.name.clone());
                 facts.epoch = Some(epoch);
                 facts.blocked = primary.blocked().map(|it| self.blocked(it));
+                facts.rebuild = primary.rebuild().map(|rebuild| self.rebuild_facts(rebuild, &reports));
                 facts.succession.alone = self.alone(primary, &config.peers);
                 let awaited = primary.awaited();
                 facts.succession.awaited =

@@ -1,6 +1,6 @@
 //! Which of our files some bytes are, told by their magic alone: also when the rest is damaged.
 
-use super::{PAGE_BYTES, activity_log, dirty_map, marker, pre_images, recovery, superblock};
+use super::{PAGE_BYTES, absent, activity_log, dirty_map, marker, pre_images, recovery, superblock};
 
 /// A file of ours.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,6 +17,8 @@ pub enum FileKind {
     PreImages,
     /// See [`recovery`].
     RecoveryState,
+    /// See [`absent`].
+    Absent,
 }
 
 impl FileKind {
@@ -31,6 +33,7 @@ impl FileKind {
                 dirty_map::MAGIC => Some(Self::DirtyMap),
                 pre_images::MAGIC | pre_images::BATCH_MAGIC => Some(Self::PreImages),
                 recovery::MAGIC => Some(Self::RecoveryState),
+                absent::MAGIC => Some(Self::Absent),
                 _ => None,
             }
         })

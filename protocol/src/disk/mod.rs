@@ -10,6 +10,7 @@
 //! Every file carries its layout's version. A newer version than ours is refused, never guessed at; an older one is
 //! read by the module that knows it and written back as the newest.
 
+pub mod absent;
 pub mod activity_log;
 pub mod dirty_map;
 mod kind;

@@ -36,6 +36,8 @@
 //! heirs. Version 6 had a zero at 1244: what an older version kept counts as touched, since nothing says that it is not.
 //! Version 7 had no catalog: at 1224 the layer to roll back to (8), at 1256 that for an undo (8), each 0 for none, and at 1244
 //! whether the latter was touched (1). Version 8 had no twins: the file ended after the slots.
+//! Version 10 is written as long as a primary lacks something of its own copy (S4), and version 9 otherwise, which says the same: a
+//! release that knows nothing of absent blocks would serve what is on the disk in their place.
 
 use super::dirty_map::Base;
 use super::{
@@ -55,8 +57,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const FILE_NAME: &str = "superblock";
 /// The file's size in bytes.
 pub const FILE_BYTES: u64 = 4 * PAGE_BYTES as u64;
-/// The newest layout that this release reads, and the one that it writes.
-pub const VERSION: u32 = 9;
+/// The newest layout that this release reads, and the one that it writes for a primary that lacks something of its own copy.
+pub const VERSION: u32 = 10;
+/// The one that it writes for all others.
+const WHOLE_VERSION: u32 = 9;
 /// Where the slots end, and their twins begin.
 pub const TWINS: u64 = 2 * PAGE_BYTES as u64;
 /// How many generations a lineage holds at most.
@@ -359,6 +363,22 @@ impl Superblock {
         self.ends.set(newest, end);
     }
 
+    /// Of a primary whose backing is new and is filled from a replica: its own disk holds no image of the volume yet (S4).
+    pub fn note_absent(&mut self) {
+        (self.data, self.source) = (DataState::Inconsistent, Fence::default());
+    }
+
+    /// Whether it is such a primary.
+    #[must_use]
+    pub fn is_absent(&self) -> bool {
+        self.role == Role::Primary && self.data == DataState::Inconsistent
+    }
+
+    /// It holds one now.
+    pub fn note_filled(&mut self) {
+        self.data = DataState::Consistent;
+    }
+
     /// The page to write at both [`places`] of `serial`.
     ///
     /// # Panics
@@ -386,7 +406,7 @@ impl Superblock {
         }
         let raw = Raw {
             magic: MAGIC,
-            version: U32::new(VERSION),
+            version: U32::new(if self.is_absent() { VERSION } else { WHOLE_VERSION }),
             crc: U32::ZERO,
             serial: U64::new(serial),
             size_bytes: U64::new(self.size_bytes),
@@ -660,6 +680,19 @@ mod tests {
             page[at] = u8::from_str_radix(&text[2 * number..2 * number + 2], 16).unwrap();
         }
         page
+    }
+
+    #[test]
+    fn a_primary_that_lacks_something_is_for_releases_that_know_of_it() {
+        let version = |superblock: &Superblock| superblock.encode(11)[8];
+        let mut primary = Superblock { role: Role::Primary, data: DataState::Consistent, ..sample() };
+        assert_eq!(version(&primary), 9);
+        primary.note_absent();
+        assert_eq!((version(&primary), primary.is_absent()), (10, true));
+        assert_eq!(Superblock::recover(&primary.encode(11)), Ok((11, primary.clone())));
+        assert_eq!(version(&Superblock { role: Role::Replica, ..primary.clone() }), 9);
+        primary.note_filled();
+        assert_eq!(version(&primary), 9);
     }
 
     #[test]

@@ -375,6 +375,8 @@ mod tests {
             told_before: None,
             may_commit,
             active,
+            absent: None,
+            has_failed: false,
         });
         peer
     }

@@ -13,7 +13,7 @@ use crate::planted::{Bug, planted};
 use crate::terms::{DataState, Fence};
 use crate::units::{BlockSize, CopyId, Epoch, GenerationId, Mark, Sequence, Session, Stream, Time, VolumeId};
 use crate::wire::VERSIONS;
-use crate::wire::message::{Hello, Member, Message, Refused, Union, Welcome};
+use crate::wire::message::{FEATURES, Hello, Member, Message, Refused, Union, Welcome};
 
 /// Who greets: what a primary says of itself and the volume.
 #[derive(Clone, Debug)]
@@ -64,6 +64,10 @@ pub enum PeerError {
         "this host was set back: the replica knows later sessions with it; all is compared in the next one"
     )]
     Reused,
+    /// The replica's copy is not the one any more that a rebuild of this host began with, or it went back: what is absent here is
+    /// nowhere, as far as is known (S4, X4).
+    #[error("its copy is not the one any more that this host is being rebuilt from")]
+    SourceChanged,
     /// The two have no generation in common (L3).
     #[error("the replica's history has nothing in common with this host's")]
     NothingInCommon,
@@ -94,7 +98,7 @@ impl Peer {
         }));
         let hello = Hello {
             versions: VERSIONS,
-            features: 0,
+            features: FEATURES,
             volume: identity.volume,
             size_bytes: identity.size_bytes,
             block_size: identity.block_size,
@@ -145,7 +149,17 @@ impl Peer {
                 }
                 // It says itself which one is its newest.
                 self.newest.heard(welcome.lineage.first().copied());
-                if !greeting.vouches_for(self.marks.map.base(), &welcome) {
+                let vouches = greeting.vouches_for(self.marks.map.base(), &welcome);
+                // One that went back, as where its host was restored from an older copy, may differ anywhere (X4).
+                // So may one that had copies in sessions that this primary knows nothing of: it went back itself.
+                let is_reused = welcome.mark.session >= greeting.session;
+                let has_gone_back = is_reused
+                    || greeting.forgot(self.marks.map.copied(), welcome.mark.session)
+                    || lineage::went_back(&greeting.lineage, welcome.mark, self.marks.map.known());
+                if self.marks.is_source && (!vouches || has_gone_back) {
+                    return Err(PeerError::SourceChanged);
+                }
+                if !vouches {
                     // Nothing is known of what this copy holds (L2). All is dirty relative to any generation; with the
                     // copy's own, what is copied counts when the next greeting names that one still (R5).
                     let (ours, theirs) = (greeting.lineage.first(), welcome.lineage.first());
@@ -157,12 +171,6 @@ impl Peer {
                     self.answered.forget();
                     self.marks.map.note_known(Mark::default());
                 }
-                // One that went back, as where its host was restored from an older copy, may differ anywhere (X4).
-                // So may one that had copies in sessions that this primary knows nothing of: it went back itself.
-                let is_reused = welcome.mark.session >= greeting.session;
-                let has_gone_back = is_reused
-                    || greeting.forgot(self.marks.map.copied(), welcome.mark.session)
-                    || lineage::went_back(&greeting.lineage, welcome.mark, self.marks.map.known());
                 if has_gone_back && !planted(Bug::IgnoreMark) {
                     self.went_back = true;
                     self.marks.begin_anew(self.marks.map.base(), last.next());
@@ -229,6 +237,7 @@ impl Peer {
             agreed_twice: true,
             released: None,
             is_told_alone: false,
+            features: welcome.features & FEATURES,
         }));
     }
 }

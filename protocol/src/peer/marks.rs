@@ -26,6 +26,8 @@ pub(super) struct Marks {
     /// Blocks of the map that were written, or that were compared: the others may well be the same there (R4). Forgotten
     /// at a restart, after which all that has a bit of its own counts as written.
     pub certain: DirtyMap,
+    /// Whether the replica has what is absent on its primary (S4).
+    pub is_source: bool,
     /// The first write that was marked since the map was last handed out for writing.
     unwritten: Option<Sequence>,
     writing: Option<Writing>,
@@ -62,6 +64,7 @@ impl Marks {
         Self {
             certain: map.of_single_bits(),
             map,
+            is_source: false,
             unwritten: None,
             writing: None,
             written_at: Time::default(),

@@ -50,14 +50,15 @@ use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::promise::Granted;
 use crate::ranges::ByteRange;
+use crate::rebuild::{Absent, Asked};
 use crate::terms::Mode;
 use crate::units::RequestId;
 use crate::units::{
     BlockSize, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session, Stream, Time,
 };
 use crate::wire::message::{
-    Acknowledgement, Committed, CopyDigest, Grant, Message, Parted, ReleaseRecorded, Renew, ResyncBegin,
-    ResyncReady,
+    Acknowledgement, Committed, CopyDigest, FEATURE_FETCH, Fetch, Grant, Message, Parted, ReleaseRecorded,
+    Renew, ResyncBegin, ResyncReady,
 };
 use crate::wire::{Body, FrameHeader};
 use answered::{Answered, Followed};
@@ -199,6 +200,8 @@ struct Link {
     released: Option<bool>,
     /// Whether the replica was told that it is passed over from now on.
     is_told_alone: bool,
+    /// What both can, a bit each.
+    features: u64,
 }
 
 impl Link {
@@ -248,6 +251,10 @@ pub(crate) struct Circumstances<'a> {
     pub may_commit: bool,
     /// The extents with writes that other replicas may lack; empty where there are no others (D5).
     pub active: &'a dyn Fn() -> Vec<Extent>,
+    /// What of the primary's own copy is absent.
+    pub absent: Option<&'a Absent>,
+    /// Whether the primary's backing has failed. What it holds is copied to nobody who has an image.
+    pub has_failed: bool,
 }
 
 /// What a peer needs from the tracker to go on.
@@ -428,6 +435,38 @@ impl Peer {
             body: Body::EpochEnd { epoch, sequence, cut },
         };
         self.actions.push_back(Action::SendFrame { header, request: None });
+    }
+
+    /// Whether absent blocks of the primary are what this replica has. Then it is left where it is found to be another copy than
+    /// it was, or to have gone back: nobody else has what is absent.
+    pub(crate) fn set_source(&mut self, is_source: bool) {
+        self.marks.is_source = is_source;
+    }
+
+    /// The session that is open.
+    pub(crate) fn session(&self) -> Option<Session> {
+        match &self.state {
+            State::Linked(link) => Some(link.session),
+            _ => None,
+        }
+    }
+
+    /// Whether it is being resynced.
+    pub(crate) fn is_resyncing(&self) -> bool {
+        matches!(&self.state, State::Linked(link) if link.phase() == Phase::Resyncing)
+    }
+
+    /// Whether the replica may be asked for content.
+    pub(crate) fn may_fetch(&self) -> bool {
+        matches!(&self.state, State::Linked(link) if link.features & FEATURE_FETCH != 0)
+    }
+
+    /// Asks for content: see [`Peer::may_fetch`].
+    pub(crate) fn fetch(&mut self, asked: Asked) {
+        let State::Linked(link) = &self.state else { return };
+        let Asked { id, range, is_awaited } = asked;
+        let fetch = Fetch { session: link.session, number: id.0, range, is_awaited };
+        self.actions.push_back(Action::Send(fetch.into()));
     }
 
     /// The read of a copy has ended. What was read for a link that was lost meanwhile is dropped.
@@ -613,6 +652,9 @@ impl Peer {
                 self.write_map();
                 return Wants::default();
             }
+            if circumstances.has_failed {
+                return Wants::default();
+            }
             link.progress.take(Step::Begin);
             link.spilled = false;
             let dirty_bytes = self.marks.map.dirty_blocks() * self.block_size.bytes();
@@ -620,7 +662,9 @@ impl Peer {
         }
         if link.phase() == Phase::Resyncing {
             let waits = circumstances.application_is_active;
-            while let Some(action) = link.resync.pick(&self.marks.map, &self.marks.certain, order, waits, now)
+            let Circumstances { absent, .. } = circumstances;
+            while let Some(action) =
+                link.resync.pick(&self.marks.map, &self.marks.certain, (order, *absent), waits, now)
             {
                 self.actions.push_back(action);
             }

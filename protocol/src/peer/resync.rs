@@ -25,6 +25,7 @@ use crate::dirty_map::DirtyMap;
 use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
+use crate::rebuild::Absent;
 use crate::units::{BlockSize, Time};
 use crate::wire::ZERO_LIMIT_BYTES;
 use std::collections::{BTreeMap, VecDeque};
@@ -144,12 +145,13 @@ impl Resync {
         }
     }
 
-    /// The next blocks to read for a copy, if there is room for one. Those that are not `certain` may be compared first.
+    /// The next blocks to read for a copy, if there is room for one. Those that are not `certain` may be compared first. `here`: what
+    /// is being written here, and what is absent.
     pub(super) fn pick<Id>(
         &mut self,
         map: &DirtyMap,
         certain: &DirtyMap,
-        order: &Order<Id>,
+        here: (&Order<Id>, Option<&Absent>),
         application_is_active: bool,
         now: Time,
     ) -> Option<Action>
@@ -178,7 +180,7 @@ impl Resync {
             return None;
         }
         let found =
-            self.find(map, order, self.cursor, u64::MAX).or_else(|| self.find(map, order, 0, self.cursor))?;
+            self.find(map, here, self.cursor, u64::MAX).or_else(|| self.find(map, here, 0, self.cursor))?;
         let (mut blocks, step) = self.choose(found, certain)?;
         let asks = self.expected.may_be_hole() && blocks.end - blocks.start > self.blocks(COPY_BYTES);
         if !asks {
@@ -216,8 +218,14 @@ impl Resync {
         }
     }
 
-    /// The first dirty blocks from `from` on that begin before `until`, are in no copy and under no unfinished write.
-    fn find<Id>(&self, map: &DirtyMap, order: &Order<Id>, from: u64, until: u64) -> Option<Range<u64>>
+    /// The first dirty blocks from `from` on that begin before `until`, are in no copy, under no unfinished write, and not absent.
+    fn find<Id>(
+        &self,
+        map: &DirtyMap,
+        (order, absent): (&Order<Id>, Option<&Absent>),
+        from: u64,
+        until: u64,
+    ) -> Option<Range<u64>>
     where
         Id: std::marker::Copy + PartialEq + std::fmt::Debug,
     {
@@ -233,6 +241,14 @@ impl Resync {
             }
             if let Some((start, _)) = self.under_way.range(run.start..run.end).next() {
                 run.end = *start;
+            }
+            match absent.and_then(|absent| absent.next_missing(&run)) {
+                Some(missing) if missing.start == run.start => {
+                    at = missing.end;
+                    continue;
+                }
+                Some(missing) => run.end = missing.start,
+                None => {}
             }
             match self.unreadable.cut(&run) {
                 Cut::Until(end) => run.end = end,

@@ -52,6 +52,8 @@ fn circumstances(lineage: &[GenerationId]) -> Circumstances<'_> {
         told_before: None,
         may_commit: true,
         active: &Vec::new,
+        absent: None,
+        has_failed: false,
     }
 }
 

@@ -7,7 +7,7 @@ use crate::disk::superblock::Superblock;
 use crate::layers::LayerId;
 use crate::ranges::ByteRange;
 use crate::terms::DataState;
-use crate::units::{HostId, Mark, Position};
+use crate::units::{HostId, Mark, Position, Session};
 use crate::wire::message::Message;
 use std::collections::BTreeMap;
 
@@ -59,6 +59,17 @@ pub enum Action {
         frame: FrameId,
         /// What to read.
         range: ByteRange,
+    },
+    /// Read a range and send it to the primary, in a frame of its own; then [`super::Replica::handle_fetched`].
+    SendContent {
+        /// The session that it is for.
+        session: Session,
+        /// What asked for it.
+        number: u64,
+        /// What to read.
+        range: ByteRange,
+        /// Whether somebody waits for it.
+        is_awaited: bool,
     },
     /// Send a control message to the primary.
     Send(Message),

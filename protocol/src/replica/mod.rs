@@ -29,6 +29,7 @@ mod activity;
 mod change;
 pub mod consent;
 mod gap;
+mod lending;
 pub mod promotion;
 mod receive;
 mod recording;
@@ -38,6 +39,7 @@ pub mod undo;
 pub use action::{Action, FrameId, PrimaryMisbehaved, Report, Settings, Stored};
 pub use change::StateChange;
 pub use gap::{Saved, SpacePolicy};
+pub use lending::NotLent;
 
 use crate::dirty_map::DirtyMap;
 use crate::disk::superblock::{LINEAGE_LIMIT, Superblock};
@@ -46,14 +48,16 @@ use crate::order::Order;
 use crate::planted::{Bug, planted};
 use crate::promise::{Held, TooLong};
 use crate::ranges::ByteRange;
+use crate::rebuild::{FETCH_BYTES, FETCHES};
 use crate::terms::{DataState, Mode, Promise};
 use crate::units::{
-    EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, Sequence, Session, Stream, Time,
+    EXTENT_BYTES, Epoch, Extent, GenerationId, HostId, Mark, Position, SECTOR_BYTES, Sequence, Session,
+    Stream, Time,
 };
 use crate::wire::FRAME_COST_BYTES;
 use crate::wire::message::{
-    Acknowledgement, Alone, AskMark, Commit, CopyDigest, Digest, Hello, Member, Message, Parted, Parting,
-    Refusal, Refused, Release, ResyncBegin, UNREADABLE,
+    Acknowledgement, Alone, AskMark, Commit, CopyDigest, Digest, Fetch, FetchFailed, Hello, Member, Message,
+    Parted, Parting, Refusal, Refused, Release, ResyncBegin, UNREADABLE,
 };
 use crate::wire::{Body, FrameHeader};
 use activity::Log;
@@ -131,6 +135,8 @@ struct Link {
     live_bytes: u64,
     /// Digests for a compare that are not answered.
     digests: usize,
+    /// Reads for the primary that have not ended.
+    fetches: usize,
     durable: Epoch,
     copies: Copies,
     resync: Option<(u64, u64)>,
@@ -303,6 +309,19 @@ impl Replica {
                 self.acknowledge();
                 Ok(())
             }
+            Message::Fetch(Fetch { session: theirs, number, range, is_awaited }) if theirs == session => {
+                let is_sound = range.is_aligned(SECTOR_BYTES)
+                    && (1..=FETCH_BYTES.max(self.superblock.block_size.bytes())).contains(&range.length)
+                    && range.end() <= self.superblock.size_bytes;
+                if !is_sound || link.fetches >= FETCHES {
+                    return Err(PrimaryMisbehaved(
+                        "it asked for more content at once than agreed, or for none",
+                    ));
+                }
+                link.fetches += 1;
+                self.actions.push_back(Action::SendContent { session, number, range, is_awaited });
+                Ok(())
+            }
             Message::Agreed(agreed) if agreed.session == session => {
                 self.agreed(agreed.epoch);
                 Ok(())
@@ -418,6 +437,15 @@ impl Replica {
             self.actions.push_back(Action::Send(answer));
         }
         self.go_on();
+    }
+
+    /// What the primary asked for was read and handed on, or could not be read.
+    pub fn handle_fetched(&mut self, session: Session, number: u64, read: bool) {
+        let Some(link) = self.link.as_mut().filter(|link| link.session == session) else { return };
+        link.fetches -= 1;
+        if !read {
+            self.actions.push_back(Action::Send(FetchFailed { session, number }.into()));
+        }
     }
 
     /// The backing was synced, or could not be: then nothing of it is acknowledged (W5).

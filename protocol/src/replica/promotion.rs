@@ -142,7 +142,9 @@ pub fn record_demotion(
     superblock.role = Role::Replica;
     superblock.fence = fence;
     superblock.heirs.clear();
-    superblock.source = fence;
+    // Of what is absent here, no map of the new primary's says that it differs: it is to take this copy for nobody's (S4).
+    let is_whole = superblock.data == DataState::Consistent || planted(Bug::DemoteAbsent);
+    superblock.source = if is_whole { fence } else { Fence::default() };
     superblock.position = position;
     (superblock.mode, superblock.given, superblock.released) = (Mode::Async, Given::NOTHING, false);
 }

@@ -21,7 +21,7 @@ use crate::terms::{DataState, Fence, Mode};
 use crate::units::{Epoch, Sequence};
 use crate::wire::FRAME_COST_BYTES;
 use crate::wire::message::{
-    Hello, Member, Message, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
+    FEATURES, Hello, Member, Message, RANGES_PER_UNION, Refusal, Refused, Superseded, Union, Welcome,
 };
 use crate::wire::{Body, FrameHeader, VERSIONS};
 use std::collections::VecDeque;
@@ -218,13 +218,14 @@ impl Replica {
             live_under_way: 0,
             live_bytes: 0,
             digests: 0,
+            fetches: 0,
             durable: Epoch(0),
             copies: Copies::default(),
             resync: None,
         });
         let welcome = Welcome {
             version: VERSIONS.1.min(hello.versions.1),
-            features: 0,
+            features: hello.features & FEATURES,
             session: hello.session,
             copy: self.superblock.copy,
             data: self.superblock.data,
@@ -358,9 +359,10 @@ impl Replica {
                 self.admit(frame, header.body);
                 Ok(true)
             }
-            Body::Content { .. } | Body::ContentZero { .. } => {
-                Err(PrimaryMisbehaved("it sent content that nobody asked for"))
-            }
+            Body::Content { .. }
+            | Body::ContentZero { .. }
+            | Body::Fetched { .. }
+            | Body::FetchedZero { .. } => Err(PrimaryMisbehaved("it sent content that nobody asked for")),
         }
     }
 

@@ -922,3 +922,28 @@ fn a_layer_for_a_greeting_that_is_gone_is_begun_again() {
     replica.greet(hello(fence(3, 3), "ba")).unwrap();
     drive(&mut replica, |action| matches!(action, Action::BeginLayer(_)));
 }
+
+/// A primary of before, which had not heard of the newer promotion, wrote to the copy that the newer one was being rebuilt from.
+#[test]
+fn a_copy_that_is_lent_is_nobodys_who_was_promoted_before() {
+    let mut replica = replica("ba");
+    assert!(!replica.is_lent_to(fence(3, 3)));
+    assert_eq!(replica.lend(fence(1, 3)), Err(NotLent::Superseded(fence(2, 2))));
+    assert_eq!(replica.lend(fence(1 << 62, 3)), Err(NotLent::OutOfBounds));
+    replica.lend(fence(3, 3)).unwrap();
+    assert!(!replica.is_lent_to(fence(3, 3)), "it is not recorded yet");
+    let follow = StateChange::Follow { fence: fence(3, 3), agrees: false };
+    assert_eq!(next(&mut replica), Some(Action::WriteState(follow)));
+    replica.handle_state_written(true);
+    assert!(replica.is_lent_to(fence(3, 3)));
+    replica.lend(fence(3, 3)).unwrap();
+    assert_eq!(next(&mut replica), None, "it is lent already");
+    replica.greet(hello(fence(2, 2), "ba")).unwrap();
+    let told = replica.poll_action();
+    assert!(
+        matches!(&told, Some(Action::Send(Message::Superseded(no))) if no.fence == fence(3, 3)),
+        "{told:?}"
+    );
+    let mixture = Superblock { data: DataState::Inconsistent, ..superblock("ba") };
+    assert_eq!(replica_of(mixture, Vec::new()).lend(fence(3, 3)), Err(NotLent::NoImage));
+}

@@ -4,6 +4,7 @@ use super::replies::ReplicaLoss;
 use crate::disk::activity_log::Record;
 use crate::peer;
 use crate::ranges::ByteRange;
+use crate::rebuild::{Absent, Changes, FetchId, Landing};
 pub use crate::units::RequestId;
 use crate::units::{Epoch, GenerationId, HostId, Position, Sequence, Time};
 use std::time::Duration;
@@ -95,6 +96,27 @@ pub enum Action {
         /// What to read.
         range: ByteRange,
     },
+    /// Carry out a read that waited for absent blocks: [`super::Tracker::handle_read`].
+    ReadLocal {
+        /// The read.
+        request: RequestId,
+    },
+    /// Write a part of what was fetched to the backing; then [`super::Tracker::handle_landed`].
+    Land {
+        /// Names the write.
+        landing: u64,
+        /// What of it, and where.
+        part: Landing,
+        /// Whether it reads as zeroes.
+        is_zero: bool,
+    },
+    /// What was fetched is not needed any more.
+    DropFetched(FetchId),
+    /// Write to the file of absent blocks; then [`super::Tracker::handle_absent_written`].
+    WriteAbsent(Changes),
+    /// Nothing is absent any more: record durably that this copy is whole, and remove the file; then
+    /// [`super::Tracker::handle_filled`].
+    Filled,
     /// Something for one peer.
     Peer {
         /// The replica.
@@ -105,7 +127,7 @@ pub enum Action {
 }
 
 /// What a tracker is opened with.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Settings {
     /// The volume's size in bytes.
     pub size_bytes: u64,
@@ -133,6 +155,8 @@ pub struct Settings {
     /// Where this host was demoted in order and promoted again itself, those that the superblock says had everything then
     /// ([`crate::disk::superblock::Superblock::returned`]).
     pub returned: Option<Vec<HostId>>,
+    /// What of this host's own copy is absent, while a rebuild is under way (S4).
+    pub absent: Option<Absent>,
 }
 
 /// How a write to the backing ended.

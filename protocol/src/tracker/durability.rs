@@ -33,6 +33,15 @@ impl Failures {
 impl Tracker {
     /// A sync of the backing has ended.
     pub fn handle_synced(&mut self, synced: bool, now: Time) {
+        if synced && !self.local.failed && self.clears_absent() {
+            return self.drive(now);
+        }
+        self.end_sync(synced, now);
+        self.drive(now);
+    }
+
+    /// A sync has ended, and what follows from it for absent blocks is recorded.
+    pub(super) fn end_sync(&mut self, synced: bool, now: Time) {
         let (covers, flushes) = self.local.running.take().expect("a sync ends once");
         if synced && !self.local.failed {
             self.local.durable = covers;
@@ -42,19 +51,20 @@ impl Tracker {
                 let sequence = self.requests.of(flush).sequence;
                 self.owe(flush, sequence, true, now);
             }
+            self.settled_absent(covers, now);
         } else {
             for flush in flushes {
                 self.fail(flush);
             }
+            self.lose_unsynced_fill();
             self.fail_backing(now);
         }
         self.begin_arrivals(now);
-        self.drive(now);
     }
 
     pub(super) fn flush(&mut self, id: RequestId, now: Time) {
         self.close_epoch();
-        if self.local.durable == self.last && self.local.running.is_none() {
+        if self.local.durable == self.last && self.local.running.is_none() && !self.has_unsynced_fill() {
             return self.owe(id, self.last, true, now);
         }
         self.local.flushes.push(id);
@@ -102,13 +112,17 @@ impl Tracker {
             return;
         }
         let complete = self.pipeline.first_under_way().map_or(self.last, |first| Sequence(first.0 - 1));
-        if self.local.flushes.is_empty() && complete == self.local.durable {
+        let has_more = !self.local.flushes.is_empty() || self.has_unsynced_fill();
+        if !has_more && complete == self.local.durable {
             // Where writes are under way, the sync is wanted when they have ended.
             self.local.wanted = complete < self.last;
             return;
         }
         self.local.wanted = false;
         self.local.running = Some((complete, std::mem::take(&mut self.local.flushes)));
+        if let Some(filling) = &mut self.filling {
+            filling.absent.sync_begins();
+        }
         self.actions.push_back(Action::SyncLocal);
     }
 
@@ -188,6 +202,11 @@ mod tests {
                 return Some(Told::WriteMap(follower));
             }
             Action::ReadDigest { .. } | Action::Peer { .. } => panic!("no replica is connected"),
+            Action::ReadLocal { .. }
+            | Action::Land { .. }
+            | Action::DropFetched(_)
+            | Action::WriteAbsent(_)
+            | Action::Filled => panic!("nothing is absent"),
         }
         None
     }

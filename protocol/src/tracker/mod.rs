@@ -32,6 +32,7 @@ mod action;
 mod agreement;
 mod copy_wait;
 mod durability;
+mod filling;
 mod generation;
 mod holds;
 mod leading;
@@ -56,12 +57,14 @@ use crate::peer::resync::{CopyContent, CopyRead};
 use crate::peer::{self, Circumstances, CompareResult, Handled, Identity, Peer, PeerError, Report};
 use crate::planted::{Bug, planted};
 use crate::ranges::ByteRange;
+use crate::rebuild::FetchId;
 use crate::terms::Mode;
 use crate::units::{EXTENT_BYTES, Epoch, GenerationId, HostId, Position, Sequence, Session, Time};
-use crate::wire::message::Message;
+use crate::wire::message::{FetchFailed, Message};
 use crate::wire::{PAYLOAD_LIMIT_BYTES, ZERO_LIMIT_BYTES};
 use agreement::Agreement;
 use durability::{Failures, Local};
+use filling::Filling;
 use generation::Generations;
 use holds::{Hold, Holds};
 use leading::Leading;
@@ -108,6 +111,8 @@ pub struct Tracker {
     /// How many replicas have joined since the volume was opened.
     joined: u64,
     holds: Holds,
+    /// While blocks of this host's own copy are absent.
+    filling: Option<Filling>,
     closing: bool,
     leading: Leading,
     start: Start,
@@ -118,6 +123,7 @@ pub struct Tracker {
 enum Admitted {
     Write(Sequence),
     Hold(u64),
+    Landing(u64),
 }
 
 #[derive(Debug)]
@@ -146,6 +152,7 @@ impl Tracker {
             active_extents,
             owes_word,
             returned,
+            absent,
         } = settings;
         assert!(active_extents <= CAPACITY, "the active set fits into a record");
         let serial = match log {
@@ -171,11 +178,16 @@ impl Tracker {
             peers: peers.into_iter().map(|peer| (peer.host(), peer)).collect(),
             joined: 0,
             holds: Holds::default(),
+            filling: absent.map(Filling::new),
             closing: false,
             leading: Leading::default(),
             start: Start::default(),
             actions: VecDeque::new(),
         };
+        if let Some(Filling { absent, .. }) = &tracker.filling {
+            let source = tracker.peers.get_mut(&absent.source());
+            source.into_iter().for_each(|peer| peer.set_source(true));
+        }
         if let Some(released) = returned {
             tracker.await_released(&released);
         }
@@ -223,6 +235,7 @@ impl Tracker {
             self.pipeline.copies_due(),
             self.told_timeout(),
             self.held_timeout(),
+            self.fill_timeout(),
         ];
         let others = [epoch].into_iter().chain(self.log.timeouts()).chain(waits);
         peers.chain(others.flatten()).min()
@@ -279,6 +292,9 @@ impl Tracker {
             for peer in self.peers.values_mut() {
                 peer.handle_failed_write(piece.range, sequence);
             }
+        }
+        if let Some(filling) = &mut self.filling {
+            filling.absent.overwritten(sequence, written, now);
         }
         let freed = self.order.finish(Admitted::Write(sequence), piece.range);
         self.run(freed);
@@ -338,6 +354,9 @@ impl Tracker {
         if let Some(peer) = self.peers.get_mut(&host) {
             peer.handle_disconnected(now);
         }
+        if let Some(filling) = self.filling.as_mut().filter(|filling| filling.absent.source() == host) {
+            filling.absent.source_lost();
+        }
         self.drive(now);
     }
 
@@ -347,8 +366,18 @@ impl Tracker {
     /// [`PeerError`] when the session must end; then [`Tracker::handle_disconnected`].
     pub fn handle_message(&mut self, host: HostId, message: Message, now: Time) -> Result<(), PeerError> {
         let Some(peer) = self.peers.get_mut(&host) else { return Ok(()) };
-        if let Handled::Sector(bytes) = peer.handle_message(message, self.last, now)? {
-            self.order.widen_sector(bytes.into());
+        if let Message::FetchFailed(FetchFailed { session, number }) = message
+            && peer.session() == Some(session)
+        {
+            return self.fetch_failed(host, FetchId(number), now);
+        }
+        match peer.handle_message(message, self.last, now) {
+            Ok(Handled::Sector(bytes)) => self.order.widen_sector(bytes.into()),
+            Ok(_) => {}
+            Err(why) => {
+                self.is_estranged_from(host, &why);
+                return Err(why);
+            }
         }
         self.begin_arrivals(now);
         self.drive(now);
@@ -410,6 +439,10 @@ impl Tracker {
     #[must_use]
     pub fn begin_compare(&mut self, host: HostId, now: Time) -> bool {
         let last = self.last;
+        // Of what is absent there is nothing to compare.
+        if self.filling.is_some() {
+            return false;
+        }
         let began = self.peers.get_mut(&host).is_some_and(|peer| peer.begin_compare(last));
         self.drive(now);
         began
@@ -511,6 +544,7 @@ impl Tracker {
             && self.local.running.is_none()
             && self.pipeline.first_under_way().is_none()
             && !self.generations.beginning
+            && self.is_fill_idle()
             && !self.told.is_asked();
         let is_durable = self.local.opened && self.local.durable == self.last;
         let is_done = |peer: &Peer| peer.is_saved() || peer.map_is_out_of_reach();
@@ -614,7 +648,9 @@ impl Tracker {
     /// Begins what nothing stands in the way of any more, after each event.
     fn drive(&mut self, now: Time) {
         self.local.wanted |= self.closing && self.local.durable < self.last;
+        self.want_fill_sync(now);
         self.start_sync();
+        self.fill(now);
         self.answer_failed();
         self.look_for_majority();
         self.look_for_released(now);
@@ -647,6 +683,8 @@ impl Tracker {
         let (mut epoch_end, mut generation) = (false, false);
         let (told_before, mut is_untold) = (self.told.end(), false);
         let opened = Some(self.opened).filter(|_| told_before.is_none());
+        let absent = self.filling.as_ref().map(|filling| &filling.absent);
+        let has_failed = self.local.failed;
         for (peer, may_commit) in self.peers.values_mut().zip(may_commit) {
             let circumstances = Circumstances {
                 application_is_active: is_active,
@@ -656,6 +694,8 @@ impl Tracker {
                 told_before,
                 may_commit,
                 active: &active,
+                absent,
+                has_failed,
             };
             let wants = peer.drive(&self.order, &circumstances, now);
             epoch_end |= wants.epoch_end;

@@ -25,6 +25,8 @@ pub(super) struct Request {
     pub(super) rest: ByteRange,
     pub(super) pieces: u32,
     pub(super) failed: bool,
+    /// Whether blocks that it wrote are absent as far as the file says.
+    pub(super) is_unsettled: bool,
     /// The last write that the answer speaks for.
     pub(super) sequence: Sequence,
 }
@@ -41,7 +43,7 @@ impl Requests {
     /// An application asks for something, of which nothing is done yet.
     pub fn begin(&mut self, id: RequestId, work: Work, rest: ByteRange, last: Sequence, now: Time) {
         self.note_asked(now);
-        let request = Request { work, rest, pieces: 0, failed: false, sequence: last };
+        let request = Request { work, rest, pieces: 0, failed: false, is_unsettled: false, sequence: last };
         assert!(self.open.insert(id, request).is_none(), "a request has a name of its own");
     }
 
@@ -131,7 +133,7 @@ impl Tracker {
 
     /// The piece gets its place in the one order (W1), goes to every peer, and to the backing when it may.
     pub(super) fn begin(&mut self, piece: Piece, now: Time) {
-        if !self.wait_for_copy(piece, now) {
+        if !self.wait_for_fill(piece) && !self.wait_for_copy(piece, now) {
             self.sequence(piece, now);
         }
     }
@@ -144,7 +146,10 @@ impl Tracker {
         let sequence = self.last.next();
         self.last = sequence;
         self.pipeline.sequence(piece, sequence);
-        self.requests.of(piece.request).sequence = sequence;
+        let is_unsettled = self.overwrite_absent(sequence, piece.range);
+        let request = self.requests.of(piece.request);
+        request.sequence = sequence;
+        request.is_unsettled |= is_unsettled;
         let Piece { request, range, zero, fua } = piece;
         let write = peer::LiveWrite { request, range, epoch: self.epoch.number, sequence, zero };
         for peer in self.peers.values_mut() {
@@ -183,6 +188,7 @@ impl Tracker {
                         durable: fua,
                     });
                 }
+                Admitted::Landing(landing) => self.land(landing),
                 Admitted::Hold(hold) => {
                     let Hold { follower, number, range } = self.holds.of(hold);
                     let wanted = self.peer_of(follower).is_some_and(|peer| peer.wants_digest(number));
@@ -224,12 +230,13 @@ impl Tracker {
         if !request.rest.is_empty() {
             self.cut(id);
         } else if request.pieces == 0 {
-            let (sequence, work) = (request.sequence, request.work);
+            let (sequence, work, is_unsettled) = (request.sequence, request.work, request.is_unsettled);
             let durable =
                 matches!(work, super::Work::Write { fua: true, .. } | super::Work::Zero { fua: true, .. });
             match request.failed {
                 true if self.leading.is_superseded => self.answer(id, Err(super::WriteFailed)),
                 true => self.fail(id),
+                false if is_unsettled && self.filling.is_some() => self.settle_absent(id, sequence, durable),
                 false => self.owe(id, sequence, durable, now),
             }
         }

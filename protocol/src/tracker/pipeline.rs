@@ -8,6 +8,8 @@
 //!                                                  └──> AwaitsBound ───────┘
 //! ```
 //!
+//! One that overwrites a part of an absent block comes to `AwaitsFill` instead of beginning, and begins from there.
+//!
 //! A piece that waited for a generation or a bound claims its extents anew where they are no longer active. Within a place
 //! pieces keep the order in which they came to it.
 
@@ -45,6 +47,8 @@ enum Place {
     AwaitsGeneration(Turn),
     /// Replicas may not be told of its epoch yet (X4).
     AwaitsBound(Turn),
+    /// What it overwrites a part of is to be here first (S4).
+    AwaitsFill(Turn),
     /// A copy of what it overwrites is to be durable on a replica first (R2), until this time.
     AwaitsCopy(Turn, Time),
     /// It has its place in the one order (W1), and is written here as soon as nothing that overlaps is.
@@ -62,6 +66,8 @@ pub(super) enum Wait {
     Generation,
     /// That replicas may be told of its epoch.
     Bound,
+    /// That absent blocks are here.
+    Fill,
 }
 
 /// All pieces of writes that have not ended, each in one place.
@@ -101,6 +107,7 @@ impl Pipeline {
             Wait::Copy(until) => Place::AwaitsCopy(turn, until),
             Wait::Generation => Place::AwaitsGeneration(turn),
             Wait::Bound => Place::AwaitsBound(turn),
+            Wait::Fill => Place::AwaitsFill(turn),
         };
         self.put(place, piece);
     }
@@ -181,6 +188,15 @@ impl Pipeline {
     /// Those that wait until replicas may be told of their epoch go on.
     pub(super) fn take_from_bound(&mut self) -> Vec<Piece> {
         self.take(Place::AwaitsBound(Turn::default()), Place::AwaitsBound(Turn::LAST))
+    }
+
+    /// Those that wait for absent blocks and do so no more.
+    pub(super) fn take_from_fill(&mut self, mut is_over: impl FnMut(&Piece) -> bool) -> Vec<Piece> {
+        let (first, last) = (Place::AwaitsFill(Turn::default()), Place::AwaitsFill(Turn::LAST));
+        if !self.is_any(first, last) {
+            return Vec::new();
+        }
+        self.pieces.extract_if(first..=last, |_, piece| is_over(piece)).map(|(_, piece)| piece).collect()
     }
 
     /// Those that arrived and are not begun will not be.

@@ -144,6 +144,7 @@ impl Tracker {
         }
         self.start.refuses = true;
         self.fail_withheld();
+        self.wait_for_fill_no_more(now);
         self.replies.owed.iter_mut().for_each(|owed| owed.due = Some(now));
         self.drive(now);
     }

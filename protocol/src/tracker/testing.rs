@@ -48,6 +48,7 @@ pub(super) fn settings(loss: ReplicaLoss, patience: Duration) -> Settings {
         active_extents: LEAST_ACTIVE_EXTENTS,
         owes_word: false,
         returned: None,
+        absent: None,
     }
 }
 
@@ -77,10 +78,16 @@ pub(super) fn carry_out(tracker: &mut Tracker, action: Action, now: Time) -> Opt
         Action::BeginGeneration { .. } => tracker.handle_generation(Some(GenerationId([2; 16])), now),
         Action::TellUpTo { .. } => tracker.handle_told(true, now),
         Action::WriteLog { .. } => tracker.handle_log_written(true, now),
+        Action::Land { landing, .. } => tracker.handle_landed(landing, true, now),
+        Action::WriteAbsent(_) => tracker.handle_absent_written(true, now),
+        Action::Filled => tracker.handle_filled(true, now),
         Action::Peer { follower, action: peer::Action::WriteMap(_) } => {
             tracker.handle_map_written(follower, true, now);
         }
-        Action::ReadDigest { .. } | Action::Peer { .. } => {}
+        Action::ReadDigest { .. }
+        | Action::ReadLocal { .. }
+        | Action::DropFetched(_)
+        | Action::Peer { .. } => {}
     }
     None
 }

@@ -107,6 +107,11 @@ impl Member {
     }
 }
 
+/// Among the features of [`Hello`] and [`Welcome`]: the replica answers [`Fetch`].
+pub const FEATURE_FETCH: u64 = 1;
+/// All features that this code has.
+pub const FEATURES: u64 = FEATURE_FETCH;
+
 /// The digest of what can't be read, in place of one: no content has it.
 pub const UNREADABLE: [u8; 32] = [0; 32];
 
@@ -115,7 +120,7 @@ pub const UNREADABLE: [u8; 32] = [0; 32];
 pub struct Hello {
     /// The oldest and newest version that the primary speaks.
     pub versions: (u16, u16),
-    /// Optional features that it offers, a bit each; none so far.
+    /// Optional features that it offers, a bit each: [`FEATURES`].
     pub features: u64,
     /// The volume.
     pub volume: VolumeId,
@@ -593,6 +598,50 @@ pub struct Whereabouts {
     pub instance: [u8; 16],
 }
 
+/// A primary has lost its disk, and goes on from the copy of the replica that this is sent to. That one follows the fence durably, makes
+/// all durable that it has, answers [`Recovering`], and keeps primaries away until the stream ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Lend {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The fence of the primary.
+    pub fence: Fence,
+}
+
+/// The primary lacks this content, and wants it from the replica, which answers with one frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Fetch {
+    /// The session.
+    pub session: Session,
+    /// Names the answer.
+    pub number: u64,
+    /// What is wanted.
+    pub range: ByteRange,
+    /// Whether somebody waits for it, so that it goes before what nobody waits for.
+    pub is_awaited: bool,
+}
+
+/// A stream on which the replica is to answer each [`Fetch`] of a session, those that somebody waits for or all others: with
+/// frames, which are all that follows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct Fetching {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The session.
+    pub session: Session,
+    /// Whether it is for those that somebody waits for.
+    pub is_awaited: bool,
+}
+
+/// The replica can't read what a [`Fetch`] asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, bincode::Encode, bincode::Decode)]
+pub struct FetchFailed {
+    /// The session.
+    pub session: Session,
+    /// Which one.
+    pub number: u64,
+}
+
 macro_rules! messages {
     ($($tag:literal => $name:ident),* $(,)?) => {
         /// Any control message.
@@ -682,6 +731,10 @@ messages! {
     31 => Parted,
     32 => Alone,
     33 => AskMark,
+    34 => Fetch,
+    35 => FetchFailed,
+    36 => Fetching,
+    37 => Lend,
     40 => AskOthers,
     41 => Others,
     60 => AskMembers,
@@ -757,7 +810,7 @@ mod tests {
         };
         let other =
             Other { name: "c".into(), host: HostId([1; 32]), addresses: vec!["c:1".into()], standing: None };
-        let rows: [(Message, &str); 14] = [
+        let rows: [(Message, &str); 18] = [
             (
                 acknowledgement.into(),
                 "520000000900010000000000000003020000000000000400000000000000\
@@ -783,6 +836,28 @@ mod tests {
             (Parted { session: Session(1) }.into(), "0a0000001f000100000000000000"),
             (Alone { session: Session(1) }.into(), "0a00000020000100000000000000"),
             (AskMark { session: Session(1) }.into(), "0a00000021000100000000000000"),
+            (
+                Fetch { session: Session(1), number: 2, range: ByteRange::new(512, 1024), is_awaited: true }
+                    .into(),
+                "23000000220001000000000000000200000000000000000200000000000000040000000000\
+                 0001",
+            ),
+            (
+                FetchFailed { session: Session(1), number: 2 }.into(),
+                "120000002300010000000000000002000000\
+                 00000000",
+            ),
+            (
+                Lend { volume: VolumeId([9; 16]), fence: Fence { counter: 2, holder: HostId([8; 32]) } }
+                    .into(),
+                "3a000000250009090909090909090909090909090909020000000000000008080808080808\
+                 08080808080808080808080808080808080808080808080808",
+            ),
+            (
+                Fetching { volume: VolumeId([9; 16]), session: Session(1), is_awaited: true }.into(),
+                "1b00000024000909090909090909090909090909090901000000000000000\
+                 1",
+            ),
             (
                 digest.into(),
                 "320000001b0006000000000000000700000000000000abababababababab\

@@ -163,6 +163,20 @@ pub enum Body {
         /// What reads as zeroes.
         range: ByteRange,
     },
+    /// The answer of a replica to [`message::Fetch`]: content; the payload is as long as the range.
+    Fetched {
+        /// Where the payload was read.
+        range: ByteRange,
+        /// The number of what asked for it.
+        number: u64,
+    },
+    /// The answer of a replica to [`message::Fetch`]: the range reads as zeroes.
+    FetchedZero {
+        /// What reads as zeroes.
+        range: ByteRange,
+        /// The number of what asked for it.
+        number: u64,
+    },
 }
 
 /// A frame's header in parts.
@@ -276,6 +290,8 @@ impl Body {
                 fields(9, ByteRange::default(), number(first), number(second), false)
             }
             Self::CopyDigest { range, number } => fields(10, range, 0, number, false),
+            Self::Fetched { range, number } => fields(11, range, 0, number, true),
+            Self::FetchedZero { range, number } => fields(12, range, 0, number, false),
         }
     }
 
@@ -371,6 +387,8 @@ impl FrameHeader {
             8 => Body::ContentZero { range },
             9 => Body::Generation { generation: generation(epoch.0, number) },
             10 => Body::CopyDigest { range, number },
+            11 => Body::Fetched { range, number },
+            12 => Body::FetchedZero { range, number },
             kind => return Err(FrameError::UnknownKind(kind)),
         };
         let mut covered = *bytes;
@@ -403,7 +421,7 @@ fn range_is_sound(raw: &RawHeader) -> bool {
         return (offset, length, payload) == (0, 0, 0);
     }
     let (has_payload, limit) = match raw.kind {
-        1 | 4 | 7 => (true, u64::from(PAYLOAD_LIMIT_BYTES)),
+        1 | 4 | 7 | 11 => (true, u64::from(PAYLOAD_LIMIT_BYTES)),
         6 => (false, crate::units::EXTENT_BYTES),
         10 => (false, u64::from(PAYLOAD_LIMIT_BYTES)),
         _ => (false, ZERO_LIMIT_BYTES),
@@ -472,6 +490,8 @@ mod tests {
             (Body::Digest { range, number: 7 }, 0),
             (Body::Content { range }, 1024),
             (Body::ContentZero { range }, 0),
+            (Body::Fetched { range, number: 7 }, 1024),
+            (Body::FetchedZero { range, number: 7 }, 0),
             (Body::EpochEnd { epoch, sequence, cut: true }, 0),
             (Body::Generation { generation: GenerationId(*b"0123456789abcdef") }, 0),
             (Body::CopyDigest { range, number: 8 }, 0),

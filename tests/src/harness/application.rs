@@ -44,6 +44,7 @@ impl World {
         let is_open = it.demotion.is_none() && it.superseded.is_none();
         let has_room = is_open && it.application.waiting.len() < self.settings.concurrency;
         if self.is_busy && it.tracker().is_some() && has_room {
+            self.read_by_chance(host);
             let work = self.random_work();
             self.request(host, work);
         }
@@ -161,7 +162,7 @@ impl World {
         }
     }
 
-    fn random_range(&mut self, longest: u64) -> ByteRange {
+    pub(super) fn random_range(&mut self, longest: u64) -> ByteRange {
         let size = self.settings.size_bytes / 512;
         let at = if self.random.once_in(self.settings.cold_requests) {
             self.random.below(size)

@@ -5,7 +5,7 @@ use super::disk::Crash;
 use super::host::{Host, Shell, host_id, host_number};
 use super::roles::generation;
 use super::world::{Event, World};
-use blockmirror_protocol::handover::{End, Event as Came, Handover, Outcome, Step};
+use blockmirror_protocol::handover::{self, End, Event as Came, Handover, Outcome, Step};
 use blockmirror_protocol::succession::{self, Decision};
 use blockmirror_protocol::terms::Fence;
 use blockmirror_protocol::units::HostId;
@@ -37,6 +37,9 @@ impl World {
         }
         let (life, fence) = (it.life, it.superblock.fence);
         let Some(tracker) = it.tracker_mut() else { return };
+        if handover::may_begin(tracker, to.map(host_id)).is_err() {
+            return;
+        }
         tracker.wait_no_more(clock);
         tracker.close(clock);
         let handover = Handover::new(fence, to.map(host_id));

@@ -64,6 +64,7 @@ impl Memory {
 impl World {
     /// Takes in what has changed on the disks, and checks that it may.
     pub(super) fn absorb(&mut self) {
+        self.absorb_sources();
         let changed: Vec<Vec<u64>> = self.hosts.iter_mut().map(|host| host.disk.take_changed()).collect();
         let liar = (0..self.hosts.len()).find(|host| self.is_liar(*host));
         for (host, changed) in self.hosts.iter_mut().zip(&changed) {

@@ -18,6 +18,9 @@ use std::ops::Range;
 /// What a sector holds: the number of the write that put it there, or 0 for zeroes.
 pub type Value = u64;
 
+/// What a read gives of a sector that holds nothing of the volume.
+pub const GARBAGE: Value = 1 << 47;
+
 /// Content of a range.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
@@ -137,6 +140,12 @@ pub struct Disk {
     bad: BTreeSet<u64>,
     /// Sectors that have rotted, whatever was written to them since.
     rotten: BTreeSet<u64>,
+    /// Sectors that hold nothing of the volume: what counts is what another host holds, which [`Disk::content`] gives.
+    garbage: BTreeSet<u64>,
+    /// What that other host holds.
+    truth: BTreeMap<u64, Value>,
+    /// Whether there is such a host; else garbage is content like any other.
+    is_lacking: bool,
 }
 
 impl Disk {
@@ -154,7 +163,83 @@ impl Disk {
             lost: Vec::new(),
             bad: BTreeSet::new(),
             rotten: BTreeSet::new(),
+            garbage: BTreeSet::new(),
+            truth: BTreeMap::new(),
+            is_lacking: false,
         }
+    }
+
+    /// A disk of so many bytes that holds nothing of the volume, of which this is the content elsewhere.
+    #[must_use]
+    pub fn lacking(sector_bytes: u64, size_bytes: u64, content: BTreeMap<u64, Value>) -> Self {
+        let garbage = (0..size_bytes / SECTOR_BYTES).collect();
+        Self { garbage, truth: content.clone(), is_lacking: true, ..Self::holding(sector_bytes, content) }
+    }
+
+    /// Whether any sector holds nothing of the volume, or may after a power loss.
+    #[must_use]
+    pub fn has_garbage(&self) -> bool {
+        let may_be = |versions: &Vec<(u64, Value)>| versions.iter().any(|(_, value)| *value == GARBAGE);
+        !self.garbage.is_empty() || self.versions.values().any(may_be)
+    }
+
+    /// Whether a sector holds nothing of the volume.
+    #[must_use]
+    pub fn is_garbage(&self, sector: u64) -> bool {
+        self.garbage.contains(&sector)
+    }
+
+    /// Whether what another host holds counts where a sector holds nothing.
+    #[must_use]
+    pub fn is_lacking(&self) -> bool {
+        self.is_lacking
+    }
+
+    /// Another host holds this, which counts here where a sector holds nothing.
+    pub fn set_truth(&mut self, sector: u64, value: Value) {
+        self.truth.insert(sector, value);
+        if self.garbage.contains(&sector) {
+            self.set(sector, GARBAGE);
+        }
+    }
+
+    /// Whatever sectors of this range hold, it is not believed.
+    pub fn distrust(&mut self, range: ByteRange) {
+        for sector in sectors(range) {
+            self.versions.remove(&sector);
+            if !self.garbage.contains(&sector) {
+                self.set(sector, GARBAGE);
+            }
+        }
+    }
+
+    /// The sectors that [`Disk::take_changed`] will give, with repetitions.
+    #[must_use]
+    pub fn peek_changed(&self) -> Vec<u64> {
+        self.changed.clone()
+    }
+
+    /// What other hosts hold counts here no more: what is on the disk does.
+    pub fn forget_truth(&mut self) {
+        let garbage = std::mem::take(&mut self.garbage);
+        self.truth.clear();
+        self.changes += u64::from(!garbage.is_empty());
+        self.changed.extend(&garbage);
+        self.content.extend(garbage.into_iter().map(|sector| (sector, GARBAGE)));
+        self.is_lacking = false;
+    }
+
+    /// What counts as the content of a sector that holds this.
+    fn counted(&self, sector: u64, value: Value) -> Value {
+        match value == GARBAGE && self.is_lacking {
+            true => self.truth.get(&sector).copied().unwrap_or_default(),
+            false => value,
+        }
+    }
+
+    /// What is on the disk.
+    fn raw(&self, sector: u64) -> Value {
+        if self.garbage.contains(&sector) { GARBAGE } else { self.value(sector) }
     }
 
     /// A disk that holds this durably.
@@ -223,6 +308,16 @@ impl Disk {
     /// What a read of a range gives.
     #[must_use]
     pub fn read(&self, range: ByteRange) -> Vec<(u64, Value)> {
+        if self.garbage.range(sectors(range)).next().is_none() {
+            return self.counted_in(range);
+        }
+        let held = sectors(range).map(|sector| (sector, self.raw(sector)));
+        held.filter(|(_, value)| *value != 0).collect()
+    }
+
+    /// What counts as the content of a range.
+    #[must_use]
+    pub fn counted_in(&self, range: ByteRange) -> Vec<(u64, Value)> {
         self.content.range(sectors(range)).map(|(sector, value)| (*sector, *value)).collect()
     }
 
@@ -289,6 +384,13 @@ impl Disk {
         let affected = self.affected(wide, &data);
         self.changed.extend(affected);
         self.running.insert(id, Running::Write { range: wide, data, durable, fails });
+    }
+
+    /// All of it is synced while nothing is written.
+    pub fn sync_now(&mut self) {
+        assert!(self.running.is_empty(), "nothing is being written");
+        self.make_durable(self.clock);
+        self.versions.clear();
     }
 
     /// Begins a sync.
@@ -379,14 +481,14 @@ impl Disk {
     #[must_use]
     pub fn possible(&self, sector: u64) -> Vec<Value> {
         let mut values: Vec<Value> = match self.versions.get(&sector) {
-            Some(versions) => versions.iter().map(|(_, value)| *value).collect(),
+            Some(versions) => versions.iter().map(|(_, value)| self.counted(sector, *value)).collect(),
             None => vec![self.value(sector)],
         };
         for running in self.running.values() {
             if let Running::Write { range, data, fails: false, .. } = running
                 && sectors(*range).contains(&sector)
             {
-                values.push(data.at(sector));
+                values.push(self.counted(sector, data.at(sector)));
             }
         }
         values
@@ -452,11 +554,15 @@ impl Disk {
     fn affected(&self, range: ByteRange, data: &Data) -> BTreeSet<u64> {
         let held = self.content.range(sectors(range)).map(|(sector, _)| *sector);
         let older = self.versions.range(sectors(range)).map(|(sector, _)| *sector);
-        held.chain(older).chain(data.not_zero(range).into_iter().map(|(sector, _)| sector)).collect()
+        let lacking = self.garbage.range(sectors(range)).copied();
+        held.chain(older)
+            .chain(lacking)
+            .chain(data.not_zero(range).into_iter().map(|(sector, _)| sector))
+            .collect()
     }
 
     fn store(&mut self, sector: u64, value: Value, durable: bool) {
-        let old = self.value(sector);
+        let old = self.raw(sector);
         if durable {
             self.versions.remove(&sector);
         } else if old != value {
@@ -468,6 +574,11 @@ impl Disk {
     fn set(&mut self, sector: u64, value: Value) {
         self.changes += 1;
         self.changed.push(sector);
+        match value == GARBAGE && self.is_lacking {
+            true => self.garbage.insert(sector),
+            false => self.garbage.remove(&sector),
+        };
+        let value = self.counted(sector, value);
         if value == 0 {
             self.content.remove(&sector);
         } else {
@@ -505,7 +616,7 @@ impl Disk {
                 self.versions.insert(sector, versions);
             }
             self.changed.push(sector);
-            if self.value(sector) != newest {
+            if self.raw(sector) != newest {
                 self.set(sector, newest);
                 self.lost.push(sector);
             }

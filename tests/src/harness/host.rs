@@ -150,6 +150,8 @@ pub(super) enum SuperblockWork {
     Generation { kept: Vec<GenerationId>, first: Epoch, end: Epoch },
     /// Up to which epoch others may be told.
     Told(Epoch),
+    /// That nothing is absent any more.
+    Filled,
 }
 
 /// The name of a host.
@@ -447,6 +449,9 @@ impl World {
         it.doubts.clear();
         it.disk.crash(crash, &mut self.random);
         it.files.crash(&mut self.random);
+        if self.settings.rebuilds {
+            it.distrust_absent();
+        }
         if let Shell::Rewriting(rewriting) = std::mem::replace(&mut it.shell, Shell::Down) {
             self.rewriting_has_crashed(host, rewriting.purpose);
         }

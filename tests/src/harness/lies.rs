@@ -63,6 +63,8 @@ impl World {
             choices_change: false,
             members_change: false,
             disk_losses: 0,
+            // A primary has from its source what that one says.
+            rebuilds: false,
             set_backs: 0,
             touches: 0,
             sleeps: 0,
@@ -97,7 +99,8 @@ impl World {
 
     /// What arrives in place of a packet: nothing where it is none that a connection would let through.
     pub(super) fn lie(&mut self, link: LinkId, channel: Channel, packet: Packet) -> Option<Packet> {
-        let speaker = if channel == Channel::ToDialler { link.listener } else { link.dialler };
+        let is_back = matches!(channel, Channel::ToDialler | Channel::Fetched);
+        let speaker = if is_back { link.listener } else { link.dialler };
         let Some(lies) = &mut self.lies else { return Some(packet) };
         if lies.sent.len() < REMEMBERED {
             lies.sent.push((channel, packet.clone()));
@@ -200,6 +203,12 @@ fn changed_frame(header: FrameHeader, random: &mut Random) -> Option<FrameHeader
         }
         Body::Content { range } => Body::Content { range: place(range, random) },
         Body::ContentZero { range } => Body::ContentZero { range: place(range, random) },
+        Body::Fetched { range, number: asked } => {
+            Body::Fetched { range: place(range, random), number: number(asked, random) }
+        }
+        Body::FetchedZero { range, number: asked } => {
+            Body::FetchedZero { range: place(range, random), number: number(asked, random) }
+        }
     };
     let session = Session(number(header.session.0, random));
     let header = FrameHeader { session, stream: Stream(header.stream.0), body };

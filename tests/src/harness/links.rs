@@ -54,6 +54,8 @@ pub enum Channel {
     Live,
     /// Copies.
     Bulk,
+    /// What the listener sends of its content to the dialler, which lacks it.
+    Fetched,
 }
 
 /// What a stream carries.
@@ -103,7 +105,7 @@ pub struct Link {
     pub united_by: Option<Fence>,
     /// What the dialler's application had written before it.
     pub written_before_bytes: u64,
-    queues: [Queue; 4],
+    queues: [Queue; 5],
 }
 
 impl Link {
@@ -124,6 +126,7 @@ impl Link {
     /// Ends the connection, and gives the frames that were on their way.
     fn cut(&mut self) -> impl Iterator<Item = (FrameHeader, Data)> + use<> {
         self.is_up = false;
+        self.queues[Channel::Fetched as usize].packets.clear();
         let packets = std::mem::take(&mut self.queues).into_iter().flat_map(|queue| queue.packets);
         packets.filter_map(|packet| match packet {
             Packet::Message(_) => None,
@@ -250,6 +253,7 @@ impl World {
         let Some(packet) = self.lie(id, channel, packet) else { return self.cut(id) };
         match channel {
             Channel::ToDialler => self.dialler_receives(id, packet),
+            Channel::Fetched => self.dialler_fetches(id, packet),
             Channel::ToListener | Channel::Live | Channel::Bulk => self.listener_receives(id, packet),
         }
     }

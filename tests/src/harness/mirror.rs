@@ -193,6 +193,12 @@ impl Mirror {
         Self { data: DataState::Consistent, image: Some(image), ..Self::default() }
     }
 
+    /// Nothing can be had of the disk.
+    #[must_use]
+    pub fn of_mixture() -> Self {
+        Self { data: DataState::Inconsistent, ..Self::default() }
+    }
+
     /// What can be had of a disk that only its history leads back on.
     #[must_use]
     pub fn of_point(point: &HistoryPoint) -> Self {

@@ -7,6 +7,7 @@ use super::links::LinkId;
 use super::world::{Event, World};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::terms::Mode;
+use blockmirror_protocol::tracker::Tracker;
 use blockmirror_protocol::tracker::replies::ReplicaLoss;
 use blockmirror_protocol::units::SECTOR_BYTES;
 use std::time::Duration;
@@ -46,6 +47,10 @@ impl World {
         if self.random.once_in(self.settings.disk_losses) {
             return self.lose_disk(primary, link.listener);
         }
+        let rebuild = self.hosts[primary].tracker().and_then(Tracker::rebuild);
+        if self.settings.rebuilds && self.random.once_in(if rebuild.is_some() { 3 } else { 12 }) {
+            return self.go_on_elsewhere(primary);
+        }
         if self.settings.members_change && self.random.once_in(8) {
             return self.change_members(primary);
         }
@@ -82,8 +87,9 @@ impl World {
                 self.spoil(host);
             }
             _ => {
-                if self.random.once_in(3) && self.hosts[link.listener].is_up() {
-                    self.replace(link.listener);
+                let host = link.listener;
+                if self.random.once_in(3) && self.hosts[host].is_up() && !self.is_source(host) {
+                    self.replace(host);
                 }
             }
         }
@@ -248,9 +254,31 @@ impl World {
         self.plan(wait, Event::PromoteByRule(replica, life));
     }
 
+    /// An operator goes on with another host than the primary, which may not hear of it for a while; and loses that one's disk.
+    fn go_on_elsewhere(&mut self, primary: usize) {
+        let hosts: Vec<usize> = (0..self.hosts.len()).collect();
+        let host = self.random.pick(&hosts);
+        let by_rule = self.random.once_in(2);
+        if self.random.once_in(2) {
+            self.take_down(primary, Crash::Process);
+        }
+        match by_rule {
+            true => self.promote_by_rule(host),
+            false => self.promote(host),
+        }
+        let source = self.random.pick(&hosts);
+        if source != host && source != primary {
+            let (wait, life) = (self.random.up_to(self.settings.outage), self.hosts[source].life);
+            self.plan(wait, Event::Recover(host, source, life));
+        }
+    }
+
     /// The disk of a primary or of a replica is lost, and recovered from any other host.
     fn lose_disk(&mut self, primary: usize, replica: usize) {
-        let host = self.random.pick(&[primary, replica]);
+        let host = match self.settings.rebuilds && self.is_source(replica) {
+            true => primary,
+            false => self.random.pick(&[primary, replica]),
+        };
         let others: Vec<usize> = (0..self.hosts.len()).filter(|other| *other != host).collect();
         let source = self.random.pick(&others);
         let life = self.hosts[source].life;

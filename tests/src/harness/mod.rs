@@ -30,6 +30,7 @@ pub mod primary;
 pub mod promises;
 pub mod promotion;
 pub mod random;
+pub mod rebuilding;
 pub mod recovery;
 pub mod replica;
 mod resolution;

@@ -6,6 +6,7 @@ use super::history::History;
 use super::host::{Shell, SuperblockWork, VOLUME, host_id};
 use super::links::LinkId;
 use super::promises::Promises;
+use super::rebuilding::Rebuilding;
 use super::settings::lineage_limit;
 use super::world::World;
 use blockmirror_protocol::disk::superblock::{self, Superblock};
@@ -25,6 +26,8 @@ use std::time::Duration;
 pub(super) enum DiskWork {
     Write(Sequence, ByteRange, bool),
     Sync,
+    /// A part of what was fetched.
+    Land(u64),
     /// For a copy, or for its digest.
     Copy(Follower, CopyRead, ByteRange, bool),
     Digest(u64, ByteRange),
@@ -39,6 +42,10 @@ pub(super) enum FileWork {
     Generation(GenerationId, Ends),
     /// What the superblock said before.
     Told(Ends),
+    /// The file of absent blocks.
+    Absent,
+    /// That nothing is absent any more.
+    Filled,
 }
 
 /// The shell of a primary, and what it has under way.
@@ -48,6 +55,7 @@ pub struct PrimaryShell {
     pub tracker: Tracker,
     /// What was read for copies to each host, and neither sent nor dropped yet.
     pub(super) copies: BTreeMap<(Follower, CopyRead), (ByteRange, Data)>,
+    pub(super) rebuilding: Rebuilding,
     disk_work: BTreeMap<DiskOperation, DiskWork>,
     file_work: BTreeMap<FileOperation, FileWork>,
 }
@@ -81,7 +89,10 @@ impl PrimaryShell {
     /// Whether the superblock is being written.
     pub(super) fn is_recording(&self) -> bool {
         let is_recording = |work: &FileWork| {
-            matches!(work, FileWork::Peer(_) | FileWork::Generation(..) | FileWork::Told(_))
+            matches!(
+                work,
+                FileWork::Peer(_) | FileWork::Generation(..) | FileWork::Told(_) | FileWork::Filled
+            )
         };
         self.file_work.values().any(is_recording)
     }
@@ -94,6 +105,7 @@ impl World {
         let (peers, now) = (self.hosts[host].members.peers(), self.clock_of_primary(host));
         self.void_other_maps(host);
         let it = &mut self.hosts[host];
+        let absent = it.open_absent();
         let run = it.superblock.next_run();
         it.superblock.begin_run(run.expect("a run is left"));
         it.write_superblock_now();
@@ -125,6 +137,7 @@ impl World {
             active_extents: self.settings.active_extents,
             returned: it.superblock.returned(),
             owes_word: it.members.removed().any(|removed| modes[removed] == Mode::Sync),
+            absent,
         };
         let mut tracker = Tracker::new(settings, &log, sessions);
         if starts {
@@ -133,6 +146,7 @@ impl World {
         it.shell = Shell::Primary(Box::new(PrimaryShell {
             tracker,
             copies: BTreeMap::new(),
+            rebuilding: Rebuilding::default(),
             disk_work: BTreeMap::new(),
             file_work: BTreeMap::new(),
         }));
@@ -202,6 +216,16 @@ impl World {
                 let id = self.start_primary_disk(host, DiskWork::Sync);
                 self.hosts[host].disk.sync(id);
             }
+            Action::ReadLocal { request } => self.read_here(host, request),
+            Action::Land { landing, part, is_zero } => self.land(host, landing, part, is_zero),
+            Action::DropFetched(fetch) => self.drop_fetched(host, fetch),
+            Action::WriteAbsent(changes) => self.write_absent(host, &changes),
+            Action::Filled => {
+                self.check_filled(host);
+                self.hosts[host].superblock_work.push_back(SuperblockWork::Filled);
+                self.record_next(host);
+            }
+            Action::Reply { request, .. } if self.read_failed(host, request) => {}
             Action::Reply { request, result } => self.replied(host, request, result.is_ok()),
             Action::ReadDigest { hold, range } => {
                 let id = self.start_primary_disk(host, DiskWork::Digest(hold, range));
@@ -220,7 +244,7 @@ impl World {
         match (shell.disk_work.remove(&id).expect("it is known"), ended) {
             (DiskWork::Write(sequence, range, durable), Ended::Done(good)) => {
                 if !good {
-                    let left = Data::Sparse(it.disk.read(range));
+                    let left = Data::Sparse(it.disk.counted_in(range));
                     it.history.record(sequence, range, left);
                 }
                 let ended = match good {
@@ -230,6 +254,7 @@ impl World {
                 };
                 tracker.handle_local_written(sequence, ended, now);
             }
+            (DiskWork::Land(landing), Ended::Done(good)) => tracker.handle_landed(landing, good, now),
             (DiskWork::Sync, Ended::Done(good)) => tracker.handle_synced(good, now),
             (DiskWork::Copy(peer, read, range, is_digest), Ended::Read(data)) => {
                 let is_hole = |data: &Data| data.hole_bytes(range) == range.length;
@@ -280,6 +305,16 @@ impl World {
                 self.session_recorded(link, good);
                 self.record_next(host);
             }
+            FileWork::Absent => shell.tracker.handle_absent_written(good, now),
+            FileWork::Filled => {
+                shell.tracker.handle_filled(good, now);
+                let it = &mut self.hosts[host];
+                match good {
+                    true => it.superblock_written(),
+                    false => it.superblock.note_absent(),
+                }
+                self.record_next(host);
+            }
             FileWork::Told(before) => {
                 shell.tracker.handle_told(good, now);
                 let it = &mut self.hosts[host];
@@ -317,6 +352,10 @@ impl World {
             Some(SuperblockWork::Session(link)) => {
                 it.superblock.session = it.superblock.next_session(shell.tracker.sessions_above());
                 FileWork::Peer(link)
+            }
+            Some(SuperblockWork::Filled) => {
+                it.superblock.note_filled();
+                FileWork::Filled
             }
             Some(SuperblockWork::Told(end)) => {
                 let before = it.superblock.ends.clone();

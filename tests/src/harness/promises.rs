@@ -74,7 +74,7 @@ impl Promises {
     /// The primary starts again, and what its disk holds now counts like a later write.
     pub fn restarted(&mut self, disk: &Disk) {
         self.clock += 1;
-        for (sector, entries) in &mut self.sectors {
+        for (sector, entries) in self.sectors.iter_mut().filter(|(sector, _)| !disk.is_garbage(**sector)) {
             let again = Entry {
                 value: disk.value(*sector),
                 issued: self.clock,
@@ -174,7 +174,8 @@ impl Promises {
 
     /// The primary's host lost power: what its disk holds now, it holds durably.
     pub fn power_was_lost(&mut self, disk: &Disk) {
-        for (sector, entries) in &mut self.sectors {
+        // What is absent there is still on its way to the host that has it.
+        for (sector, entries) in self.sectors.iter_mut().filter(|(sector, _)| !disk.is_garbage(**sector)) {
             let value = disk.value(*sector);
             entries.retain(|entry| entry.value == value);
             entries.drain(..entries.len().saturating_sub(1));

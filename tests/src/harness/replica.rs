@@ -14,7 +14,7 @@ use blockmirror_protocol::lineage::{self, Relation};
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::{self, Action, FrameId, Replica, Saved, SpacePolicy, StateChange};
 use blockmirror_protocol::terms::{DataState, Fence};
-use blockmirror_protocol::units::Sequence;
+use blockmirror_protocol::units::{Sequence, Session};
 use blockmirror_protocol::wire::FrameHeader;
 use blockmirror_protocol::wire::message::{Members, Message, Superseded};
 use std::collections::{BTreeMap, VecDeque};
@@ -28,6 +28,8 @@ enum DiskWork {
     Apply(FrameId),
     Sync,
     Digest(FrameId, ByteRange),
+    /// What the primary lacks, for a session.
+    Content(Session, u64, ByteRange),
 }
 
 #[derive(Debug)]
@@ -347,6 +349,10 @@ impl World {
                 let id = self.start_replica_disk(host, DiskWork::Digest(frame, range));
                 self.hosts[host].disk.begin_read(id, range);
             }
+            Action::SendContent { session, number, range, .. } => {
+                let id = self.start_replica_disk(host, DiskWork::Content(session, number, range));
+                self.hosts[host].disk.begin_read(id, range);
+            }
             Action::Send(message) => self.answer(host, &message),
         }
     }
@@ -413,6 +419,14 @@ impl World {
                 shell.payloads.remove(&frame).expect("it was asked for");
                 let is_read = !fails && disk.can_read(range);
                 shell.machine.handle_digest(frame, is_read.then(|| digest(range, &data)));
+            }
+            (DiskWork::Content(session, number, range), Ended::Read(data)) => {
+                let is_read = !fails && disk.can_read(range);
+                shell.machine.handle_fetched(session, number, is_read);
+                let link = shell.speaker.filter(|_| is_read && shell.machine.session() == Some(session));
+                if let Some(link) = link.filter(|link| self.is_served(*link)) {
+                    self.send_content(link, session, number, range, data);
+                }
             }
             (work, ended) => panic!("{work:?} ended as {ended:?}"),
         }

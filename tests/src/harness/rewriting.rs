@@ -10,7 +10,7 @@ use super::resolution::Yielding;
 use super::world::World;
 use blockmirror_protocol::disk::activity_log::{self, Recovered};
 use blockmirror_protocol::disk::superblock::{self, Superblock};
-use blockmirror_protocol::disk::{dirty_map, marker, slot_offset};
+use blockmirror_protocol::disk::{absent, dirty_map, marker, slot_offset};
 use blockmirror_protocol::layers::LayerId;
 use blockmirror_protocol::ranges::ByteRange;
 use blockmirror_protocol::replica::Replica;
@@ -133,6 +133,12 @@ impl World {
         match order {
             Order::Write(Part::Map(peer)) => self.rewrite_map(host, peer),
             Order::Write(Part::Mark(mark)) => self.rewrite_mark(host, mark),
+            Order::Write(Part::Absent(source)) => {
+                let it = &mut self.hosts[host];
+                it.files.remove(absent::FILE_NAME);
+                let batches = it.absent_batches(source);
+                self.rewrite_file(host, absent::FILE_NAME, batches);
+            }
             Order::Write(Part::Superblock(change)) => {
                 let mut said = self.hosts[host].superblock.clone();
                 self.rewriting(host).rewrite.change(change, &mut said);

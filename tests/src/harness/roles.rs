@@ -66,7 +66,12 @@ impl World {
         }
         end.record(&mut it.superblock, own);
         it.write_superblock_now();
-        it.mirror = Mirror::of_primary(&it.disk, &it.promises);
+        it.mirror = match it.superblock.data {
+            DataState::Consistent => Mirror::of_primary(&it.disk, &it.promises),
+            // What is absent there is what the disk holds from now on, whatever that is.
+            _ => Mirror::of_mixture(),
+        };
+        it.disk.forget_truth();
         self.differences.forget(host);
     }
 

@@ -42,6 +42,8 @@ pub struct Settings {
     /// How many starts of a host there are for one before which a page of its metadata rots; none where 0. Where there are any,
     /// sectors of copies rot in the end.
     pub rots: u64,
+    /// Whether primaries whose disks are lost serve at once, and are filled from a replica meanwhile.
+    pub rebuilds: bool,
     /// One mishap in so many is a disk that is lost, whose content is recovered from another host; 0 for none.
     pub disk_losses: u64,
     /// One save of pre-images in so many finds no room; 0 for none.
@@ -116,7 +118,8 @@ impl Settings {
             52..=57 => Self::rewound(random, seconds),
             58..=60 => Self::peopled(random, seconds),
             61..=63 => Self::paired(random, seconds),
-            64..=71 => Self::recovered(random, seconds),
+            64..=67 => Self::recovered(random, seconds),
+            68..=71 => Self::rebuilt(random, seconds),
             _ => Self::small(random, seconds),
         }
     }
@@ -140,6 +143,7 @@ impl Settings {
             hangs: 0,
             rots: 0,
             disk_losses: 0,
+            rebuilds: false,
             space_failures: 0,
             space: SpacePolicy::Pause,
             modes: vec![Mode::Async; 4],
@@ -313,6 +317,34 @@ impl Settings {
             set_backs: 0,
             loss: ReplicaLoss::Continue,
             has_operators: true,
+            ..base
+        }
+    }
+
+    /// Disks of primaries are lost again and again, and are filled from a replica while applications write to them.
+    fn rebuilt(random: &mut Random, seconds: u64) -> Self {
+        let base = if random.once_in(3) { Self::calm(random, seconds) } else { Self::small(random, seconds) };
+        let hosts = 2 + random.below(2) as usize;
+        // Few sectors: each of them is looked at again and again; or so many that the source is in sync long before the end.
+        let is_long = random.once_in(3);
+        let size_bytes = if is_long { 6 << 20 } else { 256 << 10 } + 512 * random.below(4096);
+        Self {
+            size_bytes,
+            hot_spots: (0..1 + random.below(4)).map(|_| random.below(size_bytes / 512) * 512).collect(),
+            sector_bytes: (0..hosts).map(|_| random.pick(&[512, 512, 4096])).collect(),
+            disk_delay: vec![Duration::from_millis(random.pick(&[2, 10, 30])); 4],
+            sync_delay: Duration::ZERO,
+            link_delay: Duration::from_millis(random.pick(&[2, 20])),
+            disk_failures: random.pick(&[0, 60, 200, 2000]),
+            bad_sectors: false,
+            choices_change: false,
+            members_change: false,
+            state_failures: random.once_in(4),
+            rebuilds: true,
+            disk_losses: random.pick(&[3, 8]),
+            set_backs: 0,
+            has_operators: false,
+            outage: Duration::from_millis(random.pick(&[50, 300])),
             ..base
         }
     }
@@ -500,6 +532,7 @@ impl Settings {
             hangs: 0,
             rots: 0,
             disk_losses: random.pick(&[0, 0, 8]),
+            rebuilds: false,
             space_failures: random.pick(&[0, 0, 20]),
             space: random.pick(&[SpacePolicy::Pause, SpacePolicy::GoOn]),
             modes: (0..4).map(|_| random.pick(&[Mode::Async, Mode::SemiSync, Mode::Sync])).collect(),

@@ -260,6 +260,18 @@ impl CarryOut<ReleaseRequest> for Fake {
     }
 }
 
+impl CarryOut<RebuildRequest> for Fake {
+    async fn carry_out(&self, volume: Name, request: RebuildRequest) -> Result<Rebuilding, Failure> {
+        let RebuildRequest { backing, from, overwrite } = request;
+        let from = from.map(|from| from.to_string()).unwrap_or_default();
+        self.note(format!("rebuild {volume} {} {from} {overwrite}", backing.display()));
+        let mut volume = self.find(&volume)?.clone();
+        volume.facts.backing = backing;
+        let (source, silent) = ("b".parse().unwrap(), vec!["c".parse().unwrap()]);
+        Ok(Rebuilding { schema: REBUILDING_SCHEMA.to_owned(), volume, source, silent })
+    }
+}
+
 impl CarryOut<ForgetRequest> for Fake {
     async fn carry_out(&self, volume: Name, _: ForgetRequest) -> Result<Forgetting, Failure> {
         self.note(format!("forget {volume}"));

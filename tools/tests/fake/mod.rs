@@ -46,6 +46,7 @@ pub fn volume(name: &str, role: Role) -> VolumeFacts {
         data: Some(CopyState::Consistent),
         epoch: Some(12),
         blocked: None,
+        rebuild: None,
         health: Health::default(),
         touched: None,
         backing_users: Vec::new(),

@@ -314,6 +314,35 @@ pub struct Forgetting {
     pub forgotten_bytes: u64,
 }
 
+/// Has a primary take another disk for its own: it serves from a replica at once, and fills the disk meanwhile. Answered by
+/// [`Rebuilding`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RebuildRequest {
+    /// The disk or image file; an image is made.
+    pub backing: PathBuf,
+    /// The host to rebuild from; null for one that none has later content than.
+    pub from: Option<Name>,
+    /// Whether that is wanted also where this host's copy is a good one, and whatever is on the disk.
+    pub overwrite: bool,
+}
+
+/// The schema of [`Rebuilding`].
+pub const REBUILDING_SCHEMA: &str = "blockmirror/rebuilding/v1";
+
+/// A rebuild that has begun.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Rebuilding {
+    /// [`REBUILDING_SCHEMA`].
+    pub schema: String,
+    /// The volume, as it is served now.
+    pub volume: VolumeStatus,
+    /// The host that it is served from.
+    pub source: Name,
+    /// The hosts that did not say how up to date they are.
+    pub silent: Vec<Name>,
+}
+
 /// Takes this host's loop device of the volume away. Answered by [`Release`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

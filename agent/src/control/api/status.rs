@@ -124,11 +124,33 @@ pub struct VolumeFacts {
     /// On a primary whose writes wait, or would wait, until more replicas are in sync: how it stands with that.
     #[serde(default)]
     pub blocked: Option<Blocked>,
+    /// On a primary whose disk is being filled from a replica: how far that is.
+    #[serde(default)]
+    pub rebuild: Option<Rebuild>,
     /// What keeps it from its service, or did.
     #[serde(default)]
     pub health: Health,
     /// The other hosts.
     pub peers: Vec<PeerStatus>,
+}
+
+/// A primary's disk that is being filled from a replica, which the volume is served from meanwhile.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Rebuild {
+    /// The replica.
+    pub source: String,
+    /// How much is not on the disk yet, in bytes.
+    pub missing_bytes: u64,
+    /// Whether it goes on: the replica is connected.
+    pub is_reached: bool,
+    /// How many requests wait for what is not here.
+    pub waiting: usize,
+    /// How much of it the replica can't read, in bytes.
+    pub unreadable_bytes: u64,
+    /// Whether the state folder can't be written, so that flushes wait.
+    pub is_unrecorded: bool,
+    /// Whether the replica can be the source no more: its copy is another one, or it went on by itself.
+    pub is_source_lost: bool,
 }
 
 /// What keeps a volume from its service, or did so since the agent's start.
@@ -240,6 +262,7 @@ impl VolumeFacts {
             epoch: None,
             succession: Succession::default(),
             blocked: None,
+            rebuild: None,
             health: Health::default(),
             peers: config.peers.iter().map(PeerStatus::unknown).collect(),
         }

@@ -9,6 +9,7 @@ use crate::control::api::{
 use crate::control::verbs::{CarryOut, PeerOf};
 use crate::primary::NotCompared;
 use crate::quantity::Size;
+use crate::supervisor::rebuilding::must_not_be_source;
 use crate::supervisor::{Supervisor, failed, refused};
 use crate::verdict;
 use crate::volume::Ask;
@@ -138,6 +139,9 @@ impl CarryOut<CompareRequest> for Operator {
 impl Supervisor {
     async fn set_paused(&self, PeerOf { volume, peer }: PeerOf, paused: bool) -> Result<PeerStatus, Failure> {
         let host = self.peer_of(&volume, &peer).await?.host;
+        if paused {
+            must_not_be_source(&self.one_status(&volume).await?, &peer)?;
+        }
         self.change_config(&volume, |config| {
             for peer in config.peers.iter_mut().filter(|peer| peer.host == host) {
                 peer.paused = paused;

@@ -23,7 +23,7 @@ pub struct Operator(pub Arc<Supervisor>);
 
 impl Supervisor {
     /// Has a volume do something, which it goes on with when the tool goes away.
-    async fn order<Done>(
+    pub(super) async fn order<Done>(
         &self,
         volume: &Name,
         order: impl FnOnce(Answer<Done>) -> Ask,

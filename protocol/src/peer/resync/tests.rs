@@ -39,7 +39,7 @@ impl Harness {
         let order = Order::<u8>::new(512);
         let active = application_is_active;
         let picked = std::iter::from_fn(|| {
-            match self.resync.pick(&self.map, &self.certain, &order, active, Time::default())? {
+            match self.resync.pick(&self.map, &self.certain, (&order, None), active, Time::default())? {
                 Action::ReadCopy { read, range, digest } => Some((read, range, digest)),
                 action => panic!("it asks for {action:?}"),
             }
@@ -210,7 +210,7 @@ fn a_write_in_a_large_range_narrows_it_no_further_than_a_copy() {
     harness.resync.expected = Expected::HOLE;
     let mut order = Order::<u8>::new(512);
     let _ = order.admit(1, ByteRange::new(3 * COPY_BYTES, 4096));
-    let picked = harness.resync.pick(&harness.map, &harness.certain, &order, false, Time::default());
+    let picked = harness.resync.pick(&harness.map, &harness.certain, (&order, None), false, Time::default());
     let Some(Action::ReadCopy { range, .. }) = picked else { panic!("{picked:?}") };
     assert_eq!(range, ByteRange::new(0, COPY_BYTES));
 }
@@ -283,7 +283,7 @@ impl Harness {
     fn copy_from(&mut self, disk: &BadDisk, now: Time) -> usize {
         let order = Order::<u8>::new(512);
         let mut reads = 0;
-        while let Some(action) = self.resync.pick(&self.map, &self.certain, &order, false, now) {
+        while let Some(action) = self.resync.pick(&self.map, &self.certain, (&order, None), false, now) {
             let Action::ReadCopy { read, range, digest } = action else { panic!("it asks for {action:?}") };
             reads += 1;
             let blocks = range.blocks(BlockSize::default());
@@ -366,7 +366,7 @@ fn a_read_that_failed_beside_a_write_to_its_block_is_made_again_at_once() {
     harness.copy_from(&disk, Time::default());
     let due = harness.resync.timeout().expect("it is tried again");
     let order = Order::<u8>::new(512);
-    let pick = harness.resync.pick(&harness.map, &harness.certain, &order, false, due);
+    let pick = harness.resync.pick(&harness.map, &harness.certain, (&order, None), false, due);
     let Some(Action::ReadCopy { read, .. }) = pick else { panic!("it is read, and not {pick:?}") };
     harness.resync.rewritten(&(300..301));
     assert_eq!(harness.resync.read_ended(read, CopyContent::Failed, due), None);
