@@ -5,6 +5,7 @@ mod devices;
 mod growth;
 mod latency;
 mod memory;
+mod rebuild;
 mod replica;
 mod resync;
 mod sync;
@@ -37,6 +38,7 @@ pub const ALL: &[Group] = &[
     group("replica", "writing with one asynchronous replica on this machine", replica::run),
     group("sync", "flushes and writes in mode sync", sync::run),
     group("copy", "initial sync and recover of random data", copy::run),
+    group("rebuild", "another disk for a primary: served, read and filled", rebuild::run),
     group("zeroes", "first sync of a sparse volume", zeroes::run),
     group("resync", "resync of random blocks: bytes on the link, and time", resync::run),
     group("memory", "resident memory of the primary", memory::run),
