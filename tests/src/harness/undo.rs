@@ -65,6 +65,10 @@ impl World {
         if !is_replica || undo::layer(&it.superblock).is_err() || it.has_failed() || self.state_is_out(host) {
             return false;
         }
+        if self.is_source(host) {
+            // What is absent elsewhere would be nowhere: that rebuild could not go on.
+            return false;
+        }
         self.crash(host, Crash::Process);
         let number = self.next_operation();
         self.hosts[host].recover_superblock();
